@@ -1,0 +1,25 @@
+# make train: everything from nothing, then the main job on the embedded sample.
+# make test:  everything from nothing, then the tests.   make lint: format and lint check.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: train test lint
+
+train: .venv/ready
+	$(BIN)/python train_mlx.py --preset tiny --dataset sample
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest -q
+
+lint: .venv/ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,287 @@
+"""BDH (Baby Dragon Hatchling), a byte-level language model, in MLX.
+
+Source: "The Dragon Hatchling", arXiv 2509.26507, in the form of its released code (pathwaycom/bdh,
+bdh.py @714bc80), whose parameter names and shapes are kept so that weights load one to one.
+
+One layer, the same weights in each; ln is LayerNorm without parameters, R_t rotates by position t:
+
+    x_t = relu(v_t Dx)                                which neurons the byte excites, per head
+    a_t = sum over s < t of (R_t x_t . R_s x_s) v_s   what they recall: attention without softmax
+    y_t = relu(ln(a_t) Dy) * x_t                      which of them fire, given the memory
+    v_t = ln(v_t + ln(sum over heads of y_t E))       back to D numbers
+
+No softmax, so a_t = (R_t x_t) S_t with synapses S_t = sum over s < t of (R_s x_s) v_s^T, a state of
+fixed size. Reading a block at once, in chunks, or byte by byte are one function.
+
+    B batch   T bytes   D n_embd   H heads   N neurons per head   L layers   V vocabulary
+    paper's Dx, Dy: `encoder`, `encoder_v` (H, D, N)   paper's E: `decoder` (H*N, D)
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import fast_blas  # noqa: F401  before mlx.core: it replaces the slow BLAS of MLX on Linux
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+ROPE_BASE = 2.0**16  # longest wavelength of the rotation, in units of 2 pi bytes
+PREFILL = 1024  # bytes of a prompt read in one evaluation, which bounds its memory
+
+
+class UserError(ValueError):
+    """What the user can put right; the scripts print it as one line and exit with code 2."""
+
+
+@dataclass(frozen=True)
+class BDHConfig:
+    """Shape of a model. Raises UserError naming the wrong field, its value and the limit."""
+
+    n_layer: int = 6  # times the shared layer is applied
+    n_embd: int = 256  # D, numbers per byte between layers
+    dropout: float = 0.1  # share of firing neurons silenced, in training only
+    n_head: int = 4  # H, groups of neurons with an attention of their own
+    mlp_internal_dim_multiplier: int = 128  # neurons per number of n_embd, over all heads
+    vocab_size: int = 256  # one entry per byte value
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "dropout" and (type(value) is not int or value < 1):
+                raise UserError(
+                    f"{field.name} is {value!r}; it must be a whole number of 1 or more"
+                )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+        neurons = self.n_embd * self.mlp_internal_dim_multiplier
+        if neurons % self.n_head:
+            raise UserError(
+                f"n_head is {self.n_head}; it must divide the number of neurons, "
+                f"n_embd * mlp_internal_dim_multiplier = {neurons}"
+            )
+        if self.neurons_per_head % 2:
+            raise UserError(
+                f"n_head is {self.n_head}, so each head has N = {self.neurons_per_head} neurons; "
+                "N must be even, since they rotate in pairs"
+            )
+
+    @property
+    def neurons_per_head(self) -> int:
+        """N."""
+        return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
+
+
+class State(NamedTuple):
+    """What remains of the bytes read: their number, and per layer the synapses (H, B, N, D)."""
+
+    position: int
+    synapses: list[mx.array | None]
+
+
+def ln(x: mx.array) -> mx.array:
+    """LayerNorm over the last axis, without parameters."""
+    return mx.fast.layer_norm(x, None, None, 1e-5)
+
+
+def rotate(x: mx.array, position: int = 0) -> mx.array:
+    """Turn neuron pairs (2i, 2i+1) by t * ROPE_BASE^(-2i/N), t from `position` on; (.., T, N)."""
+    return mx.fast.rope(
+        x, x.shape[-1], traditional=True, base=ROPE_BASE, scale=1.0, offset=position
+    )
+
+
+def attention_quadratic(q: mx.array, v: mx.array) -> mx.array:
+    """The definition, T x T scores: the reference that every faster form is tested against.
+
+    q (H, B, T, N) rotated activations, v (B, T, D) values; gives (H, B, T, D). t reads s < t.
+    """
+    return mx.tril(q @ q.swapaxes(-1, -2), -1) @ v
+
+
+def attention(q, v, synapses=None, chunk=None):
+    """Equal to attention_quadratic, in time and memory linear in T; also carries the synapses on.
+
+    Within a chunk the scores, before it the synapses. q (H, B, T, N), v (B, T, D), synapses
+    (H, B, N, D) or None for none yet. Gives (H, B, T, D) and the synapses after the last byte. The
+    multiply-adds per byte, chunk * N + 2 * D * N, ask for a small chunk, the GEMMs for a large one.
+    """
+    T, D = v.shape[-2:]
+    cuts = list(range(chunk or max(D, 64), T, chunk or max(D, 64)))
+    read = []
+    # mx.split, not slices: the gradient of a slice is padded to the full length, O(T^2) in all
+    for q_c, v_c in zip(mx.split(q, cuts, -2), mx.split(v, cuts, -2), strict=True):
+        a = attention_quadratic(q_c, v_c)
+        written = q_c.swapaxes(-1, -2) @ v_c
+        read.append(a if synapses is None else a + q_c @ synapses)
+        synapses = written if synapses is None else synapses + written
+    return mx.concatenate(read, -2), synapses
+
+
+class BDH(nn.Module):
+    """A model with fresh weights; the five arrays are its only parameters.
+
+    model(idx, targets) -> (logits (B, T, V), mean loss in nats or None); both (B, T) integers.
+    Dropout acts where a PRNG `key` is given and nowhere else: there is no mode to forget.
+    """
+
+    def __init__(self, config: BDHConfig):
+        super().__init__()
+        D, H, N = config.n_embd, config.n_head, config.neurons_per_head
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, D)
+        self.embed.weight = mx.random.normal((config.vocab_size, D)) * 0.02
+        self.encoder = mx.random.normal((H, D, N)) * 0.02
+        self.encoder_v = mx.random.normal((H, D, N)) * 0.02
+        self.decoder = mx.random.normal((H * N, D)) * 0.02
+        self.lm_head = mx.random.normal((D, config.vocab_size)) * 0.02
+
+    def __call__(self, idx, targets=None, key=None):
+        logits, _ = self.read(idx, key=key)
+        if targets is None:
+            return logits, None
+        return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
+
+    def read(self, idx: mx.array, state: State | None = None, key=None, chunk: int | None = None):
+        """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State."""
+        L = self.config.n_layer
+        position, synapses = state or State(0, [None] * L)
+        keys = [None] * L if key is None else mx.random.split(key, L)
+        v = ln(self.embed(idx))  # (B, T, D)
+        after = []
+        for key_l, synapses_l in zip(keys, synapses, strict=True):
+            v, synapses_l = self.layer(v, position, synapses_l, key_l, chunk)
+            after.append(synapses_l)
+        return v @ self.lm_head, State(position + idx.shape[1], after)
+
+    def layer(self, v, position, synapses, key, chunk):
+        """v (B, T, D) through the equations above; the batch is folded into the GEMMs' rows."""
+        B, T, D = v.shape
+        H, N = self.config.n_head, self.config.neurons_per_head
+        x = nn.relu(v.reshape(1, B * T, D) @ self.encoder)  # (H, B*T, N)
+        a, synapses = attention(rotate(x.reshape(H, B, T, N), position), v, synapses, chunk)
+        y = nn.relu(ln(a).reshape(H, B * T, D) @ self.encoder_v) * x  # (H, B*T, N)
+        if key is not None and self.config.dropout > 0:
+            kept = 1 - self.config.dropout
+            y = y * mx.random.bernoulli(kept, y.shape, key=key) / kept
+        out = (y @ self.decoder.reshape(H, N, D)).sum(0)  # (B*T, D)
+        return ln(v + ln(out).reshape(B, T, D)), synapses
+
+    def stream(self, idx, temperature=1.0, top_k=None, key=None) -> Iterator[mx.array]:
+        """Endless new bytes (B,) after the prompt idx (B, T >= 1), each at the same cost.
+
+        temperature 0 takes the likeliest byte; top_k draws among the k likeliest. Without `key` the
+        draws follow mx.random.seed. Raises UserError for an empty prompt or impossible settings.
+        """
+        if idx.ndim != 2 or idx.shape[1] < 1:
+            raise UserError(
+                f"the prompt has shape {idx.shape}; it must be (B, T) with T at least 1"
+            )
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"temperature is {temperature}; it must be 0 (likeliest byte) or more")
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k is {top_k}; it must be at least 1, or None for all bytes")
+        state = None
+        for piece in mx.split(idx, list(range(PREFILL, idx.shape[1], PREFILL)), 1):
+            logits, state = self.read(piece, state)
+            mx.eval(logits, state.synapses)
+        while True:
+            draw, key = (None, None) if key is None else mx.random.split(key)
+            token = sample(logits[:, -1], temperature, top_k, draw)
+            logits, state = self.read(token[:, None], state)
+            mx.async_eval(token, logits, state.synapses)
+            yield token
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None) -> mx.array:
+        """idx (B, T) and max_new_tokens bytes more, (B, T + new); settings as for `stream`."""
+        new = islice(self.stream(idx, temperature, top_k, key), max_new_tokens)
+        return mx.concatenate([idx, *(token[:, None].astype(idx.dtype) for token in new)], 1)
+
+
+def sample(logits: mx.array, temperature: float, top_k: int | None, key=None) -> mx.array:
+    """One byte for each row of logits (B, V); (B,)."""
+    if temperature == 0:
+        return mx.argmax(logits, -1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = mx.min(mx.topk(logits, top_k), -1, keepdims=True)
+        logits = mx.where(logits < kth, -math.inf, logits)
+    return mx.random.categorical(logits / temperature, key=key)
+
+
+def visible(text: str) -> str:
+    """Text that is safe on a terminal: control characters but newline and tab as \\x1b."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
+def save_model(model: BDH, path: str | Path) -> None:
+    """Write the weights under their official names, the configuration into the header."""
+    header = {name: str(value) for name, value in asdict(model.config).items()}
+    mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())), metadata=header)
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file that `path` means: itself, a checkpoint's, a run's best or last."""
+    path = Path(path).expanduser()
+    steps = sorted(path.glob("step-*/model.safetensors"), key=lambda f: int(f.parent.name[5:]))
+    if path.is_file():
+        return path
+    if (path / "model.safetensors").is_file():
+        return path / "model.safetensors"
+    if (path / "best.json").is_file():
+        best = json.loads((path / "best.json").read_text())["checkpoint"]
+        return path / best / "model.safetensors"
+    if steps:
+        return steps[-1]
+    what = (
+        "has no checkpoint (step-000500/model.safetensors) in it"
+        if path.exists()
+        else "does not exist"
+    )
+    raise UserError(f"{path} {what}; name a run folder, a checkpoint or a .safetensors file")
+
+
+def load_model(path: str | Path) -> BDH:
+    """The model saved at `path`: a .safetensors file, a checkpoint folder or a run folder.
+
+    Official weights load as they are; `attn.freqs` and `_orig_mod.` prefixes are dropped. Shapes
+    come from the arrays, the number of layers, which no array shows, from the header, else it is 6.
+    Raises UserError for a missing or damaged file and for arrays that are not a BDH's.
+    """
+    file = find_weights(path)
+    try:
+        arrays, header = mx.load(str(file), format="safetensors", return_metadata=True)
+        mx.eval(arrays)  # mx.load is lazy: read now, or a later change of the file is read
+    except RuntimeError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    arrays = {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
+    arrays.pop("attn.freqs", None)
+    model = BDH(_config_of(arrays, header, file))
+    wanted = dict(tree_flatten(model.parameters()))
+    for name in sorted(wanted.keys() | arrays.keys()):
+        found, needed = (a[name].shape if name in a else "nothing" for a in (arrays, wanted))
+        if found != needed:
+            raise UserError(f"{file}: `{name}` is {found}, a BDH of this shape needs {needed}")
+    model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays.items()])
+    mx.eval(model.parameters())
+    return model
+
+
+def _config_of(arrays: dict, header: dict, file: Path) -> BDHConfig:
+    if "encoder" not in arrays or "embed.weight" not in arrays or arrays["encoder"].ndim != 3:
+        raise UserError(f"{file} holds no BDH: it has {', '.join(sorted(arrays)) or 'no arrays'}")
+    H, D, N = arrays["encoder"].shape
+    return BDHConfig(
+        n_layer=int(header.get("n_layer", BDHConfig.n_layer)),
+        n_embd=D,
+        dropout=float(header.get("dropout", BDHConfig.dropout)),
+        n_head=H,
+        mlp_internal_dim_multiplier=H * N // D,
+        vocab_size=arrays["embed.weight"].shape[0],
+    )

@@ -1,0 +1,310 @@
+"""From a data set to two files of bytes: find it, read it, detect its fields, split it, cache it.
+
+Reading goes through the `datasets` library, one record at a time, and the prepared bytes are memory
+mapped, so a data set of many gigabytes needs little memory and a resumed run needs no network.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bdh_mlx import UserError
+
+SAMPLE = Path(__file__).parent / "data" / "sample.jsonl"
+FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?(?:#(.+))?")
+WAYS_ON = (
+    "Ways on: `hf auth login` for a private or gated data set, "
+    "--dataset FILE for a local file, --dataset sample for the embedded one"
+)
+COLUMNS = {  # our field: the columns that mean it, first found wins
+    "system": ("system",),
+    "instruction": ("instruction", "prompt", "question"),
+    "response": ("response", "output", "completion", "answer"),
+}
+SPEAKERS = {"system": "system", "user": "ask", "human": "ask", "assistant": "reply", "gpt": "reply"}
+SEPARATOR = b"\n\n"
+
+
+# -------------------------------------------------------------------------- where records come from
+
+
+def find(dataset: str) -> list[Path] | None:
+    """The local files that `dataset` names, or None for a name on the hub. Raises UserError."""
+    if dataset == "sample":
+        return [SAMPLE]
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in FILE_KINDS and f.is_file())
+        if not files:
+            raise UserError(f"DATASET {path} is a folder without {', '.join(FILE_KINDS)} files")
+        return files
+    if path.is_file():
+        if path.suffix not in FILE_KINDS:
+            raise UserError(f"DATASET {path} ends in none of {', '.join(FILE_KINDS)}")
+        return [path]
+    if path.suffix in FILE_KINDS or dataset.startswith((".", "/", "~")):
+        raise UserError(f"DATASET {path} does not exist (looked from {Path.cwd()})")
+    return None
+
+
+def read(dataset: str) -> Iterator[dict | str]:
+    """Every record of `dataset` in order; a str in place of a record says why one is unreadable."""
+    files = find(dataset)
+    if files is None:
+        yield from _read_hub(dataset)
+    for file in files or []:
+        yield from _read_file(file)
+
+
+def _read_file(file: Path) -> Iterator[dict | str]:
+    from datasets import load_dataset  # imported late: it takes a second, and a resume needs none
+
+    options = {  # a text column of a CSV stays text even where it looks like a number or like NA
+        ".csv": ("csv", {"dtype": str, "keep_default_na": False}),
+        ".json": ("json", {}),
+        ".jsonl": ("text", {"encoding_errors": "replace"}),  # line by line: one bad line costs one
+        ".parquet": ("parquet", {}),
+        ".txt": ("text", {"encoding_errors": "replace", "sample_by": "paragraph"}),
+    }
+    kind, extra = options[file.suffix]
+    try:
+        rows = load_dataset(kind, data_files=str(file), split="train", streaming=True, **extra)
+        for row in rows:
+            yield _parse_line(row["text"]) if file.suffix == ".jsonl" else row
+    except UserError:
+        raise
+    except Exception as error:  # datasets and its parsers raise errors of many kinds
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UserError(f"DATASET {file} cannot be read as {file.suffix}: {reason}") from None
+
+
+def _parse_line(line: str) -> dict | str:
+    if "\ufffd" in line:
+        return "not valid UTF-8"
+    try:
+        record = json.loads(line) if line.strip() else "blank line"
+    except (json.JSONDecodeError, RecursionError):
+        return "not JSON"
+    return record if isinstance(record, dict | str) else "not a JSON object"
+
+
+def _read_hub(dataset: str) -> Iterator[dict]:
+    match = HUB_NAME.fullmatch(dataset)
+    if not match:
+        raise UserError(
+            f"DATASET {dataset!r} is neither a file nor a hub name, which looks like user/name, "
+            f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
+        )
+    name, config, revision, split = match.groups()
+    import datasets
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries, told as one error
+    try:
+        yield from datasets.load_dataset(name, config, revision=revision, split=split or "train")
+    except datasets.exceptions.DatasetNotFoundError as error:
+        what = "is gated" if "gated" in str(error) else "is not on the hub, or is private"
+        raise UserError(f"DATASET {name} {what}. {WAYS_ON}") from None
+    except OSError as error:
+        raise UserError(f"DATASET {name}: the hub is out of reach ({error}). {WAYS_ON}") from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"DATASET {dataset}: {reason}. {WAYS_ON}") from None
+
+
+# ----------------------------------------------------------------------------- what a record holds
+
+
+def detect(record: dict) -> tuple[str, list[dict]]:
+    """Name of the record's structure, and its content under our field names.
+
+    A chat gives one entry per answer, each with the chat's system text; Alpaca's `input` continues
+    its instruction. Values are passed on unchecked.
+    """
+    for name in ("messages", "conversations"):
+        if isinstance(record.get(name), list):
+            return name, _exchanges(record[name])
+    found = {f: next((c for c in cs if c in record), None) for f, cs in COLUMNS.items()}
+    fields = {field: record[column] for field, column in found.items() if column}
+    names = [column for column in found.values() if column]
+    if not names:
+        return ("text", [record]) if "text" in record else (f"unknown ({', '.join(record)})", [{}])
+    if isinstance(extra := record.get("input"), str) and isinstance(fields.get("instruction"), str):
+        names.insert(names.index(found["instruction"]) + 1, "input")
+        fields["instruction"] += f"\n\n{extra}" if extra.strip() else ""
+    return "/".join(names), [fields]
+
+
+def _exchanges(turns: list) -> list[dict]:
+    said, exchanges = {}, []
+    for turn in turns:
+        turn = turn if isinstance(turn, dict) else {}
+        who = SPEAKERS.get(turn.get("role", turn.get("from")))
+        said[who] = turn.get("content", turn.get("value"))
+        if who == "reply":
+            named = {"system": "system", "instruction": "ask", "response": "reply"}
+            exchanges.append({f: said[k] for f, k in named.items() if k in said})
+            said.pop("ask", None)
+    return exchanges or [{}]
+
+
+def fault(fields: dict | str, needed: tuple[str, ...]) -> str | None:
+    """Why this content cannot be trained on, or None when every needed field is sound text."""
+    if isinstance(fields, str):
+        return fields
+    for name in needed:
+        value = fields.get(name)
+        if name not in fields:
+            return f"{name} missing"
+        if not isinstance(value, str):
+            return f"{name} is {'null' if value is None else type(value).__name__}, not text"
+        if not value.strip():
+            return f"{name} empty"
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"{name} with a lone surrogate"
+    return None
+
+
+# ------------------------------------------------------------------------- prepared bytes, cached
+
+
+def fingerprint(dataset: str, **settings) -> str:
+    """Name of the prepared bytes: changes with the files (path, size, time) or a setting."""
+    files = find(dataset)
+    source = files and [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = json.dumps([source or dataset, settings], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def prepare(
+    dataset: str,
+    mode: str,
+    needed: dict[str, tuple[str, ...]],
+    format_example: Callable[[dict, str], str],
+    val_share: float,
+    seed: int,
+    cache: Path,
+) -> Path:
+    """Folder with train.bin, val.bin (uint8) and data.json (the report), made once and then reused.
+
+    `needed` gives the fields of each mode. Records of identical training text go to one side of the
+    split, so that no text is on both. Raises UserError when nothing can be trained on.
+    """
+    folder = cache / fingerprint(dataset, mode=mode, val_share=val_share, seed=seed)
+    if (folder / "data.json").is_file():
+        return folder
+    making = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    making.mkdir(parents=True)
+    try:
+        report, lengths, digests = _format_all(dataset, mode, needed, format_example, making)
+        in_val = _choose_validation(digests, val_share, seed)
+        report |= _write_split(making, lengths, in_val)
+        (making / "data.json").write_text(json.dumps(report, indent=1))
+        making.replace(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return folder
+
+
+def _format_all(dataset, mode, needed, format_example, folder):
+    """Write the training text of every sound record; a report, their lengths and their digests."""
+    structures, skipped, count, size = Counter(), Counter(), Counter(), Counter()
+    lengths, digests = array("Q"), array("Q")
+    with (folder / "all.bin").open("wb") as out:
+        for record in read(dataset):
+            structure, contents = detect(record) if isinstance(record, dict) else ("bad", [record])
+            structures[structure] += 1
+            for fields in contents:
+                for name in (f for f in (*COLUMNS, "text") if not fault(fields, (f,))):
+                    count[name] += 1
+                    size[name] += len(fields[name])
+                if reason := fault(fields, ("text",) if structure == "text" else needed[mode]):
+                    skipped[reason] += 1
+                    continue
+                text = format_example(fields, mode).encode()
+                out.write(text)
+                lengths.append(len(text))
+                digests.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
+    report = {
+        "dataset": dataset,
+        "mode": mode,
+        "records": structures.total(),
+        "structures": dict(structures.most_common()),
+        "fields": {f: {"records": n, "mean_length": size[f] / n} for f, n in count.items()},
+        "skipped": dict(skipped.most_common()),
+    }
+    if not lengths:
+        raise UserError(_cannot_serve(report, needed))
+    return report, np.array(lengths), np.array(digests)
+
+
+def _cannot_serve(report: dict, needed: dict[str, tuple[str, ...]]) -> str:
+    mode, has = report["mode"], report["fields"]
+    lacks = [f for f in needed[mode] if f not in has]
+    works = [m for m, fields in needed.items() if set(fields) <= set(has)]
+    return (
+        f"DATASET {report['dataset']} has no record for TRAINING_MODE {mode!r}, which needs "
+        f"{', '.join(needed[mode])}: lacking {', '.join(lacks) or 'them together in one record'}. "
+        f"Structure: {', '.join(report['structures']) or 'no records'}. "
+        f"Modes that would work: {', '.join(works) or 'none'}"
+    )
+
+
+def _choose_validation(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """For each record, whether it validates: a seeded draw of `share` of the distinct texts."""
+    distinct, which = np.unique(digests, return_inverse=True)
+    if len(distinct) < 2:
+        raise UserError(f"DATASET has {len(distinct)} distinct record; a split needs at least 2")
+    chosen = np.zeros(len(distinct), bool)
+    shuffled = np.random.default_rng(seed).permutation(len(distinct))
+    chosen[shuffled[: max(1, round(share * len(distinct)))]] = True
+    return chosen[which]
+
+
+def _write_split(folder: Path, lengths: np.ndarray, in_val: np.ndarray) -> dict:
+    """Deal all.bin out to train.bin and val.bin, records in their order, joined by a blank line."""
+    sides = {side: (folder / f"{side}.bin").open("wb") for side in ("train", "val")}
+    sums = {side: hashlib.sha256() for side in sides}
+    with (folder / "all.bin").open("rb") as texts:
+        for length, val in zip(lengths.tolist(), in_val.tolist(), strict=True):
+            side = "val" if val else "train"
+            piece = (SEPARATOR if sides[side].tell() else b"") + texts.read(length)
+            sides[side].write(piece)
+            sums[side].update(piece)
+    (folder / "all.bin").unlink()
+    report = {}
+    for side, file in sides.items():
+        records = int(np.sum(in_val == (side == "val")))
+        report[side] = {"records": records, "bytes": file.tell(), "sha256": sums[side].hexdigest()}
+        file.close()
+    return report
+
+
+def describe(report: dict) -> str:
+    """The report of `prepare` for people: structure, fields, what was skipped, the split."""
+    lines = [f"data: {report['dataset']}, {report['records']:,} records, mode {report['mode']}"]
+    for structure, n in report["structures"].items():
+        lines.append(f"  structure {structure}: {n / report['records']:.1%} of records")
+    for name, field in report["fields"].items():
+        share, mean = field["records"] / report["records"], field["mean_length"]
+        lines.append(
+            f"  field {name}: in {share:.1%} of records, mean length {mean:,.0f} characters"
+        )
+    for reason, n in report["skipped"].items():
+        lines.append(f"  skipped {n:,}: {reason}")
+    for side, name in (("train", "training"), ("val", "validation")):
+        lines.append(
+            f"  {name}: {report[side]['records']:,} records, {report[side]['bytes']:,} bytes"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,441 @@
+"""Train a BDH on an instruction data set, byte by byte, with MLX.
+
+    python train_mlx.py                                 # the settings below
+    python train_mlx.py --preset tiny --dataset sample  # minutes on two CPU cores, no network
+    python train_mlx.py                                 # again: continues where the run stopped
+
+A run is a folder, checkpoints_mlx/<run>: step-000500 and others (weights, optimizer, settings),
+best.json and metrics.jsonl.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from tqdm import tqdm
+
+import checkpoints
+import data
+import flags
+from bdh_mlx import UserError
+
+# Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
+TRAINING_MODE = "both"  # of each record: "system", "instruction", "both" or "full"
+DATASET = "Severian/Internal-Knowledge-Map"  # hub name, file, folder, or "sample"
+BLOCK_SIZE = 4096  # bytes a training sequence holds: what the model can learn to look back on
+BATCH_SIZE = 2  # sequences computed at once
+GRAD_ACCUM = 1  # batches added up to one update; more of them cost time, not memory
+MAX_ITERS: int | None = 5000  # updates; the run ends here or after EPOCHS, whichever comes first
+EPOCHS: float | None = 3  # passes over the training bytes; none: as many as MAX_ITERS takes
+LEARNING_RATE = 5e-5  # at the end of the warm-up
+MIN_LEARNING_RATE = 0.1  # at the end of the cosine, as a share of LEARNING_RATE
+WARMUP_ITERS = 100  # updates of linear rise, while Adam's averages fill
+LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
+WEIGHT_DECAY = 0.1  # AdamW's, as in the paper
+GRAD_CLIP = 1.0  # largest global norm of a gradient
+BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
+SEED = 1337  # of weights, split, data order, dropout and samples
+VAL_SHARE = 0.1  # of the distinct records, held out
+EVAL_BYTES: int | None = 1_000_000  # validation bytes read at most, always the same; none: all
+LOG_FREQ = 50  # updates between lines
+EVAL_FREQ = 250  # updates between validations, each with samples
+SAVE_FREQ = 500  # updates between checkpoints
+KEEP = 3  # latest checkpoints kept, besides the best
+SAMPLE_BYTES = 200  # length of each sample
+CHECKPOINT_DIR = "checkpoints_mlx"  # holds one folder per run, and the prepared data
+RUN_NAME: str | None = None  # folder of this run; none: the training mode
+INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (phase 2)
+
+GUIDE = {"BLOCK_SIZE": 4096, "BATCH_SIZE": 2}
+PRESETS = {
+    "both-64gb": GUIDE
+    | {"TRAINING_MODE": "both", "MAX_ITERS": 5000, "LEARNING_RATE": 5e-5, "EPOCHS": 3},
+    "full-64gb": GUIDE
+    | {"TRAINING_MODE": "full", "MAX_ITERS": 8000, "LEARNING_RATE": 3e-5, "EPOCHS": 3},
+    "phase1-64gb": GUIDE
+    | {"TRAINING_MODE": "system", "MAX_ITERS": 3000, "LEARNING_RATE": 1e-4, "EPOCHS": None},
+    "phase2-64gb": GUIDE
+    | {"TRAINING_MODE": "instruction", "MAX_ITERS": 3000, "LEARNING_RATE": 5e-5, "EPOCHS": None}
+    | {"INIT_FROM": "system"},
+    "both-16gb": {"TRAINING_MODE": "both", "BLOCK_SIZE": 2048, "BATCH_SIZE": 1}
+    | {"MAX_ITERS": 5000, "LEARNING_RATE": 5e-5, "EPOCHS": None},
+    "tiny": {"n_layer": 3, "n_embd": 64, "mlp_internal_dim_multiplier": 32, "dropout": 0.05}
+    | {"BLOCK_SIZE": 256, "BATCH_SIZE": 8, "MAX_ITERS": 600, "EPOCHS": None, "LEARNING_RATE": 3e-3}
+    | {"TRAINING_MODE": "full", "LOG_FREQ": 25, "EVAL_FREQ": 150, "SAVE_FREQ": 150},
+}
+
+# -------------------------------------------------------------------------------------------- data
+
+NEEDED = {  # fields of a record that each training mode formats
+    "system": ("system",),
+    "instruction": ("instruction",),
+    "both": ("system", "instruction"),
+    "full": ("system", "instruction", "response"),
+}
+PROMPTS = {
+    "system": ["### System:\nTask Overview:", "### System:\nGuidelines:"],
+    "instruction": ["### Instruction:\nAnalyze", "### Instruction:\nExplain"],
+    "both": [
+        "### System:\nTask Overview: Analyze and explore\n\n### Instruction:\n",
+        "### System:\nGuidelines: Focus on core interactions\n\n### Instruction:\n",
+    ],
+    "full": [
+        "### System:\nTask Overview:",
+        "### Instruction:\nAnalyze the ethical implications",
+        "### Response:\n",
+    ],
+}
+EXPECT = {  # what to make of a mode's samples, said where they are printed
+    "system": "this mode trains on plain system texts: headers in the prompts are new to it",
+    "instruction": "this mode trains on plain instructions: headers in the prompts are new to it",
+    "both": "this mode never trains on a response: expect more instructions, not answers",
+    "full": "this mode trains on whole records: expect a response after its header",
+}
+
+
+def format_example(record: dict, mode: str) -> str:
+    """The training text of one record in one mode; plain text (`text` alone) is the same in all."""
+    if mode in ("system", "instruction") or "text" in record:
+        return record["text" if "text" in record else mode]
+    text = f"### System:\n{record['system']}\n\n### Instruction:\n{record['instruction']}"
+    return text if mode == "both" else f"{text}\n\n### Response:\n{record['response']}\n---"
+
+
+@lru_cache(maxsize=2)
+def block_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
+    """First byte of each block of an epoch, in its order. The blocks tile the stream, taken as a
+    ring, from an offset of the epoch's own: each byte is a target once, fewer than T of them twice.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    starts = rng.integers(n_bytes) + T * np.arange(math.ceil(n_bytes / T))
+    return rng.permutation(starts) % n_bytes
+
+
+def get_batch(
+    stream: np.ndarray, first: int, B: int, T: int, seed: int
+) -> tuple[mx.array, mx.array]:
+    """Blocks number first .. first+B-1 of the run as idx and targets (B, T): a function of its
+    arguments alone, so that a resumed run reads on where it stopped.
+    """
+    per_epoch = math.ceil(len(stream) / T)
+    where = [divmod(block, per_epoch) for block in range(first, first + B)]
+    starts = np.array([block_starts(len(stream), T, seed, epoch)[i] for epoch, i in where])
+    rows = stream[(starts[:, None] + np.arange(T + 1)) % len(stream)].astype(np.int32)
+    return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
+
+
+# ------------------------------------------------------------------------------- loss and schedule
+
+
+def learning_rate(step: int, total: float, s: SimpleNamespace) -> float:
+    """Rate of update number `step` (from 0): a linear rise, then half a cosine down to the end."""
+    if step < s.WARMUP_ITERS:
+        return s.LEARNING_RATE * (step + 1) / s.WARMUP_ITERS
+    end = s.LR_DECAY_ITERS or total
+    done = min(1.0, (step - s.WARMUP_ITERS) / max(1, end - s.WARMUP_ITERS))
+    low = s.MIN_LEARNING_RATE
+    return s.LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def loss_sum(model: bdh_mlx.BDH, idx: mx.array, targets: mx.array) -> mx.array:
+    return nn.losses.cross_entropy(model(idx)[0], targets, reduction="sum")
+
+
+def evaluate(total_loss, val: np.ndarray, B: int, T: int) -> float:
+    """Mean nats per byte over val, in blocks of T (the last one shorter), without dropout."""
+    n, nats = len(val) - 1, 0.0
+    for begin, end in pairwise([*range(0, n - n % T, B * T), n - n % T, n]):
+        if end > begin:
+            rows = (max(1, (end - begin) // T), -1)
+            idx, targets = (val[begin + i : end + i].astype(np.int32).reshape(rows) for i in (0, 1))
+            nats += total_loss(mx.array(idx), mx.array(targets)).item()
+    return nats / n
+
+
+def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int) -> list[str]:
+    """What the model says to the prompts of its mode; the same seed, the same draws."""
+    said = []
+    for prompt, key in zip(PROMPTS[mode], mx.random.split(mx.random.key(seed), 9), strict=False):
+        idx = mx.array([list(prompt.encode())])
+        out = model.generate(idx, n_bytes, temperature=0.8, top_k=50, key=key)
+        said.append(bdh_mlx.visible(bytes(out[0].tolist()).decode(errors="backslashreplace")))
+    return said
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def open_data(s: SimpleNamespace) -> tuple[dict, np.ndarray, np.ndarray]:
+    """The data's report, its training bytes, and the validation bytes each evaluation reads."""
+    cache = Path(s.CHECKPOINT_DIR) / ".data"
+    folder = data.prepare(
+        s.DATASET, s.TRAINING_MODE, NEEDED, format_example, s.VAL_SHARE, s.SEED, cache
+    )
+    report = json.loads((folder / "data.json").read_text())
+    for side, least, cure in (
+        ("train", s.BLOCK_SIZE + 1, "lower BLOCK_SIZE"),
+        ("val", 2, "raise VAL_SHARE"),
+    ):
+        if report[side]["bytes"] < least:
+            raise UserError(
+                f"the {side} split has {report[side]['bytes']:,} bytes and needs {least:,} "
+                f"(BLOCK_SIZE is {s.BLOCK_SIZE:,}): {cure} or take more data"
+            )
+    train, val = (np.memmap(folder / f"{side}.bin", np.uint8, "r") for side in ("train", "val"))
+    return report, train, val[: s.EVAL_BYTES]
+
+
+def last_iteration(s: SimpleNamespace, n_bytes: int) -> float:
+    """Update at which the run ends, MAX_ITERS or the end of EPOCHS if sooner; may be inf."""
+    blocks = math.inf if s.EPOCHS is None else s.EPOCHS * math.ceil(n_bytes / s.BLOCK_SIZE)
+    by_epochs = blocks / (s.BATCH_SIZE * s.GRAD_ACCUM)
+    return min(
+        s.MAX_ITERS or math.inf, by_epochs if by_epochs == math.inf else math.ceil(by_epochs)
+    )
+
+
+def described(s: SimpleNamespace) -> dict:
+    """The settings as JSON holds them, the model's beside the others."""
+    return {k: v for k, v in vars(s).items() if k != "BDH_CONFIG"} | asdict(s.BDH_CONFIG)
+
+
+def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> int:
+    """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached."""
+    if not (done := checkpoints.steps(run)):
+        if s.INIT_FROM:
+            beside = Path(s.CHECKPOINT_DIR, s.INIT_FROM)
+            source = bdh_mlx.load_model(beside if beside.exists() else s.INIT_FROM)
+            if replace(source.config, dropout=0) != replace(s.BDH_CONFIG, dropout=0):
+                raise UserError(f"INIT_FROM has {source.config}, this run {s.BDH_CONFIG}")
+            model.update(source.parameters())
+            print(f"start: weights of {s.INIT_FROM}, a new optimizer")
+        return 0
+    before = checkpoints.read_info(run, done[-1])
+    old = before["settings"] | {"training data": before["data"]["train"]["sha256"]}
+    new = described(s) | {"training data": report["train"]["sha256"]}
+    changed = {k: f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
+    if fixed := [text for k, text in changed.items() if k in FIXED]:
+        raise UserError(
+            f"{run} holds a run with other settings ({'; '.join(fixed)}). Set them back to continue "
+            "it, or set RUN_NAME to start another"
+        )
+    checkpoints.load(run, done[-1], model, optimizer)
+    print("; ".join([f"start: continues {run} after iteration {done[-1]}", *changed.values()]))
+    return done[-1]
+
+
+@contextmanager
+def until_interrupted() -> Iterator[list]:
+    """Yields a list that the first Ctrl-C makes non-empty; a second one interrupts at once."""
+    pressed = []
+
+    def on_interrupt(number, frame):
+        pressed.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this iteration (Ctrl-C again: at once)", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def open_log(run: Path, step: int) -> tuple[Callable, int]:
+    """A function that logs to metrics.jsonl and the terminal, and the last step evaluated before.
+
+    Lines after `step`, of work that was lost, are dropped, so that each step is told once.
+    """
+    path, kept = run / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):  # a line cut short by a crash
+            kept += [m for m in [json.loads(line)] if m["step"] <= step]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+
+    def log(**m):
+        with path.open("a") as file:
+            file.write(json.dumps(m) + "\n")
+        tqdm.write(
+            f"iter {m['step']:>6} | validation {m['val_loss']:.4f} | bits/byte {m['val_bpb']:.4f}"
+            if "val_loss" in m
+            else f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | "
+            f"norm {m['grad_norm']:.2f} | {m['bytes_per_s']:,.0f} bytes/s | "
+            f"peak {m['peak_gb']:.2f} GB | {m['seconds_left'] / 60:.1f} min left"
+        )
+
+    return log, max((m["step"] for m in kept if "val_loss" in m), default=-1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the settings say; exit code 0, or 130 after Ctrl-C. Raises UserError."""
+    s = settings(argv)
+    run = Path(s.CHECKPOINT_DIR, s.RUN_NAME or s.TRAINING_MODE)
+    report, train, val = open_data(s)
+    print(data.describe(report))
+    total, per_iter = last_iteration(s, len(train)), s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
+    print(
+        f"plan: {total:,} iterations of {per_iter:,} bytes are {total * per_iter:,} bytes or "
+        f"{total * per_iter / len(train):.2f} epochs; an evaluation reads {len(val):,} bytes"
+    )
+
+    mx.random.seed(s.SEED)
+    model = bdh_mlx.BDH(s.BDH_CONFIG)
+    optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    step = first = saved = start(run, s, report, model, optimizer)  # loads before compiling
+    if step >= total:
+        print(f"finished: {run} has its {step:,} iterations; to go on, raise MAX_ITERS or EPOCHS")
+        return 0
+    n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
+    print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
+    print(f"note: {EXPECT[s.TRAINING_MODE]}")
+
+    state = [model.state, optimizer.state]
+    compiled = partial(mx.compile, inputs=state, outputs=state)
+
+    @compiled
+    def gradient(idx, targets, key):
+        return nn.value_and_grad(model, lambda *batch: model(*batch)[1])(idx, targets, key)
+
+    @compiled
+    def update(gradients):
+        gradients = tree_map(lambda g: g / s.GRAD_ACCUM, gradients)
+        gradients, norm = optim.clip_grad_norm(gradients, s.GRAD_CLIP)
+        optimizer.update(model, gradients)
+        return norm
+
+    total_loss = mx.compile(partial(loss_sum, model), inputs=[model.state])
+    info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
+    best = checkpoints.read_best(run)
+    log, evaluated = open_log(run, step)
+    bar = tqdm(total=total if total < math.inf else None, initial=step, disable=None, unit="it")
+    losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
+
+    def save():
+        nonlocal saved
+        if saved < step:
+            checkpoints.save(run, step, model, optimizer, info)
+            saved = step
+
+    with until_interrupted() as interrupted:
+        while True:
+            finished = step >= total
+            if finished or interrupted or step % s.SAVE_FREQ == 0:
+                save()  # before the evaluation: one that dies must not cost the work
+            if interrupted:
+                break
+            if (finished or step % s.EVAL_FREQ == 0) and evaluated < step:
+                val_loss, evaluated = evaluate(total_loss, val, s.BATCH_SIZE, s.BLOCK_SIZE), step
+                log(step=step, val_loss=val_loss, val_bpb=val_loss / math.log(2))
+                if step and val_loss < best.get("val_loss", math.inf):
+                    save()
+                    best = {"checkpoint": f"step-{step:06d}", "step": step, "val_loss": val_loss}
+                    checkpoints.write_json(run / "best.json", best)
+                for text in samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step):
+                    tqdm.write(f"--- sample at iteration {step}\n{text}")
+            checkpoints.prune(run, s.KEEP)
+            if finished:
+                break
+
+            tick = time.perf_counter()
+            optimizer.learning_rate = rate = learning_rate(step, total, s)
+            loss, gradients = 0.0, None
+            for micro in range(step * s.GRAD_ACCUM, (step + 1) * s.GRAD_ACCUM):
+                batch = get_batch(train, micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
+                part, more = gradient(*batch, mx.random.key(s.SEED * 2**32 + micro))
+                loss += part / s.GRAD_ACCUM
+                gradients = tree_map(mx.add, gradients, more) if gradients else more
+                mx.eval(loss, gradients)
+            norm = update(gradients)
+            mx.eval(state, norm)
+            losses.append(loss.item())
+            step += 1
+            bar.update()
+            if step > first + 1:  # the first iteration compiles
+                seconds, timed = seconds + time.perf_counter() - tick, timed + per_iter
+            if step % s.LOG_FREQ == 0:
+                log(
+                    step=step,
+                    loss=sum(losses) / len(losses),
+                    lr=rate,
+                    grad_norm=norm.item(),
+                    bytes_per_s=timed / max(seconds, 1e-9),
+                    peak_gb=mx.get_peak_memory() / 1e9,
+                    seconds_left=(time.perf_counter() - began) / (step - first) * (total - step),
+                )
+                losses, seconds, timed = [], 0.0, 0
+    bar.close()
+    if interrupted:
+        print(f"stopped after iteration {step}, saved in {run}; the same command continues the run")
+        return 130
+    summary = {
+        "run": run,
+        "iterations": step,
+        "epochs": round(step * per_iter / len(train), 2),
+        "parameters": n_parameters,
+        "val_loss": round(val_loss, 4),
+        "val_bpb": round(val_loss / math.log(2), 4),
+        "best_val_loss": round(best["val_loss"], 4),
+        "best_step": best["step"],
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+        "peak_gb": round(mx.get_peak_memory() / 1e9, 2),
+        "sample_it": f"python generate.py {run} --prompt {PROMPTS[s.TRAINING_MODE][0]!r}",
+    }
+    print("\n".join(f"{key}: {value}" for key, value in summary.items()))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+# Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
+FIXED = ["TRAINING_MODE", "BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "SEED", "training data"]
+FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
+AT_LEAST = {name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP")}
+AT_LEAST |= {name: 1 for name in ("LOG_FREQ", "EVAL_FREQ", "SAVE_FREQ", "LR_DECAY_ITERS")}
+AT_LEAST |= {name: 0 for name in ("WARMUP_ITERS", "WEIGHT_DECAY", "SAMPLE_BYTES", "SEED")}
+AT_LEAST |= {"EVAL_BYTES": 2}
+
+
+def settings(argv: list[str] | None = None) -> SimpleNamespace:
+    """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
+    s = flags.parse(sys.modules[__name__], PRESETS, argv)
+    s.BDH_CONFIG = bdh_mlx.BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
+    if s.TRAINING_MODE not in NEEDED:
+        raise UserError(
+            f"TRAINING_MODE is {s.TRAINING_MODE!r}; it must be one of {', '.join(NEEDED)}"
+        )
+    for name, least in AT_LEAST.items():
+        if (value := vars(s)[name]) is not None and value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+    for name in ("EPOCHS", "LEARNING_RATE", "GRAD_CLIP"):
+        if (value := vars(s)[name]) is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} is {value}; it must be above 0")
+    for name in ("VAL_SHARE", "MIN_LEARNING_RATE"):
+        if not 0 < vars(s)[name] <= 1:
+            raise UserError(f"{name} is {vars(s)[name]}; it must be above 0 and at most 1")
+    return s
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
