@@ -69,8 +69,9 @@ def read(dataset: str) -> Iterator[dict | str]:
 def _read_file(file: Path) -> Iterator[dict | str]:
     from datasets import load_dataset  # imported late: it takes a second, and a resume needs none
 
-    options = {  # a text column of a CSV stays text even where it looks like a number or like NA
-        ".csv": ("csv", {"dtype": str, "keep_default_na": False}),
+    as_text = dict.fromkeys(range(100), str)  # no column of a CSV turns into numbers or NA
+    options = {
+        ".csv": ("csv", {"converters": as_text}),
         ".json": ("json", {}),
         ".jsonl": ("text", {"encoding_errors": "replace"}),  # line by line: one bad line costs one
         ".parquet": ("parquet", {}),

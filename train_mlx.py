@@ -233,8 +233,8 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> int:
     changed = {k: f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
     if fixed := [text for k, text in changed.items() if k in FIXED]:
         raise UserError(
-            f"{run} holds a run with other settings ({'; '.join(fixed)}). Set them back to continue "
-            "it, or set RUN_NAME to start another"
+            f"{run} holds a run with other settings ({'; '.join(fixed)}). Set them back to go on "
+            "with it, or set RUN_NAME to start another"
         )
     checkpoints.load(run, done[-1], model, optimizer)
     print("; ".join([f"start: continues {run} after iteration {done[-1]}", *changed.values()]))

@@ -1,0 +1,282 @@
+"""What is read, how it is detected, what is skipped, and which bytes are trained on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import data
+from bdh_mlx import UserError
+from train_mlx import NEEDED, format_example
+
+RECORD = {"system": "Be kind.", "instruction": "Greet.", "response": "Hello, wörld"}
+
+
+def prepare(source, cache, mode="full", val_share=0.1, seed=1):
+    folder = data.prepare(str(source), mode, NEEDED, format_example, val_share, seed, cache)
+    sides = {side: (folder / f"{side}.bin").read_bytes() for side in ("train", "val")}
+    return json.loads((folder / "data.json").read_text()), sides["train"], sides["val"]
+
+
+def write_jsonl(path, records):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
+    return path
+
+
+def numbered(n, **extra):
+    return [{k: f"{v} {i}" for k, v in (RECORD | extra).items()} for i in range(n)]
+
+
+def test_each_mode_gives_its_exact_text():
+    assert format_example(RECORD, "system") == "Be kind."
+    assert format_example(RECORD, "instruction") == "Greet."
+    assert format_example(RECORD, "both") == "### System:\nBe kind.\n\n### Instruction:\nGreet."
+    assert format_example(RECORD, "full") == (
+        "### System:\nBe kind.\n\n### Instruction:\nGreet.\n\n### Response:\nHello, wörld\n---"
+    )
+
+
+def test_every_record_is_on_one_side_and_every_byte_is_kept(tmp_path):
+    records = numbered(50)
+    report, train, val = prepare(write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "cache")
+    sides = [set(side.decode().split("\n---\n\n")) for side in (train + b"\n\n", val + b"\n\n")]
+    texts = {format_example(r, "full").removesuffix("\n---") for r in records}
+    assert (sides[0] | sides[1]) - {""} == texts
+    assert sides[0] & sides[1] == {""}
+    assert (report["train"]["records"], report["val"]["records"]) == (45, 5)
+    assert (report["train"]["bytes"], report["val"]["bytes"]) == (len(train), len(val))
+
+
+def test_identical_texts_go_to_one_side(tmp_path):
+    records = numbered(10) * 20
+    report, train, val = prepare(write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "cache")
+    assert report["val"]["records"] == 20
+    assert len(set(val.decode().split("\n\n### System:\n"))) <= 2  # first record keeps its header
+    assert val.split(b"Greet. ")[1][:1] not in [p[:1] for p in train.split(b"Greet. ")[1:]]
+
+
+def test_the_split_follows_the_seed(tmp_path):
+    source = write_jsonl(tmp_path / "d.jsonl", numbered(50))
+    one, again, other = (
+        prepare(source, tmp_path / str(i), seed=seed)[2] for i, seed in enumerate((1, 1, 2))
+    )
+    assert one == again != other
+
+
+@pytest.mark.parametrize(
+    ("record", "structure", "fields"),
+    [
+        (RECORD, "system/instruction/response", RECORD),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            "instruction/input/output",
+            {"instruction": "Add.\n\n1 2", "response": "3"},
+        ),
+        (
+            {"instruction": "Sing.", "input": "", "output": "La"},
+            "instruction/input/output",
+            {"instruction": "Sing.", "response": "La"},
+        ),
+        (
+            {"prompt": "a", "completion": "b"},
+            "prompt/completion",
+            {"instruction": "a", "response": "b"},
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            "question/answer",
+            {"instruction": "a", "response": "b"},
+        ),
+        ({"text": "plain"}, "text", {"text": "plain"}),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "u"},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+            "messages",
+            {"system": "s", "instruction": "u", "response": "a"},
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+            "conversations",
+            {"instruction": "u", "response": "a"},
+        ),
+        ({"other": 1}, "unknown (other)", {}),
+    ],
+)
+def test_structures_are_detected(record, structure, fields):
+    assert data.detect(record) == (structure, [fields])
+
+
+def test_a_long_chat_gives_one_entry_per_answer():
+    turns = [("system", "s"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
+    record = {"messages": [{"role": who, "content": what} for who, what in turns]}
+    assert data.detect(record)[1] == [
+        {"system": "s", "instruction": "1", "response": "2"},
+        {"system": "s", "instruction": "3", "response": "4"},
+    ]
+
+
+def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
+    bad = [
+        "not json",
+        "[1, 2]",
+        {"instruction": "i", "response": "r"},
+        RECORD | {"response": None},
+        RECORD | {"response": 5},
+        RECORD | {"instruction": ["x"]},
+        RECORD | {"system": "  "},
+        RECORD | {"system": "\ud800"},
+        {"messages": "broken"},
+        {"messages": [3]},
+    ]
+    file = write_jsonl(tmp_path / "d.jsonl", numbered(20) + bad)
+    file.write_bytes(
+        file.read_bytes() + b'\n{"system": "\xac", "instruction": "i", "response": "r"}'
+    )
+    report, train, val = prepare(file, tmp_path / "cache")
+    assert report["skipped"] == {
+        "not JSON": 1,
+        "not a JSON object": 1,
+        "system missing": 3,
+        "response is null, not text": 1,
+        "response is int, not text": 1,
+        "instruction is list, not text": 1,
+        "system empty": 1,
+        "system with a lone surrogate": 1,
+        "not valid UTF-8": 1,
+    }
+    texts = [format_example(r, "full").encode() for r in numbered(20)]
+    assert len(train) + len(val) == sum(map(len, texts)) + 2 * 18  # two streams, 18 joints
+    assert b"None" not in train + val
+
+
+def test_every_kind_of_file_gives_the_same_records(tmp_path):
+    records = numbered(12)
+    write_jsonl(tmp_path / "d.jsonl", records)
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    datasets.Dataset.from_list(records).to_csv(tmp_path / "d.csv")
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "d.parquet")
+    for kind in ("jsonl", "json", "csv", "parquet"):
+        assert list(data.read(str(tmp_path / f"d.{kind}"))) == records, kind
+    assert len(list(data.read(str(tmp_path)))) == 48  # the folder holds all four
+
+
+def test_a_csv_of_numbers_and_na_stays_text(tmp_path):
+    (tmp_path / "d.csv").write_text("instruction,response\n1,NA\n2,None\n")
+    assert [r["response"] for r in data.read(str(tmp_path / "d.csv"))] == ["NA", "None"]
+
+
+def test_a_text_file_is_split_at_blank_lines_and_keeps_its_bytes(tmp_path):
+    text = "\n\n".join(f"Paragraph {i}\nwith two lines." for i in range(30))
+    (tmp_path / "d.txt").write_text(text)
+    report, train, val = prepare(tmp_path / "d.txt", tmp_path / "cache", mode="both")
+    assert report["structures"] == {"text": 30} and report["val"]["records"] == 3
+    assert sorted((train + b"\n\n" + val).split(b"\n\n")) == sorted(text.encode().split(b"\n\n"))
+
+
+def test_a_mode_the_data_cannot_serve_says_what_is_lacking_and_what_would_work(tmp_path):
+    file = write_jsonl(tmp_path / "d.jsonl", [{"question": "q", "answer": "a"}] * 3)
+    with pytest.raises(UserError) as error:
+        prepare(file, tmp_path / "cache", mode="full")
+    assert "lacking system." in str(error.value)
+    assert "Modes that would work: instruction" in str(error.value)
+    assert not list((tmp_path / "cache").iterdir())  # nothing half made is left
+
+
+def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "d.jsonl", numbered(20))
+    first = prepare(file, tmp_path / "cache")
+    monkeypatch.setattr(data, "read", lambda dataset: pytest.fail("read again"))
+    assert prepare(file, tmp_path / "cache") == first
+    monkeypatch.undo()
+    write_jsonl(file, numbered(21))
+    assert prepare(file, tmp_path / "cache")[0]["records"] == 21
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("missing.jsonl", "does not exist"),
+        ("./missing", "does not exist"),
+        ("strange name?", "neither a file nor a hub name"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(name, complaint):
+    with pytest.raises(UserError, match=complaint):
+        list(data.read(name))
+
+
+def test_folders_and_files_of_no_use_are_refused(tmp_path):
+    with pytest.raises(UserError, match="folder without"):
+        list(data.read(str(tmp_path)))
+    (tmp_path / "d.doc").write_text("x")
+    with pytest.raises(UserError, match="ends in none of"):
+        list(data.read(str(tmp_path / "d.doc")))
+    write_jsonl(tmp_path / "one.jsonl", [RECORD] * 3)
+    with pytest.raises(UserError, match="1 distinct record"):
+        prepare(tmp_path / "one.jsonl", tmp_path / "cache")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json cannot be read"):
+        list(data.read(str(tmp_path / "bad.json")))
+
+
+@pytest.mark.parametrize(
+    ("raised", "complaint"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("x is a gated dataset on the Hub."), "is gated"),
+        (datasets.exceptions.DatasetNotFoundError("Dataset x doesn't exist"), "not on the hub"),
+        (ConnectionError("Couldn't reach x"), "out of reach"),
+        (ValueError('Unknown split "tset". Should be one of [train]'), "Unknown split"),
+    ],
+)
+def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(monkeypatch, raised, complaint):
+    def load_dataset(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=complaint) as error:
+        list(data.read("user/name"))
+    for way in ("hf auth login", "--dataset FILE", "--dataset sample"):
+        assert way in str(error.value)
+
+
+def test_a_hub_name_carries_configuration_revision_and_split(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [RECORD])
+    for name in ("user/name", "name:cfg", "user/name:cfg@v1.0#test[:10%]", "user/name@refs/pr/1"):
+        assert list(data.read(name)) == [RECORD]
+    assert [(*a, k["revision"], k["split"]) for a, k in asked] == [
+        ("user/name", None, None, "train"),
+        ("name", "cfg", None, "train"),
+        ("user/name", "cfg", "v1.0", "test[:10%]"),
+        ("user/name", None, "refs/pr/1", "train"),
+    ]
+
+
+def test_without_a_network_the_script_says_so_and_exits_with_2(tmp_path):
+    run = subprocess.run(
+        [sys.executable, ROOT / "train_mlx.py", "--checkpoint-dir", tmp_path],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1 and "out of reach" in run.stderr
+
+
+def test_the_embedded_sample_is_sound():
+    records = list(data.read("sample"))
+    assert 400 <= len(records) <= 700
+    assert all(data.fault(r, ("system", "instruction", "response")) is None for r in records)
+    for field in RECORD:
+        assert len({r[field] for r in records}) == len(records)
+    assert np.mean([len(format_example(r, "full")) for r in records]) > 700
