@@ -71,7 +71,7 @@ def _read_file(file: Path) -> Iterator[dict | str]:
 
     as_text = dict.fromkeys(range(100), str)  # no column of a CSV turns into numbers or NA
     options = {
-        ".csv": ("csv", {"converters": as_text}),
+        ".csv": ("csv", {"converters": as_text, "keep_default_na": False}),
         ".json": ("json", {}),
         ".jsonl": ("text", {"encoding_errors": "replace"}),  # line by line: one bad line costs one
         ".parquet": ("parquet", {}),

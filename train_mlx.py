@@ -77,8 +77,20 @@ PRESETS = {
     "both-16gb": {"TRAINING_MODE": "both", "BLOCK_SIZE": 2048, "BATCH_SIZE": 1}
     | {"MAX_ITERS": 5000, "LEARNING_RATE": 5e-5, "EPOCHS": None},
     "tiny": {"n_layer": 3, "n_embd": 64, "mlp_internal_dim_multiplier": 32, "dropout": 0.05}
-    | {"BLOCK_SIZE": 256, "BATCH_SIZE": 8, "MAX_ITERS": 600, "EPOCHS": None, "LEARNING_RATE": 3e-3}
-    | {"TRAINING_MODE": "full", "LOG_FREQ": 25, "EVAL_FREQ": 150, "SAVE_FREQ": 150},
+    | {
+        "TRAINING_MODE": "full",
+        "BLOCK_SIZE": 256,
+        "BATCH_SIZE": 8,
+        "MAX_ITERS": 250,
+        "EPOCHS": None,
+    }
+    | {
+        "LEARNING_RATE": 4e-3,
+        "WARMUP_ITERS": 20,
+        "LOG_FREQ": 25,
+        "EVAL_FREQ": 125,
+        "SAVE_FREQ": 125,
+    },
 }
 
 # -------------------------------------------------------------------------------------------- data

@@ -1,0 +1,335 @@
+"""The loop: batches, schedule, evaluation, exact resume, settings, and what a user meets."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlx.utils import tree_flatten
+
+import bdh_mlx
+import checkpoints
+import train_mlx
+from bdh_mlx import UserError
+
+MODEL = "--n-layer 2 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 8 --dropout 0.2"
+SMALL = (
+    f"{MODEL} --dataset sample --training-mode full --block-size 64 --batch-size 2 --epochs none"
+)
+QUIET = "--sample-bytes 1 --eval-bytes 500 --log-freq 1 --eval-freq 5 --save-freq 4"
+ARGS = f"{SMALL} {QUIET} --warmup-iters 2 --lr-decay-iters 20 --learning-rate 1e-3".split()
+
+
+def train(folder, *args):
+    return train_mlx.main([*ARGS, "--checkpoint-dir", str(folder), *map(str, args)])
+
+
+def arrays(folder, step, run="full"):
+    """Every array of a checkpoint, parameters and optimizer state."""
+    at = folder / run / f"step-{step:06d}"
+    files = [mx.load(str(at / f"{name}.safetensors")) for name in ("model", "optimizer")]
+    return {f"{i}.{k}": np.array(v) for i, file in enumerate(files) for k, v in file.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def metrics(folder, run="full"):
+    return [json.loads(x) for x in (folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of 12 iterations without a stop."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert train(folder, "--max-iters", 12) == 0
+    return folder
+
+
+# ------------------------------------------------------------------------------- batches and schedule
+
+
+@pytest.mark.parametrize(("n", "T"), [(1000, 10), (1003, 10), (11, 10)])
+def test_an_epoch_has_every_byte_as_a_target_and_few_twice(n, T):
+    stream = np.arange(n)
+    blocks = math.ceil(n / T)
+    idx, targets = train_mlx.get_batch(stream, 0, blocks, T, seed=1)
+    times = np.bincount(np.array(targets).ravel(), minlength=n)
+    assert times.min() == 1 and (times - 1).sum() == blocks * T - n < T
+    assert np.array_equal((np.array(idx) + 1) % n, np.array(targets))
+
+
+def test_each_epoch_has_its_own_order_and_offset():
+    stream = np.arange(1000)
+    one, two = (np.array(train_mlx.get_batch(stream, i, 100, 10, 1)[0])[:, 0] for i in (0, 100))
+    assert one[0] % 10 != two[0] % 10  # offsets; true of this seed
+    assert not np.array_equal(np.diff(one), np.full(99, 10))  # shuffled
+
+
+def test_batches_are_a_function_of_their_number_across_epochs():
+    stream = np.arange(95)
+    whole = np.array(train_mlx.get_batch(stream, 0, 40, 10, 1)[0])
+    parts = [np.array(train_mlx.get_batch(stream, i, 4, 10, 1)[0]) for i in range(0, 40, 4)]
+    assert np.array_equal(whole, np.concatenate(parts))
+
+
+def test_the_learning_rate_rises_then_falls_to_its_share():
+    s = SimpleNamespace(WARMUP_ITERS=10, LEARNING_RATE=1.0, MIN_LEARNING_RATE=0.1)
+    s.LR_DECAY_ITERS = None
+    rates = [train_mlx.learning_rate(i, 100, s) for i in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
+    assert np.all(np.diff(rates[10:]) < 0)
+    assert train_mlx.learning_rate(10**6, math.inf, s) == 1.0  # no end, no decay
+
+
+def test_the_run_ends_at_the_sooner_of_iterations_and_epochs():
+    s = SimpleNamespace(BLOCK_SIZE=10, BATCH_SIZE=2, GRAD_ACCUM=1, MAX_ITERS=7, EPOCHS=3.0)
+    assert train_mlx.last_iteration(s, 95) == 7
+    s.MAX_ITERS = None
+    assert train_mlx.last_iteration(s, 95) == 15
+    s.EPOCHS = None
+    assert train_mlx.last_iteration(s, 95) == math.inf
+
+
+@pytest.mark.parametrize("n", [2, 7, 9, 50, 81])
+def test_evaluation_reads_every_byte_once(n):
+    model = bdh_mlx.BDH(bdh_mlx.BDHConfig(1, 8, 0.5, 1, 4))
+    val = np.random.default_rng(0).integers(0, 256, n, dtype=np.uint8)
+    nats = 0.0
+    for begin in range(0, n - 1, 8):
+        piece = mx.array(val[begin : begin + 9].astype(np.int32))[None]
+        nats += model(piece[:, :-1], piece[:, 1:])[1].item() * (piece.shape[1] - 1)
+    total = lambda idx, targets: train_mlx.loss_sum(model, idx, targets)  # noqa: E731
+    assert train_mlx.evaluate(total, val, B=3, T=8) == pytest.approx(nats / (n - 1), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------- exact resume
+
+
+@pytest.mark.parametrize("stops", [[5], [4, 5, 8], [1, 11]])
+def test_a_stopped_run_ends_in_the_same_bits(tmp_path, straight, stops):
+    for stop in (*stops, 12):
+        assert train(tmp_path, "--max-iters", stop) == 0
+    assert same(arrays(tmp_path, 12), arrays(straight, 12))
+
+
+def test_accumulating_runs_resume_exactly_too(tmp_path):
+    for folder, stops in (("a", [6]), ("b", [3, 6])):
+        for stop in stops:
+            train(tmp_path / folder, "--grad-accum", 3, "--max-iters", stop)
+    assert same(arrays(tmp_path / "a", 6), arrays(tmp_path / "b", 6))
+
+
+@pytest.mark.parametrize("lost", ["optimizer", "data position", "dropout"])
+def test_a_resume_that_loses_something_ends_elsewhere(tmp_path, straight, monkeypatch, lost):
+    """Negative controls: the comparison above can fail."""
+    train(tmp_path, "--max-iters", 5)
+    if lost == "optimizer":
+        load = checkpoints.load
+
+        def without_optimizer(run, step, model, optimizer):
+            state = optimizer.state
+            load(run, step, model, optimizer)
+            optimizer.state = state
+
+        monkeypatch.setattr(checkpoints, "load", without_optimizer)
+    if lost == "data position":
+        get_batch = train_mlx.get_batch
+        monkeypatch.setattr(
+            train_mlx, "get_batch", lambda data, first, *a: get_batch(data, first - 10, *a)
+        )
+    if lost == "dropout":
+        key = mx.random.key
+        monkeypatch.setattr(mx.random, "key", lambda seed: key(seed + 1))
+    train(tmp_path, "--max-iters", 12)
+    assert not same(arrays(tmp_path, 12), arrays(straight, 12))
+
+
+def start_script(folder, *args, **kwargs):
+    command = [sys.executable, ROOT / "train_mlx.py", *ARGS, "--checkpoint-dir", folder, *args]
+    return subprocess.Popen(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)  # fmt: skip
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_or_interrupted_run_ends_in_the_same_bits(tmp_path, straight, blow):
+    process = start_script(tmp_path, "--max-iters", 12)
+    for line in process.stdout:
+        if line.startswith("iter      6"):
+            process.send_signal(blow)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if blow == signal.SIGINT else -signal.SIGKILL), err
+    if blow == signal.SIGINT:
+        assert "the same command continues the run" in out
+    assert train(tmp_path, "--max-iters", 12) == 0
+    assert same(arrays(tmp_path, 12), arrays(straight, 12))
+    steps = [m["step"] for m in metrics(tmp_path) if "loss" in m]
+    assert steps == list(range(1, 13))  # each iteration is told once
+
+
+def test_a_finished_run_says_so_and_what_to_change(straight, capsys):
+    assert train(straight, "--max-iters", 12) == 0
+    assert "raise MAX_ITERS or EPOCHS" in capsys.readouterr().out
+
+
+def test_other_settings_in_the_same_run_are_refused_by_name(straight):
+    with pytest.raises(UserError, match=r"BLOCK_SIZE 64 -> 32.*n_embd 16 -> 8.*RUN_NAME"):
+        train(straight, "--max-iters", 20, "--block-size", 32, "--n-embd", 8)
+
+
+# ----------------------------------------------------------------------- what a run does and leaves
+
+
+def test_what_a_run_leaves(straight):
+    run = straight / "full"
+    best = json.loads((run / "best.json").read_text())
+    evaluations = {m["step"]: m["val_loss"] for m in metrics(straight) if "val_loss" in m}
+    assert list(evaluations) == [0, 5, 10, 12]
+    assert best["val_loss"] == min(v for k, v in evaluations.items() if k)
+    assert {f"step-{n:06d}" for n in checkpoints.steps(run)} >= {best["checkpoint"], "step-000012"}
+    config = json.loads((run / "step-000012" / "config.json").read_text())
+    assert config["step"] == 12 and config["settings"]["BLOCK_SIZE"] == 64
+    assert not [f for f in run.iterdir() if f.name.startswith(".")]
+    assert bdh_mlx.find_weights(run) == run / best["checkpoint"] / "model.safetensors"
+
+
+def test_a_checkpoint_is_written_before_the_evaluation_of_its_step(tmp_path, monkeypatch):
+    def dies(*args):
+        raise MemoryError
+
+    train(tmp_path, "--max-iters", 3, "--eval-freq", 4)
+    monkeypatch.setattr(train_mlx, "evaluate", dies)
+    with pytest.raises(MemoryError):
+        train(tmp_path, "--max-iters", 9, "--eval-freq", 4)
+    assert checkpoints.steps(tmp_path / "full")[-1] == 4
+
+
+def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
+    losses = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
+    monkeypatch.setattr(train_mlx, "evaluate", lambda *args: next(losses))
+    train(tmp_path, "--max-iters", 12, "--eval-freq", 2, "--save-freq", 2, "--keep", 2)
+    assert checkpoints.steps(tmp_path / "full") == [4, 10, 12]
+    assert checkpoints.read_best(tmp_path / "full")["step"] == 4
+
+
+def test_evaluating_and_sampling_do_not_disturb_training(tmp_path, straight):
+    train(tmp_path, "--max-iters", 12, "--eval-freq", 1, "--sample-bytes", 5, "--log-freq", 5)
+    assert same(arrays(tmp_path, 12), arrays(straight, 12))
+
+
+def test_dropout_differs_between_steps_and_is_off_in_evaluation(tmp_path):
+    """At learning rate ~0 on one batch only dropout moves the loss; without it, nothing does."""
+    spread = {}
+    for dropout in (0, 0.5):
+        folder = tmp_path / str(dropout)
+        text = tmp_path / "one.txt"
+        text.write_text("a" * 65 + "\n\n" + "b")
+        train(folder, "--max-iters", 6, "--dropout", dropout, "--learning-rate", 1e-12,
+              "--dataset", text, "--eval-freq", 1)  # fmt: skip
+        logged = metrics(folder)
+        spread[dropout] = np.ptp([m["loss"] for m in logged if "loss" in m])
+        assert np.ptp([m["val_loss"] for m in logged if "val_loss" in m]) < 1e-5
+    assert spread[0] < 1e-2 < 2e-2 < spread[0.5] or spread[0] < spread[0.5] / 5
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    for accum in (1, 4):
+        train(tmp_path / str(accum), "--batch-size", 4 // accum, "--grad-accum", accum,
+              "--max-iters", 3, "--dropout", 0)  # fmt: skip
+    one, four = (arrays(tmp_path / str(n), 3) for n in (1, 4))
+    for name in one:
+        np.testing.assert_allclose(one[name], four[name], rtol=0, atol=1e-5)
+
+
+def test_one_batch_is_overfitted(tmp_path):
+    text = tmp_path / "one.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, then rests for a while.\n\nb")
+    train(tmp_path, "--dataset", text, "--max-iters", 150, "--learning-rate", 1e-2, "--dropout", 0,
+          "--lr-decay-iters", 150, "--eval-freq", 150, "--save-freq", 150, "--log-freq", 10)  # fmt: skip
+    losses = [m["loss"] for m in metrics(tmp_path) if "loss" in m]
+    assert losses[0] > 4 and losses[-1] < 0.2
+
+
+def test_phase_two_starts_from_the_weights_of_phase_one(tmp_path, capsys):
+    train(tmp_path, "--training-mode", "system", "--max-iters", 4)
+    train(tmp_path, "--training-mode", "instruction", "--max-iters", 1, "--init-from", "system",
+          "--learning-rate", 1e-9)  # fmt: skip
+    assert "weights of system, a new optimizer" in capsys.readouterr().out
+    one, two = arrays(tmp_path, 4, "system"), arrays(tmp_path, 1, "instruction")
+    assert all(np.allclose(two[k], one[k], atol=1e-6) for k in one if k.startswith("0."))
+    assert two["1.step"] == 1
+    with pytest.raises(UserError, match="INIT_FROM has BDHConfig"):
+        train(tmp_path, "--run-name", "x", "--init-from", "system", "--n-layer", 3)
+
+
+# ------------------------------------------------------------------------------- settings and flags
+
+
+def test_flags_beat_presets_and_presets_beat_constants():
+    s = train_mlx.settings(["--preset", "tiny", "--block-size", "99", "--epochs", "none"])
+    assert (s.BLOCK_SIZE, s.BATCH_SIZE, s.SEED) == (99, 8, train_mlx.SEED)
+    assert (s.BDH_CONFIG.n_embd, s.BDH_CONFIG.n_head) == (64, 4) and s.EPOCHS is None
+    plain = train_mlx.settings([])
+    assert plain.BDH_CONFIG == train_mlx.BDH_CONFIG and plain.EPOCHS == train_mlx.EPOCHS
+
+
+def test_the_presets_are_those_of_the_guide():
+    names = ("TRAINING_MODE", "BLOCK_SIZE", "BATCH_SIZE", "MAX_ITERS", "LEARNING_RATE")
+    of = {p: train_mlx.settings(["--preset", p]) for p in train_mlx.PRESETS}
+    got = {p: tuple(vars(s)[n] for n in names) for p, s in of.items() if p != "tiny"}
+    assert got == {
+        "both-64gb": ("both", 4096, 2, 5000, 5e-5),
+        "full-64gb": ("full", 4096, 2, 8000, 3e-5),
+        "phase1-64gb": ("system", 4096, 2, 3000, 1e-4),
+        "phase2-64gb": ("instruction", 4096, 2, 3000, 5e-5),
+        "both-16gb": ("both", 2048, 1, 5000, 5e-5),
+    }
+    assert of["both-64gb"].EPOCHS == of["full-64gb"].EPOCHS == 3
+    assert of["phase2-64gb"].INIT_FROM == "system"
+    assert vars(of["both-64gb"]) == vars(train_mlx.settings([]))  # the constants are Option 1
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        ("--training-mode most", "TRAINING_MODE"),
+        ("--block-size 0", "BLOCK_SIZE is 0"),
+        ("--epochs 0", "EPOCHS is 0"),
+        ("--learning-rate nan", "LEARNING_RATE is nan"),
+        ("--val-share 2", "VAL_SHARE is 2"),
+        ("--n-head 3", "n_head is 3"),
+        ("--block-size 900000", "BLOCK_SIZE is 900,000"),
+        ("--dataset /no/such/file.jsonl", "does not exist"),
+        ("--init-from nowhere --run-name x", "nowhere does not exist"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path, args, complaint):
+    with pytest.raises(UserError, match=complaint):
+        train(tmp_path, *args.split())
+
+
+@pytest.mark.parametrize(
+    "args", ["--block-size two", "--blok-size 2", "--preset huge", "--block-size none"]
+)
+def test_wrong_flags_exit_with_2(args):
+    with pytest.raises(SystemExit) as error:
+        train_mlx.settings(args.split())
+    assert error.value.code == 2
+
+
+def test_every_setting_is_a_flag_with_a_reason():
+    settings = [n for n in vars(train_mlx.settings([])) if n != "BDH_CONFIG"]
+    constants = {n for n in vars(train_mlx) if n.isupper()} - {"PRESETS", "GUIDE"}
+    tables = {"NEEDED", "PROMPTS", "EXPECT", "FIXED", "AT_LEAST", "BDH_CONFIG"}
+    assert set(settings) == constants - tables
