@@ -1,20 +1,16 @@
 """The loop: batches, schedule, evaluation, exact resume, settings, and what a user meets."""
 
-import itertools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
-from mlx.utils import tree_flatten
 
 import bdh_mlx
 import checkpoints
@@ -56,7 +52,7 @@ def straight(tmp_path_factory):
     return folder
 
 
-# ------------------------------------------------------------------------------- batches and schedule
+# ----------------------------------------------------------------------------- batches and schedule
 
 
 @pytest.mark.parametrize(("n", "T"), [(1000, 10), (1003, 10), (11, 10)])
@@ -156,9 +152,10 @@ def test_a_resume_that_loses_something_ends_elsewhere(tmp_path, straight, monkey
     assert not same(arrays(tmp_path, 12), arrays(straight, 12))
 
 
-def start_script(folder, *args, **kwargs):
+def start_script(folder, *args):
     command = [sys.executable, ROOT / "train_mlx.py", *ARGS, "--checkpoint-dir", folder, *args]
-    return subprocess.Popen(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(list(map(str, command)), text=True, **pipes)
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
@@ -234,13 +231,13 @@ def test_dropout_differs_between_steps_and_is_off_in_evaluation(tmp_path):
     for dropout in (0, 0.5):
         folder = tmp_path / str(dropout)
         text = tmp_path / "one.txt"
-        text.write_text("a" * 65 + "\n\n" + "b")
+        text.write_text("a" * 65 + "\n\n" + "b" * 65)
         train(folder, "--max-iters", 6, "--dropout", dropout, "--learning-rate", 1e-12,
               "--dataset", text, "--eval-freq", 1)  # fmt: skip
         logged = metrics(folder)
         spread[dropout] = np.ptp([m["loss"] for m in logged if "loss" in m])
         assert np.ptp([m["val_loss"] for m in logged if "val_loss" in m]) < 1e-5
-    assert spread[0] < 1e-2 < 2e-2 < spread[0.5] or spread[0] < spread[0.5] / 5
+    assert spread[0] < 1e-5 < 1e-3 < spread[0.5]
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path):
@@ -254,11 +251,12 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
 
 def test_one_batch_is_overfitted(tmp_path):
     text = tmp_path / "one.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog, then rests for a while.\n\nb")
+    fox = "The quick brown fox jumps over the lazy dog, then rests for a while."
+    text.write_text(f"{fox}\n\n{fox.upper()}")
     train(tmp_path, "--dataset", text, "--max-iters", 150, "--learning-rate", 1e-2, "--dropout", 0,
-          "--lr-decay-iters", 150, "--eval-freq", 150, "--save-freq", 150, "--log-freq", 10)  # fmt: skip
+          "--lr-decay-iters", 150, "--eval-freq", 150, "--save-freq", 150)  # fmt: skip
     losses = [m["loss"] for m in metrics(tmp_path) if "loss" in m]
-    assert losses[0] > 4 and losses[-1] < 0.2
+    assert losses[0] > 4 and losses[-1] < 0.5
 
 
 def test_phase_two_starts_from_the_weights_of_phase_one(tmp_path, capsys):
