@@ -447,6 +447,7 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log read through a pipe is up to date
     try:
         sys.exit(main())
     except UserError as error:

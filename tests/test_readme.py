@@ -1,0 +1,77 @@
+"""The README's commands and the guide's snippet run as printed, on tiny settings."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import train_mlx
+
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+TRAIN = [line for line in LINES if line.startswith("python train_mlx.py")]
+GENERATE = [line for line in LINES if line.startswith("python generate.py")]
+TINY = (
+    "--max-iters 2 --n-layer 1 --n-embd 16 --mlp-internal-dim-multiplier 8 --block-size 64 "
+    "--batch-size 2 --eval-bytes 100 --sample-bytes 4"
+)
+
+
+def run(command, cwd):
+    script, *args = shlex.split(command, comments=True)[1:]
+    command = [sys.executable, str(ROOT / script), *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with a data file of the user's, and a run of mode full."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "my_records.jsonl").write_text((ROOT / "data" / "sample.jsonl").read_text())
+    assert run(f"python train_mlx.py --preset tiny --dataset sample {TINY}", folder).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("line", TRAIN)
+def test_training_commands_run(line, folder):
+    data = "" if "--dataset" in line else "--dataset sample"
+    phase = "" if "phase" in line else f"--run-name r{abs(hash(line))}"
+    ran = run(f"{line.split('#')[0]} {data} {TINY} {phase}", folder)
+    assert ran.returncode == 0, ran.stderr
+    assert "val_loss: " in ran.stdout
+    assert ("start: weights of system" in ran.stdout) == ("phase2" in line)
+
+
+@pytest.mark.parametrize("line", GENERATE)
+def test_generating_commands_run(line, folder):
+    ran = run(line, folder)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("### Instruction:\nExplain")
+    assert run(line, folder).stdout == ran.stdout  # they name a seed
+
+
+def test_there_is_something_to_test():
+    assert len(TRAIN) >= 5 and GENERATE
+
+
+def test_the_snippet_of_the_guide_runs(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    code = next(block for kind, block in BLOCKS if kind == "python")
+    code += """
+import mlx.core as mx
+prompt_bytes = list(bytearray("### System:\\nTask Overview: Analyze", "utf-8"))
+idx = mx.array([prompt_bytes])
+output = model.generate(idx, max_new_tokens=5, temperature=0.8, top_k=50)
+print(bytes(output[0].tolist()).decode("utf-8", errors="backslashreplace"))
+"""
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("### System:\nTask Overview: Analyze")
+
+
+def test_the_readme_names_every_preset_and_mode():
+    text = (ROOT / "README.md").read_text()
+    for name in [*train_mlx.PRESETS, *train_mlx.NEEDED]:
+        assert f"`{name}`" in text, name
