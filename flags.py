@@ -35,8 +35,11 @@ def parse(script: ModuleType, presets: dict[str, dict], argv: list[str] | None) 
     parser.add_argument("--preset", choices=presets, help="settings to start from")
     for name, (kind, optional, comment) in hints.items():
         flag, text = f"--{name.lower().replace('_', '-')}", f"{comment} (now {constants[name]})"
-        kind_of = {"type": _reader(kind, optional), "metavar": kind, "default": argparse.SUPPRESS}
-        parser.add_argument(flag, dest=name, help=text.replace("%", "%%"), **kind_of)
+        how = {"type": _reader(kind, optional), "metavar": kind}
+        if kind == "bool":
+            how = {"action": argparse.BooleanOptionalAction}
+        text = text.replace("%", "%%")
+        parser.add_argument(flag, dest=name, help=text, default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     return SimpleNamespace(**constants | presets.get(given.pop("preset"), {}) | given)
 

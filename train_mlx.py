@@ -10,14 +10,16 @@ best.json and metrics.jsonl.
 
 import json
 import math
+import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +52,7 @@ WARMUP_ITERS = 100  # updates of linear rise, while Adam's averages fill
 LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
 WEIGHT_DECAY = 0.1  # AdamW's, as in the paper
 GRAD_CLIP = 1.0  # largest global norm of a gradient
+MAX_SKIPS = 10  # updates in a row skipped for numbers that are not finite before the run stops
 BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
 SEED = 1337  # of weights, split, data order, dropout and samples
 VAL_SHARE = 0.1  # of the distinct records, held out
@@ -59,6 +62,7 @@ EVAL_FREQ = 250  # updates between validations, each with samples
 SAVE_FREQ = 500  # updates between checkpoints
 KEEP = 3  # latest checkpoints kept, besides the best
 SAMPLE_BYTES = 200  # length of each sample
+ALLOW_DATA_CHANGE = False  # continue a run although its training bytes are no longer the same
 CHECKPOINT_DIR = "checkpoints_mlx"  # holds one folder per run, and the prepared data
 RUN_NAME: str | None = None  # folder of this run; none: the training mode
 INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (phase 2)
@@ -131,7 +135,7 @@ def format_example(record: dict, mode: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def block_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
     """First byte of each block of an epoch, in its order. The blocks tile the stream, taken as a
     ring, from an offset of the epoch's own: each byte is a target once, fewer than T of them twice.
     """
@@ -140,15 +144,19 @@ def block_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
     return rng.permutation(starts) % n_bytes
 
 
+def block_starts(n_bytes: int, first: int, count: int, T: int, seed: int) -> np.ndarray:
+    """First byte of the blocks number first .. first+count-1 of a run, over as many epochs."""
+    where = [divmod(block, math.ceil(n_bytes / T)) for block in range(first, first + count)]
+    return np.array([epoch_starts(n_bytes, T, seed, epoch)[i] for epoch, i in where])
+
+
 def get_batch(
     stream: np.ndarray, first: int, B: int, T: int, seed: int
 ) -> tuple[mx.array, mx.array]:
-    """Blocks number first .. first+B-1 of the run as idx and targets (B, T): a function of its
-    arguments alone, so that a resumed run reads on where it stopped.
+    """Blocks number first .. first+B-1 as idx and targets (B, T): a function of its arguments
+    alone, so that a resumed run reads on where it stopped.
     """
-    per_epoch = math.ceil(len(stream) / T)
-    where = [divmod(block, per_epoch) for block in range(first, first + B)]
-    starts = np.array([block_starts(len(stream), T, seed, epoch)[i] for epoch, i in where])
+    starts = block_starts(len(stream), first, B, T, seed)
     rows = stream[(starts[:, None] + np.arange(T + 1)) % len(stream)].astype(np.int32)
     return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
 
@@ -170,25 +178,28 @@ def loss_sum(model: bdh_mlx.BDH, idx: mx.array, targets: mx.array) -> mx.array:
     return nn.losses.cross_entropy(model(idx)[0], targets, reduction="sum")
 
 
-def evaluate(total_loss, val: np.ndarray, B: int, T: int) -> float:
+def evaluate(total_loss, val: np.ndarray, B: int, T: int, stop=None) -> float:
     """Mean nats per byte over val, in blocks of T (the last one shorter), without dropout."""
     n, nats = len(val) - 1, 0.0
     for begin, end in pairwise([*range(0, n - n % T, B * T), n - n % T, n]):
-        if end > begin:
+        if end > begin and not (stop and stop.number):
             rows = (max(1, (end - begin) // T), -1)
             idx, targets = (val[begin + i : end + i].astype(np.int32).reshape(rows) for i in (0, 1))
             nats += total_loss(mx.array(idx), mx.array(targets)).item()
     return nats / n
 
 
-def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int) -> list[str]:
+def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Iterator[str]:
     """What the model says to the prompts of its mode; the same seed, the same draws."""
-    said = []
     for prompt, key in zip(PROMPTS[mode], mx.random.split(mx.random.key(seed), 9), strict=False):
         idx = mx.array([list(prompt.encode())])
-        out = model.generate(idx, n_bytes, temperature=0.8, top_k=50, key=key)
-        said.append(bdh_mlx.visible(bytes(out[0].tolist()).decode(errors="backslashreplace")))
-    return said
+        stream = model.stream(idx, temperature=0.8, top_k=50, key=key)
+        drawn = takewhile(lambda _: not stop.number, islice(stream, n_bytes))
+        text = (prompt.encode() + bytes(int(token) for token in drawn)).decode(
+            errors="backslashreplace"
+        )
+        if not stop.number:
+            yield bdh_mlx.visible(text)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -230,7 +241,7 @@ def described(s: SimpleNamespace) -> dict:
 
 def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> int:
     """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached."""
-    if not (done := checkpoints.steps(run)):
+    if not (done := checkpoints.newest_valid(run)):
         if s.INIT_FROM:
             beside = Path(s.CHECKPOINT_DIR, s.INIT_FROM)
             source = bdh_mlx.load_model(beside if beside.exists() else s.INIT_FROM)
@@ -239,35 +250,45 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> int:
             model.update(source.parameters())
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
         return 0
-    before = checkpoints.read_info(run, done[-1])
+    before = checkpoints.read_info(run, done)
     old = before["settings"] | {"training data": before["data"]["train"]["sha256"]}
     new = described(s) | {"training data": report["train"]["sha256"]}
     changed = {k: f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
-    if fixed := [text for k, text in changed.items() if k in FIXED]:
+    may = ["training data"] if s.ALLOW_DATA_CHANGE else []
+    if fixed := [text for k, text in changed.items() if k in FIXED and k not in may]:
         raise UserError(
             f"{run} holds a run with other settings ({'; '.join(fixed)}). Set them back to go on "
-            "with it, or set RUN_NAME to start another"
+            "with it, or set RUN_NAME to start another (for changed data, --allow-data-change)"
         )
-    checkpoints.load(run, done[-1], model, optimizer)
-    print("; ".join([f"start: continues {run} after iteration {done[-1]}", *changed.values()]))
-    return done[-1]
+    checkpoints.load(run, done, model, optimizer)
+    print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
+    return done
 
 
-@contextmanager
-def until_interrupted() -> Iterator[list]:
-    """Yields a list that the first Ctrl-C makes non-empty; a second one interrupts at once."""
-    pressed = []
+class Stop:
+    """On SIGINT, SIGTERM or SIGHUP: leave at the next safe point, with the work saved; on a second
+    one at once, which loses nothing that was saved. `number` is the signal's, 0 before any.
+    """
 
-    def on_interrupt(number, frame):
-        pressed.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping after this iteration (Ctrl-C again: at once)", file=sys.stderr)
+    def __init__(self):
+        self.number, self.can_wait = 0, False
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __enter__(self):
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        heard = [n for n in signals if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+        self.before = {n: signal.signal(n, self.on_signal) for n in heard}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def on_signal(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        if not self.can_wait:  # nothing trained yet
+            raise SystemExit(128 + number)
 
 
 def open_log(run: Path, step: int) -> tuple[Callable, int]:
@@ -279,8 +300,7 @@ def open_log(run: Path, step: int) -> tuple[Callable, int]:
     for line in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError):  # a line cut short by a crash
             kept += [m for m in [json.loads(line)] if m["step"] <= step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+    checkpoints.write_whole(path, "".join(json.dumps(m) + "\n" for m in kept))
 
     def log(**m):
         with path.open("a") as file:
@@ -296,16 +316,35 @@ def open_log(run: Path, step: int) -> tuple[Callable, int]:
     return log, max((m["step"] for m in kept if "val_loss" in m), default=-1)
 
 
+class Diverged(Exception):
+    """The numbers have gone bad for good; the trainer exits with code 1."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Train as the settings say; exit code 0, or 130 after Ctrl-C. Raises UserError."""
+    """Train as the settings say; the exit code. Raises UserError."""
     s = settings(argv)
     run = Path(s.CHECKPOINT_DIR, s.RUN_NAME or s.TRAINING_MODE)
-    report, train, val = open_data(s)
+    with Stop() as stop, checkpoints.opened(run):
+        try:
+            return train(s, run, stop)
+        except Diverged as reason:
+            last = checkpoints.steps(run)[-1:]
+            print(f"error: {reason}. Checkpoints are as they were, the last of iteration {last}; "
+                  "lower LEARNING_RATE or GRAD_CLIP", file=sys.stderr)  # fmt: skip
+            return 1
+
+
+def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
+    """From the data to the summary: 0 when finished, 128 + signal when stopped, 1 when diverged."""
+    report, train_bytes, val = open_data(s)
     print(data.describe(report))
-    total, per_iter = last_iteration(s, len(train)), s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
+    total, per_iter = (
+        last_iteration(s, len(train_bytes)),
+        s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM,
+    )
     print(
         f"plan: {total:,} iterations of {per_iter:,} bytes are {total * per_iter:,} bytes or "
-        f"{total * per_iter / len(train):.2f} epochs; an evaluation reads {len(val):,} bytes"
+        f"{total * per_iter / len(train_bytes):.2f} epochs; an evaluation reads {len(val):,} bytes"
     )
 
     mx.random.seed(s.SEED)
@@ -319,6 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     print(f"note: {EXPECT[s.TRAINING_MODE]}")
+    checkpoints.check_space(run, model, s.KEEP + 2)
 
     state = [model.state, optimizer.state]
     compiled = partial(mx.compile, inputs=state, outputs=state)
@@ -328,10 +368,16 @@ def main(argv: list[str] | None = None) -> int:
         return nn.value_and_grad(model, lambda *batch: model(*batch)[1])(idx, targets, key)
 
     @compiled
-    def update(gradients):
+    def update(loss, gradients):
+        """One step of AdamW; nothing changes where the loss or the gradient is not finite."""
         gradients = tree_map(lambda g: g / s.GRAD_ACCUM, gradients)
         gradients, norm = optim.clip_grad_norm(gradients, s.GRAD_CLIP)
+        before = tree_map(lambda a: a, state)
         optimizer.update(model, gradients)
+        good = mx.isfinite(loss) & mx.isfinite(norm)
+        kept = tree_map(lambda new, old: mx.where(good, new, old), state, before)
+        model.update(kept[0])
+        optimizer.state.update(kept[1])
         return norm
 
     total_loss = mx.compile(partial(loss_sum, model), inputs=[model.state])
@@ -340,6 +386,13 @@ def main(argv: list[str] | None = None) -> int:
     log, evaluated = open_log(run, step)
     bar = tqdm(total=total if total < math.inf else None, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
+    skipped = in_a_row = 0
+    stop.can_wait = True
+
+    def where(step):
+        count = s.BATCH_SIZE * s.GRAD_ACCUM
+        starts = block_starts(len(train_bytes), step * count, count, s.BLOCK_SIZE, s.SEED)
+        return f"{s.BLOCK_SIZE} bytes each from {starts.tolist()} of the training bytes"
 
     def save():
         nonlocal saved
@@ -347,61 +400,76 @@ def main(argv: list[str] | None = None) -> int:
             checkpoints.save(run, step, model, optimizer, info)
             saved = step
 
-    with until_interrupted() as interrupted:
-        while True:
-            finished = step >= total
-            if finished or interrupted or step % s.SAVE_FREQ == 0:
-                save()  # before the evaluation: one that dies must not cost the work
-            if interrupted:
-                break
-            if (finished or step % s.EVAL_FREQ == 0) and evaluated < step:
-                val_loss, evaluated = evaluate(total_loss, val, s.BATCH_SIZE, s.BLOCK_SIZE), step
-                log(step=step, val_loss=val_loss, val_bpb=val_loss / math.log(2))
-                if step and val_loss < best.get("val_loss", math.inf):
-                    save()
-                    best = {"checkpoint": f"step-{step:06d}", "step": step, "val_loss": val_loss}
-                    checkpoints.write_json(run / "best.json", best)
-                for text in samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step):
-                    tqdm.write(f"--- sample at iteration {step}\n{text}")
-            checkpoints.prune(run, s.KEEP)
-            if finished:
-                break
+    while True:
+        finished = step >= total
+        if finished or stop.number or step % s.SAVE_FREQ == 0:
+            save()  # before the evaluation: one that dies must not cost the work
+        if stop.number:
+            bar.close()
+            print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
+            return 128 + stop.number
+        if (finished or step % s.EVAL_FREQ == 0) and evaluated < step:
+            val_loss = evaluate(total_loss, val, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
+            if stop.number:
+                continue
+            if not math.isfinite(val_loss):
+                raise Diverged(f"validation loss is {val_loss} at iteration {step}")
+            evaluated = step
+            log(step=step, val_loss=val_loss, val_bpb=val_loss / math.log(2))
+            if step and val_loss < best.get("val_loss", math.inf):
+                save()
+                best = {"checkpoint": f"step-{step:06d}", "step": step, "val_loss": val_loss}
+                checkpoints.write_whole(run / "best.json", json.dumps(best))
+            for text in samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop):
+                tqdm.write(f"--- sample at iteration {step}\n{text}")
+        checkpoints.prune(run, s.KEEP)
+        if finished:
+            break
 
-            tick = time.perf_counter()
-            optimizer.learning_rate = rate = learning_rate(step, total, s)
-            loss, gradients = 0.0, None
-            for micro in range(step * s.GRAD_ACCUM, (step + 1) * s.GRAD_ACCUM):
-                batch = get_batch(train, micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
-                part, more = gradient(*batch, mx.random.key(s.SEED * 2**32 + micro))
-                loss += part / s.GRAD_ACCUM
-                gradients = tree_map(mx.add, gradients, more) if gradients else more
-                mx.eval(loss, gradients)
-            norm = update(gradients)
-            mx.eval(state, norm)
+        tick = time.perf_counter()
+        optimizer.learning_rate = rate = learning_rate(step, total, s)
+        loss, gradients = 0.0, None
+        for micro in range(step * s.GRAD_ACCUM, (step + 1) * s.GRAD_ACCUM):
+            batch = get_batch(train_bytes, micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
+            part, more = gradient(*batch, mx.random.key(s.SEED * 2**32 + micro))
+            loss += part / s.GRAD_ACCUM
+            gradients = tree_map(mx.add, gradients, more) if gradients else more
+            mx.eval(loss, gradients)
+        norm = update(loss, gradients)
+        mx.eval(state, norm)
+        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
             losses.append(loss.item())
-            step += 1
-            bar.update()
-            if step > first + 1:  # the first iteration compiles
-                seconds, timed = seconds + time.perf_counter() - tick, timed + per_iter
-            if step % s.LOG_FREQ == 0:
-                log(
-                    step=step,
-                    loss=sum(losses) / len(losses),
-                    lr=rate,
-                    grad_norm=norm.item(),
-                    bytes_per_s=timed / max(seconds, 1e-9),
-                    peak_gb=mx.get_peak_memory() / 1e9,
-                    seconds_left=(time.perf_counter() - began) / (step - first) * (total - step),
+            in_a_row = 0
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            tqdm.write(
+                f"iter {step + 1:>6} | update skipped: loss {loss.item()}, norm {norm.item()}"
+            )
+            if in_a_row == s.MAX_SKIPS:
+                raise Diverged(
+                    f"no sound update in {in_a_row} iterations; last batch: {where(step)}"
                 )
-                losses, seconds, timed = [], 0.0, 0
+        step += 1
+        bar.update()
+        if step > first + 1:  # the first iteration compiles
+            seconds, timed = seconds + time.perf_counter() - tick, timed + per_iter
+        if step % s.LOG_FREQ == 0 and losses:
+            log(
+                step=step,
+                loss=sum(losses) / len(losses),
+                lr=rate,
+                grad_norm=norm.item(),
+                skipped=skipped,
+                bytes_per_s=timed / max(seconds, 1e-9),
+                peak_gb=mx.get_peak_memory() / 1e9,
+                seconds_left=(time.perf_counter() - began) / (step - first) * (total - step),
+            )
+            losses, seconds, timed = [], 0.0, 0
     bar.close()
-    if interrupted:
-        print(f"stopped after iteration {step}, saved in {run}; the same command continues the run")
-        return 130
     summary = {
         "run": run,
         "iterations": step,
-        "epochs": round(step * per_iter / len(train), 2),
+        "epochs": round(step * per_iter / len(train_bytes), 2),
         "parameters": n_parameters,
         "val_loss": round(val_loss, 4),
         "val_bpb": round(val_loss / math.log(2), 4),
@@ -420,7 +488,9 @@ def main(argv: list[str] | None = None) -> int:
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
 FIXED = ["TRAINING_MODE", "BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "SEED", "training data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
-AT_LEAST = {name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP")}
+AT_LEAST = {
+    name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP", "MAX_SKIPS")
+}
 AT_LEAST |= {name: 1 for name in ("LOG_FREQ", "EVAL_FREQ", "SAVE_FREQ", "LR_DECAY_ITERS")}
 AT_LEAST |= {name: 0 for name in ("WARMUP_ITERS", "WEIGHT_DECAY", "SAMPLE_BYTES", "SEED")}
 AT_LEAST |= {"EVAL_BYTES": 2}
@@ -433,6 +503,12 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
     if s.TRAINING_MODE not in NEEDED:
         raise UserError(
             f"TRAINING_MODE is {s.TRAINING_MODE!r}; it must be one of {', '.join(NEEDED)}"
+        )
+    if s.RUN_NAME is not None and not re.fullmatch(
+        r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", s.RUN_NAME
+    ):
+        raise UserError(
+            f"RUN_NAME is {s.RUN_NAME!r}; it must be 1 to 64 of the characters A-Za-z0-9._-"
         )
     for name, least in AT_LEAST.items():
         if (value := vars(s)[name]) is not None and value < least:
@@ -451,4 +527,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3 if isinstance(error, checkpoints.NoneValid) else 2)
