@@ -8,6 +8,7 @@ dataclass, BDH_CONFIG, makes a flag for each field.
 import argparse
 import inspect
 import re
+import sys
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?  # (.*)$", re.MULTILINE)
 
 
-def parse(script: ModuleType, presets: dict[str, dict], argv: list[str] | None) -> SimpleNamespace:
+def parse(script: ModuleType, presets: dict[str, str], argv: list[str] | None) -> SimpleNamespace:
     """The script's constants, changed by --preset, changed by flags; argparse reports bad ones."""
     constants, hints = {}, {}
     for name, kind, optional, comment in CONSTANT.findall(_settings_of(script)):
@@ -40,8 +41,11 @@ def parse(script: ModuleType, presets: dict[str, dict], argv: list[str] | None) 
             how = {"action": argparse.BooleanOptionalAction}
         text = text.replace("%", "%%")
         parser.add_argument(flag, dest=name, help=text, default=argparse.SUPPRESS, **how)
-    given = vars(parser.parse_args(argv))
-    return SimpleNamespace(**constants | presets.get(given.pop("preset"), {}) | given)
+    argv = sys.argv[1:] if argv is None else argv
+    preset = presets.get(parser.parse_args(argv).preset, "").split()
+    given = vars(parser.parse_args(preset + argv))  # of a flag given twice the last one counts
+    given.pop("preset")
+    return SimpleNamespace(**constants | given)
 
 
 def _settings_of(script: ModuleType) -> str:

@@ -67,34 +67,20 @@ CHECKPOINT_DIR = "checkpoints_mlx"  # holds one folder per run, and the prepared
 RUN_NAME: str | None = None  # folder of this run; none: the training mode
 INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (phase 2)
 
-GUIDE = {"BLOCK_SIZE": 4096, "BATCH_SIZE": 2}
+# Each preset is flags: the guide's configurations, and `tiny` for a first look. Where the guide names
+# no EPOCHS, MAX_ITERS alone ends the run.
+GUIDE = "--block-size 4096 --batch-size 2 --training-mode "
 PRESETS = {
-    "both-64gb": GUIDE
-    | {"TRAINING_MODE": "both", "MAX_ITERS": 5000, "LEARNING_RATE": 5e-5, "EPOCHS": 3},
-    "full-64gb": GUIDE
-    | {"TRAINING_MODE": "full", "MAX_ITERS": 8000, "LEARNING_RATE": 3e-5, "EPOCHS": 3},
-    "phase1-64gb": GUIDE
-    | {"TRAINING_MODE": "system", "MAX_ITERS": 3000, "LEARNING_RATE": 1e-4, "EPOCHS": None},
-    "phase2-64gb": GUIDE
-    | {"TRAINING_MODE": "instruction", "MAX_ITERS": 3000, "LEARNING_RATE": 5e-5, "EPOCHS": None}
-    | {"INIT_FROM": "system"},
-    "both-16gb": {"TRAINING_MODE": "both", "BLOCK_SIZE": 2048, "BATCH_SIZE": 1}
-    | {"MAX_ITERS": 5000, "LEARNING_RATE": 5e-5, "EPOCHS": None},
-    "tiny": {"n_layer": 3, "n_embd": 64, "mlp_internal_dim_multiplier": 32, "dropout": 0.05}
-    | {
-        "TRAINING_MODE": "full",
-        "BLOCK_SIZE": 256,
-        "BATCH_SIZE": 8,
-        "MAX_ITERS": 250,
-        "EPOCHS": None,
-    }
-    | {
-        "LEARNING_RATE": 4e-3,
-        "WARMUP_ITERS": 20,
-        "LOG_FREQ": 25,
-        "EVAL_FREQ": 125,
-        "SAVE_FREQ": 125,
-    },
+    "both-64gb": GUIDE + "both --max-iters 5000 --learning-rate 5e-5 --epochs 3",
+    "full-64gb": GUIDE + "full --max-iters 8000 --learning-rate 3e-5 --epochs 3",
+    "phase1-64gb": GUIDE + "system --max-iters 3000 --learning-rate 1e-4 --epochs none",
+    "phase2-64gb": GUIDE + "instruction --max-iters 3000 --learning-rate 5e-5 --epochs none "
+    "--init-from system",
+    "both-16gb": "--training-mode both --block-size 2048 --batch-size 1 --max-iters 5000 "
+    "--learning-rate 5e-5 --epochs none",
+    "tiny": "--n-layer 3 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0.05 "
+    "--training-mode full --block-size 256 --batch-size 8 --max-iters 250 --epochs none "
+    "--learning-rate 4e-3 --warmup-iters 20 --log-freq 25 --eval-freq 125 --save-freq 125",
 }
 
 # -------------------------------------------------------------------------------------------- data
@@ -291,6 +277,34 @@ class Stop:
             raise SystemExit(128 + number)
 
 
+def compiled_step(model, optimizer, accum: int, clip: float) -> tuple[Callable, Callable, list]:
+    """The halves of an iteration, and the state they change, to be evaluated after each update.
+
+    gradient(idx, targets, key) -> loss, gradients; update(summed loss, summed gradients) -> norm.
+    """
+    state = [model.state, optimizer.state]
+    compiled = partial(mx.compile, inputs=state, outputs=state)
+
+    @compiled
+    def gradient(idx, targets, key):
+        return nn.value_and_grad(model, lambda *batch: model(*batch)[1])(idx, targets, key)
+
+    @compiled
+    def update(loss, gradients):
+        """One step of AdamW; nothing changes where the loss or the gradient is not finite."""
+        gradients = tree_map(lambda g: g / accum, gradients)
+        gradients, norm = optim.clip_grad_norm(gradients, clip)
+        before = tree_map(lambda a: a, state)
+        optimizer.update(model, gradients)
+        good = mx.isfinite(loss) & mx.isfinite(norm)
+        kept = tree_map(lambda new, old: mx.where(good, new, old), state, before)
+        model.update(kept[0])
+        optimizer.state.update(kept[1])
+        return norm
+
+    return gradient, update, state
+
+
 def open_log(run: Path, step: int) -> tuple[Callable, int]:
     """A function that logs to metrics.jsonl and the terminal, and the last step evaluated before.
 
@@ -338,10 +352,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     """From the data to the summary: 0 when finished, 128 + signal when stopped, 1 when diverged."""
     report, train_bytes, val = open_data(s)
     print(data.describe(report))
-    total, per_iter = (
-        last_iteration(s, len(train_bytes)),
-        s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM,
-    )
+    total = last_iteration(s, len(train_bytes))
+    per_iter = s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
     print(
         f"plan: {total:,} iterations of {per_iter:,} bytes are {total * per_iter:,} bytes or "
         f"{total * per_iter / len(train_bytes):.2f} epochs; an evaluation reads {len(val):,} bytes"
@@ -352,7 +364,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     step = first = saved = start(run, s, report, model, optimizer)  # loads before compiling
-    if step >= total:
+    log, evaluated = open_log(run, step)
+    if step >= total and evaluated == step:
         print(f"finished: {run} has its {step:,} iterations; to go on, raise MAX_ITERS or EPOCHS")
         return 0
     n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
@@ -360,30 +373,10 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     print(f"note: {EXPECT[s.TRAINING_MODE]}")
     checkpoints.check_space(run, model, s.KEEP + 2)
 
-    state = [model.state, optimizer.state]
-    compiled = partial(mx.compile, inputs=state, outputs=state)
-
-    @compiled
-    def gradient(idx, targets, key):
-        return nn.value_and_grad(model, lambda *batch: model(*batch)[1])(idx, targets, key)
-
-    @compiled
-    def update(loss, gradients):
-        """One step of AdamW; nothing changes where the loss or the gradient is not finite."""
-        gradients = tree_map(lambda g: g / s.GRAD_ACCUM, gradients)
-        gradients, norm = optim.clip_grad_norm(gradients, s.GRAD_CLIP)
-        before = tree_map(lambda a: a, state)
-        optimizer.update(model, gradients)
-        good = mx.isfinite(loss) & mx.isfinite(norm)
-        kept = tree_map(lambda new, old: mx.where(good, new, old), state, before)
-        model.update(kept[0])
-        optimizer.state.update(kept[1])
-        return norm
-
+    gradient, update, state = compiled_step(model, optimizer, s.GRAD_ACCUM, s.GRAD_CLIP)
     total_loss = mx.compile(partial(loss_sum, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
     best = checkpoints.read_best(run)
-    log, evaluated = open_log(run, step)
     bar = tqdm(total=total if total < math.inf else None, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
     skipped = in_a_row = 0

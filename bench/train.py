@@ -1,0 +1,170 @@
+"""Training speed and peak memory: ours, the quadratic form, and the official PyTorch model.
+
+    python bench/train.py                        # shapes for a CPU, about 3 minutes
+    python bench/train.py --official bdh.py      # beside pathwaycom/bdh's file, PyTorch installed
+    python bench/train.py --gpu --official bdh.py
+
+Each case is a full training step (loss, gradients, clipping, AdamW) on random bytes in a process of
+its own, one after the other on one machine: warm-up steps, then the median of timed ones. Prints
+one JSON line per case, then a table; `ratio` is bytes/s divided by those of the shape's first row.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL_MODEL = {"n_layer": 4, "n_embd": 64, "n_head": 4, "mlp_internal_dim_multiplier": 32}
+DEFAULT_MODEL = {"n_layer": 6, "n_embd": 256, "n_head": 4, "mlp_internal_dim_multiplier": 128}
+SHAPES_CPU = [(1, 1024), (1, 4096), (1, 16384)]  # B, T
+SHAPES_GPU = [(2, 4096), (1, 16384), (32, 512), (1, 65536)]
+
+
+def cases(args: argparse.Namespace) -> list[dict]:
+    """Every system on every shape that it can do in the time and the memory there are."""
+    shapes, model = (SHAPES_GPU, DEFAULT_MODEL) if args.gpu else (SHAPES_CPU, SMALL_MODEL)
+    peers = ["official compiled"] if args.gpu else ["official eager"]  # cost grows with T squared
+    found = []
+    for B, T in shapes:
+        systems = peers if args.official and T <= (16384 if args.gpu else 4096) else []
+        systems = systems + (["quadratic"] if T <= (4096 if args.gpu else 1024) else [])
+        systems = [*systems, "ours"] + (["ours, dropout 0.1"] if T == 4096 else [])
+        for system in systems:
+            dropout = 0.1 if "dropout" in system else 0.0
+            found.append({"system": system, "B": B, "T": T, "model": model | {"dropout": dropout}})
+    return found
+
+
+def timed(step, synchronize, steps: int) -> float:
+    """Median seconds of a step, after two that warm up."""
+    seconds = []
+    for _ in range(steps + 2):
+        began = time.perf_counter()
+        step()
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[2:])
+
+
+def run_ours(case: dict, steps: int) -> dict:
+    sys.path.insert(0, str(ROOT))
+    import bdh_mlx  # isort: skip
+    import mlx.core as mx
+    import mlx.optimizers as optim
+
+    import train_mlx
+
+    mx.random.seed(0)
+    model = bdh_mlx.BDH(bdh_mlx.BDHConfig(**case["model"]))
+    if case["system"] == "quadratic":
+        model.chunk = case["T"]
+    optimizer = optim.AdamW(1e-3, weight_decay=0.1, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    gradient, update, state = train_mlx.compiled_step(model, optimizer, 1, 1.0)
+    batch = mx.random.randint(0, 256, (2, case["B"], case["T"]))
+    key = mx.random.key(1)
+
+    def step():
+        mx.eval(state, update(*gradient(*batch, key)))
+
+    step()
+    mx.reset_peak_memory()
+    seconds = timed(step, mx.synchronize, steps)
+    return {
+        "seconds": seconds,
+        "peak_gb": mx.get_peak_memory() / 1e9,
+        "device": str(mx.default_device()),
+    }
+
+
+def run_official(case: dict, steps: int, path: str) -> dict:
+    import torch
+
+    spec = importlib.util.spec_from_file_location("official_bdh", path)
+    official = importlib.util.module_from_spec(spec)
+    sys.modules["official_bdh"] = official
+    spec.loader.exec_module(official)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = official.BDH(official.BDHConfig(**case["model"])).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    if "compiled" in case["system"]:
+        model = torch.compile(model)
+    batch = torch.randint(0, 256, (2, case["B"], case["T"]), device=device)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            loss = model(*batch)[1]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds = timed(step, synchronize, steps)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+    return {"seconds": seconds, "peak_gb": peak, "device": device}
+
+
+def run(case: dict, args: argparse.Namespace) -> dict:
+    """One case in a process of its own: a peer that runs out of memory costs its row only."""
+    command = [sys.executable, __file__, "--case", json.dumps(case), "--steps", str(args.steps)]
+    command += ["--official", args.official] if args.official else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+        result = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        result = {"failed": f"over {args.timeout} s"}
+    except (IndexError, ValueError):
+        result = {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1][:200]}
+    return case | result
+
+
+def table(results: list[dict]) -> str:
+    rows = [f"{'system':<20}{'B':>4}{'T':>7}{'bytes/s':>10}{'ms':>9}{'peak GB':>9}{'ratio':>7}"]
+    for r in results:
+        if "failed" in r:
+            rows.append(f"{r['system']:<20}{r['B']:>4}{r['T']:>7}  {r['failed']}")
+            continue
+        peer = next(p for p in results if (p["B"], p["T"]) == (r["B"], r["T"]) and "seconds" in p)
+        peak = "" if r["peak_gb"] is None else f"{r['peak_gb']:.2f}"
+        rows.append(
+            f"{r['system']:<20}{r['B']:>4}{r['T']:>7}{r['B'] * r['T'] / r['seconds']:>10,.0f}"
+            f"{r['seconds'] * 1e3:>9,.1f}{peak:>9}{peer['seconds'] / r['seconds']:>7.2f}"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--official", help="path of pathwaycom/bdh's bdh.py; needs PyTorch")
+    parser.add_argument("--gpu", action="store_true", help="the default model at GPU shapes")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a case (3)")
+    parser.add_argument("--timeout", type=int, default=180, help="seconds a case may take (180)")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        official = args.case["system"].startswith("official")
+        done = (
+            run_official(args.case, args.steps, args.official)
+            if official
+            else run_ours(args.case, args.steps)
+        )
+        print(json.dumps(done))
+        return
+    results = []
+    for case in cases(args):
+        results.append(run(case, args))
+        print(json.dumps(results[-1]), flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
