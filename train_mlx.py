@@ -67,8 +67,8 @@ CHECKPOINT_DIR = "checkpoints_mlx"  # holds one folder per run, and the prepared
 RUN_NAME: str | None = None  # folder of this run; none: the training mode
 INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (phase 2)
 
-# Each preset is flags: the guide's configurations, and `tiny` for a first look. Where the guide names
-# no EPOCHS, MAX_ITERS alone ends the run.
+# Each preset is flags: the guide's configurations, and `tiny` for a first look. Where the guide
+# names no EPOCHS, MAX_ITERS alone ends the run.
 GUIDE = "--block-size 4096 --batch-size 2 --training-mode "
 PRESETS = {
     "both-64gb": GUIDE + "both --max-iters 5000 --learning-rate 5e-5 --epochs 3",

@@ -19,15 +19,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL_MODEL = {"n_layer": 4, "n_embd": 64, "n_head": 4, "mlp_internal_dim_multiplier": 32}
-DEFAULT_MODEL = {"n_layer": 6, "n_embd": 256, "n_head": 4, "mlp_internal_dim_multiplier": 128}
-SHAPES_CPU = [(1, 1024), (1, 4096), (1, 16384)]  # B, T
-SHAPES_GPU = [(2, 4096), (1, 16384), (32, 512), (1, 65536)]
+CPU = (
+    {"n_layer": 4, "n_embd": 64, "n_head": 4, "mlp_internal_dim_multiplier": 32},
+    [(1, 1024), (1, 4096), (1, 16384)],  # B, T
+)
+GPU = (
+    {"n_layer": 6, "n_embd": 256, "n_head": 4, "mlp_internal_dim_multiplier": 128},
+    [(2, 4096), (1, 16384), (32, 512), (1, 65536)],
+)
 
 
 def cases(args: argparse.Namespace) -> list[dict]:
     """Every system on every shape that it can do in the time and the memory there are."""
-    shapes, model = (SHAPES_GPU, DEFAULT_MODEL) if args.gpu else (SHAPES_CPU, SMALL_MODEL)
+    model, shapes = GPU if args.gpu else CPU
     peers = ["official compiled"] if args.gpu else ["official eager"]  # cost grows with T squared
     found = []
     for B, T in shapes:
