@@ -33,7 +33,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-ROPE_BASE = 2.0**16  # longest wavelength of the rotation, in units of 2 pi bytes
+from fast_layer import Compute, layer, ln, rotate
+
 PREFILL = 1024  # bytes of a prompt read in one evaluation, which bounds its memory
 
 
@@ -86,18 +87,6 @@ class State(NamedTuple):
     synapses: list[mx.array | None]
 
 
-def ln(x: mx.array) -> mx.array:
-    """LayerNorm over the last axis, without parameters."""
-    return mx.fast.layer_norm(x, None, None, 1e-5)
-
-
-def rotate(x: mx.array, position: int = 0) -> mx.array:
-    """Turn neuron pairs (2i, 2i+1) by t * ROPE_BASE^(-2i/N), t from `position` on; (.., T, N)."""
-    return mx.fast.rope(
-        x, x.shape[-1], traditional=True, base=ROPE_BASE, scale=1.0, offset=position
-    )
-
-
 def attention_quadratic(q: mx.array, v: mx.array) -> mx.array:
     """The definition, T x T scores: the reference that every faster form is tested against.
 
@@ -136,6 +125,7 @@ class BDH(nn.Module):
         super().__init__()
         D, H, N = config.n_embd, config.n_head, config.neurons_per_head
         self.config = config
+        self.compute = Compute(chunk=max(128, 2 * D))
         self.embed = nn.Embedding(config.vocab_size, D)
         self.embed.weight = mx.random.normal((config.vocab_size, D)) * 0.02
         self.encoder = mx.random.normal((H, D, N)) * 0.02
@@ -144,33 +134,35 @@ class BDH(nn.Module):
         self.lm_head = mx.random.normal((D, config.vocab_size)) * 0.02
 
     def __call__(self, idx, targets=None, key=None):
-        logits, _ = self.read(idx, key=key)
+        """See above; computed as `self.compute` says, by layers with a gradient of their own."""
+        H, D = self.config.n_head, self.config.n_embd
+        weights = (self.encoder, self.encoder_v, self.decoder.reshape(H, -1, D))
+        v = ln(self.embed(idx))  # (B, T, D)
+        L = self.config.n_layer
+        for key_l in [None] * L if key is None else mx.random.split(key, L):
+            v = layer(v, *weights, self.compute, key_l, self.config.dropout)
+        logits = v @ self.lm_head
         if targets is None:
             return logits, None
         return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
 
-    def read(self, idx: mx.array, state: State | None = None, key=None, chunk: int | None = None):
-        """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State."""
-        L = self.config.n_layer
-        position, synapses = state or State(0, [None] * L)
-        keys = [None] * L if key is None else mx.random.split(key, L)
+    def read(self, idx: mx.array, state: State | None = None, chunk: int | None = None):
+        """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State. No dropout."""
+        position, synapses = state or State(0, [None] * self.config.n_layer)
         v = ln(self.embed(idx))  # (B, T, D)
         after = []
-        for key_l, synapses_l in zip(keys, synapses, strict=True):
-            v, synapses_l = self.layer(v, position, synapses_l, key_l, chunk)
+        for synapses_l in synapses:
+            v, synapses_l = self.layer(v, position, synapses_l, chunk)
             after.append(synapses_l)
         return v @ self.lm_head, State(position + idx.shape[1], after)
 
-    def layer(self, v, position, synapses, key, chunk):
+    def layer(self, v, position=0, synapses=None, chunk=None):
         """v (B, T, D) through the equations above; the batch is folded into the GEMMs' rows."""
         B, T, D = v.shape
         H, N = self.config.n_head, self.config.neurons_per_head
         x = nn.relu(v.reshape(1, B * T, D) @ self.encoder)  # (H, B*T, N)
         a, synapses = attention(rotate(x.reshape(H, B, T, N), position), v, synapses, chunk)
         y = nn.relu(ln(a).reshape(H, B * T, D) @ self.encoder_v) * x  # (H, B*T, N)
-        if key is not None and self.config.dropout > 0:
-            kept = 1 - self.config.dropout
-            y = y * mx.random.bernoulli(kept, y.shape, key=key) / kept
         out = (y @ self.decoder.reshape(H, N, D)).sum(0)  # (B*T, D)
         return ln(v + ln(out).reshape(B, T, D)), synapses
 

@@ -36,6 +36,7 @@ from tqdm import tqdm
 import checkpoints
 import data
 import flags
+import memory
 from bdh_mlx import UserError
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
@@ -54,6 +55,9 @@ WEIGHT_DECAY = 0.1  # AdamW's, as in the paper
 GRAD_CLIP = 1.0  # largest global norm of a gradient
 MAX_SKIPS = 10  # updates in a row skipped for numbers that are not finite before the run stops
 BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
+DTYPE = "auto"  # of the products: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
+MEMORY = "auto"  # "fast", "balanced" or "small" (each slower than the last); auto: what fits
+FORCE = False  # start although the estimated memory cannot be had
 SEED = 1337  # of weights, split, data order, dropout and samples
 VAL_SHARE = 0.1  # of the distinct records, held out
 EVAL_BYTES: int | None = 1_000_000  # validation bytes read at most, always the same; none: all
@@ -368,8 +372,11 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     if step >= total and evaluated == step:
         print(f"finished: {run} has its {step:,} iterations; to go on, raise MAX_ITERS or EPOCHS")
         return 0
+    name, model.compute, peak = memory.choose(s)
+    mx.set_memory_limit(int(peak))  # MLX would run ahead of the device and take more
     n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
+    print(f"memory: {name}, {model.compute.dtype}, estimated peak {peak / 1e9:.2f} GB")
     print(f"note: {EXPECT[s.TRAINING_MODE]}")
     checkpoints.check_space(run, model, s.KEEP + 2)
 
@@ -493,16 +500,16 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
     """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
     s = flags.parse(sys.modules[__name__], PRESETS, argv)
     s.BDH_CONFIG = bdh_mlx.BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
-    if s.TRAINING_MODE not in NEEDED:
-        raise UserError(
-            f"TRAINING_MODE is {s.TRAINING_MODE!r}; it must be one of {', '.join(NEEDED)}"
-        )
     if s.RUN_NAME is not None and not re.fullmatch(
         r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", s.RUN_NAME
     ):
         raise UserError(
             f"RUN_NAME is {s.RUN_NAME!r}; it must be 1 to 64 of the characters A-Za-z0-9._-"
         )
+    one_of = {"TRAINING_MODE": NEEDED, "DTYPE": ("auto", "bfloat16", "float32")}
+    for name, choices in (one_of | {"MEMORY": ("auto", *memory.SETTINGS)}).items():
+        if vars(s)[name] not in choices:
+            raise UserError(f"{name} is {vars(s)[name]!r}; it must be one of {', '.join(choices)}")
     for name, least in AT_LEAST.items():
         if (value := vars(s)[name]) is not None and value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")

@@ -1,0 +1,295 @@
+"""One BDH layer with a gradient of its own: time linear in T, memory bounded by a segment of T.
+
+    h = v Dx    x = relu(h)    q = rotate(x)    a = tril(q q^T, -1) v
+    g = ln(a) Dy    y = x * relu(g), dropout    o = sum over heads of y E    v' = ln(v + ln(o))
+
+It equals BDH.layer, which reads better. Differences, each for speed or memory:
+- Scores have no softmax, so what earlier chunks of C bytes add to a is q S, with S the sum of q^T v
+  over them; going backward, R, the sum of q^T da over *later* chunks, plays that part.
+- Activations are head-major, (H, B*T, N): each product is one batched GEMM and no head is moved.
+- The backward pass recomputes what was not kept, segment after segment, each tied (mx.depends) to
+  the one before: otherwise MLX evaluates them all at once, and nothing is saved.
+- No array is larger than a segment's activation, which `rows` bounds: Macs limit a buffer to a few
+  GB and the time of a command buffer, and arrays of 2^31 elements fail.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+
+ROPE_BASE = 2.0**16  # longest wavelength of the rotation, in units of 2 pi bytes
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a layer is computed; the function is the same."""
+
+    dtype: mx.Dtype = mx.float32  # of the GEMMs; sums, norms and states stay float32
+    chunk: int = 128  # C: bytes whose scores are computed as a square
+    rows: int = 16384  # B * T of a segment, at most
+    keep: int = 4  # of `found`, x, g, q, y: how many the forward pass keeps for the backward pass
+
+
+def ln(x: mx.array) -> mx.array:
+    """LayerNorm over the last axis, without parameters."""
+    return mx.fast.layer_norm(x, None, None, 1e-5)
+
+
+def residual(v: mx.array, o: mx.array) -> mx.array:
+    return ln(v + ln(o))
+
+
+# ----------------------------------------------------------------------------------------- rotation
+
+
+@lru_cache(maxsize=2)
+def _turns(T: int, N: int) -> mx.array:
+    """exp(i t w) of t < T and each neuron pair's w, (T, N/2), from float64."""
+    angles = np.outer(np.arange(T), ROPE_BASE ** (-np.arange(0, N, 2) / N))
+    return mx.array(np.exp(1j * angles).astype(np.complex64))
+
+
+@mx.compile
+def _turned(x, turns):
+    return (x.view(mx.complex64) * turns).view(mx.float32)
+
+
+def rotate(x: mx.array, position: int = 0, sign: int = 1) -> mx.array:
+    """Turn neuron pairs (2i, 2i+1) of x (.., T, N) by t * ROPE_BASE^(-2i/N), t from `position` on.
+
+    sign -1 turns back. mx.fast.rope is slow on a CPU, where pairs are read as complex numbers.
+    """
+    T, N = x.shape[-2:]
+    if mx.default_device() == mx.gpu or x.dtype != mx.float32:
+        flat = x.reshape(1, -1, T, N)  # its kernels share a sine among the rows of the second axis
+        how = {"traditional": True, "base": ROPE_BASE, "scale": float(sign), "offset": position}
+        return mx.fast.rope(flat, N, **how).reshape(x.shape)
+    turns = _turns(T, N)
+    if position:
+        angles = position * ROPE_BASE ** (-np.arange(0, N, 2) / N)
+        turns = turns * mx.array(np.exp(1j * angles).astype(np.complex64))
+    turns = turns if sign > 0 else mx.conjugate(turns)
+    turned = mx.custom_function(lambda x: _turned(x, turns))
+    turned.vjp(lambda _, cotangent, __: _turned(cotangent, mx.conjugate(turns)))
+    return turned(x)
+
+
+# ------------------------------------------------------------------------------------------ dropout
+
+
+def dropout_mask(key: mx.array, rate: float, shape: tuple):
+    """8 random bits a neuron and the limit below which it is silenced; None for rate 0.
+
+    A 32-bit draw serves four neurons: one each would cost more than a GEMM. 256 * rate is seldom
+    whole: the limit is drawn from its two neighbours, so that the rate is true on average.
+    """
+    if not rate:
+        return None
+    size, (for_bits, for_limit) = math.prod(shape), mx.random.split(key)
+    bits = mx.random.split(for_bits, -(-size // 8)).view(mx.uint8).reshape(-1)[:size]
+    limit = mx.minimum(256 * rate + mx.random.uniform(key=for_limit), 255).astype(mx.uint8)
+    return bits.reshape(shape), limit, 1 / (1 - rate)
+
+
+def _factor(mask, dtype):
+    if mask is None:
+        return 1
+    bits, limit, scale = mask
+    return mx.where(bits >= limit, mx.array(scale, dtype), mx.array(0, dtype))
+
+
+@mx.compile
+def _gate(x, g, mask):
+    return x * (mx.maximum(g, 0) * _factor(mask, x.dtype))
+
+
+@mx.compile
+def _gate_dg(x, g, dy, mask):
+    return mx.where(g > 0, dy * x * _factor(mask, x.dtype), 0)
+
+
+@mx.compile
+def _gate_dh(x, g, dy, dq, mask):
+    return mx.where(x > 0, dy * mx.maximum(g, 0) * _factor(mask, x.dtype) + dq, 0)
+
+
+# ----------------------------------------------------------------------------------------- products
+
+
+def _t(a):
+    return a.swapaxes(-1, -2)
+
+
+def _plus(total, a, b):
+    """total + a @ b in float32; total None is 0."""
+    if total is None:
+        return (a @ b).astype(mx.float32)
+    return mx.addmm(total, a, b) if a.dtype == total.dtype else total + a @ b
+
+
+def _chunked(a, B, C):
+    """(h, B*T, d) -> (h, B, T/C, C, d), a view."""
+    return a.reshape(a.shape[0], B, -1, min(C, a.shape[1] // B), a.shape[-1])
+
+
+def _states(S, k, v, reverse=False):
+    """What each chunk finds written by those before it (reverse: after it), and the sum of all.
+
+    k, v (H or 1, B, n, C, N or D); gives (H, B, n, N, D) in k's dtype, None where nothing is
+    written, and (H, B, N, D) in float32.
+    """
+    n, dtype = k.shape[2], k.dtype
+    written = _t(mx.moveaxis(k, 2, 0)) @ mx.moveaxis(v, 2, 0)
+    found, total = (_sums if n < 8 else _sums_by_product)(written, reverse)
+    total = total.reshape(total.shape[1:])
+    if S is not None:
+        found = S.astype(dtype)[None] if found is None else found + S.astype(dtype)
+        total = S + total
+    return (None if found is None else mx.moveaxis(found, 0, 2)), total
+
+
+def _sums(written, reverse):
+    """Exclusive running sums of (n, ...), None for n = 1, and the sum (1, ...), one by one."""
+    steps = mx.split(written, written.shape[0])[:: -1 if reverse else 1]
+    found, total = [mx.zeros_like(steps[0])], steps[0].astype(mx.float32)
+    for step in steps[1:]:
+        found.append(total.astype(step.dtype))
+        total = total + step
+    found = mx.concatenate(found[:: -1 if reverse else 1]) if len(steps) > 1 else None
+    return found, total
+
+
+def _sums_by_product(written, reverse):
+    """The same with a triangle of ones: one pass over the states, but slow where n is small."""
+    n = written.shape[0]
+    ones = mx.tri(n + 1, n, -1, dtype=written.dtype)
+    sums = (ones[::-1, ::-1] if reverse else ones) @ written.reshape(n, -1)
+    sums = sums.reshape(n + 1, *written.shape[1:])
+    found, total = (sums[1:], sums[:1]) if reverse else (sums[:n], sums[n:])
+    return found, total.astype(mx.float32)
+
+
+# ------------------------------------------------------------------------------- a segment's passes
+
+
+def _excite(v, E, position, B):
+    """x = relu(v Dx) and its rotation q, both (H, B*T, N)."""
+    x = mx.maximum(v @ E, 0)
+    q = rotate(x.reshape(x.shape[0], B, -1, x.shape[-1]), position)
+    return x, q.reshape(x.shape)
+
+
+def _forward(vs, S, weights, position, C, mask):
+    """One segment: v' (B, T, D), the state after it, and what the backward pass can use of it."""
+    (B, T, D), (Dx, Dy, E) = vs.shape, weights
+    v = vs.astype(Dx.dtype).reshape(1, B * T, D)
+    x, q = _excite(v, Dx, position, B)
+    k, vc = _chunked(q, B, C), _chunked(v, B, C)
+    scores = mx.tril(k @ _t(k), -1)
+    found, after = _states(S, k, vc)
+    a = (scores @ vc).astype(mx.float32)
+    a = (a if found is None else a + k @ found).reshape(-1, B * T, D)
+    g = ln(a).astype(Dx.dtype) @ Dy
+    y = _gate(x, g, mask)
+    o = (y @ E).astype(mx.float32).sum(0).reshape(B, T, D)
+    return residual(vs, o), after, (S, scores, a, o, found, x, g, q, y)
+
+
+def _backward(vs, dout, R, dW, weights, kept, position, C, mask):
+    """One segment, the last first: its dv (B, T, D), R with its part added, and dW likewise."""
+    (B, T, D), (Dx, Dy, E) = vs.shape, weights
+    S, scores, a, o, found, x, g, q, y = kept
+    v = vs.astype(Dx.dtype).reshape(1, B * T, D)
+    an = ln(a).astype(Dx.dtype)
+    if x is None:
+        x, q = _excite(v, Dx, position, B)
+    if g is None:
+        g = an @ Dy
+    if q is None:
+        q = rotate(x.reshape(-1, B, T, x.shape[-1]), position).reshape(x.shape)
+    if y is None:
+        y = _gate(x, g, mask)
+
+    dv, do = mx.vjp(residual, [vs, o], [dout])[1]
+    do = do.astype(Dx.dtype).reshape(1, B * T, D)
+    dy = do @ _t(E)
+    dg = _gate_dg(x, g, dy, mask)
+    dan = (dg @ _t(Dy)).astype(mx.float32)
+    da = mx.vjp(ln, [a], [dan])[1][0].astype(Dx.dtype)
+
+    k, vc, dac = _chunked(q, B, C), _chunked(v, B, C), _chunked(da, B, C)
+    if found is None:
+        found, _ = _states(S, k, vc)
+    later, R = _states(R, k, dac, reverse=True)
+    square = mx.tril(dac @ _t(vc), -1)
+    dq = (square + _t(square)) @ k
+    dvc = (_t(scores) @ dac).astype(mx.float32)
+    if found is not None:
+        dq = mx.addmm(dq, dac, _t(found))
+    if later is not None:
+        dq = mx.addmm(dq, vc, _t(later))
+        dvc = dvc + k @ later
+    dq = rotate(dq.reshape(-1, B, T, dq.shape[-1]), position, -1).reshape(x.shape)
+    dh = _gate_dh(x, g, dy, dq, mask)
+
+    dW = (_plus(dW[0], _t(v), dh), _plus(dW[1], _t(an), dg), _plus(dW[2], _t(y), do))
+    dv = dv + (dvc.reshape(-1, B * T, D) + dh @ _t(Dx)).sum(0).reshape(B, T, D)
+    return dv, R, dW
+
+
+# -------------------------------------------------------------------------------------------- layer
+
+
+def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
+    """(begin, end) of each: whole chunks, at most `rows` rows; what no chunk divides comes last."""
+    C = compute.chunk
+    length = max(C, compute.rows // B // C * C)
+    cuts = sorted({*range(0, T, length), T - T % C, T})
+    return list(pairwise(cuts))
+
+
+def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate: float = 0.0):
+    """v' (B, T, D) in float32 of v (B, T, D); encoder, encoder_v (H, D, N); decoder (H, N, D).
+
+    Dropout of `rate` acts on y where `key` is given: the same key and segments, the same mask.
+    """
+    (B, T, _), (H, _, N) = v.shape, encoder.shape
+    parts, C = segments(B, T, compute), compute.chunk
+    keys = mx.random.split(mx.random.key(0) if key is None else key, len(parts))
+    count = 4 + compute.keep  # the first four are small
+
+    def mask(key_i, begin, end):
+        return None if key is None else dropout_mask(key_i, rate, (H, B * (end - begin), N))
+
+    @mx.custom_function
+    def forward(v, *weights):
+        out, kept, S = [], [], None
+        weights = [w.astype(compute.dtype) for w in weights]
+        for key_i, (begin, end) in zip(keys, parts, strict=True):
+            # tied to the segment before, the mask too: it would be drawn for all of T at once
+            vs, key_i = mx.depends([v[:, begin:end], key_i], out[-1:] or [v])
+            one, S, of_use = _forward(vs, S, weights, begin, C, mask(key_i, begin, end))
+            out.append(one)
+            kept += [mx.zeros(1) if each is None else each for each in of_use[:count]]
+        return mx.concatenate(out, 1), *kept
+
+    @forward.vjp
+    def backward(primals, cotangents, outputs):
+        (v, *weights), dout, kept = primals, cotangents[0], outputs[1:]
+        weights = [w.astype(compute.dtype) for w in weights]
+        dv, R, dW = [], None, (None, None, None)
+        for i, (begin, end) in reversed(list(enumerate(parts))):
+            mine = [v[:, begin:end], keys[i], *kept[i * count : (i + 1) * count]]
+            vs, key_i, *of_use = mx.depends(mine, [dv[-1], *dW] if dv else [dout])
+            of_use = [None if each.shape == (1,) else each for each in of_use]
+            of_use += [None] * (9 - count)
+            args = (begin, C, mask(key_i, begin, end))
+            one, R, dW = _backward(vs, dout[:, begin:end], R, dW, weights, of_use, *args)
+            dv.append(one)
+        return *mx.depends([mx.concatenate(dv[::-1], 1)], list(dW)), *dW
+
+    return forward(v, encoder, encoder_v, decoder)[0]

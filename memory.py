@@ -1,0 +1,105 @@
+"""How much memory a training step takes, which setting of MEMORY fits, what would if none does.
+
+The estimate adds what is kept from the forward pass for the backward one, what a segment needs
+while it is computed, and the parameters with their gradients and averages.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+
+from bdh_mlx import BDHConfig, UserError
+from fast_layer import Compute, segments
+
+SETTINGS = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, keep: Compute
+LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
+CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
+
+
+def on_gpu() -> bool:
+    return mx.default_device() == mx.gpu
+
+
+def compute_for(config: BDHConfig, memory: str, dtype: str) -> Compute:
+    """MEMORY and DTYPE as the layer takes them; dtype "auto" is bfloat16 on a GPU, else float32."""
+    rows, keep = SETTINGS[memory]
+    dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
+    bound = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
+    rows = min(rows, bound if on_gpu() else CPU_ROWS)
+    return Compute(dtype, max(128, 2 * config.n_embd), rows, keep)
+
+
+def available() -> float:
+    """Bytes a run may take: a Mac's recommended working set, a card's memory, else free RAM."""
+    info = mx.device_info()
+    if on_gpu():
+        return info.get("max_recommended_working_set_size", 0.95 * info.get("total_memory", 0))
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return 0.9 * 1024 * int(fields["MemAvailable"].split()[0])
+    return 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# Fitted to measured peaks (LOG.md): how many copies of each are alive at the worst moment.
+PARAMETERS, SEGMENT, STATES = 14.8, 5.0, 3.4
+
+
+def estimate(config: BDHConfig, B: int, T: int, compute: Compute) -> float:
+    """Peak bytes of a training step on blocks (B, T), within 20 % of what LOG.md shows measured."""
+    D, H, N = config.n_embd, config.n_head, config.neurons_per_head
+    V, L, e, C, rows = config.vocab_size, config.n_layer, compute.dtype.size, compute.chunk, B * T
+    state, activation = H * N * D * e, H * N * e  # of one sequence after a chunk; of one row
+    parts = segments(B, T, compute)
+    segment = max(end - begin for begin, end in parts) * B
+    parameters = 4 * (3 * H * N * D + 2 * V * D)
+    kept = rows * (4 * D * (H + 2) + H * min(C, T) * e + max(0, compute.keep - 1) * activation)
+    kept += (rows // C if compute.keep else 2 * B * (len(parts) - 1)) * state * (T > C)
+    working = SEGMENT * segment * activation + STATES * max(B, segment // C) * state
+    return PARAMETERS * parameters + L * kept + working + 16 * rows * V
+
+
+def choose(s: SimpleNamespace) -> tuple[str, Compute, float]:
+    """The setting of MEMORY that is to be used, as a Compute, and its estimated peak in bytes.
+
+    "auto" is the fastest that fits. Raises UserError with settings that fit where none does.
+    """
+    names = list(SETTINGS) if s.MEMORY == "auto" else [s.MEMORY]
+    for name in names:
+        compute = compute_for(s.BDH_CONFIG, name, s.DTYPE)
+        peak = estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute)
+        if peak <= available() or (s.FORCE and name == names[-1]):
+            return name, compute, peak
+    raise UserError(too_large(s, peak))
+
+
+def too_large(s: SimpleNamespace, peak: float) -> str:
+    """What does not fit, by how much, and the nearest settings that do."""
+    fits = []
+    B, T, config = s.BATCH_SIZE, s.BLOCK_SIZE, s.BDH_CONFIG
+    tries = [("MEMORY small", B, T, config)]
+    tries += [
+        (f"BATCH_SIZE {b}, GRAD_ACCUM {s.GRAD_ACCUM * B // b}", b, T, config) for b in halves(B)
+    ]
+    tries += [(f"BLOCK_SIZE {t}", B, t, config) for t in halves(T)]
+    tries += [(f"BATCH_SIZE 1, BLOCK_SIZE {t}", 1, t, config) for t in halves(T)]
+    for d in halves(config.n_embd):
+        tries.append((f"n_embd {d}", B, T, replace(config, n_embd=d)))
+    for change, b, t, c in tries:
+        ways = change.split(" ")[0], change
+        if ways[0] not in {w.split(" ")[0] for w in fits}:
+            need = estimate(c, b, t, compute_for(c, "small", s.DTYPE))
+            fits += [f"{change} (with MEMORY small: {need / 1e9:.1f} GB)"] * (need <= available())
+    return (
+        f"a step on {B} blocks of {T:,} bytes needs about {peak / 1e9:.1f} GB, "
+        f"{available() / 1e9:.1f} GB can be had. What fits: {'; '.join(fits) or 'nothing near'}. "
+        "--force starts all the same"
+    )
+
+
+def halves(n: int) -> list[int]:
+    """n/2, n/4, ... down to 1, where whole."""
+    return [n >> i for i in range(1, n.bit_length()) if n % (1 << i) == 0]

@@ -1,0 +1,179 @@
+"""The layer with its own gradient equals the quadratic form, whatever it keeps or cuts."""
+
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from test_model import SMALL, furthest, random_bytes, random_model
+
+import bdh_mlx
+import fast_layer
+import memory
+from fast_layer import Compute
+
+H, N = SMALL.n_head, SMALL.neurons_per_head
+
+
+def loss_and_gradients(model, forward, batch):
+    def loss(idx, targets):
+        return nn.losses.cross_entropy(forward(idx), targets, reduction="mean")
+
+    value, gradients = nn.value_and_grad(model, loss)(*batch)
+    return {"loss": value} | dict(tree_flatten(gradients))
+
+
+def worst(a, b):
+    """Largest difference of any array, relative to that array's largest number."""
+    return max(furthest(a[k], b[k]) / (mx.max(mx.abs(b[k])).item() + 1e-12) for k in b)
+
+
+@pytest.mark.parametrize("T", [1, 31, 129, 300])
+@pytest.mark.parametrize("chunk", [8, 400])
+@pytest.mark.parametrize("rows", [1, 100, 10_000])
+@pytest.mark.parametrize("keep", [0, 1, 4])
+def test_values_and_gradients_equal_the_quadratic_form(T, chunk, rows, keep):
+    model, batch = random_model(), (random_bytes(2, T), random_bytes(2, T, seed=2))
+    slow = loss_and_gradients(model, lambda idx: model.read(idx, chunk=T)[0], batch)
+    model.compute = Compute(chunk=chunk, rows=rows, keep=keep)
+    assert worst(loss_and_gradients(model, lambda idx: model(idx)[0], batch), slow) < 2e-5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("keep", [0, 4])
+def test_dropout_has_one_mask_in_forward_and_recomputation(keep, compiled):
+    """Against a quadratic layer that is given the same mask."""
+    compute, key, rate, (B, T) = (
+        Compute(chunk=8, rows=40, keep=keep),
+        mx.random.key(3),
+        0.3,
+        (2, 45),
+    )
+    model = random_model()
+    v = fast_layer.ln(mx.random.normal((B, T, 16), key=key))
+    weights = [model.encoder, model.encoder_v, model.decoder.reshape(H, N, -1)]
+    parts = fast_layer.segments(B, T, compute)
+    masks = []
+    for key_i, (begin, end) in zip(mx.random.split(key, len(parts)), parts, strict=True):
+        mask = fast_layer.dropout_mask(key_i, rate, (H, B * (end - begin), N))
+        factor = fast_layer._factor(mask, mx.float32)
+        masks.append(factor.reshape(H, B, end - begin, N))
+    mask = mx.concatenate(masks, 2)
+
+    def quadratic(v, Dx, Dy, E):
+        x = nn.relu(v[None] @ Dx[:, None])
+        a = bdh_mlx.attention_quadratic(fast_layer.rotate(x), v)
+        y = nn.relu(fast_layer.ln(a) @ Dy[:, None]) * x * mask
+        return (fast_layer.residual(v, (y @ E[:, None]).sum(0)) ** 3).sum()
+
+    def fast(*args):
+        return (fast_layer.layer(*args, compute, key, rate) ** 3).sum()
+
+    gradient = mx.value_and_grad(fast, argnums=(0, 1, 2, 3))
+    value, gradients = (mx.compile(gradient) if compiled else gradient)(v, *weights)
+    expected, wanted = mx.value_and_grad(quadratic, argnums=(0, 1, 2, 3))(v, *weights)
+    for got, want in zip((value, *gradients), (expected, *wanted), strict=True):
+        assert furthest(got, want) < 2e-5 * mx.max(mx.abs(want)).item()
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
+def test_dropout_silences_at_its_rate_and_keeps_the_mean(rate):
+    factors = [
+        fast_layer._factor(fast_layer.dropout_mask(k, rate, (4, 64, 65)), mx.float32)
+        for k in mx.random.split(mx.random.key(0), 100)
+    ]
+    silenced = mx.mean(mx.stack(factors) == 0).item()
+    assert abs(silenced - rate) < 0.002  # 1.7 million draws: 0.0004 is one standard deviation
+    assert abs(mx.mean(mx.stack(factors)).item() - 1) < 0.02 / (1 - rate)
+
+
+def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16():
+    model, batch = random_model(scale=1), (random_bytes(1, 96), random_bytes(1, 96, seed=2))
+    exact = loss_and_gradients(model, lambda idx: model.read(idx, chunk=96)[0], batch)
+
+    def rounded(idx):
+        """The quadratic form with every product in bfloat16, norms and sums in float32."""
+        Dx, Dy, E = (
+            w.astype(mx.bfloat16)
+            for w in (model.encoder, model.encoder_v, model.decoder.reshape(H, N, -1))
+        )
+        v = fast_layer.ln(model.embed(idx))
+        for _ in range(SMALL.n_layer):
+            vb = v.astype(mx.bfloat16)
+            x = nn.relu(vb[None] @ Dx[:, None])
+            a = bdh_mlx.attention_quadratic(fast_layer.rotate(x), vb).astype(mx.float32)
+            y = nn.relu(fast_layer.ln(a).astype(mx.bfloat16) @ Dy[:, None]) * x
+            v = fast_layer.residual(v, (y @ E[:, None]).astype(mx.float32).sum(0))
+        return v @ model.lm_head
+
+    def error(got):
+        return sum(mx.linalg.norm(got[k] - exact[k]) / mx.linalg.norm(exact[k]) for k in exact)
+
+    yardstick = error(loss_and_gradients(model, rounded, batch)).item()
+    for chunk, keep in ((16, 0), (16, 4), (96, 4)):
+        model.compute = Compute(mx.bfloat16, chunk=chunk, rows=48, keep=keep)
+        fast = loss_and_gradients(model, lambda idx: model(idx)[0], batch)
+        assert all(g.dtype == mx.float32 for g in fast.values())
+        assert 1e-4 < error(fast).item() <= 1.1 * yardstick
+
+
+def test_the_rotation_undoes_itself_and_depends_on_the_position_alone():
+    x = mx.random.normal((2, 1, 40, 8), key=mx.random.key(0))
+    turned = fast_layer.rotate(x, 5)
+    assert furthest(fast_layer.rotate(turned, 5, -1), x) < 1e-5
+    assert furthest(turned[:, :, 10:], fast_layer.rotate(x[:, :, 10:], 15)) < 1e-5
+    rope = mx.fast.rope(x, 8, traditional=True, base=65536.0, scale=1.0, offset=5)
+    assert furthest(turned, rope) < 1e-4
+
+
+def test_segments_cover_the_block_in_whole_chunks():
+    for B, T, rows, chunk in ((1, 100, 30, 8), (3, 64, 1, 16), (2, 7, 100, 8), (2, 200, 64, 16)):
+        parts = fast_layer.segments(B, T, Compute(chunk=chunk, rows=rows))
+        assert parts[0][0] == 0 and parts[-1][1] == T
+        assert all(a[1] == b[0] for a, b in pairwise(parts))
+        assert all((end - begin) % chunk == 0 for begin, end in parts[:-1])
+        assert all(B * (end - begin) <= max(rows, B * chunk) for begin, end in parts)
+
+
+@pytest.mark.parametrize("name", memory.SETTINGS)
+def test_the_planner_estimates_the_peak(name):
+    """Within 20 % on a shape of some hundred MB; LOG.md has the table for a GPU."""
+    config = bdh_mlx.BDHConfig(4, 64, 0.0, 4, 32)
+    compute = memory.compute_for(config, name, "float32")
+    model, batch = random_model(config, scale=1), (random_bytes(1, 4096), random_bytes(1, 4096))
+    model.compute = compute
+    gradient = nn.value_and_grad(model, lambda *batch: model(*batch)[1])
+    mx.eval(model.parameters(), batch)
+    before = mx.set_memory_limit(10**6)  # no running ahead
+    try:
+        mx.eval(gradient(*batch))
+        mx.reset_peak_memory()
+        mx.eval(gradient(*batch))
+    finally:
+        mx.set_memory_limit(before)
+    estimate = memory.estimate(config, 1, 4096, compute)
+    assert 0.8 < estimate / mx.get_peak_memory() < 1.2
+
+
+def test_keeping_less_takes_less_memory():
+    estimates = [
+        memory.estimate(bdh_mlx.BDHConfig(), 2, 4096, Compute(mx.bfloat16, 512, rows, keep))
+        for rows, keep in ((16384, 4), (16384, 1), (4096, 0))
+    ]
+    assert estimates == sorted(estimates, reverse=True)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
+    import train_mlx
+
+    s = train_mlx.settings([])
+    monkeypatch.setattr(memory, "available", lambda: 2e9)
+    with pytest.raises(bdh_mlx.UserError) as error:
+        memory.choose(s)
+    for word in ("2.0 GB can be had", "n_embd 64", "BLOCK_SIZE", "--force"):
+        assert word in str(error.value)
+    s.FORCE = True
+    assert memory.choose(s)[0] == "small"
+    monkeypatch.setattr(memory, "available", lambda: 200e9)
+    assert memory.choose(s)[0] == "fast"
