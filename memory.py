@@ -45,7 +45,7 @@ def available() -> float:
 
 
 # Fitted to measured peaks (LOG.md): how many copies of each are alive at the worst moment.
-PARAMETERS, SEGMENT, STATES = 14.8, 5.0, 3.4
+PARAMETERS, SEGMENT, STATES = 13.4, 5.7, 3.55
 
 
 def estimate(config: BDHConfig, B: int, T: int, compute: Compute) -> float:
@@ -56,10 +56,12 @@ def estimate(config: BDHConfig, B: int, T: int, compute: Compute) -> float:
     parts = segments(B, T, compute)
     segment = max(end - begin for begin, end in parts) * B
     parameters = 4 * (3 * H * N * D + 2 * V * D)
-    kept = rows * (4 * D * (H + 2) + H * min(C, T) * e + max(0, compute.keep - 1) * activation)
+    kept = rows * (4 * D * (H + 2) + H * min(C, T) * e)
     kept += (rows // C if compute.keep else 2 * B * (len(parts) - 1)) * state * (T > C)
+    # of the last layer they are the working set
+    activations = (L - 1) * max(0, compute.keep - 1) * rows * activation
     working = SEGMENT * segment * activation + STATES * max(B, segment // C) * state
-    return PARAMETERS * parameters + L * kept + working + 16 * rows * V
+    return PARAMETERS * parameters + L * kept + activations + working + 16 * rows * V
 
 
 def choose(s: SimpleNamespace) -> tuple[str, Compute, float]:

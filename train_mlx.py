@@ -83,8 +83,8 @@ PRESETS = {
     "both-16gb": "--training-mode both --block-size 2048 --batch-size 1 --max-iters 5000 "
     "--learning-rate 5e-5 --epochs none",
     "tiny": "--n-layer 3 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0.05 "
-    "--training-mode full --block-size 256 --batch-size 8 --max-iters 250 --epochs none "
-    "--learning-rate 4e-3 --warmup-iters 20 --log-freq 25 --eval-freq 125 --save-freq 125",
+    "--training-mode full --block-size 256 --batch-size 8 --max-iters 350 --epochs none "
+    "--learning-rate 4e-3 --warmup-iters 20 --log-freq 25 --eval-freq 175 --save-freq 175",
 }
 
 # -------------------------------------------------------------------------------------------- data
