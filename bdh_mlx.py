@@ -17,9 +17,11 @@ fixed size. Reading a block at once, in chunks, or byte by byte are one function
     paper's Dx, Dy: `encoder`, `encoder_v` (H, D, N)   paper's E: `decoder` (H*N, D)
 """
 
+import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -208,8 +210,12 @@ def sample(logits: mx.array, temperature: float, top_k: int | None, key=None) ->
 
 
 def visible(text: str) -> str:
-    """Text that is safe on a terminal: control characters but newline and tab as \\x1b."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+    """Text that is safe on a terminal: control characters but newline and tab as \\x1b.
+
+    So are lone surrogates, which cannot be printed, and marks that turn the direction of writing.
+    """
+    unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(unsafe, lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 def save_model(model: BDH, path: str | Path) -> None:
@@ -221,22 +227,63 @@ def save_model(model: BDH, path: str | Path) -> None:
 def find_weights(path: str | Path) -> Path:
     """The weights file that `path` means: itself, a checkpoint's, a run's best or last."""
     path = Path(path).expanduser()
-    steps = sorted(path.glob("step-*/model.safetensors"), key=lambda f: int(f.parent.name[5:]))
     if path.is_file():
         return path
     if (path / "model.safetensors").is_file():
         return path / "model.safetensors"
-    if (path / "best.json").is_file():
-        best = json.loads((path / "best.json").read_text())["checkpoint"]
-        return path / best / "model.safetensors"
-    if steps:
-        return steps[-1]
+    found = path.glob("step-*/model.safetensors")
+    steps = sorted(
+        (f for f in found if f.parent.name[5:].isdigit()), key=lambda f: int(f.parent.name[5:])
+    )
+    best = [f for f in steps if f.parent.name == _best_of(path)]
+    for weights in dict.fromkeys([*best, *reversed(steps)]):
+        if not _changed(weights):
+            return weights
+        print(f"warning: {weights} is damaged, taking the next", file=sys.stderr)
     what = (
         "has no checkpoint (step-000500/model.safetensors) in it"
         if path.exists()
         else "does not exist"
     )
     raise UserError(f"{path} {what}; name a run folder, a checkpoint or a .safetensors file")
+
+
+def _best_of(run: Path) -> str | None:
+    """Name of the checkpoint that a run's best.json names, None if there is no such file."""
+    try:
+        return json.loads((run / "best.json").read_text())["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _changed(weights: Path) -> bool:
+    """Whether weights differ from the sha256 in the manifest beside them, if there is one."""
+    try:
+        manifest = json.loads(weights.with_name("manifest.json").read_text())
+        with weights.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        return manifest["model.safetensors"]["sha256"] != found
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
+def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Arrays and header of a .safetensors file. Raises UserError for a damaged or crafted one.
+
+    MLX accepts arrays that overlap or leave bytes unused; the format does not, nor does this.
+    """
+    try:
+        arrays, header = mx.load(str(file), format="safetensors", return_metadata=True)
+        mx.eval(arrays)  # mx.load is lazy: read now, or a later change of the file is read
+        with file.open("rb") as start:
+            size = 8 + int.from_bytes(start.read(8), "little")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if size + sum(array.nbytes for array in arrays.values()) != file.stat().st_size:
+        raise UserError(f"{file} cannot be read: its arrays overlap or leave gaps")
+    return arrays, header
 
 
 def load_model(path: str | Path) -> BDH:
@@ -247,11 +294,9 @@ def load_model(path: str | Path) -> BDH:
     Raises UserError for a missing or damaged file and for arrays that are not a BDH's.
     """
     file = find_weights(path)
-    try:
-        arrays, header = mx.load(str(file), format="safetensors", return_metadata=True)
-        mx.eval(arrays)  # mx.load is lazy: read now, or a later change of the file is read
-    except RuntimeError as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    if _changed(file):
+        raise UserError(f"{file} has changed since it was written (sha256 in manifest.json)")
+    arrays, header = read_arrays(file)
     arrays = {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
     arrays.pop("attn.freqs", None)
     model = BDH(_config_of(arrays, header, file))
@@ -269,10 +314,17 @@ def _config_of(arrays: dict, header: dict, file: Path) -> BDHConfig:
     if "encoder" not in arrays or "embed.weight" not in arrays or arrays["encoder"].ndim != 3:
         raise UserError(f"{file} holds no BDH: it has {', '.join(sorted(arrays)) or 'no arrays'}")
     H, D, N = arrays["encoder"].shape
+    try:
+        n_layer = int(header.get("n_layer", BDHConfig.n_layer))
+        dropout = float(header.get("dropout", BDHConfig.dropout))
+    except ValueError:
+        raise UserError(f"{file}: n_layer or dropout in its header is not a number") from None
+    if 0 in (H, D, N):
+        raise UserError(f"{file}: `encoder` is {(H, D, N)}; no dimension can be 0")
     return BDHConfig(
-        n_layer=int(header.get("n_layer", BDHConfig.n_layer)),
+        n_layer=n_layer,
         n_embd=D,
-        dropout=float(header.get("dropout", BDHConfig.dropout)),
+        dropout=dropout,
         n_head=H,
         mlp_internal_dim_multiplier=H * N // D,
         vocab_size=arrays["embed.weight"].shape[0],

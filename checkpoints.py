@@ -11,14 +11,14 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from bdh_mlx import BDH, UserError, load_model, save_model
+from bdh_mlx import BDH, UserError, read_arrays, save_model, visible
 
 
 class NoneValid(UserError):
@@ -43,7 +43,7 @@ def opened(run: Path) -> Iterator[None]:
     """Hold `run` for one trainer, swept of what a killed one left. Raises UserError."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
+        lock = (run / ".lock").open("a")
     except OSError as error:
         raise UserError(f"{run} cannot be written: {error.strerror}; see CHECKPOINT_DIR") from None
     with lock:
@@ -51,22 +51,50 @@ def opened(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{run} is being trained by another process; set RUN_NAME") from None
-        for litter in run.glob(".*.tmp"):
-            shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+        for litter in run.glob(".step-*.tmp"):
+            shutil.rmtree(litter, ignore_errors=True)
+        for name in ("best.json", "metrics.jsonl"):
+            (run / f".{name}.tmp").unlink(missing_ok=True)
         yield
 
 
+def write_best(run: Path, step: int, val_loss: float) -> dict:
+    """Name the checkpoint of `step` the best, with its loss in nats; gives what read_best gives."""
+    best = {"checkpoint": folder(run, step).name, "step": step, "val_loss": val_loss}
+    best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
+    write_whole(run / "best.json", json.dumps(best))
+    return best
+
+
 def read_best(run: Path) -> dict:
-    """The best evaluation so far (checkpoint, step, val_loss in nats); {} before any."""
-    return json.loads((run / "best.json").read_text()) if (run / "best.json").exists() else {}
+    """The best evaluation so far (checkpoint, step, val_loss in nats); {} before any.
+
+    A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
+    evaluation is the best then.
+    """
+    try:
+        best = json.loads((run / "best.json").read_text())
+        written = best.pop("sha256")
+        if hashlib.sha256(repr(best).encode()).hexdigest() != written:
+            raise ValueError
+        reason = damage(folder(run, best["step"]))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        reason = "best.json is not what was written"
+    if not reason:
+        return best
+    print(f"warning: the best checkpoint is dropped: {visible(reason)}")
+    (run / "best.json").unlink()
+    return {}
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all checkpoints but the last `keep` and the best."""
-    best = read_best(run).get("step")
+def prune(run: Path, keep: int, best: int | None) -> None:
+    """Delete all checkpoints but the last `keep` and that of step `best`, each at once."""
     for step in steps(run)[:-keep]:
         if step != best:
-            shutil.rmtree(folder(run, step))
+            gone = folder(run, step).rename(run / f".{folder(run, step).name}.tmp")
+            shutil.rmtree(gone, ignore_errors=True)  # what a crash leaves, the next start sweeps
 
 
 # ----------------------------------------------------------------------------------- save and load
@@ -77,7 +105,7 @@ def save(run: Path, step: int, model: BDH, optimizer, info: dict) -> None:
     final = folder(run, step)
     making = run / f".{final.name}.tmp"
     check_space(run, model, 1)
-    if not all(mx.all(mx.isfinite(p)).item() for _, p in tree_flatten(model.parameters())):
+    if not _finite(tree_flatten([model.parameters(), optimizer.state])):
         raise UserError(f"{final} not saved: it holds numbers that are not finite")
     try:
         making.mkdir()
@@ -118,7 +146,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"manifest.json lacks {', '.join(sorted(missing))}"
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json or config.json is not what was written"
 
 
@@ -133,7 +161,7 @@ def newest_valid(run: Path) -> int:
             return step
         aside = next(p for i in range(10**6) if not (p := run / f"damaged-{step:06d}-{i}").exists())
         folder(run, step).rename(aside)
-        print(f"warning: checkpoint {step} is damaged, kept as {aside.name}: {reason}")
+        print(f"warning: checkpoint {step} is damaged, kept as {aside.name}: {visible(reason)}")
     if found or any(run.glob("damaged-*")):
         raise NoneValid(f"{run} has no sound checkpoint left; set RUN_NAME to start another run")
     return 0
@@ -141,15 +169,28 @@ def newest_valid(run: Path) -> int:
 
 def load(run: Path, step: int, model: BDH, optimizer) -> None:
     """Put checkpoint `step` into model and optimizer; call it before compiling the step."""
-    model.update(load_model(folder(run, step)).parameters())
-    state = mx.load(str(folder(run, step) / "optimizer.safetensors"))
-    mx.eval(state)  # mx.load is lazy
-    wanted = dict(tree_flatten(optimizer.state))
-    for name in sorted(wanted.keys() | state.keys()):
-        have, need = (d[name].shape if name in d else None for d in (state, wanted))
+    weights = _arrays_like(model.parameters(), folder(run, step) / "model.safetensors")
+    optimizer.state = _arrays_like(optimizer.state, folder(run, step) / "optimizer.safetensors")
+    model.update(weights)
+
+
+def _arrays_like(tree, file: Path):
+    """The file's arrays as such a tree. Raises UserError listing each name or shape that differs"""
+    found, wanted = read_arrays(file)[0], dict(tree_flatten(tree))
+    differ = []
+    for name in sorted(wanted.keys() | found.keys()):
+        have, need = (d[name].shape if name in d else "absent" for d in (found, wanted))
         if have != need:
-            raise UserError(f"{folder(run, step)}: optimizer `{name}` is {have}, must be {need}")
-    optimizer.state = tree_unflatten(list(state.items()))
+            differ.append(f"`{name}` is {have}, must be {need}")
+    if differ:
+        raise UserError(f"{file} is not this model's: {'; '.join(differ)}")
+    if not _finite(found.items()):
+        raise UserError(f"{file} holds numbers that are not finite")
+    return tree_unflatten(list(found.items()))
+
+
+def _finite(named: Iterable[tuple[str, mx.array]]) -> bool:
+    return all(mx.all(mx.isfinite(array)).item() for _, array in named)
 
 
 def read_info(run: Path, step: int) -> dict:
@@ -180,9 +221,13 @@ def sha256(path: Path) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Replace a small file at once: a reader finds the old or the new content, never a part."""
     making = path.with_name(f".{path.name}.tmp")
-    making.write_text(text)
-    flush(making)
-    making.replace(path)
+    try:
+        making.write_text(text)
+        flush(making)
+        making.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; it is as it was") from None
 
 
 def check_space(run: Path, model: BDH, count: int) -> None:

@@ -4,15 +4,19 @@ Reading goes through the `datasets` library, one record at a time, and the prepa
 mapped, so a data set of many gigabytes needs little memory and a resumed run needs no network.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import urllib.error
+import urllib.request
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +37,7 @@ COLUMNS = {  # our field: the columns that mean it, first found wins
 }
 SPEAKERS = {"system": "system", "user": "ask", "human": "ask", "assistant": "reply", "gpt": "reply"}
 SEPARATOR = b"\n\n"
+HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would cost 400 s
 
 
 # -------------------------------------------------------------------------- where records come from
@@ -67,36 +72,50 @@ def read(dataset: str) -> Iterator[dict | str]:
 
 
 def _read_file(file: Path) -> Iterator[dict | str]:
+    if file.suffix == ".jsonl":  # line by line: one bad line costs one record
+        with file.open("rb") as lines:
+            yield from map(_parse_line, lines)
+        return
     from datasets import load_dataset  # imported late: it takes a second, and a resume needs none
 
     as_text = dict.fromkeys(range(100), str)  # no column of a CSV turns into numbers or NA
     options = {
         ".csv": ("csv", {"converters": as_text, "keep_default_na": False}),
         ".json": ("json", {}),
-        ".jsonl": ("text", {"encoding_errors": "replace"}),  # line by line: one bad line costs one
         ".parquet": ("parquet", {}),
         ".txt": ("text", {"encoding_errors": "replace", "sample_by": "paragraph"}),
     }
     kind, extra = options[file.suffix]
     try:
         rows = load_dataset(kind, data_files=str(file), split="train", streaming=True, **extra)
-        for row in rows:
-            yield _parse_line(row["text"]) if file.suffix == ".jsonl" else row
-    except UserError:
-        raise
+        yield from rows
     except Exception as error:  # datasets and its parsers raise errors of many kinds
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(f"DATASET {file} cannot be read as {file.suffix}: {reason}") from None
 
 
-def _parse_line(line: str) -> dict | str:
-    if "\ufffd" in line:
-        return "not valid UTF-8"
+def _parse_line(line: bytes) -> dict | str:
+    if not line.strip():
+        return "blank line"
     try:
-        record = json.loads(line) if line.strip() else "blank line"
-    except (json.JSONDecodeError, RecursionError):
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "not valid UTF-8"
+    except (ValueError, RecursionError):  # also a number of too many digits, brackets too deep
         return "not JSON"
-    return record if isinstance(record, dict | str) else "not a JSON object"
+    return record if isinstance(record, dict) else "not a JSON object"
+
+
+def _hub_answers() -> bool:
+    """Whether the hub sends anything within HUB_SECONDS; an error is an answer, too."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS)
+    except urllib.error.HTTPError:
+        pass
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _read_hub(dataset: str) -> Iterator[dict]:
@@ -107,6 +126,9 @@ def _read_hub(dataset: str) -> Iterator[dict]:
             f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
         )
     name, config, revision, split = match.groups()
+    if not (offline := os.environ.get("HF_HUB_OFFLINE")) and not _hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = offline = "1"  # read on import: the cache or a quick error
+        print("warning: the hub does not answer; looking in the cache of earlier downloads")
     import datasets
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries, told as one error
@@ -116,8 +138,9 @@ def _read_hub(dataset: str) -> Iterator[dict]:
         what = "is gated" if "gated" in str(error) else "is not on the hub, or is private"
         raise UserError(f"DATASET {name} {what}. {WAYS_ON}") from None
     except OSError as error:
-        raise UserError(f"DATASET {name}: the hub is out of reach ({error}). {WAYS_ON}") from None
-    except ValueError as error:
+        reason = "it is not in the cache either" if offline else " ".join(str(error).split())[:200]
+        raise UserError(f"DATASET {name}: the hub is out of reach ({reason}). {WAYS_ON}") from None
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"DATASET {dataset}: {reason}. {WAYS_ON}") from None
 
@@ -138,7 +161,11 @@ def detect(record: dict) -> tuple[str, list[dict]]:
     fields = {field: record[column] for field, column in found.items() if column}
     names = [column for column in found.values() if column]
     if not names:
-        return ("text", [record]) if "text" in record else (f"unknown ({', '.join(record)})", [{}])
+        return (
+            ("text", [record])
+            if "text" in record
+            else (f"unknown ({', '.join(record)[:80]})", [{}])
+        )
     if isinstance(extra := record.get("input"), str) and isinstance(fields.get("instruction"), str):
         names.insert(names.index(found["instruction"]) + 1, "input")
         fields["instruction"] += f"\n\n{extra}" if extra.strip() else ""
@@ -203,19 +230,53 @@ def prepare(
     split, so that no text is on both. Raises UserError when nothing can be trained on.
     """
     folder = cache / fingerprint(dataset, mode=mode, val_share=val_share, seed=seed)
-    if (folder / "data.json").is_file():
+    with _held(cache):
+        if not intact(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            _make(folder, dataset, mode, needed, format_example, val_share, seed)
         return folder
-    making = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    making.mkdir(parents=True)
+
+
+@contextmanager
+def _held(cache: Path) -> Iterator[None]:
+    """Hold the folder of prepared data, swept of what a killed process left. Raises UserError."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another trainer may be preparing the same data
+            for litter in cache.glob("*.tmp"):
+                shutil.rmtree(litter)
+            yield
+    except OSError as error:
+        raise UserError(f"{cache} cannot be written: {error.strerror}") from None
+
+
+def intact(folder: Path) -> bool:
+    """Whether prepared data are whole: each side as long as, and the bytes that, data.json says."""
+    try:
+        report = json.loads((folder / "data.json").read_text())
+        for side in ("train", "val"):
+            with (folder / f"{side}.bin").open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != report[side]["sha256"]:
+                    return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
+def _make(folder, dataset, mode, needed, format_example, val_share, seed):
+    making = folder.with_name(f"{folder.name}.tmp")
+    making.mkdir()
     try:
         report, lengths, digests = _format_all(dataset, mode, needed, format_example, making)
         in_val = _choose_validation(digests, val_share, seed)
         report |= _write_split(making, lengths, in_val)
         (making / "data.json").write_text(json.dumps(report, indent=1))
+        if fingerprint(dataset, mode=mode, val_share=val_share, seed=seed) != folder.name:
+            raise UserError(f"DATASET {dataset} changed while it was read; start again")
         making.replace(folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    return folder
 
 
 def _format_all(dataset, mode, needed, format_example, folder):

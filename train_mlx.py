@@ -8,6 +8,7 @@ A run is a folder, checkpoints_mlx/<run>: step-000500 and others (weights, optim
 best.json and metrics.jsonl.
 """
 
+import io
 import json
 import math
 import os
@@ -241,10 +242,12 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> int:
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
         return 0
     before = checkpoints.read_info(run, done)
-    old = before["settings"] | {"training data": before["data"]["train"]["sha256"]}
-    new = described(s) | {"training data": report["train"]["sha256"]}
+    old = before["settings"] | {
+        f"{side} data": before["data"][side]["sha256"] for side in ("train", "val")
+    }
+    new = described(s) | {f"{side} data": report[side]["sha256"] for side in ("train", "val")}
     changed = {k: f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
-    may = ["training data"] if s.ALLOW_DATA_CHANGE else []
+    may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
     if fixed := [text for k, text in changed.items() if k in FIXED and k not in may]:
         raise UserError(
             f"{run} holds a run with other settings ({'; '.join(fixed)}). Set them back to go on "
@@ -315,14 +318,17 @@ def open_log(run: Path, step: int) -> tuple[Callable, int]:
     Lines after `step`, of work that was lost, are dropped, so that each step is told once.
     """
     path, kept = run / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):  # a line cut short by a crash
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
             kept += [m for m in [json.loads(line)] if m["step"] <= step]
     checkpoints.write_whole(path, "".join(json.dumps(m) + "\n" for m in kept))
 
     def log(**m):
-        with path.open("a") as file:
-            file.write(json.dumps(m) + "\n")
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(m) + "\n")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
         tqdm.write(
             f"iter {m['step']:>6} | validation {m['val_loss']:.4f} | bits/byte {m['val_bpb']:.4f}"
             if "val_loss" in m
@@ -355,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     """From the data to the summary: 0 when finished, 128 + signal when stopped, 1 when diverged."""
     report, train_bytes, val = open_data(s)
-    print(data.describe(report))
+    print(bdh_mlx.visible(data.describe(report)))
     total = last_iteration(s, len(train_bytes))
     per_iter = s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
     print(
@@ -415,14 +421,13 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
             if not math.isfinite(val_loss):
                 raise Diverged(f"validation loss is {val_loss} at iteration {step}")
             evaluated = step
-            log(step=step, val_loss=val_loss, val_bpb=val_loss / math.log(2))
             if step and val_loss < best.get("val_loss", math.inf):
                 save()
-                best = {"checkpoint": f"step-{step:06d}", "step": step, "val_loss": val_loss}
-                checkpoints.write_whole(run / "best.json", json.dumps(best))
+                best = checkpoints.write_best(run, step, val_loss)
+            log(step=step, val_loss=val_loss, val_bpb=val_loss / math.log(2))  # logged: all done
             for text in samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop):
                 tqdm.write(f"--- sample at iteration {step}\n{text}")
-        checkpoints.prune(run, s.KEEP)
+        checkpoints.prune(run, s.KEEP, best.get("step"))
         if finished:
             break
 
@@ -435,6 +440,10 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
             loss += part / s.GRAD_ACCUM
             gradients = tree_map(mx.add, gradients, more) if gradients else more
             mx.eval(loss, gradients)
+            if stop.number:
+                break
+        if stop.number:  # nothing has changed since the last update: saved as it was there
+            continue
         norm = update(loss, gradients)
         mx.eval(state, norm)
         if math.isfinite(loss.item()) and math.isfinite(norm.item()):
@@ -486,7 +495,15 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
 # ------------------------------------------------------------------------------------------- flags
 
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
-FIXED = ["TRAINING_MODE", "BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "SEED", "training data"]
+FIXED = [
+    "TRAINING_MODE",
+    "BLOCK_SIZE",
+    "BATCH_SIZE",
+    "GRAD_ACCUM",
+    "SEED",
+    "train data",
+    "val data",
+]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 AT_LEAST = {
     name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP", "MAX_SKIPS")
@@ -522,10 +539,23 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
     return s
 
 
+class Enduring(io.TextIOWrapper):
+    """Output that outlives its reader: a closed pipe or terminal must not end the training."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(text)
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log read through a pipe is up to date
+    for name in ("stdout", "stderr"):  # line by line: a log read through a pipe is up to date
+        raw = getattr(sys, name).detach()
+        setattr(sys, name, Enduring(raw, errors="backslashreplace", line_buffering=True))
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {bdh_mlx.visible(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(3 if isinstance(error, checkpoints.NoneValid) else 2)

@@ -189,7 +189,7 @@ def test_a_mode_the_data_cannot_serve_says_what_is_lacking_and_what_would_work(t
         prepare(file, tmp_path / "cache", mode="full")
     assert "lacking system." in str(error.value)
     assert "Modes that would work: instruction" in str(error.value)
-    assert not list((tmp_path / "cache").iterdir())  # nothing half made is left
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == [".lock"]  # nothing half made
 
 
 def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
