@@ -72,35 +72,33 @@ def read(dataset: str) -> Iterator[dict | str]:
 
 
 def _read_file(file: Path) -> Iterator[dict | str]:
-    if file.suffix == ".jsonl":  # line by line: one bad line costs one record
-        with file.open("rb") as lines:
-            yield from map(_parse_line, lines)
-        return
     from datasets import load_dataset  # imported late: it takes a second, and a resume needs none
 
     as_text = dict.fromkeys(range(100), str)  # no column of a CSV turns into numbers or NA
     options = {
         ".csv": ("csv", {"converters": as_text, "keep_default_na": False}),
         ".json": ("json", {}),
+        ".jsonl": ("text", {"encoding_errors": "replace"}),  # line by line: one bad line costs one
         ".parquet": ("parquet", {}),
         ".txt": ("text", {"encoding_errors": "replace", "sample_by": "paragraph"}),
     }
     kind, extra = options[file.suffix]
     try:
         rows = load_dataset(kind, data_files=str(file), split="train", streaming=True, **extra)
-        yield from rows
+        for row in rows:
+            yield _parse_line(row["text"]) if file.suffix == ".jsonl" else row
     except Exception as error:  # datasets and its parsers raise errors of many kinds
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(f"DATASET {file} cannot be read as {file.suffix}: {reason}") from None
 
 
-def _parse_line(line: bytes) -> dict | str:
-    if not line.strip():
+def _parse_line(line: str) -> dict | str:
+    if not line.strip("\ufeff \t\r\n"):
         return "blank line"
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
+    if "\ufffd" in line:
         return "not valid UTF-8"
+    try:
+        record = json.loads(line.removeprefix("\ufeff"))
     except (ValueError, RecursionError):  # also a number of too many digits, brackets too deep
         return "not JSON"
     return record if isinstance(record, dict) else "not a JSON object"

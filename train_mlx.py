@@ -242,10 +242,9 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> int:
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
         return 0
     before = checkpoints.read_info(run, done)
-    old = before["settings"] | {
-        f"{side} data": before["data"][side]["sha256"] for side in ("train", "val")
-    }
-    new = described(s) | {f"{side} data": report[side]["sha256"] for side in ("train", "val")}
+    sides = ("train", "val")
+    old = before["settings"] | {f"{side} data": before["data"][side]["sha256"] for side in sides}
+    new = described(s) | {f"{side} data": report[side]["sha256"] for side in sides}
     changed = {k: f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
     may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
     if fixed := [text for k, text in changed.items() if k in FIXED and k not in may]:
@@ -495,15 +494,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
 # ------------------------------------------------------------------------------------------- flags
 
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
-FIXED = [
-    "TRAINING_MODE",
-    "BLOCK_SIZE",
-    "BATCH_SIZE",
-    "GRAD_ACCUM",
-    "SEED",
-    "train data",
-    "val data",
-]
+FIXED = ["TRAINING_MODE", "BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "SEED"]
+FIXED += ["train data", "val data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 AT_LEAST = {
     name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP", "MAX_SKIPS")
