@@ -57,7 +57,7 @@ def estimate(config: BDHConfig, B: int, T: int, compute: Compute) -> float:
     segment = max(end - begin for begin, end in parts) * B
     parameters = 4 * (3 * H * N * D + 2 * V * D)
     kept = rows * (4 * D * (H + 2) + H * min(C, T) * e)
-    kept += (rows // C if compute.keep else 2 * B * (len(parts) - 1)) * state * (T > C)
+    kept += (rows // C if compute.keep else 4 // e * B * (len(parts) - 1)) * state * (T > C)
     # of the last layer they are the working set
     activations = (L - 1) * max(0, compute.keep - 1) * rows * activation
     working = SEGMENT * segment * activation + STATES * max(B, segment // C) * state

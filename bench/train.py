@@ -3,6 +3,7 @@
     python bench/train.py                        # shapes for a CPU, about 3 minutes
     python bench/train.py --official bdh.py      # beside pathwaycom/bdh's file, PyTorch installed
     python bench/train.py --gpu --official bdh.py
+    python bench/train.py --curve text.txt       # do the fast and quadratic losses stay together?
 
 Each case is a full training step (loss, gradients, clipping, AdamW) on random bytes in a process of
 its own, one after the other on one machine: warm-up steps, then the median of timed ones. Prints
@@ -60,7 +61,8 @@ def timed(step, synchronize, steps: int) -> float:
     return statistics.median(seconds[2:])
 
 
-def run_ours(case: dict, steps: int) -> dict:
+def build(system: str, shape: dict, B: int, T: int):
+    """A model of ours computed as `system` says, and the trainer's own compiled step for it."""
     sys.path.insert(0, str(ROOT))
     import bdh_mlx  # isort: skip
     import mlx.core as mx
@@ -78,31 +80,48 @@ def run_ours(case: dict, steps: int) -> dict:
             return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
 
     mx.random.seed(0)
-    kind = Quadratic if case["system"] == "quadratic" else bdh_mlx.BDH
-    model = kind(bdh_mlx.BDHConfig(**case["model"]))
-    if kind is bdh_mlx.BDH:
-        setting = case["system"].split(", ")[1]
-        model.compute = memory.compute_for(model.config, setting, "auto")
-        peak = memory.estimate(model.config, case["B"], case["T"], model.compute)
-        mx.set_memory_limit(int(peak))
+    model = (Quadratic if system == "quadratic" else bdh_mlx.BDH)(bdh_mlx.BDHConfig(**shape))
+    if system != "quadratic":
+        model.compute = memory.compute_for(model.config, system.split(", ")[1], "auto")
+        mx.set_memory_limit(int(memory.estimate(model.config, B, T, model.compute)))
     optimizer = optim.AdamW(1e-3, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     gradient, update, state = train_mlx.compiled_step(model, optimizer, 1, 1.0)
+
+    def step(idx, targets):
+        loss, gradients = gradient(idx, targets, mx.random.key(1))
+        mx.eval(state, update(loss, gradients))
+        return loss.item()
+
+    return step
+
+
+def run_ours(case: dict, steps: int) -> dict:
+    step = build(case["system"], case["model"], case["B"], case["T"])
+    import mlx.core as mx
+
     batch = mx.random.randint(0, 256, (2, case["B"], case["T"]))
-    key = mx.random.key(1)
-
-    def step():
-        mx.eval(state, update(*gradient(*batch, key)))
-
-    step()
+    step(*batch)
     mx.clear_cache()
     mx.reset_peak_memory()
-    seconds = timed(step, mx.synchronize, steps)
-    return {
-        "seconds": seconds,
-        "peak_gb": mx.get_peak_memory() / 1e9,
-        "device": str(mx.default_device()),
-    }
+    seconds = timed(lambda: step(*batch), mx.synchronize, steps)
+    peak = mx.get_peak_memory() / 1e9
+    return {"seconds": seconds, "peak_gb": peak, "device": str(mx.default_device())}
+
+
+def curve(file: str, steps: int = 200, B: int = 2, T: int = 512) -> str:
+    """Train the fast and the quadratic form on the same bytes; how far their losses part."""
+    shape = CPU[0] | {"dropout": 0.0}
+    pair = [build(system, shape, B, T) for system in ("ours, fast", "quadratic")]
+    import numpy as np
+
+    import train_mlx
+
+    stream, apart = np.fromfile(file, np.uint8), []
+    for i in range(steps):
+        losses = [step(*train_mlx.get_batch(stream, i * B, B, T, 0)) for step in pair]
+        apart.append(abs(losses[0] - losses[1]))
+    return f"after {steps} steps: losses {losses}, largest difference {max(apart):.1e}"
 
 
 def run_official(case: dict, steps: int, path: str) -> dict:
@@ -172,7 +191,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a case (3)")
     parser.add_argument("--timeout", type=int, default=180, help="seconds a case may take (180)")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--curve", metavar="FILE", help="compare 200 steps of training on its bytes"
+    )
     args = parser.parse_args()
+    if args.curve:
+        return print(curve(args.curve))
     if args.case:
         official = args.case["system"].startswith("official")
         done = (
