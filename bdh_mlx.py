@@ -20,6 +20,7 @@ fixed size. Reading a block at once, in chunks, or byte by byte are one function
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,11 @@ from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+# CUDA: MLX counts the graphs it has met and gives up at 800 (its lru_cache.h); evaluating and
+# sampling between steps meet more.
+os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "4000")
+os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
 
 import fast_blas  # noqa: F401  before mlx.core: it replaces the slow BLAS of MLX on Linux
 

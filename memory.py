@@ -78,6 +78,12 @@ def choose(s: SimpleNamespace) -> tuple[str, Compute, float]:
     raise UserError(too_large(s, peak))
 
 
+def is_exhausted(error: RuntimeError) -> bool:
+    """Whether it is how Metal or CUDA says that memory is out; a CPU just ends the process."""
+    said = ("out of memory", "Unable to allocate", "Insufficient Memory", "maximum allowed buffer")
+    return any(text in str(error) for text in (*said, "Resource limit"))
+
+
 def too_large(s: SimpleNamespace, peak: float) -> str:
     """What does not fit, by how much, and the nearest settings that do."""
     fits = []

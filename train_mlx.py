@@ -350,6 +350,10 @@ def main(argv: list[str] | None = None) -> int:
     with Stop() as stop, checkpoints.opened(run):
         try:
             return train(s, run, stop)
+        except RuntimeError as error:
+            if not memory.is_exhausted(error):
+                raise
+            raise UserError(f"memory is out: {memory.too_large(s, memory.available())}") from None
         except Diverged as reason:
             last = checkpoints.steps(run)[-1:]
             print(f"error: {reason}. Checkpoints are as they were, the last of iteration {last}; "

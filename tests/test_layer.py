@@ -177,3 +177,24 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
     assert memory.choose(s)[0] == "small"
     monkeypatch.setattr(memory, "available", lambda: 200e9)
     assert memory.choose(s)[0] == "fast"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cudaMallocAsync(&data, size, stream) failed: out of memory",
+        "[malloc] Unable to allocate 9 bytes.",
+        "[METAL] Command buffer execution failed: Insufficient Memory (00000008:...)",
+        "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed "
+        "buffer size",
+    ],
+)
+def test_running_out_of_memory_ends_in_the_planner_s_advice(text, tmp_path, monkeypatch):
+    import train_mlx
+
+    def fails(*args):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(train_mlx, "train", fails)
+    with pytest.raises(bdh_mlx.UserError, match=r"memory is out.*What fits"):
+        train_mlx.main(["--checkpoint-dir", str(tmp_path)])
