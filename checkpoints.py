@@ -110,7 +110,7 @@ def save(run: Path, step: int, model: BDH, optimizer, info: dict) -> None:
     try:
         making.mkdir()
         save_model(model, making / "model.safetensors")
-        state = dict(tree_flatten(optimizer.state))
+        state = dict(sorted(tree_flatten(optimizer.state)))  # the same state, the same file
         mx.save_safetensors(str(making / "optimizer.safetensors"), state)
         (making / "config.json").write_text(json.dumps({"step": step} | info, indent=1))
         for file in making.iterdir():
