@@ -78,6 +78,12 @@ def choose(s: SimpleNamespace) -> tuple[str, Compute, float]:
     raise UserError(too_large(s, peak))
 
 
+def hold(peak: float) -> None:
+    """Keep MLX from running ahead of a GPU beyond `peak` bytes; on a CPU that only costs time."""
+    if on_gpu():
+        mx.set_memory_limit(int(peak))
+
+
 def is_exhausted(error: RuntimeError) -> bool:
     """Whether it is how Metal or CUDA says that memory is out; a CPU just ends the process."""
     said = ("out of memory", "Unable to allocate", "Insufficient Memory", "maximum allowed buffer")

@@ -382,7 +382,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
         print(f"finished: {run} has its {step:,} iterations; to go on, raise MAX_ITERS or EPOCHS")
         return 0
     name, model.compute, peak = memory.choose(s)
-    mx.set_memory_limit(int(peak))  # MLX would run ahead of the device and take more
+    memory.hold(peak)
     n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     print(f"memory: {name}, {model.compute.dtype}, estimated peak {peak / 1e9:.2f} GB")

@@ -83,7 +83,7 @@ def build(system: str, shape: dict, B: int, T: int):
     model = (Quadratic if system == "quadratic" else bdh_mlx.BDH)(bdh_mlx.BDHConfig(**shape))
     if system != "quadratic":
         model.compute = memory.compute_for(model.config, system.split(", ")[1], "auto")
-        mx.set_memory_limit(int(memory.estimate(model.config, B, T, model.compute)))
+        memory.hold(memory.estimate(model.config, B, T, model.compute))
     optimizer = optim.AdamW(1e-3, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     gradient, update, state = train_mlx.compiled_step(model, optimizer, 1, 1.0)
