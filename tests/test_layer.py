@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 2e9)
     with pytest.raises(bdh_mlx.UserError) as error:
         memory.choose(s)
-    for word in ("2.0 GB can be had", "n_embd 64", "BLOCK_SIZE", "--force"):
+    for word in ("2.0 GB can be had", "n_embd 128", "BLOCK_SIZE", "--force"):
         assert word in str(error.value)
     s.FORCE = True
     assert memory.choose(s)[0] == "small"
