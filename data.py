@@ -15,13 +15,14 @@ import urllib.error
 import urllib.request
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from bdh_mlx import UserError
+from formats import FIELDS, NEEDED, SEPARATOR, pieces
 
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl"
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -36,7 +37,6 @@ COLUMNS = {  # our field: the columns that mean it, first found wins
     "response": ("response", "output", "completion", "answer"),
 }
 SPEAKERS = {"system": "system", "user": "ask", "human": "ask", "assistant": "reply", "gpt": "reply"}
-SEPARATOR = b"\n\n"
 HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would cost 400 s
 
 
@@ -213,25 +213,18 @@ def fingerprint(dataset: str, **settings) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def prepare(
-    dataset: str,
-    mode: str,
-    needed: dict[str, tuple[str, ...]],
-    format_example: Callable[[dict, str], str],
-    val_share: float,
-    seed: int,
-    cache: Path,
-) -> Path:
+def prepare(dataset: str, mode: str, val_share: float, seed: int, cache: Path) -> Path:
     """Folder with train.bin, val.bin (uint8) and data.json (the report), made once and then reused.
 
-    `needed` gives the fields of each mode. Records of identical training text go to one side of the
-    split, so that no text is on both. Raises UserError when nothing can be trained on.
+    train.fields and val.fields say of each byte which of FIELDS it belongs to. Records of identical
+    training text go to one side of the split, so that no text is on both. Raises UserError when
+    nothing can be trained on.
     """
     folder = cache / fingerprint(dataset, mode=mode, val_share=val_share, seed=seed)
     with _held(cache):
         if not intact(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            _make(folder, dataset, mode, needed, format_example, val_share, seed)
+            _make(folder, dataset, mode, val_share, seed)
         return folder
 
 
@@ -254,19 +247,20 @@ def intact(folder: Path) -> bool:
     try:
         report = json.loads((folder / "data.json").read_text())
         for side in ("train", "val"):
-            with (folder / f"{side}.bin").open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != report[side]["sha256"]:
-                    return False
+            for kind, name in (("bin", "sha256"), ("fields", "fields_sha256")):
+                with (folder / f"{side}.{kind}").open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != report[side][name]:
+                        return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return True
 
 
-def _make(folder, dataset, mode, needed, format_example, val_share, seed):
+def _make(folder, dataset, mode, val_share, seed):
     making = folder.with_name(f"{folder.name}.tmp")
     making.mkdir()
     try:
-        report, lengths, digests = _format_all(dataset, mode, needed, format_example, making)
+        report, lengths, digests = _format_all(dataset, mode, making)
         in_val = _choose_validation(digests, val_share, seed)
         report |= _write_split(making, lengths, in_val)
         (making / "data.json").write_text(json.dumps(report, indent=1))
@@ -277,11 +271,11 @@ def _make(folder, dataset, mode, needed, format_example, val_share, seed):
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _format_all(dataset, mode, needed, format_example, folder):
+def _format_all(dataset, mode, folder):
     """Write the training text of every sound record; a report, their lengths and their digests."""
     structures, skipped, count, size = Counter(), Counter(), Counter(), Counter()
     lengths, digests = array("Q"), array("Q")
-    with (folder / "all.bin").open("wb") as out:
+    with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
         for record in read(dataset):
             structure, contents = detect(record) if isinstance(record, dict) else ("bad", [record])
             structures[structure] += 1
@@ -289,11 +283,13 @@ def _format_all(dataset, mode, needed, format_example, folder):
                 for name in (f for f in (*COLUMNS, "text") if not fault(fields, (f,))):
                     count[name] += 1
                     size[name] += len(fields[name])
-                if reason := fault(fields, ("text",) if structure == "text" else needed[mode]):
+                if reason := fault(fields, ("text",) if structure == "text" else NEEDED[mode]):
                     skipped[reason] += 1
                     continue
-                text = format_example(fields, mode).encode()
+                parts = [(FIELDS.index(f), text.encode()) for f, text in pieces(fields, mode)]
+                text = b"".join(part for _, part in parts)
                 out.write(text)
+                labels.write(b"".join(bytes([field]) * len(part) for field, part in parts))
                 lengths.append(len(text))
                 digests.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
     report = {
@@ -305,17 +301,17 @@ def _format_all(dataset, mode, needed, format_example, folder):
         "skipped": dict(skipped.most_common()),
     }
     if not lengths:
-        raise UserError(_cannot_serve(report, needed))
+        raise UserError(_cannot_serve(report))
     return report, np.array(lengths), np.array(digests)
 
 
-def _cannot_serve(report: dict, needed: dict[str, tuple[str, ...]]) -> str:
+def _cannot_serve(report: dict) -> str:
     mode, has = report["mode"], report["fields"]
-    lacks = [f for f in needed[mode] if f not in has]
-    works = [m for m, fields in needed.items() if set(fields) <= set(has)]
+    lacks = [f for f in NEEDED[mode] if f not in has]
+    works = [m for m, fields in NEEDED.items() if set(fields) <= set(has)]
     return (
         f"DATASET {report['dataset']} has no record for TRAINING_MODE {mode!r}, which needs "
-        f"{', '.join(needed[mode])}: lacking {', '.join(lacks) or 'them together in one record'}. "
+        f"{', '.join(NEEDED[mode])}: lacking {', '.join(lacks) or 'them together in one record'}. "
         f"Structure: {', '.join(report['structures']) or 'no records'}. "
         f"Modes that would work: {', '.join(works) or 'none'}"
     )
@@ -333,21 +329,24 @@ def _choose_validation(digests: np.ndarray, share: float, seed: int) -> np.ndarr
 
 
 def _write_split(folder: Path, lengths: np.ndarray, in_val: np.ndarray) -> dict:
-    """Deal all.bin out to train.bin and val.bin, records in their order, joined by a blank line."""
-    sides = {side: (folder / f"{side}.bin").open("wb") for side in ("train", "val")}
-    sums = {side: hashlib.sha256() for side in sides}
-    with (folder / "all.bin").open("rb") as texts:
-        for length, val in zip(lengths.tolist(), in_val.tolist(), strict=True):
-            side = "val" if val else "train"
-            piece = (SEPARATOR if sides[side].tell() else b"") + texts.read(length)
-            sides[side].write(piece)
-            sums[side].update(piece)
-    (folder / "all.bin").unlink()
-    report = {}
-    for side, file in sides.items():
-        records = int(np.sum(in_val == (side == "val")))
-        report[side] = {"records": records, "bytes": file.tell(), "sha256": sums[side].hexdigest()}
-        file.close()
+    """Deal the records out to train and val, in their order, joined by a blank line."""
+    report = {
+        side: {"records": int(np.sum(in_val == (side == "val")))} for side in ("train", "val")
+    }
+    for kind, separator in (("bin", SEPARATOR.encode()), ("fields", bytes(len(SEPARATOR)))):
+        sides = {side: (folder / f"{side}.{kind}").open("wb") for side in report}
+        sums = {side: hashlib.sha256() for side in sides}
+        with (folder / f"all.{kind}").open("rb") as records:
+            for length, val in zip(lengths.tolist(), in_val.tolist(), strict=True):
+                side = "val" if val else "train"
+                piece = (separator if sides[side].tell() else b"") + records.read(length)
+                sides[side].write(piece)
+                sums[side].update(piece)
+        (folder / f"all.{kind}").unlink()
+        for side, file in sides.items():
+            name = "sha256" if kind == "bin" else "fields_sha256"
+            report[side] |= {"bytes": file.tell(), name: sums[side].hexdigest()}
+            file.close()
     return report
 
 

@@ -8,16 +8,12 @@ A run is a folder, checkpoints_mlx/<run>: step-000500 and others (weights, optim
 best.json and metrics.jsonl.
 """
 
-import io
 import json
 import math
-import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import islice, pairwise, takewhile
@@ -39,6 +35,9 @@ import data
 import flags
 import memory
 from bdh_mlx import UserError
+from endure import Enduring, Stop
+from formats import EXPECT, NEEDED, PROMPTS
+from metrics import open_log
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
 TRAINING_MODE = "both"  # of each record: "system", "instruction", "both" or "full"
@@ -89,40 +88,6 @@ PRESETS = {
 }
 
 # -------------------------------------------------------------------------------------------- data
-
-NEEDED = {  # fields of a record that each training mode formats
-    "system": ("system",),
-    "instruction": ("instruction",),
-    "both": ("system", "instruction"),
-    "full": ("system", "instruction", "response"),
-}
-PROMPTS = {
-    "system": ["### System:\nTask Overview:", "### System:\nGuidelines:"],
-    "instruction": ["### Instruction:\nAnalyze", "### Instruction:\nExplain"],
-    "both": [
-        "### System:\nTask Overview: Analyze and explore\n\n### Instruction:\n",
-        "### System:\nGuidelines: Focus on core interactions\n\n### Instruction:\n",
-    ],
-    "full": [
-        "### System:\nTask Overview:",
-        "### Instruction:\nAnalyze the ethical implications",
-        "### Response:\n",
-    ],
-}
-EXPECT = {  # what to make of a mode's samples, said where they are printed
-    "system": "this mode trains on plain system texts: headers in the prompts are new to it",
-    "instruction": "this mode trains on plain instructions: headers in the prompts are new to it",
-    "both": "this mode never trains on a response: expect more instructions, not answers",
-    "full": "this mode trains on whole records: expect a response after its header",
-}
-
-
-def format_example(record: dict, mode: str) -> str:
-    """The training text of one record in one mode; plain text (`text` alone) is the same in all."""
-    if mode in ("system", "instruction") or "text" in record:
-        return record["text" if "text" in record else mode]
-    text = f"### System:\n{record['system']}\n\n### Instruction:\n{record['instruction']}"
-    return text if mode == "both" else f"{text}\n\n### Response:\n{record['response']}\n---"
 
 
 @lru_cache(maxsize=2)
@@ -199,9 +164,7 @@ def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Ite
 def open_data(s: SimpleNamespace) -> tuple[dict, np.ndarray, np.ndarray]:
     """The data's report, its training bytes, and the validation bytes each evaluation reads."""
     cache = Path(s.CHECKPOINT_DIR) / ".data"
-    folder = data.prepare(
-        s.DATASET, s.TRAINING_MODE, NEEDED, format_example, s.VAL_SHARE, s.SEED, cache
-    )
+    folder = data.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
     report = json.loads((folder / "data.json").read_text())
     for side, least, cure in (
         ("train", s.BLOCK_SIZE + 1, "lower BLOCK_SIZE"),
@@ -257,32 +220,6 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> int:
     return done
 
 
-class Stop:
-    """On SIGINT, SIGTERM or SIGHUP: leave at the next safe point, with the work saved; on a second
-    one at once, which loses nothing that was saved. `number` is the signal's, 0 before any.
-    """
-
-    def __init__(self):
-        self.number, self.can_wait = 0, False
-
-    def __enter__(self):
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        heard = [n for n in signals if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
-        self.before = {n: signal.signal(n, self.on_signal) for n in heard}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def on_signal(self, number, frame):
-        if self.number:
-            os._exit(128 + number)
-        self.number = number
-        if not self.can_wait:  # nothing trained yet
-            raise SystemExit(128 + number)
-
-
 def compiled_step(model, optimizer, accum: int, clip: float) -> tuple[Callable, Callable, list]:
     """The halves of an iteration, and the state they change, to be evaluated after each update.
 
@@ -309,34 +246,6 @@ def compiled_step(model, optimizer, accum: int, clip: float) -> tuple[Callable, 
         return norm
 
     return gradient, update, state
-
-
-def open_log(run: Path, step: int) -> tuple[Callable, int]:
-    """A function that logs to metrics.jsonl and the terminal, and the last step evaluated before.
-
-    Lines after `step`, of work that was lost, are dropped, so that each step is told once.
-    """
-    path, kept = run / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
-            kept += [m for m in [json.loads(line)] if m["step"] <= step]
-    checkpoints.write_whole(path, "".join(json.dumps(m) + "\n" for m in kept))
-
-    def log(**m):
-        try:
-            with path.open("a") as file:
-                file.write(json.dumps(m) + "\n")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        tqdm.write(
-            f"iter {m['step']:>6} | validation {m['val_loss']:.4f} | bits/byte {m['val_bpb']:.4f}"
-            if "val_loss" in m
-            else f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | "
-            f"norm {m['grad_norm']:.2f} | {m['bytes_per_s']:,.0f} bytes/s | "
-            f"peak {m['peak_gb']:.2f} GB | {m['seconds_left'] / 60:.1f} min left"
-        )
-
-    return log, max((m["step"] for m in kept if "val_loss" in m), default=-1)
 
 
 class Diverged(Exception):
@@ -533,17 +442,6 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
         if not 0 < vars(s)[name] <= 1:
             raise UserError(f"{name} is {vars(s)[name]}; it must be above 0 and at most 1")
     return s
-
-
-class Enduring(io.TextIOWrapper):
-    """Output that outlives its reader: a closed pipe or terminal must not end the training."""
-
-    def write(self, text: str) -> int:
-        try:
-            return super().write(text)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return len(text)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from conftest import ROOT
 
 import data
 from bdh_mlx import UserError
-from train_mlx import NEEDED, format_example
+from formats import FIELDS, format_example
 
 RECORD = {"system": "Be kind.", "instruction": "Greet.", "response": "Hello, wörld"}
 
 
 def prepare(source, cache, mode="full", val_share=0.1, seed=1):
-    folder = data.prepare(str(source), mode, NEEDED, format_example, val_share, seed, cache)
+    folder = data.prepare(str(source), mode, val_share, seed, cache)
     sides = {side: (folder / f"{side}.bin").read_bytes() for side in ("train", "val")}
     return json.loads((folder / "data.json").read_text()), sides["train"], sides["val"]
 
@@ -50,6 +50,21 @@ def test_every_record_is_on_one_side_and_every_byte_is_kept(tmp_path):
     assert sides[0] & sides[1] == {""}
     assert (report["train"]["records"], report["val"]["records"]) == (45, 5)
     assert (report["train"]["bytes"], report["val"]["bytes"]) == (len(train), len(val))
+
+
+def test_each_byte_is_labelled_with_its_field(tmp_path):
+    folder = data.prepare(
+        str(write_jsonl(tmp_path / "d.jsonl", numbered(30))), "full", 0.2, 1, tmp_path / "cache"
+    )
+    for side in ("train", "val"):
+        text = np.fromfile(folder / f"{side}.bin", np.uint8)
+        label = np.fromfile(folder / f"{side}.fields", np.uint8)
+        assert len(text) == len(label)
+        for field, start in (("system", b"Be kind."), ("response", "Hello, wörld".encode())):
+            said = bytes(text[label == FIELDS.index(field)])
+            assert said.startswith(start) and said.count(start) == bytes(text).count(start)
+            assert b"###" not in said
+        assert bytes(text[label == 0]).count(b"### Response:\n") == bytes(text).count(b"---")
 
 
 def test_identical_texts_go_to_one_side(tmp_path):
