@@ -107,14 +107,18 @@ def _gate(x, g, mask):
     return x * (mx.maximum(g, 0) * _factor(mask, x.dtype))
 
 
+# Below, sign of a rectified number where `mx.where` would read better: on a CPU the branches of the
+# latter cost ten times as much.
+
+
 @mx.compile
 def _gate_dg(x, g, dy, mask):
-    return mx.where(g > 0, dy * x * _factor(mask, x.dtype), 0)
+    return dy * x * mx.sign(mx.maximum(g, 0)) * _factor(mask, x.dtype)
 
 
 @mx.compile
 def _gate_dh(x, g, dy, dq, mask):
-    return mx.where(x > 0, dy * mx.maximum(g, 0) * _factor(mask, x.dtype) + dq, 0)
+    return (dy * mx.maximum(g, 0) * _factor(mask, x.dtype) + dq) * mx.sign(x)
 
 
 # ----------------------------------------------------------------------------------------- products
