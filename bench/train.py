@@ -3,11 +3,13 @@
     python bench/train.py                        # shapes for a CPU, about 3 minutes
     python bench/train.py --official bdh.py      # beside pathwaycom/bdh's file, PyTorch installed
     python bench/train.py --gpu --official bdh.py
+    python bench/train.py --gpu --memory         # peaks measured and as memory.py estimates them
     python bench/train.py --curve text.txt       # do the fast and quadratic losses stay together?
 
 Each case is a full training step (loss, gradients, clipping, AdamW) on random bytes in a process of
 its own, one after the other on one machine: warm-up steps, then the median of timed ones. Prints
-one JSON line per case, then a table; `ratio` is bytes/s divided by those of the shape's first row.
+one JSON line per case, then a table; `ratio` is bytes/s divided by those of the shape's first row,
+`growth` the time per byte divided by that of the same system at its smallest T.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,11 +31,21 @@ GPU = (
     {"n_layer": 6, "n_embd": 256, "n_head": 4, "mlp_internal_dim_multiplier": 128},
     [(2, 4096), (1, 16384), (32, 512), (1, 65536)],
 )
+WAYS = [  # chunk, rows, keep of fast_layer.Compute, on the first three shapes of a GPU
+    (512, 32768, 4),
+    (512, 32768, 2),
+    (512, 8192, 1),
+    (512, 8192, 0),
+    (512, 4096, 0),
+]
 
 
 def cases(args: argparse.Namespace) -> list[dict]:
     """Every system on every shape that it can do in the time and the memory there are."""
     model, shapes = GPU if args.gpu else CPU
+    if args.memory:
+        shared = {"system": "ours", "model": model | {"dropout": 0.0}}
+        return [shared | {"B": B, "T": T, "way": way} for B, T in shapes[:3] for way in WAYS]
     most_official, most_quadratic = (
         (16384, 4096) if args.gpu else (4096, 1024)
     )  # cost grows with T^2
@@ -61,8 +74,11 @@ def timed(step, synchronize, steps: int) -> float:
     return statistics.median(seconds[2:])
 
 
-def build(system: str, shape: dict, B: int, T: int):
-    """A model of ours computed as `system` says, and the trainer's own compiled step for it."""
+def build(system: str, shape: dict, B: int, T: int, way=None):
+    """The trainer's compiled step for a model computed as `system` says, and its estimated peak.
+
+    A `way` to compute, (chunk, rows, keep), is held from running ahead: its peak is what it needs.
+    """
     sys.path.insert(0, str(ROOT))
     import bdh_mlx  # isort: skip
     import mlx.core as mx
@@ -81,9 +97,16 @@ def build(system: str, shape: dict, B: int, T: int):
 
     mx.random.seed(0)
     model = (Quadratic if system == "quadratic" else bdh_mlx.BDH)(bdh_mlx.BDHConfig(**shape))
+    peak = None
     if system != "quadratic":
-        model.compute = memory.compute_for(model.config, system.split(", ")[1], "auto")
-        memory.hold(memory.estimate(model.config, B, T, model.compute))
+        name = "fast" if way else system.split(", ")[1]
+        model.compute = memory.compute_for(model.config, name, "auto")
+        if way:
+            model.compute = replace(
+                model.compute, **dict(zip(("chunk", "rows", "keep"), way, strict=True))
+            )
+        peak = memory.estimate(model.config, B, T, model.compute)
+        mx.set_memory_limit(10**6) if way else memory.hold(peak)
     optimizer = optim.AdamW(1e-3, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     gradient, update, state = train_mlx.compiled_step(model, optimizer, 1, 1.0)
@@ -93,11 +116,11 @@ def build(system: str, shape: dict, B: int, T: int):
         mx.eval(state, update(loss, gradients))
         return loss.item()
 
-    return step
+    return step, peak
 
 
 def run_ours(case: dict, steps: int) -> dict:
-    step = build(case["system"], case["model"], case["B"], case["T"])
+    step, estimate = build(*(case.get(k) for k in ("system", "model", "B", "T", "way")))
     import mlx.core as mx
 
     batch = mx.random.randint(0, 256, (2, case["B"], case["T"]))
@@ -106,13 +129,15 @@ def run_ours(case: dict, steps: int) -> dict:
     mx.reset_peak_memory()
     seconds = timed(lambda: step(*batch), mx.synchronize, steps)
     peak = mx.get_peak_memory() / 1e9
-    return {"seconds": seconds, "peak_gb": peak, "device": str(mx.default_device())}
+    estimate = estimate and estimate / 1e9
+    device = str(mx.default_device())
+    return {"seconds": seconds, "peak_gb": peak, "estimate_gb": estimate, "device": device}
 
 
 def curve(file: str, steps: int = 200, B: int = 2, T: int = 512) -> str:
     """Train the fast and the quadratic form on the same bytes; how far their losses part."""
     shape = CPU[0] | {"dropout": 0.0}
-    pair = [build(system, shape, B, T) for system in ("ours, fast", "quadratic")]
+    pair = [build(system, shape, B, T)[0] for system in ("ours, fast", "quadratic")]
     import numpy as np
 
     import train_mlx
@@ -167,17 +192,28 @@ def run(case: dict, args: argparse.Namespace) -> dict:
     return case | result
 
 
+def speed(result: dict) -> float:
+    """Bytes trained on per second."""
+    return result["B"] * result["T"] / result["seconds"]
+
+
 def table(results: list[dict]) -> str:
-    rows = [f"{'system':<24}{'B':>4}{'T':>7}{'bytes/s':>10}{'ms':>9}{'peak GB':>9}{'ratio':>7}"]
+    rows = [
+        f"{'system':<24}{'B':>4}{'T':>7}{'bytes/s':>10}{'ms':>9}{'peak GB':>9}{'estimate':>9}"
+        f"{'ratio':>7}{'growth':>8}"
+    ]
     for r in results:
         if "failed" in r:
             rows.append(f"{r['system']:<24}{r['B']:>4}{r['T']:>7}  {r['failed']}")
             continue
-        peer = next(p for p in results if (p["B"], p["T"]) == (r["B"], r["T"]) and "seconds" in p)
-        peak = "" if r["peak_gb"] is None else f"{r['peak_gb']:.2f}"
+        done = [p for p in results if "seconds" in p]
+        peer = next(p for p in done if (p["B"], p["T"]) == (r["B"], r["T"]))
+        first = min((p for p in done if p["system"] == r["system"]), key=lambda p: p["T"])
+        gb = ["" if r.get(k) is None else f"{r[k]:.2f}" for k in ("peak_gb", "estimate_gb")]
+        name = r["system"] + (f", {r['way']}" if "way" in r else "")
         rows.append(
-            f"{r['system']:<24}{r['B']:>4}{r['T']:>7}{r['B'] * r['T'] / r['seconds']:>10,.0f}"
-            f"{r['seconds'] * 1e3:>9,.1f}{peak:>9}{peer['seconds'] / r['seconds']:>7.2f}"
+            f"{name:<24}{r['B']:>4}{r['T']:>7}{speed(r):>10,.0f}{r['seconds'] * 1e3:>9,.1f}"
+            f"{gb[0]:>9}{gb[1]:>9}{speed(r) / speed(peer):>7.2f}{speed(first) / speed(r):>8.2f}"
         )
     return "\n".join(rows)
 
@@ -188,6 +224,7 @@ def main() -> None:
     )
     parser.add_argument("--official", help="path of pathwaycom/bdh's bdh.py; needs PyTorch")
     parser.add_argument("--gpu", action="store_true", help="the default model at GPU shapes")
+    parser.add_argument("--memory", action="store_true", help="peaks, measured and estimated")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a case (3)")
     parser.add_argument("--timeout", type=int, default=180, help="seconds a case may take (180)")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
