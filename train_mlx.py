@@ -36,17 +36,19 @@ import flags
 import memory
 from bdh_mlx import UserError
 from endure import Enduring, Stop
-from formats import EXPECT, NEEDED, PROMPTS
-from metrics import open_log
+from formats import EXPECT, FIELDS, NEEDED, PROMPTS
+from metrics import evaluations, open_log
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
 TRAINING_MODE = "both"  # of each record: "system", "instruction", "both" or "full"
+LOSS_ON = "all"  # bytes that count in the training loss: "all", or "response" (mode full only)
 DATASET = "Severian/Internal-Knowledge-Map"  # hub name, file, folder, or "sample"
 BLOCK_SIZE = 4096  # bytes a training sequence holds: what the model can learn to look back on
 BATCH_SIZE = 2  # sequences computed at once
 GRAD_ACCUM = 1  # batches added up to one update; more of them cost time, not memory
 MAX_ITERS: int | None = 5000  # updates; the run ends here or after EPOCHS, whichever comes first
 EPOCHS: float | None = 3  # passes over the training bytes; none: as many as MAX_ITERS takes
+PATIENCE: int | None = 5  # validations in a row without a new best that end the run; none: no end
 LEARNING_RATE = 5e-5  # at the end of the warm-up
 MIN_LEARNING_RATE = 0.1  # at the end of the cosine, as a share of LEARNING_RATE
 WARMUP_ITERS = 100  # updates of linear rise, while Adam's averages fill
@@ -130,19 +132,38 @@ def learning_rate(step: int, total: float, s: SimpleNamespace) -> float:
     return s.LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def loss_sum(model: bdh_mlx.BDH, idx: mx.array, targets: mx.array) -> mx.array:
-    return nn.losses.cross_entropy(model(idx)[0], targets, reduction="sum")
+def byte_losses(model: bdh_mlx.BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
+    """Nats that each target costs, (B, T)."""
+    return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
 
 
-def evaluate(total_loss, val: np.ndarray, B: int, T: int, stop=None) -> float:
-    """Mean nats per byte over val, in blocks of T (the last one shorter), without dropout."""
-    n, nats = len(val) - 1, 0.0
+def loss_weights(fields: np.ndarray, step: int, s: SimpleNamespace) -> np.ndarray:
+    """Weight in the loss of each target of an update, (GRAD_ACCUM, B, T), in sum 1: the loss is the
+    mean over the counted bytes of all its batches. All 0 where no byte counts.
+    """
+    count, T = s.BATCH_SIZE * s.GRAD_ACCUM, s.BLOCK_SIZE
+    shape = (s.GRAD_ACCUM, s.BATCH_SIZE, T)
+    if s.LOSS_ON == "all":
+        return np.full(shape, 1 / (count * T), np.float32)
+    labels = get_batch(fields, step * count, count, T, s.SEED)[1]
+    counted = np.array(labels == FIELDS.index(s.LOSS_ON), np.float32)
+    return (counted / max(1, counted.sum())).reshape(shape)
+
+
+def evaluate(losses, val, fields, B: int, T: int, stop=None) -> tuple[float, dict[str, float]]:
+    """Mean nats per byte of val, and of each field's bytes, in blocks of T (the last one shorter),
+    without dropout. `fields` tells each byte's place in FIELDS.
+    """
+    n = len(val) - 1
+    nats, count = np.zeros(len(FIELDS)), np.bincount(fields[1:], minlength=len(FIELDS))
     for begin, end in pairwise([*range(0, n - n % T, B * T), n - n % T, n]):
         if end > begin and not (stop and stop.number):
             rows = (max(1, (end - begin) // T), -1)
             idx, targets = (val[begin + i : end + i].astype(np.int32).reshape(rows) for i in (0, 1))
-            nats += total_loss(mx.array(idx), mx.array(targets)).item()
-    return nats / n
+            each = np.array(losses(mx.array(idx), mx.array(targets))).ravel()
+            nats += np.bincount(fields[begin + 1 : end + 1], each, len(FIELDS))
+    present = {name or "headers": i for i, name in enumerate(FIELDS) if count[i]}
+    return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
 
 
 def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Iterator[str]:
@@ -161,8 +182,8 @@ def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Ite
 # ---------------------------------------------------------------------------------------- training
 
 
-def open_data(s: SimpleNamespace) -> tuple[dict, np.ndarray, np.ndarray]:
-    """The data's report, its training bytes, and the validation bytes each evaluation reads."""
+def open_data(s: SimpleNamespace) -> tuple[dict, tuple, tuple]:
+    """The data's report, then bytes and fields to train on, and those that evaluations read."""
     cache = Path(s.CHECKPOINT_DIR) / ".data"
     folder = data.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
     report = json.loads((folder / "data.json").read_text())
@@ -175,8 +196,17 @@ def open_data(s: SimpleNamespace) -> tuple[dict, np.ndarray, np.ndarray]:
                 f"the {side} split has {report[side]['bytes']:,} bytes and needs {least:,} "
                 f"(BLOCK_SIZE is {s.BLOCK_SIZE:,}): {cure} or take more data"
             )
-    train, val = (np.memmap(folder / f"{side}.bin", np.uint8, "r") for side in ("train", "val"))
-    return report, train, val[: s.EVAL_BYTES]
+    train, val = (
+        [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
+        for side in ("train", "val")
+    )
+    val = [array[: s.EVAL_BYTES] for array in val]
+    if s.LOSS_ON != "all" and FIELDS.index(s.LOSS_ON) not in val[1]:
+        raise UserError(
+            f"LOSS_ON is {s.LOSS_ON!r}, and the {len(val[1]):,} validation bytes read have none of "
+            "it; raise EVAL_BYTES or set LOSS_ON to 'all'"
+        )
+    return report, train, val
 
 
 def last_iteration(s: SimpleNamespace, n_bytes: int) -> float:
@@ -220,22 +250,25 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> int:
     return done
 
 
-def compiled_step(model, optimizer, accum: int, clip: float) -> tuple[Callable, Callable, list]:
+def compiled_step(model, optimizer, clip: float) -> tuple[Callable, Callable, list]:
     """The halves of an iteration, and the state they change, to be evaluated after each update.
 
-    gradient(idx, targets, key) -> loss, gradients; update(summed loss, summed gradients) -> norm.
+    gradient(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
+    update(loss, gradients), each summed over the batches -> norm.
     """
     state = [model.state, optimizer.state]
     compiled = partial(mx.compile, inputs=state, outputs=state)
 
     @compiled
-    def gradient(idx, targets, key):
-        return nn.value_and_grad(model, lambda *batch: model(*batch)[1])(idx, targets, key)
+    def gradient(idx, targets, weights, key):
+        def loss():
+            return mx.sum(byte_losses(model, idx, targets, key) * weights)
+
+        return nn.value_and_grad(model, loss)()
 
     @compiled
     def update(loss, gradients):
         """One step of AdamW; nothing changes where the loss or the gradient is not finite."""
-        gradients = tree_map(lambda g: g / accum, gradients)
         gradients, norm = optim.clip_grad_norm(gradients, clip)
         before = tree_map(lambda a: a, state)
         optimizer.update(model, gradients)
@@ -272,13 +305,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     """From the data to the summary: 0 when finished, 128 + signal when stopped, 1 when diverged."""
-    report, train_bytes, val = open_data(s)
+    report, (train_bytes, train_fields), val = open_data(s)
     print(bdh_mlx.visible(data.describe(report)))
     total = last_iteration(s, len(train_bytes))
     per_iter = s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
     print(
         f"plan: {total:,} iterations of {per_iter:,} bytes are {total * per_iter:,} bytes or "
-        f"{total * per_iter / len(train_bytes):.2f} epochs; an evaluation reads {len(val):,} bytes"
+        f"{total * per_iter / len(train_bytes):.2f} epochs; "
+        f"an evaluation reads {len(val[0]):,} bytes"
     )
 
     mx.random.seed(s.SEED)
@@ -286,9 +320,22 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     step = first = saved = start(run, s, report, model, optimizer)  # loads before compiling
-    log, evaluated = open_log(run, step)
-    if step >= total and evaluated == step:
-        print(f"finished: {run} has its {step:,} iterations; to go on, raise MAX_ITERS or EPOCHS")
+    log, history = open_log(run, step)
+    best = checkpoints.read_best(run)
+    evaluated = max(evaluations(history), default=-1)
+
+    def out_of_patience():  # a function of metrics.jsonl and best.json: a resumed run counts on
+        since = [e for e in evaluations(history) if e > best.get("step", math.inf)]
+        return s.PATIENCE is not None and len(since) >= s.PATIENCE
+
+    if evaluated == step and (step >= total or out_of_patience()):
+        what = f"{run} has its {step:,} iterations; to go on, raise MAX_ITERS or EPOCHS"
+        if step < total:
+            what = (
+                f"{run} stopped early after {step:,} iterations, its best is of {best['step']:,}; "
+                f"to go on, raise PATIENCE ({s.PATIENCE}) or lift it with --patience none"
+            )
+        print(f"finished: {what}")
         return 0
     name, model.compute, peak = memory.choose(s)
     memory.hold(peak)
@@ -298,10 +345,9 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     print(f"note: {EXPECT[s.TRAINING_MODE]}")
     checkpoints.check_space(run, model, s.KEEP + 2)
 
-    gradient, update, state = compiled_step(model, optimizer, s.GRAD_ACCUM, s.GRAD_CLIP)
-    total_loss = mx.compile(partial(loss_sum, model), inputs=[model.state])
+    gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP)
+    losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
-    best = checkpoints.read_best(run)
     bar = tqdm(total=total if total < math.inf else None, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
     skipped = in_a_row = 0
@@ -327,18 +373,28 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
             print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
             return 128 + stop.number
         if (finished or step % s.EVAL_FREQ == 0) and evaluated < step:
-            val_loss = evaluate(total_loss, val, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
+            val_loss, nats = evaluate(losses_of, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
             if stop.number:
                 continue
             if not math.isfinite(val_loss):
                 raise Diverged(f"validation loss is {val_loss} at iteration {step}")
             evaluated = step
-            if step and val_loss < best.get("val_loss", math.inf):
+            judged = nats.get(s.LOSS_ON, val_loss)  # of the bytes that train
+            if step and judged < best.get("val_loss", math.inf):
                 save()
-                best = checkpoints.write_best(run, step, val_loss)
-            log(step=step, val_loss=val_loss, val_bpb=val_loss / math.log(2))  # logged: all done
+                best = checkpoints.write_best(run, step, judged)
+            log(  # logged: all done
+                step=step,
+                val_loss=val_loss,
+                val_bpb=val_loss / math.log(2),
+                val_loss_fields=nats,
+                val_bpb_fields={field: loss / math.log(2) for field, loss in nats.items()},
+            )
             for text in samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop):
                 tqdm.write(f"--- sample at iteration {step}\n{text}")
+            if out_of_patience():
+                save()
+                finished = True
         checkpoints.prune(run, s.KEEP, best.get("step"))
         if finished:
             break
@@ -346,10 +402,12 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
         tick = time.perf_counter()
         optimizer.learning_rate = rate = learning_rate(step, total, s)
         loss, gradients = 0.0, None
-        for micro in range(step * s.GRAD_ACCUM, (step + 1) * s.GRAD_ACCUM):
+        weights = loss_weights(train_fields, step, s)
+        for i, micro in enumerate(range(step * s.GRAD_ACCUM, (step + 1) * s.GRAD_ACCUM)):
             batch = get_batch(train_bytes, micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
-            part, more = gradient(*batch, mx.random.key(s.SEED * 2**32 + micro))
-            loss += part / s.GRAD_ACCUM
+            key = mx.random.key(s.SEED * 2**32 + micro)
+            part, more = gradient(*batch, mx.array(weights[i]), key)
+            loss += part
             gradients = tree_map(mx.add, gradients, more) if gradients else more
             mx.eval(loss, gradients)
             if stop.number:
@@ -359,7 +417,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
         norm = update(loss, gradients)
         mx.eval(state, norm)
         if math.isfinite(loss.item()) and math.isfinite(norm.item()):
-            losses.append(loss.item())
+            losses += [loss.item()] * bool(weights.any())  # without a counted byte it says nothing
             in_a_row = 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
@@ -396,6 +454,9 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
         "val_bpb": round(val_loss / math.log(2), 4),
         "best_val_loss": round(best["val_loss"], 4),
         "best_step": best["step"],
+        "ended": f"early, {s.PATIENCE} validations without a better one"
+        if step < total
+        else "as planned",
         "minutes": round((time.perf_counter() - began) / 60, 1),
         "peak_gb": round(mx.get_peak_memory() / 1e9, 2),
         "sample_it": f"python generate.py {run} --prompt {PROMPTS[s.TRAINING_MODE][0]!r}",
@@ -413,7 +474,9 @@ FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_s
 AT_LEAST = {
     name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP", "MAX_SKIPS")
 }
-AT_LEAST |= {name: 1 for name in ("LOG_FREQ", "EVAL_FREQ", "SAVE_FREQ", "LR_DECAY_ITERS")}
+AT_LEAST |= {
+    name: 1 for name in ("LOG_FREQ", "EVAL_FREQ", "SAVE_FREQ", "LR_DECAY_ITERS", "PATIENCE")
+}
 AT_LEAST |= {name: 0 for name in ("WARMUP_ITERS", "WEIGHT_DECAY", "SAMPLE_BYTES", "SEED")}
 AT_LEAST |= {"EVAL_BYTES": 2}
 
@@ -428,10 +491,16 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
         raise UserError(
             f"RUN_NAME is {s.RUN_NAME!r}; it must be 1 to 64 of the characters A-Za-z0-9._-"
         )
-    one_of = {"TRAINING_MODE": NEEDED, "DTYPE": ("auto", "bfloat16", "float32")}
+    one_of = {"TRAINING_MODE": NEEDED, "LOSS_ON": ("all", "response")}
+    one_of |= {"DTYPE": ("auto", "bfloat16", "float32")}
     for name, choices in (one_of | {"MEMORY": ("auto", *memory.SETTINGS)}).items():
         if vars(s)[name] not in choices:
             raise UserError(f"{name} is {vars(s)[name]!r}; it must be one of {', '.join(choices)}")
+    if s.LOSS_ON not in ("all", *NEEDED[s.TRAINING_MODE]):
+        raise UserError(
+            f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "
+            "set TRAINING_MODE to 'full' or LOSS_ON to 'all'"
+        )
     for name, least in AT_LEAST.items():
         if (value := vars(s)[name]) is not None and value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")

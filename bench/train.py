@@ -82,7 +82,6 @@ def build(system: str, shape: dict, B: int, T: int, way=None):
     sys.path.insert(0, str(ROOT))
     import bdh_mlx  # isort: skip
     import mlx.core as mx
-    import mlx.nn as nn
     import mlx.optimizers as optim
 
     import memory
@@ -91,9 +90,8 @@ def build(system: str, shape: dict, B: int, T: int, way=None):
     class Quadratic(bdh_mlx.BDH):
         """Scores T x T, gradients by MLX: what a plain port does."""
 
-        def __call__(self, idx, targets, key):
-            logits, _ = self.read(idx, chunk=idx.shape[1])
-            return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
+        def __call__(self, idx, targets=None, key=None):
+            return self.read(idx, chunk=idx.shape[1])[0], None
 
     mx.random.seed(0)
     model = (Quadratic if system == "quadratic" else bdh_mlx.BDH)(bdh_mlx.BDHConfig(**shape))
@@ -109,10 +107,11 @@ def build(system: str, shape: dict, B: int, T: int, way=None):
         mx.set_memory_limit(10**6) if way else memory.hold(peak)
     optimizer = optim.AdamW(1e-3, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    gradient, update, state = train_mlx.compiled_step(model, optimizer, 1, 1.0)
+    gradient, update, state = train_mlx.compiled_step(model, optimizer, 1.0)
 
     def step(idx, targets):
-        loss, gradients = gradient(idx, targets, mx.random.key(1))
+        weights = mx.full(idx.shape, 1 / idx.size)
+        loss, gradients = gradient(idx, targets, weights, mx.random.key(1))
         mx.eval(state, update(loss, gradients))
         return loss.item()
 

@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -106,8 +107,9 @@ def test_evaluation_reads_every_byte_once(n):
     for begin in range(0, n - 1, 8):
         piece = mx.array(val[begin : begin + 9].astype(np.int32))[None]
         nats += model(piece[:, :-1], piece[:, 1:])[1].item() * (piece.shape[1] - 1)
-    total = lambda idx, targets: train_mlx.loss_sum(model, idx, targets)  # noqa: E731
-    assert train_mlx.evaluate(total, val, B=3, T=8) == pytest.approx(nats / (n - 1), rel=1e-5)
+    losses = partial(train_mlx.byte_losses, model)
+    mean, of = train_mlx.evaluate(losses, val, np.zeros(n, np.uint8), B=3, T=8)
+    assert mean == of["headers"] == pytest.approx(nats / (n - 1), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------- exact resume
@@ -214,7 +216,7 @@ def test_a_checkpoint_is_written_before_the_evaluation_of_its_step(tmp_path, mon
 
 def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
     losses = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
-    monkeypatch.setattr(train_mlx, "evaluate", lambda *args: next(losses))
+    monkeypatch.setattr(train_mlx, "evaluate", lambda *args: (next(losses), {}))
     train(tmp_path, "--max-iters", 12, "--eval-freq", 2, "--save-freq", 2, "--keep", 2)
     assert checkpoints.steps(tmp_path / "full") == [4, 10, 12]
     assert checkpoints.read_best(tmp_path / "full")["step"] == 4
@@ -329,5 +331,5 @@ def test_wrong_flags_exit_with_2(args):
 def test_every_setting_is_a_flag_with_a_reason():
     settings = [n for n in vars(train_mlx.settings([])) if n != "BDH_CONFIG"]
     constants = {n for n in vars(train_mlx) if n.isupper()} - {"PRESETS", "GUIDE"}
-    tables = {"NEEDED", "PROMPTS", "EXPECT", "FIXED", "AT_LEAST", "BDH_CONFIG"}
+    tables = {"FIELDS", "NEEDED", "PROMPTS", "EXPECT", "FIXED", "AT_LEAST", "BDH_CONFIG"}
     assert set(settings) == constants - tables

@@ -1,0 +1,170 @@
+"""What a run tells of its learning: fields, patience, phases, advice, activity."""
+
+import json
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_train import arrays, metrics, same, train
+
+import bdh_mlx
+import checkpoints
+import train_mlx
+from bdh_mlx import UserError
+from formats import FIELDS
+
+RESPONSE = FIELDS.index("response")
+
+
+# ---------------------------------------------------------------------------- loss on the responses
+
+
+def settings(*args):
+    small = "--block-size 8 --batch-size 2 --grad-accum 2 --training-mode full --loss-on response"
+    return train_mlx.settings([*small.split(), *args])
+
+
+def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update():
+    fields = np.random.default_rng(0).permutation(np.repeat([0, RESPONSE], [90, 10])).astype("u1")
+    s = settings()
+    for step in range(5):
+        weights = train_mlx.loss_weights(fields, step, s)
+        labels = [train_mlx.get_batch(fields, 4 * step + 2 * i, 2, 8, s.SEED)[1] for i in (0, 1)]
+        assert np.array_equal(weights > 0, np.array(labels) == RESPONSE)
+        assert weights.sum() == pytest.approx(1 if weights.any() else 0, rel=1e-5)
+        assert len(np.unique(weights[weights > 0])) <= 1  # unequal batches, equal bytes
+    everything = train_mlx.loss_weights(fields, 0, settings("--loss-on", "all"))
+    assert np.all(everything == np.float32(1 / 32))
+
+
+def test_accumulated_batches_of_unequal_counts_equal_one_large_batch(tmp_path):
+    for accum in (1, 4):
+        train(tmp_path / str(accum), "--loss-on", "response", "--dropout", 0, "--max-iters", 2,
+              "--batch-size", 4 // accum, "--grad-accum", accum)  # fmt: skip
+    one, four = (arrays(tmp_path / str(n), 2) for n in (1, 4))
+    for name in one:
+        np.testing.assert_allclose(one[name], four[name], rtol=0, atol=1e-5)
+
+
+def test_an_update_without_a_counted_byte_is_no_nan(tmp_path, monkeypatch):
+    real = train_mlx.loss_weights
+    monkeypatch.setattr(
+        train_mlx, "loss_weights", lambda f, step, s: real(f, step, s) * (step != 1)
+    )
+    assert train(tmp_path, "--loss-on", "response", "--max-iters", 3) == 0
+    assert [m["step"] for m in metrics(tmp_path) if "loss" in m] == [1, 3]
+    assert all(np.all(np.isfinite(a)) for a in arrays(tmp_path, 3).values())
+    assert not any(m.get("skipped") for m in metrics(tmp_path))
+
+
+def test_training_on_responses_learns_responses_alone(tmp_path):
+    """Its gradient ignores the other bytes: the model stays bad at them, and good at its own."""
+    of = {}
+    for on in ("all", "response"):
+        args = ["--max-iters", 60, "--eval-freq", 60, "--save-freq", 60, "--log-freq", 60]
+        train(tmp_path / on, "--loss-on", on, "--learning-rate", 1e-2, *args)
+        of[on] = metrics(tmp_path / on)[-1]["val_loss_fields"]
+    assert of["response"]["headers"] > of["all"]["headers"] + 0.3
+    assert of["response"]["response"] < of["all"]["response"] + 0.15
+    best = checkpoints.read_best(tmp_path / "response" / "full")
+    assert best["val_loss"] == of["response"]["response"]  # judged by what is trained
+
+
+@pytest.mark.parametrize("mode", ["system", "instruction", "both"])
+def test_modes_without_responses_refuse_a_loss_on_them(tmp_path, mode):
+    with pytest.raises(UserError, match=f"LOSS_ON is 'response'.*{mode}.* has none"):
+        train(tmp_path, "--loss-on", "response", "--training-mode", mode)
+
+
+def test_data_without_responses_refuses_a_loss_on_them(tmp_path):
+    (tmp_path / "d.txt").write_text("\n\n".join(f"{i} paragraph of plain text" for i in range(30)))
+    with pytest.raises(UserError, match=r"LOSS_ON is 'response'.*validation bytes"):
+        train(tmp_path, "--loss-on", "response", "--dataset", tmp_path / "d.txt")
+
+
+# ---------------------------------------------------------------------------- validation by field
+
+
+def test_an_evaluation_tells_each_field_and_they_add_up(tmp_path):
+    train(tmp_path, "--max-iters", 1, "--eval-bytes", "none")
+    last = metrics(tmp_path)[-1]
+    of = last["val_loss_fields"]
+    assert of.keys() == {"headers", "system", "instruction", "response"}
+    labels = np.fromfile(next((tmp_path / ".data").glob("*/val.fields")), np.uint8)[1:]
+    share = {f: np.mean(labels == FIELDS.index(f.replace("headers", ""))) for f in of}
+    whole = sum(of[f] * share[f] for f in of)
+    assert whole == pytest.approx(last["val_loss"], rel=1e-9)
+    for field, bpb in last["val_bpb_fields"].items():
+        assert bpb == of[field] / math.log(2)
+
+
+def test_a_field_is_the_mean_over_its_own_targets():
+    model = bdh_mlx.BDH(bdh_mlx.BDHConfig(1, 8, 0.0, 1, 4))
+    rng = np.random.default_rng(0)
+    val, fields = rng.integers(0, 256, 8, dtype=np.uint8), np.array([1] * 4 + [3] * 4, np.uint8)
+    idx, targets = (mx.array(val[i : 7 + i].astype(np.int32))[None] for i in (0, 1))
+    each = np.array(train_mlx.byte_losses(model, idx, targets))[0]
+    losses = lambda *batch: train_mlx.byte_losses(model, *batch)  # noqa: E731
+    _, of = train_mlx.evaluate(losses, val, fields, 1, 8)
+    assert of == pytest.approx({"system": each[:3].mean(), "response": each[3:].mean()}, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------- patience
+
+
+OVER = ["--eval-freq", "2", "--save-freq", "5", "--max-iters", "40"]
+
+
+@pytest.fixture
+def worse_after_6(monkeypatch):
+    """Validation that is best after update 6, as a function of the training alone."""
+    step = iter(())
+
+    def evaluate(losses, val, fields, B, T, stop=None):
+        return next(step), {}
+
+    def begin(first):
+        nonlocal step
+        step = iter([abs(6 - i) + 1.0 for i in range(first, 99, 2)])
+
+    monkeypatch.setattr(train_mlx, "evaluate", evaluate)
+    return begin
+
+
+def test_a_run_out_of_patience_stops_early_and_says_where_its_best_is(
+    tmp_path, worse_after_6, capsys
+):
+    worse_after_6(0)
+    assert train(tmp_path, *OVER, "--patience", 3) == 0
+    out = capsys.readouterr().out
+    assert "iterations: 12\n" in out and "best_step: 6\n" in out and "ended: early" in out
+    assert checkpoints.steps(tmp_path / "full")[-1] == 12  # saved, though no SAVE_FREQ is due
+    assert checkpoints.read_best(tmp_path / "full")["step"] == 6
+
+    assert train(tmp_path, *OVER, "--patience", 3) == 0
+    out = capsys.readouterr().out
+    assert "finished" in out and "its best is of 6; to go on, raise PATIENCE (3)" in out
+    worse_after_6(14)
+    assert train(tmp_path, *OVER, "--patience", 4) == 0
+    assert metrics(tmp_path)[-1]["step"] == 14
+
+
+def test_a_resumed_run_keeps_the_count_and_ends_in_the_same_bits(tmp_path, worse_after_6):
+    worse_after_6(0)
+    train(tmp_path / "a", *OVER, "--patience", 3)
+    worse_after_6(0)
+    train(tmp_path / "b", *OVER, "--patience", 3, "--max-iters", 10)
+    worse_after_6(12)
+    train(tmp_path / "b", *OVER, "--patience", 3)
+    for folder in ("a", "b"):
+        steps = [m["step"] for m in metrics(tmp_path / folder) if "val_loss" in m]
+        assert steps == [0, 2, 4, 6, 8, 10, 12]
+    assert same(arrays(tmp_path / "a", 12), arrays(tmp_path / "b", 12))
+
+
+def test_without_patience_a_run_goes_to_its_end(tmp_path, worse_after_6):
+    worse_after_6(0)
+    train(tmp_path, *OVER, "--patience", "none", "--max-iters", 20)
+    assert json.loads((tmp_path / "full" / "best.json").read_text())["step"] == 6
+    assert metrics(tmp_path)[-1]["step"] == 20
