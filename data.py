@@ -205,8 +205,9 @@ def fault(fields: dict | str, needed: tuple[str, ...]) -> str | None:
 # ------------------------------------------------------------------------- prepared bytes, cached
 
 
-def fingerprint(dataset: str, **settings) -> str:
+def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
     """Name of the prepared bytes: changes with the files (path, size, time) or a setting."""
+    settings = {"mode": mode, "val_share": val_share, "seed": seed, "split": "by record"}
     files = find(dataset)
     source = files and [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = json.dumps([source or dataset, settings], sort_keys=True)
@@ -216,11 +217,14 @@ def fingerprint(dataset: str, **settings) -> str:
 def prepare(dataset: str, mode: str, val_share: float, seed: int, cache: Path) -> Path:
     """Folder with train.bin, val.bin (uint8) and data.json (the report), made once and then reused.
 
-    train.fields and val.fields say of each byte which of FIELDS it belongs to. Records of identical
-    training text go to one side of the split, so that no text is on both. Raises UserError when
+    train.fields and val.fields say which of FIELDS each byte belongs to. Raises UserError when
     nothing can be trained on.
+
+    Held out is held out in every mode: the split is of records, drawn by their fields and not by
+    the mode's text, so a record that validates in one mode trains in none. A text of the mode that
+    records of both sides share is left out of validation, so that no text is on both sides.
     """
-    folder = cache / fingerprint(dataset, mode=mode, val_share=val_share, seed=seed)
+    folder = cache / fingerprint(dataset, mode, val_share, seed)
     with _held(cache):
         if not intact(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -260,11 +264,20 @@ def _make(folder, dataset, mode, val_share, seed):
     making = folder.with_name(f"{folder.name}.tmp")
     making.mkdir()
     try:
-        report, lengths, digests = _format_all(dataset, mode, making)
-        in_val = _choose_validation(digests, val_share, seed)
-        report |= _write_split(making, lengths, in_val)
+        report, lengths, texts, keys = _format_all(dataset, mode, making)
+        in_val = _choose_validation(keys, val_share, seed)
+        served = lengths > 0
+        shared = in_val & served & np.isin(texts, texts[served & ~in_val])
+        report["shared"] = int(shared.sum())
+        if np.all(shared >= (in_val & served)):
+            raise UserError(
+                f"DATASET {dataset} has {len(np.unique(texts[served]))} distinct texts in "
+                f"TRAINING_MODE {mode!r}, each of more records than VAL_SHARE ({val_share}) holds "
+                "out: raise it, take more data or another mode"
+            )
+        report |= _write_split(making, lengths, served & ~in_val, served & in_val & ~shared)
         (making / "data.json").write_text(json.dumps(report, indent=1))
-        if fingerprint(dataset, mode=mode, val_share=val_share, seed=seed) != folder.name:
+        if fingerprint(dataset, mode, val_share, seed) != folder.name:
             raise UserError(f"DATASET {dataset} changed while it was read; start again")
         making.replace(folder)
     finally:
@@ -272,26 +285,35 @@ def _make(folder, dataset, mode, val_share, seed):
 
 
 def _format_all(dataset, mode, folder):
-    """Write the training text of every sound record; a report, their lengths and their digests."""
+    """Write the training text of every record that has one in this mode.
+
+    Gives a report and, of each record that has one in any mode, the length of its text in bytes (0:
+    none in this mode), the text's digest, and the digests of system, instruction and all fields.
+    """
     structures, skipped, count, size = Counter(), Counter(), Counter(), Counter()
-    lengths, digests = array("Q"), array("Q")
+    lengths, texts, keys = array("Q"), array("Q"), array("Q")
     with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
         for record in read(dataset):
             structure, contents = detect(record) if isinstance(record, dict) else ("bad", [record])
             structures[structure] += 1
             for fields in contents:
-                for name in (f for f in (*COLUMNS, "text") if not fault(fields, (f,))):
+                sound = {f: fields[f] for f in (*COLUMNS, "text") if not fault(fields, (f,))}
+                for name, value in sound.items():
                     count[name] += 1
-                    size[name] += len(fields[name])
+                    size[name] += len(value)
+                parts = []
                 if reason := fault(fields, ("text",) if structure == "text" else NEEDED[mode]):
                     skipped[reason] += 1
-                    continue
-                parts = [(FIELDS.index(f), text.encode()) for f, text in pieces(fields, mode)]
+                else:
+                    parts = [(FIELDS.index(f), text.encode()) for f, text in pieces(fields, mode)]
                 text = b"".join(part for _, part in parts)
                 out.write(text)
                 labels.write(b"".join(bytes([field]) * len(part) for field, part in parts))
-                lengths.append(len(text))
-                digests.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
+                if sound:
+                    lengths.append(len(text))
+                    texts.append(_digest(text))
+                    by = (sound.get("system"), sound.get("instruction"), sorted(sound.items()))
+                    keys.extend(_digest(json.dumps(key).encode()) if key else 0 for key in by)
     report = {
         "dataset": dataset,
         "mode": mode,
@@ -300,9 +322,13 @@ def _format_all(dataset, mode, folder):
         "fields": {f: {"records": n, "mean_length": size[f] / n} for f, n in count.items()},
         "skipped": dict(skipped.most_common()),
     }
-    if not lengths:
+    if not any(lengths):
         raise UserError(_cannot_serve(report))
-    return report, np.array(lengths), np.array(digests)
+    return report, np.array(lengths), np.array(texts), np.array(keys).reshape(-1, 3).T
+
+
+def _digest(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
 
 
 def _cannot_serve(report: dict) -> str:
@@ -317,29 +343,41 @@ def _cannot_serve(report: dict) -> str:
     )
 
 
-def _choose_validation(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """For each record, whether it validates: a seeded draw of `share` of the distinct texts."""
-    distinct, which = np.unique(digests, return_inverse=True)
-    if len(distinct) < 2:
-        raise UserError(f"DATASET has {len(distinct)} distinct record; a split needs at least 2")
-    chosen = np.zeros(len(distinct), bool)
-    shuffled = np.random.default_rng(seed).permutation(len(distinct))
-    chosen[shuffled[: max(1, round(share * len(distinct)))]] = True
-    return chosen[which]
+def _choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """For each record, whether it validates: a seeded draw of about `share` of them.
+
+    Half are drawn by whole system texts (or instructions, where systems are too few or none), with
+    all their records, since modes that train on one field need texts of it seen nowhere else; the
+    rest by all fields. A text of more records than there is room for is never drawn.
+    """
+    rng, in_val = np.random.default_rng(seed), np.zeros(keys.shape[1], bool)
+    if len(np.unique(keys[-1])) < 2:
+        raise UserError("DATASET has 1 distinct record; a split needs at least 2")
+    for key, part in zip(keys, (share / 2, share / 2, share), strict=True):
+        texts, which = np.unique(key, return_inverse=True)
+        adds = np.bincount(which, ~in_val)
+        room = round(part * len(key)) - in_val.sum()
+        order = rng.permutation(len(texts))
+        order = order[(adds[order] <= room) & (texts[order] != 0)]  # 0: without this field
+        in_val |= np.isin(which, order[np.cumsum(adds[order]) <= room])
+    if not in_val.any():  # few records: a share of them is none, but one text must be
+        in_val = which == rng.integers(len(texts))
+    return in_val
 
 
-def _write_split(folder: Path, lengths: np.ndarray, in_val: np.ndarray) -> dict:
+def _write_split(folder: Path, lengths: np.ndarray, train: np.ndarray, val: np.ndarray) -> dict:
     """Deal the records out to train and val, in their order, joined by a blank line."""
-    report = {
-        side: {"records": int(np.sum(in_val == (side == "val")))} for side in ("train", "val")
-    }
+    report = {side: {"records": int(of.sum())} for side, of in (("train", train), ("val", val))}
+    dealt = np.where(train, "train", np.where(val, "val", "")).tolist()
     for kind, separator in (("bin", SEPARATOR.encode()), ("fields", bytes(len(SEPARATOR)))):
         sides = {side: (folder / f"{side}.{kind}").open("wb") for side in report}
         sums = {side: hashlib.sha256() for side in sides}
         with (folder / f"all.{kind}").open("rb") as records:
-            for length, val in zip(lengths.tolist(), in_val.tolist(), strict=True):
-                side = "val" if val else "train"
-                piece = (separator if sides[side].tell() else b"") + records.read(length)
+            for length, side in zip(lengths.tolist(), dealt, strict=True):
+                piece = records.read(length)
+                if not side:
+                    continue
+                piece = (separator if sides[side].tell() else b"") + piece
                 sides[side].write(piece)
                 sums[side].update(piece)
         (folder / f"all.{kind}").unlink()
@@ -362,6 +400,8 @@ def describe(report: dict) -> str:
         )
     for reason, n in report["skipped"].items():
         lines.append(f"  skipped {n:,}: {reason}")
+    if report["shared"]:
+        lines.append(f"  left out of validation {report['shared']:,}: text also in training")
     for side, name in (("train", "training"), ("val", "validation")):
         lines.append(
             f"  {name}: {report[side]['records']:,} records, {report[side]['bytes']:,} bytes"

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import islice, pairwise, takewhile
@@ -34,6 +35,7 @@ import checkpoints
 import data
 import flags
 import memory
+import phases
 from bdh_mlx import UserError
 from endure import Enduring, Stop
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
@@ -72,6 +74,7 @@ ALLOW_DATA_CHANGE = False  # continue a run although its training bytes are no l
 CHECKPOINT_DIR = "checkpoints_mlx"  # holds one folder per run, and the prepared data
 RUN_NAME: str | None = None  # folder of this run; none: the training mode
 INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (phase 2)
+PHASES: str | None = None  # a chain, mode:EPOCHS@LEARNING_RATE each: "system:3,full:2@3e-5"
 
 # Each preset is flags: the guide's configurations, and `tiny` for a first look. Where the guide
 # names no EPOCHS, MAX_ITERS alone ends the run.
@@ -182,11 +185,20 @@ def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Ite
 # ---------------------------------------------------------------------------------------- training
 
 
+def prepared(s: SimpleNamespace, mode: str) -> tuple[dict, tuple, tuple]:
+    """What open_data gives, of any mode and unchecked. Raises UserError if the mode has no data."""
+    folder = data.prepare(s.DATASET, mode, s.VAL_SHARE, s.SEED, Path(s.CHECKPOINT_DIR) / ".data")
+    train, val = (
+        [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
+        for side in ("train", "val")
+    )
+    report = json.loads((folder / "data.json").read_text())
+    return report, train, [array[: s.EVAL_BYTES] for array in val]
+
+
 def open_data(s: SimpleNamespace) -> tuple[dict, tuple, tuple]:
     """The data's report, then bytes and fields to train on, and those that evaluations read."""
-    cache = Path(s.CHECKPOINT_DIR) / ".data"
-    folder = data.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
-    report = json.loads((folder / "data.json").read_text())
+    report, train, val = prepared(s, s.TRAINING_MODE)
     for side, least, cure in (
         ("train", s.BLOCK_SIZE + 1, "lower BLOCK_SIZE"),
         ("val", 2, "raise VAL_SHARE"),
@@ -196,11 +208,6 @@ def open_data(s: SimpleNamespace) -> tuple[dict, tuple, tuple]:
                 f"the {side} split has {report[side]['bytes']:,} bytes and needs {least:,} "
                 f"(BLOCK_SIZE is {s.BLOCK_SIZE:,}): {cure} or take more data"
             )
-    train, val = (
-        [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
-        for side in ("train", "val")
-    )
-    val = [array[: s.EVAL_BYTES] for array in val]
     if s.LOSS_ON != "all" and FIELDS.index(s.LOSS_ON) not in val[1]:
         raise UserError(
             f"LOSS_ON is {s.LOSS_ON!r}, and the {len(val[1]):,} validation bytes read have none of "
@@ -223,17 +230,20 @@ def described(s: SimpleNamespace) -> dict:
     return {k: v for k, v in vars(s).items() if k != "BDH_CONFIG"} | asdict(s.BDH_CONFIG)
 
 
-def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> int:
-    """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached."""
+def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tuple[int, list]:
+    """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached and
+    the weights that the run came from.
+    """
+    origin = Path(s.CHECKPOINT_DIR, s.INIT_FROM or "")
+    origin = origin if origin.exists() else Path(s.INIT_FROM)
     if not (done := checkpoints.newest_valid(run)):
         if s.INIT_FROM:
-            beside = Path(s.CHECKPOINT_DIR, s.INIT_FROM)
-            source = bdh_mlx.load_model(beside if beside.exists() else s.INIT_FROM)
+            source = bdh_mlx.load_model(origin)
             if replace(source.config, dropout=0) != replace(s.BDH_CONFIG, dropout=0):
                 raise UserError(f"INIT_FROM has {source.config}, this run {s.BDH_CONFIG}")
             model.update(source.parameters())
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
-        return 0
+        return 0, phases.ancestry(origin) if s.INIT_FROM else []
     before = checkpoints.read_info(run, done)
     sides = ("train", "val")
     old = before["settings"] | {f"{side} data": before["data"][side]["sha256"] for side in sides}
@@ -245,9 +255,16 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> int:
             f"{run} holds a run with other settings ({'; '.join(fixed)}). Set them back to go on "
             "with it, or set RUN_NAME to start another (for changed data, --allow-data-change)"
         )
+    ancestry = before.get("ancestry", [])
+    now = phases.ancestry(origin) if s.INIT_FROM and origin.exists() else ancestry
+    if ancestry and now[-1]["sha256"] != ancestry[-1]["sha256"]:
+        raise UserError(
+            f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
+            f"{s.INIT_FROM} are others now; set RUN_NAME to start another run from them"
+        )
     checkpoints.load(run, done, model, optimizer)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
-    return done
+    return done, ancestry
 
 
 def compiled_step(model, optimizer, clip: float) -> tuple[Callable, Callable, list]:
@@ -286,21 +303,60 @@ class Diverged(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the settings say; the exit code. Raises UserError."""
-    s = settings(argv)
-    run = Path(s.CHECKPOINT_DIR, s.RUN_NAME or s.TRAINING_MODE)
-    with Stop() as stop, checkpoints.opened(run):
-        try:
-            return train(s, run, stop)
-        except RuntimeError as error:
-            if not memory.is_exhausted(error):
-                raise
-            raise UserError(f"memory is out: {memory.too_large(s, memory.available())}") from None
-        except Diverged as reason:
-            last = checkpoints.steps(run)[-1:]
-            print(f"error: {reason}. Checkpoints are as they were, the last of iteration {last}; "
-                  "lower LEARNING_RATE or GRAD_CLIP", file=sys.stderr)  # fmt: skip
-            return 1
+    """Train as the settings say, one run or a chain of PHASES; the exit code. Raises UserError."""
+    told = {}
+    with Stop() as stop:
+        for s in phases.chain(settings(argv)):
+            run = Path(s.CHECKPOINT_DIR, s.RUN_NAME or s.TRAINING_MODE)
+            with checkpoints.opened(run):
+                if code := attempt(s, run, stop):
+                    return code
+                if s.PHASES:
+                    told[run.name] = held_out(s, run, stop)
+                    if stop.number:
+                        return 128 + stop.number
+                    print(phases.table(told))
+    return 0
+
+
+def attempt(s: SimpleNamespace, run: Path, stop: Stop) -> int:
+    """Train, and put into a line what can end it."""
+    try:
+        return train(s, run, stop)
+    except RuntimeError as error:
+        if not memory.is_exhausted(error):
+            raise
+        raise UserError(f"memory is out: {memory.too_large(s, memory.available())}") from None
+    except Diverged as reason:
+        last = checkpoints.steps(run)[-1:]
+        print(f"error: {reason}. Checkpoints are as they were, the last of iteration {last}; "
+              "lower LEARNING_RATE or GRAD_CLIP", file=sys.stderr)  # fmt: skip
+        return 1
+
+
+def held_out(s: SimpleNamespace, run: Path, stop: Stop) -> dict[str, float]:
+    """Bits per byte of the run's best weights on the validation bytes of every mode that the data
+    serve; kept in modes.json, by field too.
+    """
+    file, told = run / "modes.json", phases.ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
+    with suppress(OSError, ValueError):
+        known = json.loads(file.read_text())
+        if told.items() <= known.items():
+            return known["val_bpb"]
+    model = bdh_mlx.load_model(run)
+    model.compute = memory.choose(s)[1]
+    bpb, fields = {}, {}
+    for mode in NEEDED:
+        with suppress(UserError):  # a mode without data
+            _, _, val = prepared(s, mode)
+            losses = mx.compile(partial(byte_losses, model))
+            loss, nats = evaluate(losses, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
+            bpb[mode] = loss / math.log(2)
+            fields[mode] = {field: loss / math.log(2) for field, loss in nats.items()}
+    if not stop.number:
+        told |= {"val_bpb": bpb, "val_bpb_fields": fields}
+        checkpoints.write_whole(file, json.dumps(told, indent=1))
+    return bpb
 
 
 def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
@@ -319,7 +375,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     model = bdh_mlx.BDH(s.BDH_CONFIG)
     optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    step = first = saved = start(run, s, report, model, optimizer)  # loads before compiling
+    step, ancestry = start(run, s, report, model, optimizer)  # loads before compiling
+    first = saved = step
     log, history = open_log(run, step)
     best = checkpoints.read_best(run)
     evaluated = max(evaluations(history), default=-1)
@@ -348,6 +405,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
+    info["ancestry"] = ancestry
     bar = tqdm(total=total if total < math.inf else None, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
     skipped = in_a_row = 0
@@ -485,6 +543,13 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
     """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
     s = flags.parse(sys.modules[__name__], PRESETS, argv)
     s.BDH_CONFIG = bdh_mlx.BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
+    for run in phases.chain(s):
+        check(run)
+    return s
+
+
+def check(s: SimpleNamespace) -> None:
+    """Raise UserError naming the first setting that cannot be, its value and its limit."""
     if s.RUN_NAME is not None and not re.fullmatch(
         r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", s.RUN_NAME
     ):
@@ -510,7 +575,6 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
     for name in ("VAL_SHARE", "MIN_LEARNING_RATE"):
         if not 0 < vars(s)[name] <= 1:
             raise UserError(f"{name} is {vars(s)[name]}; it must be above 0 and at most 1")
-    return s
 
 
 if __name__ == "__main__":

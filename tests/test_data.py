@@ -295,3 +295,58 @@ def test_the_embedded_sample_is_sound():
     for field in RECORD:
         assert len({r[field] for r in records}) == len(records)
     assert np.mean([len(format_example(r, "full")) for r in records]) > 700
+
+
+# ------------------------------------------------------------------------- held out in every mode
+
+
+def many(systems, records, seed=0):
+    """Records of few systems and some repeated instructions, as instruction data sets have them."""
+    rng = np.random.default_rng(seed)
+    system, instruction, response = (rng.integers(n, size=records) for n in (systems, 300, 2))
+    return [
+        {"system": f"System {s}.", "instruction": f"Do {i}.", "response": f"Done {r}."}
+        for s, i, r in zip(system, instruction, response, strict=True)
+    ]
+
+
+def dealt(file, cache, mode, share=0.1):
+    """The texts of each side in a mode, as sets."""
+    _, *sides = prepare(file, cache, mode=mode, val_share=share)
+    joint = "\n\n### System" if mode in ("both", "full") else "\n\n"
+    return [
+        {t.removeprefix("### System").removeprefix(":") for t in s.decode().split(joint)}
+        for s in sides
+    ]
+
+
+@pytest.mark.parametrize("systems", [1, 3, 40, 100])
+def test_a_record_held_out_in_one_mode_trains_in_none(tmp_path, systems):
+    records = many(systems, 400)
+    file = write_jsonl(tmp_path / "d.jsonl", [*records, {"instruction": "Lone.", "response": "r"}])
+    modes = ["instruction", "both", "full"] + ["system"] * (systems > 3)
+    sides = {mode: dealt(file, tmp_path / "cache", mode) for mode in modes}
+    text = lambda r, mode: format_example(r, mode).removeprefix("### System:")  # noqa: E731
+    trained = [r for r in records if text(r, "full") in sides["full"][0]]
+    held_out = [r for r in records if text(r, "full") in sides["full"][1]]
+    assert held_out and not [r for r in held_out if r in trained]
+    for mode, (train, val) in sides.items():
+        assert val and not train & val, mode
+        assert val <= {text(r, mode) for r in held_out} | {"Lone."}  # by record, the same ones
+        assert not val & {text(r, mode) for r in trained}  # nor as a section in another mode
+
+
+def test_the_split_holds_out_its_share_and_whole_systems_where_they_fit(tmp_path):
+    records = many(40, 1000)
+    records = [r for i, r in enumerate(records) if r not in records[:i]]
+    file = write_jsonl(tmp_path / "d.jsonl", records)
+    report, *_ = prepare(file, tmp_path / "cache")
+    assert report["val"]["records"] == round(0.1 * len(records)) and report["shared"] == 0
+    train, val = dealt(file, tmp_path / "cache", "system")
+    assert val and len(train) + len(val) == 40
+
+
+def test_a_mode_whose_texts_cannot_be_held_out_says_so(tmp_path):
+    file = write_jsonl(tmp_path / "d.jsonl", many(3, 400))
+    with pytest.raises(UserError, match=r"3 distinct texts in TRAINING_MODE 'system'.*VAL_SHARE"):
+        prepare(file, tmp_path / "cache", mode="system")

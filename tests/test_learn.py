@@ -168,3 +168,99 @@ def test_without_patience_a_run_goes_to_its_end(tmp_path, worse_after_6):
     train(tmp_path, *OVER, "--patience", "none", "--max-iters", 20)
     assert json.loads((tmp_path / "full" / "best.json").read_text())["step"] == 6
     assert metrics(tmp_path)[-1]["step"] == 20
+
+
+# ------------------------------------------------------------------------------------------ phases
+
+
+CHAIN = ["--phases", "system:0.02,instruction:0.03@2e-3,full:0.01", "--max-iters", 9]
+
+
+@pytest.fixture(scope="module")
+def chained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chained")
+    assert train(folder, *CHAIN) == 0
+    return folder
+
+
+RUNS = ["phases-1-system", "phases-2-instruction", "phases-3-full"]
+
+
+def config(folder, run):
+    best = json.loads((folder / run / "best.json").read_text())
+    return json.loads((folder / run / best["checkpoint"] / "config.json").read_text())
+
+
+def test_a_chain_starts_each_phase_from_the_best_weights_before_and_keeps_the_ancestry(chained):
+    assert sorted(f.name for f in chained.iterdir() if f.name != ".data") == RUNS
+    ancestors = []
+    for run, mode, rate in zip(
+        RUNS, ("system", "instruction", "full"), (1e-3, 2e-3, 1e-3), strict=True
+    ):
+        found = config(chained, run)
+        assert found["ancestry"] == ancestors
+        assert found["settings"]["TRAINING_MODE"] == mode
+        assert found["settings"]["LEARNING_RATE"] == rate
+        file = bdh_mlx.find_weights(chained / run)
+        ancestors = [*ancestors, {"weights": str(file), "sha256": checkpoints.sha256(file)}]
+    assert len(ancestors) == 3
+
+
+def test_each_phase_is_judged_on_every_mode(chained):
+    for run in RUNS:
+        modes = json.loads((chained / run / "modes.json").read_text())
+        assert modes["val_bpb"].keys() == modes["val_bpb_fields"].keys() == train_mlx.NEEDED.keys()
+        best = checkpoints.read_best(chained / run)
+        own = modes["val_bpb"][run.split("-")[-1]]
+        assert own == pytest.approx(best["val_loss"] / math.log(2), rel=1e-5)
+
+
+def test_a_finished_chain_is_skipped_and_tells_the_same_table(chained, capsys, monkeypatch):
+    monkeypatch.setattr(train_mlx, "evaluate", lambda *a: pytest.fail("evaluated again"))
+    assert train(chained, *CHAIN) == 0
+    out = capsys.readouterr().out
+    assert out.count("finished: ") == 3 and out.count("held out, bits per byte:") == 3
+
+
+def test_a_chain_stopped_within_a_phase_ends_in_the_same_bits(tmp_path, chained, monkeypatch):
+    real, calls = train_mlx.loss_weights, iter(range(99))
+
+    def interrupted(fields, step, s):
+        if next(calls) == 12:  # within the second phase
+            raise KeyboardInterrupt
+        return real(fields, step, s)
+
+    monkeypatch.setattr(train_mlx, "loss_weights", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, *CHAIN)
+    assert not (tmp_path / RUNS[2]).exists()
+    assert train(tmp_path, *CHAIN) == 0
+    for run in RUNS:
+        last = checkpoints.steps(chained / run)[-1]
+        assert same(arrays(tmp_path, last, run), arrays(chained, last, run))
+
+
+def test_a_phase_is_not_continued_on_other_weights_than_it_started_from(tmp_path):
+    train(tmp_path, "--phases", "system:none,full:none", "--max-iters", 2)
+    with pytest.raises(UserError, match=r"started from .*phases-1-system.* are others now"):
+        train(tmp_path, "--phases", "system:none,full:none", "--max-iters", 12)
+
+
+def test_the_table_tells_what_was_forgotten():
+    from phases import table
+
+    said = table({"a": {"x": 2.0, "y": 3.0}, "b": {"x": 2.5, "y": 1.0}, "c": {"x": 2.25, "y": 1.0}})
+    lines = [line.split() for line in said.splitlines()[1:]]
+    assert lines == [
+        ["x", "y"],
+        ["a", "2.0000", "3.0000"],
+        ["b", "2.5000", "(+0.5000)", "1.0000"],
+        ["c", "2.2500", "(+0.2500)", "1.0000"],
+    ]
+
+
+@pytest.mark.parametrize("text", ["system", "system:", "system:x", "system:1@", "full:0", "all:1"])
+def test_wrong_phases_are_refused_before_anything_is_trained(tmp_path, text):
+    with pytest.raises(UserError, match=r"PHASES has|EPOCHS is 0|TRAINING_MODE is 'all'"):
+        train(tmp_path, "--phases", f"system:1,{text}")
+    assert not list(tmp_path.iterdir())
