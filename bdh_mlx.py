@@ -165,14 +165,24 @@ class BDH(nn.Module):
         return v @ self.lm_head, State(position + idx.shape[1], after)
 
     def layer(self, v, position=0, synapses=None, chunk=None):
-        """v (B, T, D) through the equations above; the batch is folded into the GEMMs' rows."""
+        """v (B, T, D) through the equations above; gives the next v and the synapses."""
+        _, y, synapses = self.fire(v, position, synapses, chunk)
+        return self.back(v, y), synapses
+
+    def fire(self, v, position=0, synapses=None, chunk=None):
+        """x and y (H, B*T, N), the batch folded into the GEMMs' rows, and the synapses."""
         B, T, D = v.shape
         H, N = self.config.n_head, self.config.neurons_per_head
         x = nn.relu(v.reshape(1, B * T, D) @ self.encoder)  # (H, B*T, N)
         a, synapses = attention(rotate(x.reshape(H, B, T, N), position), v, synapses, chunk)
         y = nn.relu(ln(a).reshape(H, B * T, D) @ self.encoder_v) * x  # (H, B*T, N)
-        out = (y @ self.decoder.reshape(H, N, D)).sum(0)  # (B*T, D)
-        return ln(v + ln(out).reshape(B, T, D)), synapses
+        return x, y, synapses
+
+    def back(self, v, y):
+        """The next v (B, T, D), from y (H, B*T, N)."""
+        H, _, N = y.shape
+        out = (y @ self.decoder.reshape(H, N, -1)).sum(0)  # (B*T, D)
+        return ln(v + ln(out).reshape(v.shape))
 
     def stream(self, idx, temperature=1.0, top_k=None, key=None) -> Iterator[mx.array]:
         """Endless new bytes (B,) after the prompt idx (B, T >= 1), each at the same cost.

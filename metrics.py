@@ -1,14 +1,22 @@
-"""A run's metrics.jsonl: one JSON object per line that the trainer prints."""
+"""A run's metrics.jsonl: one JSON object per line that the trainer prints; neurons at work."""
 
 import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
+
+# isort: split
+import mlx.core as mx
+import numpy as np
 from tqdm import tqdm
 
 import checkpoints
 from bdh_mlx import UserError
+from fast_layer import ln
+
+WATCHED, PIECE = 4096, 256  # validation bytes whose neurons are counted; of them at once
 
 
 def evaluations(history: list[dict]) -> list[int]:
@@ -45,3 +53,21 @@ def open_log(run: Path, step: int) -> tuple[Callable, list[dict]]:
         )
 
     return log, kept
+
+
+def activity(model: bdh_mlx.BDH, val: np.ndarray, T: int) -> dict[str, list[float]]:
+    """Share of the neurons that are not 0 in each layer, `active_x` and `active_y`, over the first
+    WATCHED bytes of val in blocks of T, without dropout. The paper names 5 % for x, less for y.
+    """
+    watched, L = val[:WATCHED].astype(np.int32), model.config.n_layer
+    active = np.zeros((2, L))
+    for begin in range(0, len(watched), T):
+        block, synapses = watched[begin : begin + T], [None] * L
+        for position in range(0, len(block), PIECE):
+            v = ln(model.embed(mx.array(block[None, position : position + PIECE])))
+            for i in range(L):
+                x, y, synapses[i] = model.fire(v, position, synapses[i])
+                active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
+                v = model.back(v, y)
+    x, y = (active / len(watched)).tolist()
+    return {"active_x": x, "active_y": y}

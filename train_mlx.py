@@ -39,7 +39,7 @@ import phases
 from bdh_mlx import UserError
 from endure import Enduring, Stop
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
-from metrics import evaluations, open_log
+from metrics import activity, evaluations, open_log
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
 TRAINING_MODE = "both"  # of each record: "system", "instruction", "both" or "full"
@@ -447,6 +447,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
                 val_bpb=val_loss / math.log(2),
                 val_loss_fields=nats,
                 val_bpb_fields={field: loss / math.log(2) for field, loss in nats.items()},
+                **(active := activity(model, val[0], s.BLOCK_SIZE)),
             )
             for text in samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop):
                 tqdm.write(f"--- sample at iteration {step}\n{text}")
@@ -515,6 +516,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
         "ended": f"early, {s.PATIENCE} validations without a better one"
         if step < total
         else "as planned",
+        "active_x": " ".join(f"{share:.1%}" for share in active["active_x"]),  # layer by layer
+        "active_y": " ".join(f"{share:.1%}" for share in active["active_y"]),
         "minutes": round((time.perf_counter() - began) / 60, 1),
         "peak_gb": round(mx.get_peak_memory() / 1e9, 2),
         "sample_it": f"python generate.py {run} --prompt {PROMPTS[s.TRAINING_MODE][0]!r}",

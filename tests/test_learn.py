@@ -13,6 +13,7 @@ import checkpoints
 import train_mlx
 from bdh_mlx import UserError
 from formats import FIELDS
+from metrics import activity
 
 RESPONSE = FIELDS.index("response")
 
@@ -264,3 +265,33 @@ def test_wrong_phases_are_refused_before_anything_is_trained(tmp_path, text):
     with pytest.raises(UserError, match=r"PHASES has|EPOCHS is 0|TRAINING_MODE is 'all'"):
         train(tmp_path, "--phases", f"system:1,{text}")
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------- activity
+
+
+@pytest.mark.parametrize("T", [40, 300, 999])
+def test_activity_is_the_share_of_neurons_not_zero_in_each_layer(T):
+    model = bdh_mlx.BDH(bdh_mlx.BDHConfig(3, 8, 0.5, 2, 4))
+    val = np.random.default_rng(0).integers(0, 256, 600, dtype=np.uint8)
+    counts = np.zeros((2, 3))
+    for begin in range(0, 600, T):  # each block at once, by the equations of the model's docstring
+        v = bdh_mlx.ln(model.embed(mx.array(val[None, begin : begin + T].astype(np.int32))))
+        for i in range(3):
+            x = mx.maximum(v @ model.encoder, 0)  # (H, T, N)
+            a = bdh_mlx.attention_quadratic(bdh_mlx.rotate(x[:, None]), v)[:, 0]
+            y = mx.maximum(bdh_mlx.ln(a) @ model.encoder_v, 0) * x
+            counts[:, i] += [mx.sum(x > 0).item(), mx.sum(y > 0).item()]
+            v = model.layer(v)[0]
+    shares = counts / (600 * 32)
+    found = activity(model, val, T)
+    np.testing.assert_allclose([found["active_x"], found["active_y"]], shares, atol=2e-4)
+    assert np.all(shares[0] > shares[1]) and np.all(shares > 0)
+
+
+def test_activity_is_logged_at_each_evaluation_and_summed_up(tmp_path, capsys):
+    train(tmp_path, "--max-iters", 5)
+    evaluated = [m for m in metrics(tmp_path) if "val_loss" in m]
+    assert all(len(m["active_x"]) == len(m["active_y"]) == 2 for m in evaluated)
+    x = " ".join(f"{share:.1%}" for share in evaluated[-1]["active_x"])
+    assert f"active_x: {x}\n" in capsys.readouterr().out
