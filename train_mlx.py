@@ -36,6 +36,7 @@ import data
 import flags
 import memory
 import phases
+from advice import advise, order_0
 from bdh_mlx import UserError
 from endure import Enduring, Stop
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
@@ -409,6 +410,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     bar = tqdm(total=total if total < math.inf else None, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
     skipped = in_a_row = 0
+    counted = val[1] == FIELDS.index(s.LOSS_ON) if s.LOSS_ON != "all" else slice(None)
+    entropy = order_0(val[0][counted])
     stop.can_wait = True
 
     def where(step):
@@ -441,14 +444,14 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
             if step and judged < best.get("val_loss", math.inf):
                 save()
                 best = checkpoints.write_best(run, step, judged)
-            log(  # logged: all done
-                step=step,
-                val_loss=val_loss,
-                val_bpb=val_loss / math.log(2),
-                val_loss_fields=nats,
-                val_bpb_fields={field: loss / math.log(2) for field, loss in nats.items()},
-                **(active := activity(model, val[0], s.BLOCK_SIZE)),
-            )
+            found = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
+            found["val_loss_fields"] = nats
+            found["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
+            found |= activity(model, val[0], s.BLOCK_SIZE)
+            found["advice"] = advise([*history, found], s, total, entropy)
+            log(**found)  # logged: all done
+            for said in found["advice"].values():
+                tqdm.write(f"advice: {said}")
             for text in samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop):
                 tqdm.write(f"--- sample at iteration {step}\n{text}")
             if out_of_patience():
@@ -516,8 +519,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
         "ended": f"early, {s.PATIENCE} validations without a better one"
         if step < total
         else "as planned",
-        "active_x": " ".join(f"{share:.1%}" for share in active["active_x"]),  # layer by layer
-        "active_y": " ".join(f"{share:.1%}" for share in active["active_y"]),
+        "active_x": " ".join(f"{share:.1%}" for share in found["active_x"]),  # layer by layer
+        "active_y": " ".join(f"{share:.1%}" for share in found["active_y"]),
         "minutes": round((time.perf_counter() - began) / 60, 1),
         "peak_gb": round(mx.get_peak_memory() / 1e9, 2),
         "sample_it": f"python generate.py {run} --prompt {PROMPTS[s.TRAINING_MODE][0]!r}",

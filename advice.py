@@ -1,0 +1,129 @@
+"""The guide's warning signs as checks on a run's metrics: what is seen and which setting to change.
+
+After an evaluation that shows a sign there is one line, of the first sign that explains what is
+seen; a healthy run gets none.
+"""
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+
+RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
+JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ updates, to the next
+HARD = 10  # gradient norm, in GRAD_CLIPs, beyond which the clipping alone sets the step
+NOISE = 0.9  # share of the order-0 entropy above which text is noise
+
+
+def order_0(data: np.ndarray) -> float:
+    """Nats per byte of a model that knows only how often each byte occurs in `data`."""
+    share = np.bincount(data, minlength=256) / len(data)
+    return float(-np.sum(share[share > 0] * np.log(share[share > 0])))
+
+
+def advise(history: list[dict], s: SimpleNamespace, total: float, entropy: float) -> dict[str, str]:
+    """Advice by the name of its sign, for the evaluation that ends `history` (metrics.jsonl).
+
+    total: updates of the whole run; entropy: order_0 of the validation bytes that LOSS_ON counts.
+    """
+    val = {
+        m["step"]: m["val_loss_fields"].get(s.LOSS_ON, m["val_loss"])
+        for m in history
+        if "val_loss" in m
+    }
+    lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]
+             for a, b in pairwise([0, *(step for step in val if step)])}  # fmt: skip
+    if len(val) < 2 or not all(lines.values()):  # LOG_FREQ above EVAL_FREQ tells too little
+        return {}
+    run = SimpleNamespace(
+        val=val,
+        start=next(iter(val)),
+        now=list(val)[-1],
+        before=list(val)[-2],
+        best=min(list(val)[1:], key=val.get),
+        loss={b: float(np.mean([m["loss"] for m in lines[a, b]])) for a, b in lines},
+        lines=list(lines.values()),
+        total=total,
+        entropy=entropy,
+    )
+    for sign in (overfitting, too_high, stuck, not_coherent):
+        if said := sign(run, s):
+            return {sign.__name__: said}
+    return {}
+
+
+def lower(s: SimpleNamespace) -> str:
+    return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE / 3:.1g}"
+
+
+def higher(s: SimpleNamespace) -> str:
+    return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * 3:.1g}"
+
+
+def moved(run: SimpleNamespace, then: int) -> str:
+    """How both losses went from the evaluation at `then` to the last one."""
+    text = f"from iteration {then} to {run.now} validation went from {run.val[then]:.4f} to "
+    text += f"{run.val[run.now]:.4f}"
+    if then:
+        text += f" and the training loss from {run.loss[then]:.4f} to {run.loss[run.now]:.4f}"
+    return text
+
+
+def risen(run: SimpleNamespace, then: int) -> bool:
+    return run.val[run.now] > (1 + RISE) * run.val[then]
+
+
+def overfitting(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+    if risen(run, run.best) and run.loss[run.now] < run.loss[run.best]:
+        dropout = s.BDH_CONFIG.dropout
+        return (
+            f"overfitting: {moved(run, run.best)}. The best checkpoint is kept; for a better one "
+            f"raise dropout from {dropout:g} to {min(0.5, dropout + 0.2):g}, take more data, or "
+            f"lower {lower(s)}"
+        )
+
+
+def too_high(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+    lines, seen = run.lines[-1], []
+    norm = float(np.median([m["grad_norm"] for m in lines]))
+    skipped = lines[-1]["skipped"] - (run.lines[-2][-1]["skipped"] if len(run.lines) > 1 else 0)
+    jumps = [f"{a['loss']:.4f} to {b['loss']:.4f}" for a, b in pairwise(lines)
+             if b["loss"] > (1 + JUMP) * a["loss"]]  # fmt: skip
+    if skipped > 0:
+        seen.append(f"{skipped} updates were skipped")
+    if jumps:
+        seen.append(f"the training loss jumped from {', '.join(jumps)}")
+    if norm > HARD * s.GRAD_CLIP:
+        seen.append(f"the gradient's norm is {norm:.3g}, and GRAD_CLIP {s.GRAD_CLIP:g}")
+    if risen(run, run.best) or risen(run, run.start):
+        seen.append(moved(run, run.best if risen(run, run.best) else run.start))
+    if seen:
+        return f"learning rate too high: {'; '.join(seen)}. Lower {lower(s)}"
+
+
+def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+    """The rest of the run at this pace would not leave noise, or gain a RISE."""
+    if run.before < max(1, s.WARMUP_ITERS) or run.lines[-1][-1]["lr"] < s.LEARNING_RATE / 2:
+        return None  # slow for another reason
+    intervals = min(20, (run.total - run.now) / (run.now - run.before))
+    now, gain = run.val[run.now], (run.val[run.before] - run.val[run.now]) * intervals
+    above = now - NOISE * run.entropy
+    still = run.loss[run.now] > (1 - RISE) * run.loss[run.before]
+    if intervals > 0 and (gain < above or (gain < RISE * now and still)):
+        return (
+            f"stuck: {moved(run, run.before)}; at this pace the run ends near "
+            f"{min(now, now - gain):.2f}. Raise {higher(s)}; if that does not help, look at the "
+            f"data, or raise n_embd from {s.BDH_CONFIG.n_embd} to {2 * s.BDH_CONFIG.n_embd}"
+        )
+
+
+def not_coherent(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+    if run.val[run.now] > NOISE * run.entropy:
+        bits, known = (nats / math.log(2) for nats in (run.val[run.now], run.entropy))
+        ends = [f"{n} ({vars(s)[n]:g})" for n in ("MAX_ITERS", "EPOCHS") if vars(s)[n]]
+        return (
+            f"not yet coherent: {bits:.2f} bits per byte, and to know only how often each byte "
+            f"occurs gives {known:.2f}: samples are noise. "
+            + ("Go on" if run.now < run.total else f"Double {' or '.join(ends)}")
+        )
