@@ -6,11 +6,13 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_train import arrays, metrics, same, train
 
 import bdh_mlx
 import checkpoints
 import train_mlx
+from advice import advise, order_0
 from bdh_mlx import UserError
 from formats import FIELDS
 from metrics import activity
@@ -295,3 +297,112 @@ def test_activity_is_logged_at_each_evaluation_and_summed_up(tmp_path, capsys):
     assert all(len(m["active_x"]) == len(m["active_y"]) == 2 for m in evaluated)
     x = " ".join(f"{share:.1%}" for share in evaluated[-1]["active_x"])
     assert f"active_x: {x}\n" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ advice
+
+
+def series(val, loss, start=5.6, **of_lines):
+    """Metrics of evaluations every 20 updates, four logged losses between two of them."""
+    history = [{"step": 0, "val_loss": start, "val_loss_fields": {}}]
+    for i, (v, interval) in enumerate(zip(val, loss, strict=True)):
+        line = {"grad_norm": 0.5, "skipped": 0, "lr": 1e-3} | of_lines
+        history += [
+            {"step": 20 * i + 5 * (j + 1), "loss": x} | line for j, x in enumerate(interval)
+        ]
+        history.append({"step": 20 * (i + 1), "val_loss": v, "val_loss_fields": {}})
+    return history
+
+
+def advised(history, *args, total=1000):
+    s = train_mlx.settings(["--learning-rate", "1e-3", "--warmup-iters", "10", *args])
+    return advise(history, s, total, entropy=3.25)
+
+
+FALLING = [[4.0, 3.0, 2.8, 2.7], [2.6, 2.5, 2.4, 2.4], [2.3, 2.3, 2.2, 2.2]]
+
+
+def test_a_healthy_course_gets_no_advice():
+    for n in (1, 2, 3):
+        assert advised(series([2.7, 2.4, 2.2][:n], FALLING[:n])) == {}
+    assert advised(series([2.7, 2.4, 2.415], FALLING)) == {}  # a rise as small as chance
+    assert advised(series([2.7], FALLING[:1])[:1]) == {}  # before anything was trained
+
+
+def test_validation_that_rises_while_training_falls_is_overfitting():
+    said = advised(series([2.7, 2.4, 2.5], FALLING), "--dropout", "0.1")["overfitting"]
+    assert "from iteration 40 to 60 validation went from 2.4000 to 2.5000" in said
+    assert "training loss from 2.4750 to 2.2500" in said and "dropout from 0.1 to 0.3" in said
+
+
+@pytest.mark.parametrize(
+    ("val", "loss", "lines", "complaint"),
+    [
+        ([2.7, 2.9], [FALLING[0], [3.2, 3.3, 3.4, 3.5]], {}, "validation went from 2.7000 to 2.9"),
+        ([2.7, 2.6], [FALLING[0], [2.6, 3.6, 2.5, 2.4]], {}, "jumped from 2.6000 to 3.6000"),
+        ([2.7, 2.4], FALLING[:2], {"grad_norm": 25.0}, "norm is 25, and GRAD_CLIP 1"),
+        ([9.0], [[6.0, 7.0, 8.0, 9.0]], {}, "validation went from 5.6000 to 9.0000"),
+    ],
+)
+def test_oscillation_and_hard_clipping_are_a_rate_too_high(val, loss, lines, complaint):
+    said = advised(series(val, loss, **lines))["too_high"]
+    assert complaint in said and "Lower LEARNING_RATE from 0.001 to 0.0003" in said
+
+
+def test_skipped_updates_are_a_rate_too_high_once():
+    history = series([2.7, 2.4], FALLING[:2])
+    history[8]["skipped"] = history[9]["skipped"] = 3
+    assert "3 updates were skipped" in advised(history)["too_high"]
+    later = [m | {"skipped": 3} for m in series([2.7, 2.4, 2.2], FALLING)]
+    assert advised(later) == {}
+
+
+def test_a_loss_that_does_not_move_is_a_rate_too_low():
+    slow = [[5.6, 5.59, 5.59, 5.58], [5.58, 5.57, 5.57, 5.56]]
+    assert "from 0.001 to 0.003" in advised(series([5.58, 5.56], slow))["stuck"]
+    still = [[2.4] * 4, [2.4] * 4]
+    assert "n_embd from 256 to 512" in advised(series([2.4, 2.4], still, start=2.4))["stuck"]
+    assert advised(series([2.4, 2.4], still, lr=1e-4)) == {}  # the cosine's end is slow rightly
+    assert "stuck" not in advised(series([5.58, 5.56], slow), "--warmup-iters", "30")
+
+
+def test_text_no_better_than_its_byte_frequencies_is_not_yet_coherent():
+    history = series([3.3], [[5.0, 4.0, 3.5, 3.4]])
+    said = advised(history)["not_coherent"]
+    assert "4.76 bits per byte" in said and "gives 4.69" in said and "Go on" in said
+    at_the_end = advised(history, "--max-iters", "20", total=20)["not_coherent"]
+    assert "Double MAX_ITERS (20) or EPOCHS (3)" in at_the_end
+
+
+def test_the_order_0_entropy_is_that_of_the_byte_frequencies():
+    assert order_0(np.arange(256, dtype=np.uint8)) == pytest.approx(math.log(256))
+    assert order_0(np.array([7, 7, 9, 9, 9, 9], np.uint8)) == pytest.approx(
+        -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
+    )
+
+
+PROVOKE = (
+    "--n-layer 2 --n-embd 32 --n-head 4 --mlp-internal-dim-multiplier 16 --batch-size 8 "
+    "--eval-bytes 4000 --log-freq 5 --eval-freq 20 --save-freq 999 --warmup-iters 10 "
+    "--lr-decay-iters 100 --patience none"
+)
+
+
+@pytest.mark.parametrize(
+    ("args", "signs"),
+    [
+        ("--learning-rate 4e-3 --max-iters 100", {"not_coherent"}),  # early alone
+        ("--learning-rate 1e-5 --max-iters 60", {"not_coherent", "stuck"}),
+        ("--learning-rate 1 --max-iters 20", {"too_high"}),
+        ("--learning-rate 1e-2 --dropout 0 --max-iters 120 --dataset few", {"overfitting"}),
+    ],
+)
+def test_runs_made_to_show_a_sign_are_told_so(tmp_path, capsys, args, signs):
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join((ROOT / "data" / "sample.jsonl").read_text().splitlines()[:3]))
+    train(tmp_path, *PROVOKE.split(), *args.replace("few", str(few)).split())
+    told = [m["advice"] for m in metrics(tmp_path) if "val_loss" in m]
+    assert told[0] == {} and signs <= {sign for advice in told for sign in advice}
+    assert capsys.readouterr().out.count("advice: ") == sum(map(len, told))
+    if "4e-3" in args:
+        assert told[-1] == {} and {sign for advice in told for sign in advice} == signs
