@@ -53,7 +53,7 @@ def opened(run: Path) -> Iterator[None]:
             raise UserError(f"{run} is being trained by another process; set RUN_NAME") from None
         for litter in run.glob(".step-*.tmp"):
             shutil.rmtree(litter, ignore_errors=True)
-        for name in ("best.json", "metrics.jsonl", "modes.json"):
+        for name in ("best.json", "metrics.jsonl", "modes.json", "config.json"):
             (run / f".{name}.tmp").unlink(missing_ok=True)
         yield
 

@@ -19,6 +19,15 @@ from fast_layer import ln
 WATCHED, PIECE = 4096, 256  # validation bytes whose neurons are counted; of them at once
 
 
+def read(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, less what a crash cut short; none without a file."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):
+            lines += [m for m in [json.loads(line)] if m["step"] >= 0]
+    return lines
+
+
 def evaluations(history: list[dict]) -> list[int]:
     """The steps that were evaluated, in order."""
     return [m["step"] for m in history if "val_loss" in m]
@@ -30,10 +39,8 @@ def open_log(run: Path, step: int) -> tuple[Callable, list[dict]]:
 
     Lines after `step`, of work that was lost, are dropped, so that each step is told once.
     """
-    path, kept = run / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
-            kept += [m for m in [json.loads(line)] if m["step"] <= step]
+    path = run / "metrics.jsonl"
+    kept = [m for m in read(path) if m["step"] <= step]
     checkpoints.write_whole(path, "".join(json.dumps(m) + "\n" for m in kept))
 
     def log(**m):
@@ -43,16 +50,26 @@ def open_log(run: Path, step: int) -> tuple[Callable, list[dict]]:
                 file.write(json.dumps(m) + "\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        tqdm.write(
-            f"iter {m['step']:>6} | validation {m['val_loss']:.4f} | bits/byte {m['val_bpb']:.4f}"
-            f" ({', '.join(f'{k} {v:.2f}' for k, v in m['val_bpb_fields'].items())})"
-            if "val_loss" in m
-            else f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | "
-            f"norm {m['grad_norm']:.2f} | {m['bytes_per_s']:,.0f} bytes/s | "
-            f"peak {m['peak_gb']:.2f} GB | {m['seconds_left'] / 60:.1f} min left"
-        )
+        tqdm.write(told(m))
 
     return log, kept
+
+
+def told(m: dict) -> str:
+    """A line of metrics.jsonl as the terminal shows it."""
+    if "samples" in m:
+        return "\n".join(f"--- sample at iteration {m['step']}\n{text}" for text in m["samples"])
+    if "val_loss" in m:
+        fields = ", ".join(f"{k} {v:.2f}" for k, v in m["val_bpb_fields"].items())
+        loss = f"validation {m['val_loss']:.4f} | bits/byte {m['val_bpb']:.4f} ({fields})"
+        return "\n".join(
+            [f"iter {m['step']:>6} | {loss}", *map("advice: {}".format, m["advice"].values())]
+        )
+    return (
+        f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | "
+        f"norm {m['grad_norm']:.2f} | {m['bytes_per_s']:,.0f} bytes/s | "
+        f"peak {m['peak_gb']:.2f} GB | {m['seconds_left'] / 60:.1f} min left"
+    )
 
 
 def activity(model: bdh_mlx.BDH, val: np.ndarray, T: int) -> dict[str, list[float]]:

@@ -41,6 +41,7 @@ from bdh_mlx import UserError
 from endure import Enduring, Stop
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
 from metrics import activity, evaluations, open_log
+from report import redraw
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
 TRAINING_MODE = "both"  # of each record: "system", "instruction", "both" or "full"
@@ -407,6 +408,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
     info["ancestry"] = ancestry
+    info["parameters"] = n_parameters
+    checkpoints.write_whole(run / "config.json", json.dumps(info, indent=1))
     bar = tqdm(total=total if total < math.inf else None, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
     skipped = in_a_row = 0
@@ -450,10 +453,9 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
             found |= activity(model, val[0], s.BLOCK_SIZE)
             found["advice"] = advise([*history, found], s, total, entropy)
             log(**found)  # logged: all done
-            for said in found["advice"].values():
-                tqdm.write(f"advice: {said}")
-            for text in samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop):
-                tqdm.write(f"--- sample at iteration {step}\n{text}")
+            said = samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop)
+            log(step=step, samples=list(said))
+            redraw(run)
             if out_of_patience():
                 save()
                 finished = True

@@ -5,3 +5,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import bdh_mlx  # noqa: E402, F401  before any test imports mlx.core: it loads the fast BLAS
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Runs of other tests draw no report, which would take a second at each evaluation."""
+    if request.module.__name__ != "test_report":
+        monkeypatch.setattr("train_mlx.redraw", lambda run: None)

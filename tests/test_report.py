@@ -1,0 +1,115 @@
+"""What a run leaves to look at: made from its folder alone, escaped, never the end of a run."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from test_train import metrics, train
+
+import report
+from bdh_mlx import UserError
+
+EVIL = '<script>alert("x")</script>\x1b[31m```\n# no heading'
+
+
+def evaluation(step, bpb):
+    return [
+        {"step": step, "val_loss": bpb * 0.6931, "val_bpb": bpb, "advice": [EVIL],
+         "val_bpb_fields": {"": bpb / 2, "system": bpb}, "activity": {"x": [0.4], "y": [0.1]}},
+        {"step": step, "samples": [EVIL, f"said at {step}"]},
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with what the trainer writes, of a data set with a hostile name."""
+    lines = evaluation(0, 8.0)
+    for step in range(1, 3001):
+        lines.append({"step": step, "loss": 2 + 1 / step, "lr": 1e-3, "grad_norm": 0.5,
+                      "bytes_per_s": 1000 + step, "peak_gb": 0.5, "seconds_left": 1})  # fmt: skip
+    lines += evaluation(2000, 3.5) + evaluation(3000, 3.6) + [{"step": 3001, "loss": float("nan")}]
+    folder = tmp_path / "run & co"
+    folder.mkdir()
+    text = "".join(json.dumps(m) + "\n" for m in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 9, "lo')
+    settings = {"DATASET": EVIL, "TRAINING_MODE": "full", "BLOCK_SIZE": 64, "BATCH_SIZE": 2}
+    (folder / "config.json").write_text(json.dumps({"settings": settings, "parameters": 1234}))
+    return folder
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.names, self.text, self.links = set(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_shows_everything_and_runs_nothing(run):
+    report.write(run)
+    page = (run / "report.html").read_text()
+    seen = Tags(page)
+    assert "script" not in seen.names and "svg" in seen.names and "\x1b" not in page
+    assert all(link.startswith("#") for link in seen.links)  # self-contained
+    words = " ".join(seen.text)
+    for needed in ("3.500", "said at 2000", "bits per byte", 'alert("x")', "layer 0", "learning"):
+        assert needed in words, needed
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len(page) < 200_000  # curves are thinned
+    assert not list(run.glob(".*"))
+
+
+def test_samples_stand_under_their_iteration_in_fences_they_cannot_leave(run):
+    report.write(run)
+    text = (run / "samples.md").read_text()
+    assert re.findall(r"^## Iteration (\S+),.*?(\d\.\d+) bits", text, re.M) == [
+        ("0", "8.0000"), ("2,000", "3.5000"), ("3,000", "3.6000")
+    ]  # fmt: skip
+    assert "````text\n" in text and text.count("said at") == 3
+
+
+def test_best_leaves_the_untrained_model_aside():
+    lines = [{"step": s, "val_bpb": v} for s, v in ((0, 1.0), (5, 3.0), (10, 2.0), (15, 2.5))]
+    assert report.best(lines)["step"] == 10
+    assert report.best(lines[:1]) == {}
+
+
+def test_a_run_makes_its_report_and_names_its_settings(tmp_path):
+    train(tmp_path, "--max-iters", 5)
+    run = tmp_path / "full"
+    assert {f.name for f in run.iterdir()} >= {"samples.md", "curves.png", "report.html"}
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["BLOCK_SIZE"] == 64 and config["parameters"] > 1000
+    said = [m["samples"] for m in metrics(tmp_path) if "samples" in m]
+    assert len(said) == 2 and all("### Response" in texts[2] for texts in said)
+    assert said[-1][0].split("\n")[0] in (run / "samples.md").read_text()
+
+
+def test_a_report_that_fails_ends_no_run_and_is_told_once(tmp_path, monkeypatch, capsys):
+    def broken(lines):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr(report, "curves", broken)
+    assert train(tmp_path, "--max-iters", 6) == 0
+    assert capsys.readouterr().out.count("warning: no report") == 1
+    assert not (tmp_path / "full" / "report.html").exists()
+
+
+def test_runs_are_compared_in_one_picture(run, tmp_path, capsys):
+    out = tmp_path / "both.png"
+    assert report.main([str(run), str(run), "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    told = capsys.readouterr().out
+    assert told.count("3.5000") == 2 and "1,234" in told
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"holds no metrics.jsonl"):
+        report.main([str(tmp_path)])
