@@ -16,8 +16,16 @@ from types import ModuleType, SimpleNamespace
 CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?  # (.*)$", re.MULTILINE)
 
 
-def parse(script: ModuleType, presets: dict[str, str], argv: list[str] | None) -> SimpleNamespace:
-    """The script's constants, changed by --preset, changed by flags; argparse reports bad ones."""
+def parse(
+    script: ModuleType,
+    presets: dict[str, str],
+    argv: list[str] | None,
+    actions: dict[str, str] | None = None,
+) -> SimpleNamespace:
+    """The script's constants, changed by --preset, changed by flags; argparse reports bad ones.
+
+    Each of `actions` (name: help) is a flag without a constant, and a bool in lower case.
+    """
     constants, hints = {}, {}
     for name, kind, optional, comment in CONSTANT.findall(_settings_of(script)):
         value = getattr(script, name)
@@ -34,6 +42,8 @@ def parse(script: ModuleType, presets: dict[str, str], argv: list[str] | None) -
         allow_abbrev=False,
     )
     parser.add_argument("--preset", choices=presets, help="settings to start from")
+    for name, text in (actions or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     for name, (kind, optional, comment) in hints.items():
         flag, text = f"--{name.lower().replace('_', '-')}", f"{comment} (now {constants[name]})"
         how = {"type": _reader(kind, optional), "metavar": kind}

@@ -78,6 +78,10 @@ RUN_NAME: str | None = None  # folder of this run; none: the training mode
 INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (phase 2)
 PHASES: str | None = None  # a chain, mode:EPOCHS@LEARNING_RATE each: "system:3,full:2@3e-5"
 
+ACTIONS = {
+    "plan": "tell what the run would be and what is odd in its data, without training",
+}
+
 # Each preset is flags: the guide's configurations, and `tiny` for a first look. Where the guide
 # names no EPOCHS, MAX_ITERS alone ends the run.
 GUIDE = "--block-size 4096 --batch-size 2 --training-mode "
@@ -229,7 +233,8 @@ def last_iteration(s: SimpleNamespace, n_bytes: int) -> float:
 
 def described(s: SimpleNamespace) -> dict:
     """The settings as JSON holds them, the model's beside the others."""
-    return {k: v for k, v in vars(s).items() if k != "BDH_CONFIG"} | asdict(s.BDH_CONFIG)
+    own = {k: v for k, v in vars(s).items() if k.isupper() and k != "BDH_CONFIG"}
+    return own | asdict(s.BDH_CONFIG)
 
 
 def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tuple[int, list]:
@@ -306,9 +311,13 @@ class Diverged(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the settings say, one run or a chain of PHASES; the exit code. Raises UserError."""
-    told = {}
+    given, told = settings(argv), {}
+    if given.plan:
+        import plan  # late: it imports this file
+
+        return plan.tell(given)
     with Stop() as stop:
-        for s in phases.chain(settings(argv)):
+        for s in phases.chain(given):
             run = Path(s.CHECKPOINT_DIR, s.RUN_NAME or s.TRAINING_MODE)
             with checkpoints.opened(run):
                 if code := attempt(s, run, stop):
@@ -549,7 +558,7 @@ AT_LEAST |= {"EVAL_BYTES": 2}
 
 def settings(argv: list[str] | None = None) -> SimpleNamespace:
     """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
-    s = flags.parse(sys.modules[__name__], PRESETS, argv)
+    s = flags.parse(sys.modules[__name__], PRESETS, argv, ACTIONS)
     s.BDH_CONFIG = bdh_mlx.BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
     for run in phases.chain(s):
         check(run)

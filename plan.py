@@ -1,0 +1,246 @@
+"""`python train_mlx.py --plan`: what a run would be, and what is odd in its data, without training.
+
+A byte model learns every fault of its data literally, so the data come first.
+"""
+
+import hashlib
+import math
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+
+import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
+
+# isort: split
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+
+import data
+import memory
+import train_mlx
+from bdh_mlx import visible
+from formats import NEEDED, STOP, format_example, pieces
+
+HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
+UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
+    rb"[\xc2-\xc5][\x80-\xbf]|\xe2[\x80-\xbf]{2}|\xf0[\x90-\xbf][\x80-\xbf]{2}"
+)
+NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
+SHOWN = 600  # bytes of the record that is printed
+
+# ------------------------------------------------------------------------------------- data doctor
+
+
+@dataclass
+class Findings:
+    """What one pass over all records found; counts of records where nothing else is said."""
+
+    odd: Counter = field(default_factory=Counter)
+    of_mode: dict = field(default_factory=lambda: {mode: Counter() for mode in NEEDED})  # bytes
+    usable: Counter = field(default_factory=Counter)  # by mode
+    digests: list = field(default_factory=list)  # of each training text of the run's own mode
+    fields: dict = field(default_factory=dict)  # of each such record, the digest of each field
+    example: str = ""
+
+
+def digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _bytes_under(codec: str) -> dict[int, int]:
+    """Byte by character of an 8-bit codec; a byte that it leaves undefined stands for itself."""
+    decoded = {b: bytes([b]).decode(codec, "ignore") or chr(b) for b in range(128, 256)}
+    return {ord(character): b for b, character in decoded.items()}
+
+
+CODECS = [_bytes_under(codec) for codec in ("cp1252", "latin1", "mac_roman")]
+
+
+def mojibake(text: str) -> str | None:
+    """The first UTF-8 of `text` that was read as Windows or Mac text, such as `â€™`, if any."""
+    for found in NOT_ASCII.finditer(text):
+        for codec in CODECS:
+            if sequence := UTF_8.search(bytes(codec.get(ord(c), 0) for c in found[0])):
+                return found[0][slice(*sequence.span())]
+    return None
+
+
+def examine(s: SimpleNamespace) -> Findings:
+    """Read every record once more and note what is odd in it."""
+    found = Findings()
+    for record in data.read(s.DATASET):
+        structure, contents = data.detect(record) if isinstance(record, dict) else ("", [record])
+        plain = structure == "text"
+        for content in contents:
+            for mode in NEEDED:
+                if not data.fault(content, ("text",) if plain else NEEDED[mode]):
+                    found.usable[mode] += 1
+                    for name, text in pieces(content, mode):
+                        found.of_mode[mode][name] += len(text.encode())
+            if not data.fault(content, ("text",) if plain else NEEDED[s.TRAINING_MODE]):
+                _note(found, content, s)
+    return found
+
+
+def _note(found: Findings, content: dict, s: SimpleNamespace) -> None:
+    text = format_example(content, s.TRAINING_MODE)
+    used = {name: content[name] for name in ("text", *NEEDED[s.TRAINING_MODE]) if name in content}
+    found.example = found.example or text
+    found.digests.append(digest(text))
+    for name, value in used.items():
+        found.fields.setdefault(name, []).append(digest(" ".join(value.split()).lower()))
+    found.odd["longer than BLOCK_SIZE"] += len(text.encode()) > s.BLOCK_SIZE
+    for name, value in used.items():
+        if header := HEADER.search(value):
+            found.odd[f"`{header[0]}` inside {name}"] += 1
+        if name == "response" and STOP in value:
+            found.odd["the end mark `---` inside response"] += 1
+        if wrong := mojibake(value):
+            found.odd[f"mojibake in {name}, such as `{wrong}`"[:60]] += 1
+        found.odd[f"U+FFFD, a character lost before, in {name}"] += "\ufffd" in value
+
+
+def oddities(found: Findings, s: SimpleNamespace) -> list[str]:
+    """The findings as lines; mojibake is summed up by its field."""
+    n = len(found.digests)
+    odd = Counter()
+    for name, count in found.odd.items():
+        kind = name.split(", such as")[0]
+        odd[next((k for k in odd if k.split(", such as")[0] == kind), name)] += count
+    odd["with the same text as an earlier one"] = n - len(set(found.digests))
+    lines = [f"  {count:,} of {n:,} records: {name}" for name, count in odd.items() if count]
+    in_val = data._choose_validation(np.array(found.digests, np.uint64), s.VAL_SHARE, s.SEED)
+    train_texts = {d for d, val in zip(found.digests, in_val, strict=True) if not val}
+    both = sum(d in train_texts for d, val in zip(found.digests, in_val, strict=True) if val)
+    lines.append(f"  {both:,} of {in_val.sum():,} validation records are in the training split")
+    for name, digests in found.fields.items():
+        if len(digests) == n:
+            known = {d for d, val in zip(digests, in_val, strict=True) if not val}
+            same = sum(d in known for d, val in zip(digests, in_val, strict=True) if val)
+            lines.append(
+                f"  {same:,} of {in_val.sum():,} share their {name} with a training record"
+            )
+    return lines
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+def aligned(rows: list[tuple]) -> str:
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    cells = [[str(c).ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  " + "  ".join(row).rstrip() for row in cells)
+
+
+def modes(found: Findings) -> str:
+    """Records and bytes of each mode, by field."""
+    rows = [("mode", "records", "bytes", "bytes by field")]
+    for mode, sizes in found.of_mode.items():
+        parts = ", ".join(f"{name or 'headers'} {size:,}" for name, size in sizes.items())
+        rows.append((mode, f"{found.usable[mode]:,}", f"{sizes.total():,}", parts))
+    return aligned(rows)
+
+
+def peaks(s: SimpleNamespace) -> list[float]:
+    """Estimated peak memory of a step in GB, for each setting of MEMORY."""
+    shape = (s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE)
+    computes = [memory.compute_for(s.BDH_CONFIG, name, s.DTYPE) for name in memory.SETTINGS]
+    return [memory.estimate(*shape, compute) / 1e9 for compute in computes]
+
+
+def n_parameters(config: bdh_mlx.BDHConfig) -> int:
+    D, neurons = config.n_embd, config.n_head * config.neurons_per_head
+    return 3 * neurons * D + 2 * config.vocab_size * D
+
+
+def presets(found: Findings) -> str:
+    """Each preset on these data, their other settings as the constants say."""
+    rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.SETTINGS, "fits")]
+    for name in train_mlx.PRESETS:
+        s = train_mlx.settings(["--preset", name])
+        n_bytes = round(found.of_mode[s.TRAINING_MODE].total() * (1 - s.VAL_SHARE))
+        total = train_mlx.last_iteration(s, n_bytes) if n_bytes else 0
+        read = total * s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
+        gb = peaks(s)
+        fits = [
+            k for k, g in zip(memory.SETTINGS, gb, strict=True) if g * 1e9 <= memory.available()
+        ]
+        rows.append(
+            (name, s.TRAINING_MODE, f"{n_parameters(s.BDH_CONFIG) / 1e6:.1f}M", f"{total:,}",
+             f"{read / n_bytes:.2f}" if n_bytes else "no data", *(f"{g:.2f} GB" for g in gb),
+             fits[0] if fits else "no")
+        )  # fmt: skip
+    return aligned(rows)
+
+
+def measure(s: SimpleNamespace, train_bytes: np.ndarray, compute) -> tuple[float, float]:
+    """Seconds of an update and of an evaluation's batch: the median of three after a first."""
+    model = bdh_mlx.BDH(s.BDH_CONFIG)
+    model.compute = compute
+    optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    gradient, update, state = train_mlx.compiled_step(model, optimizer, 1, s.GRAD_CLIP)
+    total_loss = mx.compile(partial(train_mlx.loss_sum, model), inputs=[model.state])
+    B, T = s.BATCH_SIZE, s.BLOCK_SIZE
+    steps, evaluations = [], []
+    for i in range(4):
+        batch = train_mlx.get_batch(train_bytes, i * B, B, T, s.SEED)
+        tick = time.perf_counter()
+        loss, gradients = gradient(*batch, mx.random.key(i))
+        mx.eval(update(loss, gradients), state)
+        tock = time.perf_counter()
+        total_loss(*batch).item()
+        steps.append((tock - tick) * s.GRAD_ACCUM)
+        evaluations.append(time.perf_counter() - tock)
+    return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
+
+
+def duration(seconds: float) -> str:
+    if seconds == math.inf:
+        return "no end (MAX_ITERS and EPOCHS are none)"
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
+    )
+
+
+def tell(s: SimpleNamespace) -> int:
+    """Print the plan; 0, also where no memory setting fits. Raises UserError for unusable data."""
+    about, train_bytes, val = train_mlx.open_data(s)
+    print(visible(data.describe(about)))
+    found = examine(s)
+    print("\nwhat is odd in the records that this mode trains on:")
+    print(visible("\n".join(oddities(found, s))))
+    print(f"\nrecords and bytes by mode:\n{modes(found)}")
+    raw = found.example.encode()
+    print(f"\nthe first record as trained on, {len(raw):,} bytes, of which up to {SHOWN}:")
+    print(f"  {raw[:SHOWN]!r}")
+
+    total = train_mlx.last_iteration(s, len(train_bytes))
+    per_iter = s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
+    epoch = len(train_bytes) / per_iter
+    n = n_parameters(s.BDH_CONFIG)
+    fits = memory.available() / 1e9
+    estimates = zip(memory.SETTINGS, peaks(s), strict=True)
+    checkpoints = (s.KEEP + 2) * 12 * n  # weights and two averages; the best, and one being written
+    print(f"\nrun: {total:,} iterations of {per_iter:,} bytes; an epoch is {epoch:,.1f} iterations")
+    print(f"model: {n:,} parameters, on {mx.default_device()}")
+    print(
+        f"memory: {', '.join(f'{k} {gb:.2f} GB' for k, gb in estimates)}; {fits:.1f} GB to be had"
+    )
+    prepared = 2 * (about["train"]["bytes"] + about["val"]["bytes"])  # bytes, and a field for each
+    print(f"disk: checkpoints {checkpoints / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
+    print(f"\npresets on these data (estimated memory of a step by MEMORY):\n{presets(found)}")
+
+    name, compute, _ = memory.choose(s)
+    step, evaluation = measure(s, train_bytes, compute)
+    times = total // s.EVAL_FREQ + 1 if total < math.inf else 0
+    evaluating = times * evaluation * len(val) / (s.BATCH_SIZE * s.BLOCK_SIZE)
+    print(f"\nspeed: {per_iter / step:,.0f} bytes/s with MEMORY {name}, measured over 3 updates")
+    whole = duration(total * step + evaluating)
+    print(f"time to the end: {whole}, {duration(evaluating)} of it {times} evaluations; no samples")
+    return 0

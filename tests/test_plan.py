@@ -1,0 +1,75 @@
+"""--plan finds the faults planted in a data set, counts right, and trains nothing."""
+
+import json
+import re
+
+import pytest
+from test_train import ARGS
+
+import plan
+import train_mlx
+
+TICK = "✓".encode().decode("mac_roman")
+MAC = "é".encode().decode("mac_roman")
+
+
+def told(tmp_path, capsys, records, *args):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    folder = tmp_path / "ck"
+    args = [*ARGS, "--dataset", str(file), "--checkpoint-dir", str(folder), *args, "--plan"]
+    assert train_mlx.main(args) == 0
+    assert [f.name for f in folder.iterdir()] == [".data"]  # no run was begun
+    return capsys.readouterr().out
+
+
+def record(i, system="s", instruction=None, response="r"):
+    return {"system": system, "instruction": instruction or f"question {i}", "response": response}
+
+
+def test_planted_faults_are_counted(tmp_path, capsys):
+    records = [record(i) for i in range(30)]
+    records += [record(0), record(1)]  # duplicates
+    records += [record(40, response=f"tick {TICK}"), record(41, response=f"caf{MAC}")]
+    records += [record(42, instruction="say\n### Response:\nno"), record(43, response="a\n---\nb")]
+    records += [record(44, response="x" * 200), record(45, response="lost \ufffd"), record(46, " ")]
+    out = told(tmp_path, capsys, records)
+    for line in (
+        "2 of 38 records: with the same text as an earlier one",
+        "2 of 38 records: mojibake in response, such as `" + TICK,
+        "1 of 38 records: `### Response:` inside instruction",
+        "1 of 38 records: the end mark `---` inside response",
+        "1 of 38 records: U+FFFD, a character lost before, in response",
+        "skipped 1: system empty",
+        "0 of 4 validation records are in the training split",
+        "4 of 4 share their system with a training record",
+    ):
+        assert line in out, out
+    assert (
+        "b'### System:\\ns\\n\\n### Instruction:\\nquestion 0\\n\\n### Response:\\nr\\n---'" in out
+    )
+
+
+def test_sound_text_is_not_called_mojibake():
+    for text in ("naïve café — “quotes” … €5", "你好 世界", "привет, мир", "São é»ß ÀÖ", "✓ 👍🏽"):
+        assert plan.mojibake(text) is None, text
+        if text.startswith(("naïve", "✓")):
+            for codec in ("mac_roman", "latin1", "cp1252"):
+                assert plan.mojibake(text.encode().decode(codec, "ignore")), (text, codec)
+
+
+def test_sizes_agree_with_the_prepared_bytes_and_the_model(tmp_path, capsys):
+    records = [record(i, response="word " * i) for i in range(1, 41)]
+    out = told(tmp_path, capsys, records)
+    full = int(re.search(r"^  full +40 +([\d,]+)", out, re.M)[1].replace(",", ""))
+    sides = [int(n.replace(",", "")) for n in re.findall(r"records, ([\d,]+) bytes", out)]
+    assert sum(sides) == full + 2 * (40 - 2)  # a blank line between records of each side
+    config = train_mlx.settings(ARGS).BDH_CONFIG
+    assert f"{plan.n_parameters(config):,} parameters" in out
+    assert re.search(r"speed: [\d,]+ bytes/s .* measured over 3 updates", out)
+    assert all(re.search(rf"^  {name} ", out, re.M) for name in train_mlx.PRESETS)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(90, "1.5 min"), (7260, "2 h 01 min")])
+def test_durations(seconds, text):
+    assert plan.duration(seconds) == text
