@@ -80,6 +80,7 @@ PHASES: str | None = None  # a chain, mode:EPOCHS@LEARNING_RATE each: "system:3,
 
 ACTIONS = {
     "plan": "tell what the run would be and what is odd in its data, without training",
+    "selfcheck": "check in seconds that model and trainer work on this machine: exit code 0 or 1",
 }
 
 # Each preset is flags: the guide's configurations, and `tiny` for a first look. Where the guide
@@ -312,8 +313,12 @@ class Diverged(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Train as the settings say, one run or a chain of PHASES; the exit code. Raises UserError."""
     given, told = settings(argv), {}
+    if given.selfcheck:
+        import selfcheck  # these two late: they import this file
+
+        return selfcheck.tell()
     if given.plan:
-        import plan  # late: it imports this file
+        import plan
 
         return plan.tell(given)
     with Stop() as stop:
