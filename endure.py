@@ -4,14 +4,17 @@ import io
 import os
 import signal
 
+from processes import Processes
+
 
 class Stop:
     """On SIGINT, SIGTERM or SIGHUP: leave at the next safe point, with the work saved; on a second
-    one at once, which loses nothing that was saved. `number` is the signal's, 0 before any.
+    one at once, which loses nothing that was saved. `number` is the signal's, 0 before any. One of
+    several processes only notes it in `heard`: they leave together, at the next `agree`.
     """
 
-    def __init__(self):
-        self.number, self.can_wait = 0, False
+    def __init__(self, processes: Processes):
+        self.number, self.heard, self.can_wait, self.processes = 0, 0, False, processes
 
     def __enter__(self):
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -24,11 +27,18 @@ class Stop:
             signal.signal(number, handler)
 
     def on_signal(self, number, frame):
-        if self.number:
+        if self.heard:
             os._exit(128 + number)
-        self.number = number
+        self.heard = number
+        if self.processes.size == 1:
+            self.number = number
         if not self.can_wait:  # nothing trained yet
             raise SystemExit(128 + number)
+
+    def agree(self):
+        """Take over what any process has heard; called by all of them at once."""
+        if self.processes.size > 1:
+            self.number = max(self.processes.gather(self.heard))
 
 
 class Enduring(io.TextIOWrapper):

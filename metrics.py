@@ -15,6 +15,7 @@ from tqdm import tqdm
 import checkpoints
 from bdh_mlx import UserError
 from fast_layer import ln
+from processes import Processes
 
 WATCHED, PIECE = 4096, 256  # validation bytes whose neurons are counted; of them at once
 
@@ -33,18 +34,21 @@ def evaluations(history: list[dict]) -> list[int]:
     return [m["step"] for m in history if "val_loss" in m]
 
 
-def open_log(run: Path, step: int) -> tuple[Callable, list[dict]]:
+def open_log(run: Path, step: int, together: Processes) -> tuple[Callable, list[dict]]:
     """A function that logs to metrics.jsonl and the terminal, and all that was logged, a list to
     which it adds.
 
     Lines after `step`, of work that was lost, are dropped, so that each step is told once.
     """
     path = run / "metrics.jsonl"
-    kept = [m for m in read(path) if m["step"] <= step]
-    checkpoints.write_whole(path, "".join(json.dumps(m) + "\n" for m in kept))
+    kept = together.share([m for m in read(path) if m["step"] <= step])
+    if together.first:
+        checkpoints.write_whole(path, "".join(json.dumps(m) + "\n" for m in kept))
 
     def log(**m):
         kept.append(m)
+        if not together.first:
+            return
         try:
             with path.open("a") as file:
                 file.write(json.dumps(m) + "\n")

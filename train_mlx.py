@@ -10,11 +10,12 @@ best.json and metrics.jsonl.
 
 import json
 import math
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import islice, pairwise, takewhile
@@ -41,6 +42,7 @@ from bdh_mlx import UserError
 from endure import Enduring, Stop
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
 from metrics import activity, evaluations, open_log
+from processes import Processes, is_lost
 from report import redraw
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
@@ -48,7 +50,7 @@ TRAINING_MODE = "both"  # of each record: "system", "instruction", "both" or "fu
 LOSS_ON = "all"  # bytes that count in the training loss: "all", or "response" (mode full only)
 DATASET = "Severian/Internal-Knowledge-Map"  # hub name, file, folder, or "sample"
 BLOCK_SIZE = 4096  # bytes a training sequence holds: what the model can learn to look back on
-BATCH_SIZE = 2  # sequences computed at once
+BATCH_SIZE = 2  # sequences computed at once, by each process
 GRAD_ACCUM = 1  # batches added up to one update; more of them cost time, not memory
 MAX_ITERS: int | None = 5000  # updates; the run ends here or after EPOCHS, whichever comes first
 EPOCHS: float | None = 3  # passes over the training bytes; none: as many as MAX_ITERS takes
@@ -148,11 +150,11 @@ def byte_losses(model: bdh_mlx.BDH, idx: mx.array, targets: mx.array, key=None) 
 
 
 def loss_weights(fields: np.ndarray, step: int, s: SimpleNamespace) -> np.ndarray:
-    """Weight in the loss of each target of an update, (GRAD_ACCUM, B, T), in sum 1: the loss is the
+    """Weight in the loss of each target of an update, (batches, B, T), in sum 1: the loss is the
     mean over the counted bytes of all its batches. All 0 where no byte counts.
     """
-    count, T = s.BATCH_SIZE * s.GRAD_ACCUM, s.BLOCK_SIZE
-    shape = (s.GRAD_ACCUM, s.BATCH_SIZE, T)
+    count, T = sequences(s), s.BLOCK_SIZE
+    shape = (count // s.BATCH_SIZE, s.BATCH_SIZE, T)
     if s.LOSS_ON == "all":
         return np.full(shape, 1 / (count * T), np.float32)
     labels = get_batch(fields, step * count, count, T, s.SEED)[1]
@@ -160,18 +162,24 @@ def loss_weights(fields: np.ndarray, step: int, s: SimpleNamespace) -> np.ndarra
     return (counted / max(1, counted.sum())).reshape(shape)
 
 
-def evaluate(losses, val, fields, B: int, T: int, stop=None) -> tuple[float, dict[str, float]]:
+def evaluate(
+    losses, val, fields, B: int, T: int, stop=None, together: Processes | None = None
+) -> tuple[float, dict[str, float]]:
     """Mean nats per byte of val, and of each field's bytes, in blocks of T (the last one shorter),
-    without dropout. `fields` tells each byte's place in FIELDS.
+    without dropout. `fields` tells each byte's place in FIELDS; processes `together` share this.
     """
+    rank, size = (together.rank, together.size) if together else (0, 1)
     n = len(val) - 1
     nats, count = np.zeros(len(FIELDS)), np.bincount(fields[1:], minlength=len(FIELDS))
-    for begin, end in pairwise([*range(0, n - n % T, B * T), n - n % T, n]):
+    parts = [*pairwise([*range(0, n - n % T, B * T), n - n % T, n])]
+    for begin, end in parts[rank::size]:
         if end > begin and not (stop and stop.number):
             rows = (max(1, (end - begin) // T), -1)
             idx, targets = (val[begin + i : end + i].astype(np.int32).reshape(rows) for i in (0, 1))
             each = np.array(losses(mx.array(idx), mx.array(targets))).ravel()
             nats += np.bincount(fields[begin + 1 : end + 1], each, len(FIELDS))
+    if together:
+        nats = np.sum(together.gather(nats.tolist()), 0)
     present = {name or "headers": i for i, name in enumerate(FIELDS) if count[i]}
     return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
 
@@ -223,10 +231,15 @@ def open_data(s: SimpleNamespace) -> tuple[dict, tuple, tuple]:
     return report, train, val
 
 
+def sequences(s: SimpleNamespace) -> int:
+    """Blocks that an update reads, over all processes (one unless settings say how many)."""
+    return s.BATCH_SIZE * s.GRAD_ACCUM * getattr(s, "PROCESSES", 1)
+
+
 def last_iteration(s: SimpleNamespace, n_bytes: int) -> float:
     """Update at which the run ends, MAX_ITERS or the end of EPOCHS if sooner; may be inf."""
     blocks = math.inf if s.EPOCHS is None else s.EPOCHS * math.ceil(n_bytes / s.BLOCK_SIZE)
-    by_epochs = blocks / (s.BATCH_SIZE * s.GRAD_ACCUM)
+    by_epochs = blocks / sequences(s)
     return min(
         s.MAX_ITERS or math.inf, by_epochs if by_epochs == math.inf else math.ceil(by_epochs)
     )
@@ -256,6 +269,7 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
     sides = ("train", "val")
     old = before["settings"] | {f"{side} data": before["data"][side]["sha256"] for side in sides}
     new = described(s) | {f"{side} data": report[side]["sha256"] for side in sides}
+    old[UPDATE], new[UPDATE] = sequences(SimpleNamespace(**before["settings"])), sequences(s)
     changed = {k: f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
     may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
     if fixed := [text for k, text in changed.items() if k in FIXED and k not in may]:
@@ -321,13 +335,17 @@ def main(argv: list[str] | None = None) -> int:
         import plan
 
         return plan.tell(given)
-    with Stop() as stop:
+    together = Processes()
+    if not together.first:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    with Stop(together) as stop:
         for s in phases.chain(given):
+            s.PROCESSES = together.size
             run = Path(s.CHECKPOINT_DIR, s.RUN_NAME or s.TRAINING_MODE)
-            with checkpoints.opened(run):
-                if code := attempt(s, run, stop):
+            with checkpoints.opened(run) if together.first else nullcontext():
+                if code := attempt(s, run, stop, together):
                     return code
-                if s.PHASES:
+                if s.PHASES and together.first:
                     told[run.name] = held_out(s, run, stop)
                     if stop.number:
                         return 128 + stop.number
@@ -335,11 +353,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def attempt(s: SimpleNamespace, run: Path, stop: Stop) -> int:
+def attempt(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int:
     """Train, and put into a line what can end it."""
     try:
-        return train(s, run, stop)
+        return train(s, run, stop, together)
     except RuntimeError as error:
+        if is_lost(error):
+            print(f"error: process {together.rank} lost another one: {error}. Checkpoints are as "
+                  "they were; the same command goes on", file=sys.stderr)  # fmt: skip
+            return 1
         if not memory.is_exhausted(error):
             raise
         raise UserError(f"memory is out: {memory.too_large(s, memory.available())}") from None
@@ -375,12 +397,15 @@ def held_out(s: SimpleNamespace, run: Path, stop: Stop) -> dict[str, float]:
     return bpb
 
 
-def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
+def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int:
     """From the data to the summary: 0 when finished, 128 + signal when stopped, 1 when diverged."""
     report, (train_bytes, train_fields), val = open_data(s)
+    seen = together.gather(described(s) | {k: report[k]["sha256"] for k in ("train", "val")})
+    if unlike := [k for k in seen[0] if any(one[k] != seen[0][k] for one in seen)]:
+        raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
     print(bdh_mlx.visible(data.describe(report)))
     total = last_iteration(s, len(train_bytes))
-    per_iter = s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
+    per_iter = s.BLOCK_SIZE * sequences(s)
     print(
         f"plan: {total:,} iterations of {per_iter:,} bytes are {total * per_iter:,} bytes or "
         f"{total * per_iter / len(train_bytes):.2f} epochs; "
@@ -391,10 +416,13 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     model = bdh_mlx.BDH(s.BDH_CONFIG)
     optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    step, ancestry = start(run, s, report, model, optimizer)  # loads before compiling
+    found = start(run, s, report, model, optimizer) if together.first else None
+    step, ancestry = together.share(found)
+    model.update(together.from_first(model.parameters()))  # before compiling
+    optimizer.state = together.from_first(optimizer.state)
     first = saved = step
-    log, history = open_log(run, step)
-    best = checkpoints.read_best(run)
+    log, history = open_log(run, step, together)
+    best = together.share(checkpoints.read_best(run) if together.first else None)
     evaluated = max(evaluations(history), default=-1)
 
     def out_of_patience():  # a function of metrics.jsonl and best.json: a resumed run counts on
@@ -416,14 +444,14 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     print(f"memory: {name}, {model.compute.dtype}, estimated peak {peak / 1e9:.2f} GB")
     print(f"note: {EXPECT[s.TRAINING_MODE]}")
-    checkpoints.check_space(run, model, s.KEEP + 2)
-
     gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
     info["ancestry"] = ancestry
     info["parameters"] = n_parameters
-    checkpoints.write_whole(run / "config.json", json.dumps(info, indent=1))
+    if together.first:
+        checkpoints.check_space(run, model, s.KEEP + 2)
+        checkpoints.write_whole(run / "config.json", json.dumps(info, indent=1))
     bar = tqdm(total=total if total < math.inf else None, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
     skipped = in_a_row = 0
@@ -432,17 +460,20 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     stop.can_wait = True
 
     def where(step):
-        count = s.BATCH_SIZE * s.GRAD_ACCUM
+        count = sequences(s)
         starts = block_starts(len(train_bytes), step * count, count, s.BLOCK_SIZE, s.SEED)
         return f"{s.BLOCK_SIZE} bytes each from {starts.tolist()} of the training bytes"
 
     def save():
         nonlocal saved
         if saved < step:
-            checkpoints.save(run, step, model, optimizer, info)
+            if together.first:
+                checkpoints.save(run, step, model, optimizer, info)
+            together.wait()  # none goes on, or leaves, before it is on the disk
             saved = step
 
     while True:
+        stop.agree()
         finished = step >= total
         if finished or stop.number or step % s.SAVE_FREQ == 0:
             save()  # before the evaluation: one that dies must not cost the work
@@ -451,7 +482,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
             print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
             return 128 + stop.number
         if (finished or step % s.EVAL_FREQ == 0) and evaluated < step:
-            val_loss, nats = evaluate(losses_of, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
+            val_loss, nats = evaluate(losses_of, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop, together)
             if stop.number:
                 continue
             if not math.isfinite(val_loss):
@@ -460,20 +491,24 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
             judged = nats.get(s.LOSS_ON, val_loss)  # of the bytes that train
             if step and judged < best.get("val_loss", math.inf):
                 save()
-                best = checkpoints.write_best(run, step, judged)
+                best = {"step": step, "val_loss": judged}
+                if together.first:
+                    checkpoints.write_best(run, step, judged)
             found = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
             found["val_loss_fields"] = nats
             found["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
             found |= activity(model, val[0], s.BLOCK_SIZE)
             found["advice"] = advise([*history, found], s, total, entropy)
             log(**found)  # logged: all done
-            said = samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop)
-            log(step=step, samples=list(said))
-            redraw(run)
+            if together.first:
+                said = samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop)
+                log(step=step, samples=list(said))
+                redraw(run)
             if out_of_patience():
                 save()
                 finished = True
-        checkpoints.prune(run, s.KEEP, best.get("step"))
+        if together.first:
+            checkpoints.prune(run, s.KEEP, best.get("step"))
         if finished:
             break
 
@@ -481,7 +516,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
         optimizer.learning_rate = rate = learning_rate(step, total, s)
         loss, gradients = 0.0, None
         weights = loss_weights(train_fields, step, s)
-        for i, micro in enumerate(range(step * s.GRAD_ACCUM, (step + 1) * s.GRAD_ACCUM)):
+        for i in range(together.rank, len(weights), together.size):
+            micro = step * len(weights) + i
             batch = get_batch(train_bytes, micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
             key = mx.random.key(s.SEED * 2**32 + micro)
             part, more = gradient(*batch, mx.array(weights[i]), key)
@@ -492,6 +528,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
                 break
         if stop.number:  # nothing has changed since the last update: saved as it was there
             continue
+        loss, gradients = together.total((loss, gradients))
         norm = update(loss, gradients)
         mx.eval(state, norm)
         if math.isfinite(loss.item()) and math.isfinite(norm.item()):
@@ -548,7 +585,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
 # ------------------------------------------------------------------------------------------- flags
 
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
-FIXED = ["TRAINING_MODE", "BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "SEED"]
+UPDATE = "BATCH_SIZE x GRAD_ACCUM x processes"
+FIXED = ["TRAINING_MODE", "BLOCK_SIZE", UPDATE, "SEED"]
 FIXED += ["train data", "val data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 AT_LEAST = {

@@ -331,5 +331,15 @@ def test_wrong_flags_exit_with_2(args):
 def test_every_setting_is_a_flag_with_a_reason():
     settings = {n for n in vars(train_mlx.settings([])) if n.isupper()} - {"BDH_CONFIG"}
     constants = {n for n in vars(train_mlx) if n.isupper()} - {"PRESETS", "GUIDE"}
-    tables = {"FIELDS", "NEEDED", "PROMPTS", "EXPECT", "FIXED", "AT_LEAST", "ACTIONS", "BDH_CONFIG"}
+    tables = {
+        "FIELDS",
+        "NEEDED",
+        "PROMPTS",
+        "EXPECT",
+        "FIXED",
+        "AT_LEAST",
+        "ACTIONS",
+        "UPDATE",
+        "BDH_CONFIG",
+    }
     assert settings == constants - tables

@@ -1,0 +1,72 @@
+"""One run on several processes, each with a part of every update's sequences: data-parallel.
+
+    mlx.launch -n 2 -- python train_mlx.py           # two on this machine
+    mlx.launch --hosts 10.0.0.1,10.0.0.2 -- python train_mlx.py
+
+MLX's own distributed layer carries it (ring, NCCL, MPI); only its all_sum is used, which all have.
+The processes hold the same weights and take the same decisions; the first one alone writes.
+"""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+LOST = ("[ring]", "[nccl]", "NCCL", "[mpi]", "[jaccl]")  # how the errors of a lost peer begin
+
+
+class Processes:
+    """Those of this run; without mlx.launch there is one, and each method returns what it got."""
+
+    def __init__(self):
+        self.group = mx.distributed.init()
+        self.size, self.rank = self.group.size(), self.group.rank()
+        self.first = self.rank == 0
+
+    def total(self, tree):
+        """The sum of float32 arrays over the processes, in one buffer; not to be differentiated."""
+        if self.size == 1:
+            return tree
+        return tree_map(lambda mean: mean * self.size, nn.average_gradients(tree, self.group))
+
+    def from_first(self, tree):
+        """The first process's arrays; the others give arrays of the same shapes."""
+        if self.size == 1:
+            return tree
+        named = sorted(tree_flatten(tree))  # a loaded tree has another order, and order is all here
+        return tree_unflatten(
+            [(k, self._sum(a if self.first else mx.zeros_like(a))) for k, a in named]
+        )
+
+    def gather(self, value) -> list:
+        """What each process gave, in their order; anything that JSON holds, floats to the bit."""
+        if self.size == 1:
+            return [value]
+        raw = json.dumps(value).encode()
+        lengths = np.zeros(self.size, np.int32)
+        lengths[self.rank] = len(raw)
+        lengths = np.array(self._sum(mx.array(lengths)))
+        rows = np.zeros((self.size, lengths.max()), np.int32)
+        rows[self.rank, : len(raw)] = list(raw)
+        rows = np.array(self._sum(mx.array(rows)))
+        return [json.loads(bytes(r[:n].tolist())) for r, n in zip(rows, lengths, strict=True)]
+
+    def share(self, value):
+        """What the first process gave."""
+        return self.gather(value if self.first else None)[0]
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        self.gather(None)
+
+    def _sum(self, array: mx.array) -> mx.array:
+        summed = mx.distributed.all_sum(array, group=self.group)
+        mx.eval(summed)  # now: all processes must take their sums in one order
+        return summed
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether it is how MLX says that another process is gone."""
+    return any(text in str(error) for text in LOST)

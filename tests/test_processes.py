@@ -1,0 +1,194 @@
+"""Several processes train one run: the same losses, one writer, decisions taken together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_train import ARGS, metrics, train
+
+import checkpoints
+from bdh_mlx import UserError
+
+SCRIPT = [str(ROOT / "train_mlx.py"), *ARGS]
+
+
+def free_ports(n):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def start(folder, *command):
+    """Two processes as mlx.launch starts them, in a ring on this machine."""
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = os.environ | {"MLX_HOSTFILE": str(hosts), "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, command)]
+    return [subprocess.Popen(command, env=env | {"MLX_RANK": str(r)}, **pipes) for r in (0, 1)]
+
+
+def ended(processes):
+    """(exit code, stdout, stderr) of each."""
+    said = [p.communicate(timeout=60) for p in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
+
+
+def on_two(folder, *args):
+    return ended(start(folder, *SCRIPT, "--checkpoint-dir", folder, *args))
+
+
+def losses(folder):
+    return {m["step"]: m["loss"] for m in metrics(folder) if "loss" in m}
+
+
+def validations(folder):
+    return {m["step"]: m["val_loss"] for m in metrics(folder) if "val_loss" in m}
+
+
+def near(a, b):
+    return a.keys() == b.keys() and np.allclose(list(a.values()), list(b.values()), 0, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process whose two batches an update are those of two processes, dropout and all."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert train(folder, "--max-iters", 10, "--grad-accum", 2) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("both")
+    (code, out, err), (other, silent, _) = on_two(folder, "--max-iters", 10)
+    assert (code, other) == (0, 0), err
+    assert "best_step" in out and silent == ""
+    return folder
+
+
+def test_an_equal_global_batch_gives_equal_losses(alone, both):
+    assert near(losses(both), losses(alone)) and near(validations(both), validations(alone))
+    assert len(losses(both)) == 10 and list(validations(both)) == [0, 5, 10]
+    assert not near(losses(both), {k: v + 2e-5 for k, v in losses(alone).items()})
+
+
+def test_one_large_batch_gives_them_too(tmp_path):
+    for folder, size in (("one", 4), ("two", 2)):
+        (tmp_path / folder).mkdir()
+        args = ("--max-iters", 3, "--batch-size", size, "--dropout", 0, "--eval-freq", 9)
+        if size == 4:
+            train(tmp_path / folder, *args)
+        else:
+            assert [code for code, *_ in on_two(tmp_path / folder, *args)] == [0, 0]
+    assert near(losses(tmp_path / "one"), losses(tmp_path / "two"))
+
+
+def test_only_the_first_process_writes(both):
+    names = {f.name for f in (both / "full").iterdir()}
+    assert {"best.json", "config.json", "step-000010"} <= names
+    assert len([m for m in metrics(both) if "loss" in m]) == 10  # each line once
+    assert json.loads((both / "full" / "config.json").read_text())["settings"]["PROCESSES"] == 2
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone):
+    assert train(tmp_path, "--max-iters", 4, "--grad-accum", 2) == 0  # one
+    assert [code for code, *_ in on_two(tmp_path, "--max-iters", 7)] == [0, 0]  # two
+    with pytest.raises(UserError, match="BATCH_SIZE x GRAD_ACCUM x processes 4 -> 2"):
+        train(tmp_path, "--max-iters", 10)
+    assert train(tmp_path, "--max-iters", 10, "--grad-accum", 2) == 0  # one
+    assert near(losses(tmp_path), losses(alone))
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if line.startswith(text):
+            return
+    pytest.fail(process.stderr.read())
+
+
+def test_a_signal_to_any_process_stops_all_with_the_work_saved(tmp_path):
+    processes = start(tmp_path, *SCRIPT, "--checkpoint-dir", tmp_path, "--max-iters", 10**6)
+    wait_for(processes[0], "iter      6")
+    processes[1].send_signal(signal.SIGTERM)
+    (code, out, err), (other, _, _) = ended(processes)
+    assert (code, other) == (143, 143), err
+    assert "the same command continues it" in out
+    assert checkpoints.steps(tmp_path / "full")[-1] == len(losses(tmp_path))
+
+
+def test_a_lost_process_ends_the_run_with_its_checkpoints_intact(tmp_path):
+    processes = start(tmp_path, *SCRIPT, "--checkpoint-dir", tmp_path, "--max-iters", 10**6)
+    wait_for(processes[0], "iter      6")
+    processes[1].kill()
+    (code, _, err), _ = ended(processes)
+    told = [line for line in err.splitlines() if not line.startswith("[ring]")]  # MLX's own words
+    assert code == 1 and len(told) == 1 and "error: process 0 lost another one" in told[0], err
+    last = checkpoints.newest_valid(tmp_path / "full")
+    assert last >= 4 and not list((tmp_path / "full").glob("damaged*"))
+    assert train(tmp_path, "--max-iters", last + 1, "--grad-accum", 2) == 0
+
+
+def test_processes_with_different_data_are_told(tmp_path):
+    processes = []
+    (tmp_path / "hosts.json").write_text(
+        json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)])
+    )
+    for rank in (0, 1):
+        env = {"MLX_HOSTFILE": str(tmp_path / "hosts.json"), "MLX_RANK": str(rank)}
+        args = ["--checkpoint-dir", tmp_path / str(rank), "--seed", rank]
+        command = [sys.executable, *SCRIPT, *map(str, args)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=os.environ | env, **pipes))
+    for code, _, err in ended(processes):
+        assert code == 2 and "the processes differ in SEED" in err and "Traceback" not in err
+
+
+TOGETHER = """
+import math, sys
+sys.path.insert(0, {root!r})
+import bdh_mlx
+import mlx.core as mx
+from processes import Processes
+p = Processes()
+values = p.gather([p.rank, 0.1 + p.rank, "å" * (3 * p.rank)])
+assert values == [[0, 0.1, ""], [1, 1.1, "ååå"]], values
+assert p.share({{"first": p.rank}}) == {{"first": 0}}
+assert math.isinf(p.share(math.inf))
+total = p.total((mx.array(1.0 + p.rank), {{"a": mx.full((2, 3), 10.0 * p.rank)}}))
+assert total[0].item() == 3 and mx.all(total[1]["a"] == 10).item()
+bad = p.total((mx.array(math.nan if p.rank else 1.0), mx.ones(3)))
+assert math.isnan(bad[0].item())  # all skip an update that one cannot make
+state = p.from_first({{"step": mx.array(7 + p.rank, mx.uint64), "w": mx.ones(4) * p.rank}})
+assert state["step"].item() == 7 and state["step"].dtype == mx.uint64 and not mx.any(state["w"])
+p.wait()
+print("agreed")
+"""
+
+
+def test_what_processes_tell_each_other_arrives(tmp_path):
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER.format(root=str(ROOT)))
+    for code, out, err in ended(start(tmp_path, script)):
+        assert code == 0 and out == "agreed\n", err
+
+
+def test_the_launcher_of_mlx_starts_them(tmp_path):
+    """It returns 0 whatever happened: the run folder tells."""
+    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
+    launch += ["-p", str(free_ports(1)[0]), "--", sys.executable, *SCRIPT]
+    ran = subprocess.run(
+        [*launch, "--checkpoint-dir", str(tmp_path), "--max-iters", "2"],
+        capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert "iterations: 2" in ran.stdout, ran.stderr
+    assert json.loads((tmp_path / "full" / "config.json").read_text())["settings"]["PROCESSES"] == 2
