@@ -21,7 +21,12 @@ import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 # isort: split
 import mlx.core as mx
 
+import export
+import neurons
 from bdh_mlx import UserError
+
+TRACE = "no text but what fires on TEXT (@FILE: on its lines); several times: what tells them apart"
+EXPORT = "no text but weights, config and a model card for others, in FOLDER"
 
 
 def flags(argv: list[str] | None) -> argparse.Namespace:
@@ -32,6 +37,8 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help=r"text to continue; \n in it is a line break")
     source.add_argument("--prompt-file", type=Path, help="file to continue (default: stdin)")
+    source.add_argument("--trace", action="append", metavar="TEXT", help=TRACE)
+    source.add_argument("--export", type=Path, metavar="FOLDER", help=EXPORT)
     parser.add_argument("--max-new-tokens", type=int, default=500, help="bytes to write (500)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: likeliest byte (0.8)")
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest bytes (all)")
@@ -71,7 +78,11 @@ def main(argv: list[str] | None = None) -> int:
     args = flags(argv)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
+    if args.export:
+        return export.tell(args.model, args.export)
     model = bdh_mlx.load_model(args.model)
+    if args.trace:
+        return neurons.tell(model, args.trace)
     prompt = read_prompt(args)
     seed = args.seed if args.seed is not None else time.time_ns()
     stream = model.stream(

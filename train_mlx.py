@@ -503,10 +503,11 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
             if together.first:
                 said = samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop)
                 log(step=step, samples=list(said))
-                redraw(run)
             if out_of_patience():
                 save()
                 finished = True
+            if together.first:
+                redraw(run, finished)
         if together.first:
             checkpoints.prune(run, s.KEEP, best.get("step"))
         if finished:

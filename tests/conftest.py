@@ -13,4 +13,4 @@ import bdh_mlx  # noqa: E402, F401  before any test imports mlx.core: it loads t
 def no_pictures(request, monkeypatch):
     """Runs of other tests draw no report, which would take a second at each evaluation."""
     if request.module.__name__ != "test_report":
-        monkeypatch.setattr("train_mlx.redraw", lambda run: None)
+        monkeypatch.setattr("train_mlx.redraw", lambda *_: None)

@@ -1,0 +1,115 @@
+"""`python generate.py RUN --export FOLDER`: a model for others, in the names of the official code.
+
+The folder holds model.safetensors, config.json and README.md, a model card whose licence is left
+to fill in. `hf upload NAME FOLDER` puts it on the hub.
+"""
+
+import json
+import math
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
+
+# isort: split
+from mlx.utils import tree_flatten
+
+from bdh_mlx import UserError, visible
+
+CARD = """---
+license: other  # fill in: the licence you give, which that of the data must allow
+library_name: mlx
+tags: [bdh, byte-level]
+---
+
+# {name}
+
+A BDH ("Baby Dragon Hatchling", [arXiv 2509.26507](https://arxiv.org/abs/2509.26507)), a byte-level
+language model of {parameters:,} parameters, trained with BDH-MLX.
+
+| | |
+|---|---|
+{facts}
+
+```
+{command}
+```
+
+With BDH-MLX: `python generate.py model.safetensors --prompt "..."`. The official PyTorch code
+(pathwaycom/bdh) takes the weights as they are, but for `attn.freqs`, which it computes itself:
+
+```python
+import torch, bdh
+from safetensors.torch import load_file
+
+config = bdh.BDHConfig(**{config})
+model = bdh.BDH(config)
+model.load_state_dict(load_file("model.safetensors"), strict=False)
+```
+"""
+CELL = {ord("|"): r"\|", ord("\n"): " ", ord("<"): "&lt;"}  # text in a table
+
+
+def command_of(settings: dict) -> str:
+    """The command that names each setting of the run but those of its place."""
+    words = ["python", "train_mlx.py"]
+    for name, value in settings.items():
+        if name not in ("CHECKPOINT_DIR", "RUN_NAME", "FORCE", "ALLOW_DATA_CHANGE", "PROCESSES"):
+            flag = name.lower().replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", "none" if value is None else str(value)]
+    return visible(shlex.join(words))
+
+
+def facts(checkpoint: Path) -> tuple[dict, dict]:
+    """Facts for the card, and the settings, of a run's checkpoint; nothing for a bare file."""
+    try:
+        about = json.loads((checkpoint / "config.json").read_text())
+        settings, step = about["settings"], about["step"]
+        told = {
+            "data": settings["DATASET"],
+            "mode": settings["TRAINING_MODE"],
+            "iterations": f"{step:,}",
+            "training bytes": f"{about['data']['train']['bytes']:,}, "
+            f"{about['data']['train']['records']:,} records",
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}, {}
+    try:
+        best = json.loads((checkpoint.parent / "best.json").read_text())
+        if best["step"] == step:
+            told["validation"] = f"{best['val_loss'] / math.log(2):.4f} bits per byte"
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return told, settings
+
+
+def tell(source: str, folder: Path) -> int:
+    """Export the model that `source` names. Raises UserError."""
+    model = bdh_mlx.load_model(source)
+    weights = bdh_mlx.find_weights(source)
+    told, settings = facts(weights.parent)
+    told["shape"] = ", ".join(f"{k} {v}" for k, v in asdict(model.config).items())
+    rows = (f"| {k} | {visible(str(v)).translate(CELL)} |" for k, v in told.items())
+    card = CARD.format(
+        name=folder.resolve().name,
+        parameters=sum(p.size for _, p in tree_flatten(model.parameters())),
+        facts="\n".join(rows),
+        command=command_of(settings) if settings else "unknown: exported from weights alone",
+        config=asdict(model.config),
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"--export {folder} is not empty; name a new folder")
+        bdh_mlx.save_model(model, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=1))
+        (folder / "README.md").write_text(card, errors="backslashreplace")
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--export {folder} cannot be written: {error}") from None
+    print(f"written: {folder}; fill in the licence in {folder / 'README.md'}, then, to share it:")
+    print(f"  hf upload YOUR_NAME/{folder.resolve().name} {folder}")
+    return 0

@@ -1,0 +1,89 @@
+"""An exported folder holds the official names, loads there, and says where it comes from."""
+
+import json
+import os
+import shlex
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from test_model import GOLDEN, random_model
+from test_train import train
+
+import bdh_mlx
+import export
+import generate
+import train_mlx
+from bdh_mlx import UserError
+
+
+def test_names_and_shapes_are_the_official_ones(tmp_path):
+    golden = {k[6:]: v for k, v in mx.load(str(GOLDEN)).items() if k.startswith("param.")}
+    mx.save_safetensors(str(tmp_path / "golden.safetensors"), golden)
+    assert (
+        generate.main([str(tmp_path / "golden.safetensors"), "--export", str(tmp_path / "x")]) == 0
+    )
+    found = mx.load(str(tmp_path / "x" / "model.safetensors"))
+    assert found.keys() == golden.keys()
+    assert all(mx.array_equal(found[k], golden[k]) for k in golden)
+
+
+def test_the_card_tells_where_a_run_comes_from(tmp_path):
+    assert train(tmp_path, "--max-iters", 5) == 0
+    folder = tmp_path / "shared"
+    assert generate.main([str(tmp_path / "full"), "--export", str(folder)]) == 0
+    card = (folder / "README.md").read_text()
+    best = json.loads((tmp_path / "full" / "best.json").read_text())
+    for needed in (
+        "license: other", "| data | sample |", "| mode | full |", "| iterations | 5 |",
+        f"| validation | {best['val_loss'] / 0.693147:.4f} bits per byte |", "14,336 parameters",
+    ):  # fmt: skip
+        assert needed in card, needed
+    command = next(line for line in card.splitlines() if line.startswith("python train_mlx"))
+    again = vars(train_mlx.settings(shlex.split(command)[2:]))
+    ours = json.loads((tmp_path / "full" / "config.json").read_text())["settings"]
+    config = vars(again.pop("BDH_CONFIG"))
+    skipped = {"CHECKPOINT_DIR", "RUN_NAME", "PROCESSES"}
+    assert all((again | config)[k] == v for k, v in ours.items() if k not in skipped)
+    assert json.loads((folder / "config.json").read_text()) == config
+    one, two = bdh_mlx.load_model(tmp_path / "full"), bdh_mlx.load_model(folder)
+    pairs = zip(tree_flatten(one.parameters()), tree_flatten(two.parameters()), strict=True)
+    assert one.config == two.config and all(mx.array_equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def test_nothing_is_written_over(tmp_path):
+    bdh_mlx.save_model(random_model(), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="not empty"):
+        generate.main([str(tmp_path / "model.safetensors"), "--export", str(tmp_path)])
+
+
+def test_a_hostile_data_name_stays_in_its_cell():
+    told = {"data": "a|b\n# heading <script>"}["data"].translate(export.CELL)
+    assert told == r"a\|b # heading &lt;script>"
+
+
+@pytest.mark.skipif("BDH_OFFICIAL" not in os.environ, reason="names no official bdh.py")
+def test_the_official_code_computes_the_same(tmp_path):
+    """BDH_OFFICIAL=bdh.py, pathwaycom/bdh's file, in an environment with PyTorch."""
+    torch = pytest.importorskip("torch")
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("official_bdh", os.environ["BDH_OFFICIAL"])
+    official = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(official)
+    ours = random_model(scale=4)
+    bdh_mlx.save_model(ours, tmp_path / "m.safetensors")
+    generate.main([str(tmp_path / "m.safetensors"), "--export", str(tmp_path / "x")])
+    arrays = mx.load(str(tmp_path / "x" / "model.safetensors"))
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    theirs = official.BDH(official.BDHConfig(**config)).eval()
+    lacking = theirs.load_state_dict(
+        {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}, strict=False
+    )
+    assert lacking.missing_keys == ["attn.freqs"] and not lacking.unexpected_keys
+    idx = np.random.default_rng(0).integers(0, 256, (2, 50))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(idx))[0].numpy()
+    got = np.array(ours(mx.array(idx))[0])
+    assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()

@@ -1,0 +1,96 @@
+"""--trace shows what the model computes: its numbers are those of the model itself."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_model import random_model
+
+import bdh_mlx
+import generate
+import neurons
+from bdh_mlx import UserError
+
+TEXT = b"The king moves\n\xff\x00"
+
+
+def test_the_layers_traced_are_those_of_the_model():
+    model = random_model()
+    *_, last = neurons.layers(model, TEXT)
+    H, N, D = 2, 64, 16
+    v = (last.y @ model.decoder.reshape(H, N, D)).sum(0)
+    logits = neurons.ln(last.v + neurons.ln(v)) @ model.lm_head
+    expected = model(mx.array([list(TEXT)]))[0][0]
+    assert mx.max(mx.abs(logits - expected)).item() < 1e-4 * mx.max(mx.abs(expected)).item()
+
+
+def test_synapses_are_what_the_last_byte_reads():
+    """The shares of pairs of neurons in the gate of a neuron that fired add up to the gate."""
+    model = random_model()
+    layer = list(neurons.layers(model, TEXT))[1]
+    every = neurons.TOP
+    try:
+        neurons.TOP = 10**6
+        found = neurons.synapses(model, layer)["read"]
+    finally:
+        neurons.TOP = every
+    gate = neurons.ln(layer.a) @ model.encoder_v  # (H, T, N)
+    h, j = found[0]["head"], found[0]["to"]
+    assert layer.y[h, -1, j].item() > 0
+    q, S = layer.q[h, -1], layer.q[h, :-1].T @ layer.v[:-1]
+    part = (q[:, None] * S) @ model.encoder_v[h][:, j] / mx.sqrt(mx.var(layer.a[h, -1]) + 1e-5)
+    assert part.sum().item() == pytest.approx(gate[h, -1, j].item(), rel=1e-4)
+    i = found[0]["from"]
+    assert part[i[0]].item() + part[i[1]].item() == pytest.approx(found[0]["strength"], rel=1e-4)
+    largest = max(part.reshape(-1, 2).sum(1).tolist())
+    assert found[0]["strength"] >= largest - 1e-4 * abs(largest)
+
+
+def test_strength_written_does_not_turn_with_the_position_of_the_reader():
+    model = random_model()
+    layer = next(neurons.layers(model, TEXT))
+    strongest = neurons.synapses(model, layer)["written"][0]
+    h, pair, j = strongest["head"], strongest["from"], strongest["to"]
+    for turned in (0, 5, 100):
+        q = neurons.rotate(layer.x[:, None], turned)[:, 0]
+        ends = ((q[h].T @ layer.v) @ model.encoder_v[h])[np.array(pair).tolist(), j]
+        assert mx.linalg.norm(ends).item() == pytest.approx(strongest["strength"], rel=1e-3)
+
+
+def test_survey_counts_dead_neurons():
+    model = random_model()
+    H, N = 2, 64
+    encoder = np.array(model.encoder)
+    encoder[0, :, :5] = 0  # no byte excites these
+    model.encoder = mx.array(encoder)
+    stream = bytes(range(256)) * 3
+    found = neurons.survey(model, stream, block=100)
+    whole = neurons.survey(model, stream[:100], block=100)
+    assert (found["dead"], found["neurons"], found["bytes"]) == (5, H * N, 768)
+    layer = next(neurons.layers(model, stream[:100]))
+    assert whole["activity"]["y"][0] == pytest.approx(mx.mean(layer.y > 0).item(), abs=1e-4)
+    assert len(found["activity"]["x"]) == 2 and 0 < found["activity"]["x"][0] < 1
+
+
+def test_selective_neurons_fire_here_and_not_elsewhere():
+    model = random_model()
+    one, two = neurons.selective(model, [b"aaaa aaaa", b"zzzz9zzzz"])
+    assert one[0]["here"] > one[0]["elsewhere"] and two[0]["here"] > two[0]["elsewhere"]
+    gaps = [n["here"] - n["elsewhere"] for n in one]
+    assert gaps == sorted(gaps, reverse=True)
+
+
+def test_trace_from_the_command_line(tmp_path, monkeypatch, capsys):
+    bdh_mlx.save_model(random_model(), tmp_path / "model.safetensors")
+    (tmp_path / "texts.txt").write_text("cost $5 <b>\nsecond line\n")
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["model.safetensors", "--trace", "@texts.txt", "--trace", "third"]) == 0
+    told = json.loads((tmp_path / "trace.json").read_text())
+    assert told["text"] == "cost $5 <b>" and len(told["texts"]) == len(told["selective"]) == 3
+    assert len(told["layers"]) == 2 and len(told["layers"][0]["fires"]) == len(told["text"])
+    assert told["layers"][0]["fires"][0] == []  # the first byte has nothing to read
+    assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
+    assert "strongest synapses read" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no text"):
+        generate.main(["model.safetensors", "--trace", ""])
