@@ -3,6 +3,8 @@
 import json
 import os
 import shlex
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -63,27 +65,35 @@ def test_a_hostile_data_name_stays_in_its_cell():
     assert told == r"a\|b # heading &lt;script>"
 
 
+OFFICIAL = """
+import importlib.util, json, sys
+import numpy as np, torch
+folder, file = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("official_bdh", file)
+official = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(official)
+model = official.BDH(official.BDHConfig(**json.load(open(folder + "/config.json")))).eval()
+arrays = {k: torch.from_numpy(v) for k, v in np.load(folder + "/arrays.npz").items()}
+lacking = model.load_state_dict(arrays, strict=False)
+assert lacking.missing_keys == ["attn.freqs"] and not lacking.unexpected_keys, lacking
+with torch.no_grad():
+    logits = model(torch.from_numpy(np.load(folder + "/idx.npy")))[0]
+np.save(folder + "/logits.npy", logits.numpy())
+"""
+
+
 @pytest.mark.skipif("BDH_OFFICIAL" not in os.environ, reason="names no official bdh.py")
 def test_the_official_code_computes_the_same(tmp_path):
-    """BDH_OFFICIAL=bdh.py, pathwaycom/bdh's file, in an environment with PyTorch."""
-    torch = pytest.importorskip("torch")
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("official_bdh", os.environ["BDH_OFFICIAL"])
-    official = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(official)
+    """BDH_OFFICIAL=bdh.py, pathwaycom/bdh's file; BDH_PYTHON=an interpreter with PyTorch."""
     ours = random_model(scale=4)
     bdh_mlx.save_model(ours, tmp_path / "m.safetensors")
-    generate.main([str(tmp_path / "m.safetensors"), "--export", str(tmp_path / "x")])
-    arrays = mx.load(str(tmp_path / "x" / "model.safetensors"))
-    config = json.loads((tmp_path / "x" / "config.json").read_text())
-    theirs = official.BDH(official.BDHConfig(**config)).eval()
-    lacking = theirs.load_state_dict(
-        {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}, strict=False
-    )
-    assert lacking.missing_keys == ["attn.freqs"] and not lacking.unexpected_keys
+    folder = tmp_path / "x"
+    generate.main([str(tmp_path / "m.safetensors"), "--export", str(folder)])
+    arrays = mx.load(str(folder / "model.safetensors"))
+    np.savez(folder / "arrays.npz", **{k: np.array(v) for k, v in arrays.items()})
     idx = np.random.default_rng(0).integers(0, 256, (2, 50))
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(idx))[0].numpy()
-    got = np.array(ours(mx.array(idx))[0])
+    np.save(folder / "idx.npy", idx)
+    python = os.environ.get("BDH_PYTHON", sys.executable)  # in a process without MLX
+    subprocess.run([python, "-c", OFFICIAL, folder, os.environ["BDH_OFFICIAL"]], check=True)
+    got, expected = np.array(ours(mx.array(idx))[0]), np.load(folder / "logits.npy")
     assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
