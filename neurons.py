@@ -22,10 +22,9 @@ import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 
 # isort: split
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from bdh_mlx import UserError, attention, visible
+from bdh_mlx import UserError, visible
 from fast_layer import ln, rotate
 
 LONGEST = 512  # bytes of a text that are traced; every neuron of each is held in memory
@@ -33,26 +32,21 @@ TOP = 10  # neurons and synapses listed
 
 
 class Traced(NamedTuple):
-    """One layer's reading of T bytes: x, y (H, T, N); q rotated x; v (T, D); a (H, T, D)."""
+    """One layer's reading of T bytes: x, y (H, T, N); q rotated x; v (T, D)."""
 
     x: mx.array
     y: mx.array
     q: mx.array
     v: mx.array
-    a: mx.array
 
 
 def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[Traced]:
-    """What each layer computes for a text, in the form of BDH.layer."""
-    H, N, D = model.config.n_head, model.config.neurons_per_head, model.config.n_embd
-    v = ln(model.embed(mx.array(list(text))))
+    """What each layer computes for a text."""
+    v = ln(model.embed(mx.array([list(text)])))
     for _ in range(model.config.n_layer):
-        x = nn.relu(v @ model.encoder)
-        q = rotate(x[:, None], 0)[:, 0]
-        a = attention(q[:, None], v[None])[0][:, 0]
-        y = nn.relu(ln(a) @ model.encoder_v) * x
-        yield Traced(x, y, q, v, a)
-        v = ln(v + ln((y @ model.decoder.reshape(H, N, D)).sum(0)))
+        x, y, _ = model.fire(v)
+        yield Traced(x, y, rotate(x[:, None], 0)[:, 0], v[0])
+        v = model.back(v, y)
 
 
 def survey(model: bdh_mlx.BDH, stream: bytes, block: int = LONGEST) -> dict:
@@ -90,11 +84,12 @@ def synapses(model: bdh_mlx.BDH, layer: Traced) -> dict[str, list[dict]]:
     """The strongest synapses after the last byte, and of those before it the ones it read."""
     written, read = [], []
     for h in range(model.config.n_head):  # a head at a time: neurons by neurons is large
-        before = layer.q[h, :-1].T @ layer.v[:-1] @ model.encoder_v[h]  # (N, N)
+        S = layer.q[h, :-1].T @ layer.v[:-1]
+        before = S @ model.encoder_v[h]  # (N, N)
         last = layer.q[h, -1:].T @ layer.v[-1:] @ model.encoder_v[h]
         pairs = mx.linalg.norm((before + last).reshape(-1, 2, last.shape[1]), axis=1)
         written += [(h, place, value) for place, value in strongest(pairs)]
-        scale = mx.rsqrt(mx.var(layer.a[h, -1]) + 1e-5)
+        scale = mx.rsqrt(mx.var(layer.q[h, -1] @ S) + 1e-5)  # of ln
         parts = (layer.q[h, -1][:, None] * before).reshape(-1, 2, last.shape[1]).sum(1) * scale
         parts = mx.where(layer.y[h, -1] > 0, parts, 0)
         read += [(h, place, value) for place, value in strongest(parts)]

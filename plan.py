@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
@@ -23,7 +24,7 @@ import data
 import memory
 import train_mlx
 from bdh_mlx import visible
-from formats import NEEDED, STOP, format_example, pieces
+from formats import NEEDED, SEPARATOR, STOP, format_example, pieces
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
 UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
@@ -44,6 +45,9 @@ class Findings:
     usable: Counter = field(default_factory=Counter)  # by mode
     digests: list = field(default_factory=list)  # of each training text of the run's own mode
     fields: dict = field(default_factory=dict)  # of each such record, the digest of each field
+    in_val: list = field(
+        default_factory=list
+    )  # whether each such record is in the validation split
     example: str = ""
 
 
@@ -70,8 +74,11 @@ def mojibake(text: str) -> str | None:
 
 
 def examine(s: SimpleNamespace) -> Findings:
-    """Read every record once more and note what is odd in it."""
+    """Read every record once more; note what is odd in it and which side of the split has it."""
     found = Findings()
+    cache = Path(s.CHECKPOINT_DIR) / ".data"
+    folder = data.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
+    val, at = np.memmap(folder / "val.bin", np.uint8, "r"), 0
     for record in data.read(s.DATASET):
         structure, contents = data.detect(record) if isinstance(record, dict) else ("", [record])
         plain = structure == "text"
@@ -82,12 +89,17 @@ def examine(s: SimpleNamespace) -> Findings:
                     for name, text in pieces(content, mode):
                         found.of_mode[mode][name] += len(text.encode())
             if not data.fault(content, ("text",) if plain else NEEDED[s.TRAINING_MODE]):
-                _note(found, content, s)
+                text = format_example(content, s.TRAINING_MODE)
+                _note(found, content, text, s)
+                raw = (
+                    text.encode()
+                )  # val.bin has its records in their order
+                found.in_val.append(val[at : at + len(raw)].tobytes() == raw)
+                at += found.in_val[-1] * (len(raw) + len(SEPARATOR))
     return found
 
 
-def _note(found: Findings, content: dict, s: SimpleNamespace) -> None:
-    text = format_example(content, s.TRAINING_MODE)
+def _note(found: Findings, content: dict, text: str, s: SimpleNamespace) -> None:
     used = {name: content[name] for name in ("text", *NEEDED[s.TRAINING_MODE]) if name in content}
     found.example = found.example or text
     found.digests.append(digest(text))
@@ -104,7 +116,7 @@ def _note(found: Findings, content: dict, s: SimpleNamespace) -> None:
         found.odd[f"U+FFFD, a character lost before, in {name}"] += "\ufffd" in value
 
 
-def oddities(found: Findings, s: SimpleNamespace) -> list[str]:
+def oddities(found: Findings) -> list[str]:
     """The findings as lines; mojibake is summed up by its field."""
     n = len(found.digests)
     odd = Counter()
@@ -113,7 +125,7 @@ def oddities(found: Findings, s: SimpleNamespace) -> list[str]:
         odd[next((k for k in odd if k.split(", such as")[0] == kind), name)] += count
     odd["with the same text as an earlier one"] = n - len(set(found.digests))
     lines = [f"  {count:,} of {n:,} records: {name}" for name, count in odd.items() if count]
-    in_val = data._choose_validation(np.array(found.digests, np.uint64), s.VAL_SHARE, s.SEED)
+    in_val = np.array(found.in_val)
     train_texts = {d for d, val in zip(found.digests, in_val, strict=True) if not val}
     both = sum(d in train_texts for d, val in zip(found.digests, in_val, strict=True) if val)
     lines.append(f"  {both:,} of {in_val.sum():,} validation records are in the training split")
@@ -183,17 +195,18 @@ def measure(s: SimpleNamespace, train_bytes: np.ndarray, compute) -> tuple[float
     model.compute = compute
     optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    gradient, update, state = train_mlx.compiled_step(model, optimizer, 1, s.GRAD_CLIP)
-    total_loss = mx.compile(partial(train_mlx.loss_sum, model), inputs=[model.state])
+    gradient, update, state = train_mlx.compiled_step(model, optimizer, s.GRAD_CLIP)
+    losses_of = mx.compile(partial(train_mlx.byte_losses, model), inputs=[model.state])
     B, T = s.BATCH_SIZE, s.BLOCK_SIZE
+    weights = mx.full((B, T), 1 / (B * T))
     steps, evaluations = [], []
     for i in range(4):
         batch = train_mlx.get_batch(train_bytes, i * B, B, T, s.SEED)
         tick = time.perf_counter()
-        loss, gradients = gradient(*batch, mx.random.key(i))
+        loss, gradients = gradient(*batch, weights, mx.random.key(i))
         mx.eval(update(loss, gradients), state)
         tock = time.perf_counter()
-        total_loss(*batch).item()
+        mx.eval(losses_of(*batch))
         steps.append((tock - tick) * s.GRAD_ACCUM)
         evaluations.append(time.perf_counter() - tock)
     return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
@@ -210,11 +223,11 @@ def duration(seconds: float) -> str:
 
 def tell(s: SimpleNamespace) -> int:
     """Print the plan; 0, also where no memory setting fits. Raises UserError for unusable data."""
-    about, train_bytes, val = train_mlx.open_data(s)
+    about, (train_bytes, _), (val, _) = train_mlx.open_data(s)
     print(visible(data.describe(about)))
     found = examine(s)
     print("\nwhat is odd in the records that this mode trains on:")
-    print(visible("\n".join(oddities(found, s))))
+    print(visible("\n".join(oddities(found))))
     print(f"\nrecords and bytes by mode:\n{modes(found)}")
     raw = found.example.encode()
     print(f"\nthe first record as trained on, {len(raw):,} bytes, of which up to {SHOWN}:")

@@ -22,7 +22,6 @@ import neurons
 from bdh_mlx import UserError, visible
 
 INK, LINES = "#808080", ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", "#d1495b"]
-HEADERS = "headers"  # the bytes that belong to no field
 POINTS = 1000  # of a curve, at most
 SURVEYED = 4096  # validation bytes on which neurons are watched
 _told = set()  # runs whose report failed
@@ -97,7 +96,7 @@ def curves(lines: list[dict]):
     fields = sorted({f for m in lines for f in m.get("val_bpb_fields", ())})
     for color, field in zip(LINES[2:], fields, strict=False):
         of_field = [m | {field: m.get("val_bpb_fields", {}).get(field)} for m in lines if m["step"]]
-        loss.plot(*series(of_field, field), "--", color=color, linewidth=1, label=field or HEADERS)
+        loss.plot(*series(of_field, field), "--", color=color, linewidth=1, label=field)
     legend(loss)
     below = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("bytes_per_s", "bytes/s"))
     for i, (key, title) in enumerate(below):
@@ -190,10 +189,10 @@ def samples_of(lines: list[dict]) -> list[tuple[int, list[str]]]:
 
 def activity(lines: list[dict], watched: dict) -> str:
     """Share of neurons that fire per layer, and how many never did."""
-    found = [m["activity"] for m in lines if m.get("activity")]
+    found = [(m["active_x"], m["active_y"]) for m in lines if "active_y" in m]
     rows = ""
-    if found := watched.get("activity") or (found[-1] if found else None):
-        for i, (x, y) in enumerate(zip(found["x"], found["y"], strict=True)):
+    if found:
+        for i, (x, y) in enumerate(zip(*found[-1], strict=True)):
             bars = "".join(
                 f'<td>{share:.1%}</td><td style="width:33%"><div class="bar" '
                 f'style="width:{min(1, share):.1%}"></div></td>'
@@ -216,9 +215,8 @@ def page(run: Path, config: dict, lines: list[dict], svg: str, watched: dict) ->
     """report.html: one page that needs no other file."""
     settings, about = config["settings"], config["data"]
     evaluated = [m for m in lines if m.get("val_bpb_fields")]
-    by_field = evaluated[-1]["val_bpb_fields"].items() if evaluated else ()
-    fields = [(name or HEADERS, value) for name, value in by_field]
-    advice = [note for m in lines[::-1] if "val_bpb" in m for note in m.get("advice", [])]
+    fields = list(evaluated[-1]["val_bpb_fields"].items()) if evaluated else []
+    advice = [note for m in lines[::-1] if "val_bpb" in m for note in m.get("advice", {}).values()]
     said = samples_of(lines)[::-1]
     parts = {
         "Curves": svg[svg.index("<svg") :] if svg else "",

@@ -111,10 +111,11 @@ def updated(run: Path, first: int, last: int) -> dict:
     optimizer.init(model.trainable_parameters())
     if first:
         checkpoints.load(run, first, model, optimizer)
-    gradient, update, state = train_mlx.compiled_step(model, optimizer, 1, 1.0)
+    gradient, update, state = train_mlx.compiled_step(model, optimizer, 1.0)
     for step in range(first, last):
         batch = batch_number(step)
-        mx.eval(update(*gradient(*batch, mx.random.key(step))), state)
+        weights = mx.full((B, T), 1 / (B * T))
+        mx.eval(update(*gradient(*batch, weights, mx.random.key(step))), state)
     checkpoints.save(run, last, model, optimizer, {})
     return model.parameters()
 

@@ -67,7 +67,7 @@ def test_training_on_responses_learns_responses_alone(tmp_path):
     for on in ("all", "response"):
         args = ["--max-iters", 60, "--eval-freq", 60, "--save-freq", 60, "--log-freq", 60]
         train(tmp_path / on, "--loss-on", on, "--learning-rate", 1e-2, *args)
-        of[on] = metrics(tmp_path / on)[-1]["val_loss_fields"]
+        of[on] = metrics(tmp_path / on)[-2]["val_loss_fields"]
     assert of["response"]["headers"] > of["all"]["headers"] + 0.3
     assert of["response"]["response"] < of["all"]["response"] + 0.15
     best = checkpoints.read_best(tmp_path / "response" / "full")
@@ -91,7 +91,7 @@ def test_data_without_responses_refuses_a_loss_on_them(tmp_path):
 
 def test_an_evaluation_tells_each_field_and_they_add_up(tmp_path):
     train(tmp_path, "--max-iters", 1, "--eval-bytes", "none")
-    last = metrics(tmp_path)[-1]
+    last = metrics(tmp_path)[-2]  # before the samples
     of = last["val_loss_fields"]
     assert of.keys() == {"headers", "system", "instruction", "response"}
     labels = np.fromfile(next((tmp_path / ".data").glob("*/val.fields")), np.uint8)[1:]
@@ -124,7 +124,7 @@ def worse_after_6(monkeypatch):
     """Validation that is best after update 6, as a function of the training alone."""
     step = iter(())
 
-    def evaluate(losses, val, fields, B, T, stop=None):
+    def evaluate(losses, val, fields, B, T, stop=None, together=None):
         return next(step), {}
 
     def begin(first):

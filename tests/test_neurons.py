@@ -18,9 +18,7 @@ TEXT = b"The king moves\n\xff\x00"
 def test_the_layers_traced_are_those_of_the_model():
     model = random_model()
     *_, last = neurons.layers(model, TEXT)
-    H, N, D = 2, 64, 16
-    v = (last.y @ model.decoder.reshape(H, N, D)).sum(0)
-    logits = neurons.ln(last.v + neurons.ln(v)) @ model.lm_head
+    logits = model.back(last.v[None], last.y)[0] @ model.lm_head
     expected = model(mx.array([list(TEXT)]))[0][0]
     assert mx.max(mx.abs(logits - expected)).item() < 1e-4 * mx.max(mx.abs(expected)).item()
 
@@ -35,11 +33,12 @@ def test_synapses_are_what_the_last_byte_reads():
         found = neurons.synapses(model, layer)["read"]
     finally:
         neurons.TOP = every
-    gate = neurons.ln(layer.a) @ model.encoder_v  # (H, T, N)
+    a = bdh_mlx.attention_quadratic(layer.q, layer.v)
+    gate = neurons.ln(a) @ model.encoder_v  # (H, T, N)
     h, j = found[0]["head"], found[0]["to"]
     assert layer.y[h, -1, j].item() > 0
     q, S = layer.q[h, -1], layer.q[h, :-1].T @ layer.v[:-1]
-    part = (q[:, None] * S) @ model.encoder_v[h][:, j] / mx.sqrt(mx.var(layer.a[h, -1]) + 1e-5)
+    part = (q[:, None] * S) @ model.encoder_v[h][:, j] / mx.sqrt(mx.var(a[h, -1]) + 1e-5)
     assert part.sum().item() == pytest.approx(gate[h, -1, j].item(), rel=1e-4)
     i = found[0]["from"]
     assert part[i[0]].item() + part[i[1]].item() == pytest.approx(found[0]["strength"], rel=1e-4)

@@ -15,8 +15,9 @@ EVIL = '<script>alert("x")</script>\x1b[31m```\n# no heading'
 
 def evaluation(step, bpb):
     return [
-        {"step": step, "val_loss": bpb * 0.6931, "val_bpb": bpb, "advice": [EVIL],
-         "val_bpb_fields": {"": bpb / 2, "system": bpb}, "activity": {"x": [0.4], "y": [0.1]}},
+        {"step": step, "val_loss": bpb * 0.6931, "val_bpb": bpb, "advice": {"sign": EVIL},
+         "val_bpb_fields": {"headers": bpb / 2, "system": bpb},
+         "active_x": [0.4], "active_y": [0.1]},
         {"step": step, "samples": [EVIL, f"said at {step}"]},
     ]  # fmt: skip
 
