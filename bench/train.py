@@ -82,7 +82,6 @@ def build(system: str, shape: dict, B: int, T: int, way=None):
     sys.path.insert(0, str(ROOT))
     import bdh_mlx  # isort: skip
     import mlx.core as mx
-    import mlx.nn as nn
     import mlx.optimizers as optim
 
     import memory
@@ -92,8 +91,7 @@ def build(system: str, shape: dict, B: int, T: int, way=None):
         """Scores T x T, gradients by MLX: what a plain port does."""
 
         def __call__(self, idx, targets, key):
-            logits, _ = self.read(idx, chunk=idx.shape[1])
-            return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
+            return self.quadratic(idx, targets)
 
     mx.random.seed(0)
     model = (Quadratic if system == "quadratic" else bdh_mlx.BDH)(bdh_mlx.BDHConfig(**shape))
