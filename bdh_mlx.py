@@ -258,15 +258,15 @@ def load_state(path: str | Path, model: BDH) -> State:
             "load it with that one, or read its text again"
         )
     H, D, N = model.encoder.shape
-    if any((S.shape[0], *S.shape[2:]) != (H, N, D) for S in arrays.values()):
-        raise UserError(f"{path} is damaged: its arrays are not ({H}, B, {N}, {D})")
-
-    def layers(prefix):
-        names = (f"{prefix}.{i}" for i in range(model.config.n_layer))
-        return tuple(arrays[name] for name in names if name in arrays)
-
-    parts = tuple(layers(f"part.{number}") for number in range(count))
-    return State(position, window, layers("synapses"), parts)
+    prefixes = ["synapses", *(f"part.{number}" for number in range(count))]
+    names = [[f"{prefix}.{i}" for i in range(model.config.n_layer)] for prefix in prefixes]
+    known = [of for of in names if of[0] in arrays or of is names[0]]  # a new part is empty
+    if {name for of in known for name in of} != arrays.keys() or any(
+        (S.shape[0], *S.shape[2:]) != (H, N, D) for S in arrays.values()
+    ):
+        raise UserError(f"{path} is damaged: arrays of ({H}, B, {N}, {D}) are missing in it")
+    synapses, *parts = (tuple(arrays[n] for n in of if n in arrays) for of in names)
+    return State(position, window, synapses, tuple(parts))
 
 
 def find_weights(path: str | Path) -> Path:

@@ -357,11 +357,11 @@ def pick(state: State, rows: Sequence[int]) -> State:
     rows = mx.array(rows)
 
     def of(arrays):
-        return tuple(S if S.shape[1] == 1 else S.take(rows, 1) for S in arrays)
+        return tuple(S if S.shape[1] == 1 else mx.take(S, rows, 1) for S in arrays)
 
     if tail := state.tail:
         keys, values = (
-            tuple(a.take(rows, axis) for a in arrays)
+            tuple(mx.take(a, rows, axis) for a in arrays)
             for axis, arrays in ((1, tail.keys), (0, tail.values))
         )
         tail = tail._replace(keys=keys, values=values, found=of(tail.found))
