@@ -147,7 +147,7 @@ def measure_error(case: dict):
 
 
 def positions(run: str, file: str, window: int | None, B: int = 32) -> None:
-    """Loss by position up to 8 * BLOCK_SIZE, with all in memory and with windows, over B texts of `file`."""
+    """Loss by position up to 8 * BLOCK_SIZE, with windows and without, over B texts of `file`."""
     import bdh_mlx  # isort: skip
     import mlx.core as mx
     import mlx.nn as nn
