@@ -50,13 +50,18 @@ class State(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """The last `count` bytes, in no synapses yet; zeros follow them."""
+    """The last `count` bytes, in no synapses yet; what follows them in the arrays is not its own.
+
+    On a CPU the arrays are NumPy's, and states share them: the one that is `newest` writes the next
+    byte behind its own, any other copies them first. On a GPU zeros follow.
+    """
 
     count: int
     origin: int  # the position that its rotations count from: 0 on a CPU, its first byte on a GPU
-    keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, TAIL, N)
-    values: tuple[mx.array, ...]  # (B, TAIL, D)
-    found: tuple[mx.array, ...]  # GPU: synapses turned to origin, (H, B or 1, D, N), to be read
+    keys: tuple  # of each layer, rotated x: (H, B, TAIL, N)
+    values: tuple  # (B, TAIL, D)
+    found: tuple[mx.array, ...] = ()  # GPU: synapses turned to origin, (H, B or 1, D, N), to read
+    newest: list[int] | None = None  # CPU: how many bytes the arrays hold, over all that share them
 
 
 # ------------------------------------------------------------------------------------------ phases
@@ -180,7 +185,8 @@ def fold(state: State) -> State:
         return state
     written = []
     for keys, values in zip(state.tail.keys, state.tail.values, strict=True):
-        new = (keys.swapaxes(-1, -2) @ values).astype(mx.float32)
+        k, v = (mx.array(a[..., : state.tail.count, :]) for a in (keys, values))
+        new = (k.swapaxes(-1, -2) @ v).astype(mx.float32)
         written.append(turn(new, state.tail.origin))
     return _added(state, written)
 
@@ -189,9 +195,7 @@ def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     """idx (B, 1) through all layers: v (B, 1, D) after the last, and the State."""
     laid = _laid_out(model)
     state = _with_tail(state, model.config, idx.shape[0], laid.dtype)
-    tail = state.tail
-    v, keys, values = (laid.step if _on_gpu() else laid.step_rows)(idx, state)
-    tail = tail._replace(count=tail.count + 1, keys=keys, values=values)
+    v, tail = (laid.step if _on_gpu() else laid.step_rows)(idx, state)
     state = state._replace(position=state.position + 1, tail=tail)
     ends_part = state.window and state.position % _part(state.window) == 0
     return v, fold(state) if tail.count == TAIL or ends_part else state
@@ -201,14 +205,14 @@ def _with_tail(state: State, config, B: int, dtype: mx.Dtype) -> State:
     if state.tail:
         return state
     H, N, D, L = config.n_head, config.neurons_per_head, config.n_embd, config.n_layer
-    origin, found = 0, ()
-    if _on_gpu():  # matrix times vector reads whole rows: transposed
-        origin = state.position
-        turned = (turn(S, -origin).astype(dtype).swapaxes(-1, -2) for S in state.synapses)
-        found = tuple(map(mx.contiguous, turned))
-    keys = tuple(mx.zeros((H, B, TAIL, N), dtype) for _ in range(L))
-    values = tuple(mx.zeros((B, TAIL, D), dtype) for _ in range(L))
-    return state._replace(tail=Tail(0, origin, keys, values, found))
+    shapes = [(H, B, TAIL, N), (B, TAIL, D)]
+    if not _on_gpu():
+        keys, values = (tuple(np.empty(s, np.float32) for _ in range(L)) for s in shapes)
+        return state._replace(tail=Tail(0, 0, keys, values, newest=[0]))
+    keys, values = (tuple(mx.zeros(s, dtype) for _ in range(L)) for s in shapes)
+    turned = (turn(S, -state.position).astype(dtype).swapaxes(-1, -2) for S in state.synapses)
+    found = tuple(map(mx.contiguous, turned))  # transposed: matrix times vector reads whole rows
+    return state._replace(tail=Tail(0, state.position, keys, values, found))
 
 
 def _laid_out(model) -> "_Laid":
@@ -244,37 +248,33 @@ class _Laid:
         mx.eval(self.weights if _on_gpu() else [])
 
     def step(self, idx, state):
-        """One byte of every row on a GPU: v (B, 1, D), keys and values with it written."""
+        """One byte of every row on a GPU: v (B, 1, D) and the tail with it."""
         tail = state.tail
         arrays = (mx.array(tail.count), tail.found, tail.keys, tail.values)
-        return self.compiled(idx, self.weights, *arrays)
+        v, keys, values = self.compiled(idx, self.weights, *arrays)
+        return v, tail._replace(count=tail.count + 1, keys=keys, values=values)
 
     def step_rows(self, idx, state):
         """The same on a CPU, row by row: a row's neurons and synapses are its own."""
+        tail = state.tail
+        if tail.newest[0] > tail.count:  # another state has written behind this one's bytes
+            keys, values = (tuple(map(np.copy, arrays)) for arrays in (tail.keys, tail.values))
+            tail = tail._replace(keys=keys, values=values, newest=[tail.count])
         synapses = [np.array(S, copy=False) for S in state.synapses]
-        tail = [[np.array(a, copy=False) for a in part] for part in state.tail[2:4]]
-        phase, rows = phases(state.position, self.shape[2]), []
-        for b, byte in enumerate(np.array(idx)[:, 0]):
-            rows.append(self._step_row(byte, b, phase, synapses, *tail, state.tail.count))
-        v, keys, values = (np.stack(part) for part in zip(*rows, strict=True))  # (B, L, ..)
-        del synapses, tail  # views: MLX writes into the tail's memory where no one else holds it
-        at, (new, old) = mx.array([state.tail.count]), (state.tail.keys, state.tail.values)
-        written = [
-            tuple(
-                mx.slice_update(whole, mx.array(one), at, [whole.ndim - 2])
-                for whole, one in zip(wholes, ones, strict=True)
-            )
-            for wholes, ones in ((new, keys.transpose(1, 2, 0, 3)[..., None, :]),
-                                 (old, values.swapaxes(0, 1)[..., None, :]))
-        ]  # fmt: skip
-        return mx.array(v[:, None]), *written
+        phase = phases(state.position, self.shape[2])
+        rows = [
+            self._step_row(byte, b, phase, synapses, tail)
+            for b, byte in enumerate(np.array(idx)[:, 0])
+        ]
+        tail.newest[0] = tail.count + 1
+        return mx.array(np.stack(rows)[:, None]), tail._replace(count=tail.count + 1)
 
-    def _step_row(self, byte, b, phase, synapses, keys, values, count):
-        """v (D,) of one byte of row b, with its keys (L, H, N) and values (L, D)."""
+    def _step_row(self, byte, b, phase, synapses, tail):
+        """v (D,) of one byte of row b, whose keys and values it writes into the tail."""
         embed, encoder, encoder_v, encoder_v_rows, decoder = self.weights
-        H, D, N = self.shape
-        v, own_keys, own_values = _ln(embed[byte]), [], []
-        for layer in range(len(keys)):
+        (H, D, N), count = self.shape, tail.count
+        v = _ln(embed[byte])
+        for layer, (keys, values) in enumerate(zip(tail.keys, tail.values, strict=True)):
             x = np.maximum(np.stack([v @ encoder[h] for h in range(H)]), 0)
             q = (x.view(np.complex64) * phase).view(np.float32)
             a = np.zeros((H, D), np.float32)
@@ -282,14 +282,11 @@ class _Laid:
                 if synapses:
                     S = synapses[layer][h, b if synapses[layer].shape[1] > 1 else 0]
                     a[h] = self._rows_by(q[h], S.reshape(N // 2, 2 * D), pairs=True)
-                if count:
-                    a[h] += (keys[layer][h, b, :count] @ q[h]) @ values[layer][b, :count]
-            a = _ln(a)
-            y = self._gated(x.reshape(-1), a, encoder_v, encoder_v_rows)
-            own_keys.append(q)
-            own_values.append(v)
+                a[h] += (keys[h, b, :count] @ q[h]) @ values[b, :count]
+            keys[:, b, count], values[b, count] = q, v
+            y = self._gated(x.reshape(-1), _ln(a), encoder_v, encoder_v_rows)
             v = _ln(v + _ln(self._rows_by(y, decoder)))
-        return v, np.stack(own_keys), np.stack(own_values)
+        return v
 
     def _rows_by(self, q, rows, pairs=False):
         """q (n,) @ rows (n, D), reading only the rows where q is not 0 if these are few.
@@ -354,17 +351,18 @@ def _step(idx, weights, count, found, keys, values):
 
 def pick(state: State, rows: Sequence[int]) -> State:
     """The state of some rows, in that order, repeated or left out; shared synapses stay shared."""
-    rows = mx.array(rows)
 
     def of(arrays):
-        return tuple(S if S.shape[1] == 1 else mx.take(S, rows, 1) for S in arrays)
+        return tuple(S if S.shape[1] == 1 else mx.take(S, mx.array(rows), 1) for S in arrays)
 
     if tail := state.tail:
         keys, values = (
-            tuple(mx.take(a, rows, axis) for a in arrays)
+            tuple(take(a, index, axis) for a in arrays)
             for axis, arrays in ((1, tail.keys), (0, tail.values))
+            for take, index in [(np.take, rows) if tail.newest else (mx.take, mx.array(rows))]
         )
-        tail = tail._replace(keys=keys, values=values, found=of(tail.found))
+        newest = tail.newest and [tail.count]
+        tail = tail._replace(keys=keys, values=values, found=of(tail.found), newest=newest)
     parts = tuple(map(of, state.parts))
     return state._replace(synapses=of(state.synapses), parts=parts, tail=tail)
 
