@@ -252,7 +252,7 @@ def load_state(path: str | Path, model: BDH) -> State:
         kind = None
     if kind != STATE_FORMAT:
         raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
-    if (other := header["model"]) != (mine := fingerprint(model)):
+    if (other := header.get("model", "none")) != (mine := fingerprint(model)):
         raise UserError(
             f"{path} was read by another model (weights {other[:12]}, here {mine[:12]}); "
             "load it with that one, or read its text again"
