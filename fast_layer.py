@@ -187,7 +187,7 @@ def _excite(v, E, position, B):
     return x, q.reshape(x.shape)
 
 
-def _forward(vs, S, weights, position, C, mask):
+def forward_segment(vs, S, weights, position, C, mask):
     """One segment: v' (B, T, D), the state after it, and what the backward pass can use of it."""
     (B, T, D), (Dx, Dy, E) = vs.shape, weights
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
@@ -276,7 +276,7 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate: floa
         for key_i, (begin, end) in zip(keys, parts, strict=True):
             # tied to the segment before, the mask too: it would be drawn for all of T at once
             vs, key_i = mx.depends([v[:, begin:end], key_i], out[-1:] or [v])
-            one, S, of_use = _forward(vs, S, weights, begin, C, mask(key_i, begin, end))
+            one, S, of_use = forward_segment(vs, S, weights, begin, C, mask(key_i, begin, end))
             out.append(one)
             kept += [mx.zeros(1) if each is None else each for each in of_use[:count]]
         return mx.concatenate(out, 1), *kept

@@ -35,7 +35,7 @@ def worst(a, b):
 @pytest.mark.parametrize("keep", [0, 1, 4])
 def test_values_and_gradients_equal_the_quadratic_form(T, chunk, rows, keep):
     model, batch = random_model(), (random_bytes(2, T), random_bytes(2, T, seed=2))
-    slow = loss_and_gradients(model, lambda idx: model.read(idx, chunk=T)[0], batch)
+    slow = loss_and_gradients(model, lambda idx: model.quadratic(idx)[0], batch)
     model.compute = Compute(chunk=chunk, rows=rows, keep=keep)
     assert worst(loss_and_gradients(model, lambda idx: model(idx)[0], batch), slow) < 2e-5
 
@@ -90,7 +90,7 @@ def test_dropout_silences_at_its_rate_and_keeps_the_mean(rate):
 
 def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16():
     model, batch = random_model(scale=1), (random_bytes(1, 96), random_bytes(1, 96, seed=2))
-    exact = loss_and_gradients(model, lambda idx: model.read(idx, chunk=96)[0], batch)
+    exact = loss_and_gradients(model, lambda idx: model.quadratic(idx)[0], batch)
 
     def rounded(idx):
         """The quadratic form with every product in bfloat16, norms and sums in float32."""
