@@ -49,28 +49,33 @@ def byte_losses(model: BDH, stream: np.ndarray, B: int, T: int) -> np.ndarray:
     return found
 
 
+def by_field(nats: np.ndarray, fields: np.ndarray) -> dict[str, tuple[int, float]]:
+    """Bytes and sum of nats of each of FIELDS that is there ("": `headers`), then of the whole."""
+    count = np.bincount(fields, minlength=len(FIELDS)).tolist()
+    total = np.bincount(fields, weights=nats, minlength=len(FIELDS)).tolist()
+    parts = {name or "headers": (n, t) for name, n, t in zip(FIELDS, count, total, strict=True)}
+    return {name: part for name, part in parts.items() if part[0]} | {
+        "whole": (len(nats), nats.sum(dtype=np.float64).item())
+    }
+
+
 def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
     """A table of nats and bits per byte by field. Raises UserError."""
     if mode is None:
         raise UserError("the checkpoint names no training mode to format records in; give --mode")
     with tempfile.TemporaryDirectory() as folder:
         about, stream, fields = data.whole(dataset, mode, Path(folder))
-    T, B = settings.get("BLOCK_SIZE", BLOCK_SIZE), settings.get("BATCH_SIZE", 1)
     if len(stream) < 2:
         raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
-    nats = byte_losses(model, stream, B, T)
+    T, B = settings.get("BLOCK_SIZE", BLOCK_SIZE), settings.get("BATCH_SIZE", 1)
+    parts = by_field(byte_losses(model, stream, B, T), fields[1:])
     lines = [
         f"{dataset}: {about['records']:,} records, mode {mode}, {len(stream):,} bytes in blocks of "
-        f"{T:,}, as the trainer validates"
+        f"{T:,}, as the trainer validates",
+        *(f"  skipped {n:,}: {reason}" for reason, n in about["skipped"].items()),
+        f"{'field':11} {'bytes':>12} {'share':>7} {'nats/byte':>10} {'bits/byte':>10}",
     ]
-    lines += [f"  skipped {n:,}: {reason}" for reason, n in about["skipped"].items()]
-    lines.append(f"{'':12} {'bytes':>12} {'share':>7} {'nats/byte':>10} {'bits/byte':>10}")
-    parts = [(name or "headers", nats[fields[1:] == i]) for i, name in enumerate(FIELDS)]
-    parts = [*((name, part) for name, part in parts if len(part)), ("whole", nats)]
-    for name, part in parts:
-        mean = part.mean(dtype=np.float64)
-        share = len(part) / len(nats)
-        lines.append(
-            f"{name:12} {len(part):12,} {share:7.1%} {mean:10.4f} {mean / math.log(2):10.4f}"
-        )
+    for name, (n, nats) in parts.items():
+        share, mean = n / parts["whole"][0], nats / n
+        lines.append(f"{name:11} {n:12,} {share:7.1%} {mean:10.4f} {mean / math.log(2):10.4f}")
     return "\n".join(lines)

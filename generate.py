@@ -82,6 +82,8 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} is {getattr(args, name)}; it must be at least 1")
+    if args.seed is not None and not 0 <= args.seed < 2**64:
+        raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^64")
     if args.raw and (args.prompts or args.samples > 1):
         raise UserError("--raw writes one text; leave out --prompts and --samples")
     return args
