@@ -84,6 +84,8 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"{flag} is {getattr(args, name)}; it must be at least 1")
     if args.seed is not None and not 0 <= args.seed < 2**64:
         raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^64")
+    if args.out and not args.prompts:
+        raise UserError("--out is for the texts of --prompts; give both")
     if args.raw and (args.prompts or args.samples > 1):
         raise UserError("--raw writes one text; leave out --prompts and --samples")
     return args
@@ -227,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         jobs = read_jobs(args.prompts, mode, args.samples)
         with open_out(args.out) as out:
             write_file(jobs, args.samples, out, write_jobs(jobs, *how))
-    elif args.prompt is None and args.prompt_file is None and sys.stdin.isatty():
+    elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():
         chat.Session(model, sampling, key, how[3], args.max_new_tokens, mode).run()
     elif args.samples > 1:
         prompt = read_prompt(args)

@@ -7,6 +7,7 @@ was read once can be gone on from several times.
 import codecs
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import NamedTuple
 
 from bdh_mlx import BDH, PREFILL, UserError, visible  # before mlx.core, which needs its fast BLAS
@@ -35,15 +36,24 @@ def rows(texts: Sequence[bytes]) -> np.ndarray:
 
 
 def read(model: BDH, texts: Sequence[bytes], place: Place | None = None) -> Place:
-    """The place after texts of one length, at least 1, one for each row; `place` is before them."""
+    """The place after texts of one length, at least 1, one for each row; `place` is before them.
+
+    Raises UserError where the model's numbers are not finite.
+    """
     idx, state = rows(texts), place and place.state
     for begin in range(0, idx.shape[1], PREFILL):
         logits, state = model.read(mx.array(idx[:, begin : begin + PREFILL]), state)
         mx.eval(logits, state)
     if not mx.isfinite(logits).all().item():
         raise UserError("the model's numbers are not finite: its training diverged")
-    seen = np.concatenate([np.array(place.past.recent), idx], 1) if place else idx
-    return Place(state, logits[:, -1], past_of(seen))
+    seen = [np.array(spread(place, len(texts)).past.recent)] if place else []
+    return Place(state, logits[:, -1], past_of(np.concatenate([*seen, idx], 1)))
+
+
+def spread(place: Place, B: int) -> Place:
+    """The place as B rows, if it is one of a single row; models read states of one row in any."""
+    logits, *past = (mx.broadcast_to(a, (B, *a.shape[1:])) for a in (place.logits, *place.past))
+    return Place(place.state, logits, Past(*past))
 
 
 def write(
@@ -53,13 +63,14 @@ def write(
 
     A row takes first the bytes that are `given` for it; the others are drawn.
     """
-    given = mx.array(rows(given)) if given else mx.zeros((1, 0), mx.int32)
+    given = rows(given).T if given else ()  # (T, B)
     state, logits, past = place
-    while True:
+    for i in count():
         token, past_drawn, key = sampling.draw(logits, past, key)
-        if given.shape[1]:
-            token = mx.where(given[:, 0] == NONE, token, given[:, 0])
-            given, past_drawn = given[:, 1:], after(past, token)
+        if i < len(given):
+            own = mx.array(given[i])
+            token = mx.where(own == NONE, token, own)
+            past_drawn = after(past, token)
         logits, state = model.read(token[:, None], state)
         logits, past = logits[:, -1], past_drawn
         mx.async_eval(token, logits, past, state)
@@ -113,12 +124,17 @@ def complete(
     """Of a batch of prompts, each at least a byte: (row, what the model writes, whether a stop
     string ended it), as the rows end; `budget` is the most bytes of a row.
 
-    Exact for different lengths: all read as far as the shortest goes, then the longer ones go on
-    reading while the others write. Prompts of similar length are therefore the faster batch.
+    What all begin with is read once. Then all read as far as the shortest goes, and the longer ones
+    go on reading while the others write: exact, and fast for prompts of similar length.
     """
     shortest = min(map(len, prompts))
-    given = [prompt[shortest:] for prompt in prompts]
-    place = read(model, [prompt[:shortest] for prompt in prompts])
+    idx = rows(prompts)[:, :shortest]
+    alike = np.append((idx == idx[0]).all(0), False)
+    shared = int(alike.argmin())  # bytes that all begin with
+    place = read(model, [prompts[0][:shared]]) if shared else None
+    if shared < shortest:
+        place = read(model, [prompt[shared:shortest] for prompt in prompts], place)
+    place, given = spread(place, len(prompts)), [prompt[shortest:] for prompt in prompts]
     going = {row: (Stops(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
     for i, (tokens, _) in enumerate(write(model, place, sampling, key, given), 1):
         for row, (stop, text) in list(going.items()):

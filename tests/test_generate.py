@@ -5,11 +5,13 @@ import os
 import pty
 import random
 import re
+import readline
 import select
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 
 import mlx.core as mx
 import numpy as np
@@ -92,9 +94,12 @@ def greedy(model, prompt, n):
     return next(complete(model, [prompt], GREEDY, KEY, [], n))[1]
 
 
-def test_a_batch_of_any_lengths_equals_each_prompt_alone():
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
     model = random_model()
     prompts = [b"a", b"hello world", b"\xff\xfe", b"x" * 30, b"hello"]
+    if alike:
+        prompts = [b"all the same", *(b"all " + prompt for prompt in prompts), b"all "]
     found = {row: text for row, text, _ in complete(model, prompts, GREEDY, KEY, [], 20)}
     assert found == {row: greedy(model, prompt, 20) for row, prompt in enumerate(prompts)}
 
@@ -216,10 +221,12 @@ def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(counting, s
     assert generate.unescaped("a\udcff\\n") == b"a\xff\n"
 
 
-def test_a_megabyte_of_prompt(chaos, tmp_path, said):
+def test_a_megabyte_of_prompt(tmp_path, said):
+    mx.random.seed(0)
+    run = saved(BDH(BDHConfig(1, 128, 0, 1, 1)), tmp_path)
     text = np.random.default_rng(1).integers(97, 123, 1_000_000, np.uint8).tobytes()
     (tmp_path / "p").write_bytes(text)
-    out = said(chaos, "--prompt-file", tmp_path / "p", "--max-new-tokens", 5, "--raw", "--seed", 1)
+    out = said(run, "--prompt-file", tmp_path / "p", "--max-new-tokens", 5, "--raw", "--seed", 1)
     assert out[:-5] == text
 
 
@@ -243,6 +250,7 @@ def test_the_same_seed_writes_the_same_bytes(chaos, said):
         (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--samples", "0"], "--samples is 0"),
         (["--seed", "-1"], "--seed is -1"),
+        (["--out", "x"], "--out is for the texts of --prompts"),
         (["--raw", "--samples", "2"], "--raw writes one text"),
     ],
 )
@@ -293,6 +301,7 @@ def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_pat
 def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, tmp_path, said):
     (tmp_path / "in").write_text('{"prompt": "a"}\n{"prompt": "bb"}\n')
     ask = (chaos, "--prompts", tmp_path / "in", "--samples", 3, "--batch-size", 4, "--seed", 3)
+    ask += ("--max-new-tokens", 30)
     out = said(*ask)
     assert out == said(*ask)
     found = [json.loads(line) for line in out.splitlines()]
@@ -409,19 +418,13 @@ class Screen:
             pass
 
 
-def unsafe(shown):
-    """Control bytes in what a terminal got, its own line ends and readline's switches aside."""
-    shown = re.sub(rb"\x1b\[\?2004[hl]\r?", b"", shown).replace(b"\r\n", b"\n")
-    text = shown.decode()  # valid, or this raises
-    return {c for c in text if c not in "\n\t" and (ord(c) < 32 or 127 <= ord(c) < 160)}
-
-
 def test_no_control_byte_of_the_model_reaches_a_terminal(counting, tmp_path, said):
     args = (counting, "--prompt", "a", "--max-new-tokens", 300, "--no-stop")
     assert len(set(said(*args, "--raw"))) == 256  # the model does write them all
     with Screen(tmp_path, *args) as screen:
         assert screen.ended() == 0
-    assert unsafe(screen.out) == set()
+    shown = screen.out.replace(b"\r\n", b"\n").decode()  # the line ends are the terminal's own
+    assert [c for c in shown if c not in "\n\t" and unicodedata.category(c) == "Cc"] == []
     assert rb"\x00\x01" in screen.out and rb"\x1b" in screen.out and rb"\xff" in screen.out
 
 
@@ -429,13 +432,12 @@ PROMPT = b"> "
 
 
 def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path):
-    long = "--max-new-tokens", 20
-    with Screen(tmp_path, counting, *long, "--no-stop") as screen:
+    with Screen(tmp_path, counting, "--max-new-tokens", 300, "--no-stop") as screen:
         assert b"a response after its header" in screen.until(PROMPT)
 
         def line(text):
             screen.type(text + b"\r")
-            return screen.until(PROMPT).replace(b"\r\n", b"\n")
+            return screen.until(PROMPT)
 
         def transcript():
             line(b"/save " + str(tmp_path / "said").encode())
@@ -446,8 +448,9 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
         assert b"temperature is -1" in line(b"/temp -1")
         assert b"'x' is no number" in line(b"/temp x")
         line(b"/temp 0.5")
-        answer = bytes(range(11, 31))  # after the \n of the header
-        assert rb"\x0b\x0c" in line(b"hello")
+        answer = bytes((11 + i) % 256 for i in range(300))  # after the \n of the header
+        shown = bdh_mlx.visible(answer.decode(errors="backslashreplace"))
+        assert shown.replace("\n", "\r\n").encode() in line(b"hello")
         one = b"### Instruction:\nhello\n\n### Response:\n" + answer
         assert transcript() == one
         line(b"/system be brief")
@@ -461,12 +464,12 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
         screen.type(b'"""\rtwo\rlines\r')
         line(b'"""')
         assert transcript() == one.replace(b"hello", b"two\nlines")
-        line(b"/reset")
-        line(b"\x1b[200~pasted\nlines\x1b[201~")  # as terminals send what is pasted
-        assert transcript() == one.replace(b"hello", b"pasted\nlines")
+        if "libedit" not in readline.__doc__:
+            line(b"/reset")
+            line(b"\x1b[200~pasted\nlines\x1b[201~")  # as terminals send what is pasted
+            assert transcript() == one.replace(b"hello", b"pasted\nlines")
         screen.type(b"\x04")
         assert screen.ended() == 0
-    assert unsafe(screen.out) == set()
     assert "hello" in (tmp_path / ".bdh_history").read_text()
 
 
@@ -476,7 +479,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting, tmp_path):
         screen.type(b"go\r")
         screen.until(b"ABCDEFG")  # in the middle of an endless answer
         screen.type(b"\x03")
-        screen.until(b"\n" + PROMPT.rjust(0))
+        screen.until(PROMPT)
         screen.type(b"half a line\x03")
         screen.until(PROMPT)
         screen.type(b"/save " + str(tmp_path / "said").encode() + b"\r")
@@ -515,12 +518,14 @@ def test_a_turn_begins_after_the_end_of_a_record(said, mode, missing):
 
 
 def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, said):
-    args = "--preset tiny --dataset sample --n-layer 1 --n-embd 16 --max-iters 2 --sample-bytes 1"
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(data.SAMPLE.read_text().splitlines(keepends=True)[:20]))
+    args = f"--preset tiny --dataset {some} --n-layer 1 --n-embd 16 --max-iters 2 --sample-bytes 1"
     assert train_mlx.main([*args.split(), "--checkpoint-dir", str(tmp_path)]) == 0
     val = next((tmp_path / ".data").glob("*/val.bin")).read_bytes()
     held_out = tmp_path / "val.jsonl"
     with held_out.open("w") as file:
-        for record in data.read("sample"):
+        for record in data.read(str(some)):
             if formats.format_example(record, "full").encode() in val:
                 file.write(json.dumps(record) + "\n")
     metrics = (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()
