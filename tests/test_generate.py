@@ -223,7 +223,7 @@ def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(counting, s
 
 def test_a_megabyte_of_prompt(tmp_path, said):
     mx.random.seed(0)
-    run = saved(BDH(BDHConfig(1, 128, 0, 1, 1)), tmp_path)
+    run = saved(BDH(BDHConfig(1, 64, 0, 1, 1)), tmp_path)
     text = np.random.default_rng(1).integers(97, 123, 1_000_000, np.uint8).tobytes()
     (tmp_path / "p").write_bytes(text)
     out = said(run, "--prompt-file", tmp_path / "p", "--max-new-tokens", 5, "--raw", "--seed", 1)
