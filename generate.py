@@ -222,7 +222,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{weights} has a vocabulary of {model.config.vocab_size}; bytes are 256")
     mode = args.mode or trained.get("TRAINING_MODE")
     key = mx.random.key(time.time_ns() if args.seed is None else args.seed)
-    how = (model, sampling, key, stop_strings(args, mode), args)
+    stops = stop_strings(args, mode)
+    how = (model, sampling, key, stops, args)
     if args.evaluate is not None:
         print(evaluation.report(model, args.evaluate, mode, trained))
     elif args.prompts is not None:
@@ -230,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         with open_out(args.out) as out:
             write_file(jobs, args.samples, out, write_jobs(jobs, *how))
     elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():
-        chat.Session(model, sampling, key, how[3], args.max_new_tokens, mode).run()
+        chat.Session(model, sampling, key, stops, args.max_new_tokens, mode).run()
     elif args.samples > 1:
         prompt = read_prompt(args)
         jobs = [Job(1, i, {}, prompt) for i in range(1, args.samples + 1)]
