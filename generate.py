@@ -131,7 +131,7 @@ class Job(NamedTuple):
 def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
     """A job for each sample of each prompt in a JSONL file. Raises UserError naming the line."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {file} cannot be read: {error}") from None
     jobs = []
@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     if model.config.vocab_size != 256:
         raise UserError(f"{weights} has a vocabulary of {model.config.vocab_size}; bytes are 256")
     mode = args.mode or trained.get("TRAINING_MODE")
+    mode = mode if mode in formats.NEEDED else None
     key = mx.random.key(time.time_ns() if args.seed is None else args.seed)
     stops = stop_strings(args, mode)
     how = (model, sampling, key, stops, args)

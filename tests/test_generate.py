@@ -279,16 +279,18 @@ def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_pat
         {"system": "S", "instruction": "I"},
         {"question": "Q", "answer": "gold"},
         {"prompt": ""},
-        {"text": "plain"},
+        {"text": "plain\u2028\x85 and more"},
         {"prompt": "long " * 400},
     ]
-    (tmp_path / "in").write_text("\n".join(map(json.dumps, asked)))
+    (tmp_path / "in").write_text(
+        "\n".join(json.dumps(record, ensure_ascii=False) for record in asked)
+    )
     ask = (chaos, "--prompts", tmp_path / "in", "--temperature", 0, "--max-new-tokens", 12)
     said(*ask, "--out", tmp_path / "out", "--batch-size", 4)
     found = sorted(results(tmp_path / "out"), key=lambda r: r["line"])
     read_as = [
         *("one", "### System:\nS\n\n### Instruction:\nI\n\n### Response:\n"),
-        *("### Instruction:\nQ\n\n### Response:\n", "", "plain", "long " * 400),
+        *("### Instruction:\nQ\n\n### Response:\n", "", "plain\u2028\x85 and more", "long " * 400),
     ]
     model = random_model()
     for record, result, prompt, number in zip(asked, found, read_as, range(1, 7), strict=True):
