@@ -331,6 +331,17 @@ def _digest(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
 
 
+def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
+    """All of a data set as one side of a split: report, bytes, and the index in FIELDS of each.
+
+    `folder` is for files on the way. Raises UserError when nothing of it has the fields of `mode`.
+    """
+    report, lengths, _ = _format_all(dataset, mode, folder)
+    _write_split(folder, lengths, np.ones(len(lengths), bool))
+    stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
+    return report, stream, fields
+
+
 def _cannot_serve(report: dict) -> str:
     mode, has = report["mode"], report["fields"]
     lacks = [f for f in NEEDED[mode] if f not in has]
