@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import islice, pairwise, takewhile
@@ -41,6 +41,7 @@ from bdh_mlx import UserError
 from endure import Enduring, Stop
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
 from metrics import activity, evaluations, open_log
+from muon import Muon
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
 TRAINING_MODE = "both"  # of each record: "system", "instruction", "both" or "full"
@@ -57,7 +58,10 @@ MIN_LEARNING_RATE = 0.1  # at the end of the cosine, as a share of LEARNING_RATE
 WARMUP_ITERS = 100  # updates of linear rise, while Adam's averages fill
 LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
 WEIGHT_DECAY = 0.1  # AdamW's, as in the paper
-GRAD_CLIP = 1.0  # largest global norm of a gradient
+GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: as it comes
+OPTIMIZER = "adamw"  # or "muon": orthogonal updates of the three matrices of neurons, per head
+EMA = 0.0  # of the weights, the share an update keeps in the average that is evaluated; 0: none
+NOISE = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_SKIPS = 10  # updates in a row skipped for numbers that are not finite before the run stops
 BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
 DTYPE = "auto"  # of the products: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
@@ -240,7 +244,8 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
     if not (done := checkpoints.newest_valid(run)):
         if s.INIT_FROM:
             source = bdh_mlx.load_model(origin)
-            if replace(source.config, dropout=0) != replace(s.BDH_CONFIG, dropout=0):
+            dropout = {name: vars(s.BDH_CONFIG)[name] for name in ("dropout", "dropout_v")}
+            if replace(source.config, **dropout) != s.BDH_CONFIG:
                 raise UserError(f"INIT_FROM has {source.config}, this run {s.BDH_CONFIG}")
             model.update(source.parameters())
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
@@ -263,12 +268,37 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
             f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
             f"{s.INIT_FROM} are others now; set RUN_NAME to start another run from them"
         )
-    checkpoints.load(run, done, model, optimizer)
+    with averaged(model, optimizer):  # as it was saved
+        checkpoints.load(run, done, model, optimizer)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
     return done, ancestry
 
 
-def compiled_step(model, optimizer, clip: float) -> tuple[Callable, Callable, list]:
+def noisy(idx: mx.array, share: float, key: mx.array) -> mx.array:
+    """idx with `share` of its bytes replaced by bytes from anywhere in it."""
+    where, which = mx.random.split(mx.random.split(key, 2)[1])
+    others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=which)]
+    return mx.where(mx.random.uniform(shape=idx.shape, key=where) < share, others, idx)
+
+
+@contextmanager
+def averaged(model, optimizer) -> Iterator[None]:
+    """Put the average that EMA keeps in the place of the weights: it is evaluated and saved."""
+
+    def swap():
+        if "other" in optimizer.state:
+            weights = tree_map(lambda a: a, model.parameters())
+            model.update(optimizer.state["other"])
+            optimizer.state["other"] = weights
+
+    swap()
+    yield
+    swap()
+
+
+def compiled_step(
+    model, optimizer, clip: float | None, noise: float = 0, ema: float = 0
+) -> tuple[Callable, Callable, list]:
     """The halves of an iteration, and the state they change, to be evaluated after each update.
 
     gradient(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
@@ -279,6 +309,8 @@ def compiled_step(model, optimizer, clip: float) -> tuple[Callable, Callable, li
 
     @compiled
     def gradient(idx, targets, weights, key):
+        idx = noisy(idx, noise, key) if noise else idx
+
         def loss():
             return mx.sum(byte_losses(model, idx, targets, key) * weights)
 
@@ -287,9 +319,13 @@ def compiled_step(model, optimizer, clip: float) -> tuple[Callable, Callable, li
     @compiled
     def update(loss, gradients):
         """One step of AdamW; nothing changes where the loss or the gradient is not finite."""
-        gradients, norm = optim.clip_grad_norm(gradients, clip)
+        gradients, norm = optim.clip_grad_norm(gradients, clip or math.inf)
         before = tree_map(lambda a: a, state)
         optimizer.update(model, gradients)
+        if ema:  # a mean of all weights at first, since the start of the average is random
+            new = 1 - mx.minimum(ema, optimizer.step / (optimizer.step + 9))
+            move = lambda mean, weights: mean + new * (weights - mean)  # noqa: E731
+            optimizer.state["other"] = tree_map(move, optimizer.state["other"], model.parameters())
         good = mx.isfinite(loss) & mx.isfinite(norm)
         kept = tree_map(lambda new, old: mx.where(good, new, old), state, before)
         model.update(kept[0])
@@ -374,8 +410,11 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
 
     mx.random.seed(s.SEED)
     model = bdh_mlx.BDH(s.BDH_CONFIG)
-    optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
+    kind = {"adamw": optim.AdamW, "muon": Muon}[s.OPTIMIZER]
+    optimizer = kind(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
+    if s.EMA:
+        optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
     step, ancestry = start(run, s, report, model, optimizer)  # loads before compiling
     first = saved = step
     log, history = open_log(run, step)
@@ -403,7 +442,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     print(f"note: {EXPECT[s.TRAINING_MODE]}")
     checkpoints.check_space(run, model, s.KEEP + 2)
 
-    gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP)
+    gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
     info["ancestry"] = ancestry
@@ -422,7 +461,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     def save():
         nonlocal saved
         if saved < step:
-            checkpoints.save(run, step, model, optimizer, info)
+            with averaged(model, optimizer):
+                checkpoints.save(run, step, model, optimizer, info)
             saved = step
 
     while True:
@@ -434,7 +474,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
             print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
             return 128 + stop.number
         if (finished or step % s.EVAL_FREQ == 0) and evaluated < step:
-            val_loss, nats = evaluate(losses_of, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
+            with averaged(model, optimizer):
+                val_loss, nats = evaluate(losses_of, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
             if stop.number:
                 continue
             if not math.isfinite(val_loss):
@@ -447,13 +488,15 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
             found = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
             found["val_loss_fields"] = nats
             found["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
-            found |= activity(model, val[0], s.BLOCK_SIZE)
+            with averaged(model, optimizer):
+                found |= activity(model, val[0], s.BLOCK_SIZE)
             found["advice"] = advise([*history, found], s, total, entropy)
             log(**found)  # logged: all done
             for said in found["advice"].values():
                 tqdm.write(f"advice: {said}")
-            for text in samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop):
-                tqdm.write(f"--- sample at iteration {step}\n{text}")
+            with averaged(model, optimizer):
+                for text in samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop):
+                    tqdm.write(f"--- sample at iteration {step}\n{text}")
             if out_of_patience():
                 save()
                 finished = True
@@ -533,7 +576,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
 
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
 FIXED = ["TRAINING_MODE", "BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "SEED"]
-FIXED += ["train data", "val data"]
+FIXED += ["OPTIMIZER", "EMA", "train data", "val data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 AT_LEAST = {
     name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP", "MAX_SKIPS")
@@ -563,7 +606,7 @@ def check(s: SimpleNamespace) -> None:
             f"RUN_NAME is {s.RUN_NAME!r}; it must be 1 to 64 of the characters A-Za-z0-9._-"
         )
     one_of = {"TRAINING_MODE": NEEDED, "LOSS_ON": ("all", "response")}
-    one_of |= {"DTYPE": ("auto", "bfloat16", "float32")}
+    one_of |= {"DTYPE": ("auto", "bfloat16", "float32"), "OPTIMIZER": ("adamw", "muon")}
     for name, choices in (one_of | {"MEMORY": ("auto", *memory.SETTINGS)}).items():
         if vars(s)[name] not in choices:
             raise UserError(f"{name} is {vars(s)[name]!r}; it must be one of {', '.join(choices)}")
@@ -578,6 +621,9 @@ def check(s: SimpleNamespace) -> None:
     for name in ("EPOCHS", "LEARNING_RATE", "GRAD_CLIP"):
         if (value := vars(s)[name]) is not None and not 0 < value < math.inf:
             raise UserError(f"{name} is {value}; it must be above 0")
+    for name in ("EMA", "NOISE"):
+        if not 0 <= vars(s)[name] < 1:
+            raise UserError(f"{name} is {vars(s)[name]}; it must be at least 0 and below 1")
     for name in ("VAL_SHARE", "MIN_LEARNING_RATE"):
         if not 0 < vars(s)[name] <= 1:
             raise UserError(f"{name} is {vars(s)[name]}; it must be above 0 and at most 1")

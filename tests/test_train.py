@@ -333,3 +333,11 @@ def test_every_setting_is_a_flag_with_a_reason():
     constants = {n for n in vars(train_mlx) if n.isupper()} - {"PRESETS", "GUIDE"}
     tables = {"FIELDS", "NEEDED", "PROMPTS", "EXPECT", "FIXED", "AT_LEAST", "BDH_CONFIG"}
     assert set(settings) == constants - tables
+
+
+@pytest.mark.parametrize("kind", ["--ema 0.9", "--optimizer muon", "--noise 0.2 --dropout-v 0.1"])
+def test_a_recipe_resumes_in_the_same_bits(tmp_path, kind):
+    for folder, ends in (("once", [6]), ("twice", [4, 6])):
+        for end in ends:
+            assert train(tmp_path / folder, *kind.split(), "--max-iters", end) == 0
+    assert same(arrays(tmp_path / "twice", 6), arrays(tmp_path / "once", 6))
