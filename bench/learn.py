@@ -7,7 +7,7 @@
     python bench/learn.py plot results.jsonl curves.png
 
 Each job trains in a process of its own, ours with the trainer itself; rows go to --out, a JSON
-line a job, and a second call goes on with the jobs not done. --smoke: all with tiny models on a CPU.
+line a job, and a second call goes on with the jobs not done. --smoke: tiny models, on a CPU.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
     import data
     from formats import FIELDS, SEPARATOR, pieces
 
-    lines = file.read_text(errors="replace").splitlines()
+    lines = file.read_text(errors="replace").split("\n")
     records = [data.detect(data._parse_line(line))[1][0] for line in lines if line.strip()]
     records = [r for r in records if not data.fault(r, ("system", "instruction", "response"))]
     asked = list(dict.fromkeys(r["instruction"] for r in records))
@@ -156,7 +156,7 @@ def parity_jobs(args) -> list[dict]:
                           "phases": [flags], "seconds": 1.25 * time + 45})  # fmt: skip
         found.append({"name": f"ours, seed {seed}", "of": "ours", "phases": [flags],
                       "seconds": time})  # fmt: skip
-    return [job | {"in": "parity"} for job in found]
+    return [job | {"in": "parity", "large": True} for job in found]
 
 
 def recipe_jobs(args) -> list[dict]:
@@ -168,7 +168,8 @@ def recipe_jobs(args) -> list[dict]:
         for seed in range(args.seeds if args.only else 1):
             flags_of = f"{RECIPE} {QUIET} --dataset {data} {flags} --seed {seed}"
             found.append({"in": "recipe", "name": f"recipe: {name}, seed {seed}", "of": name,
-                          "phases": [flags_of], "seconds": seconds(flags_of)})  # fmt: skip
+                          "phases": [flags_of],
+                          "seconds": seconds(flags_of) * (0.4 + 0.6 * args.per_gpu)})  # fmt: skip
     return found
 
 
@@ -195,7 +196,7 @@ def guide_jobs(args) -> list[dict]:
                 continue
             time = sum(seconds(p.replace("--loss-on response", "")) for p in phases) + 15
             found.append({"in": "guide", "name": f"guide: {name}, seed {seed}", "of": name,
-                          "phases": phases, "seconds": time, "judge": str(folder)})  # fmt: skip
+                          "phases": phases, "seconds": time, "judge": str(folder), "large": True})  # fmt: skip
     return found
 
 
@@ -212,7 +213,7 @@ def train(job: dict, work: Path) -> dict:
     import bdh_mlx
     import train_mlx
 
-    runs = work / "runs" / job["name"].replace(" ", "-").replace(",", "").replace(":", "")
+    runs = work / "runs" / queue.slug(job["name"])
     shutil.rmtree(runs, ignore_errors=True)
     curve, speeds, before, trained = [], [], 0, 0
     for i, flags in enumerate(job["phases"]):
