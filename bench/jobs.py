@@ -36,12 +36,14 @@ def spread(jobs: list[dict], command, gpus: int, per_gpu: int, minutes: float, o
             if job["seconds"] > left:
                 left_out.append(job["name"])
                 waiting.remove(job)
-            elif free[gpu] >= needs:
-                waiting.remove(job)
-                free[gpu] -= needs
-                print(f"{job['name']}: started on {gpu}, about {job['seconds']:.0f} s", flush=True)
-                process = _start(job, command(job), gpu, gpus, logs)
-                working.append((job, gpu, needs, process, time.monotonic()))
+                continue
+            if free[gpu] < needs:
+                break
+            waiting.remove(job)
+            free[gpu] -= needs
+            print(f"{job['name']}: started on {gpu}, about {job['seconds']:.0f} s", flush=True)
+            process = _start(job, command(job), gpu, gpus, logs)
+            working.append((job, gpu, needs, process, time.monotonic()))
         if left < 0:
             _stop([process for _, _, _, process, _ in working])
         for entry in [entry for entry in working if entry[3].poll() is not None]:

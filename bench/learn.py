@@ -195,8 +195,9 @@ def guide_jobs(args) -> list[dict]:
             if "--loss-on" in phases[-1] and not hasattr(train_mlx, "LOSS_ON"):
                 continue
             time = sum(seconds(p.replace("--loss-on response", "")) for p in phases) + 15
-            found.append({"in": "guide", "name": f"guide: {name}, seed {seed}", "of": name,
-                          "phases": phases, "seconds": time, "judge": str(folder), "large": True})  # fmt: skip
+            job = {"in": "guide", "name": f"guide: {name}, seed {seed}", "of": name}
+            job |= {"phases": phases, "judge": str(folder), "large": True, "seconds": time}
+            found.append(job)
     return found
 
 
@@ -485,7 +486,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of a job ({SEEDS})")
     parser.add_argument("--iterations", type=int, default=1000, help="updates of a guide arm")
     parser.add_argument("--only", action="append", help="these recipes or arms, all seeds")
-    parser.add_argument("--smoke", action="store_true", help="tiny models, 20 updates")
+    parser.add_argument("--smoke", type=int, nargs="?", const=20, help="tiny models, 20 updates")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.what[0] == "plot":
@@ -498,7 +499,7 @@ def main() -> None:
     jobs = [job for what in args.what for job in JOBS[what](args)]
     if args.smoke:
         for job in jobs:
-            job["phases"] = [f"{phase} {TINY} --max-iters 20" for phase in job["phases"]]
+            job["phases"] = [f"{phase} {TINY} --max-iters {args.smoke}" for phase in job["phases"]]
             job["seconds"] = 5
     print(f"{len(jobs)} jobs, about {sum(job['seconds'] for job in jobs):.0f} s of one GPU")
 
