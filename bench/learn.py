@@ -58,6 +58,7 @@ SWEEP = {
     "all, muon": "--optimizer muon --noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema 0.99",
     "width 384": "--n-embd 384 --dropout 0.6",
     "layers 8": "--n-layer 8",
+    "blocks of 1024": "--block-size 1024 --batch-size 16",
     "blocks of 256": "--block-size 256 --batch-size 64",
     "dropout v 0.2, noise": "--dropout-v 0.2 --noise 0.1",
     "multiplier 64": "--mlp-internal-dim-multiplier 64 --dropout 0.65",
@@ -69,7 +70,7 @@ SWEEP = {
 
 # The guide: its modes at equal bytes, the default model, one rate for all; then its own rates.
 GUIDE = "--block-size 4096 --batch-size 2 --eval-freq 250"
-RATE = "--learning-rate 5e-4"
+RATE = "--learning-rate 1e-3"
 ARMS = {  # name: phases of (mode, share of the updates, flags)
     "both": [("both", 1, RATE)],
     "phased": [("system", 0.13, RATE), ("instruction", 0.87, RATE)],
