@@ -13,7 +13,6 @@ line a job, and a second call goes on with the jobs not done. --smoke: tiny mode
 import argparse
 import contextlib
 import importlib.util
-import itertools
 import json
 import math
 import shutil
@@ -37,14 +36,15 @@ QUIET = "--sample-bytes 0 --save-freq 1000000 --keep 1 --eval-bytes none --epoch
 # schedule, no clipping; validation every 100 updates over all validation bytes.
 PARITY = (
     "--block-size 512 --batch-size 32 --max-iters 700 --learning-rate 1e-3 --weight-decay 0.1 "
-    "--dropout 0.1 --warmup-iters 0 --min-learning-rate 1 --grad-clip none --eval-freq 100"
+    "--dropout 0.1 --warmup-iters 0 --min-learning-rate 1 --grad-clip none --eval-freq 100 "
+    "--patience none"
 )
 
 # The recipe: flags of a job over RECIPE's. The order is that of importance.
 RECIPE = (
     "--mlp-internal-dim-multiplier 32 --dropout 0.5 --weight-decay 0.3 --block-size 512 "
     "--batch-size 32 --max-iters 1500 --learning-rate 1e-3 --min-learning-rate 0.1 "
-    "--warmup-iters 100 --grad-clip 1 --eval-freq 100"
+    "--warmup-iters 100 --grad-clip 1 --eval-freq 100 --patience 3"
 )
 SWEEP = {
     "base": "",
@@ -88,7 +88,7 @@ MODES = ("system", "instruction", "both", "full")
 
 # --smoke: flags put after all others.
 TINY = "--n-layer 2 --n-embd 32 --n-head 2 --mlp-internal-dim-multiplier 8 --block-size 128 "
-TINY += "--batch-size 4 --eval-freq 10"
+TINY += "--batch-size 4 --eval-freq 10 --eval-bytes 20000"
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -175,7 +175,6 @@ def recipe_jobs(args) -> list[dict]:
 
 
 def guide_jobs(args) -> list[dict]:
-    import train_mlx
 
     folder = args.work / "records"
     sides = split_records(args.records, folder)
@@ -193,9 +192,7 @@ def guide_jobs(args) -> list[dict]:
                     f"--max-iters {iters} --warmup-iters {min(100, iters // 5)} {flags} "
                     f"--seed {seed}"
                 )
-            if "--loss-on" in phases[-1] and not hasattr(train_mlx, "LOSS_ON"):
-                continue
-            time = sum(seconds(p.replace("--loss-on response", "")) for p in phases) + 15
+            time = sum(seconds(phase) for phase in phases) + 15
             job = {"in": "guide", "name": f"guide: {name}, seed {seed}", "of": name}
             job |= {"phases": phases, "judge": str(folder), "large": True, "seconds": time}
             found.append(job)
@@ -252,38 +249,19 @@ def curve_result(curve: list) -> dict:
 
 def judge(model, folder: Path, T: int) -> dict:
     """Bits per byte of the held-out records in each mode's format, by field."""
+    from functools import partial
+
     import memory
+    import train_mlx
 
     model.compute = memory.compute_for(model.config, "fast", "auto")
-    return {mode: bits_by_field(model, folder / mode, T) for mode in MODES}
-
-
-def bits_by_field(model, folder: Path, T: int, B: int = 4) -> dict[str, float]:
-    """Mean bits of the bytes of each field of val.bin, read in blocks of T from nothing."""
-    import mlx.core as mx
-    import mlx.nn as nn
-
-    from formats import FIELDS
-
-    val = np.fromfile(folder / "val.bin", np.uint8).astype(np.int32)
-    fields = np.fromfile(folder / "val.fields", np.uint8)[1:]
-    blocks = len(fields) // T
-    nats = [np.zeros(0)]
-    cuts = [*range(0, blocks, B), blocks]
-    spans = [(a * T, b * T, T) for a, b in itertools.pairwise(cuts)]
-    spans.append((blocks * T, len(fields), 0))
-    for begin, end, length in spans:
-        if end > begin:
-            idx, targets = (
-                mx.array(val[begin + i : end + i].reshape(-1, length or end - begin))
-                for i in (0, 1)
-            )
-            nats.append(np.array(nn.losses.cross_entropy(model(idx)[0], targets)).ravel())
-    nats = np.concatenate(nats)
-    names = {i: name for i, name in enumerate(FIELDS) if (fields == i).any()}
-    bits = {name: nats[fields == i].mean() / math.log(2) for i, name in names.items()}
-    bits["all"] = nats.mean() / math.log(2)
-    return {name or "headers": round(float(b), 4) for name, b in bits.items()}
+    bits = {}
+    for mode in MODES:
+        val = [np.fromfile(folder / mode / f"val.{kind}", np.uint8) for kind in ("bin", "fields")]
+        mean, nats = train_mlx.evaluate(partial(train_mlx.byte_losses, model), *val, 4, T)
+        of = nats | {"all": mean}
+        bits[mode] = {field: round(loss / math.log(2), 4) for field, loss in of.items()}
+    return bits
 
 
 def official(job: dict, path: str) -> dict:
