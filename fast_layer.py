@@ -78,6 +78,20 @@ def rotate(x: mx.array, position: int = 0, sign: int = 1) -> mx.array:
     return turned(x)
 
 
+def turn_back(S: mx.array, T: int) -> mx.array:
+    """Synapses (.., N, D) as the bytes after the next T find them, their positions from 0 again.
+
+    Only distances between positions matter: so a stream never reaches positions that float32
+    cannot hold. This is the U^T of the paper's state.
+    """
+    N, D = S.shape[-2:]
+    angles = T * ROPE_BASE ** (-np.arange(0, N, 2) / N)
+    cos, sin = (mx.array(f(angles).astype(np.float32))[:, None] for f in (np.cos, np.sin))
+    pairs = S.reshape(*S.shape[:-2], N // 2, 2, D)
+    even, odd = pairs[..., 0, :], pairs[..., 1, :]
+    return mx.stack([even * cos + odd * sin, odd * cos - even * sin], -2).reshape(S.shape)
+
+
 # ------------------------------------------------------------------------------------------ dropout
 
 
@@ -258,11 +272,14 @@ def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, rate_v=0.0):
+def layer(
+    v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, rate_v=0.0, found=None
+):
     """v' (B, T, D) in float32 of v (B, T, D); encoder, encoder_v (H, D, N); decoder (H, N, D).
 
     Dropout of `rate` acts on y and of `rate_v` on ln(o) where `key` is given: the same key and
-    segments, the same masks.
+    segments, the same masks. With `found`, the synapses (H, B, N, D) that earlier bytes left, it
+    gives those left after v as well; no gradient goes through them.
     """
     (B, T, D), (H, _, N) = v.shape, encoder.shape
     parts, C = segments(B, T, compute), compute.chunk
@@ -277,7 +294,7 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, 
 
     @mx.custom_function
     def forward(v, *weights):
-        out, kept, S = [], [], None
+        out, kept, S = [], [], found
         weights = [w.astype(compute.dtype) for w in weights]
         for key_i, (begin, end) in zip(keys, parts, strict=True):
             # tied to the segment before, the mask too: it would be drawn for all of T at once
@@ -285,7 +302,7 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, 
             one, S, of_use = _forward(vs, S, weights, begin, C, masks(key_i, begin, end))
             out.append(one)
             kept += [mx.zeros(1) if each is None else each for each in of_use[:count]]
-        return mx.concatenate(out, 1), *kept
+        return mx.concatenate(out, 1), *kept, *([] if found is None else [turn_back(S, T)])
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
@@ -302,4 +319,5 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, 
             dv.append(one)
         return *mx.depends([mx.concatenate(dv[::-1], 1)], list(dW)), *dW
 
-    return forward(v, encoder, encoder_v, decoder)[0]
+    outputs = forward(v, encoder, encoder_v, decoder)
+    return outputs[0] if found is None else (outputs[0], mx.stop_gradient(outputs[-1]))

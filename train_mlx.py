@@ -60,6 +60,7 @@ LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the 
 WEIGHT_DECAY = 0.1  # AdamW's, as in the paper
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: as it comes
 OPTIMIZER = "adamw"  # or "muon": orthogonal updates of the three matrices of neurons, per head
+CARRY_STATE = False  # each row of the batch reads on where it stopped, with the synapses it had
 EMA = 0.0  # of the weights, the share an update keeps in the average that is evaluated; 0: none
 NOISE = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_SKIPS = 10  # updates in a row skipped for numbers that are not finite before the run stops
@@ -110,19 +111,34 @@ def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
     return rng.permutation(starts) % n_bytes
 
 
-def block_starts(n_bytes: int, first: int, count: int, T: int, seed: int) -> np.ndarray:
-    """First byte of the blocks number first .. first+count-1 of a run, over as many epochs."""
+def block_starts(
+    n_bytes: int, first: int, count: int, T: int, seed: int, rows: int | None = None
+) -> np.ndarray:
+    """First byte of the blocks number first .. first+count-1 of a run, over as many epochs.
+
+    With `rows` the blocks are in no random order: each of so many rows, which take blocks by turns,
+    reads on round the ring, from places spread evenly over it.
+    """
+    if rows:
+        turn, row = np.divmod(np.arange(first, first + count), rows)
+        start = np.random.default_rng(seed).integers(n_bytes)
+        return (start + row * n_bytes // rows + turn * T) % n_bytes
     where = [divmod(block, math.ceil(n_bytes / T)) for block in range(first, first + count)]
     return np.array([epoch_starts(n_bytes, T, seed, epoch)[i] for epoch, i in where])
 
 
+def rows(s: SimpleNamespace) -> int | None:
+    """Rows that read on and on, if CARRY_STATE has them."""
+    return s.BATCH_SIZE if s.CARRY_STATE else None
+
+
 def get_batch(
-    stream: np.ndarray, first: int, B: int, T: int, seed: int
+    stream: np.ndarray, first: int, B: int, T: int, seed: int, rows: int | None = None
 ) -> tuple[mx.array, mx.array]:
     """Blocks number first .. first+B-1 as idx and targets (B, T): a function of its arguments
     alone, so that a resumed run reads on where it stopped.
     """
-    starts = block_starts(len(stream), first, B, T, seed)
+    starts = block_starts(len(stream), first, B, T, seed, rows)
     rows = stream[(starts[:, None] + np.arange(T + 1)) % len(stream)].astype(np.int32)
     return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
 
@@ -153,7 +169,7 @@ def loss_weights(fields: np.ndarray, step: int, s: SimpleNamespace) -> np.ndarra
     shape = (s.GRAD_ACCUM, s.BATCH_SIZE, T)
     if s.LOSS_ON == "all":
         return np.full(shape, 1 / (count * T), np.float32)
-    labels = get_batch(fields, step * count, count, T, s.SEED)[1]
+    labels = get_batch(fields, step * count, count, T, s.SEED, rows(s))[1]
     counted = np.array(labels == FIELDS.index(s.LOSS_ON), np.float32)
     return (counted / max(1, counted.sum())).reshape(shape)
 
@@ -311,10 +327,17 @@ def compiled_step(
     def gradient(idx, targets, weights, key):
         idx = noisy(idx, noise, key) if noise else idx
 
-        def loss():
-            return mx.sum(byte_losses(model, idx, targets, key) * weights)
+        found = optimizer.state.get("synapses")
 
-        return nn.value_and_grad(model, loss)()
+        def loss():
+            logits, _, *left = model(idx, key=key, synapses=found)
+            return mx.sum(nn.losses.cross_entropy(logits, targets) * weights), left
+
+        (value, left), gradients = nn.value_and_grad(model, loss)()
+        for synapses in left:  # from zero after a loss that is not finite
+            good = mx.isfinite(value)
+            optimizer.state["synapses"] = [mx.where(good, S, 0) for S in synapses]
+        return value, gradients
 
     @compiled
     def update(loss, gradients):
@@ -415,6 +438,10 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     optimizer.init(model.trainable_parameters())
     if s.EMA:
         optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
+    if s.CARRY_STATE:  # with the optimizer's state, since it is saved and goes on with it
+        N, D, H = s.BDH_CONFIG.neurons_per_head, s.BDH_CONFIG.n_embd, s.BDH_CONFIG.n_head
+        nothing = mx.zeros((H, s.BATCH_SIZE, N, D))
+        optimizer.state["synapses"] = [nothing] * s.BDH_CONFIG.n_layer
     step, ancestry = start(run, s, report, model, optimizer)  # loads before compiling
     first = saved = step
     log, history = open_log(run, step)
@@ -455,7 +482,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
 
     def where(step):
         count = s.BATCH_SIZE * s.GRAD_ACCUM
-        starts = block_starts(len(train_bytes), step * count, count, s.BLOCK_SIZE, s.SEED)
+        starts = block_starts(len(train_bytes), step * count, count, s.BLOCK_SIZE, s.SEED, rows(s))
         return f"{s.BLOCK_SIZE} bytes each from {starts.tolist()} of the training bytes"
 
     def save():
@@ -508,8 +535,10 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
         optimizer.learning_rate = rate = learning_rate(step, total, s)
         loss, gradients = 0.0, None
         weights = loss_weights(train_fields, step, s)
+        synapses = optimizer.state.get("synapses")
         for i, micro in enumerate(range(step * s.GRAD_ACCUM, (step + 1) * s.GRAD_ACCUM)):
-            batch = get_batch(train_bytes, micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
+            where_read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED, rows(s))
+            batch = get_batch(train_bytes, *where_read)
             key = mx.random.key(s.SEED * 2**32 + micro)
             part, more = gradient(*batch, mx.array(weights[i]), key)
             loss += part
@@ -517,7 +546,9 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
             mx.eval(loss, gradients)
             if stop.number:
                 break
-        if stop.number:  # nothing has changed since the last update: saved as it was there
+        if stop.number:  # saved as it was after the last update
+            if synapses:
+                optimizer.state["synapses"] = synapses
             continue
         norm = update(loss, gradients)
         mx.eval(state, norm)
@@ -576,7 +607,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
 
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
 FIXED = ["TRAINING_MODE", "BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "SEED"]
-FIXED += ["OPTIMIZER", "EMA", "train data", "val data"]
+FIXED += ["OPTIMIZER", "EMA", "CARRY_STATE", "train data", "val data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 AT_LEAST = {
     name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP", "MAX_SKIPS")
