@@ -467,7 +467,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     print(f"memory: {name}, {model.compute.dtype}, estimated peak {peak / 1e9:.2f} GB")
     print(f"note: {EXPECT[s.TRAINING_MODE]}")
-    checkpoints.check_space(run, model, s.KEEP + 2)
+    checkpoints.check_space(run, model, optimizer, s.KEEP + 2)
 
     gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
