@@ -42,7 +42,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from fast_layer import Compute, layer, ln, rotate
+from fast_layer import Compute, dropout_mask, factor, layer, ln, rotate
 from state import State, fold, prefill, read
 
 
@@ -60,16 +60,18 @@ class BDHConfig:
     n_head: int = 4  # H, groups of neurons with an attention of their own
     mlp_internal_dim_multiplier: int = 128  # neurons per number of n_embd, over all heads
     vocab_size: int = 256  # one entry per byte value
+    dropout_v: float = 0.0  # share of the embedding, and of what a layer adds to v, silenced too
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "dropout" and (type(value) is not int or value < 1):
+            if "dropout" not in field.name and (type(value) is not int or value < 1):
                 raise UserError(
                     f"{field.name} is {value!r}; it must be a whole number of 1 or more"
                 )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+        for name in ("dropout", "dropout_v"):
+            if not 0 <= (rate := getattr(self, name)) < 1:
+                raise UserError(f"{name} is {rate!r}; it must be at least 0 and below 1")
         neurons = self.n_embd * self.mlp_internal_dim_multiplier
         if neurons % self.n_head:
             raise UserError(
@@ -116,18 +118,29 @@ class BDH(nn.Module):
         self.decoder = mx.random.normal((H * N, D)) * 0.02
         self.lm_head = mx.random.normal((D, config.vocab_size)) * 0.02
 
-    def __call__(self, idx, targets=None, key=None):
-        """See above; computed as `self.compute` says, by layers with a gradient of their own."""
+    def __call__(self, idx, targets=None, key=None, synapses=None):
+        """See above; computed as `self.compute` says, by layers with a gradient of their own.
+
+        With `synapses`, what the bytes before idx left in each layer, (H, B, N, D) or zeros, it
+        gives a third value: what is left after idx, for the bytes that follow.
+        """
         H, D = self.config.n_head, self.config.n_embd
         weights = (self.encoder, self.encoder_v, self.decoder.reshape(H, -1, D))
         v = ln(self.embed(idx))  # (B, T, D)
-        L = self.config.n_layer
-        for key_l in [None] * L if key is None else mx.random.split(key, L):
-            v = layer(v, *weights, self.compute, key_l, self.config.dropout)
-        logits = v @ self.lm_head
-        if targets is None:
-            return logits, None
-        return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
+        L, rates = self.config.n_layer, (self.config.dropout, self.config.dropout_v)
+        if key is not None and self.config.dropout_v:
+            v = v * factor(dropout_mask(mx.random.split(key, L + 1)[L], rates[1], v.shape), v.dtype)
+        keys, after = [None] * L if key is None else mx.random.split(key, L), []
+        for i, key_l in enumerate(keys):
+            if synapses is None:
+                v = layer(v, *weights, self.compute, key_l, *rates)
+            else:
+                v, left = layer(v, *weights, self.compute, key_l, *rates, synapses[i])
+                after.append(left)
+        logits, loss = v @ self.lm_head, None
+        if targets is not None:
+            loss = nn.losses.cross_entropy(logits, targets, reduction="mean")
+        return (logits, loss) if synapses is None else (logits, loss, after)
 
     def read(self, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
         """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State. No dropout."""

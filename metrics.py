@@ -67,7 +67,7 @@ def activity(model: bdh_mlx.BDH, val: np.ndarray, T: int) -> dict[str, list[floa
         for position in range(0, len(block), PIECE):
             v = ln(model.embed(mx.array(block[None, position : position + PIECE])))
             for i in range(L):
-                v, S[i], kept = forward_segment(v, S[i], weights, position, PIECE, None)
+                v, S[i], kept = forward_segment(v, S[i], weights, position, PIECE)
                 x, y = kept[5], kept[8]
                 active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
     x, y = (active / len(watched)).tolist()

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from fast_layer import ROPE_BASE, forward_segment, ln, residual
+from fast_layer import ROPE_BASE, forward_segment, ln, phases, residual, turn
 
 TAIL = 64  # bytes that wait: reading them costs as much as adding them, at the default shape
 PARTS = 4  # of a window
@@ -62,26 +62,6 @@ class Tail(NamedTuple):
     values: tuple  # (B, TAIL, D)
     found: tuple[mx.array, ...] = ()  # GPU: synapses turned to origin, (H, B or 1, D, N), to read
     newest: list[int] | None = None  # CPU: how many bytes the arrays hold, over all that share them
-
-
-# ------------------------------------------------------------------------------------------ phases
-
-
-def phases(positions, N: int) -> np.ndarray:
-    """exp(i t w) of positions t for the N/2 pairs of neurons: (.., N/2) complex64 from float64."""
-    angles = np.multiply.outer(positions, ROPE_BASE ** (-np.arange(0, N, 2) / N))
-    return np.exp(1j * angles).astype(np.complex64)
-
-
-def turn(S: mx.array, by: int) -> mx.array:
-    """Synapses (.., N, D) as written `by` bytes later (earlier if negative)."""
-    if not by:
-        return S
-    *rest, N, D = S.shape
-    z = phases(by, N)
-    cos, sin = (mx.array(np.ascontiguousarray(part))[:, None] for part in (z.real, z.imag))
-    a, b = (s.squeeze(-2) for s in mx.split(S.reshape(*rest, N // 2, 2, D), 2, -2))
-    return mx.stack([a * cos - b * sin, a * sin + b * cos], -2).reshape(S.shape)
 
 
 # ------------------------------------------------------------------------------ many bytes at once
@@ -151,7 +131,7 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     for S in state.synapses or [None] * model.config.n_layer:
         found, total = None if S is None else turn(S, -state.position), []
         for begin, end in pairwise(sorted({0, T - T % c.chunk, T})):  # whole chunks, then the rest
-            out, found, _ = forward_segment(v[:, begin:end], found, weights, begin, c.chunk, None)
+            out, found, _ = forward_segment(v[:, begin:end], found, weights, begin, c.chunk)
             total.append(out)
         v = mx.concatenate(total, 1)
         after = turn(found, state.position)
