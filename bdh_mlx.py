@@ -11,7 +11,7 @@ One layer, the same weights in each; ln is LayerNorm without parameters, R_t rot
     v_t = ln(v_t + ln(sum over heads of y_t E))       back to D numbers
 
 No softmax, so a_t = (R_t x_t) S_t with synapses S_t = sum over s < t of (R_s x_s) v_s^T, a state of
-fixed size. Reading a block at once, in chunks, or byte by byte are one function.
+fixed size. Reading a block at once, in chunks, or byte by byte is one function (state.py).
 
     B batch   T bytes   D n_embd   H heads   N neurons per head   L layers   V vocabulary
     paper's Dx, Dy: `encoder`, `encoder_v` (H, D, N)   paper's E: `decoder` (H*N, D)
@@ -24,10 +24,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 # CUDA: MLX counts the graphs it has met and gives up at 800 (its lru_cache.h); evaluating and
 # sampling between steps meet more.
@@ -39,11 +39,11 @@ import fast_blas  # noqa: F401  before mlx.core: it replaces the slow BLAS of ML
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
-from fast_layer import Compute, layer, ln, rotate
-
-PREFILL = 1024  # bytes of a prompt read in one evaluation, which bounds its memory
+from fast_layer import Compute, dropout_mask, factor, layer, ln, rotate
+from state import State, fold, prefill, read
 
 
 class UserError(ValueError):
@@ -60,16 +60,18 @@ class BDHConfig:
     n_head: int = 4  # H, groups of neurons with an attention of their own
     mlp_internal_dim_multiplier: int = 128  # neurons per number of n_embd, over all heads
     vocab_size: int = 256  # one entry per byte value
+    dropout_v: float = 0.0  # share of the embedding, and of what a layer adds to v, silenced too
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "dropout" and (type(value) is not int or value < 1):
+            if "dropout" not in field.name and (type(value) is not int or value < 1):
                 raise UserError(
                     f"{field.name} is {value!r}; it must be a whole number of 1 or more"
                 )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+        for name in ("dropout", "dropout_v"):
+            if not 0 <= (rate := getattr(self, name)) < 1:
+                raise UserError(f"{name} is {rate!r}; it must be at least 0 and below 1")
         neurons = self.n_embd * self.mlp_internal_dim_multiplier
         if neurons % self.n_head:
             raise UserError(
@@ -88,38 +90,12 @@ class BDHConfig:
         return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
 
 
-class State(NamedTuple):
-    """What remains of the bytes read: their number, and per layer the synapses (H, B, N, D)."""
-
-    position: int
-    synapses: list[mx.array | None]
-
-
 def attention_quadratic(q: mx.array, v: mx.array) -> mx.array:
     """The definition, T x T scores: the reference that every faster form is tested against.
 
     q (H, B, T, N) rotated activations, v (B, T, D) values; gives (H, B, T, D). t reads s < t.
     """
     return mx.tril(q @ q.swapaxes(-1, -2), -1) @ v
-
-
-def attention(q, v, synapses=None, chunk=None):
-    """Equal to attention_quadratic, in time and memory linear in T; also carries the synapses on.
-
-    Within a chunk the scores, before it the synapses. q (H, B, T, N), v (B, T, D), synapses
-    (H, B, N, D) or None for none yet. Gives (H, B, T, D) and the synapses after the last byte. The
-    multiply-adds per byte, chunk * N + 2 * D * N, ask for a small chunk, the GEMMs for a large one.
-    """
-    T, D = v.shape[-2:]
-    cuts = list(range(chunk or max(D, 64), T, chunk or max(D, 64)))
-    read = []
-    # mx.split, not slices: the gradient of a slice is padded to the full length, O(T^2) in all
-    for q_c, v_c in zip(mx.split(q, cuts, -2), mx.split(v, cuts, -2), strict=True):
-        a = attention_quadratic(q_c, v_c)
-        written = q_c.swapaxes(-1, -2) @ v_c
-        read.append(a if synapses is None else a + q_c @ synapses)
-        synapses = written if synapses is None else synapses + written
-    return mx.concatenate(read, -2), synapses
 
 
 class BDH(nn.Module):
@@ -134,6 +110,7 @@ class BDH(nn.Module):
         D, H, N = config.n_embd, config.n_head, config.neurons_per_head
         self.config = config
         self.compute = Compute(chunk=max(128, 2 * D))
+        self.trained_length: int | None = None  # BLOCK_SIZE of its training, where that is known
         self.embed = nn.Embedding(config.vocab_size, D)
         self.embed.weight = mx.random.normal((config.vocab_size, D)) * 0.02
         self.encoder = mx.random.normal((H, D, N)) * 0.02
@@ -141,54 +118,62 @@ class BDH(nn.Module):
         self.decoder = mx.random.normal((H * N, D)) * 0.02
         self.lm_head = mx.random.normal((D, config.vocab_size)) * 0.02
 
-    def __call__(self, idx, targets=None, key=None):
-        """See above; computed as `self.compute` says, by layers with a gradient of their own."""
+    def __call__(self, idx, targets=None, key=None, synapses=None):
+        """See above; computed as `self.compute` says, by layers with a gradient of their own.
+
+        With `synapses`, what the bytes before idx left in each layer, (H, B, N, D) or zeros, it
+        gives a third value: what is left after idx, for the bytes that follow.
+        """
         H, D = self.config.n_head, self.config.n_embd
         weights = (self.encoder, self.encoder_v, self.decoder.reshape(H, -1, D))
         v = ln(self.embed(idx))  # (B, T, D)
-        L = self.config.n_layer
-        for key_l in [None] * L if key is None else mx.random.split(key, L):
-            v = layer(v, *weights, self.compute, key_l, self.config.dropout)
+        L, rates = self.config.n_layer, (self.config.dropout, self.config.dropout_v)
+        if key is not None and self.config.dropout_v:
+            v = v * factor(dropout_mask(mx.random.split(key, L + 1)[L], rates[1], v.shape), v.dtype)
+        keys, after = [None] * L if key is None else mx.random.split(key, L), []
+        for i, key_l in enumerate(keys):
+            if synapses is None:
+                v = layer(v, *weights, self.compute, key_l, *rates)
+            else:
+                v, left = layer(v, *weights, self.compute, key_l, *rates, synapses[i])
+                after.append(left)
+        logits, loss = v @ self.lm_head, None
+        if targets is not None:
+            loss = nn.losses.cross_entropy(logits, targets, reduction="mean")
+        return (logits, loss) if synapses is None else (logits, loss, after)
+
+    def read(self, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
+        """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State. No dropout."""
+        return read(self, idx, state)
+
+    def quadratic(self, idx: mx.array, targets=None, key=None):
+        """The definition, layer by layer, the reference for all else: as __call__, no dropout."""
+        v = ln(self.embed(idx))  # (B, T, D)
+        for _ in range(self.config.n_layer):
+            v = self.layer(v)
         logits = v @ self.lm_head
         if targets is None:
             return logits, None
         return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
 
-    def read(self, idx: mx.array, state: State | None = None, chunk: int | None = None):
-        """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State. No dropout."""
-        position, synapses = state or State(0, [None] * self.config.n_layer)
-        v = ln(self.embed(idx))  # (B, T, D)
-        after = []
-        for synapses_l in synapses:
-            v, synapses_l = self.layer(v, position, synapses_l, chunk)
-            after.append(synapses_l)
-        return v @ self.lm_head, State(position + idx.shape[1], after)
-
-    def layer(self, v, position=0, synapses=None, chunk=None):
-        """v (B, T, D) through the equations above; gives the next v and the synapses."""
-        _, y, synapses = self.fire(v, position, synapses, chunk)
-        return self.back(v, y), synapses
-
-    def fire(self, v, position=0, synapses=None, chunk=None):
-        """x and y (H, B*T, N), the batch folded into the GEMMs' rows, and the synapses."""
+    def layer(self, v: mx.array) -> mx.array:
+        """v (B, T, D) through the equations above; the batch is folded into the GEMMs' rows."""
         B, T, D = v.shape
         H, N = self.config.n_head, self.config.neurons_per_head
         x = nn.relu(v.reshape(1, B * T, D) @ self.encoder)  # (H, B*T, N)
-        a, synapses = attention(rotate(x.reshape(H, B, T, N), position), v, synapses, chunk)
+        a = attention_quadratic(rotate(x.reshape(H, B, T, N)), v)
         y = nn.relu(ln(a).reshape(H, B * T, D) @ self.encoder_v) * x  # (H, B*T, N)
-        return x, y, synapses
+        out = (y @ self.decoder.reshape(H, N, D)).sum(0)  # (B*T, D)
+        return ln(v + ln(out).reshape(B, T, D))
 
-    def back(self, v, y):
-        """The next v (B, T, D), from y (H, B*T, N)."""
-        H, _, N = y.shape
-        out = (y @ self.decoder.reshape(H, N, -1)).sum(0)  # (B*T, D)
-        return ln(v + ln(out).reshape(v.shape))
-
-    def stream(self, idx, temperature=1.0, top_k=None, key=None) -> Iterator[mx.array]:
+    def stream(
+        self, idx, temperature=1.0, top_k=None, key=None, state: State | None = None
+    ) -> Iterator[mx.array]:
         """Endless new bytes (B,) after the prompt idx (B, T >= 1), each at the same cost.
 
         temperature 0 takes the likeliest byte; top_k draws among the k likeliest. Without `key` the
-        draws follow mx.random.seed. Raises UserError for an empty prompt or impossible settings.
+        draws follow mx.random.seed. `state` is what was read before; State(window=W) forgets older
+        bytes. Raises UserError for an empty prompt or impossible settings.
         """
         if idx.ndim != 2 or idx.shape[1] < 1:
             raise UserError(
@@ -198,15 +183,13 @@ class BDH(nn.Module):
             raise UserError(f"temperature is {temperature}; it must be 0 (likeliest byte) or more")
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}; it must be at least 1, or None for all bytes")
-        state = None
-        for piece in mx.split(idx, list(range(PREFILL, idx.shape[1], PREFILL)), 1):
-            logits, state = self.read(piece, state)
-            mx.eval(logits, state.synapses)
+        logits, state = prefill(self, idx, state)
         while True:
             draw, key = (None, None) if key is None else mx.random.split(key)
-            token = sample(logits[:, -1], temperature, top_k, draw)
+            token = sample(logits, temperature, top_k, draw)
             logits, state = self.read(token[:, None], state)
-            mx.async_eval(token, logits, state.synapses)
+            logits = logits[:, -1]
+            mx.async_eval(token, logits, state)
             yield token
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None) -> mx.array:
@@ -238,6 +221,65 @@ def save_model(model: BDH, path: str | Path) -> None:
     """Write the weights under their official names, the configuration into the header."""
     header = {name: str(value) for name, value in asdict(model.config).items()}
     mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())), metadata=header)
+
+
+STATE_FORMAT = "bdh-mlx state 1"
+
+
+def fingerprint(model: BDH) -> str:
+    """sha256 of the weights, which says whose state a state is."""
+    digest = hashlib.sha256()
+    for name, array in sorted(tree_flatten(model.parameters())):
+        digest.update(f"{name} {array.shape}".encode())
+        digest.update(np.array(array + 0))  # a copy: CUDA would move what is read to the host
+    return digest.hexdigest()
+
+
+def save_state(path: str | Path, model: BDH, state: State) -> None:
+    """Write `state` of `model` to a .safetensors file, whole or not at all. Raises UserError."""
+    state, path = fold(state), Path(path)
+    arrays = {f"synapses.{i}": S for i, S in enumerate(state.synapses)}
+    for number, part in enumerate(state.parts):
+        arrays |= {f"part.{number}.{i}": S for i, S in enumerate(part)}
+    header = {"format": STATE_FORMAT, "model": fingerprint(model), "position": state.position}
+    header |= {"n_layer": model.config.n_layer, "window": state.window, "parts": len(state.parts)}
+    header["trained_length"] = model.trained_length
+    header = {name: json.dumps(value) for name, value in header.items()}
+    making = path.with_name(f".{path.name}.tmp.safetensors")
+    try:
+        mx.save_safetensors(str(making), arrays, metadata=header)
+        making.replace(path)
+    except (OSError, RuntimeError) as error:
+        making.unlink(missing_ok=True)
+        raise UserError(f"{path} not saved: {error}") from None
+
+
+def load_state(path: str | Path, model: BDH) -> State:
+    """The state that `save_state` wrote. Raises UserError if it is damaged or another model's."""
+    path = Path(path)
+    arrays, header = read_arrays(path)
+    try:
+        header = {name: json.loads(value) for name, value in header.items()}
+        kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
+    except ValueError:
+        kind = None
+    if kind != STATE_FORMAT:
+        raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
+    if (other := header.get("model", "none")) != (mine := fingerprint(model)):
+        raise UserError(
+            f"{path} was read by another model (weights {other[:12]}, here {mine[:12]}); "
+            "load it with that one, or read its text again"
+        )
+    H, D, N = model.encoder.shape
+    prefixes = ["synapses", *(f"part.{number}" for number in range(count))]
+    names = [[f"{prefix}.{i}" for i in range(model.config.n_layer)] for prefix in prefixes]
+    known = [of for of in names if of[0] in arrays or of is names[0]]  # a new part is empty
+    if {name for of in known for name in of} != arrays.keys() or any(
+        (S.shape[0], *S.shape[2:]) != (H, N, D) for S in arrays.values()
+    ):
+        raise UserError(f"{path} is damaged: arrays of ({H}, B, {N}, {D}) are missing in it")
+    synapses, *parts = (tuple(arrays[n] for n in of if n in arrays) for of in names)
+    return State(position, window, synapses, tuple(parts))
 
 
 def find_weights(path: str | Path) -> Path:
@@ -323,6 +365,9 @@ def load_model(path: str | Path) -> BDH:
             raise UserError(f"{file}: `{name}` is {found}, a BDH of this shape needs {needed}")
     model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays.items()])
     mx.eval(model.parameters())
+    with suppress(OSError, ValueError, KeyError, TypeError):  # weights from elsewhere lack it
+        info = json.loads(file.with_name("config.json").read_text())
+        model.trained_length = int(info["settings"]["BLOCK_SIZE"])
     return model
 
 

@@ -104,7 +104,7 @@ def save(run: Path, step: int, model: BDH, optimizer, info: dict) -> None:
     """Write the checkpoint of `step`, whole and durable. Raises UserError, the others untouched."""
     final = folder(run, step)
     making = run / f".{final.name}.tmp"
-    check_space(run, model, 1)
+    check_space(run, model, optimizer, 1)
     if not _finite(tree_flatten([model.parameters(), optimizer.state])):
         raise UserError(f"{final} not saved: it holds numbers that are not finite")
     try:
@@ -230,9 +230,9 @@ def write_whole(path: Path, text: str) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}; it is as it was") from None
 
 
-def check_space(run: Path, model: BDH, count: int) -> None:
+def check_space(run: Path, model: BDH, optimizer, count: int) -> None:
     """Raise UserError unless `count` checkpoints fit on the disk of `run`."""
-    one = 3 * sum(p.nbytes for _, p in tree_flatten(model.parameters()))  # weights, two averages
+    one = sum(a.nbytes for _, a in tree_flatten([model.parameters(), optimizer.state]))
     free = shutil.disk_usage(run).free
     if free < count * one * 1.05:
         raise UserError(

@@ -31,6 +31,7 @@ WAYS_ON = (
     "Ways on: `hf auth login` for a private or gated data set, "
     "--dataset FILE for a local file, --dataset sample for the embedded one"
 )
+SPLIT = ("train.bin", "val.bin", "train.fields", "val.fields")  # a folder with these is used as is
 COLUMNS = {  # our field: the columns that mean it, first found wins
     "system": ("system",),
     "instruction": ("instruction", "prompt", "question"),
@@ -49,6 +50,10 @@ def find(dataset: str) -> list[Path] | None:
         return [SAMPLE]
     path = Path(dataset).expanduser()
     if path.is_dir():
+        if ready := [path / name for name in SPLIT if (path / name).is_file()]:
+            if missing := [name for name in ("train.bin", "val.bin") if path / name not in ready]:
+                raise UserError(f"DATASET {path} is a ready split but has no {missing[0]}")
+            return ready
         files = sorted(f for f in path.rglob("*") if f.suffix in FILE_KINDS and f.is_file())
         if not files:
             raise UserError(f"DATASET {path} is a folder without {', '.join(FILE_KINDS)} files")
@@ -264,24 +269,59 @@ def _make(folder, dataset, mode, val_share, seed):
     making = folder.with_name(f"{folder.name}.tmp")
     making.mkdir()
     try:
-        report, lengths, texts, keys = _format_all(dataset, mode, making)
-        in_val = _choose_validation(keys, val_share, seed)
-        served = lengths > 0
-        shared = in_val & served & np.isin(texts, texts[served & ~in_val])
-        report["shared"] = int(shared.sum())
-        if np.all(shared >= (in_val & served)):
-            raise UserError(
-                f"DATASET {dataset} has {len(np.unique(texts[served]))} distinct texts in "
-                f"TRAINING_MODE {mode!r}, each of more records than VAL_SHARE ({val_share}) holds "
-                "out: raise it, take more data or another mode"
-            )
-        report |= _write_split(making, lengths, served & ~in_val, served & in_val & ~shared)
+        files = find(dataset)
+        if files and files[0].name in SPLIT:
+            report = _copy_split(files, dataset, mode, making)
+        else:
+            report = _split(dataset, mode, val_share, seed, making)
         (making / "data.json").write_text(json.dumps(report, indent=1))
         if fingerprint(dataset, mode, val_share, seed) != folder.name:
             raise UserError(f"DATASET {dataset} changed while it was read; start again")
         making.replace(folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -> dict:
+    """Read, format and deal out the records; the report. Raises UserError."""
+    report, lengths, texts, keys = _format_all(dataset, mode, folder)
+    in_val = _choose_validation(keys, val_share, seed)
+    served = lengths > 0
+    shared = in_val & served & np.isin(texts, texts[served & ~in_val])
+    report["shared"] = int(shared.sum())
+    if np.all(shared >= (in_val & served)):
+        raise UserError(
+            f"DATASET {dataset} has {len(np.unique(texts[served]))} distinct texts in "
+            f"TRAINING_MODE {mode!r}, each of more records than VAL_SHARE ({val_share}) holds "
+            "out: raise it, take more data or another mode"
+        )
+    return report | _write_split(folder, lengths, served & ~in_val, served & in_val & ~shared)
+
+
+def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dict:
+    """Take a split that is there, raw bytes; without .fields beside it, all is `text`. The report.
+
+    Raises UserError where a .fields file does not fit its bytes.
+    """
+    report = {"dataset": dataset, "mode": mode, "records": 2, "structures": {"ready split": 2}}
+    report |= {"fields": {}, "skipped": {}, "shared": 0}
+    for file in (file for file in files if file.suffix == ".bin"):
+        side, labels = folder / file.name, file.with_suffix(".fields")
+        shutil.copyfile(file, side)
+        size = file.stat().st_size
+        if labels in files:
+            if labels.stat().st_size != size:
+                raise UserError(f"DATASET {labels} must have a byte for each of {file}'s {size:,}")
+            shutil.copyfile(labels, side.with_suffix(".fields"))
+        else:
+            text = np.full(size, FIELDS.index("text"), np.uint8)
+            text.tofile(side.with_suffix(".fields"))
+        sums = {}
+        for name, path in (("sha256", side), ("fields_sha256", side.with_suffix(".fields"))):
+            with path.open("rb") as made:
+                sums[name] = hashlib.file_digest(made, "sha256").hexdigest()
+        report[file.stem] = {"records": 1, "bytes": size} | sums
+    return report
 
 
 def _format_all(dataset, mode, folder):
@@ -329,6 +369,17 @@ def _format_all(dataset, mode, folder):
 
 def _digest(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+
+
+def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
+    """All of a data set as one side of a split: report, bytes, and the index in FIELDS of each.
+
+    `folder` is for files on the way. Raises UserError when nothing of it has the fields of `mode`.
+    """
+    report, lengths, _, _ = _format_all(dataset, mode, folder)
+    _write_split(folder, lengths, np.zeros(len(lengths), bool), lengths > 0)
+    stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
+    return report, stream, fields
 
 
 def _cannot_serve(report: dict) -> str:

@@ -39,8 +39,8 @@ def ln(x: mx.array) -> mx.array:
     return mx.fast.layer_norm(x, None, None, 1e-5)
 
 
-def residual(v: mx.array, o: mx.array) -> mx.array:
-    return ln(v + ln(o))
+def residual(v: mx.array, o: mx.array, kept=1) -> mx.array:
+    return ln(v + ln(o) * kept)
 
 
 # ----------------------------------------------------------------------------------------- rotation
@@ -49,8 +49,7 @@ def residual(v: mx.array, o: mx.array) -> mx.array:
 @lru_cache(maxsize=2)
 def _turns(T: int, N: int) -> mx.array:
     """exp(i t w) of t < T and each neuron pair's w, (T, N/2), from float64."""
-    angles = np.outer(np.arange(T), ROPE_BASE ** (-np.arange(0, N, 2) / N))
-    return mx.array(np.exp(1j * angles).astype(np.complex64))
+    return mx.array(phases(np.arange(T), N))
 
 
 @mx.compile
@@ -70,12 +69,32 @@ def rotate(x: mx.array, position: int = 0, sign: int = 1) -> mx.array:
         return mx.fast.rope(flat, N, **how).reshape(x.shape)
     turns = _turns(T, N)
     if position:
-        angles = position * ROPE_BASE ** (-np.arange(0, N, 2) / N)
-        turns = turns * mx.array(np.exp(1j * angles).astype(np.complex64))
+        turns = turns * mx.array(phases(position, N))
     turns = turns if sign > 0 else mx.conjugate(turns)
     turned = mx.custom_function(lambda x: _turned(x, turns))
     turned.vjp(lambda _, cotangent, __: _turned(cotangent, mx.conjugate(turns)))
     return turned(x)
+
+
+def phases(positions, N: int) -> np.ndarray:
+    """exp(i t w) of positions t for the N/2 pairs of neurons: (.., N/2) complex64 from float64."""
+    angles = np.multiply.outer(positions, ROPE_BASE ** (-np.arange(0, N, 2) / N))
+    return np.exp(1j * angles).astype(np.complex64)
+
+
+def turn(S: mx.array, by: int) -> mx.array:
+    """Synapses (.., N, D) as written `by` bytes later (earlier if negative): the paper's U^by.
+
+    Only distances between positions matter, so a stream need never reach positions that float32
+    cannot hold.
+    """
+    if not by:
+        return S
+    *rest, N, D = S.shape
+    z = phases(by, N)
+    cos, sin = (mx.array(np.ascontiguousarray(part))[:, None] for part in (z.real, z.imag))
+    a, b = (s.squeeze(-2) for s in mx.split(S.reshape(*rest, N // 2, 2, D), 2, -2))
+    return mx.stack([a * cos - b * sin, a * sin + b * cos], -2).reshape(S.shape)
 
 
 # ------------------------------------------------------------------------------------------ dropout
@@ -95,7 +114,8 @@ def dropout_mask(key: mx.array, rate: float, shape: tuple):
     return bits.reshape(shape), limit, 1 / (1 - rate)
 
 
-def _factor(mask, dtype):
+def factor(mask, dtype):
+    """0 or 1 / (1 - rate) for each place of a dropout mask."""
     if mask is None:
         return 1
     bits, limit, scale = mask
@@ -104,7 +124,7 @@ def _factor(mask, dtype):
 
 @mx.compile
 def _gate(x, g, mask):
-    return x * (mx.maximum(g, 0) * _factor(mask, x.dtype))
+    return x * (mx.maximum(g, 0) * factor(mask, x.dtype))
 
 
 # Below, sign of a rectified number where `mx.where` would read better: on a CPU the branches of the
@@ -113,12 +133,12 @@ def _gate(x, g, mask):
 
 @mx.compile
 def _gate_dg(x, g, dy, mask):
-    return dy * x * mx.sign(mx.maximum(g, 0)) * _factor(mask, x.dtype)
+    return dy * x * mx.sign(mx.maximum(g, 0)) * factor(mask, x.dtype)
 
 
 @mx.compile
 def _gate_dh(x, g, dy, dq, mask):
-    return (dy * mx.maximum(g, 0) * _factor(mask, x.dtype) + dq) * mx.sign(x)
+    return (dy * mx.maximum(g, 0) * factor(mask, x.dtype) + dq) * mx.sign(x)
 
 
 # ----------------------------------------------------------------------------------------- products
@@ -187,7 +207,7 @@ def _excite(v, E, position, B):
     return x, q.reshape(x.shape)
 
 
-def _forward(vs, S, weights, position, C, mask):
+def forward_segment(vs, S, weights, position, C, masks=(None, None)):
     """One segment: v' (B, T, D), the state after it, and what the backward pass can use of it."""
     (B, T, D), (Dx, Dy, E) = vs.shape, weights
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
@@ -198,15 +218,15 @@ def _forward(vs, S, weights, position, C, mask):
     a = (scores @ vc).astype(mx.float32)
     a = (a if found is None else a + k @ found).reshape(-1, B * T, D)
     g = ln(a).astype(Dx.dtype) @ Dy
-    y = _gate(x, g, mask)
+    y = _gate(x, g, masks[0])
     o = (y @ E).astype(mx.float32).sum(0).reshape(B, T, D)
-    return residual(vs, o), after, (S, scores, a, o, found, x, g, q, y)
+    return residual(vs, o, factor(masks[1], o.dtype)), after, (S, scores, a, o, found, x, g, q, y)
 
 
-def _backward(vs, dout, R, dW, weights, kept, position, C, mask):
+def _backward(vs, dout, R, dW, weights, kept, position, C, masks):
     """One segment, the last first: its dv (B, T, D), R with its part added, and dW likewise."""
     (B, T, D), (Dx, Dy, E) = vs.shape, weights
-    S, scores, a, o, found, x, g, q, y = kept
+    (mask, of_v), (S, scores, a, o, found, x, g, q, y) = masks, kept
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     an = ln(a).astype(Dx.dtype)
     if x is None:
@@ -218,7 +238,8 @@ def _backward(vs, dout, R, dW, weights, kept, position, C, mask):
     if y is None:
         y = _gate(x, g, mask)
 
-    dv, do = mx.vjp(residual, [vs, o], [dout])[1]
+    kept_v = factor(of_v, o.dtype)
+    dv, do = mx.vjp(lambda v, o: residual(v, o, kept_v), [vs, o], [dout])[1]
     do = do.astype(Dx.dtype).reshape(1, B * T, D)
     dy = do @ _t(E)
     dg = _gate_dg(x, g, dy, mask)
@@ -256,30 +277,37 @@ def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate: float = 0.0):
+def layer(
+    v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, rate_v=0.0, found=None
+):
     """v' (B, T, D) in float32 of v (B, T, D); encoder, encoder_v (H, D, N); decoder (H, N, D).
 
-    Dropout of `rate` acts on y where `key` is given: the same key and segments, the same mask.
+    Dropout of `rate` acts on y and of `rate_v` on ln(o) where `key` is given: the same key and
+    segments, the same masks. With `found`, the synapses (H, B, N, D) that earlier bytes left, it
+    gives those left after v as well; no gradient goes through them.
     """
-    (B, T, _), (H, _, N) = v.shape, encoder.shape
+    (B, T, D), (H, _, N) = v.shape, encoder.shape
     parts, C = segments(B, T, compute), compute.chunk
     keys = mx.random.split(mx.random.key(0) if key is None else key, len(parts))
     count = 4 + compute.keep  # the first four are small
 
-    def mask(key_i, begin, end):
-        return None if key is None else dropout_mask(key_i, rate, (H, B * (end - begin), N))
+    def masks(key_i, begin, end):
+        if key is None:
+            return None, None
+        of_v = dropout_mask(mx.random.split(key_i, 3)[2], rate_v, (B, end - begin, D))
+        return dropout_mask(key_i, rate, (H, B * (end - begin), N)), of_v
 
     @mx.custom_function
     def forward(v, *weights):
-        out, kept, S = [], [], None
+        out, kept, S = [], [], found
         weights = [w.astype(compute.dtype) for w in weights]
         for key_i, (begin, end) in zip(keys, parts, strict=True):
             # tied to the segment before, the mask too: it would be drawn for all of T at once
             vs, key_i = mx.depends([v[:, begin:end], key_i], out[-1:] or [v])
-            one, S, of_use = _forward(vs, S, weights, begin, C, mask(key_i, begin, end))
+            one, S, of_use = forward_segment(vs, S, weights, begin, C, masks(key_i, begin, end))
             out.append(one)
             kept += [mx.zeros(1) if each is None else each for each in of_use[:count]]
-        return mx.concatenate(out, 1), *kept
+        return mx.concatenate(out, 1), *kept, *([] if found is None else [turn(S, -T)])
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
@@ -291,9 +319,10 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate: floa
             vs, key_i, *of_use = mx.depends(mine, [dv[-1], *dW] if dv else [dout])
             of_use = [None if each.shape == (1,) else each for each in of_use]
             of_use += [None] * (9 - count)
-            args = (begin, C, mask(key_i, begin, end))
+            args = (begin, C, masks(key_i, begin, end))
             one, R, dW = _backward(vs, dout[:, begin:end], R, dW, weights, of_use, *args)
             dv.append(one)
         return *mx.depends([mx.concatenate(dv[::-1], 1)], list(dW)), *dW
 
-    return forward(v, encoder, encoder_v, decoder)[0]
+    outputs = forward(v, encoder, encoder_v, decoder)
+    return outputs[0] if found is None else (outputs[0], mx.stop_gradient(outputs[-1]))

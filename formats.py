@@ -53,3 +53,16 @@ def pieces(record: dict, mode: str) -> list[tuple[str, str]]:
 def format_example(record: dict, mode: str) -> str:
     """The training text of one record in one mode."""
     return "".join(text for _, text in pieces(record, mode))
+
+
+def opening(record: dict, mode: str) -> str:
+    """The training text of a record as far as it is given: what a model of that mode goes on with.
+
+    That is an instruction in `both`, a response in `full`; without a system text its section is
+    left out.
+    """
+    if "text" in record or mode in ("system", "instruction"):
+        return pieces(record, mode)[0][1]
+    parts = [text for _, text in pieces({"system": "", "response": ""} | record, mode)]
+    parts = parts[:-1] if mode == "full" else parts
+    return "".join(parts if record.get("system") else parts[2:]).lstrip("\n")

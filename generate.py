@@ -1,29 +1,44 @@
 """Let a trained BDH write: bytes stream to the terminal as they are drawn.
 
-    python generate.py checkpoints_mlx/full --prompt "### Instruction:\\nExplain"
-    python generate.py checkpoints_mlx/full/step-000500 --prompt-file question.txt --temperature 0
-    echo "### Response:" | python generate.py weights.safetensors --top-k 50 --seed 1
+    python generate.py checkpoints_mlx/full                      # a session: type, read, go on
+    python generate.py checkpoints_mlx/full --prompt "### Instruction:\\nExplain" --top-p 0.9
+    cat question.txt | python generate.py weights.safetensors --temperature 0
+    python generate.py checkpoints_mlx/full --prompts asked.jsonl --out answered.jsonl
+    python generate.py checkpoints_mlx/full --evaluate held_out.jsonl
 
 A run folder means its best checkpoint, else its last. The model keeps a state of fixed size, so
 each byte takes the same time, however long the text has become.
 """
 
 import argparse
-import codecs
+import json
 import os
 import sys
 import time
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 
 # isort: split
 import mlx.core as mx
+from tqdm import tqdm
 
+import chat
+import data
+import evaluation
 import export
+import formats
 import neurons
 from bdh_mlx import UserError
+from sampling import WINDOW, Sampling
+from writing import Stops, Terminal, as_text, complete, read, write
+
+PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
+the mode"""
+STOP = r"""end before this text, \n in it a line break; may be repeated (in mode full a line ---)"""
+PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so keep it near 1 (1)"
 
 TRACE = "no text but what fires on TEXT (@FILE: on its lines); several times: what tells them apart"
 EXPORT = "no text but weights, config and a model card for others, in FOLDER"
@@ -33,68 +48,219 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="run folder, checkpoint folder or .safetensors file")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help=r"text to continue; \n in it is a line break")
-    source.add_argument("--prompt-file", type=Path, help="file to continue (default: stdin)")
-    source.add_argument("--trace", action="append", metavar="TEXT", help=TRACE)
-    source.add_argument("--export", type=Path, metavar="FOLDER", help=EXPORT)
-    parser.add_argument("--max-new-tokens", type=int, default=500, help="bytes to write (500)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: likeliest byte (0.8)")
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest bytes (all)")
-    parser.add_argument("--seed", type=int, help="same seed, same text, on one machine (random)")
-    return parser.parse_args(argv)
+
+    def group(title: str, one: bool = False):
+        of = parser.add_argument_group(title)
+        of = of.add_mutually_exclusive_group() if one else of
+        return lambda flag, text, **how: of.add_argument(flag, help=text, **how)
+
+    add = parser.add_argument
+    add("model", help="run folder, checkpoint folder or .safetensors file")
+    add("--mode", choices=formats.NEEDED, help="training mode (the one the checkpoint names)")
+
+    add = group("what to go on with (stdin where it is piped, a session on a terminal)", one=True)
+    add("--prompt", r"text, \n in it a line break; an empty one starts a new record")
+    add("--prompt-file", "a file's bytes", type=Path, metavar="FILE")
+    add("--prompts", PROMPTS, type=Path, metavar="JSONL")
+    add("--evaluate", "no text but the loss on a file or data set, by field", metavar="DATA")
+
+    add("--trace", TRACE, action="append", metavar="TEXT")
+    add("--export", EXPORT, type=Path, metavar="FOLDER")
+
+    add = group("what comes out")
+    add("--max-new-tokens", "bytes at most (500)", type=int, default=500, metavar="N")
+    add("--stop", STOP, action="append", metavar="TEXT")
+    add("--no-stop", "end at --max-new-tokens alone", action="store_true")
+    add("--samples", "texts for each prompt (1)", type=int, default=1, metavar="N")
+    add("--batch-size", "texts written at once (8)", type=int, default=8, metavar="N")
+    add("--out", "file for the texts of --prompts (stdout)", type=Path, metavar="JSONL")
+    add("--raw", "bytes as they are, also those unsafe on a terminal", action="store_true")
+
+    add = group("how a byte is drawn; these act in this order")
+    add("--utf8", "only bytes that continue valid UTF-8", action="store_true")
+    add("--repetition-penalty", PENALTY, type=float, default=1.0, metavar="X")
+    add("--temperature", "0: the likeliest byte (0.8)", type=float, default=0.8, metavar="X")
+    add("--top-k", "among the K likeliest bytes (all)", type=int, metavar="K")
+    add("--top-p", "among the fewest that hold a share P (all)", type=float, metavar="P")
+    add("--min-p", "at least P times as likely as the likeliest", type=float, metavar="P")
+    add("--seed", "same seed, same bytes, on one machine (random)", type=int)
+
+    args = parser.parse_args(argv)
+    for name in ("max_new_tokens", "samples", "batch_size"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {getattr(args, name)}; it must be at least 1")
+    if args.seed is not None and not 0 <= args.seed < 2**64:
+        raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^64")
+    if args.out and not args.prompts:
+        raise UserError("--out is for the texts of --prompts; give both")
+    if args.raw and (args.prompts or args.samples > 1):
+        raise UserError("--raw writes one text; leave out --prompts and --samples")
+    return args
+
+
+def unescaped(text: str) -> bytes:
+    """An argument's bytes, its \\n as line breaks; what is no UTF-8 comes through as it is."""
+    return text.replace("\\n", "\n").encode(errors="surrogateescape")
 
 
 def read_prompt(args: argparse.Namespace) -> bytes:
-    """The prompt as bytes, from --prompt, --prompt-file or stdin. Raises UserError if empty."""
+    """The prompt as bytes, from --prompt, --prompt-file or stdin. Raises UserError."""
     if args.prompt is not None:
-        prompt = args.prompt.replace("\\n", "\n").encode(errors="surrogateescape")
-    elif args.prompt_file:
+        return unescaped(args.prompt)
+    if args.prompt_file is None:
+        return sys.stdin.buffer.read()
+    try:
+        return args.prompt_file.read_bytes()
+    except OSError as error:
+        raise UserError(f"--prompt-file {args.prompt_file}: {error.strerror}") from None
+
+
+def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
+    """What ends a text: --stop, else the line that ends a record of mode full."""
+    if args.no_stop:
+        return []
+    if args.stop is None:
+        return [f"{formats.STOP}\n".encode()] if mode == "full" else []
+    if "" in args.stop:
+        raise UserError("--stop is empty; it must have at least one character")
+    return [unescaped(text) for text in args.stop]
+
+
+class Job(NamedTuple):
+    """One text to write: the line of its prompt, which sample of it, the record, the prompt."""
+
+    line: int
+    sample: int
+    record: dict
+    prompt: bytes
+
+
+def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
+    """A job for each sample of each prompt in a JSONL file. Raises UserError naming the line."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {file} cannot be read: {error}") from None
+    jobs = []
+    for number, line in enumerate(lines, 1):
         try:
-            prompt = args.prompt_file.read_bytes()
-        except OSError as error:
-            raise UserError(f"--prompt-file {args.prompt_file}: {error.strerror}") from None
-    else:
-        prompt = sys.stdin.buffer.read()
-    if not prompt:
-        raise UserError("the prompt is empty; give at least one byte with --prompt")
-    return prompt
+            record = json.loads(line)
+            prompts = prompts_of(record, mode)
+        except (ValueError, RecursionError) as error:
+            reason = error if isinstance(error, UserError) else "not JSON"
+            raise UserError(f"--prompts {file} line {number}: {reason}") from None
+        jobs += [Job(number, i, record, p) for p in prompts for i in range(1, samples + 1)]
+    return jobs
 
 
-class Terminal:
-    """Writes bytes as text: characters appear once complete, broken UTF-8 and controls escaped."""
+def prompts_of(record: dict, mode: str | None) -> list[bytes]:
+    """A record's `prompt` as it is; without one its training text as far as a model goes on."""
+    if not isinstance(record, dict):
+        raise UserError("not a JSON object")
+    if isinstance(record.get("prompt"), str):
+        return [record["prompt"].encode(errors="surrogatepass")]
+    if mode is None:
+        raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
+    structure, contents = data.detect(record)
+    needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
+    for fields in contents:
+        if reason := data.fault(fields, (needed,)):
+            raise UserError(reason)
+    return [formats.opening(fields, mode).encode() for fields in contents]
 
-    def __init__(self):
-        self.decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
 
-    def write(self, piece: bytes, final: bool = False) -> None:
-        sys.stdout.write(bdh_mlx.visible(self.decoder.decode(piece, final)))
-        sys.stdout.flush()
+def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
+    """Jobs by length of prompt, `size` at once; in a batch lengths differ by at most `spread`."""
+    batch = []
+    for job in sorted(jobs, key=lambda job: len(job.prompt)):
+        if batch and (len(batch) == size or len(job.prompt) - len(batch[0].prompt) > spread):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def write_jobs(
+    jobs: list[Job], model, sampling, key, stops, args
+) -> Iterator[tuple[Job, str, bool]]:
+    """Each job with its text and whether a stop string ended it, as they are done."""
+    for batch in batches(jobs, args.batch_size, args.max_new_tokens):
+        key, draw = mx.random.split(key)
+        prompts = [job.prompt or formats.SEPARATOR.encode() for job in batch]
+        done = complete(model, prompts, sampling, draw, stops, args.max_new_tokens)
+        for row, text, stopped in done:
+            yield batch[row], as_text(text, whole=sampling.utf8), stopped
+
+
+def write_file(jobs: list[Job], samples: int, out, texts) -> None:
+    """One JSON line per text: its record, `line`, `prompt`, `completion`, `stopped`."""
+    with tqdm(total=len(jobs), disable=None, unit="text") as bar:
+        for job, text, stopped in texts:
+            which = {"line": job.line} | ({"sample": job.sample} if samples > 1 else {})
+            result = {"prompt": as_text(job.prompt), "completion": text, "stopped": stopped}
+            print(json.dumps(job.record | which | result), file=out, flush=True)
+            bar.update()
+
+
+def stream(prompt: bytes, model, sampling, key, stops, args) -> None:
+    """Print the prompt, and what the model makes of it as it comes."""
+    terminal, stop = Terminal(args.raw), Stops(stops, prompt)
+    terminal.write(prompt)
+    place = read(model, [prompt or formats.SEPARATOR.encode()])
+    for i, (token, _) in enumerate(write(model, place, sampling, key), 1):
+        terminal.write(stop.feed(bytes(token)))
+        if stop.found or i == args.max_new_tokens:
+            break
+    terminal.write(stop.end(), final=not sampling.utf8)
+    if not args.raw:
+        print()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the prompt and what the model makes of it. Raises UserError."""
+    """Do as the flags say. Raises UserError."""
     args = flags(argv)
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
     if args.export:
         return export.tell(args.model, args.export)
-    model = bdh_mlx.load_model(args.model)
     if args.trace:
-        return neurons.tell(model, args.trace)
-    prompt = read_prompt(args)
-    seed = args.seed if args.seed is not None else time.time_ns()
-    stream = model.stream(
-        mx.array([list(prompt)]), args.temperature, args.top_k, mx.random.key(seed)
+        return neurons.tell(bdh_mlx.load_model(args.model), args.trace)
+    sampling = Sampling(
+        args.utf8, args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p
     )
-    terminal = Terminal()
-    terminal.write(prompt)
-    for token in islice(stream, args.max_new_tokens):
-        terminal.write(bytes(token.tolist()))
-    terminal.write(b"", final=True)
-    print()
+    weights = bdh_mlx.find_weights(args.model)
+    model, trained = bdh_mlx.load_model(weights), evaluation.settings_of(weights)
+    if model.config.vocab_size != 256:
+        raise UserError(f"{weights} has a vocabulary of {model.config.vocab_size}; bytes are 256")
+    mode = args.mode or trained.get("TRAINING_MODE")
+    mode = mode if mode in formats.NEEDED else None
+    key = mx.random.key(time.time_ns() if args.seed is None else args.seed)
+    stops = stop_strings(args, mode)
+    how = (model, sampling, key, stops, args)
+    if args.evaluate is not None:
+        print(evaluation.report(model, args.evaluate, mode, trained))
+    elif args.prompts is not None:
+        jobs = read_jobs(args.prompts, mode, args.samples)
+        with open_out(args.out) as out:
+            write_file(jobs, args.samples, out, write_jobs(jobs, *how))
+    elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():
+        chat.Session(model, sampling, key, stops, args.max_new_tokens, mode).run()
+    elif args.samples > 1:
+        prompt = read_prompt(args)
+        jobs = [Job(1, i, {}, prompt) for i in range(1, args.samples + 1)]
+        for job, text, _ in write_jobs(jobs, *how):
+            print(f"--- sample {job.sample}\n{bdh_mlx.visible(as_text(prompt) + text)}")
+    else:
+        stream(read_prompt(args), *how)
     return 0
+
+
+def open_out(file: Path | None):
+    """The file to write, or stdout. Raises UserError."""
+    try:
+        return open(file or sys.stdout.fileno(), "w", encoding="utf-8", closefd=file is not None)
+    except OSError as error:
+        raise UserError(f"--out {file} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

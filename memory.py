@@ -66,6 +66,14 @@ def estimate(config: BDHConfig, B: int, T: int, compute: Compute) -> float:
     return peak * (1 if on_gpu() else CPU_AHEAD)
 
 
+def kept_besides(s: SimpleNamespace) -> int:
+    """Bytes of the weights' average (EMA) and of synapses, old and new (CARRY_STATE)."""
+    c = s.BDH_CONFIG
+    neurons = c.n_head * c.neurons_per_head * c.n_embd
+    average = 2 * (3 * neurons + 2 * c.vocab_size * c.n_embd) * bool(s.EMA)
+    return 4 * (average + 3 * c.n_layer * s.BATCH_SIZE * neurons * s.CARRY_STATE)
+
+
 def choose(s: SimpleNamespace) -> tuple[str, Compute, float]:
     """The setting of MEMORY that is to be used, as a Compute, and its estimated peak in bytes.
 
@@ -74,7 +82,7 @@ def choose(s: SimpleNamespace) -> tuple[str, Compute, float]:
     names = list(SETTINGS) if s.MEMORY == "auto" else [s.MEMORY]
     for name in names:
         compute = compute_for(s.BDH_CONFIG, name, s.DTYPE)
-        peak = estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute)
+        peak = estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + kept_besides(s)
         if peak <= available() or (s.FORCE and name == names[-1]):
             return name, compute, peak
     raise UserError(too_large(s, peak))

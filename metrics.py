@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import checkpoints
 from bdh_mlx import UserError
-from fast_layer import ln
+from fast_layer import forward_segment, ln
 from processes import Processes
 
 WATCHED, PIECE = 4096, 256  # validation bytes whose neurons are counted; of them at once
@@ -81,14 +81,15 @@ def activity(model: bdh_mlx.BDH, val: np.ndarray, T: int) -> dict[str, list[floa
     WATCHED bytes of val in blocks of T, without dropout. The paper names 5 % for x, less for y.
     """
     watched, L = val[:WATCHED].astype(np.int32), model.config.n_layer
+    weights = (model.encoder, model.encoder_v, model.decoder.reshape(*model.encoder.shape[::2], -1))
     active = np.zeros((2, L))
     for begin in range(0, len(watched), T):
-        block, synapses = watched[begin : begin + T], [None] * L
+        block, S = watched[begin : begin + T], [None] * L
         for position in range(0, len(block), PIECE):
             v = ln(model.embed(mx.array(block[None, position : position + PIECE])))
             for i in range(L):
-                x, y, synapses[i] = model.fire(v, position, synapses[i])
+                v, S[i], kept = forward_segment(v, S[i], weights, position, PIECE)
+                x, y = kept[5], kept[8]
                 active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
-                v = model.back(v, y)
     x, y = (active / len(watched)).tolist()
     return {"active_x": x, "active_y": y}

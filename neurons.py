@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from bdh_mlx import UserError, visible
-from fast_layer import ln, rotate
+from fast_layer import forward_segment, ln
 
 LONGEST = 512  # bytes of a text that are traced; every neuron of each is held in memory
 TOP = 10  # neurons and synapses listed
@@ -42,11 +42,13 @@ class Traced(NamedTuple):
 
 def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[Traced]:
     """What each layer computes for a text."""
-    v = ln(model.embed(mx.array([list(text)])))
+    v, (H, D, N) = ln(model.embed(mx.array([list(text)]))), model.encoder.shape
+    weights = (model.encoder, model.encoder_v, model.decoder.reshape(H, N, D))
     for _ in range(model.config.n_layer):
-        x, y, _ = model.fire(v)
-        yield Traced(x, y, rotate(x[:, None], 0)[:, 0], v[0])
-        v = model.back(v, y)
+        after, _, kept = forward_segment(v, None, weights, 0, len(text))
+        x, q, y = kept[5], kept[7], kept[8]
+        yield Traced(x, y, q.reshape(x.shape), v[0])
+        v = after
 
 
 def survey(model: bdh_mlx.BDH, stream: bytes, block: int = LONGEST) -> dict:

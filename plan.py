@@ -91,9 +91,7 @@ def examine(s: SimpleNamespace) -> Findings:
             if not data.fault(content, ("text",) if plain else NEEDED[s.TRAINING_MODE]):
                 text = format_example(content, s.TRAINING_MODE)
                 _note(found, content, text, s)
-                raw = (
-                    text.encode()
-                )  # val.bin has its records in their order
+                raw = text.encode()  # val.bin has its records in their order
                 found.in_val.append(val[at : at + len(raw)].tobytes() == raw)
                 at += found.in_val[-1] * (len(raw) + len(SEPARATOR))
     return found

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import islice, pairwise, takewhile
@@ -42,6 +42,7 @@ from bdh_mlx import UserError
 from endure import Enduring, Stop
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
 from metrics import activity, evaluations, open_log
+from muon import Muon
 from processes import Processes, is_lost
 from report import redraw
 
@@ -60,7 +61,11 @@ MIN_LEARNING_RATE = 0.1  # at the end of the cosine, as a share of LEARNING_RATE
 WARMUP_ITERS = 100  # updates of linear rise, while Adam's averages fill
 LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
 WEIGHT_DECAY = 0.1  # AdamW's, as in the paper
-GRAD_CLIP = 1.0  # largest global norm of a gradient
+GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: as it comes
+OPTIMIZER = "adamw"  # or "muon": orthogonal updates of the three matrices of neurons, per head
+CARRY_STATE = False  # each row of the batch reads on where it stopped, with the synapses it had
+EMA = 0.0  # of the weights, the share an update keeps in the average that is evaluated; 0: none
+NOISE = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_SKIPS = 10  # updates in a row skipped for numbers that are not finite before the run stops
 BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
 DTYPE = "auto"  # of the products: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
@@ -114,19 +119,34 @@ def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
     return rng.permutation(starts) % n_bytes
 
 
-def block_starts(n_bytes: int, first: int, count: int, T: int, seed: int) -> np.ndarray:
-    """First byte of the blocks number first .. first+count-1 of a run, over as many epochs."""
+def block_starts(
+    n_bytes: int, first: int, count: int, T: int, seed: int, rows: int | None = None
+) -> np.ndarray:
+    """First byte of the blocks number first .. first+count-1 of a run, over as many epochs.
+
+    With `rows` the blocks are in no random order: each of so many rows, which take blocks by turns,
+    reads on round the ring, from places spread evenly over it.
+    """
+    if rows:
+        turn, row = np.divmod(np.arange(first, first + count), rows)
+        start = np.random.default_rng(seed).integers(n_bytes)
+        return (start + row * n_bytes // rows + turn * T) % n_bytes
     where = [divmod(block, math.ceil(n_bytes / T)) for block in range(first, first + count)]
     return np.array([epoch_starts(n_bytes, T, seed, epoch)[i] for epoch, i in where])
 
 
+def rows(s: SimpleNamespace) -> int | None:
+    """Rows that read on and on, if CARRY_STATE has them."""
+    return s.BATCH_SIZE if s.CARRY_STATE else None
+
+
 def get_batch(
-    stream: np.ndarray, first: int, B: int, T: int, seed: int
+    stream: np.ndarray, first: int, B: int, T: int, seed: int, rows: int | None = None
 ) -> tuple[mx.array, mx.array]:
     """Blocks number first .. first+B-1 as idx and targets (B, T): a function of its arguments
     alone, so that a resumed run reads on where it stopped.
     """
-    starts = block_starts(len(stream), first, B, T, seed)
+    starts = block_starts(len(stream), first, B, T, seed, rows)
     rows = stream[(starts[:, None] + np.arange(T + 1)) % len(stream)].astype(np.int32)
     return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
 
@@ -157,7 +177,7 @@ def loss_weights(fields: np.ndarray, step: int, s: SimpleNamespace) -> np.ndarra
     shape = (count // s.BATCH_SIZE, s.BATCH_SIZE, T)
     if s.LOSS_ON == "all":
         return np.full(shape, 1 / (count * T), np.float32)
-    labels = get_batch(fields, step * count, count, T, s.SEED)[1]
+    labels = get_batch(fields, step * count, count, T, s.SEED, rows(s))[1]
     counted = np.array(labels == FIELDS.index(s.LOSS_ON), np.float32)
     return (counted / max(1, counted.sum())).reshape(shape)
 
@@ -260,7 +280,8 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
     if not (done := checkpoints.newest_valid(run)):
         if s.INIT_FROM:
             source = bdh_mlx.load_model(origin)
-            if replace(source.config, dropout=0) != replace(s.BDH_CONFIG, dropout=0):
+            dropout = {name: vars(s.BDH_CONFIG)[name] for name in ("dropout", "dropout_v")}
+            if replace(source.config, **dropout) != s.BDH_CONFIG:
                 raise UserError(f"INIT_FROM has {source.config}, this run {s.BDH_CONFIG}")
             model.update(source.parameters())
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
@@ -284,12 +305,37 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
             f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
             f"{s.INIT_FROM} are others now; set RUN_NAME to start another run from them"
         )
-    checkpoints.load(run, done, model, optimizer)
+    with averaged(model, optimizer):  # as it was saved
+        checkpoints.load(run, done, model, optimizer)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
     return done, ancestry
 
 
-def compiled_step(model, optimizer, clip: float) -> tuple[Callable, Callable, list]:
+def noisy(idx: mx.array, share: float, key: mx.array) -> mx.array:
+    """idx with `share` of its bytes replaced by bytes from anywhere in it."""
+    where, which = mx.random.split(mx.random.split(key, 2)[1])
+    others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=which)]
+    return mx.where(mx.random.uniform(shape=idx.shape, key=where) < share, others, idx)
+
+
+@contextmanager
+def averaged(model, optimizer) -> Iterator[None]:
+    """Put the average that EMA keeps in the place of the weights: it is evaluated and saved."""
+
+    def swap():
+        if "other" in optimizer.state:
+            weights = tree_map(lambda a: a, model.parameters())
+            model.update(optimizer.state["other"])
+            optimizer.state["other"] = weights
+
+    swap()
+    yield
+    swap()
+
+
+def compiled_step(
+    model, optimizer, clip: float | None, noise: float = 0, ema: float = 0
+) -> tuple[Callable, Callable, list]:
     """The halves of an iteration, and the state they change, to be evaluated after each update.
 
     gradient(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
@@ -300,17 +346,30 @@ def compiled_step(model, optimizer, clip: float) -> tuple[Callable, Callable, li
 
     @compiled
     def gradient(idx, targets, weights, key):
-        def loss():
-            return mx.sum(byte_losses(model, idx, targets, key) * weights)
+        idx = noisy(idx, noise, key) if noise else idx
 
-        return nn.value_and_grad(model, loss)()
+        found = optimizer.state.get("synapses")
+
+        def loss():
+            logits, _, *left = model(idx, key=key, synapses=found)
+            return mx.sum(nn.losses.cross_entropy(logits, targets) * weights), left
+
+        (value, left), gradients = nn.value_and_grad(model, loss)()
+        for synapses in left:  # from zero after a loss that is not finite
+            good = mx.isfinite(value)
+            optimizer.state["synapses"] = [mx.where(good, S, 0) for S in synapses]
+        return value, gradients
 
     @compiled
     def update(loss, gradients):
         """One step of AdamW; nothing changes where the loss or the gradient is not finite."""
-        gradients, norm = optim.clip_grad_norm(gradients, clip)
+        gradients, norm = optim.clip_grad_norm(gradients, clip or math.inf)
         before = tree_map(lambda a: a, state)
         optimizer.update(model, gradients)
+        if ema:  # a mean of all weights at first, since the start of the average is random
+            new = 1 - mx.minimum(ema, optimizer.step / (optimizer.step + 9))
+            move = lambda mean, weights: mean + new * (weights - mean)  # noqa: E731
+            optimizer.state["other"] = tree_map(move, optimizer.state["other"], model.parameters())
         good = mx.isfinite(loss) & mx.isfinite(norm)
         kept = tree_map(lambda new, old: mx.where(good, new, old), state, before)
         model.update(kept[0])
@@ -336,6 +395,8 @@ def main(argv: list[str] | None = None) -> int:
 
         return plan.tell(given)
     together = Processes()
+    if together.size > 1 and given.CARRY_STATE:
+        raise UserError("CARRY_STATE keeps the rows of one process; leave it out of several")
     if not together.first:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     with Stop(together) as stop:
@@ -414,8 +475,15 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
 
     mx.random.seed(s.SEED)
     model = bdh_mlx.BDH(s.BDH_CONFIG)
-    optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
+    kind = {"adamw": optim.AdamW, "muon": Muon}[s.OPTIMIZER]
+    optimizer = kind(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
+    if s.EMA:
+        optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
+    if s.CARRY_STATE:  # with the optimizer's state, since it is saved and goes on with it
+        N, D, H = s.BDH_CONFIG.neurons_per_head, s.BDH_CONFIG.n_embd, s.BDH_CONFIG.n_head
+        nothing = mx.zeros((H, s.BATCH_SIZE, N, D))
+        optimizer.state["synapses"] = [nothing] * s.BDH_CONFIG.n_layer
     found = start(run, s, report, model, optimizer) if together.first else None
     step, ancestry = together.share(found)
     model.update(together.from_first(model.parameters()))  # before compiling
@@ -444,13 +512,13 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     print(f"memory: {name}, {model.compute.dtype}, estimated peak {peak / 1e9:.2f} GB")
     print(f"note: {EXPECT[s.TRAINING_MODE]}")
-    gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP)
+    gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
     info["ancestry"] = ancestry
     info["parameters"] = n_parameters
     if together.first:
-        checkpoints.check_space(run, model, s.KEEP + 2)
+        checkpoints.check_space(run, model, optimizer, s.KEEP + 2)
         checkpoints.write_whole(run / "config.json", json.dumps(info, indent=1))
     bar = tqdm(total=total if total < math.inf else None, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
@@ -461,14 +529,15 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
 
     def where(step):
         count = sequences(s)
-        starts = block_starts(len(train_bytes), step * count, count, s.BLOCK_SIZE, s.SEED)
+        starts = block_starts(len(train_bytes), step * count, count, s.BLOCK_SIZE, s.SEED, rows(s))
         return f"{s.BLOCK_SIZE} bytes each from {starts.tolist()} of the training bytes"
 
     def save():
         nonlocal saved
         if saved < step:
             if together.first:
-                checkpoints.save(run, step, model, optimizer, info)
+                with averaged(model, optimizer):
+                    checkpoints.save(run, step, model, optimizer, info)
             together.wait()  # none goes on, or leaves, before it is on the disk
             saved = step
 
@@ -482,7 +551,10 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
             print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
             return 128 + stop.number
         if (finished or step % s.EVAL_FREQ == 0) and evaluated < step:
-            val_loss, nats = evaluate(losses_of, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop, together)
+            with averaged(model, optimizer):
+                val_loss, nats = evaluate(
+                    losses_of, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop, together
+                )
             if stop.number:
                 continue
             if not math.isfinite(val_loss):
@@ -497,12 +569,14 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
             found = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
             found["val_loss_fields"] = nats
             found["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
-            found |= activity(model, val[0], s.BLOCK_SIZE)
+            with averaged(model, optimizer):
+                found |= activity(model, val[0], s.BLOCK_SIZE)
             found["advice"] = advise([*history, found], s, total, entropy)
             log(**found)  # logged: all done
             if together.first:
-                said = samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop)
-                log(step=step, samples=list(said))
+                with averaged(model, optimizer):
+                    said = samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop)
+                    log(step=step, samples=list(said))
             if out_of_patience():
                 save()
                 finished = True
@@ -517,9 +591,11 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         optimizer.learning_rate = rate = learning_rate(step, total, s)
         loss, gradients = 0.0, None
         weights = loss_weights(train_fields, step, s)
+        synapses = optimizer.state.get("synapses")
         for i in range(together.rank, len(weights), together.size):
             micro = step * len(weights) + i
-            batch = get_batch(train_bytes, micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
+            where_read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED, rows(s))
+            batch = get_batch(train_bytes, *where_read)
             key = mx.random.key(s.SEED * 2**32 + micro)
             part, more = gradient(*batch, mx.array(weights[i]), key)
             loss += part
@@ -527,7 +603,9 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
             mx.eval(loss, gradients)
             if stop.number:
                 break
-        if stop.number:  # nothing has changed since the last update: saved as it was there
+        if stop.number:  # saved as it was after the last update
+            if synapses:
+                optimizer.state["synapses"] = synapses
             continue
         loss, gradients = together.total((loss, gradients))
         norm = update(loss, gradients)
@@ -588,7 +666,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
 UPDATE = "BATCH_SIZE x GRAD_ACCUM x processes"
 FIXED = ["TRAINING_MODE", "BLOCK_SIZE", UPDATE, "SEED"]
-FIXED += ["train data", "val data"]
+FIXED += ["OPTIMIZER", "EMA", "CARRY_STATE", "train data", "val data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 AT_LEAST = {
     name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP", "MAX_SKIPS")
@@ -618,7 +696,7 @@ def check(s: SimpleNamespace) -> None:
             f"RUN_NAME is {s.RUN_NAME!r}; it must be 1 to 64 of the characters A-Za-z0-9._-"
         )
     one_of = {"TRAINING_MODE": NEEDED, "LOSS_ON": ("all", "response")}
-    one_of |= {"DTYPE": ("auto", "bfloat16", "float32")}
+    one_of |= {"DTYPE": ("auto", "bfloat16", "float32"), "OPTIMIZER": ("adamw", "muon")}
     for name, choices in (one_of | {"MEMORY": ("auto", *memory.SETTINGS)}).items():
         if vars(s)[name] not in choices:
             raise UserError(f"{name} is {vars(s)[name]!r}; it must be one of {', '.join(choices)}")
@@ -633,6 +711,9 @@ def check(s: SimpleNamespace) -> None:
     for name in ("EPOCHS", "LEARNING_RATE", "GRAD_CLIP"):
         if (value := vars(s)[name]) is not None and not 0 < value < math.inf:
             raise UserError(f"{name} is {value}; it must be above 0")
+    for name in ("EMA", "NOISE"):
+        if not 0 <= vars(s)[name] < 1:
+            raise UserError(f"{name} is {vars(s)[name]}; it must be at least 0 and below 1")
     for name in ("VAL_SHARE", "MIN_LEARNING_RATE"):
         if not 0 < vars(s)[name] <= 1:
             raise UserError(f"{name} is {vars(s)[name]}; it must be above 0 and at most 1")

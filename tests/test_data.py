@@ -350,3 +350,22 @@ def test_a_mode_whose_texts_cannot_be_held_out_says_so(tmp_path):
     file = write_jsonl(tmp_path / "d.jsonl", many(3, 400))
     with pytest.raises(UserError, match=r"3 distinct texts in TRAINING_MODE 'system'.*VAL_SHARE"):
         prepare(file, tmp_path / "cache", mode="system")
+
+
+def test_a_ready_split_is_taken_as_it_is(tmp_path):
+    (source := tmp_path / "split").mkdir()
+    (source / "train.bin").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match="no val"):
+        prepare(source, tmp_path / "cache")
+    (source / "val.bin").write_bytes(b"held out")
+    report, train, val = prepare(source, tmp_path / "cache")
+    assert (train, val) == (bytes(range(256)), b"held out")
+    assert (report["train"]["bytes"], report["val"]["bytes"]) == (256, 8)
+    (source / "val.fields").write_bytes(b"\1\1\1\1\2\2\2\2")
+    folder = data.prepare(str(source), "full", 0.1, 1, tmp_path / "cache")
+    assert (folder / "val.fields").read_bytes() == b"\1\1\1\1\2\2\2\2"
+    assert (folder / "train.fields").read_bytes() == bytes([FIELDS.index("text")]) * 256
+    assert data.intact(folder)
+    (source / "val.fields").write_bytes(b"\1")
+    with pytest.raises(UserError, match="a byte for each"):
+        prepare(source, tmp_path / "cache")

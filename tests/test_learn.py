@@ -284,7 +284,7 @@ def test_activity_is_the_share_of_neurons_not_zero_in_each_layer(T):
             a = bdh_mlx.attention_quadratic(bdh_mlx.rotate(x[:, None]), v)[:, 0]
             y = mx.maximum(bdh_mlx.ln(a) @ model.encoder_v, 0) * x
             counts[:, i] += [mx.sum(x > 0).item(), mx.sum(y > 0).item()]
-            v = model.layer(v)[0]
+            v = model.layer(v)
     shares = counts / (600 * 32)
     found = activity(model, val, T)
     np.testing.assert_allclose([found["active_x"], found["active_y"]], shares, atol=2e-4)

@@ -108,33 +108,6 @@ def test_a_byte_changes_no_logits_before_it():
         assert furthest(before[:, t], after[:, t]) > 1e-3
 
 
-@pytest.mark.parametrize("T", [1, 2, 31, 64, 65, 100])
-@pytest.mark.parametrize("chunk", [1, 7, 32, 64, 1000])
-def test_attention_in_chunks_equals_the_quadratic_form_with_its_gradients(T, chunk):
-    q = mx.random.normal((2, 3, T, 8), key=mx.random.key(1))
-    v = mx.random.normal((3, T, 5), key=mx.random.key(2))
-    w = mx.random.normal((2, 3, T, 5), key=mx.random.key(3))
-
-    def weighted(attend):
-        return mx.value_and_grad(lambda q, v: (attend(q, v) * w).sum(), argnums=(0, 1))(q, v)
-
-    value, gradients = weighted(bdh_mlx.attention_quadratic)
-    fast_value, fast_gradients = weighted(lambda q, v: bdh_mlx.attention(q, v, chunk=chunk)[0])
-    for slow, fast in zip((value, *gradients), (fast_value, *fast_gradients), strict=True):
-        assert furthest(slow, fast) <= 1e-5 * mx.max(mx.abs(slow)).item()
-
-
-@pytest.mark.parametrize("cuts", [[40], [1, 2, 3], [64], [13, 50, 99], list(range(1, 100))])
-def test_reading_in_pieces_equals_reading_at_once(cuts):
-    model, idx = random_model(), random_bytes(2, 100)
-    whole = model(idx)[0]
-    pieces, state = [], None
-    for piece in mx.split(idx, cuts, 1):
-        logits, state = model.read(piece, state)
-        pieces.append(logits)
-    assert furthest(whole, mx.concatenate(pieces, 1)) < 2e-5 * mx.max(mx.abs(whole)).item()
-
-
 def test_dropout_acts_only_with_a_key_and_depends_on_it():
     model, batch = random_model(), (random_bytes(2, 32), random_bytes(2, 32, seed=2))
     losses = [model(*batch, key=k)[1].item() for k in (None, None, *map(mx.random.key, (1, 1, 2)))]

@@ -23,14 +23,17 @@ TINY = (
 def run(command, cwd):
     script, *args = shlex.split(command, comments=True)[1:]
     command = [sys.executable, str(ROOT / script), *args]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, input="")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder with a data file of the user's, and a run of mode full."""
+    """A working folder with data files of the user's, and a run of mode full."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "my_records.jsonl").write_text((ROOT / "data" / "sample.jsonl").read_text())
+    records = (ROOT / "data" / "sample.jsonl").read_text().splitlines(keepends=True)
+    (folder / "held_out.jsonl").write_text("".join(records[:3]))
+    (folder / "asked.jsonl").write_text('{"prompt": "a"}\n{"instruction": "b"}\n')
     assert run(f"python train_mlx.py --preset tiny --dataset sample {TINY}", folder).returncode == 0
     return folder
 
@@ -49,8 +52,13 @@ def test_training_commands_run(line, folder):
 def test_generating_commands_run(line, folder):
     ran = run(line, folder)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith("### Instruction:\nExplain")
-    assert run(line, folder).stdout == ran.stdout  # they name a seed
+    if "--prompt " in line:
+        assert ran.stdout.startswith("### Instruction:\nExplain")
+        assert run(line, folder).stdout == ran.stdout  # it names a seed
+    if "--prompts" in line:
+        assert len((folder / "answered.jsonl").read_text().splitlines()) == 2
+    if "--evaluate" in line:
+        assert ran.stdout.splitlines()[-1].startswith("whole ")
 
 
 def test_there_is_something_to_test():

@@ -39,9 +39,9 @@ def reads_itself(monkeypatch):
     )
 
 
-def forgets_its_position(monkeypatch):
-    rotate = bdh_mlx.rotate
-    monkeypatch.setattr(bdh_mlx, "rotate", lambda q, position: rotate(q, 0))
+def forgets_what_it_read(monkeypatch):
+    read = bdh_mlx.BDH.read
+    monkeypatch.setattr(bdh_mlx.BDH, "read", lambda self, idx, state: read(self, idx))
 
 
 def loads_something_else(monkeypatch):
@@ -81,8 +81,8 @@ def computes_otherwise_the_second_time(monkeypatch):
     ("check", "breaks"),
     [
         ("exactly five trainable arrays", one_more_array),
-        ("read in chunks = at once", reads_itself),
-        ("read byte by byte = at once", forgets_its_position),
+        ("in chunks = the definition", reads_itself),
+        ("read byte by byte = at once", forgets_what_it_read),
         ("saved and loaded: the same loss", loads_something_else),
         ("stopped and resumed = straight", loses_the_optimizer),
         ("GPU = CPU", computes_otherwise_the_second_time),

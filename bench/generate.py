@@ -1,0 +1,251 @@
+"""Generation: ours against recomputing the whole prefix for every byte, and the prompt's speed.
+
+    python bench/generate.py                    # default model on a CPU, under 2 minutes
+    python bench/generate.py --gpu              # on a GPU, under 100 s
+    python bench/generate.py --positions checkpoints_mlx/full text.txt    # loss by position
+
+One process per system, one after the other on one machine, so that one that fails costs its rows
+only. Prints a JSON line per measurement, then a table; `ratio` is the recomputation's time per byte
+at that context divided by the row's. Weights are random: half the neurons are active, the least a
+trained model would leave to do. `--model RUN` takes a checkpoint's. A context on a CPU is a state
+of random synapses at that position: what a byte costs does not depend on what they hold.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+CPU = [
+    {"kind": "stream", "contexts": [1, 128, 1024, 8192], "bytes": 64},
+    {"kind": "prefill", "lengths": [1024]},
+    {"kind": "recompute", "contexts": [128, 1024], "bytes": 1},
+]
+SINGLE = {"kind": "stream", "contexts": [1, 128, 8192, 65536], "bytes": 512}
+GPU = [
+    SINGLE | {"dtype": "bfloat16"},
+    SINGLE | {"dtype": "float32"},
+    *(
+        {"kind": "stream", "contexts": [512], "B": 64, "tail": tail, "dtype": "bfloat16",
+         "bytes": 256, "shared": shared}
+        for tail, shared in ((32, False), (64, False), (128, False), (64, True), (256, True))
+    ),
+    {"kind": "prefill", "lengths": [4096, 65536, 1_000_000], "dtype": "bfloat16"},
+    {"kind": "prefill", "lengths": [65536], "dtype": "float32"},
+    {"kind": "recompute", "contexts": [128, 1024, 8192], "bytes": 3},
+    {"kind": "error", "dtype": "float32"},
+    {"kind": "error", "dtype": "bfloat16"},
+]  # fmt: skip
+
+
+def build(case: dict):
+    """The model, and a function that makes a prompt (B, T) of random bytes."""
+    import bdh_mlx  # isort: skip
+    import mlx.core as mx
+
+    import state
+
+    state.TAIL = case.get("tail", state.TAIL)
+    mx.random.seed(0)
+    model = bdh_mlx.load_model(case["model"]) if case["model"] else bdh_mlx.BDH(bdh_mlx.BDHConfig())
+    dtype = getattr(mx, case.get("dtype", "float32"))
+    model.compute = replace(model.compute, dtype=dtype)
+    mx.eval(model.parameters())
+    return model, lambda B, T: mx.random.randint(0, 256, (B, T))
+
+
+def measure_stream(case: dict):
+    """Seconds per step of writing on at each context, sampling and all, after warm-up."""
+    model, prompt = build(case)
+    import mlx.core as mx
+
+    from state import State, prefill
+
+    B, L, (H, D, N) = case.get("B", 1), model.config.n_layer, model.encoder.shape
+    on_gpu = mx.default_device() == mx.gpu
+    for context in case["contexts"]:
+        if on_gpu:
+            shared = case.get("shared")
+            _, before = prefill(model, prompt(1 if shared else B, context))
+        else:
+            synapses = tuple(mx.random.normal((H, 1, N, D)) for _ in range(L))
+            before = State(context, synapses=synapses if context > 1 else ())
+        mx.eval(before)
+        warm_up, seconds = (96 if on_gpu else 4), []
+        stream = model.stream(prompt(B, 1), key=mx.random.key(1), state=before)
+        del before
+        next(stream).tolist()
+        began = time.perf_counter()
+        for i, token in enumerate(islice(stream, warm_up + case["bytes"])):
+            token.tolist()
+            if i >= warm_up:
+                seconds.append(time.perf_counter() - began)
+            began = time.perf_counter()
+        stream.close()
+        yield {"context": context, "B": B, "seconds": sum(seconds) / len(seconds),
+               "slowest": max(seconds), "peak_gb": mx.get_peak_memory() / 1e9}  # fmt: skip
+
+
+def measure_prefill(case: dict):
+    model, prompt = build(case)
+    import mlx.core as mx
+
+    from state import prefill
+
+    for length in case["lengths"]:
+        idx = prompt(1, length)
+        mx.eval(idx, prefill(model, idx[:, : 4096 if length > 4096 else 256]))
+        mx.reset_peak_memory()
+        began = time.perf_counter()
+        mx.eval(prefill(model, idx))
+        seconds = (time.perf_counter() - began) / length
+        yield {"context": length, "B": 1, "seconds": seconds,
+               "peak_gb": mx.get_peak_memory() / 1e9}  # fmt: skip
+
+
+def measure_recompute(case: dict):
+    """The definition over the whole prefix for each byte, as a generator without a state does."""
+    model, prompt = build(case)
+    import mlx.core as mx
+
+    for context in case["contexts"]:
+        idx = prompt(1, context)
+        mx.eval(model.quadratic(idx[:, :64] if mx.default_device() == mx.cpu else idx))
+        began = time.perf_counter()
+        for _ in range(case["bytes"]):
+            token = mx.argmax(model.quadratic(idx)[0][:, -1:], -1)
+            idx = mx.concatenate([idx[:, 1:], token], 1)
+            mx.eval(idx)
+        seconds = (time.perf_counter() - began) / case["bytes"]
+        yield {"context": context, "B": 1, "seconds": seconds,
+               "peak_gb": mx.get_peak_memory() / 1e9}  # fmt: skip
+
+
+def measure_error(case: dict):
+    """Largest and mean difference of logits over 512 bytes: 256 read at once, 256 one by one."""
+    model, prompt = build(case)
+    import mlx.core as mx
+
+    idx, out = prompt(1, 512), []
+    exact = model.quadratic(idx)[0]
+    state = None
+    for piece in mx.split(idx, list(range(256, 512)), 1):
+        logits, state = model.read(piece, state)
+        mx.eval(logits, state)
+        out.append(logits)
+    off = mx.abs(mx.concatenate(out, 1) - exact)
+    yield {"context": 512, "B": 1, "largest": mx.max(off).item(), "mean": mx.mean(off).item(),
+           "logits": mx.std(exact).item()}  # fmt: skip
+
+
+def positions(run: str, file: str, window: int | None, B: int = 32) -> None:
+    """Loss by position up to 8 * BLOCK_SIZE, with windows and without, over B texts of `file`."""
+    import bdh_mlx  # isort: skip
+    import mlx.core as mx
+    import mlx.nn as nn
+    import numpy as np
+
+    from state import State
+
+    model, text = bdh_mlx.load_model(run), np.fromfile(file, np.uint8)
+    block = model.trained_length
+    if not block:
+        raise bdh_mlx.UserError(f"{run} does not say its BLOCK_SIZE (config.json)")
+    length = 8 * block
+    starts = np.linspace(0, len(text) - length - 1, B).astype(int)
+    rows = mx.array(text[starts[:, None] + np.arange(length + 1)].astype(np.int32))
+    edges = [0, block // 2, *(block * 2**i for i in range(4))]
+    print(f"{run}: BLOCK_SIZE {block}; bits per byte of {B} texts of {length:,} bytes in {file}")
+    print(f"{'window':>8}" + "".join(f"{f'{a}-{b}':>13}" for a, b in pairwise(edges)))
+    for W in (None, window) if window else (None, block // 2, block, 2 * block):
+        state, losses = State(window=W), []
+        for begin in range(0, length, block):
+            piece = rows[:, begin : begin + block + 1]
+            logits, state = model.read(piece[:, :-1], state)
+            losses.append(nn.losses.cross_entropy(logits, piece[:, 1:]).mean(0))
+            mx.eval(losses[-1], state)
+        bits = np.array(mx.concatenate(losses)) / math.log(2)
+        cells = (bits[a:b].mean() for a, b in pairwise(edges))
+        print(f"{W or 'none':>8}" + "".join(f"{cell:>13.3f}" for cell in cells), flush=True)
+
+
+def run(case: dict, timeout: int) -> list[dict]:
+    """The lines of one case's process; a failure is a line too."""
+    env = os.environ | ({"MLX_ENABLE_TF32": "0"} if case["kind"] == "error" else {})
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
+    failed, output = None, ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+        output = done.stdout
+        if done.returncode:
+            failed = (done.stderr.strip().splitlines() or ["killed"])[-1][:200]
+    except subprocess.TimeoutExpired as error:
+        failed, output = f"over {timeout} s", (error.stdout or b"").decode()
+    lines = [case | json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return lines + ([case | {"failed": failed}] if failed else [])
+
+
+def table(results: list[dict]) -> str:
+    rows = [
+        f"{'system':<34}{'B':>4}{'context':>9}{'bytes/s':>11}{'ms/byte':>10}{'GB':>7}{'ratio':>9}"
+    ]
+    peers = {r["context"]: r["seconds"] for r in results if r["kind"] == "recompute" and "B" in r}
+    for r in results:
+        name = f"{r['kind']} {r.get('dtype', 'float32')}"
+        name += f", tail {r['tail']}" if "tail" in r else ""
+        name += ", one prompt" if r.get("shared") else ""
+        if "failed" in r:
+            rows.append(f"{name:<34}  failed: {r['failed']}")
+        elif "largest" in r:
+            rows.append(f"{name:<34}  logits (spread {r['logits']:.2f}) off by {r['largest']:.1e} "
+                        f"at most, {r['mean']:.1e} on average")  # fmt: skip
+        else:
+            each = r["seconds"] / r["B"]
+            peer = peers.get(r["context"])
+            ratio = f"{peer / each:,.1f}" if peer and r["kind"] == "stream" else ""
+            rows.append(f"{name:<34}{r['B']:>4}{r['context']:>9,}{1 / each:>11,.1f}"
+                        f"{each * 1e3:>10,.4f}{r['peak_gb']:>7.2f}{ratio:>9}")  # fmt: skip
+    single = {(r.get("dtype"), r["context"]): r["seconds"] for r in results
+              if r["kind"] == "stream" and r.get("B") == 1}  # fmt: skip
+    for (dtype, context), seconds in single.items():
+        if context == 8192 and (dtype, 128) in single:
+            ratio = seconds / single[dtype, 128]
+            rows.append(f"time per byte at 8,192 / at 128, {dtype or 'float32'}: {ratio:.2f}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpu", action="store_true", help="the cases of a GPU")
+    parser.add_argument("--model", help="run, checkpoint or weights (random, default shape)")
+    parser.add_argument("--positions", nargs=2, metavar=("RUN", "FILE"), help="loss by position")
+    parser.add_argument("--window", type=int, help="of --positions, bytes (BLOCK_SIZE * 1/2, 1, 2)")
+    parser.add_argument("--timeout", type=int, default=60, help="seconds a process may take (60)")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.positions:
+        return positions(*args.positions, args.window)
+    if args.case:
+        for line in globals()["measure_" + args.case["kind"]](args.case):
+            print(json.dumps(line), flush=True)
+        return
+    results = []
+    for case in GPU if args.gpu else CPU:
+        for line in run(case | {"model": args.model}, args.timeout):
+            results.append(line)
+            print(json.dumps(line), flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

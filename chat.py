@@ -1,0 +1,179 @@
+"""A session at the terminal: what is typed goes to the model in the format of its training mode.
+
+The model keeps its state between the turns: each is read after all that was said before, as records
+follow each other in training.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from bdh_mlx import BDH, UserError, visible  # before mlx.core, which needs its fast BLAS
+
+# isort: split
+import mlx.core as mx
+
+import formats
+from sampling import Sampling
+from writing import Place, Stops, Terminal, read, write
+
+HISTORY = Path("~/.bdh_history").expanduser()
+HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
+/temp 0.7     temperature; 0: the likeliest byte
+/reset        forget all that was said
+/save FILE    all that was said, as read by the model; --prompt-file FILE goes on from it
+/quit         leave, as Ctrl-D does; Ctrl-C stops an answer
+"""           on a line of its own begins and ends a text of several lines'''
+
+
+def lines_edited() -> None:
+    """Let input() edit its line, know earlier ones and take several pasted lines as one."""
+    with suppress(ImportError):  # some Pythons have no readline; input() works without
+        import readline
+
+        with suppress(OSError):
+            readline.read_history_file(HISTORY)
+        readline.set_history_length(1000)
+        if "libedit" not in readline.__doc__:  # which cannot: there, """ is the way
+            readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def lines_kept() -> None:
+    """Write the history, where there is one and it can be written."""
+    with suppress(ImportError, OSError):
+        import readline
+
+        os.close(os.open(HISTORY, os.O_CREAT | os.O_WRONLY, 0o600))  # for its owner alone
+        readline.write_history_file(HISTORY)
+
+
+def typed(prompt: str = "> ") -> str:
+    """A line, or the lines between two of triple quotes. Raises EOFError at the end of input."""
+    line = input(prompt)
+    if line.strip() != '"""':
+        return line
+    lines = []
+    while (line := input(". ")).strip() != '"""':
+        lines.append(line)
+    return "\n".join(lines)
+
+
+class Session:
+    """Turns with a model of one mode (None: what is typed is read as it is)."""
+
+    def __init__(
+        self,
+        model: BDH,
+        sampling: Sampling,
+        key: mx.array,
+        stops: Sequence[bytes],
+        budget: int,
+        mode: str | None,
+    ):
+        self.model, self.sampling, self.key = model, sampling, key
+        self.stops, self.budget, self.mode = stops, budget, mode
+        self.system = ""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that was said."""
+        self.place: Place | None = None
+        self.text = bytearray()  # what `place` is the end of
+
+    def run(self) -> None:
+        """Take turns until Ctrl-D or /quit."""
+        lines_edited()
+        note = formats.EXPECT.get(self.mode, "no training mode is known: text is read as it is")
+        print(f"note: {note}\n/help lists the commands")
+        try:
+            while (line := self.next_line()) not in (None, "/quit"):
+                try:
+                    if line.startswith("/"):
+                        self.command(*line.partition(" ")[::2])
+                    elif line:
+                        self.turn(line)
+                except UserError as error:
+                    print(f"error: {visible(str(error))}")
+        finally:
+            lines_kept()
+
+    def next_line(self) -> str | None:
+        """What is typed; None at the end. Ctrl-C starts the line anew."""
+        while True:
+            try:
+                return typed()
+            except KeyboardInterrupt:
+                print()
+            except EOFError:
+                print()
+                return None
+
+    def command(self, name: str, argument: str) -> None:
+        """Do what a line that begins with / says. Raises UserError."""
+        if name == "/system":
+            self.system = argument.strip()
+            if self.mode not in ("both", "full"):
+                print(f"note: mode {self.mode} has no system text beside the one typed")
+        elif name == "/temp":
+            try:
+                self.sampling = replace(self.sampling, temperature=float(argument))
+            except (ValueError, UserError) as error:
+                reason = error if isinstance(error, UserError) else f"{argument!r} is no number"
+                raise UserError(f"/temp: {reason}") from None
+        elif name == "/reset":
+            self.reset()
+        elif name == "/save":
+            self.save(Path(argument.strip()).expanduser())
+        elif name == "/help":
+            print(HELP)
+        else:
+            raise UserError(f"{name} is no command; /help lists them")
+
+    def save(self, file: Path) -> None:
+        """Write all that was said. Raises UserError."""
+        try:
+            file.write_bytes(self.text)
+        except OSError as error:
+            raise UserError(f"/save {file}: {error.strerror}") from None
+        print(f"saved {len(self.text):,} bytes in {file}")
+
+    def turn(self, line: str) -> None:
+        """Read a line in its format and print the answer as it comes; Ctrl-C ends it."""
+        self.key, key = mx.random.split(self.key)
+        asked, terminal = self.asked(line), Terminal()
+        stop = Stops(self.stops, asked)
+        try:
+            self.place = read(self.model, [asked], self.place)
+            self.text += asked
+            written = write(self.model, self.place, self.sampling, key)
+            for token, place in islice(written, self.budget):
+                self.place = place
+                self.text += bytes(token)
+                terminal.write(stop.feed(bytes(token)))
+                if stop.found:
+                    break
+        except KeyboardInterrupt:
+            pass
+        terminal.write(stop.end(), final=not self.sampling.utf8)
+        print()
+
+    def asked(self, line: str) -> bytes:
+        """A line as the model reads it: in its mode's format, after what ends the record before."""
+        if self.mode is None:
+            return line.encode(errors="surrogateescape")
+        fields = {"system": self.system, "instruction": line}
+        if self.mode == "system":
+            fields["system"] = line
+        opening = formats.opening(fields, self.mode).encode(errors="surrogateescape")
+        return missing_end(self.text, self.mode) + opening
+
+
+def missing_end(text: bytes, mode: str) -> bytes:
+    """What of the end of a record, and of the blank line after it, `text` does not end in yet."""
+    if not text:
+        return b""
+    end = ((formats.STOP if mode == "full" else "") + formats.SEPARATOR).encode()
+    return end[max(n for n in range(len(end) + 1) if text.endswith(end[:n])) :]

@@ -1,0 +1,54 @@
+"""The loss of a checkpoint on a data set, whole and by the field each byte belongs to."""
+
+import json
+import math
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from bdh_mlx import BDH, UserError  # before mlx.core, to which it gives a fast BLAS on Linux
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+import data
+from formats import FIELDS
+from train_mlx import byte_losses, evaluate
+
+BLOCK_SIZE = 4096  # bytes read at once, where the checkpoint does not say what it was trained on
+
+
+def settings_of(weights: Path) -> dict:
+    """The trainer's settings, from config.json beside the weights; {} where there is none."""
+    try:
+        return dict(json.loads(weights.with_name("config.json").read_text())["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
+    """A table of nats and bits per byte by field. Raises UserError."""
+    if mode is None:
+        raise UserError("the checkpoint names no training mode to format records in; give --mode")
+    with tempfile.TemporaryDirectory() as folder:
+        about, stream, fields = data.whole(dataset, mode, Path(folder))
+    if len(stream) < 2:
+        raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
+    T, B = settings.get("BLOCK_SIZE", BLOCK_SIZE), settings.get("BATCH_SIZE", 1)
+    losses = mx.compile(partial(byte_losses, model))
+    whole, means = evaluate(losses, stream, fields, B, T)
+    count = np.bincount(fields[1:], minlength=len(FIELDS)).tolist()
+    counts = {name or "headers": n for name, n in zip(FIELDS, count, strict=True)}
+    n_bytes = len(stream) - 1
+    lines = [
+        f"{dataset}: {about['records']:,} records, mode {mode}, {len(stream):,} bytes in blocks of "
+        f"{T:,}, as the trainer validates",
+        *(f"  skipped {n:,}: {reason}" for reason, n in about["skipped"].items()),
+        f"{'field':11} {'bytes':>12} {'share':>7} {'nats/byte':>10} {'bits/byte':>10}",
+    ]
+    for name, mean in (means | {"whole": whole}).items():
+        n = counts.get(name, n_bytes)
+        bits = mean / math.log(2)
+        lines.append(f"{name:11} {n:12,} {n / n_bytes:7.1%} {mean:10.4f} {bits:10.4f}")
+    return "\n".join(lines)

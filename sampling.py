@@ -1,0 +1,154 @@
+"""How the next byte is drawn from its logits: temperature, and what narrows the choice.
+
+Each row of a batch carries its `Past`, what the draw must know of the bytes before: the last of
+them, for the repetition penalty, and where in a UTF-8 character they end.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+from bdh_mlx import UserError  # before mlx.core, to which it gives a fast BLAS on Linux
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+WINDOW = 256  # last bytes that the repetition penalty looks at
+NONE = -1  # in `Past.recent`: no byte yet
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of a draw, in the order in which they act. Raises UserError for an impossible one.
+
+    Each filter sees the probabilities that those before it left, scaled to a sum of 1.
+    """
+
+    utf8: bool = False  # only bytes that continue valid UTF-8
+    repetition_penalty: float = 1.0  # of bytes in the last WINDOW: logits > 0 by it, < 0 times it
+    temperature: float = 1.0  # divides the logits; 0: the likeliest byte
+    top_k: int | None = None  # the k likeliest bytes
+    top_p: float | None = None  # the fewest likeliest bytes that hold this share of probability
+    min_p: float | None = None  # bytes with at least this share of the likeliest one's probability
+
+    def __post_init__(self):
+        for name, good, limits in (
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1: none"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-6 <= self.temperature < math.inf,
+                "0 (the likeliest byte) or at least 0.000001",
+            ),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
+        ):
+            if not good:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be {limits}")
+
+    def draw(self, logits: mx.array, past: "Past", key: mx.array):
+        """One byte for each row of logits (B, V): the bytes (B,), the past with them, a new key."""
+        if self.utf8 and logits.shape[-1] != 256:
+            raise UserError(f"utf8 needs a vocabulary of 256 bytes; this one has {logits.shape[1]}")
+        return _compiled(self)(logits, past, key)
+
+
+class Past(NamedTuple):
+    """What a draw must know of the bytes before it: the last ones (B, WINDOW) and the state of the
+    UTF-8 automaton (B,)."""
+
+    recent: mx.array
+    utf8: mx.array
+
+
+def past_of(idx: np.ndarray) -> Past:
+    """The past after the bytes idx (B, T)."""
+    B, T = idx.shape
+    recent = np.full((B, WINDOW), NONE, np.int32)
+    recent[:, WINDOW - min(T, WINDOW) :] = idx[:, -WINDOW:]
+    state = np.zeros(B, np.int32)
+    for column in idx[:, -4:].T:  # a character has at most 4 bytes
+        state = NEXT[state, column]
+    return Past(mx.array(recent), mx.array(state))
+
+
+def after(past: Past, token: mx.array) -> Past:
+    """The past with one byte more in each row."""
+    token = token.astype(mx.int32)
+    recent = mx.concatenate([past.recent[:, 1:], token[:, None]], 1)
+    return Past(recent, mx.array(NEXT)[past.utf8, token])
+
+
+# ------------------------------------------------------------------------------------- the filters
+
+
+@lru_cache(maxsize=8)
+def _compiled(s: Sampling):
+    return mx.compile(partial(_draw, s))
+
+
+def _draw(s: Sampling, logits, past, key):
+    key, draw = mx.random.split(key)
+    logits = logits.astype(mx.float32)
+    if s.utf8:
+        logits = mx.where(mx.array(LEGAL)[past.utf8], logits, -math.inf)
+    if s.repetition_penalty != 1:
+        logits = _penalised(logits, past.recent, s.repetition_penalty)
+    if s.temperature == 0:
+        token = mx.argmax(logits, -1)
+    else:
+        logits = (logits - mx.max(logits, -1, keepdims=True)) / s.temperature
+        token = _filtered(s, logits, draw)
+    return token, after(past, token), key
+
+
+def _penalised(logits, recent, penalty):
+    B, V = logits.shape
+    seen = mx.put_along_axis(mx.zeros((B, V + 1), mx.bool_), recent % (V + 1), mx.array(True), 1)
+    seen = seen[:, :V]  # NONE is the last column
+    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _filtered(s: Sampling, logits, key):
+    """A draw from softmax(logits) after top-k, top-p and min-p, in the order of probability."""
+    if s.top_k is s.top_p is s.min_p is None:
+        return mx.random.categorical(logits, key=key)
+    order = mx.argsort(-logits, -1)
+    logits = mx.take_along_axis(logits, order, -1)
+    if s.top_k is not None:
+        logits = mx.where(mx.arange(logits.shape[-1]) < s.top_k, logits, -math.inf)
+    if s.top_p is not None and s.top_p < 1:
+        p = mx.softmax(logits, -1)
+        likelier = mx.cumsum(p, -1) - p  # probability of the bytes before this one
+        logits = mx.where(likelier < s.top_p, logits, -math.inf)
+    if s.min_p:
+        logits = mx.where(logits >= math.log(s.min_p), logits, -math.inf)  # the likeliest is at 0
+    choice = mx.random.categorical(logits, key=key)
+    return mx.take_along_axis(order, choice[:, None], -1)[:, 0]
+
+
+# ----------------------------------------------------------------------------------------- UTF-8
+
+# RFC 3629: states 0 between characters; 1, 2, 3 so many continuation bytes to come; 4 to 7 after a
+# first byte that narrows the second: E0 (no overlong form), ED (no surrogate), F0, F4 (<= 10FFFF).
+STEPS = (  # state, first and last byte, next state
+    *((0, 0x00, 0x7F, 0), (0, 0xC2, 0xDF, 1), (0, 0xE1, 0xEF, 2), (0, 0xF1, 0xF3, 3)),
+    *((0, 0xE0, 0xE0, 4), (0, 0xED, 0xED, 5), (0, 0xF0, 0xF0, 6), (0, 0xF4, 0xF4, 7)),
+    *((1, 0x80, 0xBF, 0), (2, 0x80, 0xBF, 1), (3, 0x80, 0xBF, 2)),
+    *((4, 0xA0, 0xBF, 1), (5, 0x80, 0x9F, 1), (6, 0x90, 0xBF, 2), (7, 0x80, 0x8F, 2)),
+)
+
+
+def _automaton() -> tuple[np.ndarray, np.ndarray]:
+    """Whether a byte may follow in a state, and the state after it (8, 256); a byte that may not
+    is taken as the start of something new."""
+    legal, following = np.zeros((8, 256), bool), np.zeros((8, 256), np.int32)
+    for state, low, high, after_it in STEPS:
+        legal[state, low : high + 1] = True
+        following[state, low : high + 1] = after_it
+    return legal, np.where(legal, following, following[0])
+
+
+LEGAL, NEXT = _automaton()

@@ -1,0 +1,375 @@
+"""What remains of the bytes read, and the two ways to read on: many bytes at once, or one.
+
+Many: segments through the training layer's forward pass (fast_layer), in bounded memory. One: the
+synapses S of BDH's attention, 201 MB for the default model, are not rewritten at each byte; the
+rotated activations and values of the last TAIL bytes wait beside them and are added in one product:
+
+    a_t = (R_t x_t) S + sum over s waiting, s < t of (R_t x_t . R_s x_s) v_s
+
+Phases are exact at any position: a multiple of the frequency is reduced in float64 on the host
+(`phases`), and float32 sees only positions within a segment or a tail: S is turned to its begin.
+A window bounds the memory in time: S is kept as PARTS sums over stretches of bytes, and the oldest
+is dropped, so that what is read reaches back between W - W / PARTS and W bytes.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+from itertools import pairwise
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from fast_layer import ROPE_BASE, forward_segment, ln, phases, residual, turn
+
+TAIL = 64  # bytes that wait: reading them costs as much as adding them, at the default shape
+PARTS = 4  # of a window
+ROWS = {mx.cpu: 1024, mx.gpu: 4096}  # bytes * batch read at once, which bounds the memory
+SHORT = 16  # bytes up to which a CPU reads one by one: its product of few rows is slow
+GATHER, GATHER_DY = 0.3, 0.15  # shares of rows up to which a CPU gathers them (LOG.md)
+
+
+class State(NamedTuple):
+    """The bytes read so far; never changed, so it can be kept and continued many times.
+
+    State() has read nothing, State(window=W) will remember W bytes at most. A state of batch 1 can
+    be read on with any batch: its rows share the synapses until the tail is added to them.
+    """
+
+    position: int = 0  # bytes read
+    window: int | None = None  # W, bytes; None remembers all
+    synapses: tuple[mx.array, ...] = ()  # of each layer (H, B or 1, N, D) float32; () for none yet
+    parts: tuple[tuple[mx.array, ...], ...] = ()  # their summands, oldest first; with a window only
+    tail: "Tail | None" = None
+
+    @property
+    def batch(self) -> int:
+        """Rows; 0 before anything is read."""
+        one = self.tail.keys[0] if self.tail else self.synapses[0] if self.synapses else None
+        return 0 if one is None else one.shape[1]
+
+
+class Tail(NamedTuple):
+    """The last `count` bytes, in no synapses yet; what follows them in the arrays is not its own.
+
+    On a CPU the arrays are NumPy's, and states share them: the one that is `newest` writes the next
+    byte behind its own, any other copies them first. On a GPU zeros follow.
+    """
+
+    count: int
+    origin: int  # the position that its rotations count from: 0 on a CPU, its first byte on a GPU
+    keys: tuple  # of each layer, rotated x: (H, B, TAIL, N)
+    values: tuple  # (B, TAIL, D)
+    found: tuple[mx.array, ...] = ()  # GPU: synapses turned to origin, (H, B or 1, D, N), to read
+    newest: list[int] | None = None  # CPU: how many bytes the arrays hold, over all that share them
+
+
+# ------------------------------------------------------------------------------ many bytes at once
+
+
+def _on_gpu() -> bool:
+    return mx.default_device() == mx.gpu
+
+
+def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
+    """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State."""
+    state, logits = _broadcast(idx, state), []
+    for piece in _pieces(model, idx, state):
+        out, state = _read_piece(model, piece, state)
+        logits.append(out @ model.lm_head)
+    return mx.concatenate(logits, 1), state
+
+
+def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
+    """Read idx (B, T >= 1), however long; gives the next byte's logits (B, V), the State."""
+    state = _broadcast(idx, state)
+    for piece in _pieces(model, idx, state):
+        out, state = _read_piece(model, piece, state)
+        mx.eval(out, state)
+    return out[:, -1] @ model.lm_head, state
+
+
+def _broadcast(idx: mx.array, state: State | None) -> State:
+    state = state or State()
+    if state.batch not in (0, 1, idx.shape[0]):
+        raise ValueError(f"a state of batch {state.batch} cannot read {idx.shape[0]} rows")
+    return state if state.batch in (0, idx.shape[0]) else fold(state)
+
+
+def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
+    """idx cut where the memory or the window asks for it."""
+    B, T = idx.shape
+    rows = ROWS[mx.gpu] if _on_gpu() else ROWS[mx.cpu]
+    if _on_gpu() and model.compute.dtype == mx.float32:
+        rows = 512  # mx.fast.rope errs by 6e-8 a position
+    step, begin = max(rows // 8, rows // B), state.position
+    cuts = set(range(begin, begin + T, step))
+    if state.window:
+        part = _part(state.window)
+        cuts |= set(range(-(-begin // part) * part, begin + T, part))
+    return mx.split(idx, sorted(cut - begin for cut in cuts if cut > begin), 1)
+
+
+def _part(window: int) -> int:
+    return -(-window // PARTS)
+
+
+def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
+    """One piece through all layers: v (B, T, D) after the last, and the State."""
+    T = idx.shape[1]
+    if T == 1 or (T <= SHORT and not _on_gpu()):
+        out = []
+        for byte in mx.split(idx, T, 1):
+            v, state = _read_byte(model, byte, state)
+            out.append(v)
+        return mx.concatenate(out, 1), state
+    state = fold(state)
+    c, v = model.compute, ln(model.embed(idx))
+    weights = (model.encoder, model.encoder_v, model.decoder.reshape(*model.encoder.shape[::2], -1))
+    weights = [w.astype(c.dtype) for w in weights]
+    written = []
+    for S in state.synapses or [None] * model.config.n_layer:
+        found, total = None if S is None else turn(S, -state.position), []
+        for begin, end in pairwise(sorted({0, T - T % c.chunk, T})):  # whole chunks, then the rest
+            out, found, _ = forward_segment(v[:, begin:end], found, weights, begin, c.chunk)
+            total.append(out)
+        v = mx.concatenate(total, 1)
+        after = turn(found, state.position)
+        written.append(after if S is None else after - S)
+    return v, _added(state._replace(position=state.position + T), written)
+
+
+def _added(state: State, written: Sequence[mx.array]) -> State:
+    """The state with `written` (H, B, N, D) of each layer added to its synapses, without a tail."""
+
+    def plus(old, new):
+        return tuple(map(mx.add, old, new)) if old else tuple(new)
+
+    state = state._replace(synapses=plus(state.synapses, written), tail=None)
+    if not state.window:
+        return state
+    parts = (*state.parts[:-1], plus(state.parts[-1] if state.parts else (), written))
+    if state.position % _part(state.window) == 0:
+        parts = (*parts, ())[-PARTS:]
+        kept = [part for part in parts if part]
+        state = state._replace(synapses=reduce(plus, kept) if kept else ())
+    return state._replace(parts=parts)
+
+
+# --------------------------------------------------------------------------------- one byte at once
+
+
+def fold(state: State) -> State:
+    """The same state without a tail: its bytes are added to the synapses, one product a layer."""
+    if not state.tail:
+        return state
+    written = []
+    for keys, values in zip(state.tail.keys, state.tail.values, strict=True):
+        k, v = (mx.array(a[..., : state.tail.count, :]) for a in (keys, values))
+        new = (k.swapaxes(-1, -2) @ v).astype(mx.float32)
+        written.append(turn(new, state.tail.origin))
+    return _added(state, written)
+
+
+def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
+    """idx (B, 1) through all layers: v (B, 1, D) after the last, and the State."""
+    laid = _laid_out(model)
+    state = _with_tail(state, model.config, idx.shape[0], laid.dtype)
+    v, tail = (laid.step if _on_gpu() else laid.step_rows)(idx, state)
+    state = state._replace(position=state.position + 1, tail=tail)
+    ends_part = state.window and state.position % _part(state.window) == 0
+    return v, fold(state) if tail.count == TAIL or ends_part else state
+
+
+def _with_tail(state: State, config, B: int, dtype: mx.Dtype) -> State:
+    if state.tail:
+        return state
+    H, N, D, L = config.n_head, config.neurons_per_head, config.n_embd, config.n_layer
+    shapes = [(H, B, TAIL, N), (B, TAIL, D)]
+    if not _on_gpu():
+        keys, values = (tuple(np.empty(s, np.float32) for _ in range(L)) for s in shapes)
+        return state._replace(tail=Tail(0, 0, keys, values, newest=[0]))
+    keys, values = (tuple(mx.zeros(s, dtype) for _ in range(L)) for s in shapes)
+    turned = (turn(S, -state.position).astype(dtype).swapaxes(-1, -2) for S in state.synapses)
+    found = tuple(map(mx.contiguous, turned))  # transposed: matrix times vector reads whole rows
+    return state._replace(tail=Tail(0, state.position, keys, values, found))
+
+
+def _laid_out(model) -> "_Laid":
+    """The model's weights as its steps want them, laid out anew when one has been replaced."""
+    laid = getattr(model, "laid_out", None)
+    now = (model.encoder, model.encoder_v, model.decoder, model.embed.weight)
+    now = (*now, model.compute.dtype if _on_gpu() else mx.float32)
+    if laid is None or any(a is not b for a, b in zip(laid.made_of, now, strict=True)):
+        laid = model.laid_out = _Laid(model, now)
+    return laid
+
+
+class _Laid:
+    """Weights laid out for one byte: MLX on a GPU, compiled, NumPy on a CPU.
+
+    On a CPU MLX multiplies a vector by GEMM, NumPy by GEMV (LOG.md), and neurons that are silent
+    need not be read: rows of S, encoder_v and decoder are gathered where few are active.
+    """
+
+    def __init__(self, model, made_of):
+        self.made_of, self.dtype, (H, D, N) = made_of, made_of[-1], model.encoder.shape
+        self.shape = H, D, N
+        if _on_gpu():
+            across = (model.encoder, model.encoder_v, model.decoder.reshape(H, N, D))
+            across = (mx.contiguous(w.swapaxes(-1, -2)).astype(self.dtype) for w in across)
+            self.weights = [model.embed.weight, *across]
+            self.compiled = mx.compile(_step)
+        else:
+            rows = mx.contiguous(model.encoder_v.swapaxes(-1, -2)).reshape(H * N, D)
+            arrays = (model.embed.weight, model.encoder, model.encoder_v, rows, model.decoder)
+            self.weights = [np.array(array, copy=False) for array in arrays]
+            self.room = np.empty((H * N, D), np.float32)  # gathered rows
+        mx.eval(self.weights if _on_gpu() else [])
+
+    def step(self, idx, state):
+        """One byte of every row on a GPU: v (B, 1, D) and the tail with it."""
+        tail = state.tail
+        arrays = (mx.array(tail.count), tail.found, tail.keys, tail.values)
+        v, keys, values = self.compiled(idx, self.weights, *arrays)
+        return v, tail._replace(count=tail.count + 1, keys=keys, values=values)
+
+    def step_rows(self, idx, state):
+        """The same on a CPU, row by row: a row's neurons and synapses are its own."""
+        tail = state.tail
+        if tail.newest[0] > tail.count:  # another state has written behind this one's bytes
+            keys, values = (tuple(map(np.copy, arrays)) for arrays in (tail.keys, tail.values))
+            tail = tail._replace(keys=keys, values=values, newest=[tail.count])
+        synapses = [np.array(S, copy=False) for S in state.synapses]
+        phase = phases(state.position, self.shape[2])
+        rows = [
+            self._step_row(byte, b, phase, synapses, tail)
+            for b, byte in enumerate(np.array(idx)[:, 0])
+        ]
+        tail.newest[0] = tail.count + 1
+        return mx.array(np.stack(rows)[:, None]), tail._replace(count=tail.count + 1)
+
+    def _step_row(self, byte, b, phase, synapses, tail):
+        """v (D,) of one byte of row b, whose keys and values it writes into the tail."""
+        embed, encoder, encoder_v, encoder_v_rows, decoder = self.weights
+        (H, D, N), count = self.shape, tail.count
+        v = _ln(embed[byte])
+        for layer, (keys, values) in enumerate(zip(tail.keys, tail.values, strict=True)):
+            x = np.maximum(np.stack([v @ encoder[h] for h in range(H)]), 0)
+            q = (x.view(np.complex64) * phase).view(np.float32)
+            a = np.zeros((H, D), np.float32)
+            for h in range(H):
+                if synapses:
+                    S = synapses[layer][h, b if synapses[layer].shape[1] > 1 else 0]
+                    a[h] = self._rows_by(q[h], S.reshape(N // 2, 2 * D), pairs=True)
+                a[h] += (keys[h, b, :count] @ q[h]) @ values[b, :count]
+            keys[:, b, count], values[b, count] = q, v
+            y = self._gated(x.reshape(-1), _ln(a), encoder_v, encoder_v_rows)
+            v = _ln(v + _ln(self._rows_by(y, decoder)))
+        return v
+
+    def _rows_by(self, q, rows, pairs=False):
+        """q (n,) @ rows (n, D), reading only the rows where q is not 0 if these are few.
+
+        `pairs`: rows holds two of them in one, as q's neurons rotate in pairs.
+        """
+        D = self.shape[1]
+        active = np.flatnonzero(q.view(np.complex64) if pairs else q)
+        if len(active) > GATHER * len(rows):
+            return q @ rows.reshape(-1, D)
+        room = self.room.reshape(-1, rows.shape[1])[: len(active)]
+        np.take(rows, active, 0, out=room, mode="clip")
+        q = q.view(np.complex64)[active].view(np.float32) if pairs else q[active]
+        return q @ room.reshape(-1, D)
+
+    def _gated(self, x, a, encoder_v, rows):
+        """y (H*N,) = relu(a Dy) * x, where x (H*N,) is not 0; a (H, D)."""
+        H, _, N = self.shape
+        active = np.flatnonzero(x)
+        if len(active) > GATHER_DY * len(x):
+            g = np.concatenate([a[h] @ encoder_v[h] for h in range(H)])
+            return np.maximum(g, 0) * x
+        room, y = self.room[: len(active)], np.zeros_like(x)
+        np.take(rows, active, 0, out=room, mode="clip")
+        cuts = np.searchsorted(active, N * np.arange(H + 1))
+        g = [room[i:j] @ a[h] for h, (i, j) in enumerate(pairwise(cuts))]
+        y[active] = np.maximum(np.concatenate(g), 0) * x[active]
+        return y
+
+
+def _ln(x: np.ndarray) -> np.ndarray:
+    """fast_layer.ln of NumPy arrays."""
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-5))
+
+
+def _step(idx, weights, count, found, keys, values):
+    """_read_byte in MLX: each product is a matrix's rows by a vector for each of B rows."""
+    embed, encoder, encoder_v, decoder = weights  # the three (H, ., .) transposed
+    (B, _), (H, N, D), dtype = idx.shape, encoder.shape, encoder.dtype
+    v, new_keys, new_values = ln(embed[idx]), [], []
+    for layer in range(len(keys)):
+        value = v.astype(dtype)
+        x = mx.maximum(value.reshape(1, B, D) @ encoder.swapaxes(-1, -2), 0)  # (H, B, N)
+        how = {"traditional": True, "base": ROPE_BASE, "scale": 1.0, "offset": count}
+        q = mx.fast.rope(x.reshape(1, H * B, 1, N), N, **how).reshape(H, B, 1, N)
+        a = (q @ keys[layer].swapaxes(-1, -2)) @ values[layer]
+        if found:  # synapses that the rows share are read once
+            S = found[layer].swapaxes(-1, -2)
+            of_S = q @ S if S.shape[1] == B else q.reshape(H, 1, B, N) @ S
+            a = a.astype(mx.float32) + of_S.reshape(a.shape)
+        g = ln(a.astype(mx.float32)).astype(dtype).reshape(H, B, D) @ encoder_v.swapaxes(-1, -2)
+        o = ((x * mx.maximum(g, 0)) @ decoder.swapaxes(-1, -2)).astype(mx.float32).sum(0)
+        new_keys.append(mx.slice_update(keys[layer], q, count[None], [2]))
+        new_values.append(mx.slice_update(values[layer], value, count[None], [1]))
+        v = residual(v, o.reshape(B, 1, D))
+    return v, tuple(new_keys), tuple(new_values)
+
+
+# ----------------------------------------------------------------------------- rows of a batch
+
+
+def pick(state: State, rows: Sequence[int]) -> State:
+    """The state of some rows, in that order, repeated or left out; shared synapses stay shared."""
+
+    def of(arrays):
+        return tuple(S if S.shape[1] == 1 else mx.take(S, mx.array(rows), 1) for S in arrays)
+
+    if tail := state.tail:
+        keys, values = (
+            tuple(take(a, index, axis) for a in arrays)
+            for axis, arrays in ((1, tail.keys), (0, tail.values))
+            for take, index in [(np.take, rows) if tail.newest else (mx.take, mx.array(rows))]
+        )
+        newest = tail.newest and [tail.count]
+        tail = tail._replace(keys=keys, values=values, found=of(tail.found), newest=newest)
+    parts = tuple(map(of, state.parts))
+    return state._replace(synapses=of(state.synapses), parts=parts, tail=tail)
+
+
+def stack(states: Sequence[State]) -> State:
+    """One state with the rows of several that have read something, also at different positions.
+
+    What a byte recalls depends on distances alone: each is turned to the position of the furthest.
+    A window then ends up to a part earlier. Raises ValueError for different windows.
+    """
+    if len({state.window for state in states}) > 1:
+        raise ValueError("states with different windows cannot be stacked")
+    position = max(state.position for state in states)
+    states = [fold(state) for state in states]
+    nothing = [tuple(map(mx.zeros_like, state.synapses)) for state in states]
+
+    def together(layers):
+        """Of each state's (S of each layer), the layers with the rows of all."""
+        turned = (
+            [turn(S, position - state.position) for S in of]
+            for state, of in zip(states, layers, strict=True)
+        )
+        return tuple(mx.concatenate(S, 1) for S in zip(*turned, strict=True))
+
+    count = max(len(state.parts) for state in states)  # the newest parts side by side
+    parts = [[()] * (count - len(state.parts)) + list(state.parts) for state in states]
+    parts = [[part or none for part, none in zip(of, nothing, strict=True)]
+             for of in zip(*parts, strict=True)]  # fmt: skip
+    parts = tuple(map(together, parts))
+    return State(position, states[0].window, together([s.synapses for s in states]), parts)

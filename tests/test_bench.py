@@ -1,0 +1,91 @@
+"""What bench/learn.py stands on: the queue of jobs and the baselines."""
+
+import json
+import math
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+from mlx.utils import tree_map
+
+import bdh_mlx
+
+sys.path.insert(0, str(ROOT / "bench"))
+import baselines
+import jobs
+import learn
+
+TELL = "import json, sys, time; time.sleep({}); print(json.dumps({{'told': {}}})); sys.exit({})"
+
+
+def spread(tmp_path, waiting, minutes=1.0, gpus=2, per_gpu=1):
+    def command(job):
+        return [
+            sys.executable,
+            "-c",
+            TELL.format(job.get("sleep", 0), job["tell"], job.get("rc", 0)),
+        ]
+
+    return jobs.spread(waiting, command, gpus, per_gpu, minutes, tmp_path / "rows.jsonl")
+
+
+def test_jobs_leave_a_row_each_and_are_not_done_twice(tmp_path):
+    waiting = [{"name": f"job: {i}", "seconds": 1, "tell": i, "rc": i % 2} for i in range(4)]
+    rows = spread(tmp_path, waiting)
+    assert {row["name"]: row["told"] for row in rows} == {f"job: {i}": i for i in range(4)}
+    assert [row["name"] for row in rows if "failed" in row] == ["job: 1", "job: 3"]
+    assert {row["gpu"] for row in rows} == {0, 1}
+    spread(tmp_path, [job | {"rc": 0} for job in waiting])
+    lines = [json.loads(x) for x in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(lines) == 6  # the two that failed ran again
+    assert not [row for row in jobs.rows(tmp_path / "rows.jsonl") if "failed" in row]
+
+
+def test_a_job_that_cannot_end_in_time_is_left_out_and_a_slow_one_stopped(tmp_path, capsys):
+    waiting = [{"name": "slow", "seconds": 0.5, "tell": 1, "sleep": 60},
+               {"name": "long", "seconds": 100, "tell": 2}]  # fmt: skip
+    rows = spread(tmp_path, waiting, minutes=(jobs.GRACE + 2) / 60)
+    assert "the time was up: long" in capsys.readouterr().out
+    assert [(row["name"], row["cut"], "failed" in row) for row in rows] == [("slow", True, True)]
+
+
+def test_the_order_3_model_is_a_distribution_and_knows_its_text():
+    train = np.frombuffer(b"abracadabra, said the magician, abracadabra" * 20, np.uint8)
+    context = np.frombuffer(b"cad", np.uint8)
+    bits = [baselines.order_n(train, np.append(context, b).astype(np.uint8)) for b in range(256)]
+    assert sum(2.0**-b for b in bits) == pytest.approx(1)
+    assert bits[ord("a")] == min(bits) < 0.5
+    assert 8 < baselines.order_n(train, np.full(9, 200, np.uint8)) < 20  # unseen, not impossible
+
+
+def test_the_records_held_out_are_the_same_in_each_mode(tmp_path):
+    lines = [{"system": "s", "instruction": f"i{i % 40}", "response": f"r{i}"} for i in range(60)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sides = learn.split_records(tmp_path / "d.jsonl", tmp_path / "out", share=0.25)
+    train, val = ({r["instruction"] for r in sides[side]} for side in ("train", "val"))
+    assert len(val) == 10 and not train & val and len(train | val) == 40
+    for mode in learn.MODES:
+        text, fields = (
+            (tmp_path / "out" / mode / f"val.{k}").read_bytes() for k in ("bin", "fields")
+        )
+        assert len(text) == len(fields)
+    assert b"### Response:\nr" in text
+
+
+def test_a_flat_model_costs_eight_bits_a_byte():
+    rng = np.random.default_rng(0)
+    train, val = rng.integers(0, 256, (2, 20_000), dtype=np.uint8)
+    assert baselines.order_n(train, val, 0) == pytest.approx(8, abs=0.05)
+    assert math.isclose(baselines.bits_per_byte(bytes(val), bytes(val))["xz"], 8, rel_tol=0.02)
+
+
+def test_a_model_merged_with_itself_is_itself():
+    """Twice the same heads: the layer norm takes out the factor 2, up to its epsilon."""
+    one = bdh_mlx.BDH(bdh_mlx.BDHConfig(2, 16, 0.0, 2, 8))
+    one.update(tree_map(lambda a: 30 * a, one.parameters()))
+    idx = mx.random.randint(0, 256, (2, 30))
+    both = learn.merged(one, one)
+    assert both.config.neurons_per_head == one.config.neurons_per_head
+    assert mx.allclose(both(idx)[0], one(idx)[0], rtol=1e-3, atol=1e-3).item()

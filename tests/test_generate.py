@@ -1,0 +1,556 @@
+"""What a user of generate.py meets: prompts, stop strings, batches, a terminal, a session."""
+
+import json
+import os
+import pty
+import random
+import re
+import readline
+import select
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import bdh_mlx
+import chat
+import data
+import formats
+import generate
+import train_mlx
+from bdh_mlx import BDH, BDHConfig, UserError
+from sampling import Sampling
+from writing import Stops, Terminal, as_text, complete, read, write
+
+SMALL = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
+GREEDY = Sampling(temperature=0)
+KEY = mx.random.key(1)
+
+
+def random_model(seed=0):
+    mx.random.seed(seed)
+    model = BDH(SMALL)
+    model.update({k: v * 10 for k, v in model.parameters().items() if isinstance(v, mx.array)})
+    return model
+
+
+def model_of(following):
+    """A model that writes following[b] after the byte b, at any temperature: its layer adds nothing
+    to the embedding, which is one number per byte value."""
+    model = BDH(BDHConfig(n_layer=1, n_embd=256, n_head=1, mlp_internal_dim_multiplier=1))
+    zero = mx.zeros((1, 256, 256))
+    model.update({"encoder": zero, "encoder_v": zero, "decoder": zero[0]})
+    model.embed.weight = mx.eye(256)
+    model.lm_head = 100 * mx.eye(256)[mx.array(following)]
+    return model
+
+
+COUNTING = [(b + 1) % 256 for b in range(256)]  # writes all byte values, over and over
+
+
+def saved(model, folder, mode="full", **settings):
+    """A run folder with one checkpoint of this model."""
+    at = folder / "run" / "step-000001"
+    at.mkdir(parents=True)
+    bdh_mlx.save_model(model, at / "model.safetensors")
+    settings = {"TRAINING_MODE": mode, "BLOCK_SIZE": 64, "BATCH_SIZE": 2} | settings
+    (at / "config.json").write_text(json.dumps({"step": 1, "settings": settings}))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    return saved(model_of(COUNTING), tmp_path_factory.mktemp("counting"))
+
+
+@pytest.fixture(scope="module")
+def chaos(tmp_path_factory):
+    return saved(random_model(), tmp_path_factory.mktemp("chaos"))
+
+
+@pytest.fixture
+def said(capfdbinary):
+    """Runs generate.py in this process; what it printed."""
+
+    def run(*args):
+        capfdbinary.readouterr()
+        assert generate.main([str(a) for a in args]) == 0
+        return capfdbinary.readouterr().out
+
+    return run
+
+
+# ------------------------------------------------------------------------------- places and batches
+
+
+def greedy(model, prompt, n):
+    return next(complete(model, [prompt], GREEDY, KEY, [], n))[1]
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
+    model = random_model()
+    prompts = [b"a", b"hello world", b"\xff\xfe", b"x" * 30, b"hello"]
+    if alike:
+        prompts = [b"all the same", *(b"all " + prompt for prompt in prompts), b"all "]
+    found = {row: text for row, text, _ in complete(model, prompts, GREEDY, KEY, [], 20)}
+    assert found == {row: greedy(model, prompt, 20) for row, prompt in enumerate(prompts)}
+
+
+def test_a_prompt_read_in_pieces_is_the_same_place_and_can_be_gone_on_from_twice():
+    model, text = random_model(), bytes(range(200))
+    whole = read(model, [text])
+    place = None
+    for piece in (text[:1], text[1:90], text[90:]):
+        place = read(model, [piece], place)
+    assert (
+        mx.max(mx.abs(place.logits - whole.logits)).item()
+        < 2e-5 * mx.max(mx.abs(whole.logits)).item()
+    )
+    assert place.past.recent.tolist() == whole.past.recent.tolist()
+
+    def bytes_from(place, n=10):
+        going = write(model, place, GREEDY, KEY)
+        return [next(going)[0] for _ in range(n)]
+
+    assert bytes_from(whole) == bytes_from(place) == bytes_from(whole)
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    model = random_model()
+    model.lm_head = model.lm_head * float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        read(model, [b"a"])
+
+
+# ------------------------------------------------------------------------------------- stop strings
+
+
+def first_stop(text, stops, new):
+    """Start and end of the stop string that is complete first, the longest of several."""
+    found = [
+        (end, end - len(stop))
+        for stop in stops
+        for end in range(new + 1, len(text) + 1)
+        if text[:end].endswith(stop)
+    ]
+    return min(found)[::-1] if found else None
+
+
+def test_a_stop_string_shows_no_part_of_itself_however_the_text_is_cut():
+    rng = random.Random(5)
+    stopped = 0
+    for _ in range(3000):
+        text = bytes(rng.choices(b"ab-\n", k=rng.randint(0, 14)))
+        stops = [
+            bytes(rng.choices(b"ab-\n", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 3))
+        ]
+        new = rng.randint(0, min(5, len(text)))
+        stop, shown, at = Stops(stops, text[:new]), b"", new
+        while at < len(text):
+            step = rng.randint(1, 4)
+            shown += stop.feed(text[at : at + step])
+            at += step
+            found = first_stop(text[:at], stops, new)
+            assert stop.found == (found is not None)
+            if found:
+                break
+            assert text[new:].startswith(shown)
+            # held back: the shortest that keeps a stop string from being shown in part
+            longest = max(
+                (n for s in stops for n in range(1, len(s)) if text[:at].endswith(s[:n])), default=0
+            )
+            assert shown == text[new : max(new, min(at, len(text)) - longest)]
+        shown += stop.end()
+        found = first_stop(text, stops, new)
+        assert shown == (text[new : found[0]] if found else text[new:])
+        stopped += found is not None
+    assert 500 < stopped < 2500
+
+
+def test_a_record_ends_in_mode_full_at_a_line_of_three_dashes(tmp_path, said):
+    args = generate.flags(["m"])
+    assert generate.stop_strings(args, "full") == [b"\n---\n"]
+    assert generate.stop_strings(args, "both") == []
+    assert generate.stop_strings(generate.flags(["m", "--no-stop"]), "full") == []
+    following = list(range(256))
+    following[ord("-")] = ord("\n")
+    run = saved(model_of(following), tmp_path)
+    assert said(run, "--prompt", r"end\n---") == b"end\n---\n"  # the line is complete: nothing new
+    assert said(run, "--prompt", r"a--", "--max-new-tokens", 3) == b"a--\n\n\n\n"
+
+
+def test_stop_strings_of_the_user_end_the_text_before_them(counting, said):
+    assert said(counting, "--prompt", "a", "--stop", "xyz", "--stop", "hij") == b"abcdefg\n"
+    assert (
+        said(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 12)
+        == b"abcdefghijklm\n"
+    )
+    assert (
+        said(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 13)
+        == b"abcdefghijklmn\n"
+    )
+    assert (
+        said(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 14)
+        == b"abcdefghijklm\n"
+    )
+    with pytest.raises(UserError, match="--stop is empty"):
+        generate.main([str(counting), "--prompt", "a", "--stop", ""])
+
+
+# ------------------------------------------------------------------------------------------ prompts
+
+
+def test_an_empty_prompt_begins_a_record(counting, said):
+    # after a blank line comes \x0b
+    assert said(counting, "--prompt", "", "--max-new-tokens", 2, "--raw") == b"\x0b\x0c"
+
+
+def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(counting, said, tmp_path):
+    (tmp_path / "p").write_bytes(b"a\xff\x1b")
+    ask = (counting, "--prompt-file", tmp_path / "p", "--max-new-tokens", 1)
+    assert said(*ask) == b"a\\xff\\x1b\\x1c\n"
+    assert said(*ask, "--raw") == b"a\xff\x1b\x1c"
+    assert generate.unescaped("a\udcff\\n") == b"a\xff\n"
+
+
+def test_a_megabyte_of_prompt(tmp_path, said):
+    mx.random.seed(0)
+    run = saved(BDH(BDHConfig(1, 64, 0, 1, 1)), tmp_path)
+    text = np.random.default_rng(1).integers(97, 123, 1_000_000, np.uint8).tobytes()
+    (tmp_path / "p").write_bytes(text)
+    out = said(run, "--prompt-file", tmp_path / "p", "--max-new-tokens", 5, "--raw", "--seed", 1)
+    assert out[:-5] == text
+
+
+def test_a_pipe_is_read_to_its_end(counting):
+    command = [sys.executable, str(ROOT / "generate.py"), str(counting), "--max-new-tokens", "3"]
+    ran = subprocess.run(command, input=b"line\nx", capture_output=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"line\nxyz{\n", b"")
+
+
+def test_the_same_seed_writes_the_same_bytes(chaos, said):
+    one, again, other = (said(chaos, "--prompt", "a", "--seed", s, "--raw") for s in (1, 1, 2))
+    assert one == again != other
+    assert len(one) == 501
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--top-k", "0"], "top_k is 0"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--samples", "0"], "--samples is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--out", "x"], "--out is for the texts of --prompts"),
+        (["--raw", "--samples", "2"], "--raw writes one text"),
+    ],
+)
+def test_impossible_flags_are_one_line(flags, complaint, counting):
+    with pytest.raises(UserError, match=complaint):
+        generate.main([str(counting), "--prompt", "a", *flags])
+
+
+def test_other_vocabularies_are_refused(tmp_path):
+    mx.random.seed(0)
+    run = saved(BDH(BDHConfig(1, 16, 0, 2, 8, vocab_size=300)), tmp_path)
+    with pytest.raises(UserError, match="vocabulary of 300"):
+        generate.main([str(run), "--prompt", "a"])
+
+
+# --------------------------------------------------------------------------------------- JSON lines
+
+
+def results(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_path, said):
+    asked = [
+        {"prompt": "one", "id": 7},
+        {"system": "S", "instruction": "I"},
+        {"question": "Q", "answer": "gold"},
+        {"prompt": ""},
+        {"text": "plain\u2028\x85 and more"},
+        {"prompt": "long " * 400},
+    ]
+    (tmp_path / "in").write_text(
+        "\n".join(json.dumps(record, ensure_ascii=False) for record in asked)
+    )
+    ask = (chaos, "--prompts", tmp_path / "in", "--temperature", 0, "--max-new-tokens", 12)
+    said(*ask, "--out", tmp_path / "out", "--batch-size", 4)
+    found = sorted(results(tmp_path / "out"), key=lambda r: r["line"])
+    read_as = [
+        *("one", "### System:\nS\n\n### Instruction:\nI\n\n### Response:\n"),
+        *("### Instruction:\nQ\n\n### Response:\n", "", "plain\u2028\x85 and more", "long " * 400),
+    ]
+    model = random_model()
+    for record, result, prompt, number in zip(asked, found, read_as, range(1, 7), strict=True):
+        written = greedy(model, prompt.encode() or b"\n\n", 12)
+        expected = {"prompt": prompt, "completion": as_text(written), "stopped": False}
+        assert result == record | {"line": number} | expected
+    assert said(*ask).splitlines() != []  # without --out, to stdout
+
+
+def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, tmp_path, said):
+    (tmp_path / "in").write_text('{"prompt": "a"}\n{"prompt": "bb"}\n')
+    ask = (chaos, "--prompts", tmp_path / "in", "--samples", 3, "--batch-size", 4, "--seed", 3)
+    ask += ("--max-new-tokens", 30)
+    out = said(*ask)
+    assert out == said(*ask)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert sorted((r["line"], r["sample"]) for r in found) == [
+        (line, sample) for line in (1, 2) for sample in (1, 2, 3)
+    ]
+    assert len({r["completion"] for r in found}) == 6
+    text = said(chaos, "--prompt", "a", "--samples", 2, "--seed", 3).decode()
+    assert re.findall(r"--- sample (\d)\na", text) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("3", "not a JSON object"),
+        ("", "not JSON"),
+        ('{"system": "s"}', "instruction missing"),
+        ('{"instruction": null}', "instruction is null, not text"),
+    ],
+)
+def test_a_bad_line_of_prompts_is_named(line, reason, chaos, tmp_path):
+    (tmp_path / "in").write_text(f'{{"prompt": "fine"}}\n{line}\n')
+    with pytest.raises(UserError, match=f"line 2: {reason}"):
+        generate.main([str(chaos), "--prompts", str(tmp_path / "in")])
+
+
+def test_batches_hold_prompts_of_similar_length_each_once():
+    jobs = [generate.Job(i, 1, {}, b"x" * n) for i, n in enumerate([5, 900, 1, 6, 905, 7, 2])]
+    found = [[len(job.prompt) for job in b] for b in generate.batches(jobs, 3, spread=10)]
+    assert found == [[1, 2, 5], [6, 7], [900, 905]]
+
+
+@pytest.mark.parametrize("mode", formats.NEEDED)
+def test_an_opening_is_the_beginning_of_the_training_text(mode):
+    record = {"system": "sys", "instruction": "ask", "response": "reply"}
+    text = formats.format_example(record, mode)
+    opening = formats.opening(record, mode)
+    assert text == opening + ("reply\n---" if mode == "full" else "")
+    assert formats.opening({"text": "plain"}, mode) == "plain"
+
+
+# ---------------------------------------------------------------------------- text and the terminal
+
+
+def test_utf8_is_always_valid_text(chaos):
+    model, s = bdh_mlx.load_model(chaos), Sampling(utf8=True)
+    prompts = [b"a", b"caf\xc3", b"\xf0\x9f", b"\xff\xfe", "日本".encode()] * 4
+    for row, written, _ in complete(model, prompts, s, KEY, [], 50):
+        begun = {1: b"\xc3", 2: b"\xf0\x9f"}.get(row % 5, b"")
+        text = as_text(begun + written, whole=True).encode()
+        assert (begun + written).startswith(text) and len(begun + written) - len(text) < 4
+        assert text.decode()
+
+
+def test_a_terminal_gets_characters_whole_and_controls_escaped(capsys):
+    terminal = Terminal()
+    for byte in "é\x9b\u202e日".encode() + b"\xe6\x97":
+        terminal.write(bytes([byte]))
+    assert capsys.readouterr().out == "é\\x9b\\x202e日"
+    terminal.write(b"", final=True)
+    assert capsys.readouterr().out == "\\xe6\\x97"
+
+
+class Screen:
+    """generate.py on a terminal of its own, and what came out of it."""
+
+    def __init__(self, home, *args):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ |= {"HOME": str(home), "TERM": "xterm", "INPUTRC": "/dev/null"}
+            command = [sys.executable, str(ROOT / "generate.py"), *map(str, args)]
+            os.execv(sys.executable, command)
+        self.out, self.seen = b"", 0
+
+    def read(self, seconds):
+        """Whether more came."""
+        if not select.select([self.fd], [], [], seconds)[0]:
+            return True
+        try:
+            piece = os.read(self.fd, 65536)
+        except OSError:  # the other side is gone
+            piece = b""
+        self.out += piece
+        return bool(piece)
+
+    def until(self, text, seconds=60):
+        """Wait for text; what came before it since the last time."""
+        end = time.monotonic() + seconds
+        while (at := self.out.find(text, self.seen)) < 0:
+            assert time.monotonic() < end and self.read(1), self.out[-2000:]
+        before, self.seen = self.out[self.seen : at], at + len(text)
+        return before
+
+    def type(self, text):
+        os.write(self.fd, text)
+
+    def ended(self):
+        """Read to the end; the exit code."""
+        while self.read(5):
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.fd)
+        try:
+            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            pass
+
+
+def test_no_control_byte_of_the_model_reaches_a_terminal(counting, tmp_path, said):
+    args = (counting, "--prompt", "a", "--max-new-tokens", 300, "--no-stop")
+    assert len(set(said(*args, "--raw"))) == 256  # the model does write them all
+    with Screen(tmp_path, *args) as screen:
+        assert screen.ended() == 0
+    shown = screen.out.replace(b"\r\n", b"\n").decode()  # the line ends are the terminal's own
+    assert [c for c in shown if c not in "\n\t" and unicodedata.category(c) == "Cc"] == []
+    assert rb"\x00\x01" in screen.out and rb"\x1b" in screen.out and rb"\xff" in screen.out
+
+
+PROMPT = b"> "
+
+
+def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path):
+    with Screen(tmp_path, counting, "--max-new-tokens", 300, "--no-stop") as screen:
+        assert b"a response after its header" in screen.until(PROMPT)
+
+        def line(text):
+            screen.type(text + b"\r")
+            return screen.until(PROMPT)
+
+        def transcript():
+            line(b"/save " + str(tmp_path / "said").encode())
+            return (tmp_path / "said").read_bytes()
+
+        assert b"/reset" in line(b"/help")
+        assert b"no command" in line(b"/what")
+        assert b"temperature is -1" in line(b"/temp -1")
+        assert b"'x' is no number" in line(b"/temp x")
+        line(b"/temp 0.5")
+        answer = bytes((11 + i) % 256 for i in range(300))  # after the \n of the header
+        shown = bdh_mlx.visible(answer.decode(errors="backslashreplace"))
+        assert shown.replace("\n", "\r\n").encode() in line(b"hello")
+        one = b"### Instruction:\nhello\n\n### Response:\n" + answer
+        assert transcript() == one
+        line(b"/system be brief")
+        line(b"more")
+        two = (
+            b"\n---\n\n### System:\nbe brief\n\n### Instruction:\nmore\n\n### Response:\n" + answer
+        )
+        assert transcript() == one + two
+        line(b"/reset")
+        line(b"/system")
+        screen.type(b'"""\rtwo\rlines\r')
+        line(b'"""')
+        assert transcript() == one.replace(b"hello", b"two\nlines")
+        if "libedit" not in readline.__doc__:
+            line(b"/reset")
+            line(b"\x1b[200~pasted\nlines\x1b[201~")  # as terminals send what is pasted
+            assert transcript() == one.replace(b"hello", b"pasted\nlines")
+        screen.type(b"\x04")
+        assert screen.ended() == 0
+    assert "hello" in (tmp_path / ".bdh_history").read_text()
+
+
+def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting, tmp_path):
+    with Screen(tmp_path, counting, "--max-new-tokens", 10**9, "--no-stop") as screen:
+        screen.until(PROMPT)
+        screen.type(b"go\r")
+        screen.until(b"ABCDEFG")  # in the middle of an endless answer
+        screen.type(b"\x03")
+        screen.until(PROMPT)
+        screen.type(b"half a line\x03")
+        screen.until(PROMPT)
+        screen.type(b"/save " + str(tmp_path / "said").encode() + b"\r")
+        screen.until(b"saved")
+        screen.until(PROMPT)
+        screen.type(b"\x04")
+        assert screen.ended() == 0
+    text = (tmp_path / "said").read_bytes()
+    assert text.startswith(b"### Instruction:\ngo\n\n### Response:\n\x0b\x0c") and len(text) > 80
+
+
+def test_a_session_answers_as_its_whole_transcript_would(monkeypatch, capsys, chaos, tmp_path):
+    monkeypatch.setattr(chat, "HISTORY", tmp_path / "history")
+    lines = iter(["first", "/system S", "second", f"/save {tmp_path / 'said'}", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    model = bdh_mlx.load_model(chaos)
+    chat.Session(model, GREEDY, KEY, [b"\n---\n"], 30, "full").run()
+    said = (tmp_path / "said").read_bytes()
+    asked, answer = said[: said.rindex(b"### Response:\n") + 14], said[-30:]
+    assert asked.startswith(b"### Instruction:\nfirst") and b"### System:\nS\n" in asked
+    assert greedy(model, asked, 30) == answer
+
+
+@pytest.mark.parametrize(
+    ("said", "mode", "missing"),
+    [
+        *((b"", "full", b""), (b"ans", "full", b"\n---\n\n"), (b"ans\n---\n", "full", b"\n")),
+        *((b"ans\n--", "full", b"-\n\n"), (b"ans\n", "both", b"\n"), (b"ans", "system", b"\n\n")),
+    ],
+)
+def test_a_turn_begins_after_the_end_of_a_record(said, mode, missing):
+    assert chat.missing_end(said, mode) == missing
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, said):
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(data.SAMPLE.read_text().splitlines(keepends=True)[:20]))
+    args = f"--preset tiny --dataset {some} --n-layer 1 --n-embd 16 --max-iters 2 --sample-bytes 1"
+    assert train_mlx.main([*args.split(), "--checkpoint-dir", str(tmp_path)]) == 0
+    val = next((tmp_path / ".data").glob("*/val.bin")).read_bytes()
+    held_out = tmp_path / "val.jsonl"
+    with held_out.open("w") as file:
+        for record in data.read(str(some)):
+            if formats.format_example(record, "full").encode() in val:
+                file.write(json.dumps(record) + "\n")
+    metrics = (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()
+    trainers = [m["val_loss"] for m in map(json.loads, metrics) if "val_loss" in m][-1]
+    table = said(tmp_path / "full", "--evaluate", held_out).decode()
+    rows = {row.split()[0]: row.split()[1:] for row in table.splitlines()[2:]}
+    assert rows.keys() == {"headers", "system", "instruction", "response", "whole"}
+    assert int(rows["whole"][0].replace(",", "")) == len(val) - 1
+    assert abs(float(rows["whole"][2]) - trainers) < 1e-4
+    assert abs(float(rows["whole"][3]) - trainers / np.log(2)) < 1e-4
+    whole, *parts = ([float(n.replace(",", "")) for n in (rows[f][0], rows[f][2])]
+                     for f in ("whole", *(rows.keys() - {"whole"})))  # fmt: skip
+    assert sum(n for n, _ in parts) == whole[0]
+    assert abs(sum(n * nats for n, nats in parts) / whole[0] - whole[1]) < 2e-4
+
+
+def test_a_text_file_has_one_field_and_other_modes_need_their_fields(chaos, tmp_path, said):
+    (tmp_path / "a.txt").write_text("one paragraph\n\nanother\n")
+    table = said(chaos, "--evaluate", tmp_path / "a.txt").decode().splitlines()
+    assert [row.split()[0] for row in table[2:]] == ["headers", "text", "whole"]
+    (tmp_path / "a.jsonl").write_text('{"instruction": "x"}\n')
+    with pytest.raises(UserError, match="no record for TRAINING_MODE 'full'"):
+        generate.main([str(chaos), "--evaluate", str(tmp_path / "a.jsonl")])
+    bare = chaos / "step-000001" / "model.safetensors"
+    (tmp_path / "bare.safetensors").write_bytes(bare.read_bytes())
+    with pytest.raises(UserError, match="--mode"):
+        generate.main([str(tmp_path / "bare.safetensors"), "--evaluate", str(tmp_path / "a.txt")])

@@ -1,0 +1,195 @@
+"""A state is what the bytes read have left: any way to read them, to keep it, to go on is equal."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_model import GOLDEN, furthest, random_bytes, random_model
+
+import bdh_mlx
+import state
+from bdh_mlx import BDH, BDHConfig, UserError
+from state import PARTS, TAIL, State, fold, pick, prefill, stack, turn
+
+
+@pytest.fixture(params=["numpy", "mlx"])
+def step(request, monkeypatch):
+    """The path a CPU takes, and the one a GPU takes, here on a CPU, where compiling it is slow."""
+    monkeypatch.setattr(mx, "compile", lambda step: step)
+    monkeypatch.setattr(state, "_on_gpu", lambda: request.param == "mlx")
+
+
+def close(a, b):
+    return furthest(a, b) < 2e-5 * mx.max(mx.abs(b)).item()
+
+
+def read_by(model, idx, cuts, state=None):
+    out = []
+    for piece in mx.split(idx, cuts, 1):
+        logits, state = model.read(piece, state)
+        out.append(logits)
+    return mx.concatenate(out, 1), state
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    "cuts", [[1, 2, 3], [40], list(range(1, 200)), [50, 51, 52, 150], [190, 195]]
+)
+def test_however_a_text_is_cut_the_logits_are_the_definition_s(step, cuts, sparse, monkeypatch):
+    if sparse:
+        monkeypatch.setattr(state, "GATHER", 1)
+        monkeypatch.setattr(state, "GATHER_DY", 1)
+    else:
+        monkeypatch.setattr(state, "GATHER", 0)
+        monkeypatch.setattr(state, "GATHER_DY", 0)
+    model, idx = random_model(), random_bytes(2, 200)
+    assert close(read_by(model, idx, cuts)[0], model.quadratic(idx)[0])
+
+
+def test_logits_of_every_byte_and_greedy_bytes_equal_recomputation_on_trained_weights(step):
+    golden = mx.load(str(GOLDEN))
+    _, header = mx.load(str(GOLDEN), return_metadata=True)
+    config = {k: int(v) for k, v in header.items() if k in ("n_layer", "n_embd", "n_head")}
+    N = golden["trained.encoder"].shape[-1]
+    multiplier = config["n_head"] * N // config["n_embd"]
+    model = BDH(BDHConfig(**config, mlp_internal_dim_multiplier=multiplier))
+    model.load_weights([(k[8:], v) for k, v in golden.items() if k.startswith("trained.")])
+    idx = golden["idx"].reshape(1, -1)[:, :512]
+    exact = model.quadratic(idx)[0]
+    assert furthest(read_by(model, idx, list(range(1, idx.shape[1])))[0], exact) < 2e-5
+
+    out = idx[:, :32]
+    for _ in range(40):
+        out = mx.concatenate([out, mx.argmax(model.quadratic(out)[0][:, -1:], -1)], 1)
+    assert model.generate(idx[:, :32], 40, temperature=0).tolist() == out.tolist()
+
+
+@pytest.mark.parametrize("cut", [30, 100 + TAIL])
+def test_a_kept_state_is_not_changed_by_going_on_from_it(step, cut):
+    model, idx = random_model(), random_bytes(1, cut + 80)
+    _, state = read_by(model, idx[:, :cut], [cut - 10])
+    first = read_by(model, idx[:, cut:], list(range(1, 80)), state)[0]
+    other, again = random_bytes(1, 80, seed=7), list(range(1, 80))
+    mx.eval(read_by(model, other, again, state))
+    mx.eval(prefill(model, other, state))
+    assert furthest(read_by(model, idx[:, cut:], again, state)[0], first) == 0
+    assert close(first, model.quadratic(idx)[0][:, cut:])
+
+
+def test_rows_of_a_batch_are_singles_and_share_a_state(step):
+    model, prompt, idx = random_model(), random_bytes(1, 70), random_bytes(3, 90)
+    _, state = read_by(model, prompt, [60])
+    together, after = read_by(model, idx, [50, 51, 52], state)
+    for row in range(3):
+        alone, _ = read_by(model, idx[row : row + 1], [50, 51, 52], state)
+        assert close(together[row], alone[0])
+        text = mx.concatenate([prompt, idx[row : row + 1], idx[:1, :5]], 1)
+        continued = model.read(idx[:1, :5], pick(after, [row]))[0]
+        assert close(continued, model.quadratic(text)[0][:, -5:])
+    with pytest.raises(ValueError, match="batch 3"):
+        model.read(idx[:2], after)
+    rows = model.read(mx.repeat(idx[:1, :9], 4, 0), pick(after, [2, 0, 0, 1]))[0]
+    for row, source in enumerate([2, 0, 0, 1]):
+        assert close(rows[row], model.read(idx[:1, :9], pick(after, [source]))[0][0])
+
+
+def test_states_at_different_positions_stack(step):
+    model, texts = random_model(), [random_bytes(1, n, seed=n) for n in (5, 130, 66)]
+    states = [read_by(model, text, [3])[1] for text in texts]
+    more = random_bytes(3, 70, seed=9)
+    logits, _ = read_by(model, more, list(range(1, 40)), stack(states))
+    for row, text in enumerate(texts):
+        whole = mx.concatenate([text, more[row : row + 1]], 1)
+        assert close(logits[row], model.quadratic(whole)[0][0, text.shape[1] :])
+
+
+@pytest.mark.parametrize("window", [8, 100, 400])
+@pytest.mark.parametrize("cuts", [[1, 2, 150], list(range(1, 300)), []])
+def test_a_window_reads_what_recomputation_over_the_window_reads(step, window, cuts, monkeypatch):
+    model, idx = random_model(), random_bytes(2, 300)
+    windowed, _ = read_by(model, idx, cuts, State(window=window))
+    t, part = mx.arange(300), -(-window // PARTS)
+    begin = mx.maximum(0, (t // part - (PARTS - 1)) * part)
+    seen = (t[None] < t[:, None]) & (t[None] >= begin[:, None])
+    assert mx.all(seen.sum(1) <= PARTS * part) and (seen.sum(1)[window:] >= window - 2 * part).all()
+
+    def attention(q, v):
+        return (q @ q.swapaxes(-1, -2) * seen) @ v
+
+    monkeypatch.setattr(bdh_mlx, "attention_quadratic", attention)
+    assert close(windowed, model.quadratic(idx)[0])
+
+
+def test_windowed_states_stack(step):
+    model, texts = (
+        random_model(),
+        [random_bytes(1, n, seed=n) for n in (44, 300)],
+    )  # a part is 16 bytes
+    states = [read_by(model, text, [], State(window=64))[1] for text in texts]
+    more = random_bytes(2, 10)
+    logits, _ = read_by(model, more, [1, 2], stack(states))
+    for row, alone in enumerate(states):
+        assert close(logits[row], read_by(model, more[row : row + 1], [1, 2], alone)[0][0])
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
+    model, idx, file = random_model(), random_bytes(2, 150), tmp_path / "manual.safetensors"
+    model.trained_length = 128
+    _, state = read_by(model, idx[:, :100], [97, 98], State(window=window))
+    bdh_mlx.save_state(file, model, state)
+    loaded = bdh_mlx.load_state(file, model)
+    assert (loaded.position, loaded.window) == (100, window)
+    there, here = (read_by(model, idx[:, 100:], [1, 2], s)[0] for s in (loaded, fold(state)))
+    assert furthest(there, here) == 0
+    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
+def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
+    model, file = random_model(), tmp_path / "s.safetensors"
+    _, state = model.read(random_bytes(1, 20))
+    bdh_mlx.save_state(file, model, state)
+    with pytest.raises(UserError, match="another model"):
+        bdh_mlx.load_state(file, random_model(seed=1))
+    arrays, header = mx.load(str(file), return_metadata=True)
+    mx.eval(arrays)
+    for changed in ({"synapses.0": mx.zeros((1, 2))}, {"synapses.1": None}):
+        kept = {k: v for k, v in (arrays | changed).items() if v is not None}
+        mx.save_safetensors(str(file), kept, metadata=header)
+        with pytest.raises(UserError, match="damaged"):
+            bdh_mlx.load_state(file, model)
+    bdh_mlx.save_model(model, file)
+    with pytest.raises(UserError, match="no state file"):
+        bdh_mlx.load_state(file, model)
+    file.write_bytes(b"x")
+    with pytest.raises(UserError, match="cannot be read"):
+        bdh_mlx.load_state(file, model)
+    with pytest.raises(UserError, match="not saved"):
+        bdh_mlx.save_state(tmp_path / "absent" / "s.safetensors", model, state)
+
+
+def test_position_a_million_is_as_exact_as_0(step):
+    S = mx.random.normal((2, 1, 64, 3), key=mx.random.key(0))
+    angles = 10**6 * 65536.0 ** (-np.arange(0, 64, 2) / 64)
+    pairs = np.array(S, np.float64).reshape(2, 1, 32, 2, 3)
+    z = (pairs[..., 0, :] + 1j * pairs[..., 1, :]) * np.exp(1j * angles)[:, None]
+    turned = np.stack([z.real, z.imag], -2).reshape(S.shape)
+    assert np.abs(np.array(turn(S, 10**6)) - turned).max() < 1e-6
+
+    model, idx = random_model(), random_bytes(1, 200)
+    far, _ = read_by(model, idx, [100, 101, 102], State(position=10**6))
+    assert close(far, model.quadratic(idx)[0])
+
+
+def test_a_prompt_of_a_megabyte_takes_the_memory_of_a_short_one():
+    peaks, model = [], random_model()
+    mx.eval(model.parameters())
+    for n in (20_000, 1_000_000):
+        idx = mx.array(np.random.default_rng(0).integers(0, 256, (1, n), np.uint8))
+        mx.eval(idx)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        logits, state = prefill(model, idx)
+        peaks.append(mx.get_peak_memory() - before)
+        assert state.position == n and mx.all(mx.isfinite(logits)).item()
+    assert peaks[1] < 1.2 * peaks[0] + 2**20

@@ -1,0 +1,168 @@
+"""Text that a model reads and goes on with: places in it, stop strings, batches, what is shown.
+
+Of a model only `model.read(idx, state) -> logits, state` is asked. A Place is never changed: what
+was read once can be gone on from several times.
+"""
+
+import codecs
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import NamedTuple
+
+from bdh_mlx import BDH, UserError, visible  # before mlx.core, which needs its fast BLAS
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from sampling import NONE, Past, Sampling, after, past_of
+from state import prefill
+
+
+class Place(NamedTuple):
+    """Where in a text a model is: its state, logits (B, V) of the next byte, the draw's past."""
+
+    state: object
+    logits: mx.array
+    past: Past
+
+
+def rows(texts: Sequence[bytes]) -> np.ndarray:
+    """Texts as one array (B, T) of bytes, NONE after the end of those that are shorter."""
+    idx = np.full((len(texts), max(map(len, texts))), NONE, np.int32)
+    for row, text in zip(idx, texts, strict=True):
+        row[: len(text)] = np.frombuffer(text, np.uint8)
+    return idx
+
+
+def read(model: BDH, texts: Sequence[bytes], place: Place | None = None) -> Place:
+    """The place after texts of one length, at least 1, one for each row; `place` is before them.
+
+    Raises UserError where the model's numbers are not finite.
+    """
+    idx = rows(texts)
+    logits, state = prefill(model, mx.array(idx), place and place.state)
+    if not mx.isfinite(logits).all().item():
+        raise UserError("the model's numbers are not finite: its training diverged")
+    seen = [np.array(spread(place, len(texts)).past.recent)] if place else []
+    return Place(state, logits, past_of(np.concatenate([*seen, idx], 1)))
+
+
+def spread(place: Place, B: int) -> Place:
+    """The place as B rows, if it is one of a single row; models read states of one row in any."""
+    logits, *past = (mx.broadcast_to(a, (B, *a.shape[1:])) for a in (place.logits, *place.past))
+    return Place(place.state, logits, Past(*past))
+
+
+def write(
+    model: BDH, place: Place, sampling: Sampling, key: mx.array, given: Sequence[bytes] = ()
+) -> Iterator[tuple[list[int], Place]]:
+    """Endlessly the next byte of each row, and the place after it.
+
+    A row takes first the bytes that are `given` for it; the others are drawn.
+    """
+    given = rows(given).T if given else ()  # (T, B)
+    state, logits, past = place
+    for i in count():
+        token, past_drawn, key = sampling.draw(logits, past, key)
+        if i < len(given):
+            own = mx.array(given[i])
+            token = mx.where(own == NONE, token, own)
+            past_drawn = after(past, token)
+        logits, state = model.read(token[:, None], state)
+        logits, past = logits[:, -1], past_drawn
+        mx.async_eval(token, logits, past, state)
+        yield token.tolist(), Place(state, logits, past)
+
+
+class Stops:
+    """Lets bytes through up to the first stop string, which may begin in the `before` of them.
+
+    What may be the beginning of a stop string is held back until it is one or is not.
+    """
+
+    def __init__(self, stops: Sequence[bytes], before: bytes = b""):
+        self.stops, self.found = stops, False
+        self.reach = max(map(len, stops), default=1) - 1
+        self.before, self.held = before[max(0, len(before) - self.reach) :], b""
+
+    def feed(self, piece: bytes) -> bytes:
+        """The bytes that are now certain to be shown; after a stop string is `found`, none."""
+        if self.found:
+            return b""
+        text, new = self.before + self.held + piece, len(self.before)
+        ends = [
+            (at + len(stop), at)
+            for stop in self.stops
+            if (at := text.find(stop, max(0, new - len(stop) + 1))) >= 0
+        ]
+        if ends:
+            self.found, self.held = True, b""
+            return text[new : min(ends)[1]]
+        lengths = range(min(self.reach, len(text)), 0, -1)
+        begun = (n for n in lengths if any(s.startswith(text[-n:]) for s in self.stops))
+        cut = max(new, len(text) - next(begun, 0))
+        self.held, self.before = text[cut:], text[max(0, cut - self.reach) : cut]
+        return text[new:cut]
+
+    def end(self) -> bytes:
+        """What is still held back, when no more bytes come."""
+        held, self.held = self.held, b""
+        return held
+
+
+def complete(
+    model: BDH,
+    prompts: Sequence[bytes],
+    sampling: Sampling,
+    key: mx.array,
+    stops: Sequence[bytes],
+    budget: int,
+) -> Iterator[tuple[int, bytes, bool]]:
+    """Of a batch of prompts, each at least a byte: (row, what the model writes, whether a stop
+    string ended it), as the rows end; `budget` is the most bytes of a row.
+
+    What all begin with is read once. Then all read as far as the shortest goes, and the longer ones
+    go on reading while the others write: exact, and fast for prompts of similar length.
+    """
+    shortest = min(map(len, prompts))
+    idx = rows(prompts)[:, :shortest]
+    alike = np.append((idx == idx[0]).all(0), False)
+    shared = int(alike.argmin())  # bytes that all begin with
+    place = read(model, [prompts[0][:shared]]) if shared else None
+    if shared < shortest:
+        place = read(model, [prompt[shared:shortest] for prompt in prompts], place)
+    place, given = spread(place, len(prompts)), [prompt[shortest:] for prompt in prompts]
+    going = {row: (Stops(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
+    for i, (tokens, _) in enumerate(write(model, place, sampling, key, given), 1):
+        for row, (stop, text) in list(going.items()):
+            written = i - len(given[row])
+            if written > 0:
+                text += stop.feed(bytes([tokens[row]]))
+            if stop.found or written == budget:
+                yield row, bytes(text + stop.end()), stop.found
+                del going[row]
+        if not going:
+            return
+
+
+def as_text(written: bytes, whole: bool = False) -> str:
+    """Bytes as text, those that are no UTF-8 as \\xff; `whole`: without a character cut short."""
+    return codecs.getincrementaldecoder("utf-8")("backslashreplace").decode(written, not whole)
+
+
+class Terminal:
+    """Shows bytes as they come: characters once complete, broken UTF-8 and controls escaped."""
+
+    def __init__(self, raw: bool = False):
+        self.raw = raw
+        self.decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+
+    def write(self, piece: bytes, final: bool = False) -> None:
+        """Show `piece`; `final`: and what there is of a character cut short."""
+        if self.raw:
+            sys.stdout.buffer.write(piece)
+        else:
+            sys.stdout.write(visible(self.decoder.decode(piece, final)))
+        sys.stdout.flush()
