@@ -2,18 +2,23 @@
 
 A line `BLOCK_SIZE = 4096  # bytes ...` makes `--block-size`, an int, with its comment as help text;
 `EPOCHS: float | None = 3  # ...` makes a flag that also takes `none`. A constant that holds a
-dataclass, BDH_CONFIG, makes a flag for each field.
+dataclass, BDH_CONFIG, makes a flag for each field. A comment line above constants is the heading
+under which `--help` shows them.
 """
 
 import argparse
+import difflib
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?  # (.*)$", re.MULTILINE)
+
+HEADING = re.compile(r"^# (.*)\n((?:(?!#).+\n)+)", re.MULTILINE)
 
 
 def parse(
@@ -26,36 +31,60 @@ def parse(
 
     Each of `actions` (name: help) is a flag without a constant, and a bool in lower case.
     """
-    constants, hints = {}, {}
-    for name, kind, optional, comment in CONSTANT.findall(_settings_of(script)):
-        value = getattr(script, name)
-        if is_dataclass(value):
-            fields = CONSTANT.findall(inspect.getsource(type(value)))
-            hints |= {n: (k, o, c) for n, k, o, c in fields if n in asdict(value)}
-            constants |= asdict(value)
-        else:
-            hints[name] = (kind or type(value).__name__, optional, comment)
-            constants[name] = value
-    parser = argparse.ArgumentParser(
+    constants = {}
+    parser = Parser(
         description=script.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", choices=presets, help="settings to start from")
+    parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}")
     for name, text in (actions or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
-    for name, (kind, optional, comment) in hints.items():
-        flag, text = f"--{name.lower().replace('_', '-')}", f"{comment} (now {constants[name]})"
-        how = {"type": _reader(kind, optional), "metavar": kind}
-        if kind == "bool":
-            how = {"action": argparse.BooleanOptionalAction}
-        text = text.replace("%", "%%")
-        parser.add_argument(flag, dest=name, help=text, default=argparse.SUPPRESS, **how)
+    for heading, lines in HEADING.findall(_settings_of(script)):
+        group = parser.add_argument_group(heading)
+        for name, kind, optional, comment in CONSTANT.findall(lines):
+            value = getattr(script, name)
+            hints = {name: (kind or type(value).__name__, optional, comment)}
+            fields = {name: value}
+            if is_dataclass(value):
+                found, fields = CONSTANT.findall(inspect.getsource(type(value))), asdict(value)
+                hints = {n: (k, o, c) for n, k, o, c in found if n in fields}
+            constants |= fields
+            for one, hint in hints.items():
+                _add(group, one, fields[one], *hint)
     argv = sys.argv[1:] if argv is None else argv
-    preset = presets.get(parser.parse_args(argv).preset, "").split()
+    name = parser.parse_args(argv).preset
+    if name is not None and name not in presets:
+        parser.error(f"--preset {name!r} is none of {', '.join(presets)}{nearest(name, presets)}")
+    preset = presets.get(name, "").split()
     given = vars(parser.parse_args(preset + argv))  # of a flag given twice the last one counts
     given.pop("preset")
     return SimpleNamespace(**constants | given)
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the flag that a mistyped one is near to."""
+
+    def error(self, message: str):
+        known = [flag for action in self._actions for flag in action.option_strings]
+        if unknown := re.match(r"unrecognized arguments: (--[^ =]+)", message):
+            message += nearest(unknown[1], known)
+        super().error(message)
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """`; did you mean x?` of the name most like `word`; nothing where none is like it."""
+    found = difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _add(group, name: str, value, kind: str, optional: str, comment: str) -> None:
+    flag = f"--{name.lower().replace('_', '-')}"
+    how = {"type": _reader(kind, optional), "metavar": kind}
+    if kind == "bool":
+        how = {"action": argparse.BooleanOptionalAction}
+    text = f"{comment} (now {value})".replace("%", "%%")
+    group.add_argument(flag, dest=name, help=text, default=argparse.SUPPRESS, **how)
 
 
 def _settings_of(script: ModuleType) -> str:

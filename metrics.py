@@ -1,6 +1,8 @@
 """A run's metrics.jsonl: one JSON object per line that the trainer prints; neurons at work."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -34,11 +36,14 @@ def evaluations(history: list[dict]) -> list[int]:
     return [m["step"] for m in history if "val_loss" in m]
 
 
-def open_log(run: Path, step: int, together: Processes) -> tuple[Callable, list[dict]]:
+def open_log(
+    run: Path, step: int, together: Processes, json_to=None
+) -> tuple[Callable, list[dict]]:
     """A function that logs to metrics.jsonl and the terminal, and all that was logged, a list to
     which it adds.
 
-    Lines after `step`, of work that was lost, are dropped, so that each step is told once.
+    The terminal gets them as text, or the file `json_to` as they are. Lines after `step`, of work
+    that was lost, are dropped, so that each step is told once.
     """
     path = run / "metrics.jsonl"
     kept = together.share([m for m in read(path) if m["step"] <= step])
@@ -54,7 +59,11 @@ def open_log(run: Path, step: int, together: Processes) -> tuple[Callable, list[
                 file.write(json.dumps(m) + "\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        tqdm.write(told(m))
+        if json_to:
+            print(json.dumps(m), file=json_to, flush=True)
+        else:
+            bold = "val_loss" in m and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            tqdm.write(f"\x1b[1m{told(m)}\x1b[0m" if bold else told(m))
 
     return log, kept
 

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import islice, pairwise, takewhile
@@ -47,9 +47,11 @@ from processes import Processes, is_lost
 from report import redraw
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
+# Data
 TRAINING_MODE = "both"  # of each record: "system", "instruction", "both" or "full"
 LOSS_ON = "all"  # bytes that count in the training loss: "all", or "response" (mode full only)
 DATASET = "Severian/Internal-Knowledge-Map"  # hub name, file, folder, or "sample"
+# Training
 BLOCK_SIZE = 4096  # bytes a training sequence holds: what the model can learn to look back on
 BATCH_SIZE = 2  # sequences computed at once, by each process
 GRAD_ACCUM = 1  # batches added up to one update; more of them cost time, not memory
@@ -67,10 +69,12 @@ CARRY_STATE = False  # each row of the batch reads on where it stopped, with the
 EMA = 0.0  # of the weights, the share an update keeps in the average that is evaluated; 0: none
 NOISE = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_SKIPS = 10  # updates in a row skipped for numbers that are not finite before the run stops
+# Model, and how it is computed
 BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
 DTYPE = "auto"  # of the products: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
 MEMORY = "auto"  # "fast", "balanced" or "small" (each slower than the last); auto: what fits
 FORCE = False  # start although the estimated memory cannot be had
+# Evaluation, log and checkpoints
 SEED = 1337  # of weights, split, data order, dropout and samples
 VAL_SHARE = 0.1  # of the distinct records, held out
 EVAL_BYTES: int | None = 1_000_000  # validation bytes read at most, always the same; none: all
@@ -79,6 +83,7 @@ EVAL_FREQ = 250  # updates between validations, each with samples
 SAVE_FREQ = 500  # updates between checkpoints
 KEEP = 3  # latest checkpoints kept, besides the best
 SAMPLE_BYTES = 200  # length of each sample
+# Runs
 ALLOW_DATA_CHANGE = False  # continue a run although its training bytes are no longer the same
 CHECKPOINT_DIR = "checkpoints_mlx"  # holds one folder per run, and the prepared data
 RUN_NAME: str | None = None  # folder of this run; none: the training mode
@@ -87,6 +92,7 @@ PHASES: str | None = None  # a chain, mode:EPOCHS@LEARNING_RATE each: "system:3,
 
 ACTIONS = {
     "plan": "tell what the run would be and what is odd in its data, without training",
+    "json": "log lines are JSON objects, alone on stdout; all else goes to stderr",
     "selfcheck": "check in seconds that model and trainer work on this machine: exit code 0 or 1",
 }
 
@@ -395,11 +401,14 @@ def main(argv: list[str] | None = None) -> int:
 
         return plan.tell(given)
     together = Processes()
+    quiet = nullcontext()
+    if given.json:
+        given.json, quiet = sys.stdout, redirect_stdout(sys.stderr)
+    if not together.first:
+        quiet = redirect_stdout(Path(os.devnull).open("w"))  # noqa: SIM115
     if together.size > 1 and given.CARRY_STATE:
         raise UserError("CARRY_STATE keeps the rows of one process; leave it out of several")
-    if not together.first:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-    with Stop(together) as stop:
+    with quiet, Stop(together) as stop:
         for s in phases.chain(given):
             s.PROCESSES = together.size
             run = Path(s.CHECKPOINT_DIR, s.RUN_NAME or s.TRAINING_MODE)
@@ -489,7 +498,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     model.update(together.from_first(model.parameters()))  # before compiling
     optimizer.state = together.from_first(optimizer.state)
     first = saved = step
-    log, history = open_log(run, step, together)
+    log, history = open_log(run, step, together, s.json)
     best = together.share(checkpoints.read_best(run) if together.first else None)
     evaluated = max(evaluations(history), default=-1)
 
@@ -655,6 +664,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         "active_y": " ".join(f"{share:.1%}" for share in found["active_y"]),
         "minutes": round((time.perf_counter() - began) / 60, 1),
         "peak_gb": round(mx.get_peak_memory() / 1e9, 2),
+        "look_at_it": run / "report.html",
         "sample_it": f"python generate.py {run} --prompt {PROMPTS[s.TRAINING_MODE][0]!r}",
     }
     print("\n".join(f"{key}: {value}" for key, value in summary.items()))
@@ -699,7 +709,10 @@ def check(s: SimpleNamespace) -> None:
     one_of |= {"DTYPE": ("auto", "bfloat16", "float32"), "OPTIMIZER": ("adamw", "muon")}
     for name, choices in (one_of | {"MEMORY": ("auto", *memory.SETTINGS)}).items():
         if vars(s)[name] not in choices:
-            raise UserError(f"{name} is {vars(s)[name]!r}; it must be one of {', '.join(choices)}")
+            raise UserError(
+                f"{name} is {vars(s)[name]!r}; it must be one of "
+                f"{', '.join(choices)}{flags.nearest(str(vars(s)[name]), choices)}"
+            )
     if s.LOSS_ON not in ("all", *NEEDED[s.TRAINING_MODE]):
         raise UserError(
             f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "

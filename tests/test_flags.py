@@ -1,0 +1,69 @@
+"""What the flags and the terminal show: headings, near names, colours, lines of JSON."""
+
+import io
+import json
+import re
+
+import pytest
+from test_train import metrics, train
+
+import train_mlx
+from bdh_mlx import UserError
+
+
+def test_help_shows_every_setting_under_its_heading(capsys):
+    with pytest.raises(SystemExit):
+        train_mlx.settings(["--help"])
+    text = capsys.readouterr().out
+    groups = re.findall(r"^(\S.*):\n((?:  .*\n)+)", text, re.M)
+    of = {name: re.findall(r"^  (--[a-z-]+)", body, re.M) for name, body in groups}
+    assert list(of)[1:3] == ["Data", "Training"] and "--dataset" in of["Data"]
+    assert "--n-layer" in of["Model, and how it is computed"] and "--plan" in of["options"]
+    shown = {flag for name, flags in of.items() if name != "options" for flag in flags}
+    given = vars(train_mlx.settings([]))
+    config = vars(given.pop("BDH_CONFIG"))
+    wanted = {f"--{n.lower().replace('_', '-')}" for n in {**given, **config}}
+    assert shown == wanted - {f"--{name}" for name in train_mlx.ACTIONS}
+
+
+@pytest.mark.parametrize(
+    ("args", "near"),
+    [("--blok-size 2", "--block-size"), ("--preset tinny", "tiny"), ("--epoch 3", "--epochs")],
+)
+def test_a_mistyped_flag_is_told_its_nearest(args, near, capsys):
+    with pytest.raises(SystemExit) as error:
+        train_mlx.settings(args.split())
+    assert error.value.code == 2
+    assert f"did you mean {near}?" in capsys.readouterr().err
+
+
+def test_a_mistyped_choice_is_told_its_nearest():
+    with pytest.raises(UserError, match=r"did you mean full\?"):
+        train_mlx.settings(["--training-mode", "ful"])
+    with pytest.raises(UserError, match=r"be one of system, instruction, both, full$"):
+        train_mlx.settings(["--training-mode", "xyz"])
+
+
+def test_json_lines_stand_alone_on_stdout(tmp_path, capsys):
+    assert train(tmp_path, "--max-iters", 5, "--json") == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line) for line in out.splitlines()] == metrics(tmp_path)
+    assert "look_at_it" in err and "iter      5" not in err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("no_color", "bold"), [("", 2), ("1", 0)])
+def test_evaluations_are_bold_on_a_terminal_without_no_color(tmp_path, monkeypatch, no_color, bold):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    assert train(tmp_path, "--max-iters", 5) == 0
+    assert screen.getvalue().count("\x1b[1m") == bold
+
+
+def test_nothing_is_bold_in_a_pipe(tmp_path, capsys):
+    assert train(tmp_path, "--max-iters", 5) == 0
+    assert "\x1b" not in capsys.readouterr().out
