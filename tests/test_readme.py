@@ -44,8 +44,16 @@ def test_training_commands_run(line, folder):
     phase = "" if "phase" in line else f"--run-name r{abs(hash(line))}"
     ran = run(f"{line.split('#')[0]} {data} {TINY} {phase}", folder)
     assert ran.returncode == 0, ran.stderr
+    if "--plan" in line or "--selfcheck" in line:
+        return
     assert "val_loss: " in ran.stdout
     assert ("start: weights of system" in ran.stdout) == ("phase2" in line)
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("python report.py")])
+def test_report_commands_run(line, folder):
+    ran = run(line.replace("checkpoints_mlx/both", "checkpoints_mlx/full"), folder)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize("line", GENERATE)
