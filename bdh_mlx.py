@@ -183,10 +183,17 @@ class BDH(nn.Module):
             raise UserError(f"temperature is {temperature}; it must be 0 (likeliest byte) or more")
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}; it must be at least 1, or None for all bytes")
+        if key is None:
+            key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+
+        @mx.compile
+        def draw(logits, key):
+            key, next_key = mx.random.split(key)
+            return sample(logits, temperature, top_k, key), next_key
+
         logits, state = prefill(self, idx, state)
         while True:
-            draw, key = (None, None) if key is None else mx.random.split(key)
-            token = sample(logits, temperature, top_k, draw)
+            token, key = draw(logits, key)
             logits, state = self.read(token[:, None], state)
             logits = logits[:, -1]
             mx.async_eval(token, logits, state)

@@ -11,20 +11,26 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from bdh_mlx import BDH, UserError, visible  # before mlx.core, which needs its fast BLAS
+from bdh_mlx import (
+    BDH,
+    UserError,
+    save_state,
+    visible,
+)  # before mlx.core, which needs its fast BLAS
 
 # isort: split
 import mlx.core as mx
 
 import formats
 from sampling import Sampling
+from state import State
 from writing import Place, Stops, Terminal, read, write
 
 HISTORY = Path("~/.bdh_history").expanduser()
 HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
 /temp 0.7     temperature; 0: the likeliest byte
 /reset        forget all that was said
-/save FILE    all that was said, as read by the model; --prompt-file FILE goes on from it
+/save FILE    all that was said, for --prompt-file; to a .safetensors file the state, --load-state
 /quit         leave, as Ctrl-D does; Ctrl-C stops an answer
 """           on a line of its own begins and ends a text of several lines'''
 
@@ -72,7 +78,9 @@ class Session:
         stops: Sequence[bytes],
         budget: int,
         mode: str | None,
+        state: State | None = None,
     ):
+        self.start = state  # what was read before the session
         self.model, self.sampling, self.key = model, sampling, key
         self.stops, self.budget, self.mode = stops, budget, mode
         self.system = ""
@@ -133,7 +141,12 @@ class Session:
             raise UserError(f"{name} is no command; /help lists them")
 
     def save(self, file: Path) -> None:
-        """Write all that was said. Raises UserError."""
+        """Write all that was said, or the state after it. Raises UserError."""
+        if file.suffix == ".safetensors":
+            if not self.place:
+                raise UserError("/save: nothing was said yet")
+            save_state(file, self.model, self.place.state)
+            return print(f"saved the state after {self.place.state.position:,} bytes in {file}")
         try:
             file.write_bytes(self.text)
         except OSError as error:
@@ -146,7 +159,7 @@ class Session:
         asked, terminal = self.asked(line), Terminal()
         stop = Stops(self.stops, asked)
         try:
-            self.place = read(self.model, [asked], self.place)
+            self.place = read(self.model, [asked], self.place, self.start)
             self.text += asked
             written = write(self.model, self.place, self.sampling, key)
             for token, place in islice(written, self.budget):

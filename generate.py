@@ -32,12 +32,15 @@ import export
 import formats
 import neurons
 from bdh_mlx import UserError
+from memory import compute_for
 from sampling import WINDOW, Sampling
+from state import PARTS, State
 from writing import Stops, Terminal, as_text, complete, read, write
 
 PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
 the mode"""
 STOP = r"""end before this text, \n in it a line break; may be repeated (in mode full a line ---)"""
+DTYPES = ("bfloat16", "float32")
 PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so keep it near 1 (1)"
 
 TRACE = "no text but what fires on TEXT (@FILE: on its lines); several times: what tells them apart"
@@ -63,9 +66,13 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt-file", "a file's bytes", type=Path, metavar="FILE")
     add("--prompts", PROMPTS, type=Path, metavar="JSONL")
     add("--evaluate", "no text but the loss on a file or data set, by field", metavar="DATA")
-
     add("--trace", TRACE, action="append", metavar="TEXT")
     add("--export", EXPORT, type=Path, metavar="FOLDER")
+
+    add = group("what was read before it, and how much is remembered")
+    add("--load-state", "go on from a saved state", type=Path, metavar="FILE.safetensors")
+    add("--window", "forget what is older than W bytes (all is remembered)", type=int, metavar="W")
+    add("--dtype", "of the products (bfloat16 on a GPU, else float32)", choices=DTYPES)
 
     add = group("what comes out")
     add("--max-new-tokens", "bytes at most (500)", type=int, default=500, metavar="N")
@@ -74,6 +81,7 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--samples", "texts for each prompt (1)", type=int, default=1, metavar="N")
     add("--batch-size", "texts written at once (8)", type=int, default=8, metavar="N")
     add("--out", "file for the texts of --prompts (stdout)", type=Path, metavar="JSONL")
+    add("--save-state", "keep what was read and written", type=Path, metavar="FILE.safetensors")
     add("--raw", "bytes as they are, also those unsafe on a terminal", action="store_true")
 
     add = group("how a byte is drawn; these act in this order")
@@ -86,10 +94,17 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", "same seed, same bytes, on one machine (random)", type=int)
 
     args = parser.parse_args(argv)
-    for name in ("max_new_tokens", "samples", "batch_size"):
-        if getattr(args, name) < 1:
+    for name, least in (
+        ("max_new_tokens", 1),
+        ("samples", 1),
+        ("batch_size", 1),
+        ("window", PARTS),
+    ):
+        if (value := getattr(args, name)) is not None and value < least:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is {getattr(args, name)}; it must be at least 1")
+            raise UserError(f"{flag} is {value}; it must be at least {least}")
+    if args.save_state and (args.prompts or args.samples > 1 or args.evaluate):
+        raise UserError("--save-state keeps the state of one text; leave out what makes several")
     if args.seed is not None and not 0 <= args.seed < 2**64:
         raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^64")
     if args.out and not args.prompts:
@@ -183,13 +198,13 @@ def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
 
 
 def write_jobs(
-    jobs: list[Job], model, sampling, key, stops, args
+    jobs: list[Job], model, sampling, key, stops, args, state
 ) -> Iterator[tuple[Job, str, bool]]:
     """Each job with its text and whether a stop string ended it, as they are done."""
     for batch in batches(jobs, args.batch_size, args.max_new_tokens):
         key, draw = mx.random.split(key)
         prompts = [job.prompt or formats.SEPARATOR.encode() for job in batch]
-        done = complete(model, prompts, sampling, draw, stops, args.max_new_tokens)
+        done = complete(model, prompts, sampling, draw, stops, args.max_new_tokens, state)
         for row, text, stopped in done:
             yield batch[row], as_text(text, whole=sampling.utf8), stopped
 
@@ -204,18 +219,46 @@ def write_file(jobs: list[Job], samples: int, out, texts) -> None:
             bar.update()
 
 
-def stream(prompt: bytes, model, sampling, key, stops, args) -> None:
+def stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:
     """Print the prompt, and what the model makes of it as it comes."""
     terminal, stop = Terminal(args.raw), Stops(stops, prompt)
     terminal.write(prompt)
-    place = read(model, [prompt or formats.SEPARATOR.encode()])
-    for i, (token, _) in enumerate(write(model, place, sampling, key), 1):
+    place = read(model, [prompt or formats.SEPARATOR.encode()], state=state)
+    for i, (token, after) in enumerate(write(model, place, sampling, key), 1):
+        place = after
         terminal.write(stop.feed(bytes(token)))
         if stop.found or i == args.max_new_tokens:
             break
     terminal.write(stop.end(), final=not sampling.utf8)
     if not args.raw:
         print()
+    if args.save_state:
+        bdh_mlx.save_state(args.save_state, model, place.state)
+
+
+def start(model, args: argparse.Namespace) -> State:
+    """What was read before: --load-state, else nothing; with --window. Raises UserError."""
+    if not args.load_state:
+        return State(window=args.window)
+    state = bdh_mlx.load_state(args.load_state, model)
+    if args.window and args.window != state.window:
+        raise UserError(
+            f"--window is {args.window}, and the state in {args.load_state} was read with "
+            f"{state.window or 'none'}; leave it out"
+        )
+    return state
+
+
+def warn_of_length(model, window: int | None, length: int) -> None:
+    """A note where the text outgrows the blocks that the model was trained on."""
+    trained = model.trained_length
+    if trained and length > trained and not window:
+        print(
+            f"note: the text may reach {length:,} bytes, the model was trained on blocks of "
+            f"{trained:,}: what it writes gets worse past them. --window {trained} forgets older "
+            "bytes (README, States)",
+            file=sys.stderr,
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -232,11 +275,13 @@ def main(argv: list[str] | None = None) -> int:
     model, trained = bdh_mlx.load_model(weights), evaluation.settings_of(weights)
     if model.config.vocab_size != 256:
         raise UserError(f"{weights} has a vocabulary of {model.config.vocab_size}; bytes are 256")
+    model.compute = compute_for(model.config, "small", args.dtype or "auto")
     mode = args.mode or trained.get("TRAINING_MODE")
     mode = mode if mode in formats.NEEDED else None
     key = mx.random.key(time.time_ns() if args.seed is None else args.seed)
     stops = stop_strings(args, mode)
-    how = (model, sampling, key, stops, args)
+    state = start(model, args)
+    how = (model, sampling, key, stops, args, state)
     if args.evaluate is not None:
         print(evaluation.report(model, args.evaluate, mode, trained))
     elif args.prompts is not None:
@@ -244,14 +289,17 @@ def main(argv: list[str] | None = None) -> int:
         with open_out(args.out) as out:
             write_file(jobs, args.samples, out, write_jobs(jobs, *how))
     elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():
-        chat.Session(model, sampling, key, stops, args.max_new_tokens, mode).run()
+        chat.Session(model, sampling, key, stops, args.max_new_tokens, mode, state).run()
     elif args.samples > 1:
         prompt = read_prompt(args)
         jobs = [Job(1, i, {}, prompt) for i in range(1, args.samples + 1)]
         for job, text, _ in write_jobs(jobs, *how):
             print(f"--- sample {job.sample}\n{bdh_mlx.visible(as_text(prompt) + text)}")
     else:
-        stream(read_prompt(args), *how)
+        prompt = read_prompt(args)
+        length = state.position + len(prompt) + args.max_new_tokens
+        warn_of_length(model, state.window, length)
+        stream(prompt, *how)
     return 0
 
 

@@ -1,8 +1,9 @@
 """What remains of the bytes read, and the two ways to read on: many bytes at once, or one.
 
-Many: segments through the training layer's forward pass (fast_layer), in bounded memory. One: the
-synapses S of BDH's attention, 201 MB for the default model, are not rewritten at each byte; the
-rotated activations and values of the last TAIL bytes wait beside them and are added in one product:
+Many: segments through the training layer's forward pass (fast_layer), in bounded memory. One, on
+a GPU: as BDH's equations say, a_t = (R_t x_t) S, and S grows by the byte's own outer product. One,
+on a CPU: S, 201 MB for the default model, is not rewritten at each byte; the rotated activations
+and values of the last TAIL bytes wait beside it and are added in one product:
 
     a_t = (R_t x_t) S + sum over s waiting, s < t of (R_t x_t . R_s x_s) v_s
 
@@ -23,8 +24,9 @@ import numpy as np
 from fast_layer import ROPE_BASE, forward_segment, ln, phases, residual, turn
 
 TAIL = 64  # bytes that wait: reading them costs as much as adding them, at the default shape
+TURN = 1024  # bytes a GPU writes before it turns S: mx.fast.rope errs by 6e-8 a position
 PARTS = 4  # of a window
-ROWS = {mx.cpu: 1024, mx.gpu: 4096}  # bytes * batch read at once, which bounds the memory
+ROWS = {mx.cpu: 1024, mx.gpu: 16384}  # bytes * batch read at once, which bounds the memory
 SHORT = 16  # bytes up to which a CPU reads one by one: its product of few rows is slow
 GATHER, GATHER_DY = 0.3, 0.15  # shares of rows up to which a CPU gathers them (LOG.md)
 
@@ -40,28 +42,41 @@ class State(NamedTuple):
     window: int | None = None  # W, bytes; None remembers all
     synapses: tuple[mx.array, ...] = ()  # of each layer (H, B or 1, N, D) float32; () for none yet
     parts: tuple[tuple[mx.array, ...], ...] = ()  # their summands, oldest first; with a window only
-    tail: "Tail | None" = None
+    tail: "Tail | Open | None" = None
 
     @property
     def batch(self) -> int:
         """Rows; 0 before anything is read."""
-        one = self.tail.keys[0] if self.tail else self.synapses[0] if self.synapses else None
-        return 0 if one is None else one.shape[1]
+        one = (self.tail.first if self.tail else self.synapses)[:1]
+        return one[0].shape[1] if one else 0
 
 
 class Tail(NamedTuple):
-    """The last `count` bytes, in no synapses yet; what follows them in the arrays is not its own.
+    """CPU: the last `count` bytes, in no synapses yet; what follows them is not this state's own.
 
-    On a CPU the arrays are NumPy's, and states share them: the one that is `newest` writes the next
-    byte behind its own, any other copies them first. On a GPU zeros follow.
+    States share the arrays, NumPy's: the one that is `newest` writes the next byte behind its own,
+    any other copies them first.
     """
 
     count: int
-    origin: int  # the position that its rotations count from: 0 on a CPU, its first byte on a GPU
-    keys: tuple  # of each layer, rotated x: (H, B, TAIL, N)
-    values: tuple  # (B, TAIL, D)
-    found: tuple[mx.array, ...] = ()  # GPU: synapses turned to origin, (H, B or 1, D, N), to read
-    newest: list[int] | None = None  # CPU: how many bytes the arrays hold, over all that share them
+    keys: tuple[np.ndarray, ...]  # of each layer, rotated x: (H, B, TAIL, N)
+    values: tuple[np.ndarray, ...]  # (B, TAIL, D)
+    newest: list[int]  # how many bytes the arrays hold, over all that share them
+
+    @property
+    def first(self):
+        return self.keys
+
+
+class Open(NamedTuple):
+    """GPU: the synapses with the last `count` bytes, positions counted from `origin`.
+
+    (H, B, D, N) of each layer: transposed, since a vector times a matrix reads whole rows.
+    """
+
+    count: int
+    origin: int
+    first: tuple[mx.array, ...]
 
 
 # ------------------------------------------------------------------------------ many bytes at once
@@ -161,38 +176,43 @@ def _added(state: State, written: Sequence[mx.array]) -> State:
 
 def fold(state: State) -> State:
     """The same state without a tail: its bytes are added to the synapses, one product a layer."""
-    if not state.tail:
+    tail = state.tail
+    if not tail:
         return state
-    written = []
-    for keys, values in zip(state.tail.keys, state.tail.values, strict=True):
-        k, v = (mx.array(a[..., : state.tail.count, :]) for a in (keys, values))
-        new = (k.swapaxes(-1, -2) @ v).astype(mx.float32)
-        written.append(turn(new, state.tail.origin))
-    return _added(state, written)
+    if isinstance(tail, Open):
+        after = [turn(S.swapaxes(-1, -2), tail.origin) for S in tail.first]
+        written = map(mx.subtract, after, state.synapses) if state.synapses else after
+        return _added(state, tuple(written))
+    cut = [(k[..., : tail.count, :], v[:, : tail.count]) for k, v in zip(*tail[1:3], strict=True)]
+    return _added(state, [mx.array(k).swapaxes(-1, -2) @ mx.array(v) for k, v in cut])
 
 
 def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     """idx (B, 1) through all layers: v (B, 1, D) after the last, and the State."""
-    laid = _laid_out(model)
-    state = _with_tail(state, model.config, idx.shape[0], laid.dtype)
-    v, tail = (laid.step if _on_gpu() else laid.step_rows)(idx, state)
+    laid, B = _laid_out(model), idx.shape[0]
+    if _on_gpu():
+        tail = state.tail or _opened(state, model, B)
+        v, first = laid.compiled(idx, laid.weights, mx.array(tail.count), tail.first)
+        tail = tail._replace(count=tail.count + 1, first=first)
+    else:
+        v, tail = laid.step_rows(idx, state._replace(tail=state.tail or _new_tail(model, B)))
     state = state._replace(position=state.position + 1, tail=tail)
     ends_part = state.window and state.position % _part(state.window) == 0
-    return v, fold(state) if tail.count == TAIL or ends_part else state
+    return v, fold(state) if tail.count == (TURN if _on_gpu() else TAIL) or ends_part else state
 
 
-def _with_tail(state: State, config, B: int, dtype: mx.Dtype) -> State:
-    if state.tail:
-        return state
-    H, N, D, L = config.n_head, config.neurons_per_head, config.n_embd, config.n_layer
+def _opened(state: State, model, B: int) -> Open:
+    (H, D, N), L = model.encoder.shape, model.config.n_layer
+    if not state.synapses:
+        return Open(0, state.position, tuple(mx.zeros((H, B, D, N)) for _ in range(L)))
+    turned = (turn(S, -state.position).swapaxes(-1, -2) for S in state.synapses)
+    return Open(0, state.position, tuple(map(mx.contiguous, turned)))
+
+
+def _new_tail(model, B: int) -> Tail:
+    (H, D, N), L = model.encoder.shape, model.config.n_layer
     shapes = [(H, B, TAIL, N), (B, TAIL, D)]
-    if not _on_gpu():
-        keys, values = (tuple(np.empty(s, np.float32) for _ in range(L)) for s in shapes)
-        return state._replace(tail=Tail(0, 0, keys, values, newest=[0]))
-    keys, values = (tuple(mx.zeros(s, dtype) for _ in range(L)) for s in shapes)
-    turned = (turn(S, -state.position).astype(dtype).swapaxes(-1, -2) for S in state.synapses)
-    found = tuple(map(mx.contiguous, turned))  # transposed: matrix times vector reads whole rows
-    return state._replace(tail=Tail(0, state.position, keys, values, found))
+    return Tail(0, *(tuple(np.empty(s, np.float32) for _ in range(L)) for s in shapes), [0])
 
 
 def _laid_out(model) -> "_Laid":
@@ -227,15 +247,8 @@ class _Laid:
             self.room = np.empty((H * N, D), np.float32)  # gathered rows
         mx.eval(self.weights if _on_gpu() else [])
 
-    def step(self, idx, state):
-        """One byte of every row on a GPU: v (B, 1, D) and the tail with it."""
-        tail = state.tail
-        arrays = (mx.array(tail.count), tail.found, tail.keys, tail.values)
-        v, keys, values = self.compiled(idx, self.weights, *arrays)
-        return v, tail._replace(count=tail.count + 1, keys=keys, values=values)
-
     def step_rows(self, idx, state):
-        """The same on a CPU, row by row: a row's neurons and synapses are its own."""
+        """One byte of every row on a CPU, one by one: a row's neurons and synapses are its own."""
         tail = state.tail
         if tail.newest[0] > tail.count:  # another state has written behind this one's bytes
             keys, values = (tuple(map(np.copy, arrays)) for arrays in (tail.keys, tail.values))
@@ -303,27 +316,25 @@ def _ln(x: np.ndarray) -> np.ndarray:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-5))
 
 
-def _step(idx, weights, count, found, keys, values):
-    """_read_byte in MLX: each product is a matrix's rows by a vector for each of B rows."""
-    embed, encoder, encoder_v, decoder = weights  # the three (H, ., .) transposed
-    (B, _), (H, N, D), dtype = idx.shape, encoder.shape, encoder.dtype
-    v, new_keys, new_values = ln(embed[idx]), [], []
-    for layer in range(len(keys)):
-        value = v.astype(dtype)
-        x = mx.maximum(value.reshape(1, B, D) @ encoder.swapaxes(-1, -2), 0)  # (H, B, N)
+def _step(idx, weights, count, synapses):
+    """One byte idx (B, 1) on a GPU: v (B, 1, D), and the synapses (H, B, D, N) with it.
+
+    Weights transposed, (H, N, D), (H, N, D) and (H, D, N), as `Open` is.
+    """
+    embed, encoder, encoder_v, decoder = weights
+    (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
+    v, after = ln(embed[idx]), []
+    for S in synapses:
+        x = mx.maximum(v.astype(dtype).reshape(1, B, D) @ encoder.swapaxes(-1, -2), 0)  # (H, B, N)
         how = {"traditional": True, "base": ROPE_BASE, "scale": 1.0, "offset": count}
         q = mx.fast.rope(x.reshape(1, H * B, 1, N), N, **how).reshape(H, B, 1, N)
-        a = (q @ keys[layer].swapaxes(-1, -2)) @ values[layer]
-        if found:  # synapses that the rows share are read once
-            S = found[layer].swapaxes(-1, -2)
-            of_S = q @ S if S.shape[1] == B else q.reshape(H, 1, B, N) @ S
-            a = a.astype(mx.float32) + of_S.reshape(a.shape)
-        g = ln(a.astype(mx.float32)).astype(dtype).reshape(H, B, D) @ encoder_v.swapaxes(-1, -2)
+        q = q.astype(mx.float32)
+        a = (q @ S.swapaxes(-1, -2)).reshape(H, B, D)
+        after.append(S + v.reshape(1, B, D, 1) * q)
+        g = ln(a).astype(dtype) @ encoder_v.swapaxes(-1, -2)
         o = ((x * mx.maximum(g, 0)) @ decoder.swapaxes(-1, -2)).astype(mx.float32).sum(0)
-        new_keys.append(mx.slice_update(keys[layer], q, count[None], [2]))
-        new_values.append(mx.slice_update(values[layer], value, count[None], [1]))
         v = residual(v, o.reshape(B, 1, D))
-    return v, tuple(new_keys), tuple(new_values)
+    return v, tuple(after)
 
 
 # ----------------------------------------------------------------------------- rows of a batch
@@ -335,14 +346,12 @@ def pick(state: State, rows: Sequence[int]) -> State:
     def of(arrays):
         return tuple(S if S.shape[1] == 1 else mx.take(S, mx.array(rows), 1) for S in arrays)
 
-    if tail := state.tail:
-        keys, values = (
-            tuple(take(a, index, axis) for a in arrays)
-            for axis, arrays in ((1, tail.keys), (0, tail.values))
-            for take, index in [(np.take, rows) if tail.newest else (mx.take, mx.array(rows))]
-        )
-        newest = tail.newest and [tail.count]
-        tail = tail._replace(keys=keys, values=values, found=of(tail.found), newest=newest)
+    tail = state.tail
+    if isinstance(tail, Open):
+        tail = tail._replace(first=of(tail.first))
+    elif tail:
+        keys = tuple(np.take(k, rows, 1) for k in tail.keys)
+        tail = Tail(tail.count, keys, tuple(np.take(v, rows, 0) for v in tail.values), [tail.count])
     parts = tuple(map(of, state.parts))
     return state._replace(synapses=of(state.synapses), parts=parts, tail=tail)
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from sampling import NONE, Past, Sampling, after, past_of
-from state import prefill
+from state import State, prefill
 
 
 class Place(NamedTuple):
@@ -36,13 +36,16 @@ def rows(texts: Sequence[bytes]) -> np.ndarray:
     return idx
 
 
-def read(model: BDH, texts: Sequence[bytes], place: Place | None = None) -> Place:
+def read(
+    model: BDH, texts: Sequence[bytes], place: Place | None = None, state: State | None = None
+) -> Place:
     """The place after texts of one length, at least 1, one for each row; `place` is before them.
 
-    Raises UserError where the model's numbers are not finite.
+    Where there is no such place there may be a `state`, whose bytes are not known here. Raises
+    UserError where the model's numbers are not finite.
     """
     idx = rows(texts)
-    logits, state = prefill(model, mx.array(idx), place and place.state)
+    logits, state = prefill(model, mx.array(idx), place.state if place else state)
     if not mx.isfinite(logits).all().item():
         raise UserError("the model's numbers are not finite: its training diverged")
     seen = [np.array(spread(place, len(texts)).past.recent)] if place else []
@@ -119,9 +122,11 @@ def complete(
     key: mx.array,
     stops: Sequence[bytes],
     budget: int,
+    state: State | None = None,
 ) -> Iterator[tuple[int, bytes, bool]]:
     """Of a batch of prompts, each at least a byte: (row, what the model writes, whether a stop
-    string ended it), as the rows end; `budget` is the most bytes of a row.
+    string ended it), as the rows end; `budget` is the most bytes of a row, `state` what was read
+    before all of them.
 
     What all begin with is read once. Then all read as far as the shortest goes, and the longer ones
     go on reading while the others write: exact, and fast for prompts of similar length.
@@ -130,9 +135,9 @@ def complete(
     idx = rows(prompts)[:, :shortest]
     alike = np.append((idx == idx[0]).all(0), False)
     shared = int(alike.argmin())  # bytes that all begin with
-    place = read(model, [prompts[0][:shared]]) if shared else None
+    place = read(model, [prompts[0][:shared]], state=state) if shared else None
     if shared < shortest:
-        place = read(model, [prompt[shared:shortest] for prompt in prompts], place)
+        place = read(model, [prompt[shared:shortest] for prompt in prompts], place, state)
     place, given = spread(place, len(prompts)), [prompt[shortest:] for prompt in prompts]
     going = {row: (Stops(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
     for i, (tokens, _) in enumerate(write(model, place, sampling, key, given), 1):

@@ -33,17 +33,13 @@ SINGLE = {"kind": "stream", "contexts": [1, 128, 8192, 65536], "bytes": 512}
 GPU = [
     SINGLE | {"dtype": "bfloat16"},
     SINGLE | {"dtype": "float32"},
-    *(
-        {"kind": "stream", "contexts": [512], "B": 64, "tail": tail, "dtype": "bfloat16",
-         "bytes": 256, "shared": shared}
-        for tail, shared in ((32, False), (64, False), (128, False), (64, True), (256, True))
-    ),
+    {"kind": "stream", "contexts": [512], "B": 64, "dtype": "bfloat16", "bytes": 64},
     {"kind": "prefill", "lengths": [4096, 65536, 1_000_000], "dtype": "bfloat16"},
     {"kind": "prefill", "lengths": [65536], "dtype": "float32"},
     {"kind": "recompute", "contexts": [128, 1024, 8192], "bytes": 3},
     {"kind": "error", "dtype": "float32"},
     {"kind": "error", "dtype": "bfloat16"},
-]  # fmt: skip
+]
 
 
 def build(case: dict):
@@ -51,9 +47,6 @@ def build(case: dict):
     import bdh_mlx  # isort: skip
     import mlx.core as mx
 
-    import state
-
-    state.TAIL = case.get("tail", state.TAIL)
     mx.random.seed(0)
     model = bdh_mlx.load_model(case["model"]) if case["model"] else bdh_mlx.BDH(bdh_mlx.BDHConfig())
     dtype = getattr(mx, case.get("dtype", "float32"))
@@ -73,13 +66,12 @@ def measure_stream(case: dict):
     on_gpu = mx.default_device() == mx.gpu
     for context in case["contexts"]:
         if on_gpu:
-            shared = case.get("shared")
-            _, before = prefill(model, prompt(1 if shared else B, context))
+            _, before = prefill(model, prompt(B, context))
         else:
             synapses = tuple(mx.random.normal((H, 1, N, D)) for _ in range(L))
             before = State(context, synapses=synapses if context > 1 else ())
         mx.eval(before)
-        warm_up, seconds = (96 if on_gpu else 4), []
+        warm_up, seconds = (32 if on_gpu else 4), []
         stream = model.stream(prompt(B, 1), key=mx.random.key(1), state=before)
         del before
         next(stream).tolist()
@@ -200,8 +192,6 @@ def table(results: list[dict]) -> str:
     peers = {r["context"]: r["seconds"] for r in results if r["kind"] == "recompute" and "B" in r}
     for r in results:
         name = f"{r['kind']} {r.get('dtype', 'float32')}"
-        name += f", tail {r['tail']}" if "tail" in r else ""
-        name += ", one prompt" if r.get("shared") else ""
         if "failed" in r:
             rows.append(f"{name:<34}  failed: {r['failed']}")
         elif "largest" in r:

@@ -53,6 +53,7 @@ SWEEP = {
     "dropout v": "--dropout-v 0.1",
     "decay 1": "--weight-decay 1",
     "average": "--ema 0.99",
+    "average, decay 1": "--weight-decay 1 --ema 0.99 --max-iters 2000",
     "muon": "--optimizer muon",
     "all": "--noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema 0.99 --max-iters 2000",
     "dropout 0.7": "--dropout 0.7",
@@ -78,13 +79,13 @@ ARMS = {  # name: phases of (mode, share of the updates, flags)
     "full": [("full", 1, RATE)],
     "full, loss on response": [("full", 1, f"{RATE} --loss-on response")],
     "full, then on response": [("full", 0.7, RATE), ("full", 0.3, f"{RATE} --loss-on response")],
-    "merged": [("both", 0.3, RATE), ("system", 0.1, RATE), ("instruction", 0.6, RATE)],
     "Option 1": [("both", 1, "--learning-rate 5e-5")],
     "Option 2": [("full", 1, "--learning-rate 3e-5")],
     "Option 3": [
         ("system", 0.5, "--learning-rate 1e-4"),
         ("instruction", 0.5, "--learning-rate 5e-5"),
     ],
+    "merged": [("both", 0.3, RATE), ("system", 0.1, RATE), ("instruction", 0.6, RATE)],
 }
 MODES = ("system", "instruction", "both", "full")
 

@@ -554,3 +554,25 @@ def test_a_text_file_has_one_field_and_other_modes_need_their_fields(chaos, tmp_
     (tmp_path / "bare.safetensors").write_bytes(bare.read_bytes())
     with pytest.raises(UserError, match="--mode"):
         generate.main([str(tmp_path / "bare.safetensors"), "--evaluate", str(tmp_path / "a.txt")])
+
+
+# ------------------------------------------------------------------------------------------- states
+
+
+def test_a_saved_state_goes_on_as_the_whole_prompt_would(chaos, tmp_path, said):
+    greedy = ("--temperature", "0", "--no-stop", "--max-new-tokens", "20", "--raw")
+    file = tmp_path / "s.safetensors"
+    kept = said(chaos, "--prompt", "abc def", *greedy, "--save-state", file)
+    on = said(chaos, "--prompt", " and on", *greedy, "--load-state", file)
+    (tmp_path / "all").write_bytes(kept + b" and on")
+    assert said(chaos, "--prompt-file", tmp_path / "all", *greedy) == kept + on
+    assert len(on) == len(b" and on") + 20
+    with pytest.raises(UserError, match=r"--window is 64.*read with none"):
+        generate.main([str(chaos), "--prompt", "a", "--load-state", str(file), "--window", "64"])
+
+
+def test_a_text_longer_than_the_trained_blocks_is_told_unless_a_window_bounds_it(chaos, capsys):
+    generate.main([str(chaos), "--prompt", "a" * 400, "--max-new-tokens", "5"])
+    assert "was trained on blocks of" in capsys.readouterr().err
+    generate.main([str(chaos), "--prompt", "a" * 400, "--max-new-tokens", "5", "--window", "64"])
+    assert capsys.readouterr().err == ""
