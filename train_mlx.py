@@ -5,7 +5,7 @@
     python train_mlx.py                                 # again: continues where the run stopped
 
 A run is a folder, checkpoints_mlx/<run>: step-000500 and others (weights, optimizer, settings),
-best.json and metrics.jsonl.
+best.json, metrics.jsonl, and report.html to look at.
 """
 
 import json
