@@ -13,6 +13,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+from bdh_mlx import visible
+
 CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?  # (.*)$", re.MULTILINE)
 
 
@@ -33,6 +35,8 @@ def parse(script: ModuleType, presets: dict[str, str], argv: list[str] | None) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    error = parser.error
+    parser.error = lambda message: error(visible(message))  # it repeats what was typed
     parser.add_argument("--preset", choices=presets, help="settings to start from")
     for name, (kind, optional, comment) in hints.items():
         flag, text = f"--{name.lower().replace('_', '-')}", f"{comment} (now {constants[name]})"

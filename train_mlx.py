@@ -268,8 +268,12 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
         return 0, phases.ancestry(origin) if s.INIT_FROM else []
     before = checkpoints.read_info(run, done)
     sides = ("train", "val")
-    old = before["settings"] | {f"{side} data": before["data"][side]["sha256"] for side in sides}
-    new = described(s) | {f"{side} data": report[side]["sha256"] for side in sides}
+    hashes = lambda of: {f"{side} data": of[side]["sha256"] for side in sides}  # noqa: E731
+    new = described(s) | hashes(report) | checkpoints.versions()
+    try:
+        old = before["settings"] | hashes(before["data"]) | before["versions"]
+    except (KeyError, TypeError):
+        raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
     changed = {k: f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
     may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
     if fixed := [text for k, text in changed.items() if k in FIXED and k not in may]:
@@ -384,6 +388,8 @@ def attempt(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     try:
         return train(s, run, stop)
     except RuntimeError as error:
+        if stop.number:  # Ctrl-C also reaches the compiler that MLX runs, and MLX gives up
+            return 128 + stop.number
         if not memory.is_exhausted(error):
             raise
         raise UserError(f"memory is out: {memory.too_large(s, memory.available())}") from None
@@ -478,7 +484,6 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
     skipped = in_a_row = 0
     counted = val[1] == FIELDS.index(s.LOSS_ON) if s.LOSS_ON != "all" else slice(None)
     entropy = order_0(val[0][counted])
-    stop.can_wait = True
 
     def where(step):
         count = s.BATCH_SIZE * s.GRAD_ACCUM
@@ -565,6 +570,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop) -> int:
                     f"no sound update in {in_a_row} iterations; last batch: {where(step)}"
                 )
         step += 1
+        stop.can_wait = True  # from here on there is work to save
         bar.update()
         if step > first + 1:  # the first iteration compiles
             seconds, timed = seconds + time.perf_counter() - tick, timed + per_iter
