@@ -379,10 +379,16 @@ def _format_all(dataset, mode, folder):
     return report, np.array(lengths), np.array(texts), np.array(keys).reshape(-1, 3).T
 
 
-def _digest(key: str | list) -> int:
+def _digest(key: str | list[tuple[str, str]]) -> int:
+    """Of json.dumps(key), a megabyte at a time: a record may be large."""
+    texts = [key] if isinstance(key, str) else [text for pair in key for text in pair]
+    joints = ['[["', *(['", "', '"], ["'] * len(texts))[: len(texts) - 1], '"]]']
+    joints = ['"', '"'] if isinstance(key, str) else joints
     digest = hashlib.blake2b(digest_size=8)
-    for piece in json.JSONEncoder().iterencode(key):  # one by one: a record may be large
-        digest.update(piece.encode())
+    for joint, text in zip(joints, [*texts, ""], strict=True):
+        digest.update(joint.encode())
+        for i in range(0, len(text), 10**6):
+            digest.update(json.dumps(text[i : i + 10**6])[1:-1].encode())
     return int.from_bytes(digest.digest())
 
 
