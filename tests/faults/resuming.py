@@ -177,7 +177,9 @@ TINY_PHASES = {
     "SIGTERM in each phase of preset tiny: out within 1 s, or 3 steps of a busy machine",
     0,
     2,
-    deaf_evaluation=[(train_mlx, "evaluate", lambda *a, **k: (time.sleep(next(WAITS, 0)), 2.0)[1])],
+    deaf_evaluation=[
+        (train_mlx, "evaluate", lambda *a, **k: (time.sleep(next(WAITS, 0)), (2.0, {}))[1])
+    ],
 )
 def _(n):
     for owner, name, nth in list(TINY_PHASES.values()) * n:
@@ -232,14 +234,15 @@ def bad_numbers(kind, first, last=None):
     call, seed = bdh_mlx.BDH.__call__, train_mlx.SEED * 2**32
     keys = mx.stack([KEY(seed + k) for k in range(first, (last or first) + 1)])
 
-    def wrong(self, idx, targets=None, key=None):
-        logits, loss = call(self, idx, targets, key)
+    def wrong(self, *args, key=None, **more):
+        logits, *rest = call(self, *args, key=key, **more)
         if key is None:
-            return logits, loss
+            return logits, *rest
         hit = mx.any(mx.all(keys == key, axis=1))
         if kind == "gradient":
-            return logits, loss + mx.where(hit, (loss - mx.stop_gradient(loss)) * 1e38, 0) * 1e38
-        return logits, mx.where(hit, kind, loss)
+            still = logits - mx.stop_gradient(logits)  # 0, with a gradient
+            return logits + mx.where(hit, still * 1e38, 0) * 1e38, *rest
+        return mx.where(hit, kind, logits), *rest
 
     bdh_mlx.BDH.__call__ = wrong
 
@@ -303,7 +306,7 @@ def _(n):
         for at in (1, 2, 4):
             box, real = fresh(), train_mlx.evaluate
             count = iter(range(100))
-            fake = lambda *a, **k: value if next(count) == at else real(*a, **k)
+            fake = lambda *a, **k: (value, {}) if next(count) == at else real(*a, **k)
             code, out = train(box, before=lambda: setattr(train_mlx, "evaluate", fake))
             best = box / "full/best.json"
             named = json.loads(best.read_text())["step"] if best.exists() else 0
@@ -325,7 +328,7 @@ def _(n):
         for best in range(2, LAST + 1, 4 if keep == 2 else 10):
             box = fresh()
             losses = iter([9.0, *(1.0 if step == best else 5.0 for step in range(2, LAST + 1, 2))])
-            fake = lambda *a, **k: next(losses)
+            fake = lambda *a, **k: (next(losses), {})
             _code, _out = train(
                 box,
                 "--keep",
