@@ -1,15 +1,19 @@
 # make train: everything from nothing, then the main job on the embedded sample.
 # make test:  everything from nothing, then the tests.   make lint: format and lint check.
+# make faults: every fault of tests/faults in full, up to 15 minutes.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: train test lint
+.PHONY: train test lint faults
 
 train: .venv/ready
 	$(BIN)/python train_mlx.py --preset tiny --dataset sample
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -q
+
+faults: .venv/ready-dev
+	$(BIN)/python tests/faults
 
 lint: .venv/ready-dev
 	$(BIN)/ruff format --check .

@@ -343,10 +343,13 @@ def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         arrays, header = mx.load(str(file), format="safetensors", return_metadata=True)
         mx.eval(arrays)  # mx.load is lazy: read now, or a later change of the file is read
         with file.open("rb") as start:
-            size = 8 + int.from_bytes(start.read(8), "little")
+            size = int.from_bytes(start.read(8), "little")
+            entries = json.loads(start.read(size))
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    if size + sum(array.nbytes for array in arrays.values()) != file.stat().st_size:
+    spans = sorted(e["data_offsets"] for name, e in entries.items() if name != "__metadata__")
+    begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+    if [*begins, file.stat().st_size - 8 - size] != [0, *ends]:
         raise UserError(f"{file} cannot be read: its arrays overlap or leave gaps")
     return arrays, header
 
@@ -387,6 +390,8 @@ def _config_of(arrays: dict, header: dict, file: Path) -> BDHConfig:
         dropout = float(header.get("dropout", BDHConfig.dropout))
     except ValueError:
         raise UserError(f"{file}: n_layer or dropout in its header is not a number") from None
+    if n_layer > 1000:  # would take the memory and the time of whoever opens it
+        raise UserError(f"{file}: n_layer is {n_layer} in its header, at most 1,000 is believed")
     if 0 in (H, D, N):
         raise UserError(f"{file}: `encoder` is {(H, D, N)}; no dimension can be 0")
     return BDHConfig(

@@ -52,7 +52,7 @@ def opened(run: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{run} is being trained by another process; set RUN_NAME") from None
         for litter in run.glob(".step-*.tmp"):
-            shutil.rmtree(litter, ignore_errors=True)
+            litter.unlink() if litter.is_symlink() else shutil.rmtree(litter, ignore_errors=True)
         for name in ("best.json", "metrics.jsonl", "modes.json", "config.json"):
             (run / f".{name}.tmp").unlink(missing_ok=True)
         yield
@@ -179,7 +179,10 @@ def _arrays_like(tree, file: Path):
     found, wanted = read_arrays(file)[0], dict(tree_flatten(tree))
     differ = []
     for name in sorted(wanted.keys() | found.keys()):
-        have, need = (d[name].shape if name in d else "absent" for d in (found, wanted))
+        have, need = (
+            f"{d[name].shape} {str(d[name].dtype)[9:]}" if name in d else "absent"
+            for d in (found, wanted)
+        )
         if have != need:
             differ.append(f"`{name}` is {have}, must be {need}")
     if differ:

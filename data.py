@@ -77,21 +77,23 @@ def read(dataset: str) -> Iterator[dict | str]:
 
 
 def _read_file(file: Path) -> Iterator[dict | str]:
-    from datasets import load_dataset  # imported late: it takes a second, and a resume needs none
-
-    as_text = dict.fromkeys(range(100), str)  # no column of a CSV turns into numbers or NA
-    options = {
-        ".csv": ("csv", {"converters": as_text, "keep_default_na": False}),
-        ".json": ("json", {}),
-        ".jsonl": ("text", {"encoding_errors": "replace"}),  # line by line: one bad line costs one
-        ".parquet": ("parquet", {}),
-        ".txt": ("text", {"encoding_errors": "replace", "sample_by": "paragraph"}),
-    }
-    kind, extra = options[file.suffix]
     try:
+        if file.suffix == ".jsonl":  # line by line: a bad one costs one, a large one itself thrice
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                yield from map(_parse_line, lines)
+            return
+        from datasets import load_dataset  # imported late: it takes a second, a resume needs none
+
+        as_text = dict.fromkeys(range(100), str)  # no column of a CSV turns into numbers or NA
+        options = {
+            ".csv": ("csv", {"converters": as_text, "keep_default_na": False}),
+            ".json": ("json", {}),
+            ".parquet": ("parquet", {}),
+            ".txt": ("text", {"encoding_errors": "replace", "sample_by": "paragraph"}),
+        }
+        kind, extra = options[file.suffix]
         rows = load_dataset(kind, data_files=str(file), split="train", streaming=True, **extra)
-        for row in rows:
-            yield _parse_line(row["text"]) if file.suffix == ".jsonl" else row
+        yield from rows
     except Exception as error:  # datasets and its parsers raise errors of many kinds
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(f"DATASET {file} cannot be read as {file.suffix}: {reason}") from None
@@ -109,11 +111,11 @@ def _parse_line(line: str) -> dict | str:
     return record if isinstance(record, dict) else "not a JSON object"
 
 
-def _hub_answers() -> bool:
-    """Whether the hub sends anything within HUB_SECONDS; an error is an answer, too."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+def _hub_answers(name: str) -> bool:
+    """Whether the hub says anything of `name` within HUB_SECONDS; an error is an answer, too."""
+    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/api/datasets/{name}"
     try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS)
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_SECONDS)
     except urllib.error.HTTPError:
         pass
     except (OSError, ValueError):
@@ -129,7 +131,7 @@ def _read_hub(dataset: str) -> Iterator[dict]:
             f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
         )
     name, config, revision, split = match.groups()
-    if not (offline := os.environ.get("HF_HUB_OFFLINE")) and not _hub_answers():
+    if not (offline := os.environ.get("HF_HUB_OFFLINE")) and not _hub_answers(name):
         os.environ["HF_HUB_OFFLINE"] = offline = "1"  # read on import: the cache or a quick error
         print("warning: the hub does not answer; looking in the cache of earlier downloads")
     import datasets
@@ -255,14 +257,20 @@ def intact(folder: Path) -> bool:
     """Whether prepared data are whole: each side as long as, and the bytes that, data.json says."""
     try:
         report = json.loads((folder / "data.json").read_text())
+        if report.pop("sha256") != _sha256_of(report):
+            return False
         for side in ("train", "val"):
             for kind, name in (("bin", "sha256"), ("fields", "fields_sha256")):
                 with (folder / f"{side}.{kind}").open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != report[side][name]:
                         return False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
+
+
+def _sha256_of(report: dict) -> str:
+    return hashlib.sha256(json.dumps(report).encode()).hexdigest()
 
 
 def _make(folder, dataset, mode, val_share, seed):
@@ -274,7 +282,8 @@ def _make(folder, dataset, mode, val_share, seed):
             report = _copy_split(files, dataset, mode, making)
         else:
             report = _split(dataset, mode, val_share, seed, making)
-        (making / "data.json").write_text(json.dumps(report, indent=1))
+        sealed = report | {"sha256": _sha256_of(report)}
+        (making / "data.json").write_text(json.dumps(sealed, indent=1))
         if fingerprint(dataset, mode, val_share, seed) != folder.name:
             raise UserError(f"DATASET {dataset} changed while it was read; start again")
         making.replace(folder)
@@ -341,19 +350,22 @@ def _format_all(dataset, mode, folder):
                 for name, value in sound.items():
                     count[name] += 1
                     size[name] += len(value)
-                parts = []
                 if reason := fault(fields, ("text",) if structure == "text" else NEEDED[mode]):
                     skipped[reason] += 1
-                else:
-                    parts = [(FIELDS.index(f), text.encode()) for f, text in pieces(fields, mode)]
-                text = b"".join(part for _, part in parts)
-                out.write(text)
-                labels.write(b"".join(bytes([field]) * len(part) for field, part in parts))
+                length, digest = 0, hashlib.blake2b(digest_size=8)
+                for field, text in [] if reason else pieces(fields, mode):
+                    part = text.encode()
+                    out.write(part)
+                    digest.update(part)
+                    n = len(part)
+                    del part  # a record may be large
+                    labels.write(bytes([FIELDS.index(field)]) * n)
+                    length += n
                 if sound:
-                    lengths.append(len(text))
-                    texts.append(_digest(text))
+                    lengths.append(length)
+                    texts.append(int.from_bytes(digest.digest()))
                     by = (sound.get("system"), sound.get("instruction"), sorted(sound.items()))
-                    keys.extend(_digest(json.dumps(key).encode()) if key else 0 for key in by)
+                    keys.extend(_digest(key) if key else 0 for key in by)
     report = {
         "dataset": dataset,
         "mode": mode,
@@ -367,8 +379,17 @@ def _format_all(dataset, mode, folder):
     return report, np.array(lengths), np.array(texts), np.array(keys).reshape(-1, 3).T
 
 
-def _digest(text: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+def _digest(key: str | list[tuple[str, str]]) -> int:
+    """Of json.dumps(key), a megabyte at a time: a record may be large."""
+    texts = [key] if isinstance(key, str) else [text for pair in key for text in pair]
+    joints = ['[["', *(['", "', '"], ["'] * len(texts))[: len(texts) - 1], '"]]']
+    joints = ['"', '"'] if isinstance(key, str) else joints
+    digest = hashlib.blake2b(digest_size=8)
+    for joint, text in zip(joints, [*texts, ""], strict=True):
+        digest.update(joint.encode())
+        for i in range(0, len(text), 10**6):
+            digest.update(json.dumps(text[i : i + 10**6])[1:-1].encode())
+    return int.from_bytes(digest.digest())
 
 
 def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:

@@ -3,13 +3,14 @@
 import io
 import os
 import signal
+from threading import Thread
 
 from processes import Processes
 
 
 class Stop:
     """On SIGINT, SIGTERM or SIGHUP: leave at the next safe point, with the work saved; on a second
-    one at once, which loses nothing that was saved. `number` is the signal's, 0 before any. One of
+    one, or before there is work to save, at once. `number` is the signal's, 0 before any. One of
     several processes only notes it in `heard`: they leave together, at the next `agree`.
     """
 
@@ -20,20 +21,31 @@ class Stop:
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         heard = [n for n in signals if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
         self.before = {n: signal.signal(n, self.on_signal) for n in heard}
+        read, self.write = os.pipe()
+        os.set_blocking(self.write, False)
+        signal.set_wakeup_fd(self.write)
+        Thread(target=self.watch, args=(read,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self.write)
 
     def on_signal(self, number, frame):
-        if self.heard:
-            os._exit(128 + number)
         self.heard = number
         if self.processes.size == 1:
             self.number = number
-        if not self.can_wait:  # nothing trained yet
-            raise SystemExit(128 + number)
+
+    def watch(self, read: int) -> None:
+        """In a thread, since Python calls no handler while MLX computes or compiles in C++."""
+        heard = 0
+        while number := os.read(read, 1):
+            heard += 1
+            if heard > 1 or not self.can_wait:
+                os._exit(128 + number[0])  # nothing saved can be lost by this
+        os.close(read)
 
     def agree(self):
         """Take over what any process has heard; called by all of them at once."""

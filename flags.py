@@ -16,6 +16,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+from bdh_mlx import visible
+
 CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?  # (.*)$", re.MULTILINE)
 
 HEADING = re.compile(r"^# (.*)\n((?:(?!#).+\n)+)", re.MULTILINE)
@@ -37,6 +39,8 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    error = parser.error
+    parser.error = lambda message: error(visible(message))  # it repeats what was typed
     parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}")
     for name, text in (actions or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)

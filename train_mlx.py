@@ -294,9 +294,13 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
         return 0, phases.ancestry(origin) if s.INIT_FROM else []
     before = checkpoints.read_info(run, done)
     sides = ("train", "val")
-    old = before["settings"] | {f"{side} data": before["data"][side]["sha256"] for side in sides}
-    new = described(s) | {f"{side} data": report[side]["sha256"] for side in sides}
-    old[UPDATE], new[UPDATE] = sequences(SimpleNamespace(**before["settings"])), sequences(s)
+    hashes = lambda of: {f"{side} data": of[side]["sha256"] for side in sides}  # noqa: E731
+    new = described(s) | hashes(report) | checkpoints.versions() | {UPDATE: sequences(s)}
+    try:
+        old = before["settings"] | hashes(before["data"]) | before["versions"]
+        old[UPDATE] = sequences(SimpleNamespace(**before["settings"]))
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
     changed = {k: f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
     may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
     if fixed := [text for k, text in changed.items() if k in FIXED and k not in may]:
@@ -428,6 +432,8 @@ def attempt(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> i
     try:
         return train(s, run, stop, together)
     except RuntimeError as error:
+        if stop.heard:  # Ctrl-C also reaches the compiler that MLX runs, and MLX gives up
+            return 128 + stop.heard
         if is_lost(error):
             print(f"error: process {together.rank} lost another one: {error}. Checkpoints are as "
                   "they were; the same command goes on", file=sys.stderr)  # fmt: skip
@@ -534,7 +540,6 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     skipped = in_a_row = 0
     counted = val[1] == FIELDS.index(s.LOSS_ON) if s.LOSS_ON != "all" else slice(None)
     entropy = order_0(val[0][counted])
-    stop.can_wait = True
 
     def where(step):
         count = sequences(s)
@@ -632,6 +637,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
                     f"no sound update in {in_a_row} iterations; last batch: {where(step)}"
                 )
         step += 1
+        stop.can_wait = True  # from here on there is work to save
         bar.update()
         if step > first + 1:  # the first iteration compiles
             seconds, timed = seconds + time.perf_counter() - tick, timed + per_iter

@@ -1,0 +1,18 @@
+"""A few tries of most faults of tests/faults; `make faults` runs them all in full."""
+
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def test_faults_are_survived_and_every_control_fails():
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests" / "faults", "--quick"],
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("fails at try") >= 25
