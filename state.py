@@ -26,7 +26,8 @@ from fast_layer import ROPE_BASE, forward_segment, ln, phases, residual, turn
 TAIL = 64  # bytes that wait: reading them costs as much as adding them, at the default shape
 TURN = 1024  # bytes a GPU writes before it turns S: mx.fast.rope errs by 6e-8 a position
 PARTS = 4  # of a window
-ROWS = {mx.cpu: 1024, mx.gpu: 16384}  # bytes * batch read at once, which bounds the memory
+CPU_ROWS = 1024  # bytes * batch read at once, which bounds the memory
+GPU_ROWS = {48e9: 32768, 0: 4096}  # the same by the memory there is: more are faster (LOG.md)
 SHORT = 16  # bytes up to which a CPU reads one by one: its product of few rows is slow
 GATHER, GATHER_DY = 0.3, 0.15  # shares of rows up to which a CPU gathers them (LOG.md)
 
@@ -114,15 +115,23 @@ def _broadcast(idx: mx.array, state: State | None) -> State:
 def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
     """idx cut where the memory or the window asks for it."""
     B, T = idx.shape
-    rows = ROWS[mx.gpu] if _on_gpu() else ROWS[mx.cpu]
-    if _on_gpu() and model.compute.dtype == mx.float32:
-        rows = 512  # mx.fast.rope errs by 6e-8 a position
+    rows = _rows(model.compute.dtype)
     step, begin = max(rows // 8, rows // B), state.position
     cuts = set(range(begin, begin + T, step))
     if state.window:
         part = _part(state.window)
         cuts |= set(range(-(-begin // part) * part, begin + T, part))
     return mx.split(idx, sorted(cut - begin for cut in cuts if cut > begin), 1)
+
+
+def _rows(dtype: mx.Dtype) -> int:
+    if not _on_gpu():
+        return CPU_ROWS
+    if dtype == mx.float32:
+        return 512  # mx.fast.rope errs by 6e-8 a position
+    info = mx.device_info()  # Metal names the first of the two, CUDA the other
+    memory = info.get("max_recommended_working_set_size", info.get("total_memory", 0))
+    return next(rows for least, rows in GPU_ROWS.items() if memory >= least)
 
 
 def _part(window: int) -> int:
