@@ -43,7 +43,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from fast_layer import Compute, dropout_mask, factor, layer, ln, rotate
-from state import State, fold, prefill, read
+from state import State, ahead, fold, prefill, read
 
 
 class UserError(ValueError):
@@ -191,13 +191,15 @@ class BDH(nn.Module):
             key, next_key = mx.random.split(key)
             return sample(logits, temperature, top_k, key), next_key
 
-        logits, state = prefill(self, idx, state)
-        while True:
-            token, key = draw(logits, key)
-            logits, state = self.read(token[:, None], state)
-            logits = logits[:, -1]
-            mx.async_eval(token, logits, state)
-            yield token
+        def steps(logits, state, key):
+            while True:
+                token, key = draw(logits, key)
+                logits, state = self.read(token[:, None], state)
+                logits = logits[:, -1]
+                mx.async_eval(token, logits, state)
+                yield token
+
+        yield from ahead(steps(*prefill(self, idx, state), key))
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None) -> mx.array:
         """idx (B, T) and max_new_tokens bytes more, (B, T + new); settings as for `stream`."""

@@ -13,7 +13,7 @@ A window bounds the memory in time: S is kept as PARTS sums over stretches of by
 is dropped, so that what is read reaches back between W - W / PARTS and W bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from itertools import pairwise
 from typing import NamedTuple
@@ -344,6 +344,18 @@ def _step(idx, weights, count, synapses):
         o = ((x * mx.maximum(g, 0)) @ decoder.swapaxes(-1, -2)).astype(mx.float32).sum(0)
         v = residual(v, o.reshape(B, 1, D))
     return v, tuple(after)
+
+
+def ahead(steps: Iterator) -> Iterator:
+    """The steps of an endless stream, on a GPU each once the next has been submitted: it computes
+    while the host reads its results, which would else take turns.
+    """
+    if not _on_gpu():
+        yield from steps
+    before = next(steps)
+    for step in steps:
+        yield before
+        before = step
 
 
 # ----------------------------------------------------------------------------- rows of a batch

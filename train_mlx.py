@@ -341,8 +341,10 @@ def averaged(model, optimizer) -> Iterator[None]:
             optimizer.state["other"] = weights
 
     swap()
-    yield
-    swap()
+    try:
+        yield
+    finally:
+        swap()
 
 
 def compiled_step(

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from sampling import NONE, Past, Sampling, after, past_of
-from state import State, prefill
+from state import State, ahead, prefill
 
 
 class Place(NamedTuple):
@@ -66,17 +66,21 @@ def write(
     A row takes first the bytes that are `given` for it; the others are drawn.
     """
     given = rows(given).T if given else ()  # (T, B)
-    state, logits, past = place
-    for i in count():
-        token, past_drawn, key = sampling.draw(logits, past, key)
-        if i < len(given):
-            own = mx.array(given[i])
-            token = mx.where(own == NONE, token, own)
-            past_drawn = after(past, token)
-        logits, state = model.read(token[:, None], state)
-        logits, past = logits[:, -1], past_drawn
-        mx.async_eval(token, logits, past, state)
-        yield token.tolist(), Place(state, logits, past)
+
+    def steps(state, logits, past, key):
+        for i in count():
+            token, after_draw, key = sampling.draw(logits, past, key)
+            if i < len(given):
+                own = mx.array(given[i])
+                token = mx.where(own == NONE, token, own)
+                after_draw = after(past, token)
+            logits, state = model.read(token[:, None], state)
+            logits, past = logits[:, -1], after_draw
+            mx.async_eval(token, logits, past, state)
+            yield token, Place(state, logits, past)
+
+    for token, reached in ahead(steps(*place, key)):
+        yield token.tolist(), reached
 
 
 class Stops:

@@ -193,3 +193,14 @@ def test_a_prompt_of_a_megabyte_takes_the_memory_of_a_short_one():
         peaks.append(mx.get_peak_memory() - before)
         assert state.position == n and mx.all(mx.isfinite(logits)).item()
     assert peaks[1] < 1.2 * peaks[0] + 2**20
+
+
+def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(monkeypatch):
+    """As on a GPU, whose reader gets each byte once the next is under way."""
+    model, told = random_model(), []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(state, "_on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        model.laid_out = None
+        stream = model.stream(random_bytes(2, 9), temperature=0.8, key=mx.random.key(1))
+        told.append([next(stream).tolist() for _ in range(20)])
+    assert told[0] == told[1]
