@@ -5,6 +5,7 @@ RTLD_GLOBAL answers `cblas_sgemm` in its place, some 30 to 60 times faster (meas
 """
 
 import ctypes
+import os
 import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
@@ -40,6 +41,7 @@ def load() -> str | None:
     for name, open_library in openers.items():
         try:
             open_library()
+            _warn_if_busy()
             return name
         except (OSError, PackageNotFoundError, StopIteration):
             continue
@@ -48,6 +50,17 @@ def load() -> str | None:
         "pip install ngsolve-openblas (x86-64) or apt install libopenblas0",
         file=sys.stderr,
     )
+
+
+def _warn_if_busy() -> None:
+    """Threads of OpenBLAS spin while they wait for one another, also for one that has no core."""
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    if load > cores and "OPENBLAS_NUM_THREADS" not in os.environ:
+        print(
+            f"warning: the machine is busy (load {load:.1f} on {cores} cores), where matrix "
+            "products can be 30 times slower; OPENBLAS_NUM_THREADS=1 helps",
+            file=sys.stderr,
+        )
 
 
 def is_wanted() -> bool:
