@@ -86,7 +86,8 @@ def overfitting(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
 
 def too_high(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
     lines, seen = run.lines[-1], []
-    norm = float(np.median([m["grad_norm"] for m in lines]))
+    norms = [math.inf if m["grad_norm"] is None else m["grad_norm"] for m in lines]
+    norm = float(np.median(norms))
     skipped = lines[-1]["skipped"] - (run.lines[-2][-1]["skipped"] if len(run.lines) > 1 else 0)
     jumps = [f"{a['loss']:.4f} to {b['loss']:.4f}" for a, b in pairwise(lines)
              if b["loss"] > (1 + JUMP) * a["loss"]]  # fmt: skip
@@ -94,7 +95,7 @@ def too_high(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
         seen.append(f"{skipped} updates were skipped")
     if jumps:
         seen.append(f"the training loss jumped from {', '.join(jumps)}")
-    if norm > HARD * s.GRAD_CLIP:
+    if s.GRAD_CLIP and norm > HARD * s.GRAD_CLIP:
         seen.append(f"the gradient's norm is {norm:.3g}, and GRAD_CLIP {s.GRAD_CLIP:g}")
     if risen(run, run.best) or risen(run, run.start):
         seen.append(moved(run, run.best if risen(run, run.best) else run.start))

@@ -43,7 +43,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from fast_layer import Compute, dropout_mask, factor, layer, ln, rotate
-from state import State, ahead, fold, prefill, read
+from state import PARTS, State, ahead, fold, prefill, read
 
 
 class UserError(ValueError):
@@ -272,7 +272,7 @@ def load_state(path: str | Path, model: BDH) -> State:
         kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
     except ValueError:
         kind = None
-    if kind != STATE_FORMAT:
+    if kind != STATE_FORMAT or type(position) is not int or count not in range(PARTS + 1):
         raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
     if (other := header.get("model", "none")) != (mine := fingerprint(model)):
         raise UserError(

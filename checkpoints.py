@@ -58,12 +58,11 @@ def opened(run: Path) -> Iterator[None]:
         yield
 
 
-def write_best(run: Path, step: int, val_loss: float) -> dict:
-    """Name the checkpoint of `step` the best, with its loss in nats; gives what read_best gives."""
+def write_best(run: Path, step: int, val_loss: float) -> None:
+    """Name the checkpoint of `step` the best, with its loss in nats."""
     best = {"checkpoint": folder(run, step).name, "step": step, "val_loss": val_loss}
     best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
     write_whole(run / "best.json", json.dumps(best))
-    return best
 
 
 def read_best(run: Path) -> dict:

@@ -145,7 +145,7 @@ def _read_hub(dataset: str) -> Iterator[dict]:
     except OSError as error:
         reason = "it is not in the cache either" if offline else " ".join(str(error).split())[:200]
         raise UserError(f"DATASET {name}: the hub is out of reach ({reason}). {WAYS_ON}") from None
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"DATASET {dataset}: {reason}. {WAYS_ON}") from None
 
@@ -181,7 +181,7 @@ def _exchanges(turns: list) -> list[dict]:
     said, exchanges = {}, []
     for turn in turns:
         turn = turn if isinstance(turn, dict) else {}
-        who = SPEAKERS.get(turn.get("role", turn.get("from")))
+        who = SPEAKERS.get(str(turn.get("role", turn.get("from"))))
         said[who] = turn.get("content", turn.get("value"))
         if who == "reply":
             named = {"system": "system", "instruction": "ask", "response": "reply"}
@@ -296,6 +296,12 @@ def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -
     report, lengths, texts, keys = _format_all(dataset, mode, folder)
     in_val = _choose_validation(keys, val_share, seed)
     served = lengths > 0
+    for side, has in (("held out", in_val), ("left to train on", ~in_val)):
+        if not np.any(has & served):
+            raise UserError(
+                f"DATASET {dataset}: none of the {served.sum():,} records of TRAINING_MODE "
+                f"{mode!r} is {side}; change VAL_SHARE ({val_share}) or SEED, or take more data"
+            )
     shared = in_val & served & np.isin(texts, texts[served & ~in_val])
     report["shared"] = int(shared.sum())
     if np.all(shared >= (in_val & served)):
@@ -321,6 +327,8 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
         if labels in files:
             if labels.stat().st_size != size:
                 raise UserError(f"DATASET {labels} must have a byte for each of {file}'s {size:,}")
+            if size and np.fromfile(labels, np.uint8).max() >= len(FIELDS):
+                raise UserError(f"DATASET {labels} holds more than the {len(FIELDS)} FIELDS")
             shutil.copyfile(labels, side.with_suffix(".fields"))
         else:
             text = np.full(size, FIELDS.index("text"), np.uint8)

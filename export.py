@@ -55,7 +55,14 @@ def command_of(settings: dict) -> str:
     """The command that names each setting of the run but those of its place."""
     words = ["python", "train_mlx.py"]
     for name, value in settings.items():
-        if name not in ("CHECKPOINT_DIR", "RUN_NAME", "FORCE", "ALLOW_DATA_CHANGE", "PROCESSES"):
+        if name not in (
+            "CHECKPOINT_DIR",
+            "RUN_NAME",
+            "FORCE",
+            "ALLOW_DATA_CHANGE",
+            "PROCESSES",
+            "PHASES",
+        ):
             flag = name.lower().replace("_", "-")
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")

@@ -41,10 +41,10 @@ def load() -> str | None:
     for name, open_library in openers.items():
         try:
             open_library()
-            _warn_if_busy()
-            return name
         except (OSError, PackageNotFoundError, StopIteration):
             continue
+        _warn_if_busy()
+        return name
     print(
         "warning: no fast BLAS, matrix products will be some 30 times slower. To cure it: "
         "pip install ngsolve-openblas (x86-64) or apt install libopenblas0",

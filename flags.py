@@ -18,9 +18,9 @@ from types import ModuleType, SimpleNamespace
 
 from bdh_mlx import visible
 
-CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?  # (.*)$", re.MULTILINE)
+CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?(?:  # (.*))?$", re.MULTILINE)
 
-HEADING = re.compile(r"^# (.*)\n((?:(?!#).+\n)+)", re.MULTILINE)
+HEADING = re.compile(r"^# (.*)\n((?:(?!#).*\n)+)", re.MULTILINE)
 
 
 def parse(
@@ -92,8 +92,10 @@ def _add(group, name: str, value, kind: str, optional: str, comment: str) -> Non
 
 
 def _settings_of(script: ModuleType) -> str:
-    """The paragraph of the script's source that starts with `# Settings`."""
-    return re.search(r"^# Settings.*?\n\n", Path(script.__file__).read_text(), re.S | re.M).group()
+    """The part of the script's source from `# Settings` to the first table, ACTIONS."""
+    return re.search(
+        r"^# Settings.*?(?=^ACTIONS)", Path(script.__file__).read_text(), re.S | re.M
+    ).group()
 
 
 def _reader(kind: str, optional: str):

@@ -241,6 +241,8 @@ def start(model, args: argparse.Namespace) -> State:
     if not args.load_state:
         return State(window=args.window)
     state = bdh_mlx.load_state(args.load_state, model)
+    if state.batch > 1:
+        raise UserError(f"{args.load_state} holds {state.batch} texts; --load-state takes one")
     if args.window and args.window != state.window:
         raise UserError(
             f"--window is {args.window}, and the state in {args.load_state} was read with "
@@ -289,6 +291,8 @@ def main(argv: list[str] | None = None) -> int:
         with open_out(args.out) as out:
             write_file(jobs, args.samples, out, write_jobs(jobs, *how))
     elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():
+        if args.save_state or args.raw or args.samples > 1:
+            raise UserError("a session takes no --save-state (type /save), --raw or --samples")
         chat.Session(model, sampling, key, stops, args.max_new_tokens, mode, state).run()
     elif args.samples > 1:
         prompt = read_prompt(args)

@@ -118,7 +118,8 @@ def too_large(s: SimpleNamespace, peak: float) -> str:
     for change, b, t, c in tries:
         ways = change.split(" ")[0], change
         if ways[0] not in {w.split(" ")[0] for w in fits}:
-            need = estimate(c, b, t, compute_for(c, "small", s.DTYPE))
+            tried = SimpleNamespace(**vars(s) | {"BDH_CONFIG": c, "BATCH_SIZE": b})
+            need = estimate(c, b, t, compute_for(c, "small", s.DTYPE)) + kept_besides(tried)
             fits += [f"{change} (with MEMORY small: {need / 1e9:.1f} GB)"] * (need <= available())
     return (
         f"a step on {B} blocks of {T:,} bytes needs about {peak / 1e9:.1f} GB, "

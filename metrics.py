@@ -1,6 +1,7 @@
 """A run's metrics.jsonl: one JSON object per line that the trainer prints; neurons at work."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -51,6 +52,9 @@ def open_log(
         checkpoints.write_whole(path, "".join(json.dumps(m) + "\n" for m in kept))
 
     def log(**m):
+        for name, value in m.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                m[name] = None  # JSON knows no NaN
         kept.append(m)
         if not together.first:
             return
@@ -78,10 +82,11 @@ def told(m: dict) -> str:
         return "\n".join(
             [f"iter {m['step']:>6} | {loss}", *map("advice: {}".format, m["advice"].values())]
         )
+    norm = math.nan if m["grad_norm"] is None else m["grad_norm"]
+    left = "" if m["seconds_left"] is None else f" | {m['seconds_left'] / 60:.1f} min left"
     return (
-        f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | "
-        f"norm {m['grad_norm']:.2f} | {m['bytes_per_s']:,.0f} bytes/s | "
-        f"peak {m['peak_gb']:.2f} GB | {m['seconds_left'] / 60:.1f} min left"
+        f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | norm {norm:.2f} | "
+        f"{m['bytes_per_s']:,.0f} bytes/s | peak {m['peak_gb']:.2f} GB{left}"
     )
 
 

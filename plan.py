@@ -92,7 +92,8 @@ def examine(s: SimpleNamespace) -> Findings:
                 text = format_example(content, s.TRAINING_MODE)
                 _note(found, content, text, s)
                 raw = text.encode()  # val.bin has its records in their order
-                found.in_val.append(val[at : at + len(raw)].tobytes() == raw)
+                end = SEPARATOR.encode() if at + len(raw) < len(val) else b""  # not a prefix alone
+                found.in_val.append(val[at : at + len(raw + end)].tobytes() == raw + end)
                 at += found.in_val[-1] * (len(raw) + len(SEPARATOR))
     return found
 

@@ -57,15 +57,17 @@ GRAD_ACCUM = 1  # batches added up to one update; more of them cost time, not me
 MAX_ITERS: int | None = 5000  # updates; the run ends here or after EPOCHS, whichever comes first
 EPOCHS: float | None = 3  # passes over the training bytes; none: as many as MAX_ITERS takes
 PATIENCE: int | None = 5  # validations in a row without a new best that end the run; none: no end
-LEARNING_RATE = 5e-5  # at the end of the warm-up
-MIN_LEARNING_RATE = 0.1  # at the end of the cosine, as a share of LEARNING_RATE
+LEARNING_RATE: float = 5e-5  # at the end of the warm-up
+MIN_LEARNING_RATE: float = 0.1  # at the end of the cosine, as a share of LEARNING_RATE
 WARMUP_ITERS = 100  # updates of linear rise, while Adam's averages fill
 LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
-WEIGHT_DECAY = 0.1  # AdamW's, as in the paper
+WEIGHT_DECAY: float = 0.1  # AdamW's, as in the paper
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: as it comes
 CARRY_STATE = False  # each row of the batch reads on where it stopped, with the synapses it had
-EMA = 0.0  # of the weights, the share an update keeps in the average that is evaluated; 0: none
-NOISE = 0.0  # share of the input bytes replaced by others of the batch, in training
+EMA: float = (
+    0.0  # of the weights, the share an update keeps in the average that is evaluated; 0: none
+)
+NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_SKIPS = 10  # updates in a row skipped for numbers that are not finite before the run stops
 # Model, and how it is computed
 BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
@@ -74,7 +76,7 @@ MEMORY = "auto"  # "fast", "balanced" or "small" (each slower than the last); au
 FORCE = False  # start although the estimated memory cannot be had
 # Evaluation, log and checkpoints
 SEED = 1337  # of weights, split, data order, dropout and samples
-VAL_SHARE = 0.1  # of the distinct records, held out
+VAL_SHARE: float = 0.1  # of the records, held out
 EVAL_BYTES: int | None = 1_000_000  # validation bytes read at most, always the same; none: all
 LOG_FREQ = 50  # updates between lines
 EVAL_FREQ = 250  # updates between validations, each with samples
@@ -223,6 +225,7 @@ def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Ite
         )
         if not stop.number:
             yield bdh_mlx.visible(text)
+    model.laid_out = None  # the weights in the order of a step: they are about to change
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -231,11 +234,13 @@ def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Ite
 def prepared(s: SimpleNamespace, mode: str) -> tuple[dict, tuple, tuple]:
     """What open_data gives, of any mode and unchecked. Raises UserError if the mode has no data."""
     folder = data.prepare(s.DATASET, mode, s.VAL_SHARE, s.SEED, Path(s.CHECKPOINT_DIR) / ".data")
+    report = json.loads((folder / "data.json").read_text())
+    if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
+        raise UserError(f"the {empty[0]} split of mode {mode} is empty; take more data")
     train, val = (
         [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
         for side in ("train", "val")
     )
-    report = json.loads((folder / "data.json").read_text())
     return report, train, [array[: s.EVAL_BYTES] for array in val]
 
 
@@ -292,6 +297,8 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
             if replace(source.config, **dropout) != s.BDH_CONFIG:
                 raise UserError(f"INIT_FROM has {source.config}, this run {s.BDH_CONFIG}")
             model.update(source.parameters())
+            if s.EMA:  # the average starts where the weights do
+                optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
         return 0, phases.ancestry(origin) if s.INIT_FROM else []
     before = checkpoints.read_info(run, done)
@@ -305,18 +312,25 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
     changed = {k: f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
     may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
-    if fixed := [text for k, text in changed.items() if k in FIXED and k not in may]:
+    fixed_here = [*FIXED, *(["BATCH_SIZE"] if s.CARRY_STATE else [])]
+    if fixed := [text for k, text in changed.items() if k in fixed_here and k not in may]:
         raise UserError(
             f"{run} holds a run with other settings ({'; '.join(fixed)}). Set them back to go on "
             "with it, or set RUN_NAME to start another (for changed data, --allow-data-change)"
         )
     ancestry = before.get("ancestry", [])
+    if s.INIT_FROM and not ancestry:
+        raise UserError(
+            f"{run} did not start from {s.INIT_FROM}; set RUN_NAME to start another run"
+        )
     now = phases.ancestry(origin) if s.INIT_FROM and origin.exists() else ancestry
     if ancestry and now[-1]["sha256"] != ancestry[-1]["sha256"]:
         raise UserError(
             f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
             f"{s.INIT_FROM} are others now; set RUN_NAME to start another run from them"
         )
+    if "val data" in changed:  # the best of other bytes is no best
+        (run / "best.json").unlink(missing_ok=True)
     with averaged(model, optimizer):  # as it was saved
         checkpoints.load(run, done, model, optimizer)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
@@ -654,7 +668,9 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
                 skipped=skipped,
                 bytes_per_s=timed / max(seconds, 1e-9),
                 peak_gb=mx.get_peak_memory() / 1e9,
-                seconds_left=(time.perf_counter() - began) / (step - first) * (total - step),
+                seconds_left=(time.perf_counter() - began) / (step - first) * (total - step)
+                if total < math.inf
+                else None,
             )
             losses, seconds, timed = [], 0.0, 0
     bar.close()
@@ -686,7 +702,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
 UPDATE = "BATCH_SIZE x GRAD_ACCUM x processes"
 FIXED = ["TRAINING_MODE", "BLOCK_SIZE", UPDATE, "SEED"]
-FIXED += ["EMA", "CARRY_STATE", "train data", "val data"]
+FIXED += ["LOSS_ON", "EVAL_BYTES", "EMA", "CARRY_STATE", "train data", "val data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 AT_LEAST = {
     name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP", "MAX_SKIPS")
@@ -731,15 +747,22 @@ def check(s: SimpleNamespace) -> None:
     for name, least in AT_LEAST.items():
         if (value := vars(s)[name]) is not None and value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")
+    if s.SEED >= 2**32:  # with the number of a batch it makes a key of 64 bits
+        raise UserError(f"SEED is {s.SEED}; it must be below 2^32")
+    if s.BDH_CONFIG.vocab_size != 256:
+        raise UserError(f"vocab_size is {s.BDH_CONFIG.vocab_size}; bytes are 256")
     for name in ("EPOCHS", "LEARNING_RATE", "GRAD_CLIP"):
         if (value := vars(s)[name]) is not None and not 0 < value < math.inf:
             raise UserError(f"{name} is {value}; it must be above 0")
     for name in ("EMA", "NOISE"):
         if not 0 <= vars(s)[name] < 1:
             raise UserError(f"{name} is {vars(s)[name]}; it must be at least 0 and below 1")
-    for name in ("VAL_SHARE", "MIN_LEARNING_RATE"):
-        if not 0 < vars(s)[name] <= 1:
-            raise UserError(f"{name} is {vars(s)[name]}; it must be above 0 and at most 1")
+    if not 0 < s.VAL_SHARE < 1:
+        raise UserError(f"VAL_SHARE is {s.VAL_SHARE}; it must be above 0 and below 1")
+    if not 0 < s.MIN_LEARNING_RATE <= 1:
+        raise UserError(
+            f"MIN_LEARNING_RATE is {s.MIN_LEARNING_RATE}; it must be above 0 and at most 1"
+        )
 
 
 if __name__ == "__main__":

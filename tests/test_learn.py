@@ -406,3 +406,25 @@ def test_runs_made_to_show_a_sign_are_told_so(tmp_path, capsys, args, signs):
     assert capsys.readouterr().out.count("advice: ") == sum(map(len, told))
     if "4e-3" in args:
         assert told[-1] == {} and {sign for advice in told for sign in advice} == signs
+
+
+# ------------------------------------------------------------------------- settings beside others
+
+
+def test_without_clipping_the_advice_still_comes(tmp_path):
+    assert train(tmp_path, "--max-iters", 10, "--grad-clip", "none") == 0
+
+
+def test_an_average_starts_at_the_weights_of_another_run(tmp_path):
+    train(tmp_path, "--max-iters", 10, "--run-name", "base")
+    for name, extra in (("plain", ()), ("averaged", ("--ema", 0.9))):
+        train(tmp_path, "--max-iters", 1, "--run-name", name, "--init-from", "base", *extra)
+    first = [metrics(tmp_path, name)[0]["val_loss"] for name in ("plain", "averaged")]
+    assert first[0] == first[1]
+
+
+def test_what_validation_means_cannot_change_within_a_run(tmp_path):
+    train(tmp_path, "--max-iters", 5)
+    for change in ("--loss-on response", "--eval-bytes 100", "--init-from full"):
+        with pytest.raises(UserError):
+            train(tmp_path, "--max-iters", 10, *change.split())
