@@ -28,8 +28,8 @@ SAMPLE = Path(__file__).parent / "data" / "sample.jsonl"
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?(?:#(.+))?")
 WAYS_ON = (
-    "Ways on: `hf auth login` for a private or gated data set, "
-    "--dataset FILE for a local file, --dataset sample for the embedded one"
+    "Ways on: --dataset FILE for a local file, --dataset sample for the embedded one, "
+    "`hf auth login` for a private or gated data set"
 )
 SPLIT = ("train.bin", "val.bin", "train.fields", "val.fields")  # a folder with these is used as is
 COLUMNS = {  # our field: the columns that mean it, first found wins

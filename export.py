@@ -15,7 +15,7 @@ import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 # isort: split
 from mlx.utils import tree_flatten
 
-from bdh_mlx import UserError, visible
+from bdh_mlx import BDHConfig, UserError, visible
 
 CARD = """---
 license: other  # fill in: the licence you give, which that of the data must allow
@@ -49,6 +49,11 @@ model.load_state_dict(load_file("model.safetensors"), strict=False)
 ```
 """
 CELL = {ord("|"): r"\|", ord("\n"): " ", ord("<"): "&lt;"}  # text in a table
+
+
+def official(config: BDHConfig) -> dict:
+    """The fields that the official configuration has, too: dropout_v acts in training alone."""
+    return {name: value for name, value in asdict(config).items() if name != "dropout_v"}
 
 
 def command_of(settings: dict) -> str:
@@ -106,14 +111,14 @@ def tell(source: str, folder: Path) -> int:
         parameters=sum(p.size for _, p in tree_flatten(model.parameters())),
         facts="\n".join(rows),
         command=command_of(settings) if settings else "unknown: exported from weights alone",
-        config=asdict(model.config),
+        config=official(model.config),
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"--export {folder} is not empty; name a new folder")
         bdh_mlx.save_model(model, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=1))
+        (folder / "config.json").write_text(json.dumps(official(model.config), indent=1))
         (folder / "README.md").write_text(card, errors="backslashreplace")
     except (OSError, RuntimeError) as error:
         raise UserError(f"--export {folder} cannot be written: {error}") from None

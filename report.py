@@ -216,7 +216,11 @@ def page(run: Path, config: dict, lines: list[dict], svg: str, watched: dict) ->
     settings, about = config["settings"], config["data"]
     evaluated = [m for m in lines if m.get("val_bpb_fields")]
     fields = list(evaluated[-1]["val_bpb_fields"].items()) if evaluated else []
-    advice = [note for m in lines[::-1] if "val_bpb" in m for note in m.get("advice", {}).values()]
+    advice = [
+        f"iteration {m['step']}: {note}"
+        for m in lines[::-1]
+        for note in (m.get("advice") or {}).values()
+    ]
     said = samples_of(lines)[::-1]
     parts = {
         "Curves": svg[svg.index("<svg") :] if svg else "",

@@ -291,6 +291,11 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
     origin = Path(s.CHECKPOINT_DIR, s.INIT_FROM or "")
     origin = origin if origin.exists() else Path(s.INIT_FROM)
     if not (done := checkpoints.newest_valid(run)):
+        if s.INIT_FROM and not origin.exists():
+            raise UserError(
+                f"INIT_FROM: there is no {Path(s.CHECKPOINT_DIR, s.INIT_FROM)} and no "
+                f"{s.INIT_FROM}; train that run first, or name another"
+            )
         if s.INIT_FROM:
             source = bdh_mlx.load_model(origin)
             dropout = {name: vars(s.BDH_CONFIG)[name] for name in ("dropout", "dropout_v")}

@@ -481,7 +481,9 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting, tmp_path):
         screen.until(b"ABCDEFG")  # in the middle of an endless answer
         screen.type(b"\x03")
         screen.until(PROMPT)
-        screen.type(b"half a line\x03")
+        screen.type(b"half a line")
+        screen.until(b"half a line")  # readline is reading
+        screen.type(b"\x03")
         screen.until(PROMPT)
         screen.type(b"/save " + str(tmp_path / "said").encode() + b"\r")
         screen.until(b"saved")
