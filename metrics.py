@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,12 +25,24 @@ WATCHED, PIECE = 4096, 256  # validation bytes whose neurons are counted; of the
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, less what a crash cut short; none without a file."""
+    """The lines of a metrics.jsonl that are as they were written; none without a file."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):
-            lines += [m for m in [json.loads(line)] if m["step"] >= 0]
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            m = json.loads(line)
+            if m.pop("crc32", crc32(m)) == crc32(m) and m["step"] >= 0:
+                lines.append(m)
     return lines
+
+
+def crc32(m: dict) -> int:
+    """Of a line without it: a flipped bit may leave JSON that means something else."""
+    m = {name: value for name, value in m.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(m).encode())
+
+
+def sealed(m: dict) -> str:
+    return json.dumps(m | {"crc32": crc32(m)}) + "\n"
 
 
 def evaluations(history: list[dict]) -> list[int]:
@@ -49,7 +62,7 @@ def open_log(
     path = run / "metrics.jsonl"
     kept = together.share([m for m in read(path) if m["step"] <= step])
     if together.first:
-        checkpoints.write_whole(path, "".join(json.dumps(m) + "\n" for m in kept))
+        checkpoints.write_whole(path, "".join(map(sealed, kept)))
 
     def log(**m):
         for name, value in m.items():
@@ -60,7 +73,7 @@ def open_log(
             return
         try:
             with path.open("a") as file:
-                file.write(json.dumps(m) + "\n")
+                file.write(sealed(m))
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
         if json_to:
