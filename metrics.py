@@ -77,7 +77,7 @@ def open_log(
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
         if json_to:
-            print(json.dumps(m), file=json_to, flush=True)
+            print(sealed(m), end="", file=json_to, flush=True)
         else:
             bold = "val_loss" in m and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
             tqdm.write(f"\x1b[1m{told(m)}\x1b[0m" if bold else told(m))

@@ -311,7 +311,7 @@ def test_the_presets_are_those_of_the_guide():
         ("--n-head 3", "n_head is 3"),
         ("--block-size 900000", "BLOCK_SIZE is 900,000"),
         ("--dataset /no/such/file.jsonl", "does not exist"),
-        ("--init-from nowhere --run-name x", "nowhere does not exist"),
+        ("--init-from nowhere --run-name x", "no nowhere; train that run first"),
     ],
 )
 def test_wrong_values_are_named(tmp_path, args, complaint):
