@@ -89,6 +89,12 @@ class BDHConfig:
         """N."""
         return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
 
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in the five arrays."""
+        neurons = self.n_head * self.neurons_per_head
+        return (3 * neurons + 2 * self.vocab_size) * self.n_embd
+
 
 def attention_quadratic(q: mx.array, v: mx.array) -> mx.array:
     """The definition, T x T scores: the reference that every faster form is tested against.
@@ -146,7 +152,7 @@ class BDH(nn.Module):
         """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State. No dropout."""
         return read(self, idx, state)
 
-    def quadratic(self, idx: mx.array, targets=None, key=None):
+    def quadratic(self, idx: mx.array, targets=None):
         """The definition, layer by layer, the reference for all else: as __call__, no dropout."""
         v = ln(self.embed(idx))  # (B, T, D)
         for _ in range(self.config.n_layer):
@@ -251,8 +257,7 @@ def save_state(path: str | Path, model: BDH, state: State) -> None:
     for number, part in enumerate(state.parts):
         arrays |= {f"part.{number}.{i}": S for i, S in enumerate(part)}
     header = {"format": STATE_FORMAT, "model": fingerprint(model), "position": state.position}
-    header |= {"n_layer": model.config.n_layer, "window": state.window, "parts": len(state.parts)}
-    header["trained_length"] = model.trained_length
+    header |= {"window": state.window, "parts": len(state.parts)}
     header = {name: json.dumps(value) for name, value in header.items()}
     making = path.with_name(f".{path.name}.tmp.safetensors")
     try:

@@ -56,13 +56,12 @@ def estimate(config: BDHConfig, B: int, T: int, compute: Compute) -> float:
     state, activation = H * N * D * e, H * N * e  # of one sequence after a chunk; of one row
     parts = segments(B, T, compute)
     segment = max(end - begin for begin, end in parts) * B
-    parameters = 4 * (3 * H * N * D + 2 * V * D)
     kept = rows * (4 * D * (H + 2) + H * min(C, T) * e)
     kept += (rows // C if compute.keep else 4 // e * B * (len(parts) - 1)) * state * (T > C)
     # of the last layer they are the working set
     activations = (L - 1) * max(0, compute.keep - 1) * rows * activation
-    working = SEGMENT * segment * activation + STATES * max(B, segment // C) * state
-    peak = PARAMETERS * parameters + L * kept + activations + working + 16 * rows * V
+    working = SEGMENT * segment * activation + STATES * max(B, segment // C) * state * (T > C)
+    peak = PARAMETERS * 4 * config.n_parameters + L * kept + activations + working + 16 * rows * V
     return peak * (1 if on_gpu() else CPU_AHEAD)
 
 
@@ -70,7 +69,7 @@ def kept_besides(s: SimpleNamespace) -> int:
     """Bytes of the weights' average (EMA) and of synapses, old and new (CARRY_STATE)."""
     c = s.BDH_CONFIG
     neurons = c.n_head * c.neurons_per_head * c.n_embd
-    average = 2 * (3 * neurons + 2 * c.vocab_size * c.n_embd) * bool(s.EMA)
+    average = 2 * c.n_parameters * bool(s.EMA)
     return 4 * (average + 3 * c.n_layer * s.BATCH_SIZE * neurons * s.CARRY_STATE)
 
 

@@ -52,20 +52,14 @@ def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[Traced]:
 
 
 def survey(model: bdh_mlx.BDH, stream: bytes, block: int = LONGEST) -> dict:
-    """Share of neurons active per layer, and how many of them no byte excited in any layer."""
-    shares, excited = [], False
+    """How many neurons no byte of the stream excited in any layer."""
+    excited = False
     for begin in range(0, len(stream), block):
-        for i, layer in enumerate(layers(model, stream[begin : begin + block])):
+        for layer in layers(model, stream[begin : begin + block]):
             excited = mx.any(layer.x > 0, 1) | excited
-            part = [mx.mean(z > 0).item() * layer.v.shape[0] for z in (layer.x, layer.y)]
-            shares += [np.zeros(2)] * (len(shares) == i)
-            shares[i] = shares[i] + part
         mx.eval(excited)
-    x, y = (np.array(shares).T / len(stream)).round(5).tolist()
     dead = excited.size - mx.sum(excited).item()
-    return {
-        "bytes": len(stream), "neurons": excited.size, "dead": dead, "activity": {"x": x, "y": y}
-    }  # fmt: skip
+    return {"bytes": len(stream), "neurons": excited.size, "dead": dead}
 
 
 # ---------------------------------------------------------------------------------------- one text

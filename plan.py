@@ -163,11 +163,6 @@ def peaks(s: SimpleNamespace) -> list[float]:
     return [memory.estimate(*shape, compute) / 1e9 for compute in computes]
 
 
-def n_parameters(config: bdh_mlx.BDHConfig) -> int:
-    D, neurons = config.n_embd, config.n_head * config.neurons_per_head
-    return 3 * neurons * D + 2 * config.vocab_size * D
-
-
 def presets(found: Findings) -> str:
     """Each preset on these data, their other settings as the constants say."""
     rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.SETTINGS, "fits")]
@@ -181,7 +176,7 @@ def presets(found: Findings) -> str:
             k for k, g in zip(memory.SETTINGS, gb, strict=True) if g * 1e9 <= memory.available()
         ]
         rows.append(
-            (name, s.TRAINING_MODE, f"{n_parameters(s.BDH_CONFIG) / 1e6:.1f}M", f"{total:,}",
+            (name, s.TRAINING_MODE, f"{s.BDH_CONFIG.n_parameters / 1e6:.1f}M", f"{total:,}",
              f"{read / n_bytes:.2f}" if n_bytes else "no data", *(f"{g:.2f} GB" for g in gb),
              fits[0] if fits else "no")
         )  # fmt: skip
@@ -235,7 +230,7 @@ def tell(s: SimpleNamespace) -> int:
     total = train_mlx.last_iteration(s, len(train_bytes))
     per_iter = s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
     epoch = len(train_bytes) / per_iter
-    n = n_parameters(s.BDH_CONFIG)
+    n = s.BDH_CONFIG.n_parameters
     fits = memory.available() / 1e9
     estimates = zip(memory.SETTINGS, peaks(s), strict=True)
     checkpoints = (s.KEEP + 2) * 12 * n  # weights and two averages; the best, and one being written

@@ -66,11 +66,7 @@ def test_survey_counts_dead_neurons():
     model.encoder = mx.array(encoder)
     stream = bytes(range(256)) * 3
     found = neurons.survey(model, stream, block=100)
-    whole = neurons.survey(model, stream[:100], block=100)
     assert (found["dead"], found["neurons"], found["bytes"]) == (5, H * N, 768)
-    layer = next(neurons.layers(model, stream[:100]))
-    assert whole["activity"]["y"][0] == pytest.approx(mx.mean(layer.y > 0).item(), abs=1e-4)
-    assert len(found["activity"]["x"]) == 2 and 0 < found["activity"]["x"][0] < 1
 
 
 def test_selective_neurons_fire_here_and_not_elsewhere():
