@@ -1,9 +1,10 @@
 """What remains of the bytes read, and the two ways to read on: many bytes at once, or one.
 
 Many: segments through the training layer's forward pass (fast_layer), in bounded memory. One, on
-a GPU: as BDH's equations say, a_t = (R_t x_t) S, and S grows by the byte's own outer product. One,
-on a CPU: S, 201 MB for the default model, is not rewritten at each byte; the rotated activations
-and values of the last TAIL bytes wait beside it and are added in one product:
+a GPU: as BDH's equations say, a_t = (R_t x_t) S, and S grows by the byte's own outer product; with
+CUDA in place (cuda_byte). One, on a CPU: S, 201 MB for the default model, is not rewritten at each
+byte; the rotated activations and values of the last TAIL bytes wait beside it and are added in one
+product:
 
     a_t = (R_t x_t) S + sum over s waiting, s < t of (R_t x_t . R_s x_s) v_s
 
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+import cuda_byte
 from fast_layer import ROPE_BASE, forward_segment, ln, phases, residual, turn
 
 TAIL = 64  # bytes that wait: reading them costs as much as adding them, at the default shape
@@ -72,12 +74,14 @@ class Tail(NamedTuple):
 class Open(NamedTuple):
     """GPU: the synapses with the last `count` bytes, positions counted from `origin`.
 
-    (H, B, D, N) of each layer: transposed, since a vector times a matrix reads whole rows.
+    With CUDA states share the arrays, and each byte `read` changes them: a state that another has
+    gone on from reads its own bytes again, from the synapses before them.
     """
 
     count: int
     origin: int
-    first: tuple[mx.array, ...]
+    first: tuple[mx.array, ...]  # of each layer (H, B, N, D)
+    read: list[mx.array]  # with CUDA: the bytes (B, 1) in `first`, of all states that share it
 
 
 # ------------------------------------------------------------------------------ many bytes at once
@@ -89,7 +93,7 @@ def _on_gpu() -> bool:
 
 def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
     """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State."""
-    state, logits = _broadcast(idx, state), []
+    state, logits = _broadcast(model, idx, state), []
     for piece in _pieces(model, idx, state):
         out, state = _read_piece(model, piece, state)
         logits.append(out @ model.lm_head)
@@ -98,18 +102,18 @@ def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, St
 
 def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
     """Read idx (B, T >= 1), however long; gives the next byte's logits (B, V), the State."""
-    state = _broadcast(idx, state)
+    state = _broadcast(model, idx, state)
     for piece in _pieces(model, idx, state):
         out, state = _read_piece(model, piece, state)
         mx.eval(out, state)
     return out[:, -1] @ model.lm_head, state
 
 
-def _broadcast(idx: mx.array, state: State | None) -> State:
+def _broadcast(model, idx: mx.array, state: State | None) -> State:
     state = state or State()
     if state.batch not in (0, 1, idx.shape[0]):
         raise ValueError(f"a state of batch {state.batch} cannot read {idx.shape[0]} rows")
-    return state if state.batch in (0, idx.shape[0]) else fold(state)
+    return state if state.batch in (0, idx.shape[0]) else fold(model, state)
 
 
 def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
@@ -147,7 +151,7 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
             v, state = _read_byte(model, byte, state)
             out.append(v)
         return mx.concatenate(out, 1), state
-    state = fold(state)
+    state = fold(model, state)
     c, v = model.compute, ln(model.embed(idx))
     weights = (model.encoder, model.encoder_v, model.decoder.reshape(*model.encoder.shape[::2], -1))
     weights = [w.astype(c.dtype) for w in weights]
@@ -183,39 +187,61 @@ def _added(state: State, written: Sequence[mx.array]) -> State:
 # --------------------------------------------------------------------------------- one byte at once
 
 
-def fold(state: State) -> State:
+def fold(model, state: State) -> State:
     """The same state without a tail: its bytes are added to the synapses, one product a layer."""
     tail = state.tail
     if not tail:
         return state
     if isinstance(tail, Open):
-        after = [turn(S.swapaxes(-1, -2), tail.origin) for S in tail.first]
+        if len(tail.read) > tail.count:
+            return fold(model, _read_again(model, state))
+        if tail.read:
+            mx.synchronize()  # no graph shows that `first` is being written to
+        after = [turn(S, tail.origin) for S in tail.first]
         written = map(mx.subtract, after, state.synapses) if state.synapses else after
-        return _added(state, tuple(written))
+        folded = _added(state, tuple(written))
+        mx.eval(folded if tail.read else [])
+        return folded
     cut = [(k[..., : tail.count, :], v[:, : tail.count]) for k, v in zip(*tail[1:3], strict=True)]
     return _added(state, [mx.array(k).swapaxes(-1, -2) @ mx.array(v) for k, v in cut])
+
+
+def _read_again(model, state: State) -> State:
+    """The state, of whose synapses another one's bytes are part by now, with its own."""
+    count, read_ = state.tail.count, state.tail.read
+    before = state._replace(position=state.position - count, tail=None)
+    return prefill(model, mx.concatenate(read_[:count], 1), before)[1]
 
 
 def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     """idx (B, 1) through all layers: v (B, 1, D) after the last, and the State."""
     laid, B = _laid_out(model), idx.shape[0]
     if _on_gpu():
+        if state.tail and len(state.tail.read) > state.tail.count:
+            state = _read_again(model, state)
         tail = state.tail or _opened(state, model, B)
-        v, first = laid.compiled(idx, laid.weights, mx.array(tail.count), tail.first)
+        v, first = laid.step(idx, laid.weights, mx.array(tail.count), tail.first)
+        if laid.in_place:
+            tail.read.append(idx)
         tail = tail._replace(count=tail.count + 1, first=first)
     else:
         v, tail = laid.step_rows(idx, state._replace(tail=state.tail or _new_tail(model, B)))
     state = state._replace(position=state.position + 1, tail=tail)
     ends_part = state.window and state.position % _part(state.window) == 0
-    return v, fold(state) if tail.count == (TURN if _on_gpu() else TAIL) or ends_part else state
+    full = tail.count == (TURN if _on_gpu() else TAIL)
+    return v, fold(model, state) if full or ends_part else state
 
 
 def _opened(state: State, model, B: int) -> Open:
+    """Synapses of the state's own, to be written to, as if its next byte were the first."""
     (H, D, N), L = model.encoder.shape, model.config.n_layer
-    if not state.synapses:
-        return Open(0, state.position, tuple(mx.zeros((H, B, D, N)) for _ in range(L)))
-    turned = (turn(S, -state.position).swapaxes(-1, -2) for S in state.synapses)
-    return Open(0, state.position, tuple(map(mx.contiguous, turned)))
+    own = [mx.zeros((H, B, N, D)) for _ in range(L)]
+    if state.synapses:
+        turned = (turn(S, -state.position) for S in state.synapses)
+        own = map(mx.add, own, turned)
+    first = tuple(own)
+    mx.eval(first)
+    return Open(0, state.position, first, [])
 
 
 def _new_tail(model, B: int) -> Tail:
@@ -245,10 +271,9 @@ class _Laid:
         self.made_of, self.dtype, (H, D, N) = made_of, made_of[-1], model.encoder.shape
         self.shape = H, D, N
         if _on_gpu():
-            across = (model.encoder, model.encoder_v, model.decoder.reshape(H, N, D))
-            across = (mx.contiguous(w.swapaxes(-1, -2)).astype(self.dtype) for w in across)
-            self.weights = [model.embed.weight, *across]
-            self.compiled = mx.compile(_step)
+            self.in_place = cuda_byte.fits(model.config)
+            self.weights = (cuda_byte.weights_of if self.in_place else _weights)(model, self.dtype)
+            self.step = mx.compile(cuda_byte.step if self.in_place else step)
         else:
             rows = mx.contiguous(model.encoder_v.swapaxes(-1, -2)).reshape(H * N, D)
             arrays = (model.embed.weight, model.encoder, model.encoder_v, rows, model.decoder)
@@ -325,23 +350,26 @@ def _ln(x: np.ndarray) -> np.ndarray:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-5))
 
 
-def _step(idx, weights, count, synapses):
-    """One byte idx (B, 1) on a GPU: v (B, 1, D), and the synapses (H, B, D, N) with it.
+def _weights(model, dtype):
+    decoder = model.decoder.reshape(*model.encoder.shape[::2], -1)
+    weights = (model.encoder, model.encoder_v, decoder)
+    return [model.embed.weight, *(w.astype(dtype) for w in weights)]
 
-    Weights transposed, (H, N, D), (H, N, D) and (H, D, N), as `Open` is.
-    """
+
+def step(idx, weights, count, synapses):
+    """One byte idx (B, 1) on a GPU: v (B, 1, D), and the synapses (H, B, N, D) with it."""
     embed, encoder, encoder_v, decoder = weights
-    (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
+    (H, D, N), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     v, after = ln(embed[idx]), []
     for S in synapses:
-        x = mx.maximum(v.astype(dtype).reshape(1, B, D) @ encoder.swapaxes(-1, -2), 0)  # (H, B, N)
+        x = mx.maximum(v.astype(dtype).reshape(1, B, D) @ encoder, 0)  # (H, B, N)
         how = {"traditional": True, "base": ROPE_BASE, "scale": 1.0, "offset": count}
         q = mx.fast.rope(x.reshape(1, H * B, 1, N), N, **how).reshape(H, B, 1, N)
         q = q.astype(mx.float32)
-        a = (q @ S.swapaxes(-1, -2)).reshape(H, B, D)
-        after.append(S + v.reshape(1, B, D, 1) * q)
-        g = ln(a).astype(dtype) @ encoder_v.swapaxes(-1, -2)
-        o = ((x * mx.maximum(g, 0)) @ decoder.swapaxes(-1, -2)).astype(mx.float32).sum(0)
+        a = (q @ S).reshape(H, B, D)
+        after.append(S + q.reshape(H, B, N, 1) * v.reshape(1, B, 1, D))
+        y = x * mx.maximum(ln(a).astype(dtype) @ encoder_v, 0)
+        o = (y @ decoder).astype(mx.float32).sum(0)
         v = residual(v, o.reshape(B, 1, D))
     return v, tuple(after)
 
@@ -356,50 +384,3 @@ def ahead(steps: Iterator) -> Iterator:
     for step in steps:
         yield before
         before = step
-
-
-# ----------------------------------------------------------------------------- rows of a batch
-
-
-def pick(state: State, rows: Sequence[int]) -> State:
-    """The state of some rows, in that order, repeated or left out; shared synapses stay shared."""
-
-    def of(arrays):
-        return tuple(S if S.shape[1] == 1 else mx.take(S, mx.array(rows), 1) for S in arrays)
-
-    tail = state.tail
-    if isinstance(tail, Open):
-        tail = tail._replace(first=of(tail.first))
-    elif tail:
-        keys = tuple(np.take(k, rows, 1) for k in tail.keys)
-        tail = Tail(tail.count, keys, tuple(np.take(v, rows, 0) for v in tail.values), [tail.count])
-    parts = tuple(map(of, state.parts))
-    return state._replace(synapses=of(state.synapses), parts=parts, tail=tail)
-
-
-def stack(states: Sequence[State]) -> State:
-    """One state with the rows of several that have read something, also at different positions.
-
-    What a byte recalls depends on distances alone: each is turned to the position of the furthest.
-    A window then ends up to a part earlier. Raises ValueError for different windows.
-    """
-    if len({state.window for state in states}) > 1:
-        raise ValueError("states with different windows cannot be stacked")
-    position = max(state.position for state in states)
-    states = [fold(state) for state in states]
-    nothing = [tuple(map(mx.zeros_like, state.synapses)) for state in states]
-
-    def together(layers):
-        """Of each state's (S of each layer), the layers with the rows of all."""
-        turned = (
-            [turn(S, position - state.position) for S in of]
-            for state, of in zip(states, layers, strict=True)
-        )
-        return tuple(mx.concatenate(S, 1) for S in zip(*turned, strict=True))
-
-    count = max(len(state.parts) for state in states)  # the newest parts side by side
-    parts = [[()] * (count - len(state.parts)) + list(state.parts) for state in states]
-    parts = [[part or none for part, none in zip(of, nothing, strict=True)]
-             for of in zip(*parts, strict=True)]  # fmt: skip
-    parts = tuple(map(together, parts))
-    return State(position, states[0].window, together([s.synapses for s in states]), parts)

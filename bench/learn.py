@@ -68,20 +68,23 @@ SWEEP = {
     "multiplier 16": "--mlp-internal-dim-multiplier 16 --dropout 0.4",
 }
 
-# The guide: its modes at equal bytes, the default model, one rate for all; then its own rates.
+# The guide: its modes at equal bytes, the default model, one rate for all; then its Options at
+# their own settings, three epochs each.
 GUIDE = "--block-size 4096 --batch-size 2 --eval-freq 250"
 RATE = "--learning-rate 1e-3"
+OWN = "--epochs 3 --warmup-iters 100 --max-iters"
 ARMS = {  # name: phases of (mode, share of the updates, flags)
     "both": [("both", 1, RATE)],
     "phased": [("system", 0.13, RATE), ("instruction", 0.87, RATE)],
     "full": [("full", 1, RATE)],
     "full, loss on response": [("full", 1, f"{RATE} --loss-on response")],
     "full, then on response": [("full", 0.7, RATE), ("full", 0.3, f"{RATE} --loss-on response")],
-    "Option 1": [("both", 1, "--learning-rate 5e-5")],
-    "Option 2": [("full", 1, "--learning-rate 3e-5")],
+    "instruction": [("instruction", 1, RATE)],
+    "Option 1": [("both", 1, f"{OWN} 5000 --learning-rate 5e-5")],
+    "Option 2": [("full", 1, f"{OWN} 8000 --learning-rate 3e-5")],
     "Option 3": [
-        ("system", 0.5, "--learning-rate 1e-4"),
-        ("instruction", 0.5, "--learning-rate 5e-5"),
+        ("system", 0.5, f"{OWN} 3000 --learning-rate 1e-4"),
+        ("instruction", 0.5, f"{OWN} 3000 --learning-rate 5e-5"),
     ],
     "merged": [("both", 0.3, RATE), ("system", 0.1, RATE), ("instruction", 0.6, RATE)],
 }
@@ -147,7 +150,9 @@ def seconds(flags: str) -> float:
     s = train_mlx.settings(flags.split())
     c, B, T = s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE
     size = c.n_embd**2 * c.mlp_internal_dim_multiplier / 256 / 32768 * c.n_layer / 6
-    return 25 + s.MAX_ITERS * (0.008 + (0.1 if T <= 512 else 0.15) * size * B * T / 16384)
+    epoch = Path(s.DATASET, "train.bin").stat().st_size / (B * T)
+    iters = min(s.MAX_ITERS, (s.EPOCHS or math.inf) * epoch)
+    return 25 + iters * (0.008 + (0.1 if T <= 512 else 0.15) * size * B * T / 16384)
 
 
 def parity_jobs(args) -> list[dict]:

@@ -1,0 +1,106 @@
+"""One byte through the layers on a CUDA GPU: three kernels that touch active neurons only.
+
+Of a trained model about a fifth of the neurons are active: most rows of the synapses, of encoder_v
+and of decoder need not be read. MLX has no product that skips rows, and no operation that changes
+its input; `recall` (cuda_byte.cu) adds the byte to the synapses where they lie. On other devices
+state.step does the same with plain operations.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from fast_layer import ROPE_BASE, ln
+
+G = 8  # pairs of neurons that a warp takes at a time
+THREADS = 512  # of a block, at most
+
+
+def fits(config) -> bool:
+    """Whether this machine and the model's shape suit the kernels."""
+    D = config.n_embd
+    return mx.default_device() == mx.gpu and mx.cuda.is_available() and D % 32 == 0 and D <= THREADS
+
+
+def weights_of(model, dtype: mx.Dtype) -> list[mx.array]:
+    """What `step` takes: rows of neurons, (H, N, D) in `dtype`, and each pair's turn a byte."""
+    H, D, N = model.encoder.shape
+    across = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
+    rows = [w.astype(dtype) for w in (*across, model.decoder.reshape(H, N, D))]
+    turns = ROPE_BASE ** (-np.arange(0, N, 2) / N) / (2 * np.pi)  # of a circle, here in 2^-32 of it
+    return [model.embed.weight, *rows, mx.array(np.round(turns * 2**32).astype(np.uint32))]
+
+
+def step(idx, weights, count, synapses):
+    """One byte idx (B, 1): v (B, 1, D), and `synapses`, (H, B, N, D) of each layer, with it.
+
+    These are changed in place: they must be the caller's own, and whoever reads them by other means
+    must synchronize first, since no graph shows that they were written to.
+    """
+    embed, encoder, encoder_v, decoder, turns = weights
+    (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
+    W = THREADS // D * D // 32
+    how = {"template": [("T", dtype), ("D", D), ("W", W), ("G", G)], "threadgroup": (32 * W, 1, 1)}
+    blocks = -(-N // (W * G))  # that give each warp G neurons; a batch needs fewer for each row
+    pairs, single = (max(1, n // max(1, B // 8)) for n in (-(-blocks // 2), blocks))
+
+    def over(P):
+        return how | {"grid": (32 * W * P, H * B, 1)}
+
+    v = ln(embed[idx]).reshape(B, D)
+    low = v.astype(dtype)
+    for S in synapses:
+        read, parts = [v, S, turns, count], ((pairs, H * B, D), mx.float32)
+        if B == 1:
+            x = ((H, B, N), dtype)
+            a, x = _run(RECALL_ONE, [*read, encoder], [parts, x], over(pairs))
+        else:
+            x = low[None] @ encoder.swapaxes(-1, -2)
+            (a,) = _run(RECALL, [*read, x], [parts], over(pairs))
+        o = [((single * H, B, D), mx.float32)]
+        (o,) = _run(FIRE, [x, a, encoder_v, decoder], o, over(single))
+        rows = {"grid": (32 * W * B, 1, 1)}
+        v, low = _run(SETTLE, [o, v], [((B, D), mx.float32), ((B, D), dtype)], how | rows)
+    return v[:, None], synapses
+
+
+# name, inputs, outputs and call of each kernel; MLX adds the arguments that a call mentions
+RECALL = (
+    "recall",
+    ("v", "S", "turns", "count", "x"),
+    ("parts",),
+    "bdh::recall<T, D, W, G>(x, (T*)nullptr, v, (const T*)nullptr, (float*)S, turns, count[0], "
+    "x_shape[1], x_shape[2], parts);",
+)
+RECALL_ONE = (
+    "recall_one",
+    ("v", "S", "turns", "count", "encoder"),
+    ("parts", "x"),
+    "bdh::recall<T, D, W, G>((const T*)nullptr, x, v, encoder, (float*)S, turns, count[0], "
+    "1, encoder_shape[1], parts);",
+)
+FIRE = (
+    "fire",
+    ("x", "a", "encoder_v", "decoder"),
+    ("parts",),
+    "bdh::fire<T, D, W, G>(x, a, a_shape[0], encoder_v, decoder, x_shape[1], x_shape[2], parts);",
+)
+SETTLE = (
+    "settle",
+    ("o", "v"),
+    ("out", "low"),
+    "bdh::settle<T, D>(o, o_shape[0], v, out, low);",
+)
+
+
+@lru_cache
+def _kernel(name, inputs, outputs, call):
+    source = Path(__file__).with_suffix(".cu").read_text()
+    return mx.fast.cuda_kernel(name, list(inputs), list(outputs), call, source)
+
+
+def _run(kernel, inputs, outputs, how):
+    shapes, dtypes = zip(*outputs, strict=True)
+    return _kernel(*kernel)(inputs=inputs, output_shapes=shapes, output_dtypes=dtypes, **how)
