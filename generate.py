@@ -35,7 +35,7 @@ from bdh_mlx import UserError
 from memory import compute_for
 from sampling import WINDOW, Sampling
 from state import PARTS, State
-from writing import Stops, Terminal, as_text, complete, read, write
+from writing import Stops, Terminal, as_text, complete, read, rows, write
 
 PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
 the mode"""
@@ -223,9 +223,9 @@ def stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:
     """Print the prompt, and what the model makes of it as it comes."""
     terminal, stop = Terminal(args.raw), Stops(stops, prompt)
     terminal.write(prompt)
-    place = read(model, [prompt or formats.SEPARATOR.encode()], state=state)
-    for i, (token, after) in enumerate(write(model, place, sampling, key), 1):
-        place = after
+    idx = rows([prompt or formats.SEPARATOR.encode()])
+    written = write(model, *read(model, idx, state), sampling, key, idx)
+    for i, (token, state) in enumerate(written, 1):  # noqa: B007  the last state is saved
         terminal.write(stop.feed(bytes(token)))
         if stop.found or i == args.max_new_tokens:
             break
@@ -233,7 +233,7 @@ def stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:
     if not args.raw:
         print()
     if args.save_state:
-        bdh_mlx.save_state(args.save_state, model, place.state)
+        bdh_mlx.save_state(args.save_state, model, state)
 
 
 def start(model, args: argparse.Namespace) -> State:

@@ -25,8 +25,8 @@ import formats
 import generate
 import train_mlx
 from bdh_mlx import BDH, BDHConfig, UserError
-from sampling import Sampling
-from writing import Stops, Terminal, as_text, complete, read, write
+from sampling import NONE, Sampling
+from writing import Stops, Terminal, as_text, complete, read, rows, write
 
 SMALL = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
 GREEDY = Sampling(temperature=0)
@@ -104,29 +104,49 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
 
 
 def test_a_prompt_read_in_pieces_is_the_same_place_and_can_be_gone_on_from_twice():
-    model, text = random_model(), bytes(range(200))
-    whole = read(model, [text])
-    place = None
-    for piece in (text[:1], text[1:90], text[90:]):
-        place = read(model, [piece], place)
-    assert (
-        mx.max(mx.abs(place.logits - whole.logits)).item()
-        < 2e-5 * mx.max(mx.abs(whole.logits)).item()
-    )
-    assert place.past.recent.tolist() == whole.past.recent.tolist()
+    model, idx, state = random_model(), rows([bytes(range(200))]), None
+    whole = read(model, idx)
+    for piece in (idx[:, :1], idx[:, 1:90], idx[:, 90:]):
+        place = logits, state = read(model, piece, state)
+    assert mx.max(mx.abs(logits - whole[0])).item() < 2e-5 * mx.max(mx.abs(whole[0])).item()
 
     def bytes_from(place, n=10):
-        going = write(model, place, GREEDY, KEY)
+        going = write(model, *place, GREEDY, KEY, idx)
         return [next(going)[0] for _ in range(n)]
 
     assert bytes_from(whole) == bytes_from(place) == bytes_from(whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "looks_back"),
+    [
+        *(({}, False), ({"temperature": 0.7, "top_k": 9}, False), ({"top_p": 0.9}, False)),
+        *(
+            ({"repetition_penalty": 1.5, "temperature": 0}, True),
+            ({"utf8": True, "min_p": 0.01}, True),
+        ),
+    ],
+)
+def test_the_loop_draws_what_a_draw_with_all_that_was_seen_gives(settings, looks_back):
+    """And where no draw looks back, nothing is carried from byte to byte."""
+    model, s, key = random_model(), Sampling(**settings), KEY
+    seen = rows([b"caf\xc3", b"\xf0\x9f\x98a"])
+    assert (s.past(seen) is not None) == looks_back
+    going = write(model, *read(model, seen), s, KEY, seen, [b"", b"given"])
+    for i in range(40):
+        past = np.full((2, 256), NONE)
+        past[:, -seen.shape[1] :] = seen
+        token, key = s.draw(read(model, seen)[0], mx.array(past, mx.int32), key)
+        token = [token[0].item(), b"given"[i] if i < 5 else token[1].item()]
+        assert next(going)[0] == token
+        seen = np.append(seen, np.array(token)[:, None], 1)
 
 
 def test_numbers_that_are_not_finite_are_refused():
     model = random_model()
     model.lm_head = model.lm_head * float("nan")
     with pytest.raises(UserError, match="not finite"):
-        read(model, [b"a"])
+        read(model, rows([b"a"]))
 
 
 # ------------------------------------------------------------------------------------- stop strings
