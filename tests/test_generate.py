@@ -503,6 +503,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting, tmp_path):
         screen.until(PROMPT)
         screen.type(b"half a line")
         screen.until(b"half a line")  # readline is reading
+        time.sleep(0.1)  # and waiting: a signal before that is seen at the next key (CPython)
         screen.type(b"\x03")
         screen.until(PROMPT)
         screen.type(b"/save " + str(tmp_path / "said").encode() + b"\r")
