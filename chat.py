@@ -121,16 +121,19 @@ class Session:
     def command(self, name: str, argument: str) -> None:
         """Do what a line that begins with / says. Raises UserError."""
         if name == "/system":
-            self.system = argument.strip()
             if self.mode not in ("both", "full"):
-                print(f"note: mode {self.mode} has no system text beside the one typed")
+                raise UserError(f"/system: mode {self.mode} reads what is typed and no system text")
+            self.system = argument.strip()
+            print(f"system text: {visible(self.system) or 'none'}")
         elif name == "/temp":
             try:
                 self.sampling = replace(self.sampling, temperature=float(argument))
             except (ValueError, UserError) as error:
                 reason = error if isinstance(error, UserError) else f"{argument!r} is no number"
                 raise UserError(f"/temp: {reason}") from None
+            print(f"temperature: {self.sampling.temperature:g}")
         elif name == "/reset":
+            print(f"forgotten: {len(self.text):,} bytes")
             self.reset()
         elif name == "/save":
             self.save(Path(argument.strip()).expanduser())

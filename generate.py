@@ -13,6 +13,7 @@ each byte takes the same time, however long the text has become.
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ import export
 import formats
 import neurons
 from bdh_mlx import UserError
+from flags import nearest
 from memory import compute_for
 from sampling import WINDOW, Sampling
 from state import PARTS, State
@@ -43,14 +45,22 @@ STOP = r"""end before this text, \n in it a line break; may be repeated (in mode
 DTYPES = ("bfloat16", "float32")
 PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so keep it near 1 (1)"
 
+ALONE = {"evaluate": ["mode", "dtype"], "trace": [], "export": []}  # what else acts beside these
 TRACE = "no text but what fires on TEXT (@FILE: on its lines); several times: what tells them apart"
 EXPORT = "no text but weights, config and a model card for others, in FOLDER"
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, and which flag a mistyped one is near to."""
+
+    def error(self, message: str):
+        if unknown := re.match("unrecognized arguments: (--[^ =]+)", message):
+            message += nearest(unknown[1], self._option_string_actions)
+        raise UserError(f"{message} (--help lists all)")
+
+
 def flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def group(title: str, one: bool = False):
         of = parser.add_argument_group(title)
@@ -103,7 +113,13 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
         if (value := getattr(args, name)) is not None and value < least:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} is {value}; it must be at least {least}")
-    if args.save_state and (args.prompts or args.samples > 1 or args.evaluate):
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for alone, beside in ALONE.items():
+        idle = set(given) - {"model", alone, *beside} if alone in given else ()
+        if idle:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given if name in idle)
+            raise UserError(f"{names}: no effect beside --{alone}; leave out what does not act")
+    if args.save_state and (args.prompts or args.samples > 1):
         raise UserError("--save-state keeps the state of one text; leave out what makes several")
     if args.seed is not None and not 0 <= args.seed < 2**64:
         raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^64")
@@ -155,8 +171,10 @@ def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
     """A job for each sample of each prompt in a JSONL file. Raises UserError naming the line."""
     try:
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file} cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"--prompts {file}: {error.strerror}; name a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {file} is no UTF-8: {error.reason}") from None
     jobs = []
     for number, line in enumerate(lines, 1):
         try:
@@ -309,6 +327,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def open_out(file: Path | None):
     """The file to write, or stdout. Raises UserError."""
+    if file and file.is_file():
+        raise UserError(f"--out {file} exists; name another file, or remove it")
     try:
         return open(file or sys.stdout.fileno(), "w", encoding="utf-8", closefd=file is not None)
     except OSError as error:

@@ -271,11 +271,45 @@ def test_the_same_seed_writes_the_same_bytes(chaos, said):
         (["--seed", "-1"], "--seed is -1"),
         (["--out", "x"], "--out is for the texts of --prompts"),
         (["--raw", "--samples", "2"], "--raw writes one text"),
+        (["--promt", "x"], r"--promt x; did you mean --prompt\? \(--help lists all\)$"),
+        (["--what"], r"unrecognized arguments: --what \(--help lists all\)$"),
+        (["--top-k", "x"], "--top-k: invalid int value: 'x'"),
+        (["--trace", "x"], "--trace: not allowed with argument --prompt"),
     ],
 )
 def test_impossible_flags_are_one_line(flags, complaint, counting):
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=complaint) as told:
         generate.main([str(counting), "--prompt", "a", *flags])
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        ("--evaluate x --top-k 3 --dtype float32 --temperature 0", "--temperature, --top-k"),
+        *(("--trace x --trace y --mode full", "--mode"), ("--export x --raw", "--raw")),
+        ("--evaluate x --save-state s", "--save-state"),
+    ],
+)
+def test_a_flag_without_an_effect_is_told(flags, idle, counting):
+    with pytest.raises(UserError, match=f"^{idle}: no effect beside {flags.split()[0]}"):
+        generate.main([str(counting), *flags.split()])
+
+
+def test_files_that_cannot_be_read_or_would_be_lost_are_named(counting, tmp_path):
+    (tmp_path / "bad").write_bytes(b"\xff")
+    (tmp_path / "in").write_text('{"prompt": "a"}')
+    for asked, out, complaint in (
+        ("none", "out", "none: No such file or directory"),
+        ("", "out", "Is a directory"),
+        ("bad", "out", "bad is no UTF-8"),
+        ("in", "in", "in exists; name another file"),
+        ("in", "", "cannot be written: Is a directory"),
+    ):
+        names = ("--prompts", str(tmp_path / asked), "--out", str(tmp_path / out))
+        with pytest.raises(UserError, match=complaint):
+            generate.main([str(counting), *names])
+    assert (tmp_path / "in").read_text() == '{"prompt": "a"}'
 
 
 def test_other_vocabularies_are_refused(tmp_path):
@@ -468,20 +502,20 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
         assert b"no command" in line(b"/what")
         assert b"temperature is -1" in line(b"/temp -1")
         assert b"'x' is no number" in line(b"/temp x")
-        line(b"/temp 0.5")
+        assert b"temperature: 0.5" in line(b"/temp 0.5")
         answer = bytes((11 + i) % 256 for i in range(300))  # after the \n of the header
         shown = bdh_mlx.visible(answer.decode(errors="backslashreplace"))
         assert shown.replace("\n", "\r\n").encode() in line(b"hello")
         one = b"### Instruction:\nhello\n\n### Response:\n" + answer
         assert transcript() == one
-        line(b"/system be brief")
+        assert b"system text: be brief" in line(b"/system be brief")
         line(b"more")
         two = (
             b"\n---\n\n### System:\nbe brief\n\n### Instruction:\nmore\n\n### Response:\n" + answer
         )
         assert transcript() == one + two
-        line(b"/reset")
-        line(b"/system")
+        assert f"forgotten: {len(one + two):,} bytes".encode() in line(b"/reset")
+        assert b"system text: none" in line(b"/system")
         screen.type(b'"""\rtwo\rlines\r')
         line(b'"""')
         assert transcript() == one.replace(b"hello", b"two\nlines")
