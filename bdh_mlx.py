@@ -22,7 +22,6 @@ import json
 import os
 import re
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -346,10 +345,17 @@ def load_model(path: str | Path) -> BDH:
             raise UserError(f"{file}: `{name}` is {found}, a BDH of this shape needs {needed}")
     model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays.items()])
     mx.eval(model.parameters())
-    with suppress(OSError, ValueError, KeyError, TypeError):  # weights from elsewhere lack it
-        info = json.loads(file.with_name("config.json").read_text())
-        model.trained_length = int(info["settings"]["BLOCK_SIZE"])
+    length = settings_of(file).get("BLOCK_SIZE")
+    model.trained_length = length if type(length) is int else None
     return model
+
+
+def settings_of(weights: Path) -> dict:
+    """The trainer's settings, from config.json beside the weights; {} where there are none."""
+    try:
+        return dict(json.loads(weights.with_name("config.json").read_text())["settings"])
+    except (OSError, ValueError, KeyError, TypeError):  # weights from elsewhere lack it
+        return {}
 
 
 def _config_of(arrays: dict, header: dict, file: Path) -> BDHConfig:

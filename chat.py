@@ -11,12 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from bdh_mlx import (
-    BDH,
-    UserError,
-    save_state,
-    visible,
-)  # before mlx.core, which needs its fast BLAS
+from bdh_mlx import BDH, UserError, save_state, visible  # first: it gives MLX a fast BLAS
 
 # isort: split
 import mlx.core as mx

@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ from flags import nearest
 from memory import compute_for
 from sampling import WINDOW, Sampling
 from state import PARTS, State
-from writing import Stops, Terminal, as_text, complete, read, rows, write
+from writing import Stops, Terminal, as_text, complete, read, rows, unescaped, write
 
 PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
 the mode"""
@@ -114,10 +115,10 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} is {value}; it must be at least {least}")
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    for alone, beside in ALONE.items():
-        idle = set(given) - {"model", alone, *beside} if alone in given else ()
+    for alone in ALONE.keys() & given:
+        idle = [name for name in given if name not in ("model", alone, *ALONE[alone])]
         if idle:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in given if name in idle)
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
             raise UserError(f"{names}: no effect beside --{alone}; leave out what does not act")
     if args.save_state and (args.prompts or args.samples > 1):
         raise UserError("--save-state keeps the state of one text; leave out what makes several")
@@ -128,11 +129,6 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     if args.raw and (args.prompts or args.samples > 1):
         raise UserError("--raw writes one text; leave out --prompts and --samples")
     return args
-
-
-def unescaped(text: str) -> bytes:
-    """An argument's bytes, its \\n as line breaks; what is no UTF-8 comes through as it is."""
-    return text.replace("\\n", "\n").encode(errors="surrogateescape")
 
 
 def read_prompt(args: argparse.Namespace) -> bytes:
@@ -197,10 +193,10 @@ def prompts_of(record: dict, mode: str | None) -> list[bytes]:
         raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
     structure, contents = data.detect(record)
     needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
-    for fields in contents:
-        if reason := data.fault(fields, (needed,)):
+    for content in contents:
+        if reason := data.fault(content, (needed,)):
             raise UserError(reason)
-    return [formats.opening(fields, mode).encode() for fields in contents]
+    return [formats.opening(content, mode).encode() for content in contents]
 
 
 def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
@@ -288,11 +284,9 @@ def main(argv: list[str] | None = None) -> int:
         return export.tell(args.model, args.export)
     if args.trace:
         return neurons.tell(bdh_mlx.load_model(args.model), args.trace)
-    sampling = Sampling(
-        args.utf8, args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p
-    )
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     weights = bdh_mlx.find_weights(args.model)
-    model, trained = bdh_mlx.load_model(weights), evaluation.settings_of(weights)
+    model, trained = bdh_mlx.load_model(weights), bdh_mlx.settings_of(weights)
     if model.config.vocab_size != 256:
         raise UserError(f"{weights} has a vocabulary of {model.config.vocab_size}; bytes are 256")
     model.compute = compute_for(model.config, "small", args.dtype or "auto")

@@ -157,6 +157,11 @@ def as_text(written: bytes, whole: bool = False) -> str:
     return codecs.getincrementaldecoder("utf-8")("backslashreplace").decode(written, not whole)
 
 
+def unescaped(text: str) -> bytes:
+    """An argument's bytes, its \\n as line breaks; what is no UTF-8 comes through as it is."""
+    return text.replace("\\n", "\n").encode(errors="surrogateescape")
+
+
 class Terminal:
     """Shows bytes as they come: characters once complete, broken UTF-8 and controls escaped."""
 

@@ -26,7 +26,7 @@ import generate
 import train_mlx
 from bdh_mlx import BDH, BDHConfig, UserError
 from sampling import NONE, Sampling
-from writing import Stops, Terminal, as_text, complete, read, rows, write
+from writing import Stops, Terminal, as_text, complete, read, rows, unescaped, write
 
 SMALL = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
 GREEDY = Sampling(temperature=0)
@@ -237,7 +237,7 @@ def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(counting, s
     ask = (counting, "--prompt-file", tmp_path / "p", "--max-new-tokens", 1)
     assert said(*ask) == b"a\\xff\\x1b\\x1c\n"
     assert said(*ask, "--raw") == b"a\xff\x1b\x1c"
-    assert generate.unescaped("a\udcff\\n") == b"a\xff\n"
+    assert unescaped("a\udcff\\n") == b"a\xff\n"
 
 
 def test_a_megabyte_of_prompt(tmp_path, said):
