@@ -19,12 +19,9 @@ fixed size. Reading a block at once, in chunks, or byte by byte is one function 
 
 import hashlib
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -43,7 +40,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from fast_layer import Compute, dropout_mask, factor, layer, ln, rotate
-from state import PARTS, State, ahead, fold, prefill, read
+from state import PARTS, State, fold, read
 
 
 class UserError(ValueError):
@@ -172,55 +169,21 @@ class BDH(nn.Module):
         out = (y @ self.decoder.reshape(H, N, D)).sum(0)  # (B*T, D)
         return ln(v + ln(out).reshape(B, T, D))
 
-    def stream(
-        self, idx, temperature=1.0, top_k=None, key=None, state: State | None = None
-    ) -> Iterator[mx.array]:
-        """Endless new bytes (B,) after the prompt idx (B, T >= 1), each at the same cost.
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None) -> mx.array:
+        """idx (B, T >= 1) and max_new_tokens bytes more, (B, T + new).
 
         temperature 0 takes the likeliest byte; top_k draws among the k likeliest. Without `key` the
-        draws follow mx.random.seed. `state` is what was read before; State(window=W) forgets older
-        bytes. Raises UserError for an empty prompt or impossible settings.
+        draws follow mx.random.seed. Raises UserError for an empty prompt or impossible settings.
         """
-        if idx.ndim != 2 or idx.shape[1] < 1:
-            raise UserError(
-                f"the prompt has shape {idx.shape}; it must be (B, T) with T at least 1"
-            )
-        if not 0 <= temperature < math.inf:
-            raise UserError(f"temperature is {temperature}; it must be 0 (likeliest byte) or more")
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k is {top_k}; it must be at least 1, or None for all bytes")
+        from sampling import Sampling  # these two late: they import this file
+        from writing import read, write
+
         if key is None:
             key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-
-        @mx.compile
-        def draw(logits, key):
-            key, next_key = mx.random.split(key)
-            return sample(logits, temperature, top_k, key), next_key
-
-        def steps(logits, state, key):
-            while True:
-                token, key = draw(logits, key)
-                logits, state = self.read(token[:, None], state)
-                logits = logits[:, -1]
-                mx.async_eval(token, logits, state)
-                yield token
-
-        yield from ahead(steps(*prefill(self, idx, state), key))
-
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None) -> mx.array:
-        """idx (B, T) and max_new_tokens bytes more, (B, T + new); settings as for `stream`."""
-        new = islice(self.stream(idx, temperature, top_k, key), max_new_tokens)
-        return mx.concatenate([idx, *(token[:, None].astype(idx.dtype) for token in new)], 1)
-
-
-def sample(logits: mx.array, temperature: float, top_k: int | None, key=None) -> mx.array:
-    """One byte for each row of logits (B, V); (B,)."""
-    if temperature == 0:
-        return mx.argmax(logits, -1)
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = mx.min(mx.topk(logits, top_k), -1, keepdims=True)
-        logits = mx.where(logits < kth, -math.inf, logits)
-    return mx.random.categorical(logits / temperature, key=key)
+        sampling = Sampling(temperature=temperature, top_k=top_k)
+        written = write(self, *read(self, idx), sampling, key, np.array(idx))
+        new = (mx.array(token, idx.dtype) for token, _ in islice(written, max_new_tokens))
+        return mx.concatenate([idx, *(token[:, None] for token in new)], 1)
 
 
 def visible(text: str) -> str:
@@ -382,10 +345,17 @@ def load_model(path: str | Path) -> BDH:
             raise UserError(f"{file}: `{name}` is {found}, a BDH of this shape needs {needed}")
     model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays.items()])
     mx.eval(model.parameters())
-    with suppress(OSError, ValueError, KeyError, TypeError):  # weights from elsewhere lack it
-        info = json.loads(file.with_name("config.json").read_text())
-        model.trained_length = int(info["settings"]["BLOCK_SIZE"])
+    length = settings_of(file).get("BLOCK_SIZE")
+    model.trained_length = length if type(length) is int else None
     return model
+
+
+def settings_of(weights: Path) -> dict:
+    """The trainer's settings, from config.json beside the weights; {} where there are none."""
+    try:
+        return dict(json.loads(weights.with_name("config.json").read_text())["settings"])
+    except (OSError, ValueError, KeyError, TypeError):  # weights from elsewhere lack it
+        return {}
 
 
 def _config_of(arrays: dict, header: dict, file: Path) -> BDHConfig:

@@ -11,12 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from bdh_mlx import (
-    BDH,
-    UserError,
-    save_state,
-    visible,
-)  # before mlx.core, which needs its fast BLAS
+from bdh_mlx import BDH, UserError, save_state, visible  # first: it gives MLX a fast BLAS
 
 # isort: split
 import mlx.core as mx
@@ -24,7 +19,7 @@ import mlx.core as mx
 import formats
 from sampling import Sampling
 from state import State
-from writing import Place, Stops, Terminal, read, write
+from writing import Stops, Terminal, read, rows, write
 
 HISTORY = Path("~/.bdh_history").expanduser()
 HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
@@ -88,8 +83,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget all that was said."""
-        self.place: Place | None = None
-        self.text = bytearray()  # what `place` is the end of
+        self.state, self.text = self.start, bytearray()  # what was read, and of it what was said
 
     def run(self) -> None:
         """Take turns until Ctrl-D or /quit."""
@@ -122,16 +116,19 @@ class Session:
     def command(self, name: str, argument: str) -> None:
         """Do what a line that begins with / says. Raises UserError."""
         if name == "/system":
-            self.system = argument.strip()
             if self.mode not in ("both", "full"):
-                print(f"note: mode {self.mode} has no system text beside the one typed")
+                raise UserError(f"/system: mode {self.mode} reads what is typed and no system text")
+            self.system = argument.strip()
+            print(f"system text: {visible(self.system) or 'none'}")
         elif name == "/temp":
             try:
                 self.sampling = replace(self.sampling, temperature=float(argument))
             except (ValueError, UserError) as error:
                 reason = error if isinstance(error, UserError) else f"{argument!r} is no number"
                 raise UserError(f"/temp: {reason}") from None
+            print(f"temperature: {self.sampling.temperature:g}")
         elif name == "/reset":
+            print(f"forgotten: {len(self.text):,} bytes")
             self.reset()
         elif name == "/save":
             self.save(Path(argument.strip()).expanduser())
@@ -143,10 +140,10 @@ class Session:
     def save(self, file: Path) -> None:
         """Write all that was said, or the state after it. Raises UserError."""
         if file.suffix == ".safetensors":
-            if not self.place:
+            if not self.text:
                 raise UserError("/save: nothing was said yet")
-            save_state(file, self.model, self.place.state)
-            return print(f"saved the state after {self.place.state.position:,} bytes in {file}")
+            save_state(file, self.model, self.state)
+            return print(f"saved the state after {self.state.position:,} bytes in {file}")
         try:
             file.write_bytes(self.text)
         except OSError as error:
@@ -159,11 +156,12 @@ class Session:
         asked, terminal = self.asked(line), Terminal()
         stop = Stops(self.stops, asked)
         try:
-            self.place = read(self.model, [asked], self.place, self.start)
+            logits, self.state = read(self.model, rows([asked]), self.state)
             self.text += asked
-            written = write(self.model, self.place, self.sampling, key)
-            for token, place in islice(written, self.budget):
-                self.place = place
+            seen = rows([self.text])
+            written = write(self.model, logits, self.state, self.sampling, key, seen)
+            for token, state in islice(written, self.budget):
+                self.state = state
                 self.text += bytes(token)
                 terminal.write(stop.feed(bytes(token)))
                 if stop.found:

@@ -1,6 +1,5 @@
 """The loss of a checkpoint on a data set, whole and by the field each byte belongs to."""
 
-import json
 import math
 import tempfile
 from functools import partial
@@ -19,14 +18,6 @@ from train_mlx import byte_losses, evaluate
 BLOCK_SIZE = 4096  # bytes read at once, where the checkpoint does not say what it was trained on
 
 
-def settings_of(weights: Path) -> dict:
-    """The trainer's settings, from config.json beside the weights; {} where there is none."""
-    try:
-        return dict(json.loads(weights.with_name("config.json").read_text())["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
 def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
     """A table of nats and bits per byte by field. Raises UserError."""
     if mode is None:
@@ -35,7 +26,7 @@ def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
         about, stream, fields = data.whole(dataset, mode, Path(folder))
     if len(stream) < 2:
         raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
-    T, B = settings.get("BLOCK_SIZE", BLOCK_SIZE), settings.get("BATCH_SIZE", 1)
+    T, B = model.trained_length or BLOCK_SIZE, settings.get("BATCH_SIZE", 1)
     losses = mx.compile(partial(byte_losses, model))
     whole, means = evaluate(losses, stream, fields, B, T)
     count = np.bincount(fields[1:], minlength=len(FIELDS)).tolist()

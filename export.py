@@ -10,11 +10,7 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
-
-# isort: split
-from mlx.utils import tree_flatten
-
+import bdh_mlx
 from bdh_mlx import BDHConfig, UserError, visible
 
 CARD = """---
@@ -101,14 +97,14 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
 
 def tell(source: str, folder: Path) -> int:
     """Export the model that `source` names. Raises UserError."""
-    model = bdh_mlx.load_model(source)
     weights = bdh_mlx.find_weights(source)
+    model = bdh_mlx.load_model(weights)
     told, settings = facts(weights.parent)
     told["shape"] = ", ".join(f"{k} {v}" for k, v in asdict(model.config).items())
     rows = (f"| {k} | {visible(str(v)).translate(CELL)} |" for k, v in told.items())
     card = CARD.format(
         name=folder.resolve().name,
-        parameters=sum(p.size for _, p in tree_flatten(model.parameters())),
+        parameters=model.config.n_parameters,
         facts="\n".join(rows),
         command=command_of(settings) if settings else "unknown: exported from weights alone",
         config=official(model.config),

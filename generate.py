@@ -13,9 +13,11 @@ each byte takes the same time, however long the text has become.
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +34,11 @@ import export
 import formats
 import neurons
 from bdh_mlx import UserError
+from flags import nearest
 from memory import compute_for
 from sampling import WINDOW, Sampling
 from state import PARTS, State
-from writing import Stops, Terminal, as_text, complete, read, write
+from writing import Stops, Terminal, as_text, complete, read, rows, unescaped, write
 
 PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
 the mode"""
@@ -43,14 +46,22 @@ STOP = r"""end before this text, \n in it a line break; may be repeated (in mode
 DTYPES = ("bfloat16", "float32")
 PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so keep it near 1 (1)"
 
+ALONE = {"evaluate": ["mode", "dtype"], "trace": [], "export": []}  # what else acts beside these
 TRACE = "no text but what fires on TEXT (@FILE: on its lines); several times: what tells them apart"
 EXPORT = "no text but weights, config and a model card for others, in FOLDER"
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, and which flag a mistyped one is near to."""
+
+    def error(self, message: str):
+        if unknown := re.match("unrecognized arguments: (--[^ =]+)", message):
+            message += nearest(unknown[1], self._option_string_actions)
+        raise UserError(f"{message} (--help lists all)")
+
+
 def flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def group(title: str, one: bool = False):
         of = parser.add_argument_group(title)
@@ -103,7 +114,13 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
         if (value := getattr(args, name)) is not None and value < least:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} is {value}; it must be at least {least}")
-    if args.save_state and (args.prompts or args.samples > 1 or args.evaluate):
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for alone in ALONE.keys() & given:
+        idle = [name for name in given if name not in ("model", alone, *ALONE[alone])]
+        if idle:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise UserError(f"{names}: no effect beside --{alone}; leave out what does not act")
+    if args.save_state and (args.prompts or args.samples > 1):
         raise UserError("--save-state keeps the state of one text; leave out what makes several")
     if args.seed is not None and not 0 <= args.seed < 2**64:
         raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^64")
@@ -112,11 +129,6 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     if args.raw and (args.prompts or args.samples > 1):
         raise UserError("--raw writes one text; leave out --prompts and --samples")
     return args
-
-
-def unescaped(text: str) -> bytes:
-    """An argument's bytes, its \\n as line breaks; what is no UTF-8 comes through as it is."""
-    return text.replace("\\n", "\n").encode(errors="surrogateescape")
 
 
 def read_prompt(args: argparse.Namespace) -> bytes:
@@ -155,8 +167,10 @@ def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
     """A job for each sample of each prompt in a JSONL file. Raises UserError naming the line."""
     try:
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file} cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"--prompts {file}: {error.strerror}; name a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {file} is no UTF-8: {error.reason}") from None
     jobs = []
     for number, line in enumerate(lines, 1):
         try:
@@ -179,10 +193,10 @@ def prompts_of(record: dict, mode: str | None) -> list[bytes]:
         raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
     structure, contents = data.detect(record)
     needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
-    for fields in contents:
-        if reason := data.fault(fields, (needed,)):
+    for content in contents:
+        if reason := data.fault(content, (needed,)):
             raise UserError(reason)
-    return [formats.opening(fields, mode).encode() for fields in contents]
+    return [formats.opening(content, mode).encode() for content in contents]
 
 
 def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
@@ -223,9 +237,9 @@ def stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:
     """Print the prompt, and what the model makes of it as it comes."""
     terminal, stop = Terminal(args.raw), Stops(stops, prompt)
     terminal.write(prompt)
-    place = read(model, [prompt or formats.SEPARATOR.encode()], state=state)
-    for i, (token, after) in enumerate(write(model, place, sampling, key), 1):
-        place = after
+    idx = rows([prompt or formats.SEPARATOR.encode()])
+    written = write(model, *read(model, idx, state), sampling, key, idx)
+    for i, (token, state) in enumerate(written, 1):  # noqa: B007  the last state is saved
         terminal.write(stop.feed(bytes(token)))
         if stop.found or i == args.max_new_tokens:
             break
@@ -233,7 +247,7 @@ def stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:
     if not args.raw:
         print()
     if args.save_state:
-        bdh_mlx.save_state(args.save_state, model, place.state)
+        bdh_mlx.save_state(args.save_state, model, state)
 
 
 def start(model, args: argparse.Namespace) -> State:
@@ -270,11 +284,9 @@ def main(argv: list[str] | None = None) -> int:
         return export.tell(args.model, args.export)
     if args.trace:
         return neurons.tell(bdh_mlx.load_model(args.model), args.trace)
-    sampling = Sampling(
-        args.utf8, args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p
-    )
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     weights = bdh_mlx.find_weights(args.model)
-    model, trained = bdh_mlx.load_model(weights), evaluation.settings_of(weights)
+    model, trained = bdh_mlx.load_model(weights), bdh_mlx.settings_of(weights)
     if model.config.vocab_size != 256:
         raise UserError(f"{weights} has a vocabulary of {model.config.vocab_size}; bytes are 256")
     model.compute = compute_for(model.config, "small", args.dtype or "auto")
@@ -309,6 +321,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def open_out(file: Path | None):
     """The file to write, or stdout. Raises UserError."""
+    if file and file.is_file():
+        raise UserError(f"--out {file} exists; name another file, or remove it")
     try:
         return open(file or sys.stdout.fileno(), "w", encoding="utf-8", closefd=file is not None)
     except OSError as error:

@@ -26,6 +26,7 @@ import numpy as np
 
 from bdh_mlx import UserError, visible
 from fast_layer import forward_segment, ln
+from writing import as_text, unescaped
 
 LONGEST = 512  # bytes of a text that are traced; every neuron of each is held in memory
 TOP = 10  # neurons and synapses listed
@@ -121,11 +122,7 @@ def trace(model: bdh_mlx.BDH, text: bytes) -> tuple[dict, np.ndarray, np.ndarray
                 "synapses": synapses(model, layer),
             }
         )
-    return {"text": as_text(text), "layers": told}, np.array(shares), np.array(summed)
-
-
-def as_text(text: bytes) -> str:
-    return visible(text.decode(errors="backslashreplace"))
+    return {"text": visible(as_text(text)), "layers": told}, np.array(shares), np.array(summed)
 
 
 # ----------------------------------------------------------------------------------- several texts
@@ -157,7 +154,7 @@ def selective(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]]:
 
 def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
     """Above, how many neurons fire on each byte by layer; below, the 40 that fire most."""
-    from report import INK, canvas, panel
+    from report import INK, canvas, panel  # late: it imports this file
 
     most = np.argsort(-summed.sum(0))[:40]
     figure = canvas(max(7, min(24, 0.16 * len(text))), 8)
@@ -194,7 +191,7 @@ def tell(model: bdh_mlx.BDH, texts: list[str], folder: Path = Path()) -> int:
             ends = (f"{s['head']}.{s['from'][0]}+1 -> {s['head']}.{s['to']}" for s in found[:3])
             print(f"  strongest synapses {name}: {', '.join(ends) or 'none'}")
     if len(read) > 1:
-        told["texts"] = [as_text(text) for text in read]
+        told["texts"] = [visible(as_text(text)) for text in read]
         told["selective"] = selective(model, read)
         for text, found in zip(told["texts"], told["selective"], strict=True):
             names = (f"{n['head']}.{n['neuron']} ({n['here']:.0%})" for n in found[:5])
@@ -212,10 +209,9 @@ def tell(model: bdh_mlx.BDH, texts: list[str], folder: Path = Path()) -> int:
 
 
 def _lines(text: str) -> list[bytes]:
-    raw = text.replace("\\n", "\n").encode(errors="surrogateescape")
     if text.startswith("@"):
         try:
             return [line[:LONGEST] for line in Path(text[1:]).read_bytes().splitlines() if line]
         except OSError as error:
             raise UserError(f"--trace {text}: {error.strerror}") from None
-    return [raw[:LONGEST]] if raw else []
+    return [unescaped(text)[:LONGEST]] if text else []

@@ -1,13 +1,11 @@
 """How the next byte is drawn from its logits: temperature, and what narrows the choice.
 
-Each row of a batch carries its `Past`, what the draw must know of the bytes before: the last of
-them, for the repetition penalty, and where in a UTF-8 character they end.
+A choice may depend on the bytes before: the last of them, of each row of a batch, are its past.
 """
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 from bdh_mlx import UserError  # before mlx.core, to which it gives a fast BLAS on Linux
 
@@ -16,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 WINDOW = 256  # last bytes that the repetition penalty looks at
-NONE = -1  # in `Past.recent`: no byte yet
+NONE = -1  # in a past: no byte yet
 
 
 @dataclass(frozen=True)
@@ -48,37 +46,25 @@ class Sampling:
             if not good:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {limits}")
 
-    def draw(self, logits: mx.array, past: "Past", key: mx.array):
-        """One byte for each row of logits (B, V): the bytes (B,), the past with them, a new key."""
+    def past(self, seen: np.ndarray) -> mx.array | None:
+        """What a draw must know of the bytes seen (B, T): the last (B, WINDOW), or nothing."""
+        if not self.utf8 and self.repetition_penalty == 1:
+            return None
+        seen = seen[:, -WINDOW:]
+        lacking = ((0, 0), (WINDOW - seen.shape[1], 0))
+        return mx.array(np.pad(seen, lacking, constant_values=NONE), mx.int32)
+
+    def draw(self, logits: mx.array, past: mx.array | None, key: mx.array):
+        """One byte for each row of logits (B, V): the bytes (B,), and a new key."""
         if self.utf8 and logits.shape[-1] != 256:
             raise UserError(f"utf8 needs a vocabulary of 256 bytes; this one has {logits.shape[1]}")
         return _compiled(self)(logits, past, key)
 
 
-class Past(NamedTuple):
-    """What a draw must know of the bytes before it: the last ones (B, WINDOW) and the state of the
-    UTF-8 automaton (B,)."""
-
-    recent: mx.array
-    utf8: mx.array
-
-
-def past_of(idx: np.ndarray) -> Past:
-    """The past after the bytes idx (B, T)."""
-    B, T = idx.shape
-    recent = np.full((B, WINDOW), NONE, np.int32)
-    recent[:, WINDOW - min(T, WINDOW) :] = idx[:, -WINDOW:]
-    state = np.zeros(B, np.int32)
-    for column in idx[:, -4:].T:  # a character has at most 4 bytes
-        state = NEXT[state, column]
-    return Past(mx.array(recent), mx.array(state))
-
-
-def after(past: Past, token: mx.array) -> Past:
+def after(past: mx.array | None, token: mx.array) -> mx.array | None:
     """The past with one byte more in each row."""
-    token = token.astype(mx.int32)
-    recent = mx.concatenate([past.recent[:, 1:], token[:, None]], 1)
-    return Past(recent, mx.array(NEXT)[past.utf8, token])
+    if past is not None:
+        return mx.concatenate([past[:, 1:], token[:, None].astype(mx.int32)], 1)
 
 
 # ------------------------------------------------------------------------------------- the filters
@@ -93,20 +79,27 @@ def _draw(s: Sampling, logits, past, key):
     key, draw = mx.random.split(key)
     logits = logits.astype(mx.float32)
     if s.utf8:
-        logits = mx.where(mx.array(LEGAL)[past.utf8], logits, -math.inf)
+        logits = mx.where(mx.array(LEGAL)[_begun(past)], logits, -math.inf)
     if s.repetition_penalty != 1:
-        logits = _penalised(logits, past.recent, s.repetition_penalty)
+        logits = _penalised(logits, past, s.repetition_penalty)
     if s.temperature == 0:
         token = mx.argmax(logits, -1)
     else:
         logits = (logits - mx.max(logits, -1, keepdims=True)) / s.temperature
         token = _filtered(s, logits, draw)
-    return token, after(past, token), key
+    return token, key
 
 
-def _penalised(logits, recent, penalty):
+def _begun(past):
+    """The state of the UTF-8 automaton (B,): of a character that is not whole, at most 3 bytes."""
+    following = mx.array(NEXT)
+    first, second, third = past[:, -3:].T % 256  # NONE begins no character, as the byte 255
+    return following[following[following[0][first], second], third]
+
+
+def _penalised(logits, past, penalty):
     B, V = logits.shape
-    seen = mx.put_along_axis(mx.zeros((B, V + 1), mx.bool_), recent % (V + 1), mx.array(True), 1)
+    seen = mx.put_along_axis(mx.zeros((B, V + 1), mx.bool_), past % (V + 1), mx.array(True), 1)
     seen = seen[:, :V]  # NONE is the last column
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 

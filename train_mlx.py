@@ -37,6 +37,7 @@ import data
 import flags
 import memory
 import phases
+import writing
 from advice import advise, order_0
 from bdh_mlx import UserError
 from endure import Enduring, Stop
@@ -44,6 +45,7 @@ from formats import EXPECT, FIELDS, NEEDED, PROMPTS
 from metrics import activity, evaluations, open_log
 from processes import Processes, is_lost
 from report import redraw
+from sampling import Sampling
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
 # Data
@@ -216,13 +218,12 @@ def evaluate(
 
 def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Iterator[str]:
     """What the model says to the prompts of its mode; the same seed, the same draws."""
+    sampling = Sampling(temperature=0.8, top_k=50)
     for prompt, key in zip(PROMPTS[mode], mx.random.split(mx.random.key(seed), 9), strict=False):
-        idx = mx.array([list(prompt.encode())])
-        stream = model.stream(idx, temperature=0.8, top_k=50, key=key)
-        drawn = takewhile(lambda _: not stop.number, islice(stream, n_bytes))
-        text = (prompt.encode() + bytes(int(token) for token in drawn)).decode(
-            errors="backslashreplace"
-        )
+        idx = writing.rows([prompt.encode()])
+        written = writing.write(model, *writing.read(model, idx), sampling, key, idx)
+        drawn = takewhile(lambda _: not stop.number, islice(written, n_bytes))
+        text = writing.as_text(prompt.encode() + bytes(token for (token,), _ in drawn))
         if not stop.number:
             yield bdh_mlx.visible(text)
     model.laid_out = None  # the weights in the order of a step: they are about to change

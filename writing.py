@@ -1,14 +1,15 @@
-"""Text that a model reads and goes on with: places in it, stop strings, batches, what is shown.
+"""Text that a model reads and goes on with: the loop, stop strings, batches, what is shown.
 
-Of a model only `model.read(idx, state) -> logits, state` is asked. A Place is never changed: what
-was read once can be gone on from several times.
+    logits, state = read(model, idx)
+    for token, state in write(model, logits, state, sampling, key, idx): ...
+
+A State is never changed: what was read once can be gone on from several times.
 """
 
 import codecs
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import NamedTuple
 
 from bdh_mlx import BDH, UserError, visible  # before mlx.core, which needs its fast BLAS
 
@@ -16,16 +17,8 @@ from bdh_mlx import BDH, UserError, visible  # before mlx.core, which needs its 
 import mlx.core as mx
 import numpy as np
 
-from sampling import NONE, Past, Sampling, after, past_of
+from sampling import NONE, Sampling, after
 from state import State, ahead, prefill
-
-
-class Place(NamedTuple):
-    """Where in a text a model is: its state, logits (B, V) of the next byte, the draw's past."""
-
-    state: object
-    logits: mx.array
-    past: Past
 
 
 def rows(texts: Sequence[bytes]) -> np.ndarray:
@@ -37,50 +30,50 @@ def rows(texts: Sequence[bytes]) -> np.ndarray:
 
 
 def read(
-    model: BDH, texts: Sequence[bytes], place: Place | None = None, state: State | None = None
-) -> Place:
-    """The place after texts of one length, at least 1, one for each row; `place` is before them.
+    model: BDH, idx: np.ndarray | mx.array, state: State | None = None
+) -> tuple[mx.array, State]:
+    """Read the prompt idx (B, T >= 1) on from `state`: logits (B, V) of the next byte, the State.
 
-    Where there is no such place there may be a `state`, whose bytes are not known here. Raises
-    UserError where the model's numbers are not finite.
+    Raises UserError for an empty prompt, and where the model's numbers are not finite.
     """
-    idx = rows(texts)
-    logits, state = prefill(model, mx.array(idx), place.state if place else state)
+    if idx.ndim != 2 or idx.shape[1] < 1:
+        raise UserError(f"the prompt has shape {idx.shape}; it must be (B, T) with T at least 1")
+    logits, state = prefill(model, mx.array(idx), state)
     if not mx.isfinite(logits).all().item():
         raise UserError("the model's numbers are not finite: its training diverged")
-    seen = [np.array(spread(place, len(texts)).past.recent)] if place else []
-    return Place(state, logits, past_of(np.concatenate([*seen, idx], 1)))
-
-
-def spread(place: Place, B: int) -> Place:
-    """The place as B rows, if it is one of a single row; models read states of one row in any."""
-    logits, *past = (mx.broadcast_to(a, (B, *a.shape[1:])) for a in (place.logits, *place.past))
-    return Place(place.state, logits, Past(*past))
+    return logits, state
 
 
 def write(
-    model: BDH, place: Place, sampling: Sampling, key: mx.array, given: Sequence[bytes] = ()
-) -> Iterator[tuple[list[int], Place]]:
-    """Endlessly the next byte of each row, and the place after it.
+    model: BDH,
+    logits: mx.array,
+    state: State,
+    sampling: Sampling,
+    key: mx.array,
+    seen: np.ndarray,
+    given: Sequence[bytes] = (),
+) -> Iterator[tuple[list[int], State]]:
+    """Endlessly the next byte of each row and the state after it, each at the same cost.
 
-    A row takes first the bytes that are `given` for it; the others are drawn.
+    `read` gave logits (B, V) and state; `seen` (B, T) are the bytes before, as far as they are
+    known. A row takes first the bytes that are `given` for it; the others are drawn.
     """
     given = rows(given).T if given else ()  # (T, B)
 
-    def steps(state, logits, past, key):
+    def steps(logits, state, past, key):
         for i in count():
-            token, after_draw, key = sampling.draw(logits, past, key)
+            token, key = sampling.draw(logits, past, key)
             if i < len(given):
                 own = mx.array(given[i])
                 token = mx.where(own == NONE, token, own)
-                after_draw = after(past, token)
+            past = after(past, token)
             logits, state = model.read(token[:, None], state)
-            logits, past = logits[:, -1], after_draw
+            logits = logits[:, -1]
             mx.async_eval(token, logits, past, state)
-            yield token, Place(state, logits, past)
+            yield token, state
 
-    for token, reached in ahead(steps(*place, key)):
-        yield token.tolist(), reached
+    going = ahead(steps(logits, state, sampling.past(seen), key))
+    return ((token.tolist(), state) for token, state in going)
 
 
 class Stops:
@@ -139,12 +132,15 @@ def complete(
     idx = rows(prompts)[:, :shortest]
     alike = np.append((idx == idx[0]).all(0), False)
     shared = int(alike.argmin())  # bytes that all begin with
-    place = read(model, [prompts[0][:shared]], state=state) if shared else None
+    if shared:
+        logits, state = read(model, idx[:1, :shared], state)
     if shared < shortest:
-        place = read(model, [prompt[shared:shortest] for prompt in prompts], place, state)
-    place, given = spread(place, len(prompts)), [prompt[shortest:] for prompt in prompts]
+        logits, state = read(model, idx[:, shared:], state)
+    logits = mx.broadcast_to(logits, (len(idx), logits.shape[-1]))
+    given = [prompt[shortest:] for prompt in prompts]
     going = {row: (Stops(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
-    for i, (tokens, _) in enumerate(write(model, place, sampling, key, given), 1):
+    written = write(model, logits, state, sampling, key, idx, given)
+    for i, (tokens, _) in enumerate(written, 1):
         for row, (stop, text) in list(going.items()):
             written = i - len(given[row])
             if written > 0:
@@ -159,6 +155,11 @@ def complete(
 def as_text(written: bytes, whole: bool = False) -> str:
     """Bytes as text, those that are no UTF-8 as \\xff; `whole`: without a character cut short."""
     return codecs.getincrementaldecoder("utf-8")("backslashreplace").decode(written, not whole)
+
+
+def unescaped(text: str) -> bytes:
+    """An argument's bytes, its \\n as line breaks; what is no UTF-8 comes through as it is."""
+    return text.replace("\\n", "\n").encode(errors="surrogateescape")
 
 
 class Terminal:

@@ -59,9 +59,13 @@ def measure_stream(case: dict):
     """Seconds per step of writing on at each context, sampling and all, after warm-up."""
     model, prompt = build(case)
     import mlx.core as mx
+    import numpy as np
 
+    from sampling import Sampling
     from state import State, prefill
+    from writing import read, write
 
+    sampling = Sampling(temperature=0.8)  # what generate.py takes where no flag says otherwise
     B, L, (H, D, N) = case.get("B", 1), model.config.n_layer, model.encoder.shape
     on_gpu = mx.default_device() == mx.gpu
     for context in case["contexts"]:
@@ -72,16 +76,16 @@ def measure_stream(case: dict):
             before = State(context, synapses=synapses if context > 1 else ())
         mx.eval(before)
         warm_up, seconds = (32 if on_gpu else 4), []
-        stream = model.stream(prompt(B, 1), key=mx.random.key(1), state=before)
+        idx = np.array(prompt(B, 1))
+        stream = write(model, *read(model, idx, before), sampling, mx.random.key(1), idx)
         del before
-        next(stream).tolist()
+        next(stream)
         began = time.perf_counter()
-        for i, token in enumerate(islice(stream, warm_up + case["bytes"])):
-            token.tolist()
+        for i, _ in enumerate(islice(stream, warm_up + case["bytes"])):
             if i >= warm_up:
                 seconds.append(time.perf_counter() - began)
             began = time.perf_counter()
-        stream.close()
+        del stream
         yield {"context": context, "B": B, "seconds": sum(seconds) / len(seconds),
                "slowest": max(seconds), "peak_gb": mx.get_peak_memory() / 1e9}  # fmt: skip
 

@@ -25,8 +25,8 @@ import formats
 import generate
 import train_mlx
 from bdh_mlx import BDH, BDHConfig, UserError
-from sampling import Sampling
-from writing import Stops, Terminal, as_text, complete, read, write
+from sampling import NONE, Sampling
+from writing import Stops, Terminal, as_text, complete, read, rows, unescaped, write
 
 SMALL = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
 GREEDY = Sampling(temperature=0)
@@ -104,29 +104,49 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
 
 
 def test_a_prompt_read_in_pieces_is_the_same_place_and_can_be_gone_on_from_twice():
-    model, text = random_model(), bytes(range(200))
-    whole = read(model, [text])
-    place = None
-    for piece in (text[:1], text[1:90], text[90:]):
-        place = read(model, [piece], place)
-    assert (
-        mx.max(mx.abs(place.logits - whole.logits)).item()
-        < 2e-5 * mx.max(mx.abs(whole.logits)).item()
-    )
-    assert place.past.recent.tolist() == whole.past.recent.tolist()
+    model, idx, state = random_model(), rows([bytes(range(200))]), None
+    whole = read(model, idx)
+    for piece in (idx[:, :1], idx[:, 1:90], idx[:, 90:]):
+        place = logits, state = read(model, piece, state)
+    assert mx.max(mx.abs(logits - whole[0])).item() < 2e-5 * mx.max(mx.abs(whole[0])).item()
 
     def bytes_from(place, n=10):
-        going = write(model, place, GREEDY, KEY)
+        going = write(model, *place, GREEDY, KEY, idx)
         return [next(going)[0] for _ in range(n)]
 
     assert bytes_from(whole) == bytes_from(place) == bytes_from(whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "looks_back"),
+    [
+        *(({}, False), ({"temperature": 0.7, "top_k": 9}, False), ({"top_p": 0.9}, False)),
+        *(
+            ({"repetition_penalty": 1.5, "temperature": 0}, True),
+            ({"utf8": True, "min_p": 0.01}, True),
+        ),
+    ],
+)
+def test_the_loop_draws_what_a_draw_with_all_that_was_seen_gives(settings, looks_back):
+    """And where no draw looks back, nothing is carried from byte to byte."""
+    model, s, key = random_model(), Sampling(**settings), KEY
+    seen = rows([b"caf\xc3", b"\xf0\x9f\x98a"])
+    assert (s.past(seen) is not None) == looks_back
+    going = write(model, *read(model, seen), s, KEY, seen, [b"", b"given"])
+    for i in range(40):
+        past = np.full((2, 256), NONE)
+        past[:, -seen.shape[1] :] = seen
+        token, key = s.draw(read(model, seen)[0], mx.array(past, mx.int32), key)
+        token = [token[0].item(), b"given"[i] if i < 5 else token[1].item()]
+        assert next(going)[0] == token
+        seen = np.append(seen, np.array(token)[:, None], 1)
 
 
 def test_numbers_that_are_not_finite_are_refused():
     model = random_model()
     model.lm_head = model.lm_head * float("nan")
     with pytest.raises(UserError, match="not finite"):
-        read(model, [b"a"])
+        read(model, rows([b"a"]))
 
 
 # ------------------------------------------------------------------------------------- stop strings
@@ -217,7 +237,7 @@ def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(counting, s
     ask = (counting, "--prompt-file", tmp_path / "p", "--max-new-tokens", 1)
     assert said(*ask) == b"a\\xff\\x1b\\x1c\n"
     assert said(*ask, "--raw") == b"a\xff\x1b\x1c"
-    assert generate.unescaped("a\udcff\\n") == b"a\xff\n"
+    assert unescaped("a\udcff\\n") == b"a\xff\n"
 
 
 def test_a_megabyte_of_prompt(tmp_path, said):
@@ -251,11 +271,45 @@ def test_the_same_seed_writes_the_same_bytes(chaos, said):
         (["--seed", "-1"], "--seed is -1"),
         (["--out", "x"], "--out is for the texts of --prompts"),
         (["--raw", "--samples", "2"], "--raw writes one text"),
+        (["--promt", "x"], r"--promt x; did you mean --prompt\? \(--help lists all\)$"),
+        (["--what"], r"unrecognized arguments: --what \(--help lists all\)$"),
+        (["--top-k", "x"], "--top-k: invalid int value: 'x'"),
+        (["--trace", "x"], "--trace: not allowed with argument --prompt"),
     ],
 )
 def test_impossible_flags_are_one_line(flags, complaint, counting):
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=complaint) as told:
         generate.main([str(counting), "--prompt", "a", *flags])
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        ("--evaluate x --top-k 3 --dtype float32 --temperature 0", "--temperature, --top-k"),
+        *(("--trace x --trace y --mode full", "--mode"), ("--export x --raw", "--raw")),
+        ("--evaluate x --save-state s", "--save-state"),
+    ],
+)
+def test_a_flag_without_an_effect_is_told(flags, idle, counting):
+    with pytest.raises(UserError, match=f"^{idle}: no effect beside {flags.split()[0]}"):
+        generate.main([str(counting), *flags.split()])
+
+
+def test_files_that_cannot_be_read_or_would_be_lost_are_named(counting, tmp_path):
+    (tmp_path / "bad").write_bytes(b"\xff")
+    (tmp_path / "in").write_text('{"prompt": "a"}')
+    for asked, out, complaint in (
+        ("none", "out", "none: No such file or directory"),
+        ("", "out", "Is a directory"),
+        ("bad", "out", "bad is no UTF-8"),
+        ("in", "in", "in exists; name another file"),
+        ("in", "", "cannot be written: Is a directory"),
+    ):
+        names = ("--prompts", str(tmp_path / asked), "--out", str(tmp_path / out))
+        with pytest.raises(UserError, match=complaint):
+            generate.main([str(counting), *names])
+    assert (tmp_path / "in").read_text() == '{"prompt": "a"}'
 
 
 def test_other_vocabularies_are_refused(tmp_path):
@@ -448,20 +502,20 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
         assert b"no command" in line(b"/what")
         assert b"temperature is -1" in line(b"/temp -1")
         assert b"'x' is no number" in line(b"/temp x")
-        line(b"/temp 0.5")
+        assert b"temperature: 0.5" in line(b"/temp 0.5")
         answer = bytes((11 + i) % 256 for i in range(300))  # after the \n of the header
         shown = bdh_mlx.visible(answer.decode(errors="backslashreplace"))
         assert shown.replace("\n", "\r\n").encode() in line(b"hello")
         one = b"### Instruction:\nhello\n\n### Response:\n" + answer
         assert transcript() == one
-        line(b"/system be brief")
+        assert b"system text: be brief" in line(b"/system be brief")
         line(b"more")
         two = (
             b"\n---\n\n### System:\nbe brief\n\n### Instruction:\nmore\n\n### Response:\n" + answer
         )
         assert transcript() == one + two
-        line(b"/reset")
-        line(b"/system")
+        assert f"forgotten: {len(one + two):,} bytes".encode() in line(b"/reset")
+        assert b"system text: none" in line(b"/system")
         screen.type(b'"""\rtwo\rlines\r')
         line(b'"""')
         assert transcript() == one.replace(b"hello", b"two\nlines")
@@ -483,6 +537,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting, tmp_path):
         screen.until(PROMPT)
         screen.type(b"half a line")
         screen.until(b"half a line")  # readline is reading
+        time.sleep(0.1)  # and waiting: a signal before that is seen at the next key (CPython)
         screen.type(b"\x03")
         screen.until(PROMPT)
         screen.type(b"/save " + str(tmp_path / "said").encode() + b"\r")

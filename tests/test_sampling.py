@@ -8,7 +8,7 @@ import pytest
 
 import sampling
 from bdh_mlx import UserError
-from sampling import LEGAL, NEXT, Sampling, after, past_of
+from sampling import LEGAL, NEXT, Sampling, after
 
 P = [0.5, 0.25, 0.15, 0.1]  # of bytes 3, 0, 2, 1, so that the order is not that of the bytes
 BYTES = [3, 0, 2, 1]
@@ -22,7 +22,7 @@ def frequencies(s, seen=()):
     logits[BYTES] = np.log(P)
     logits = mx.array(np.tile(logits, (DRAWS, 1)).astype(np.float32))
     idx = np.tile(np.array(seen, np.int32), (DRAWS, 1))
-    token, _, _ = s.draw(logits, past_of(idx), mx.random.key(7))
+    token, _ = s.draw(logits, s.past(idx), mx.random.key(7))
     return np.bincount(np.array(token), minlength=4)[BYTES] / DRAWS
 
 
@@ -63,11 +63,11 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits(
         < NEAR
     )
     logits = mx.array([[2.0, 1.9, -1.0]])
-    token, past, key = Sampling(repetition_penalty=1.1, temperature=0).draw(
-        logits, past_of(np.array([[0]])), mx.random.key(0)
-    )
+    s = Sampling(repetition_penalty=1.1, temperature=0)
+    past = s.past(np.array([[0]]))
+    token, key = s.draw(logits, past, mx.random.key(0))
     assert token.item() == 1  # 2 / 1.1 < 1.9
-    token, *_ = Sampling(repetition_penalty=1.1, temperature=0).draw(logits, past, key)
+    token, _ = s.draw(logits, after(past, token), key)
     assert token.item() == 0  # both are seen now
 
 
@@ -77,7 +77,7 @@ def test_the_penalty_forgets_what_is_older_than_its_window_and_each_row_has_its_
         Sampling(repetition_penalty=1.1, temperature=0),
     )
     filler = [7] * (sampling.WINDOW - 1)
-    past = past_of(np.array([[0, *filler], [7, *filler]]))
+    past = s.past(np.array([[0, *filler], [7, *filler]]))
     assert s.draw(logits, past, mx.random.key(0))[0].tolist() == [1, 0]
     past = after(past, mx.array([7, 7]))
     assert s.draw(logits, past, mx.random.key(0))[0].tolist() == [0, 0]
@@ -87,9 +87,9 @@ def test_the_same_key_draws_the_same_bytes():
     logits = mx.random.normal((8, 256), key=mx.random.key(1))
 
     def draws(seed):
-        past, key, found = past_of(np.zeros((8, 1), int)), mx.random.key(seed), []
+        key, found = mx.random.key(seed), []
         for _ in range(10):
-            token, past, key = Sampling(top_k=50, top_p=0.9).draw(logits, past, key)
+            token, key = Sampling(top_k=50, top_p=0.9).draw(logits, None, key)
             found.append(token.tolist())
         return found
 
@@ -144,11 +144,12 @@ def test_the_automaton_allows_the_beginnings_of_all_characters_and_no_others():
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_k": 3}, {"min_p": 0.5}])
 def test_random_logits_give_valid_text_with_utf8_and_rows_do_not_mix(settings):
     s, B = Sampling(utf8=True, **settings), 16
-    past, key = past_of(np.full((B, 3), 65)), mx.random.key(3)
+    past, key = s.past(np.full((B, 3), 65)), mx.random.key(3)
     rows = []
     for i in range(60):
         logits = 3 * mx.random.normal((B, 256), key=mx.random.key(i))
-        token, past, key = s.draw(logits, past, key)
+        token, key = s.draw(logits, past, key)
+        past = after(past, token)
         rows.append(token.tolist())
     for row in zip(*rows, strict=True):
         assert completes(bytes(row))
@@ -163,12 +164,12 @@ def test_random_logits_give_valid_text_with_utf8_and_rows_do_not_mix(settings):
     ],
 )
 def test_the_first_byte_goes_on_with_the_character_that_the_prompt_began(prompt, begun):
-    past = past_of(np.array([list(prompt)]))
+    s = Sampling(utf8=True)
     for seed in range(30):
-        token, *_ = Sampling(utf8=True).draw(mx.zeros((1, 256)), past, mx.random.key(seed))
+        token, _ = s.draw(mx.zeros((1, 256)), s.past(np.array([list(prompt)])), mx.random.key(seed))
         assert completes(begun + bytes(token.tolist()))
 
 
 def test_utf8_needs_bytes():
     with pytest.raises(UserError, match="vocabulary of 256"):
-        Sampling(utf8=True).draw(mx.zeros((1, 5)), past_of(np.zeros((1, 1), int)), mx.random.key(0))
+        Sampling(utf8=True).draw(mx.zeros((1, 5)), None, mx.random.key(0))

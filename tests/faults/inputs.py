@@ -46,6 +46,7 @@ import bdh_mlx
 import data
 import generate
 import train_mlx
+from sampling import Sampling
 
 # ------------------------------------------------------------------------------------------ data
 
@@ -476,9 +477,9 @@ CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]")
 HARM = "\x1b]52;c;A\x07\x1b[2J\x9b1m\u202e"
 
 
-def all_bytes(logits, *args):
+def all_bytes(sampling, logits, past, key):
     all_bytes.last = getattr(all_bytes, "last", -1) + 1
-    return mx.full(logits.shape[:1], all_bytes.last % 256, mx.uint32)
+    return mx.full(logits.shape[:1], all_bytes.last % 256, mx.uint32), key
 
 
 @fault(
@@ -489,7 +490,7 @@ def all_bytes(logits, *args):
 )
 def _(n):
     def speak():
-        bdh_mlx.sample = all_bytes
+        Sampling.draw = all_bytes
 
     box = fresh(8)
     evil = box / "evil.jsonl"

@@ -41,6 +41,7 @@ import checkpoints
 import data
 import endure
 import train_mlx
+import writing
 
 # ------------------------------------------------------------------------- exact resume and signals
 
@@ -126,7 +127,7 @@ PHASES = {  # the call that starts it, and which
     "compilation": (bdh_mlx.BDH, "__call__", 1),
     "step": (train_mlx, "get_batch", 6),
     "evaluation": (train_mlx, "evaluate", 3),
-    "sampling": (bdh_mlx.BDH, "stream", 5),
+    "sampling": (writing, "write", 5),
     "save": (checkpoints, "flush", 10),
     "retention": (checkpoints, "prune", 8),
     "last evaluation": (train_mlx, "evaluate", 5),
@@ -166,7 +167,7 @@ WAITS = iter([0, 9])  # seconds
 TINY_PHASES = {
     "evaluation": (train_mlx, "evaluate", 2),
     "step": (train_mlx, "get_batch", 3),
-    "sampling": (bdh_mlx.BDH, "stream", 4),
+    "sampling": (writing, "write", 4),
     "save": (checkpoints, "flush", 3),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
     "data preparation": (data, "detect", 5),
