@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--model", help="run, checkpoint or weights (random, default shape)")
     parser.add_argument("--positions", nargs=2, metavar=("RUN", "FILE"), help="loss by position")
     parser.add_argument("--window", type=int, help="of --positions, bytes (BLOCK_SIZE * 1/2, 1, 2)")
+    parser.add_argument("--only", help="cases of this kind: stream, prefill, recompute or error")
     parser.add_argument("--timeout", type=int, default=60, help="seconds a process may take (60)")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -234,7 +235,8 @@ def main() -> None:
             print(json.dumps(line), flush=True)
         return
     results = []
-    for case in GPU if args.gpu else CPU:
+    cases = [c for c in (GPU if args.gpu else CPU) if args.only in (None, c["kind"])]
+    for case in cases:
         for line in run(case | {"model": args.model}, args.timeout):
             results.append(line)
             print(json.dumps(line), flush=True)
