@@ -33,11 +33,11 @@ def weights_of(model, dtype: mx.Dtype) -> list[mx.array]:
     return [model.embed.weight, *rows, mx.array(np.round(turns * 2**32).astype(np.uint32))]
 
 
-def step(idx, weights, count, synapses):
-    """One byte idx (B, 1): v (B, 1, D), and `synapses`, (H, B, N, D) of each layer, with it.
+def step(idx, weights, count, synapses, before):
+    """v (B, 1, D) of one byte idx (B, 1), which is added to the synapses (H, B, N, D) in place.
 
-    These are changed in place: they must be the caller's own, and whoever reads them by other means
-    must synchronize first, since no graph shows that they were written to.
+    These must be the caller's own. No graph shows that they change: `before`, v of the byte before,
+    makes this one wait, and whoever reads them otherwise must wait for v.
     """
     embed, encoder, encoder_v, decoder, turns = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
@@ -52,7 +52,7 @@ def step(idx, weights, count, synapses):
     v = ln(embed[idx]).reshape(B, D)
     low = v.astype(dtype)
     for S in synapses:
-        read, parts = [v, S, turns, count], ((pairs, H * B, D), mx.float32)
+        read, parts = [v, S, turns, count, before], ((pairs, H * B, D), mx.float32)
         if B == 1:
             x = ((H, B, N), dtype)
             a, x = _run(RECALL_ONE, [*read, encoder], [parts, x], over(pairs))
@@ -63,20 +63,20 @@ def step(idx, weights, count, synapses):
         (o,) = _run(FIRE, [x, a, encoder_v, decoder], o, over(single))
         rows = {"grid": (32 * W * B, 1, 1)}
         v, low = _run(SETTLE, [o, v], [((B, D), mx.float32), ((B, D), dtype)], how | rows)
-    return v[:, None], synapses
+    return v[:, None]
 
 
 # name, inputs, outputs and call of each kernel; MLX adds the arguments that a call mentions
 RECALL = (
     "recall",
-    ("v", "S", "turns", "count", "x"),
+    ("v", "S", "turns", "count", "before", "x"),
     ("parts",),
     "bdh::recall<T, D, W, G>(x, (T*)nullptr, v, (const T*)nullptr, (float*)S, turns, count[0], "
     "x_shape[1], x_shape[2], parts);",
 )
 RECALL_ONE = (
     "recall_one",
-    ("v", "S", "turns", "count", "encoder"),
+    ("v", "S", "turns", "count", "before", "encoder"),
     ("parts", "x"),
     "bdh::recall<T, D, W, G>((const T*)nullptr, x, v, encoder, (float*)S, turns, count[0], "
     "1, encoder_shape[1], parts);",

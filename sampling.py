@@ -85,8 +85,7 @@ def _draw(s: Sampling, logits, past, key):
     if s.temperature == 0:
         token = mx.argmax(logits, -1)
     else:
-        logits = (logits - mx.max(logits, -1, keepdims=True)) / s.temperature
-        token = _filtered(s, logits, draw)
+        token = _filtered(s, logits / s.temperature, draw)
     return token, key
 
 
@@ -117,7 +116,7 @@ def _filtered(s: Sampling, logits, key):
         likelier = mx.cumsum(p, -1) - p  # probability of the bytes before this one
         logits = mx.where(likelier < s.top_p, logits, -math.inf)
     if s.min_p:
-        logits = mx.where(logits >= math.log(s.min_p), logits, -math.inf)  # the likeliest is at 0
+        logits = mx.where(logits >= logits[:, :1] + math.log(s.min_p), logits, -math.inf)
     choice = mx.random.categorical(logits, key=key)
     return mx.take_along_axis(order, choice[:, None], -1)[:, 0]
 

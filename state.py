@@ -75,13 +75,14 @@ class Open(NamedTuple):
     """GPU: the synapses with the last `count` bytes, positions counted from `origin`.
 
     With CUDA states share the arrays, and each byte `read` changes them: a state that another has
-    gone on from reads its own bytes again, from the synapses before them.
+    gone on from reads its own bytes again, from the synapses before them. No graph shows the
+    change, so what comes after a byte must wait for its v.
     """
 
     count: int
     origin: int
     first: tuple[mx.array, ...]  # of each layer (H, B, N, D)
-    read: list[mx.array]  # with CUDA: the bytes (B, 1) in `first`, of all states that share it
+    read: list[tuple[mx.array, mx.array]]  # with CUDA: each byte (B, 1) in `first`, and its v
 
 
 # ------------------------------------------------------------------------------ many bytes at once
@@ -119,6 +120,8 @@ def _broadcast(model, idx: mx.array, state: State | None) -> State:
 def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
     """idx cut where the memory or the window asks for it."""
     B, T = idx.shape
+    if T == 1:
+        return [idx]
     rows = _rows(model.compute.dtype)
     step, begin = max(rows // 8, rows // B), state.position
     cuts = set(range(begin, begin + T, step))
@@ -145,7 +148,9 @@ def _part(window: int) -> int:
 def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     """One piece through all layers: v (B, T, D) after the last, and the State."""
     T = idx.shape[1]
-    if T == 1 or (T <= SHORT and not _on_gpu()):
+    if T == 1:
+        return _read_byte(model, idx, state)
+    if T <= SHORT and not _on_gpu():
         out = []
         for byte in mx.split(idx, T, 1):
             v, state = _read_byte(model, byte, state)
@@ -196,7 +201,7 @@ def fold(model, state: State) -> State:
         if len(tail.read) > tail.count:
             return fold(model, _read_again(model, state))
         if tail.read:
-            mx.synchronize()  # no graph shows that `first` is being written to
+            mx.eval(tail.read[-1][1])
         after = [turn(S, tail.origin) for S in tail.first]
         written = map(mx.subtract, after, state.synapses) if state.synapses else after
         folded = _added(state, tuple(written))
@@ -208,9 +213,9 @@ def fold(model, state: State) -> State:
 
 def _read_again(model, state: State) -> State:
     """The state, of whose synapses another one's bytes are part by now, with its own."""
-    count, read_ = state.tail.count, state.tail.read
-    before = state._replace(position=state.position - count, tail=None)
-    return prefill(model, mx.concatenate(read_[:count], 1), before)[1]
+    own = [byte for byte, _ in state.tail.read[: state.tail.count]]
+    before = state._replace(position=state.position - len(own), tail=None)
+    return prefill(model, mx.concatenate(own, 1), before)[1]
 
 
 def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
@@ -220,9 +225,13 @@ def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
         if state.tail and len(state.tail.read) > state.tail.count:
             state = _read_again(model, state)
         tail = state.tail or _opened(state, model, B)
-        v, first = laid.step(idx, laid.weights, mx.array(tail.count), tail.first)
+        given = idx, laid.weights, mx.array(tail.count), tail.first
         if laid.in_place:
-            tail.read.append(idx)
+            before = tail.read[-1][1] if tail.read else mx.zeros((B, 1, laid.shape[1]))
+            v, first = laid.step(*given, before), tail.first
+            tail.read.append((idx, v))
+        else:
+            v, first = laid.step(*given)
         tail = tail._replace(count=tail.count + 1, first=first)
     else:
         v, tail = laid.step_rows(idx, state._replace(tail=state.tail or _new_tail(model, B)))

@@ -27,12 +27,12 @@ def step(request, monkeypatch):
         monkeypatch.setattr(cuda_byte, "step", step_in_place)
 
 
-def step_in_place(idx, weights, count, synapses):
+def step_in_place(idx, weights, count, synapses, before):
     """As CUDA's kernels do: the arrays that states share change."""
     v, after = state.step(idx, weights, count, synapses)
     for S, written in zip(synapses, after, strict=True):
         S[:] = written
-    return v, synapses
+    return v
 
 
 def close(a, b):
