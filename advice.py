@@ -27,11 +27,7 @@ def advise(history: list[dict], s: SimpleNamespace, total: float, entropy: float
 
     total: updates of the whole run; entropy: order_0 of the validation bytes that LOSS_ON counts.
     """
-    val = {
-        m["step"]: m["val_loss_fields"].get(s.LOSS_ON, m["val_loss"])
-        for m in history
-        if "val_loss" in m
-    }
+    val = {m["step"]: m["judged"] for m in history if "judged" in m}
     lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]
              for a, b in pairwise([0, *(step for step in val if step)])}  # fmt: skip
     if len(val) < 2 or not all(lines.values()):  # LOG_FREQ above EVAL_FREQ tells too little

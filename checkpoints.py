@@ -58,15 +58,15 @@ def opened(run: Path) -> Iterator[None]:
         yield
 
 
-def write_best(run: Path, step: int, val_loss: float) -> None:
-    """Name the checkpoint of `step` the best, with its loss in nats."""
-    best = {"checkpoint": folder(run, step).name, "step": step, "val_loss": val_loss}
+def write_best(run: Path, step: int, judged: float) -> None:
+    """Name the checkpoint of `step` the best, with the loss in nats that it is judged by."""
+    best = {"checkpoint": folder(run, step).name, "step": step, "judged": judged}
     best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
     write_whole(run / "best.json", json.dumps(best))
 
 
 def read_best(run: Path) -> dict:
-    """The best evaluation so far (checkpoint, step, val_loss in nats); {} before any.
+    """The best evaluation so far (checkpoint, step, judged in nats); {} before any.
 
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
     evaluation is the best then.

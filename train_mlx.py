@@ -598,12 +598,13 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
                 raise Diverged(f"validation loss is {val_loss} at iteration {step}")
             evaluated = step
             judged = nats.get(s.LOSS_ON, val_loss)  # of the bytes that train
-            if step and judged < best.get("val_loss", math.inf):
+            if step and judged < best.get("judged", math.inf):
                 save()
-                best = {"step": step, "val_loss": judged}
+                best = {"step": step, "judged": judged}
                 if together.first:
                     checkpoints.write_best(run, step, judged)
             found = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
+            found["judged"] = judged  # in nats; by it go best.json, PATIENCE, advice and reports
             found["val_loss_fields"] = nats
             found["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
             with averaged(model, optimizer):
@@ -686,7 +687,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         "parameters": n_parameters,
         "val_loss": round(val_loss, 4),
         "val_bpb": round(val_loss / math.log(2), 4),
-        "best_val_loss": round(best["val_loss"], 4),
+        "judged_on": f"{s.LOSS_ON} bytes",
+        "best_judged": round(best["judged"], 4),
         "best_step": best["step"],
         "ended": f"early, {s.PATIENCE} validations without a better one"
         if step < total

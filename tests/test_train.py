@@ -195,7 +195,7 @@ def test_what_a_run_leaves(straight):
     best = json.loads((run / "best.json").read_text())
     evaluations = {m["step"]: m["val_loss"] for m in metrics(straight) if "val_loss" in m}
     assert list(evaluations) == [0, 5, 10, 12]
-    assert best["val_loss"] == min(v for k, v in evaluations.items() if k)
+    assert best["judged"] == min(v for k, v in evaluations.items() if k)
     assert {f"step-{n:06d}" for n in checkpoints.steps(run)} >= {best["checkpoint"], "step-000012"}
     config = json.loads((run / "step-000012" / "config.json").read_text())
     assert config["step"] == 12 and config["settings"]["BLOCK_SIZE"] == 64
