@@ -96,10 +96,10 @@ def told(m: dict) -> str:
             [f"iter {m['step']:>6} | {loss}", *map("advice: {}".format, m["advice"].values())]
         )
     norm = math.nan if m["grad_norm"] is None else m["grad_norm"]
-    left = "" if m["seconds_left"] is None else f" | {m['seconds_left'] / 60:.1f} min left"
     return (
         f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | norm {norm:.2f} | "
-        f"{m['bytes_per_s']:,.0f} bytes/s | peak {m['peak_gb']:.2f} GB{left}"
+        f"{m['bytes_per_s']:,.0f} bytes/s | peak {m['peak_gb']:.2f} GB | "
+        f"{m['seconds_left'] / 60:.1f} min left"
     )
 
 

@@ -4,7 +4,6 @@ A byte model learns every fault of its data literally, so the data come first.
 """
 
 import hashlib
-import math
 import re
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ import numpy as np
 
 import data
 import memory
+import phases
 import train_mlx
 from bdh_mlx import visible
 from formats import NEEDED, SEPARATOR, STOP, format_example, pieces
@@ -170,7 +170,7 @@ def presets(found: Findings) -> str:
         s = train_mlx.settings(["--preset", name])
         n_bytes = round(found.of_mode[s.TRAINING_MODE].total() * (1 - s.VAL_SHARE))
         total = train_mlx.last_iteration(s, n_bytes) if n_bytes else 0
-        read = total * s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
+        read = total * s.BLOCK_SIZE * train_mlx.sequences(s)
         gb = peaks(s)
         fits = [
             k for k, g in zip(memory.SETTINGS, gb, strict=True) if g * 1e9 <= memory.available()
@@ -207,16 +207,23 @@ def measure(s: SimpleNamespace, train_bytes: np.ndarray, compute) -> tuple[float
 
 
 def duration(seconds: float) -> str:
-    if seconds == math.inf:
-        return "no end (MAX_ITERS and EPOCHS are none)"
     minutes = round(seconds / 60)
     return (
         f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
     )
 
 
-def tell(s: SimpleNamespace) -> int:
-    """Print the plan; 0, also where no memory setting fits. Raises UserError for unusable data."""
+def tell(given: SimpleNamespace) -> int:
+    """Print the plan, of each of PHASES in turn; 0. Raises UserError for unusable data."""
+    for s in phases.chain(given):
+        if s.PHASES:
+            after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""
+            print(f"\n=== phase {s.RUN_NAME}{after}\n")
+        tell_run(s)
+    return 0
+
+
+def tell_run(s: SimpleNamespace) -> None:
     about, (train_bytes, _), (val, _) = train_mlx.open_data(s)
     print(visible(data.describe(about)))
     found = examine(s)
@@ -228,26 +235,25 @@ def tell(s: SimpleNamespace) -> int:
     print(f"  {raw[:SHOWN]!r}")
 
     total = train_mlx.last_iteration(s, len(train_bytes))
-    per_iter = s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
-    epoch = len(train_bytes) / per_iter
+    per_iter = s.BLOCK_SIZE * train_mlx.sequences(s)
     n = s.BDH_CONFIG.n_parameters
     fits = memory.available() / 1e9
     estimates = zip(memory.SETTINGS, peaks(s), strict=True)
     checkpoints = (s.KEEP + 2) * 12 * n  # weights and two averages; the best, and one being written
-    print(f"\nrun: {total:,} iterations of {per_iter:,} bytes; an epoch is {epoch:,.1f} iterations")
+    print(f"\nrun: {train_mlx.outlook(s, len(train_bytes))}")
     print(f"model: {n:,} parameters, on {mx.default_device()}")
     print(
         f"memory: {', '.join(f'{k} {gb:.2f} GB' for k, gb in estimates)}; {fits:.1f} GB to be had"
     )
     prepared = 2 * (about["train"]["bytes"] + about["val"]["bytes"])  # bytes, and a field for each
     print(f"disk: checkpoints {checkpoints / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
-    print(f"\npresets on these data (estimated memory of a step by MEMORY):\n{presets(found)}")
+    if not s.PHASES:
+        print(f"\npresets on these data (estimated memory of a step by MEMORY):\n{presets(found)}")
 
     name, compute, _ = memory.choose(s)
     step, evaluation = measure(s, train_bytes, compute)
-    times = total // s.EVAL_FREQ + 1 if total < math.inf else 0
+    times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val) / (s.BATCH_SIZE * s.BLOCK_SIZE)
     print(f"\nspeed: {per_iter / step:,.0f} bytes/s with MEMORY {name}, measured over 3 updates")
     whole = duration(total * step + evaluating)
     print(f"time to the end: {whole}, {duration(evaluating)} of it {times} evaluations; no samples")
-    return 0

@@ -164,7 +164,7 @@ def get_batch(
 # ------------------------------------------------------------------------------- loss and schedule
 
 
-def learning_rate(step: int, total: float, s: SimpleNamespace) -> float:
+def learning_rate(step: int, total: int, s: SimpleNamespace) -> float:
     """Rate of update number `step` (from 0): a linear rise, then half a cosine down to the end."""
     if step < s.WARMUP_ITERS:
         return s.LEARNING_RATE * (step + 1) / s.WARMUP_ITERS
@@ -269,13 +269,20 @@ def sequences(s: SimpleNamespace) -> int:
     return s.BATCH_SIZE * s.GRAD_ACCUM * getattr(s, "PROCESSES", 1)
 
 
-def last_iteration(s: SimpleNamespace, n_bytes: int) -> float:
-    """Update at which the run ends, MAX_ITERS or the end of EPOCHS if sooner; may be inf."""
-    blocks = math.inf if s.EPOCHS is None else s.EPOCHS * math.ceil(n_bytes / s.BLOCK_SIZE)
-    by_epochs = blocks / sequences(s)
-    return min(
-        s.MAX_ITERS or math.inf, by_epochs if by_epochs == math.inf else math.ceil(by_epochs)
-    )
+def last_iteration(s: SimpleNamespace, n_bytes: int) -> int:
+    """Update at which the run ends, MAX_ITERS or the end of EPOCHS if sooner; one of them is set"""
+    blocks = math.ceil(n_bytes / s.BLOCK_SIZE)
+    by_epochs = math.ceil(s.EPOCHS * blocks / sequences(s)) if s.EPOCHS else math.inf
+    return min(s.MAX_ITERS or math.inf, by_epochs)
+
+
+def outlook(s: SimpleNamespace, n_bytes: int) -> str:
+    """How long the run is, and whether MAX_ITERS cuts its EPOCHS short."""
+    total, each = last_iteration(s, n_bytes), s.BLOCK_SIZE * sequences(s)
+    epochs = total * each / n_bytes
+    cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:g})" if epochs < (s.EPOCHS or 0) else ""
+    read = f"{total * each:,} bytes or {epochs:.2f} epochs"
+    return f"{total:,} iterations of {each:,} bytes are {read}{cut}"
 
 
 def described(s: SimpleNamespace) -> dict:
@@ -506,11 +513,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     print(bdh_mlx.visible(data.describe(report)))
     total = last_iteration(s, len(train_bytes))
     per_iter = s.BLOCK_SIZE * sequences(s)
-    print(
-        f"plan: {total:,} iterations of {per_iter:,} bytes are {total * per_iter:,} bytes or "
-        f"{total * per_iter / len(train_bytes):.2f} epochs; "
-        f"an evaluation reads {len(val[0]):,} bytes"
-    )
+    print(f"plan: {outlook(s, len(train_bytes))}; an evaluation reads {len(val[0]):,} bytes")
 
     mx.random.seed(s.SEED)
     model = bdh_mlx.BDH(s.BDH_CONFIG)
@@ -558,7 +561,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     if together.first:
         checkpoints.check_space(run, model, optimizer, s.KEEP + 2)
         checkpoints.write_whole(run / "config.json", json.dumps(info, indent=1))
-    bar = tqdm(total=total if total < math.inf else None, initial=step, disable=None, unit="it")
+    bar = tqdm(total=total, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
     skipped = in_a_row = 0
     counted = val[1] == FIELDS.index(s.LOSS_ON) if s.LOSS_ON != "all" else slice(None)
@@ -674,9 +677,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
                 skipped=skipped,
                 bytes_per_s=timed / max(seconds, 1e-9),
                 peak_gb=mx.get_peak_memory() / 1e9,
-                seconds_left=(time.perf_counter() - began) / (step - first) * (total - step)
-                if total < math.inf
-                else None,
+                seconds_left=(time.perf_counter() - began) / (step - first) * (total - step),
             )
             losses, seconds, timed = [], 0.0, 0
     bar.close()
@@ -692,7 +693,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         "best_step": best["step"],
         "ended": f"early, {s.PATIENCE} validations without a better one"
         if step < total
-        else "as planned",
+        else f"by {'MAX_ITERS' if step == s.MAX_ITERS else 'EPOCHS'}",
         "active_x": " ".join(f"{share:.1%}" for share in found["active_x"]),  # layer by layer
         "active_y": " ".join(f"{share:.1%}" for share in found["active_y"]),
         "minutes": round((time.perf_counter() - began) / 60, 1),
@@ -751,6 +752,8 @@ def check(s: SimpleNamespace) -> None:
             f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "
             "set TRAINING_MODE to 'full' or LOSS_ON to 'all'"
         )
+    if s.MAX_ITERS is None and s.EPOCHS is None:
+        raise UserError("MAX_ITERS and EPOCHS are both none, a run without an end; set one of them")
     for name, least in AT_LEAST.items():
         if (value := vars(s)[name]) is not None and value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")

@@ -216,6 +216,13 @@ def test_a_chain_starts_each_phase_from_the_best_weights_before_and_keeps_the_an
     assert len(ancestors) == 3
 
 
+def test_a_phase_that_max_iters_cuts_short_says_so(tmp_path, capsys):
+    train(tmp_path, "--phases", "system:0.01,full:1", "--max-iters", 9, "--eval-freq", 9)
+    one, two = capsys.readouterr().out.split("held out, ")[:2]
+    assert "ended: by EPOCHS" in one and "MAX_ITERS ends it" not in one
+    assert "MAX_ITERS ends it before EPOCHS (1)" in two and "ended: by MAX_ITERS" in two
+
+
 def test_each_phase_is_judged_on_every_mode(chained):
     for run in RUNS:
         modes = json.loads((chained / run / "modes.json").read_text())
@@ -378,7 +385,9 @@ def test_text_no_better_than_its_byte_frequencies_is_not_yet_coherent():
     said = advised(history)["not_coherent"]
     assert "4.76 bits per byte" in said and "gives 4.69" in said and "Go on" in said
     at_the_end = advised(history, "--max-iters", "20", total=20)["not_coherent"]
-    assert "Double MAX_ITERS (20) or EPOCHS (3)" in at_the_end
+    assert at_the_end.endswith("Double MAX_ITERS (20)")
+    by_epochs = advised(history, "--max-iters", "21", total=20)["not_coherent"]
+    assert by_epochs.endswith("Double EPOCHS (3)")
 
 
 def test_the_order_0_entropy_is_that_of_the_byte_frequencies():

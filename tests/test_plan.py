@@ -70,6 +70,17 @@ def test_sizes_agree_with_the_prepared_bytes_and_the_model(tmp_path, capsys):
     assert all(re.search(rf"^  {name} ", out, re.M) for name in train_mlx.PRESETS)
 
 
+def test_each_phase_is_planned(tmp_path, capsys):
+    records = [record(i, f"system {i}", response="word " * 20) for i in range(1, 41)]
+    chain = ["--phases", "system:1,full:2@1e-4", "--max-iters", "12"]
+    one, two = told(tmp_path, capsys, records, *chain).split("\n=== phase ")[1:]
+    assert one.startswith("phases-1-system\n") and "mode system" in one
+    assert two.startswith("phases-2-full, from the best weights of phases-1-system\n")
+    assert "mode full" in two and "time to the end" in one and "time to the end" in two
+    assert "12 iterations of" in two and "MAX_ITERS ends it before EPOCHS (2)" in two
+    assert "MAX_ITERS" not in one
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(90, "1.5 min"), (7260, "2 h 01 min")])
 def test_durations(seconds, text):
     assert plan.duration(seconds) == text

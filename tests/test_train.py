@@ -87,7 +87,6 @@ def test_the_learning_rate_rises_then_falls_to_its_share():
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
     assert np.all(np.diff(rates[10:]) < 0)
-    assert train_mlx.learning_rate(10**6, math.inf, s) == 1.0  # no end, no decay
 
 
 def test_the_run_ends_at_the_sooner_of_iterations_and_epochs():
@@ -95,8 +94,12 @@ def test_the_run_ends_at_the_sooner_of_iterations_and_epochs():
     assert train_mlx.last_iteration(s, 95) == 7
     s.MAX_ITERS = None
     assert train_mlx.last_iteration(s, 95) == 15
+    assert "MAX_ITERS" not in train_mlx.outlook(s, 95)
+    s.MAX_ITERS = 14
+    assert "14 iterations of 20 bytes are 280 bytes or 2.95" in train_mlx.outlook(s, 95)
+    assert train_mlx.outlook(s, 95).endswith("; MAX_ITERS ends it before EPOCHS (3)")
     s.EPOCHS = None
-    assert train_mlx.last_iteration(s, 95) == math.inf
+    assert train_mlx.last_iteration(s, 95) == 14 and train_mlx.outlook(s, 95).endswith("epochs")
 
 
 @pytest.mark.parametrize("n", [2, 7, 9, 50, 81])
@@ -306,6 +309,8 @@ def test_the_presets_are_those_of_the_guide():
         ("--training-mode most", "TRAINING_MODE"),
         ("--block-size 0", "BLOCK_SIZE is 0"),
         ("--epochs 0", "EPOCHS is 0"),
+        ("--max-iters none --epochs none", "MAX_ITERS and EPOCHS are both none.*set one"),
+        ("--max-iters none --phases full:1,full:none", "MAX_ITERS and EPOCHS are both none"),
         ("--learning-rate nan", "LEARNING_RATE is nan"),
         ("--val-share 2", "VAL_SHARE is 2"),
         ("--n-head 3", "n_head is 3"),
