@@ -552,7 +552,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     print(f"memory: {name}, {model.compute.dtype}, estimated peak {peak / 1e9:.2f} GB")
-    print(f"note: {EXPECT[s.TRAINING_MODE]}")
+    plain = all(FIELDS.index(field) not in val[1] for field in NEEDED[s.TRAINING_MODE])
+    print(f"note: {EXPECT['text' if plain else s.TRAINING_MODE]}")
     gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -262,6 +263,15 @@ def test_one_batch_is_overfitted(tmp_path):
           "--lr-decay-iters", 150, "--eval-freq", 150, "--save-freq", 150)  # fmt: skip
     losses = [m["loss"] for m in metrics(tmp_path) if "loss" in m]
     assert losses[0] > 4 and losses[-1] < 0.5
+
+
+def test_plain_text_promises_no_response(tmp_path, capsys):
+    (tmp_path / "d.txt").write_text("\n\n".join(f"{i} paragraph of plain text" for i in range(30)))
+    train(tmp_path, "--max-iters", 1, "--dataset", tmp_path / "d.txt")
+    train(tmp_path, "--max-iters", 1, "--run-name", "records")
+    plain, records = re.findall(r"^note: (.*)", capsys.readouterr().out, re.M)
+    assert "plain text" in plain and "response" not in plain
+    assert "response" in records
 
 
 def test_phase_two_starts_from_the_weights_of_phase_one(tmp_path, capsys):
