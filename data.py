@@ -62,7 +62,8 @@ def find(dataset: str) -> list[Path] | None:
         if path.suffix not in FILE_KINDS:
             raise UserError(f"DATASET {path} ends in none of {', '.join(FILE_KINDS)}")
         return [path]
-    if path.suffix in FILE_KINDS or dataset.startswith((".", "/", "~")):
+    no_name = "/" in dataset and not HUB_NAME.fullmatch(dataset)
+    if no_name or path.suffix in FILE_KINDS or dataset.startswith((".", "/", "~")):
         raise UserError(f"DATASET {path} does not exist (looked from {Path.cwd()})")
     return None
 
@@ -140,11 +141,15 @@ def _read_hub(dataset: str) -> Iterator[dict]:
     try:
         yield from datasets.load_dataset(name, config, revision=revision, split=split or "train")
     except datasets.exceptions.DatasetNotFoundError as error:
-        what = "is gated" if "gated" in str(error) else "is not on the hub, or is private"
+        unknown = "is no file or folder here, and not on the hub, or private there"
+        what = "is gated" if "gated" in str(error) else unknown
         raise UserError(f"DATASET {name} {what}. {WAYS_ON}") from None
     except OSError as error:
         reason = "it is not in the cache either" if offline else " ".join(str(error).split())[:200]
-        raise UserError(f"DATASET {name}: the hub is out of reach ({reason}). {WAYS_ON}") from None
+        raise UserError(
+            f"DATASET {name} is no file or folder here, and the hub is out of reach ({reason}). "
+            f"{WAYS_ON}"
+        ) from None
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"DATASET {dataset}: {reason}. {WAYS_ON}") from None
