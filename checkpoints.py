@@ -200,6 +200,11 @@ def read_info(run: Path, step: int) -> dict:
     return json.loads((folder(run, step) / "config.json").read_text())
 
 
+def differing(there: dict, here: dict) -> dict[str, str]:
+    """What is not the same in both, by its name: "SEED: there 1, here 2"."""
+    return {k: f"{k}: there {there.get(k)}, here {v}" for k, v in here.items() if there.get(k) != v}
+
+
 # ---------------------------------------------------------------------------------- files and disk
 
 

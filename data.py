@@ -473,6 +473,20 @@ def _write_split(folder: Path, lengths: np.ndarray, train: np.ndarray, val: np.n
     return report
 
 
+def differing(there: dict, here: dict) -> dict[str, str]:
+    """How the bytes of two reports differ, under "train data" and "val data", where they do."""
+    found = {}
+    for side in ("train", "val"):
+        if there[side]["sha256"] != here[side]["sha256"]:
+            one, other = (
+                f"{of[side]['bytes']:,} bytes of {of[side]['records']:,} records, {of['dataset']}"
+                for of in (there, here)
+            )
+            said = f"there {one}, here {other}" if one != other else f"other bytes, as many: {one}"
+            found[f"{side} data"] = f"{side} data: {said}"
+    return found
+
+
 def describe(report: dict) -> str:
     """The report of `prepare` for people: structure, fields, what was skipped, the split."""
     lines = [f"data: {report['dataset']}, {report['records']:,} records, mode {report['mode']}"]

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache, partial
 from itertools import islice, pairwise, takewhile
 from pathlib import Path
@@ -305,27 +305,26 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
             )
         if s.INIT_FROM:
             source = bdh_mlx.load_model(origin)
-            dropout = {name: vars(s.BDH_CONFIG)[name] for name in ("dropout", "dropout_v")}
-            if replace(source.config, **dropout) != s.BDH_CONFIG:
-                raise UserError(f"INIT_FROM has {source.config}, this run {s.BDH_CONFIG}")
+            unlike = checkpoints.differing(asdict(source.config), asdict(s.BDH_CONFIG))
+            if unlike := [text for name, text in unlike.items() if "dropout" not in name]:
+                raise UserError(f"INIT_FROM {s.INIT_FROM} is of another shape: {'; '.join(unlike)}")
             model.update(source.parameters())
             if s.EMA:  # the average starts where the weights do
                 optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
         return 0, phases.ancestry(origin) if s.INIT_FROM else []
     before = checkpoints.read_info(run, done)
-    sides = ("train", "val")
-    hashes = lambda of: {f"{side} data": of[side]["sha256"] for side in sides}  # noqa: E731
-    new = described(s) | hashes(report) | checkpoints.versions() | {UPDATE: sequences(s)}
+    new = described(s) | checkpoints.versions() | {UPDATE: sequences(s)}
     try:
-        old = before["settings"] | hashes(before["data"]) | before["versions"]
+        old = before["settings"] | before["versions"]
         old[UPDATE] = sequences(SimpleNamespace(**before["settings"]))
+        changed = checkpoints.differing(old, new) | data.differing(before["data"], report)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
-    changed = {k: f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
     may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
     fixed_here = [*FIXED, *(["BATCH_SIZE"] if s.CARRY_STATE else [])]
     if fixed := [text for k, text in changed.items() if k in fixed_here and k not in may]:
+        fixed[5:] = ["and others"] * bool(fixed[5:])
         raise UserError(
             f"{run} holds a run with other settings ({'; '.join(fixed)}). Set them back to go on "
             "with it, or set RUN_NAME to start another (for changed data, --allow-data-change)"

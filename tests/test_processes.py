@@ -103,7 +103,7 @@ def test_only_the_first_process_writes(both):
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone):
     assert train(tmp_path, "--max-iters", 4, "--grad-accum", 2) == 0  # one
     assert [code for code, *_ in on_two(tmp_path, "--max-iters", 7)] == [0, 0]  # two
-    with pytest.raises(UserError, match="BATCH_SIZE x GRAD_ACCUM x processes 4 -> 2"):
+    with pytest.raises(UserError, match="BATCH_SIZE x GRAD_ACCUM x processes: there 4, here 2"):
         train(tmp_path, "--max-iters", 10)
     assert train(tmp_path, "--max-iters", 10, "--grad-accum", 2) == 0  # one
     assert near(losses(tmp_path), losses(alone))

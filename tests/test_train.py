@@ -187,8 +187,30 @@ def test_a_finished_run_says_so_and_what_to_change(straight, capsys):
 
 
 def test_other_settings_in_the_same_run_are_refused_by_name(straight):
-    with pytest.raises(UserError, match=r"BLOCK_SIZE 64 -> 32.*n_embd 16 -> 8.*RUN_NAME"):
+    with pytest.raises(
+        UserError, match=r"BLOCK_SIZE: there 64, here 32; n_embd: there 16, here 8\)"
+    ):
         train(straight, "--max-iters", 20, "--block-size", 32, "--n-embd", 8)
+
+
+def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
+    texts = [f"{i} paragraph of plain text" for i in range(30)]
+    for name, change in (("d", str), ("longer", lambda t: t + "."), ("upper", str.upper)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(map(change, texts)))
+    train(tmp_path, "--max-iters", 1, "--dataset", tmp_path / "d.txt")
+    for name, said in (
+        (
+            "longer",
+            r"train data: there \d{3} bytes of 27 records, \S+d.txt, here \d{3} bytes of 27",
+        ),
+        ("upper", r"val data: there 8\d bytes of 3 records, \S+d.txt, here 8\d bytes of 3 records"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / f"{name}.txt")
+        assert not re.search("[0-9a-f]{9}", str(error.value).replace(str(tmp_path), ""))
+    (tmp_path / "d.txt").write_text("\n\n".join(map(str.upper, texts)))
+    with pytest.raises(UserError, match="train data: other bytes, as many: "):
+        train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / "d.txt")
 
 
 # ----------------------------------------------------------------------- what a run does and leaves
@@ -282,8 +304,10 @@ def test_phase_two_starts_from_the_weights_of_phase_one(tmp_path, capsys):
     one, two = arrays(tmp_path, 4, "system"), arrays(tmp_path, 1, "instruction")
     assert all(np.allclose(two[k], one[k], atol=1e-6) for k in one if k.startswith("0."))
     assert two["1.step"] == 1
-    with pytest.raises(UserError, match="INIT_FROM has BDHConfig"):
-        train(tmp_path, "--run-name", "x", "--init-from", "system", "--n-layer", 3)
+    shape = r"INIT_FROM system is of another shape: n_layer: there 2, here 3; n_embd: there 16, "
+    with pytest.raises(UserError, match=shape + "here 32$"):
+        args = ("--n-layer", 3, "--n-embd", 32, "--dropout", 0)
+        train(tmp_path, "--run-name", "x", "--init-from", "system", *args)
 
 
 # ------------------------------------------------------------------------------- settings and flags
