@@ -68,6 +68,11 @@ def find(dataset: str) -> list[Path] | None:
     return None
 
 
+def ready_split(dataset: str) -> list[Path]:
+    """Its files, if that is what `dataset` names."""
+    return [file for file in find(dataset) or [] if file.name in SPLIT]
+
+
 def read(dataset: str) -> Iterator[dict | str]:
     """Every record of `dataset` in order; a str in place of a record says why one is unreadable."""
     files = find(dataset)
@@ -282,9 +287,8 @@ def _make(folder, dataset, mode, val_share, seed):
     making = folder.with_name(f"{folder.name}.tmp")
     making.mkdir()
     try:
-        files = find(dataset)
-        if files and files[0].name in SPLIT:
-            report = _copy_split(files, dataset, mode, making)
+        if ready := ready_split(dataset):
+            report = _copy_split(ready, dataset, mode, making)
         else:
             report = _split(dataset, mode, val_share, seed, making)
         sealed = report | {"sha256": _sha256_of(report)}
@@ -323,9 +327,11 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
 
     Raises UserError where a .fields file does not fit its bytes.
     """
-    report = {"dataset": dataset, "mode": mode, "records": 2, "structures": {"ready split": 2}}
+    sides = [file for file in files if file.suffix == ".bin"]
+    n = len(sides)
+    report = {"dataset": dataset, "mode": mode, "records": n, "structures": {"ready split": n}}
     report |= {"fields": {}, "skipped": {}, "shared": 0}
-    for file in (file for file in files if file.suffix == ".bin"):
+    for file in sides:
         side, labels = folder / file.name, file.with_suffix(".fields")
         shutil.copyfile(file, side)
         size = file.stat().st_size
@@ -408,10 +414,15 @@ def _digest(key: str | list[tuple[str, str]]) -> int:
 def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
     """All of a data set as one side of a split: report, bytes, and the index in FIELDS of each.
 
-    `folder` is for files on the way. Raises UserError when nothing of it has the fields of `mode`.
+    Of a ready split it is the held out side. `folder` is for files on the way. Raises UserError
+    when nothing of it has the fields of `mode`.
     """
-    report, lengths, _, _ = _format_all(dataset, mode, folder)
-    _write_split(folder, lengths, np.zeros(len(lengths), bool), lengths > 0)
+    if ready := ready_split(dataset):
+        held_out = [file for file in ready if file.stem == "val"]
+        report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
+    else:
+        report, lengths, _, _ = _format_all(dataset, mode, folder)
+        _write_split(folder, lengths, np.zeros(len(lengths), bool), lengths > 0)
     stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
     return report, stream, fields
 

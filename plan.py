@@ -24,7 +24,7 @@ import memory
 import phases
 import train_mlx
 from bdh_mlx import visible
-from formats import NEEDED, SEPARATOR, STOP, format_example, pieces
+from formats import FIELDS, NEEDED, SEPARATOR, STOP, format_example, pieces
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
 UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
@@ -163,12 +163,12 @@ def peaks(s: SimpleNamespace) -> list[float]:
     return [memory.estimate(*shape, compute) / 1e9 for compute in computes]
 
 
-def presets(found: Findings) -> str:
-    """Each preset on these data, their other settings as the constants say."""
+def presets(sizes: dict[str, int]) -> str:
+    """Each preset on so many bytes of each mode, its other settings as the constants say."""
     rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.SETTINGS, "fits")]
     for name in train_mlx.PRESETS:
         s = train_mlx.settings(["--preset", name])
-        n_bytes = round(found.of_mode[s.TRAINING_MODE].total() * (1 - s.VAL_SHARE))
+        n_bytes = sizes[s.TRAINING_MODE]
         total = train_mlx.last_iteration(s, n_bytes) if n_bytes else 0
         read = total * s.BLOCK_SIZE * train_mlx.sequences(s)
         gb = peaks(s)
@@ -223,9 +223,8 @@ def tell(given: SimpleNamespace) -> int:
     return 0
 
 
-def tell_run(s: SimpleNamespace) -> None:
-    about, (train_bytes, _), (val, _) = train_mlx.open_data(s)
-    print(visible(data.describe(about)))
+def tell_records(s: SimpleNamespace) -> dict[str, int]:
+    """Print what the records hold; gives the training bytes of each mode."""
     found = examine(s)
     print("\nwhat is odd in the records that this mode trains on:")
     print(visible("\n".join(oddities(found))))
@@ -233,6 +232,25 @@ def tell_run(s: SimpleNamespace) -> None:
     raw = found.example.encode()
     print(f"\nthe first record as trained on, {len(raw):,} bytes, of which up to {SHOWN}:")
     print(f"  {raw[:SHOWN]!r}")
+    return {mode: round(n.total() * (1 - s.VAL_SHARE)) for mode, n in found.of_mode.items()}
+
+
+def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
+    """The same of the training side of a ready split, which has no records to look at."""
+    rows = [("field", "training bytes")]
+    for i, name in enumerate(FIELDS):
+        if n := np.count_nonzero(fields == i):
+            rows.append((name or "headers", f"{n:,}"))
+    print(f"\na ready split, the same in every mode, without records to look at:\n{aligned(rows)}")
+    print(f"\nthe first {min(SHOWN, len(stream)):,} bytes:\n  {stream[:SHOWN].tobytes()!r}")
+    return dict.fromkeys(NEEDED, len(stream))
+
+
+def tell_run(s: SimpleNamespace) -> None:
+    about, train, (val, _) = train_mlx.open_data(s)
+    train_bytes = train[0]
+    print(visible(data.describe(about)))
+    sizes = tell_split(*train) if data.ready_split(s.DATASET) else tell_records(s)
 
     total = train_mlx.last_iteration(s, len(train_bytes))
     per_iter = s.BLOCK_SIZE * train_mlx.sequences(s)
@@ -248,7 +266,7 @@ def tell_run(s: SimpleNamespace) -> None:
     prepared = 2 * (about["train"]["bytes"] + about["val"]["bytes"])  # bytes, and a field for each
     print(f"disk: checkpoints {checkpoints / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
     if not s.PHASES:
-        print(f"\npresets on these data (estimated memory of a step by MEMORY):\n{presets(found)}")
+        print(f"\npresets on these data (estimated memory of a step by MEMORY):\n{presets(sizes)}")
 
     name, compute, _ = memory.choose(s)
     step, evaluation = measure(s, train_bytes, compute)

@@ -70,6 +70,20 @@ def test_sizes_agree_with_the_prepared_bytes_and_the_model(tmp_path, capsys):
     assert all(re.search(rf"^  {name} ", out, re.M) for name in train_mlx.PRESETS)
 
 
+def test_a_ready_split_is_planned_as_it_would_train(tmp_path, capsys):
+    (split := tmp_path / "split").mkdir()
+    (split / "train.bin").write_bytes(bytes(range(256)) * 9)
+    (split / "train.fields").write_bytes(bytes([0, 1, 3, 3]) * 576)
+    (split / "val.bin").write_bytes(b"held out" * 20)
+    out = told(tmp_path, capsys, [], "--dataset", str(split), "--max-iters", "9")
+    for field, n in (("headers", 576), ("system", 576), ("response", "1,152")):
+        assert re.search(rf"^  {field} +{n}$", out, re.M), out
+    assert repr(bytes(range(256)))[:-1] in out
+    assert "9 iterations of 128 bytes are 1,152 bytes or 0.50 epochs" in out
+    assert re.search(r"^  tiny +full .* 311\.\d\d ", out, re.M)  # 350 x 2,048 bytes over 2,304
+    assert "time to the end" in out
+
+
 def test_each_phase_is_planned(tmp_path, capsys):
     records = [record(i, f"system {i}", response="word " * 20) for i in range(1, 41)]
     chain = ["--phases", "system:1,full:2@1e-4", "--max-iters", "12"]

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import bdh_mlx
 import checkpoints
+import evaluation
 import train_mlx
 from bdh_mlx import UserError
 
@@ -285,6 +286,18 @@ def test_one_batch_is_overfitted(tmp_path):
           "--lr-decay-iters", 150, "--eval-freq", 150, "--save-freq", 150)  # fmt: skip
     losses = [m["loss"] for m in metrics(tmp_path) if "loss" in m]
     assert losses[0] > 4 and losses[-1] < 0.5
+
+
+def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path):
+    (split := tmp_path / "split").mkdir()
+    (split / "train.bin").write_bytes(bytes(range(32, 128)) * 9)
+    (split / "val.bin").write_bytes(bytes(range(32, 128)) * 3)
+    assert train(tmp_path, "--max-iters", 3, "--dataset", split) == 0
+    loss = [m["val_loss"] for m in metrics(tmp_path) if "val_loss" in m][-1]
+    settings = {"BLOCK_SIZE": 64, "BATCH_SIZE": 2}
+    table = evaluation.report(bdh_mlx.load_model(tmp_path / "full"), str(split), "full", settings)
+    assert "split, held out side: 1 records, mode full, 288 bytes" in table
+    assert re.search(rf"^whole +287 +100.0% +{loss:.4f} ", table, re.M)
 
 
 def test_plain_text_promises_no_response(tmp_path, capsys):
