@@ -6,7 +6,6 @@
 The trainer redraws them at each evaluation. Losses are in bits per byte.
 """
 
-import argparse
 import html
 import io
 import json
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import bdh_mlx
 import data
+import flags
 import metrics
 import neurons
 from bdh_mlx import UserError, visible
@@ -360,9 +360,7 @@ def compare(runs: list[Path], out: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="folder of a run")
     parser.add_argument("--out", type=Path, default="compare.png", help="picture of a comparison")
     args = parser.parse_args(argv)
