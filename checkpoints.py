@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -26,6 +28,14 @@ class NoneValid(UserError):
 
 
 # ---------------------------------------------------------------------------------- the run folder
+
+
+def run_folder(s: SimpleNamespace) -> Path:
+    """Where the run of these settings is. Raises UserError for a name that could leave there."""
+    name = s.TRAINING_MODE if s.RUN_NAME is None else s.RUN_NAME
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
+        raise UserError(f"RUN_NAME is {name!r}; it must be 1 to 64 of the characters A-Za-z0-9._-")
+    return Path(s.CHECKPOINT_DIR, name)
 
 
 def folder(run: Path, step: int) -> Path:

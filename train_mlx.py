@@ -10,15 +10,13 @@ best.json, metrics.jsonl, and report.html to look at.
 
 import json
 import math
-import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import lru_cache, partial
-from itertools import islice, pairwise, takewhile
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +27,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from tqdm import tqdm
 
 import checkpoints
@@ -41,7 +39,7 @@ from advice import advise, order_0
 from bdh_mlx import UserError
 from endure import Enduring, Stop
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
-from metrics import activity, evaluations, open_log
+from metrics import activity, evaluations, open_log, printing, samples
 from processes import Processes, is_lost
 from report import redraw
 
@@ -64,9 +62,7 @@ LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the 
 WEIGHT_DECAY: float = 0.1  # AdamW's, as in the paper
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: as it comes
 CARRY_STATE = False  # each row of the batch reads on where it stopped, with the synapses it had
-EMA: float = (
-    0.0  # of the weights, the share an update keeps in the average that is evaluated; 0: none
-)
+EMA: float = 0.0  # share that an update keeps of the weights' average, the one judged; 0: none
 NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_SKIPS = 10  # updates in a row skipped for numbers that are not finite before the run stops
 # Model, and how it is computed
@@ -212,20 +208,6 @@ def evaluate(
         nats = np.sum(together.gather(nats.tolist()), 0)
     present = {name or "headers": i for i, name in enumerate(FIELDS) if count[i]}
     return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
-
-
-def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Iterator[str]:
-    """What the model says to the prompts of its mode; the same seed, the same draws."""
-    for prompt, key in zip(PROMPTS[mode], mx.random.split(mx.random.key(seed), 9), strict=False):
-        idx = mx.array([list(prompt.encode())])
-        stream = model.stream(idx, temperature=0.8, top_k=50, key=key)
-        drawn = takewhile(lambda _: not stop.number, islice(stream, n_bytes))
-        text = (prompt.encode() + bytes(int(token) for token in drawn)).decode(
-            errors="backslashreplace"
-        )
-        if not stop.number:
-            yield bdh_mlx.visible(text)
-    model.laid_out = None  # the weights in the order of a step: they are about to change
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -434,17 +416,13 @@ def main(argv: list[str] | None = None) -> int:
 
         return plan.tell(given)
     together = Processes()
-    quiet = nullcontext()
-    if given.json:
-        given.json, quiet = sys.stdout, redirect_stdout(sys.stderr)
-    if not together.first:
-        quiet = redirect_stdout(Path(os.devnull).open("w"))  # noqa: SIM115
     if together.size > 1 and given.CARRY_STATE:
         raise UserError("CARRY_STATE keeps the rows of one process; leave it out of several")
-    with quiet, Stop(together) as stop:
+    given.json = given.json and sys.stdout
+    with printing(given.json, together), Stop(together) as stop:
         for s in phases.chain(given):
             s.PROCESSES = together.size
-            run = Path(s.CHECKPOINT_DIR, s.RUN_NAME or s.TRAINING_MODE)
+            run = checkpoints.run_folder(s)
             with checkpoints.opened(run) if together.first else nullcontext():
                 if code := attempt(s, run, stop, together):
                     return code
@@ -548,16 +526,14 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         return 0
     name, model.compute, peak = memory.choose(s)
     memory.hold(peak)
-    n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
-    print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
+    print(f"model: {s.BDH_CONFIG.n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     print(f"memory: {name}, {model.compute.dtype}, estimated peak {peak / 1e9:.2f} GB")
     plain = all(FIELDS.index(field) not in val[1] for field in NEEDED[s.TRAINING_MODE])
     print(f"note: {EXPECT['text' if plain else s.TRAINING_MODE]}")
     gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
-    info["ancestry"] = ancestry
-    info["parameters"] = n_parameters
+    info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
     if together.first:
         checkpoints.check_space(run, model, optimizer, s.KEEP + 2)
         checkpoints.write_whole(run / "config.json", json.dumps(info, indent=1))
@@ -685,7 +661,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         "run": run,
         "iterations": step,
         "epochs": round(step * per_iter / len(train_bytes), 2),
-        "parameters": n_parameters,
+        "parameters": s.BDH_CONFIG.n_parameters,
         "val_loss": round(val_loss, 4),
         "val_bpb": round(val_loss / math.log(2), 4),
         "judged_on": f"{s.LOSS_ON} bytes",
@@ -712,14 +688,17 @@ UPDATE = "BATCH_SIZE x GRAD_ACCUM x processes"
 FIXED = ["TRAINING_MODE", "BLOCK_SIZE", UPDATE, "SEED"]
 FIXED += ["LOSS_ON", "EVAL_BYTES", "EMA", "CARRY_STATE", "train data", "val data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
-AT_LEAST = {
-    name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP", "MAX_SKIPS")
+AT_LEAST = dict.fromkeys(("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "MAX_SKIPS"), 1)
+AT_LEAST |= dict.fromkeys(("LOG_FREQ", "EVAL_FREQ", "SAVE_FREQ", "KEEP", "PATIENCE"), 1)
+AT_LEAST |= {"LR_DECAY_ITERS": 1, "EVAL_BYTES": 2, "WARMUP_ITERS": 0, "SAMPLE_BYTES": 0}
+RANGES = {  # SEED makes a key of 64 bits with the number of a batch
+    ("EPOCHS", "LEARNING_RATE", "GRAD_CLIP"): (lambda x: 0 < x < math.inf, "above 0"),
+    ("WEIGHT_DECAY",): (lambda x: 0 <= x < math.inf, "at least 0"),
+    ("EMA", "NOISE"): (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ("VAL_SHARE",): (lambda x: 0 < x < 1, "above 0 and below 1"),
+    ("MIN_LEARNING_RATE",): (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    ("SEED",): (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32"),
 }
-AT_LEAST |= {
-    name: 1 for name in ("LOG_FREQ", "EVAL_FREQ", "SAVE_FREQ", "LR_DECAY_ITERS", "PATIENCE")
-}
-AT_LEAST |= {name: 0 for name in ("WARMUP_ITERS", "WEIGHT_DECAY", "SAMPLE_BYTES", "SEED")}
-AT_LEAST |= {"EVAL_BYTES": 2}
 
 
 def settings(argv: list[str] | None = None) -> SimpleNamespace:
@@ -733,12 +712,6 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
 
 def check(s: SimpleNamespace) -> None:
     """Raise UserError naming the first setting that cannot be, its value and its limit."""
-    if s.RUN_NAME is not None and not re.fullmatch(
-        r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", s.RUN_NAME
-    ):
-        raise UserError(
-            f"RUN_NAME is {s.RUN_NAME!r}; it must be 1 to 64 of the characters A-Za-z0-9._-"
-        )
     one_of = {"TRAINING_MODE": NEEDED, "LOSS_ON": ("all", "response")}
     one_of |= {"DTYPE": ("auto", "bfloat16", "float32")}
     for name, choices in (one_of | {"MEMORY": ("auto", *memory.SETTINGS)}).items():
@@ -747,6 +720,7 @@ def check(s: SimpleNamespace) -> None:
                 f"{name} is {vars(s)[name]!r}; it must be one of "
                 f"{', '.join(choices)}{flags.nearest(str(vars(s)[name]), choices)}"
             )
+    checkpoints.run_folder(s)
     if s.LOSS_ON not in ("all", *NEEDED[s.TRAINING_MODE]):
         raise UserError(
             f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "
@@ -757,22 +731,12 @@ def check(s: SimpleNamespace) -> None:
     for name, least in AT_LEAST.items():
         if (value := vars(s)[name]) is not None and value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")
-    if s.SEED >= 2**32:  # with the number of a batch it makes a key of 64 bits
-        raise UserError(f"SEED is {s.SEED}; it must be below 2^32")
     if s.BDH_CONFIG.vocab_size != 256:
         raise UserError(f"vocab_size is {s.BDH_CONFIG.vocab_size}; bytes are 256")
-    for name in ("EPOCHS", "LEARNING_RATE", "GRAD_CLIP"):
-        if (value := vars(s)[name]) is not None and not 0 < value < math.inf:
-            raise UserError(f"{name} is {value}; it must be above 0")
-    for name in ("EMA", "NOISE"):
-        if not 0 <= vars(s)[name] < 1:
-            raise UserError(f"{name} is {vars(s)[name]}; it must be at least 0 and below 1")
-    if not 0 < s.VAL_SHARE < 1:
-        raise UserError(f"VAL_SHARE is {s.VAL_SHARE}; it must be above 0 and below 1")
-    if not 0 < s.MIN_LEARNING_RATE <= 1:
-        raise UserError(
-            f"MIN_LEARNING_RATE is {s.MIN_LEARNING_RATE}; it must be above 0 and at most 1"
-        )
+    for names, (fits, said) in RANGES.items():
+        for name in names:
+            if (value := vars(s)[name]) is not None and not fits(value):
+                raise UserError(f"{name} is {value}; it must be {said}")
 
 
 if __name__ == "__main__":

@@ -354,11 +354,16 @@ def test_the_presets_are_those_of_the_guide():
     ("args", "complaint"),
     [
         ("--training-mode most", "TRAINING_MODE"),
+        ("--training-mode a/b", "TRAINING_MODE is 'a/b'"),
         ("--block-size 0", "BLOCK_SIZE is 0"),
         ("--epochs 0", "EPOCHS is 0"),
         ("--max-iters none --epochs none", "MAX_ITERS and EPOCHS are both none.*set one"),
         ("--max-iters none --phases full:1,full:none", "MAX_ITERS and EPOCHS are both none"),
         ("--learning-rate nan", "LEARNING_RATE is nan"),
+        ("--weight-decay nan", "WEIGHT_DECAY is nan; it must be at least 0"),
+        ("--seed -1", "SEED is -1"),
+        ("--min-learning-rate 2", "MIN_LEARNING_RATE is 2.0; it must be above 0 and at most 1"),
+        ("--run-name ../x", "RUN_NAME is '../x'"),
         ("--val-share 2", "VAL_SHARE is 2"),
         ("--n-head 3", "n_head is 3"),
         ("--block-size 900000", "BLOCK_SIZE is 900,000"),
@@ -383,7 +388,17 @@ def test_wrong_flags_exit_with_2(args):
 def test_every_setting_is_a_flag_with_a_reason():
     settings = {n for n in vars(train_mlx.settings([])) if n.isupper()} - {"BDH_CONFIG"}
     constants = {n for n in vars(train_mlx) if n.isupper()} - {"PRESETS", "GUIDE"}
-    tables = {"FIELDS", "NEEDED", "PROMPTS", "EXPECT", "FIXED", "AT_LEAST", "ACTIONS", "UPDATE"}
+    tables = {
+        "FIELDS",
+        "NEEDED",
+        "PROMPTS",
+        "EXPECT",
+        "FIXED",
+        "AT_LEAST",
+        "ACTIONS",
+        "UPDATE",
+        "RANGES",
+    }
     assert settings == constants - tables - {"BDH_CONFIG"}
 
 

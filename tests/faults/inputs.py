@@ -43,6 +43,7 @@ import mlx.core as mx
 import numpy as np
 
 import bdh_mlx
+import checkpoints
 import data
 import generate
 import train_mlx
@@ -425,7 +426,7 @@ def _(n):
     "run names that leave the folder",
     1,
     1,
-    any_name=[(train_mlx, "re", SimpleNamespace(fullmatch=lambda *args: True))],
+    any_name=[(checkpoints, "re", SimpleNamespace(fullmatch=lambda *args: True))],
 )
 def _(n):
     for name in (
