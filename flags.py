@@ -27,7 +27,7 @@ def parse(
     script: ModuleType,
     presets: dict[str, str],
     argv: list[str] | None,
-    actions: dict[str, str] | None = None,
+    actions: dict[str, str],
 ) -> SimpleNamespace:
     """The script's constants, changed by --preset, changed by flags; argparse reports bad ones.
 
@@ -36,7 +36,7 @@ def parse(
     constants = {}
     parser = Parser(script.__doc__)
     parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}")
-    for name, text in (actions or {}).items():
+    for name, text in actions.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     for heading, lines in HEADING.findall(_settings_of(script)):
         group = parser.add_argument_group(heading)

@@ -12,18 +12,16 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
+from bdh_mlx import visible  # before mlx.core, to which it gives a fast BLAS on Linux
 
 # isort: split
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 
 import data
 import memory
 import phases
 import train_mlx
-from bdh_mlx import visible
 from formats import FIELDS, NEEDED, SEPARATOR, STOP, format_example, pieces
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
@@ -160,7 +158,8 @@ def peaks(s: SimpleNamespace) -> list[float]:
     """Estimated peak memory of a step in GB, for each setting of MEMORY."""
     shape = (s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE)
     computes = [memory.compute_for(s.BDH_CONFIG, name, s.DTYPE) for name in memory.SETTINGS]
-    return [memory.estimate(*shape, compute) / 1e9 for compute in computes]
+    besides = memory.kept_besides(s)
+    return [(memory.estimate(*shape, compute) + besides) / 1e9 for compute in computes]
 
 
 def presets(sizes: dict[str, int]) -> str:
@@ -185,11 +184,9 @@ def presets(sizes: dict[str, int]) -> str:
 
 def measure(s: SimpleNamespace, train_bytes: np.ndarray, compute) -> tuple[float, float]:
     """Seconds of an update and of an evaluation's batch: the median of three after a first."""
-    model = bdh_mlx.BDH(s.BDH_CONFIG)
+    model, optimizer = train_mlx.fresh(s)
     model.compute = compute
-    optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
-    optimizer.init(model.trainable_parameters())
-    gradient, update, state = train_mlx.compiled_step(model, optimizer, s.GRAD_CLIP)
+    gradient, update, state = train_mlx.compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
     losses_of = mx.compile(partial(train_mlx.byte_losses, model), inputs=[model.state])
     B, T = s.BATCH_SIZE, s.BLOCK_SIZE
     weights = mx.full((B, T), 1 / (B * T))
@@ -257,7 +254,8 @@ def tell_run(s: SimpleNamespace) -> None:
     n = s.BDH_CONFIG.n_parameters
     fits = memory.available() / 1e9
     estimates = zip(memory.SETTINGS, peaks(s), strict=True)
-    checkpoints = (s.KEEP + 2) * 12 * n  # weights and two averages; the best, and one being written
+    each = 4 * n * (4 if s.EMA else 3)  # weights and their averages
+    checkpoints = (s.KEEP + 2) * each  # the best, and one being written
     print(f"\nrun: {train_mlx.outlook(s, len(train_bytes))}")
     print(f"model: {n:,} parameters, on {mx.default_device()}")
     print(

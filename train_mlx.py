@@ -273,6 +273,22 @@ def described(s: SimpleNamespace) -> dict:
     return own | asdict(s.BDH_CONFIG)
 
 
+def fresh(s: SimpleNamespace) -> tuple[bdh_mlx.BDH, optim.AdamW]:
+    """A model and its optimizer, in whose state also is what EMA and CARRY_STATE keep: it is saved
+    and goes on with it.
+    """
+    mx.random.seed(s.SEED)
+    model, c = bdh_mlx.BDH(s.BDH_CONFIG), s.BDH_CONFIG
+    optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    if s.EMA:
+        optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
+    if s.CARRY_STATE:
+        nothing = mx.zeros((c.n_head, s.BATCH_SIZE, c.neurons_per_head, c.n_embd))
+        optimizer.state["synapses"] = [nothing] * c.n_layer
+    return model, optimizer
+
+
 def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tuple[int, list]:
     """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached and
     the weights that the run came from.
@@ -449,7 +465,7 @@ def attempt(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> i
             raise
         raise UserError(f"memory is out: {memory.too_large(s, memory.available())}") from None
     except Diverged as reason:
-        last = checkpoints.steps(run)[-1:]
+        last = max(checkpoints.steps(run), default="none")
         print(f"error: {reason}. Checkpoints are as they were, the last of iteration {last}; "
               "lower LEARNING_RATE or GRAD_CLIP", file=sys.stderr)  # fmt: skip
         return 1
@@ -492,16 +508,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     per_iter = s.BLOCK_SIZE * sequences(s)
     print(f"plan: {outlook(s, len(train_bytes))}; an evaluation reads {len(val[0]):,} bytes")
 
-    mx.random.seed(s.SEED)
-    model = bdh_mlx.BDH(s.BDH_CONFIG)
-    optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
-    optimizer.init(model.trainable_parameters())
-    if s.EMA:
-        optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
-    if s.CARRY_STATE:  # with the optimizer's state, since it is saved and goes on with it
-        N, D, H = s.BDH_CONFIG.neurons_per_head, s.BDH_CONFIG.n_embd, s.BDH_CONFIG.n_head
-        nothing = mx.zeros((H, s.BATCH_SIZE, N, D))
-        optimizer.state["synapses"] = [nothing] * s.BDH_CONFIG.n_layer
+    model, optimizer = fresh(s)
     found = start(run, s, report, model, optimizer) if together.first else None
     step, ancestry = together.share(found)
     model.update(together.from_first(model.parameters()))  # before compiling
