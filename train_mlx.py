@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -443,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
                 if code := attempt(s, run, stop, together):
                     return code
                 if s.PHASES and together.first:
-                    told[run.name] = held_out(s, run, stop)
+                    told[run.name] = phases.held_out(s, run, stop, partial(loss_in, s, stop))
                     if stop.number:
                         return 128 + stop.number
                     print(phases.table(told))
@@ -471,29 +471,10 @@ def attempt(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> i
         return 1
 
 
-def held_out(s: SimpleNamespace, run: Path, stop: Stop) -> dict[str, float]:
-    """Bits per byte of the run's best weights on the validation bytes of every mode that the data
-    serve; kept in modes.json, by field too.
-    """
-    file, told = run / "modes.json", phases.ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
-    with suppress(OSError, ValueError):
-        known = json.loads(file.read_text())
-        if told.items() <= known.items():
-            return known["val_bpb"]
-    model = bdh_mlx.load_model(run)
-    model.compute = memory.choose(s)[1]
-    bpb, fields = {}, {}
-    for mode in NEEDED:
-        with suppress(UserError):  # a mode without data
-            _, _, val = prepared(s, mode)
-            losses = mx.compile(partial(byte_losses, model))
-            loss, nats = evaluate(losses, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
-            bpb[mode] = loss / math.log(2)
-            fields[mode] = {field: loss / math.log(2) for field, loss in nats.items()}
-    if not stop.number:
-        told |= {"val_bpb": bpb, "val_bpb_fields": fields}
-        checkpoints.write_whole(file, json.dumps(told, indent=1))
-    return bpb
+def loss_in(s: SimpleNamespace, stop: Stop, model: bdh_mlx.BDH, mode: str) -> tuple[float, dict]:
+    """What `evaluate` gives on the validation bytes of any mode. Raises UserError without data."""
+    losses = mx.compile(partial(byte_losses, model))
+    return evaluate(losses, *prepared(s, mode)[2], s.BATCH_SIZE, s.BLOCK_SIZE, stop)
 
 
 def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int:
