@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
+from bdh_mlx import BDH, BDHConfig, UserError, load_model, visible  # before mlx.core: fast BLAS
 
 # isort: split
 import mlx.core as mx
@@ -36,7 +36,6 @@ import flags
 import memory
 import phases
 from advice import advise, order_0
-from bdh_mlx import UserError
 from endure import Enduring, Stop
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
 from metrics import activity, evaluations, open_log, printing, samples
@@ -66,7 +65,7 @@ EMA: float = 0.0  # share that an update keeps of the weights' average, the one 
 NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_SKIPS = 10  # updates in a row skipped for numbers that are not finite before the run stops
 # Model, and how it is computed
-BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
+BDH_CONFIG = BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
 DTYPE = "auto"  # of the products: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
 MEMORY = "auto"  # "fast", "balanced" or "small" (each slower than the last); auto: what fits
 FORCE = False  # start although the estimated memory cannot be had
@@ -170,7 +169,7 @@ def learning_rate(step: int, total: int, s: SimpleNamespace) -> float:
     return s.LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def byte_losses(model: bdh_mlx.BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
+def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
     """Nats that each target costs, (B, T)."""
     return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
 
@@ -273,12 +272,12 @@ def described(s: SimpleNamespace) -> dict:
     return own | asdict(s.BDH_CONFIG)
 
 
-def fresh(s: SimpleNamespace) -> tuple[bdh_mlx.BDH, optim.AdamW]:
+def fresh(s: SimpleNamespace) -> tuple[BDH, optim.AdamW]:
     """A model and its optimizer, in whose state also is what EMA and CARRY_STATE keep: it is saved
     and goes on with it.
     """
     mx.random.seed(s.SEED)
-    model, c = bdh_mlx.BDH(s.BDH_CONFIG), s.BDH_CONFIG
+    model, c = BDH(s.BDH_CONFIG), s.BDH_CONFIG
     optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     if s.EMA:
@@ -302,7 +301,7 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
                 f"{s.INIT_FROM}; train that run first, or name another"
             )
         if s.INIT_FROM:
-            source = bdh_mlx.load_model(origin)
+            source = load_model(origin)
             unlike = checkpoints.differing(asdict(source.config), asdict(s.BDH_CONFIG))
             if unlike := [text for name, text in unlike.items() if "dropout" not in name]:
                 raise UserError(f"INIT_FROM {s.INIT_FROM} is of another shape: {'; '.join(unlike)}")
@@ -471,7 +470,7 @@ def attempt(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> i
         return 1
 
 
-def loss_in(s: SimpleNamespace, stop: Stop, model: bdh_mlx.BDH, mode: str) -> tuple[float, dict]:
+def loss_in(s: SimpleNamespace, stop: Stop, model: BDH, mode: str) -> tuple[float, dict]:
     """What `evaluate` gives on the validation bytes of any mode. Raises UserError without data."""
     losses = mx.compile(partial(byte_losses, model))
     return evaluate(losses, *prepared(s, mode)[2], s.BATCH_SIZE, s.BLOCK_SIZE, stop)
@@ -484,7 +483,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     seen = together.gather(described(s) | {k: report[k]["sha256"] for k in ("train", "val")})
     if unlike := [k for k in seen[0] if any(one[k] != seen[0][k] for one in seen)]:
         raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
-    print(bdh_mlx.visible(data.describe(report)))
+    print(visible(data.describe(report)))
     total = last_iteration(s, len(train_bytes))
     per_iter = s.BLOCK_SIZE * sequences(s)
     print(f"plan: {outlook(s, len(train_bytes))}; an evaluation reads {len(val[0]):,} bytes")
@@ -692,7 +691,7 @@ RANGES = {  # SEED makes a key of 64 bits with the number of a batch
 def settings(argv: list[str] | None = None) -> SimpleNamespace:
     """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
     s = flags.parse(sys.modules[__name__], PRESETS, argv, ACTIONS)
-    s.BDH_CONFIG = bdh_mlx.BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
+    s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
     for run in phases.chain(s):
         check(run)
     return s
@@ -708,7 +707,7 @@ def check(s: SimpleNamespace) -> None:
                 f"{name} is {vars(s)[name]!r}; it must be one of "
                 f"{', '.join(choices)}{flags.nearest(str(vars(s)[name]), choices)}"
             )
-    checkpoints.run_folder(s)
+    checkpoints.run_folder(s)  # RUN_NAME
     if s.LOSS_ON not in ("all", *NEEDED[s.TRAINING_MODE]):
         raise UserError(
             f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "
@@ -734,5 +733,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {bdh_mlx.visible(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(3 if isinstance(error, checkpoints.NoneValid) else 2)
