@@ -22,16 +22,12 @@ def order_0(data: np.ndarray) -> float:
     return float(-np.sum(share[share > 0] * np.log(share[share > 0])))
 
 
-def advise(history: list[dict], s: SimpleNamespace, total: float, entropy: float) -> dict[str, str]:
+def advise(history: list[dict], s: SimpleNamespace, total: int, entropy: float) -> dict[str, str]:
     """Advice by the name of its sign, for the evaluation that ends `history` (metrics.jsonl).
 
     total: updates of the whole run; entropy: order_0 of the validation bytes that LOSS_ON counts.
     """
-    val = {
-        m["step"]: m["val_loss_fields"].get(s.LOSS_ON, m["val_loss"])
-        for m in history
-        if "val_loss" in m
-    }
+    val = {m["step"]: m["judged"] for m in history if "judged" in m}
     lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]
              for a, b in pairwise([0, *(step for step in val if step)])}  # fmt: skip
     if len(val) < 2 or not all(lines.values()):  # LOG_FREQ above EVAL_FREQ tells too little
@@ -122,9 +118,9 @@ def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
 def not_coherent(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
     if run.val[run.now] > NOISE * run.entropy:
         bits, known = (nats / math.log(2) for nats in (run.val[run.now], run.entropy))
-        ends = [f"{n} ({vars(s)[n]:g})" for n in ("MAX_ITERS", "EPOCHS") if vars(s)[n]]
+        end = "MAX_ITERS" if run.total == s.MAX_ITERS else "EPOCHS"
         return (
             f"not yet coherent: {bits:.2f} bits per byte, and to know only how often each byte "
             f"occurs gives {known:.2f}: samples are noise. "
-            + ("Go on" if run.now < run.total else f"Double {' or '.join(ends)}")
+            + ("Go on" if run.now < run.total else f"Double {end} ({vars(s)[end]:g})")
         )

@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -26,6 +28,14 @@ class NoneValid(UserError):
 
 
 # ---------------------------------------------------------------------------------- the run folder
+
+
+def run_folder(s: SimpleNamespace) -> Path:
+    """Where the run of these settings is. Raises UserError for a name that could leave there."""
+    name = s.TRAINING_MODE if s.RUN_NAME is None else s.RUN_NAME
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
+        raise UserError(f"RUN_NAME is {name!r}; it must be 1 to 64 of the characters A-Za-z0-9._-")
+    return Path(s.CHECKPOINT_DIR, name)
 
 
 def folder(run: Path, step: int) -> Path:
@@ -58,15 +68,15 @@ def opened(run: Path) -> Iterator[None]:
         yield
 
 
-def write_best(run: Path, step: int, val_loss: float) -> None:
-    """Name the checkpoint of `step` the best, with its loss in nats."""
-    best = {"checkpoint": folder(run, step).name, "step": step, "val_loss": val_loss}
+def write_best(run: Path, step: int, judged: float) -> None:
+    """Name the checkpoint of `step` the best, with the loss in nats that it is judged by."""
+    best = {"checkpoint": folder(run, step).name, "step": step, "judged": judged}
     best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
     write_whole(run / "best.json", json.dumps(best))
 
 
 def read_best(run: Path) -> dict:
-    """The best evaluation so far (checkpoint, step, val_loss in nats); {} before any.
+    """The best evaluation so far (checkpoint, step, judged in nats); {} before any.
 
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
     evaluation is the best then.
@@ -198,6 +208,11 @@ def _finite(named: Iterable[tuple[str, mx.array]]) -> bool:
 def read_info(run: Path, step: int) -> dict:
     """config.json of a checkpoint: step, settings, data, versions."""
     return json.loads((folder(run, step) / "config.json").read_text())
+
+
+def differing(there: dict, here: dict) -> dict[str, str]:
+    """What is not the same in both, by its name: "SEED: there 1, here 2"."""
+    return {k: f"{k}: there {there.get(k)}, here {v}" for k, v in here.items() if there.get(k) != v}
 
 
 # ---------------------------------------------------------------------------------- files and disk

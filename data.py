@@ -62,9 +62,15 @@ def find(dataset: str) -> list[Path] | None:
         if path.suffix not in FILE_KINDS:
             raise UserError(f"DATASET {path} ends in none of {', '.join(FILE_KINDS)}")
         return [path]
-    if path.suffix in FILE_KINDS or dataset.startswith((".", "/", "~")):
+    no_name = "/" in dataset and not HUB_NAME.fullmatch(dataset)
+    if no_name or path.suffix in FILE_KINDS or dataset.startswith((".", "/", "~")):
         raise UserError(f"DATASET {path} does not exist (looked from {Path.cwd()})")
     return None
+
+
+def ready_split(dataset: str) -> list[Path]:
+    """Its files, if that is what `dataset` names."""
+    return [file for file in find(dataset) or [] if file.name in SPLIT]
 
 
 def read(dataset: str) -> Iterator[dict | str]:
@@ -140,11 +146,15 @@ def _read_hub(dataset: str) -> Iterator[dict]:
     try:
         yield from datasets.load_dataset(name, config, revision=revision, split=split or "train")
     except datasets.exceptions.DatasetNotFoundError as error:
-        what = "is gated" if "gated" in str(error) else "is not on the hub, or is private"
+        unknown = "is no file or folder here, and not on the hub, or private there"
+        what = "is gated" if "gated" in str(error) else unknown
         raise UserError(f"DATASET {name} {what}. {WAYS_ON}") from None
     except OSError as error:
         reason = "it is not in the cache either" if offline else " ".join(str(error).split())[:200]
-        raise UserError(f"DATASET {name}: the hub is out of reach ({reason}). {WAYS_ON}") from None
+        raise UserError(
+            f"DATASET {name} is no file or folder here, and the hub is out of reach ({reason}). "
+            f"{WAYS_ON}"
+        ) from None
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"DATASET {dataset}: {reason}. {WAYS_ON}") from None
@@ -277,9 +287,8 @@ def _make(folder, dataset, mode, val_share, seed):
     making = folder.with_name(f"{folder.name}.tmp")
     making.mkdir()
     try:
-        files = find(dataset)
-        if files and files[0].name in SPLIT:
-            report = _copy_split(files, dataset, mode, making)
+        if ready := ready_split(dataset):
+            report = _copy_split(ready, dataset, mode, making)
         else:
             report = _split(dataset, mode, val_share, seed, making)
         sealed = report | {"sha256": _sha256_of(report)}
@@ -318,9 +327,11 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
 
     Raises UserError where a .fields file does not fit its bytes.
     """
-    report = {"dataset": dataset, "mode": mode, "records": 2, "structures": {"ready split": 2}}
+    sides = [file for file in files if file.suffix == ".bin"]
+    n = len(sides)
+    report = {"dataset": dataset, "mode": mode, "records": n, "structures": {"ready split": n}}
     report |= {"fields": {}, "skipped": {}, "shared": 0}
-    for file in (file for file in files if file.suffix == ".bin"):
+    for file in sides:
         side, labels = folder / file.name, file.with_suffix(".fields")
         shutil.copyfile(file, side)
         size = file.stat().st_size
@@ -403,10 +414,15 @@ def _digest(key: str | list[tuple[str, str]]) -> int:
 def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
     """All of a data set as one side of a split: report, bytes, and the index in FIELDS of each.
 
-    `folder` is for files on the way. Raises UserError when nothing of it has the fields of `mode`.
+    Of a ready split it is the held out side. `folder` is for files on the way. Raises UserError
+    when nothing of it has the fields of `mode`.
     """
-    report, lengths, _, _ = _format_all(dataset, mode, folder)
-    _write_split(folder, lengths, np.zeros(len(lengths), bool), lengths > 0)
+    if ready := ready_split(dataset):
+        held_out = [file for file in ready if file.stem == "val"]
+        report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
+    else:
+        report, lengths, _, _ = _format_all(dataset, mode, folder)
+        _write_split(folder, lengths, np.zeros(len(lengths), bool), lengths > 0)
     stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
     return report, stream, fields
 
@@ -466,6 +482,20 @@ def _write_split(folder: Path, lengths: np.ndarray, train: np.ndarray, val: np.n
             report[side] |= {"bytes": file.tell(), name: sums[side].hexdigest()}
             file.close()
     return report
+
+
+def differing(there: dict, here: dict) -> dict[str, str]:
+    """How the bytes of two reports differ, under "train data" and "val data", where they do."""
+    found = {}
+    for side in ("train", "val"):
+        if there[side]["sha256"] != here[side]["sha256"]:
+            one, other = (
+                f"{of[side]['bytes']:,} bytes of {of[side]['records']:,} records, {of['dataset']}"
+                for of in (there, here)
+            )
+            said = f"there {one}, here {other}" if one != other else f"other bytes, as many: {one}"
+            found[f"{side} data"] = f"{side} data: {said}"
+    return found
 
 
 def describe(report: dict) -> str:

@@ -89,7 +89,8 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
     try:
         best = json.loads((checkpoint.parent / "best.json").read_text())
         if best["step"] == step:
-            told["validation"] = f"{best['val_loss'] / math.log(2):.4f} bits per byte"
+            bits = best["judged"] / math.log(2)
+            told["validation"] = f"{bits:.4f} bits per byte, of {settings['LOSS_ON']} bytes"
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return told, settings

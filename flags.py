@@ -27,22 +27,16 @@ def parse(
     script: ModuleType,
     presets: dict[str, str],
     argv: list[str] | None,
-    actions: dict[str, str] | None = None,
+    actions: dict[str, str],
 ) -> SimpleNamespace:
     """The script's constants, changed by --preset, changed by flags; argparse reports bad ones.
 
     Each of `actions` (name: help) is a flag without a constant, and a bool in lower case.
     """
     constants = {}
-    parser = Parser(
-        description=script.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    error = parser.error
-    parser.error = lambda message: error(visible(message))  # it repeats what was typed
+    parser = Parser(script.__doc__)
     parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}")
-    for name, text in (actions or {}).items():
+    for name, text in actions.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     for heading, lines in HEADING.findall(_settings_of(script)):
         group = parser.add_argument_group(heading)
@@ -67,13 +61,18 @@ def parse(
 
 
 class Parser(argparse.ArgumentParser):
-    """Names the flag that a mistyped one is near to."""
+    """For any script: its docstring heads --help; a mistake is one line, and exit code 2."""
+
+    def __init__(self, description: str):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
 
     def error(self, message: str):
         known = [flag for action in self._actions for flag in action.option_strings]
-        if unknown := re.match(r"unrecognized arguments: (--[^ =]+)", message):
-            message += nearest(unknown[1], known)
-        super().error(message)
+        if unknown := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
+            message = f"unknown flag {unknown[1]}{nearest(unknown[1], known)}"
+        message = visible(" ".join(message.split()))  # it repeats what was typed
+        self.exit(2, f"{self.prog}: {message} (--help lists all)\n")
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

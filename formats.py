@@ -25,6 +25,7 @@ EXPECT = {  # what to make of a mode's samples, said where they are printed
     "instruction": "this mode trains on plain instructions: headers in the prompts are new to it",
     "both": "this mode never trains on a response: expect more instructions, not answers",
     "full": "this mode trains on whole records: expect a response after its header",
+    "text": "the data are plain text: expect more of it; headers in the prompts are new to it",
 }
 SEPARATOR = "\n\n"  # between records
 STOP = "\n---"  # ends a response; part of it, since a model must learn to stop

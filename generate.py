@@ -13,7 +13,6 @@ each byte takes the same time, however long the text has become.
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ import export
 import formats
 import neurons
 from bdh_mlx import UserError
-from flags import nearest
+from flags import Parser
 from memory import compute_for
 from sampling import WINDOW, Sampling
 from state import PARTS, State
@@ -51,17 +50,8 @@ TRACE = "no text but what fires on TEXT (@FILE: on its lines); several times: wh
 EXPORT = "no text but weights, config and a model card for others, in FOLDER"
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, and which flag a mistyped one is near to."""
-
-    def error(self, message: str):
-        if unknown := re.match("unrecognized arguments: (--[^ =]+)", message):
-            message += nearest(unknown[1], self._option_string_actions)
-        raise UserError(f"{message} (--help lists all)")
-
-
 def flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
 
     def group(title: str, one: bool = False):
         of = parser.add_argument_group(title)

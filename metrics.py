@@ -1,12 +1,13 @@
-"""A run's metrics.jsonl: one JSON object per line that the trainer prints; neurons at work."""
+"""A run's metrics.jsonl, one JSON object per line that the trainer prints; samples and neurons."""
 
 import json
 import math
 import os
 import sys
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, redirect_stdout, suppress
+from itertools import islice, takewhile
 from pathlib import Path
 
 import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
@@ -17,9 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoints
+import writing
 from bdh_mlx import UserError
 from fast_layer import forward_segment, ln
+from formats import PROMPTS
 from processes import Processes
+from sampling import Sampling
 
 WATCHED, PIECE = 4096, 256  # validation bytes whose neurons are counted; of them at once
 
@@ -96,11 +100,31 @@ def told(m: dict) -> str:
             [f"iter {m['step']:>6} | {loss}", *map("advice: {}".format, m["advice"].values())]
         )
     norm = math.nan if m["grad_norm"] is None else m["grad_norm"]
-    left = "" if m["seconds_left"] is None else f" | {m['seconds_left'] / 60:.1f} min left"
     return (
         f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | norm {norm:.2f} | "
-        f"{m['bytes_per_s']:,.0f} bytes/s | peak {m['peak_gb']:.2f} GB{left}"
+        f"{m['bytes_per_s']:,.0f} bytes/s | peak {m['peak_gb']:.2f} GB | "
+        f"{m['seconds_left'] / 60:.1f} min left"
     )
+
+
+def printing(json_to, together: Processes):
+    """A context for print: to stderr beside lines of JSON, nowhere but in the first process."""
+    if not together.first:
+        return redirect_stdout(Path(os.devnull).open("w"))
+    return redirect_stdout(sys.stderr) if json_to else nullcontext()
+
+
+def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Iterator[str]:
+    """What the model says to the prompts of its mode; the same seed, the same draws."""
+    sampling = Sampling(temperature=0.8, top_k=50)
+    for prompt, key in zip(PROMPTS[mode], mx.random.split(mx.random.key(seed), 9), strict=False):
+        idx = writing.rows([prompt.encode()])
+        written = writing.write(model, *writing.read(model, idx), sampling, key, idx)
+        drawn = takewhile(lambda _: not stop.number, islice(written, n_bytes))
+        text = writing.as_text(prompt.encode() + bytes(token for (token,), _ in drawn))
+        if not stop.number:
+            yield bdh_mlx.visible(text)
+    model.laid_out = None  # the weights in the order of a step: they are about to change
 
 
 def activity(model: bdh_mlx.BDH, val: np.ndarray, T: int) -> dict[str, list[float]]:

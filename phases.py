@@ -1,12 +1,18 @@
 """A chain of runs, each from the best weights of the one before, and what it makes them forget."""
 
 import json
+import math
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-from bdh_mlx import UserError, find_weights
-from checkpoints import sha256
+import memory
+from bdh_mlx import UserError, find_weights, load_model
+from checkpoints import sha256, write_whole
+from endure import Stop
+from formats import NEEDED
 
 PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")
 
@@ -46,6 +52,29 @@ def ancestry(source: Path) -> list[dict]:
     except (OSError, ValueError, AttributeError):  # a bare file of weights, or another's
         before = []
     return [*before, {"weights": str(file), "sha256": sha256(file)}]
+
+
+def held_out(s: SimpleNamespace, run: Path, stop: Stop, loss_in: Callable) -> dict[str, float]:
+    """Bits per byte of the run's best weights on the validation bytes of every mode that the data
+    serve; kept in modes.json, by field too. loss_in(model, mode) -> nats, nats by field.
+    """
+    file, told = run / "modes.json", ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
+    with suppress(OSError, ValueError):
+        known = json.loads(file.read_text())
+        if told.items() <= known.items():
+            return known["val_bpb"]
+    model = load_model(run)
+    model.compute = memory.choose(s)[1]
+    bpb, fields = {}, {}
+    for mode in NEEDED:
+        with suppress(UserError):  # a mode without data
+            loss, nats = loss_in(model, mode)
+            bpb[mode] = loss / math.log(2)
+            fields[mode] = {field: of / math.log(2) for field, of in nats.items()}
+    if not stop.number:
+        told |= {"val_bpb": bpb, "val_bpb_fields": fields}
+        write_whole(file, json.dumps(told, indent=1))
+    return bpb
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

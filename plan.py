@@ -4,7 +4,6 @@ A byte model learns every fault of its data literally, so the data come first.
 """
 
 import hashlib
-import math
 import re
 import time
 from collections import Counter
@@ -13,18 +12,17 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
+from bdh_mlx import visible  # before mlx.core, to which it gives a fast BLAS on Linux
 
 # isort: split
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 
 import data
 import memory
+import phases
 import train_mlx
-from bdh_mlx import visible
-from formats import NEEDED, SEPARATOR, STOP, format_example, pieces
+from formats import FIELDS, NEEDED, SEPARATOR, STOP, format_example, pieces
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
 UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
@@ -160,17 +158,18 @@ def peaks(s: SimpleNamespace) -> list[float]:
     """Estimated peak memory of a step in GB, for each setting of MEMORY."""
     shape = (s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE)
     computes = [memory.compute_for(s.BDH_CONFIG, name, s.DTYPE) for name in memory.SETTINGS]
-    return [memory.estimate(*shape, compute) / 1e9 for compute in computes]
+    besides = memory.kept_besides(s)
+    return [(memory.estimate(*shape, compute) + besides) / 1e9 for compute in computes]
 
 
-def presets(found: Findings) -> str:
-    """Each preset on these data, their other settings as the constants say."""
+def presets(sizes: dict[str, int]) -> str:
+    """Each preset on so many bytes of each mode, its other settings as the constants say."""
     rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.SETTINGS, "fits")]
     for name in train_mlx.PRESETS:
         s = train_mlx.settings(["--preset", name])
-        n_bytes = round(found.of_mode[s.TRAINING_MODE].total() * (1 - s.VAL_SHARE))
+        n_bytes = sizes[s.TRAINING_MODE]
         total = train_mlx.last_iteration(s, n_bytes) if n_bytes else 0
-        read = total * s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
+        read = total * s.BLOCK_SIZE * train_mlx.sequences(s)
         gb = peaks(s)
         fits = [
             k for k, g in zip(memory.SETTINGS, gb, strict=True) if g * 1e9 <= memory.available()
@@ -185,11 +184,9 @@ def presets(found: Findings) -> str:
 
 def measure(s: SimpleNamespace, train_bytes: np.ndarray, compute) -> tuple[float, float]:
     """Seconds of an update and of an evaluation's batch: the median of three after a first."""
-    model = bdh_mlx.BDH(s.BDH_CONFIG)
+    model, optimizer = train_mlx.fresh(s)
     model.compute = compute
-    optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
-    optimizer.init(model.trainable_parameters())
-    gradient, update, state = train_mlx.compiled_step(model, optimizer, s.GRAD_CLIP)
+    gradient, update, state = train_mlx.compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
     losses_of = mx.compile(partial(train_mlx.byte_losses, model), inputs=[model.state])
     B, T = s.BATCH_SIZE, s.BLOCK_SIZE
     weights = mx.full((B, T), 1 / (B * T))
@@ -207,18 +204,24 @@ def measure(s: SimpleNamespace, train_bytes: np.ndarray, compute) -> tuple[float
 
 
 def duration(seconds: float) -> str:
-    if seconds == math.inf:
-        return "no end (MAX_ITERS and EPOCHS are none)"
     minutes = round(seconds / 60)
     return (
         f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
     )
 
 
-def tell(s: SimpleNamespace) -> int:
-    """Print the plan; 0, also where no memory setting fits. Raises UserError for unusable data."""
-    about, (train_bytes, _), (val, _) = train_mlx.open_data(s)
-    print(visible(data.describe(about)))
+def tell(given: SimpleNamespace) -> int:
+    """Print the plan, of each of PHASES in turn; 0. Raises UserError for unusable data."""
+    for s in phases.chain(given):
+        if s.PHASES:
+            after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""
+            print(f"\n=== phase {s.RUN_NAME}{after}\n")
+        tell_run(s)
+    return 0
+
+
+def tell_records(s: SimpleNamespace) -> dict[str, int]:
+    """Print what the records hold; gives the training bytes of each mode."""
     found = examine(s)
     print("\nwhat is odd in the records that this mode trains on:")
     print(visible("\n".join(oddities(found))))
@@ -226,28 +229,47 @@ def tell(s: SimpleNamespace) -> int:
     raw = found.example.encode()
     print(f"\nthe first record as trained on, {len(raw):,} bytes, of which up to {SHOWN}:")
     print(f"  {raw[:SHOWN]!r}")
+    return {mode: round(n.total() * (1 - s.VAL_SHARE)) for mode, n in found.of_mode.items()}
+
+
+def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
+    """The same of the training side of a ready split, which has no records to look at."""
+    rows = [("field", "training bytes")]
+    for i, name in enumerate(FIELDS):
+        if n := np.count_nonzero(fields == i):
+            rows.append((name or "headers", f"{n:,}"))
+    print(f"\na ready split, the same in every mode, without records to look at:\n{aligned(rows)}")
+    print(f"\nthe first {min(SHOWN, len(stream)):,} bytes:\n  {stream[:SHOWN].tobytes()!r}")
+    return dict.fromkeys(NEEDED, len(stream))
+
+
+def tell_run(s: SimpleNamespace) -> None:
+    about, train, (val, _) = train_mlx.open_data(s)
+    train_bytes = train[0]
+    print(visible(data.describe(about)))
+    sizes = tell_split(*train) if data.ready_split(s.DATASET) else tell_records(s)
 
     total = train_mlx.last_iteration(s, len(train_bytes))
-    per_iter = s.BLOCK_SIZE * s.BATCH_SIZE * s.GRAD_ACCUM
-    epoch = len(train_bytes) / per_iter
+    per_iter = s.BLOCK_SIZE * train_mlx.sequences(s)
     n = s.BDH_CONFIG.n_parameters
     fits = memory.available() / 1e9
     estimates = zip(memory.SETTINGS, peaks(s), strict=True)
-    checkpoints = (s.KEEP + 2) * 12 * n  # weights and two averages; the best, and one being written
-    print(f"\nrun: {total:,} iterations of {per_iter:,} bytes; an epoch is {epoch:,.1f} iterations")
+    each = 4 * n * (4 if s.EMA else 3)  # weights and their averages
+    checkpoints = (s.KEEP + 2) * each  # the best, and one being written
+    print(f"\nrun: {train_mlx.outlook(s, len(train_bytes))}")
     print(f"model: {n:,} parameters, on {mx.default_device()}")
     print(
         f"memory: {', '.join(f'{k} {gb:.2f} GB' for k, gb in estimates)}; {fits:.1f} GB to be had"
     )
     prepared = 2 * (about["train"]["bytes"] + about["val"]["bytes"])  # bytes, and a field for each
     print(f"disk: checkpoints {checkpoints / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
-    print(f"\npresets on these data (estimated memory of a step by MEMORY):\n{presets(found)}")
+    if not s.PHASES:
+        print(f"\npresets on these data (estimated memory of a step by MEMORY):\n{presets(sizes)}")
 
     name, compute, _ = memory.choose(s)
     step, evaluation = measure(s, train_bytes, compute)
-    times = total // s.EVAL_FREQ + 1 if total < math.inf else 0
+    times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val) / (s.BATCH_SIZE * s.BLOCK_SIZE)
     print(f"\nspeed: {per_iter / step:,.0f} bytes/s with MEMORY {name}, measured over 3 updates")
     whole = duration(total * step + evaluating)
     print(f"time to the end: {whole}, {duration(evaluating)} of it {times} evaluations; no samples")
-    return 0

@@ -6,7 +6,6 @@
 The trainer redraws them at each evaluation. Losses are in bits per byte.
 """
 
-import argparse
 import html
 import io
 import json
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import bdh_mlx
 import data
+import flags
 import metrics
 import neurons
 from bdh_mlx import UserError, visible
@@ -50,14 +50,20 @@ def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def bits(lines: list[dict]) -> list[dict]:
-    """The lines with the training loss in bits per byte, as `bpb`, beside that in nats."""
-    return [m | {"bpb": m["loss"] / math.log(2)} if "loss" in m else m for m in lines]
+    """The lines with the training loss, and the one that judges, in bits per byte too."""
+    names = (("loss", "bpb"), ("judged", "judged_bpb"))
+    return [m | {b: m[a] / math.log(2) for a, b in names if a in m} for m in lines]
 
 
 def best(lines: list[dict]) -> dict:
-    """The evaluation with the lowest validation loss, that of the untrained model aside."""
-    evaluated = [m for m in lines if "val_bpb" in m and m["step"]]
-    return min(evaluated, key=lambda m: m["val_bpb"], default={})
+    """The evaluation that judges the run best, that of the untrained model aside."""
+    evaluated = [m for m in bits(lines) if "judged" in m and m["step"]]
+    return min(evaluated, key=lambda m: m["judged"], default={})
+
+
+def judges(config: dict) -> str:
+    """Which bytes judge a run: "all bytes" or "response bytes"."""
+    return f"{config['settings'].get('LOSS_ON', 'all')} bytes"
 
 
 # ------------------------------------------------------------------------------------------ curves
@@ -82,17 +88,20 @@ def legend(axes) -> None:
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
-def curves(lines: list[dict]):
+def curves(config: dict, lines: list[dict]):
     """Loss above; learning rate, gradient norm and speed below; a matplotlib figure."""
     figure = canvas(9, 5.4)
     grid = figure.add_gridspec(2, 3, height_ratios=[1.7, 1])
     loss = figure.add_subplot(grid[0, :])
     panel(loss, "bits per byte")
-    loss.plot(*series(bits(lines), "bpb"), color=LINES[0], linewidth=1, alpha=0.7, label="training")
-    steps, values = series([m for m in lines if m["step"]] or lines, "val_bpb")
-    lowest = f", best {best(lines)['val_bpb']:.3f}" if best(lines) else ""
+    of, known = judges(config), bits(lines)
+    loss.plot(
+        *series(known, "bpb"), color=LINES[0], linewidth=1, alpha=0.7, label=f"training, {of}"
+    )
+    steps, values = series([m for m in known if m["step"]] or known, "judged_bpb")
+    lowest = f", best {best(lines)['judged_bpb']:.3f}" if best(lines) else ""
     loss.plot(steps, values, color=LINES[1], linewidth=2, marker="o", markersize=3,
-              label=f"validation{lowest}")  # fmt: skip
+              label=f"validation, {of}{lowest}")  # fmt: skip
     fields = sorted({f for m in lines for f in m.get("val_bpb_fields", ())})
     for color, field in zip(LINES[2:], fields, strict=False):
         of_field = [m | {field: m.get("val_bpb_fields", {}).get(field)} for m in lines if m["step"]]
@@ -173,12 +182,13 @@ def tiles(config: dict, lines: list[dict]) -> str:
     speeds = sorted(series(lines, "bytes_per_s")[1])
     facts = [
         ("iterations", last["step"]),
-        ("best bits per byte", f"{lowest['val_bpb']:.3f}" if lowest else "none yet"),
+        (f"best bits per byte, {judges(config)}",
+         f"{lowest['judged_bpb']:.3f}" if lowest else "none yet"),
         ("at iteration", lowest.get("step", "none yet")),
         ("parameters", f"{config.get('parameters', 0) / 1e6:.1f} M"),
         ("bytes/s, median", round(speeds[len(speeds) // 2]) if speeds else "none yet"),
         ("peak memory", f"{max(series(lines, 'peak_gb')[1], default=0):.2f} GB"),
-    ]
+    ]  # fmt: skip
     boxes = (f'<div><span class="dim">{text(k)}</span><b>{text(v)}</b></div>' for k, v in facts)
     return f'<div class="tiles">{"".join(boxes)}</div>'
 
@@ -268,7 +278,7 @@ def transcript(lines: list[dict]) -> str:
 def write(run: Path) -> None:
     """Make samples.md, curves.png and report.html of a run anew. Raises UserError."""
     config, lines = read(run)
-    figure = curves(lines)
+    figure = curves(config, lines)
     try:
         watched = json.loads((run / "neurons.json").read_text())
     except (OSError, ValueError):
@@ -312,25 +322,35 @@ def redraw(run: Path, finished: bool = False) -> None:
 
 
 def compare(runs: list[Path], out: Path) -> str:
-    """Overlay the losses of runs, over the bytes trained on, in a picture; a table of them."""
+    """Overlay the losses that judge runs, over the bytes trained on; a table of them."""
     figure = canvas(9, 4)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, title in zip(panels, ("validation", "training"), strict=True):
         panel(axes, f"{title}, bits per byte, over millions of bytes trained on")
-    rows = [("run", "parameters", "iterations", "million bytes", "best bits/byte", "bytes/s")]
+    rows = [
+        (
+            "run",
+            "parameters",
+            "iterations",
+            "million bytes",
+            "best bits/byte",
+            "judged on",
+            "bytes/s",
+        )
+    ]
     for i, run in enumerate(runs):
         config, lines = read(run)
         s = {"BLOCK_SIZE": 1, "BATCH_SIZE": 1, "GRAD_ACCUM": 1, "PROCESSES": 1} | config["settings"]
         each = s["BLOCK_SIZE"] * s["BATCH_SIZE"] * s["GRAD_ACCUM"] * s["PROCESSES"] / 1e6
-        for axes, key in zip(panels, ("val_bpb", "bpb"), strict=True):
+        for axes, key in zip(panels, ("judged_bpb", "bpb"), strict=True):
             steps, values = series([m for m in bits(lines) if m["step"]], key)
             style = {"color": LINES[i % len(LINES)], "linestyle": ("-", "--")[i // len(LINES) % 2]}
             axes.plot([n * each for n in steps], values, label=str(run), linewidth=1.3, **style)
         speeds = sorted(series(lines, "bytes_per_s")[1]) or [0]
         rows.append(
             (str(run), f"{config.get('parameters', 0):,}", f"{lines[-1]['step']:,}",
-             f"{lines[-1]['step'] * each:.2f}", f"{best(lines).get('val_bpb', math.nan):.4f}",
-             f"{speeds[len(speeds) // 2]:,.0f}")
+             f"{lines[-1]['step'] * each:.2f}", f"{best(lines).get('judged_bpb', math.nan):.4f}",
+             judges(config), f"{speeds[len(speeds) // 2]:,.0f}")
         )  # fmt: skip
     legend(panels[0])
     out.write_bytes(drawn(figure, "png"))
@@ -340,9 +360,7 @@ def compare(runs: list[Path], out: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="folder of a run")
     parser.add_argument("--out", type=Path, default="compare.png", help="picture of a comparison")
     args = parser.parse_args(argv)

@@ -10,26 +10,24 @@ best.json, metrics.jsonl, and report.html to look at.
 
 import json
 import math
-import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import asdict, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import lru_cache, partial
-from itertools import islice, pairwise, takewhile
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
+from bdh_mlx import BDH, BDHConfig, UserError, load_model, visible  # before mlx.core: fast BLAS
 
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from tqdm import tqdm
 
 import checkpoints
@@ -37,15 +35,12 @@ import data
 import flags
 import memory
 import phases
-import writing
 from advice import advise, order_0
-from bdh_mlx import UserError
 from endure import Enduring, Stop
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
-from metrics import activity, evaluations, open_log
+from metrics import activity, evaluations, open_log, printing, samples
 from processes import Processes, is_lost
 from report import redraw
-from sampling import Sampling
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
 # Data
@@ -66,13 +61,11 @@ LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the 
 WEIGHT_DECAY: float = 0.1  # AdamW's, as in the paper
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: as it comes
 CARRY_STATE = False  # each row of the batch reads on where it stopped, with the synapses it had
-EMA: float = (
-    0.0  # of the weights, the share an update keeps in the average that is evaluated; 0: none
-)
+EMA: float = 0.0  # share that an update keeps of the weights' average, the one judged; 0: none
 NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_SKIPS = 10  # updates in a row skipped for numbers that are not finite before the run stops
 # Model, and how it is computed
-BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
+BDH_CONFIG = BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
 DTYPE = "auto"  # of the products: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
 MEMORY = "auto"  # "fast", "balanced" or "small" (each slower than the last); auto: what fits
 FORCE = False  # start although the estimated memory cannot be had
@@ -166,7 +159,7 @@ def get_batch(
 # ------------------------------------------------------------------------------- loss and schedule
 
 
-def learning_rate(step: int, total: float, s: SimpleNamespace) -> float:
+def learning_rate(step: int, total: int, s: SimpleNamespace) -> float:
     """Rate of update number `step` (from 0): a linear rise, then half a cosine down to the end."""
     if step < s.WARMUP_ITERS:
         return s.LEARNING_RATE * (step + 1) / s.WARMUP_ITERS
@@ -176,7 +169,7 @@ def learning_rate(step: int, total: float, s: SimpleNamespace) -> float:
     return s.LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def byte_losses(model: bdh_mlx.BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
+def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
     """Nats that each target costs, (B, T)."""
     return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
 
@@ -214,19 +207,6 @@ def evaluate(
         nats = np.sum(together.gather(nats.tolist()), 0)
     present = {name or "headers": i for i, name in enumerate(FIELDS) if count[i]}
     return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
-
-
-def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Iterator[str]:
-    """What the model says to the prompts of its mode; the same seed, the same draws."""
-    sampling = Sampling(temperature=0.8, top_k=50)
-    for prompt, key in zip(PROMPTS[mode], mx.random.split(mx.random.key(seed), 9), strict=False):
-        idx = writing.rows([prompt.encode()])
-        written = writing.write(model, *writing.read(model, idx), sampling, key, idx)
-        drawn = takewhile(lambda _: not stop.number, islice(written, n_bytes))
-        text = writing.as_text(prompt.encode() + bytes(token for (token,), _ in drawn))
-        if not stop.number:
-            yield bdh_mlx.visible(text)
-    model.laid_out = None  # the weights in the order of a step: they are about to change
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -270,19 +250,42 @@ def sequences(s: SimpleNamespace) -> int:
     return s.BATCH_SIZE * s.GRAD_ACCUM * getattr(s, "PROCESSES", 1)
 
 
-def last_iteration(s: SimpleNamespace, n_bytes: int) -> float:
-    """Update at which the run ends, MAX_ITERS or the end of EPOCHS if sooner; may be inf."""
-    blocks = math.inf if s.EPOCHS is None else s.EPOCHS * math.ceil(n_bytes / s.BLOCK_SIZE)
-    by_epochs = blocks / sequences(s)
-    return min(
-        s.MAX_ITERS or math.inf, by_epochs if by_epochs == math.inf else math.ceil(by_epochs)
-    )
+def last_iteration(s: SimpleNamespace, n_bytes: int) -> int:
+    """Update at which the run ends, MAX_ITERS or the end of EPOCHS if sooner; one of them is set"""
+    blocks = math.ceil(n_bytes / s.BLOCK_SIZE)
+    by_epochs = math.ceil(s.EPOCHS * blocks / sequences(s)) if s.EPOCHS else math.inf
+    return min(s.MAX_ITERS or math.inf, by_epochs)
+
+
+def outlook(s: SimpleNamespace, n_bytes: int) -> str:
+    """How long the run is, and whether MAX_ITERS cuts its EPOCHS short."""
+    total, each = last_iteration(s, n_bytes), s.BLOCK_SIZE * sequences(s)
+    epochs = total * each / n_bytes
+    cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:g})" if epochs < (s.EPOCHS or 0) else ""
+    read = f"{total * each:,} bytes or {epochs:.2f} epochs"
+    return f"{total:,} iterations of {each:,} bytes are {read}{cut}"
 
 
 def described(s: SimpleNamespace) -> dict:
     """The settings as JSON holds them, the model's beside the others."""
     own = {k: v for k, v in vars(s).items() if k.isupper() and k != "BDH_CONFIG"}
     return own | asdict(s.BDH_CONFIG)
+
+
+def fresh(s: SimpleNamespace) -> tuple[BDH, optim.AdamW]:
+    """A model and its optimizer, in whose state also is what EMA and CARRY_STATE keep: it is saved
+    and goes on with it.
+    """
+    mx.random.seed(s.SEED)
+    model, c = BDH(s.BDH_CONFIG), s.BDH_CONFIG
+    optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    if s.EMA:
+        optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
+    if s.CARRY_STATE:
+        nothing = mx.zeros((c.n_head, s.BATCH_SIZE, c.neurons_per_head, c.n_embd))
+        optimizer.state["synapses"] = [nothing] * c.n_layer
+    return model, optimizer
 
 
 def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tuple[int, list]:
@@ -298,28 +301,27 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
                 f"{s.INIT_FROM}; train that run first, or name another"
             )
         if s.INIT_FROM:
-            source = bdh_mlx.load_model(origin)
-            dropout = {name: vars(s.BDH_CONFIG)[name] for name in ("dropout", "dropout_v")}
-            if replace(source.config, **dropout) != s.BDH_CONFIG:
-                raise UserError(f"INIT_FROM has {source.config}, this run {s.BDH_CONFIG}")
+            source = load_model(origin)
+            unlike = checkpoints.differing(asdict(source.config), asdict(s.BDH_CONFIG))
+            if unlike := [text for name, text in unlike.items() if "dropout" not in name]:
+                raise UserError(f"INIT_FROM {s.INIT_FROM} is of another shape: {'; '.join(unlike)}")
             model.update(source.parameters())
             if s.EMA:  # the average starts where the weights do
                 optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
         return 0, phases.ancestry(origin) if s.INIT_FROM else []
     before = checkpoints.read_info(run, done)
-    sides = ("train", "val")
-    hashes = lambda of: {f"{side} data": of[side]["sha256"] for side in sides}  # noqa: E731
-    new = described(s) | hashes(report) | checkpoints.versions() | {UPDATE: sequences(s)}
+    new = described(s) | checkpoints.versions() | {UPDATE: sequences(s)}
     try:
-        old = before["settings"] | hashes(before["data"]) | before["versions"]
+        old = before["settings"] | before["versions"]
         old[UPDATE] = sequences(SimpleNamespace(**before["settings"]))
+        changed = checkpoints.differing(old, new) | data.differing(before["data"], report)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
-    changed = {k: f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
     may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
     fixed_here = [*FIXED, *(["BATCH_SIZE"] if s.CARRY_STATE else [])]
     if fixed := [text for k, text in changed.items() if k in fixed_here and k not in may]:
+        fixed[5:] = ["and others"] * bool(fixed[5:])
         raise UserError(
             f"{run} holds a run with other settings ({'; '.join(fixed)}). Set them back to go on "
             "with it, or set RUN_NAME to start another (for changed data, --allow-data-change)"
@@ -429,22 +431,18 @@ def main(argv: list[str] | None = None) -> int:
 
         return plan.tell(given)
     together = Processes()
-    quiet = nullcontext()
-    if given.json:
-        given.json, quiet = sys.stdout, redirect_stdout(sys.stderr)
-    if not together.first:
-        quiet = redirect_stdout(Path(os.devnull).open("w"))  # noqa: SIM115
     if together.size > 1 and given.CARRY_STATE:
         raise UserError("CARRY_STATE keeps the rows of one process; leave it out of several")
-    with quiet, Stop(together) as stop:
+    given.json = given.json and sys.stdout
+    with printing(given.json, together), Stop(together) as stop:
         for s in phases.chain(given):
             s.PROCESSES = together.size
-            run = Path(s.CHECKPOINT_DIR, s.RUN_NAME or s.TRAINING_MODE)
+            run = checkpoints.run_folder(s)
             with checkpoints.opened(run) if together.first else nullcontext():
                 if code := attempt(s, run, stop, together):
                     return code
                 if s.PHASES and together.first:
-                    told[run.name] = held_out(s, run, stop)
+                    told[run.name] = phases.held_out(s, run, stop, partial(loss_in, s, stop))
                     if stop.number:
                         return 128 + stop.number
                     print(phases.table(told))
@@ -466,35 +464,16 @@ def attempt(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> i
             raise
         raise UserError(f"memory is out: {memory.too_large(s, memory.available())}") from None
     except Diverged as reason:
-        last = checkpoints.steps(run)[-1:]
+        last = max(checkpoints.steps(run), default="none")
         print(f"error: {reason}. Checkpoints are as they were, the last of iteration {last}; "
               "lower LEARNING_RATE or GRAD_CLIP", file=sys.stderr)  # fmt: skip
         return 1
 
 
-def held_out(s: SimpleNamespace, run: Path, stop: Stop) -> dict[str, float]:
-    """Bits per byte of the run's best weights on the validation bytes of every mode that the data
-    serve; kept in modes.json, by field too.
-    """
-    file, told = run / "modes.json", phases.ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
-    with suppress(OSError, ValueError):
-        known = json.loads(file.read_text())
-        if told.items() <= known.items():
-            return known["val_bpb"]
-    model = bdh_mlx.load_model(run)
-    model.compute = memory.choose(s)[1]
-    bpb, fields = {}, {}
-    for mode in NEEDED:
-        with suppress(UserError):  # a mode without data
-            _, _, val = prepared(s, mode)
-            losses = mx.compile(partial(byte_losses, model))
-            loss, nats = evaluate(losses, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
-            bpb[mode] = loss / math.log(2)
-            fields[mode] = {field: loss / math.log(2) for field, loss in nats.items()}
-    if not stop.number:
-        told |= {"val_bpb": bpb, "val_bpb_fields": fields}
-        checkpoints.write_whole(file, json.dumps(told, indent=1))
-    return bpb
+def loss_in(s: SimpleNamespace, stop: Stop, model: BDH, mode: str) -> tuple[float, dict]:
+    """What `evaluate` gives on the validation bytes of any mode. Raises UserError without data."""
+    losses = mx.compile(partial(byte_losses, model))
+    return evaluate(losses, *prepared(s, mode)[2], s.BATCH_SIZE, s.BLOCK_SIZE, stop)
 
 
 def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int:
@@ -504,25 +483,12 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     seen = together.gather(described(s) | {k: report[k]["sha256"] for k in ("train", "val")})
     if unlike := [k for k in seen[0] if any(one[k] != seen[0][k] for one in seen)]:
         raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
-    print(bdh_mlx.visible(data.describe(report)))
+    print(visible(data.describe(report)))
     total = last_iteration(s, len(train_bytes))
     per_iter = s.BLOCK_SIZE * sequences(s)
-    print(
-        f"plan: {total:,} iterations of {per_iter:,} bytes are {total * per_iter:,} bytes or "
-        f"{total * per_iter / len(train_bytes):.2f} epochs; "
-        f"an evaluation reads {len(val[0]):,} bytes"
-    )
+    print(f"plan: {outlook(s, len(train_bytes))}; an evaluation reads {len(val[0]):,} bytes")
 
-    mx.random.seed(s.SEED)
-    model = bdh_mlx.BDH(s.BDH_CONFIG)
-    optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
-    optimizer.init(model.trainable_parameters())
-    if s.EMA:
-        optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
-    if s.CARRY_STATE:  # with the optimizer's state, since it is saved and goes on with it
-        N, D, H = s.BDH_CONFIG.neurons_per_head, s.BDH_CONFIG.n_embd, s.BDH_CONFIG.n_head
-        nothing = mx.zeros((H, s.BATCH_SIZE, N, D))
-        optimizer.state["synapses"] = [nothing] * s.BDH_CONFIG.n_layer
+    model, optimizer = fresh(s)
     found = start(run, s, report, model, optimizer) if together.first else None
     step, ancestry = together.share(found)
     model.update(together.from_first(model.parameters()))  # before compiling
@@ -547,19 +513,18 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         return 0
     name, model.compute, peak = memory.choose(s)
     memory.hold(peak)
-    n_parameters = sum(p.size for _, p in tree_flatten(model.parameters()))
-    print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
+    print(f"model: {s.BDH_CONFIG.n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     print(f"memory: {name}, {model.compute.dtype}, estimated peak {peak / 1e9:.2f} GB")
-    print(f"note: {EXPECT[s.TRAINING_MODE]}")
+    plain = all(FIELDS.index(field) not in val[1] for field in NEEDED[s.TRAINING_MODE])
+    print(f"note: {EXPECT['text' if plain else s.TRAINING_MODE]}")
     gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
-    info["ancestry"] = ancestry
-    info["parameters"] = n_parameters
+    info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
     if together.first:
         checkpoints.check_space(run, model, optimizer, s.KEEP + 2)
         checkpoints.write_whole(run / "config.json", json.dumps(info, indent=1))
-    bar = tqdm(total=total if total < math.inf else None, initial=step, disable=None, unit="it")
+    bar = tqdm(total=total, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
     skipped = in_a_row = 0
     counted = val[1] == FIELDS.index(s.LOSS_ON) if s.LOSS_ON != "all" else slice(None)
@@ -599,12 +564,13 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
                 raise Diverged(f"validation loss is {val_loss} at iteration {step}")
             evaluated = step
             judged = nats.get(s.LOSS_ON, val_loss)  # of the bytes that train
-            if step and judged < best.get("val_loss", math.inf):
+            if step and judged < best.get("judged", math.inf):
                 save()
-                best = {"step": step, "val_loss": judged}
+                best = {"step": step, "judged": judged}
                 if together.first:
                     checkpoints.write_best(run, step, judged)
             found = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
+            found["judged"] = judged  # in nats; by it go best.json, PATIENCE, advice and reports
             found["val_loss_fields"] = nats
             found["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
             with averaged(model, optimizer):
@@ -674,9 +640,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
                 skipped=skipped,
                 bytes_per_s=timed / max(seconds, 1e-9),
                 peak_gb=mx.get_peak_memory() / 1e9,
-                seconds_left=(time.perf_counter() - began) / (step - first) * (total - step)
-                if total < math.inf
-                else None,
+                seconds_left=(time.perf_counter() - began) / (step - first) * (total - step),
             )
             losses, seconds, timed = [], 0.0, 0
     bar.close()
@@ -684,14 +648,15 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         "run": run,
         "iterations": step,
         "epochs": round(step * per_iter / len(train_bytes), 2),
-        "parameters": n_parameters,
+        "parameters": s.BDH_CONFIG.n_parameters,
         "val_loss": round(val_loss, 4),
         "val_bpb": round(val_loss / math.log(2), 4),
-        "best_val_loss": round(best["val_loss"], 4),
+        "judged_on": f"{s.LOSS_ON} bytes",
+        "best_judged": round(best["judged"], 4),
         "best_step": best["step"],
         "ended": f"early, {s.PATIENCE} validations without a better one"
         if step < total
-        else "as planned",
+        else f"by {'MAX_ITERS' if step == s.MAX_ITERS else 'EPOCHS'}",
         "active_x": " ".join(f"{share:.1%}" for share in found["active_x"]),  # layer by layer
         "active_y": " ".join(f"{share:.1%}" for share in found["active_y"]),
         "minutes": round((time.perf_counter() - began) / 60, 1),
@@ -710,20 +675,23 @@ UPDATE = "BATCH_SIZE x GRAD_ACCUM x processes"
 FIXED = ["TRAINING_MODE", "BLOCK_SIZE", UPDATE, "SEED"]
 FIXED += ["LOSS_ON", "EVAL_BYTES", "EMA", "CARRY_STATE", "train data", "val data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
-AT_LEAST = {
-    name: 1 for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "KEEP", "MAX_SKIPS")
+AT_LEAST = dict.fromkeys(("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "MAX_SKIPS"), 1)
+AT_LEAST |= dict.fromkeys(("LOG_FREQ", "EVAL_FREQ", "SAVE_FREQ", "KEEP", "PATIENCE"), 1)
+AT_LEAST |= {"LR_DECAY_ITERS": 1, "EVAL_BYTES": 2, "WARMUP_ITERS": 0, "SAMPLE_BYTES": 0}
+RANGES = {  # SEED makes a key of 64 bits with the number of a batch
+    ("EPOCHS", "LEARNING_RATE", "GRAD_CLIP"): (lambda x: 0 < x < math.inf, "above 0"),
+    ("WEIGHT_DECAY",): (lambda x: 0 <= x < math.inf, "at least 0"),
+    ("EMA", "NOISE"): (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ("VAL_SHARE",): (lambda x: 0 < x < 1, "above 0 and below 1"),
+    ("MIN_LEARNING_RATE",): (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    ("SEED",): (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32"),
 }
-AT_LEAST |= {
-    name: 1 for name in ("LOG_FREQ", "EVAL_FREQ", "SAVE_FREQ", "LR_DECAY_ITERS", "PATIENCE")
-}
-AT_LEAST |= {name: 0 for name in ("WARMUP_ITERS", "WEIGHT_DECAY", "SAMPLE_BYTES", "SEED")}
-AT_LEAST |= {"EVAL_BYTES": 2}
 
 
 def settings(argv: list[str] | None = None) -> SimpleNamespace:
     """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
     s = flags.parse(sys.modules[__name__], PRESETS, argv, ACTIONS)
-    s.BDH_CONFIG = bdh_mlx.BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
+    s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
     for run in phases.chain(s):
         check(run)
     return s
@@ -731,12 +699,6 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
 
 def check(s: SimpleNamespace) -> None:
     """Raise UserError naming the first setting that cannot be, its value and its limit."""
-    if s.RUN_NAME is not None and not re.fullmatch(
-        r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", s.RUN_NAME
-    ):
-        raise UserError(
-            f"RUN_NAME is {s.RUN_NAME!r}; it must be 1 to 64 of the characters A-Za-z0-9._-"
-        )
     one_of = {"TRAINING_MODE": NEEDED, "LOSS_ON": ("all", "response")}
     one_of |= {"DTYPE": ("auto", "bfloat16", "float32")}
     for name, choices in (one_of | {"MEMORY": ("auto", *memory.SETTINGS)}).items():
@@ -745,30 +707,23 @@ def check(s: SimpleNamespace) -> None:
                 f"{name} is {vars(s)[name]!r}; it must be one of "
                 f"{', '.join(choices)}{flags.nearest(str(vars(s)[name]), choices)}"
             )
+    checkpoints.run_folder(s)  # RUN_NAME
     if s.LOSS_ON not in ("all", *NEEDED[s.TRAINING_MODE]):
         raise UserError(
             f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "
             "set TRAINING_MODE to 'full' or LOSS_ON to 'all'"
         )
+    if s.MAX_ITERS is None and s.EPOCHS is None:
+        raise UserError("MAX_ITERS and EPOCHS are both none, a run without an end; set one of them")
     for name, least in AT_LEAST.items():
         if (value := vars(s)[name]) is not None and value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")
-    if s.SEED >= 2**32:  # with the number of a batch it makes a key of 64 bits
-        raise UserError(f"SEED is {s.SEED}; it must be below 2^32")
     if s.BDH_CONFIG.vocab_size != 256:
         raise UserError(f"vocab_size is {s.BDH_CONFIG.vocab_size}; bytes are 256")
-    for name in ("EPOCHS", "LEARNING_RATE", "GRAD_CLIP"):
-        if (value := vars(s)[name]) is not None and not 0 < value < math.inf:
-            raise UserError(f"{name} is {value}; it must be above 0")
-    for name in ("EMA", "NOISE"):
-        if not 0 <= vars(s)[name] < 1:
-            raise UserError(f"{name} is {vars(s)[name]}; it must be at least 0 and below 1")
-    if not 0 < s.VAL_SHARE < 1:
-        raise UserError(f"VAL_SHARE is {s.VAL_SHARE}; it must be above 0 and below 1")
-    if not 0 < s.MIN_LEARNING_RATE <= 1:
-        raise UserError(
-            f"MIN_LEARNING_RATE is {s.MIN_LEARNING_RATE}; it must be above 0 and at most 1"
-        )
+    for names, (fits, said) in RANGES.items():
+        for name in names:
+            if (value := vars(s)[name]) is not None and not fits(value):
+                raise UserError(f"{name} is {value}; it must be {said}")
 
 
 if __name__ == "__main__":
@@ -778,5 +733,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {bdh_mlx.visible(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(3 if isinstance(error, checkpoints.NoneValid) else 2)

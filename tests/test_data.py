@@ -222,10 +222,16 @@ def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
     [
         ("missing.jsonl", "does not exist"),
         ("./missing", "does not exist"),
+        ("~/missing", "does not exist"),
+        ("my/data/missing", "does not exist"),
+        ("missing/", "does not exist"),
+        ("data/my records", "does not exist"),
         ("strange name?", "neither a file nor a hub name"),
     ],
 )
-def test_names_that_mean_nothing_are_refused(name, complaint):
+def test_names_that_mean_nothing_are_refused_without_asking_the_hub(name, complaint, monkeypatch):
+    monkeypatch.setattr(data, "_hub_answers", lambda name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=complaint):
         list(data.read(name))
 
@@ -248,8 +254,11 @@ def test_folders_and_files_of_no_use_are_refused(tmp_path):
     ("raised", "complaint"),
     [
         (datasets.exceptions.DatasetNotFoundError("x is a gated dataset on the Hub."), "is gated"),
-        (datasets.exceptions.DatasetNotFoundError("Dataset x doesn't exist"), "not on the hub"),
-        (ConnectionError("Couldn't reach x"), "out of reach"),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset x doesn't exist"),
+            "no file or folder here, and not on the hub",
+        ),
+        (ConnectionError("Couldn't reach x"), "no file or folder here.*out of reach"),
         (ValueError('Unknown split "tset". Should be one of [train]'), "Unknown split"),
     ],
 )
@@ -366,6 +375,8 @@ def test_a_ready_split_is_taken_as_it_is(tmp_path):
     assert (folder / "val.fields").read_bytes() == b"\1\1\1\1\2\2\2\2"
     assert (folder / "train.fields").read_bytes() == bytes([FIELDS.index("text")]) * 256
     assert data.intact(folder)
+    report, stream, fields = data.whole(str(source), "full", tmp_path)  # for an evaluation
+    assert (report["records"], stream.tobytes(), fields[3:5].tolist()) == (1, b"held out", [1, 2])
     (source / "val.fields").write_bytes(b"\1")
     with pytest.raises(UserError, match="a byte for each"):
         prepare(source, tmp_path / "cache")

@@ -7,6 +7,7 @@ import re
 import pytest
 from test_train import metrics, train
 
+import flags
 import train_mlx
 from bdh_mlx import UserError
 
@@ -34,7 +35,41 @@ def test_a_mistyped_flag_is_told_its_nearest(args, near, capsys):
     with pytest.raises(SystemExit) as error:
         train_mlx.settings(args.split())
     assert error.value.code == 2
-    assert f"did you mean {near}?" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"; did you mean {near}? (--help lists all)\n" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--zzz=3"], "unknown flag --zzz (--help lists all)"),
+        (["--training-mod\x1b"], r"unknown flag --training-mod\x1b; did you mean --training-mode?"),
+        (
+            ["--block-size", "two\nlines"],
+            "argument --block-size: invalid int value: 'two\\nlines' (",
+        ),
+        (["stray"], "unrecognized arguments: stray (--help lists all)"),
+    ],
+)
+def test_a_mistake_is_one_line_without_the_usage(args, said, capsys):
+    with pytest.raises(SystemExit) as error:
+        train_mlx.settings(args)
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and err.count("\n") == 1 and f": {said}" in err
+
+
+def test_any_script_can_report_mistakes_so(capsys):
+    parser = flags.Parser("what it does")
+    parser.add_argument("model")
+    parser.add_argument("--food", type=int)
+    assert parser.parse_args(["m", "--food", "3"]).food == 3
+    for args, said in (
+        (["m", "--foo", "3"], "--foo; did you mean --food?"),
+        ([], "required: model"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            parser.parse_args(args)
+        assert error.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_mistyped_choice_is_told_its_nearest():

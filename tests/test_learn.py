@@ -11,6 +11,8 @@ from test_train import arrays, metrics, same, train
 
 import bdh_mlx
 import checkpoints
+import export
+import report
 import train_mlx
 from advice import advise, order_0
 from bdh_mlx import UserError
@@ -71,7 +73,12 @@ def test_training_on_responses_learns_responses_alone(tmp_path):
     assert of["response"]["headers"] > of["all"]["headers"] + 0.3
     assert of["response"]["response"] < of["all"]["response"] + 0.15
     best = checkpoints.read_best(tmp_path / "response" / "full")
-    assert best["val_loss"] == of["response"]["response"]  # judged by what is trained
+    last = metrics(tmp_path / "response")[-2]
+    assert best["judged"] == last["judged"] == of["response"]["response"] != last["val_loss"]
+    shown = best["judged"] / math.log(2)  # in the report and on the card as well
+    assert report.best(metrics(tmp_path / "response"))["judged_bpb"] == shown
+    told, _ = export.facts(tmp_path / "response" / "full" / best["checkpoint"])
+    assert told["validation"] == f"{shown:.4f} bits per byte, of response bytes"
 
 
 @pytest.mark.parametrize("mode", ["system", "instruction", "both"])
@@ -209,13 +216,20 @@ def test_a_chain_starts_each_phase_from_the_best_weights_before_and_keeps_the_an
     assert len(ancestors) == 3
 
 
+def test_a_phase_that_max_iters_cuts_short_says_so(tmp_path, capsys):
+    train(tmp_path, "--phases", "system:0.01,full:1", "--max-iters", 9, "--eval-freq", 9)
+    one, two = capsys.readouterr().out.split("held out, ")[:2]
+    assert "ended: by EPOCHS" in one and "MAX_ITERS ends it" not in one
+    assert "MAX_ITERS ends it before EPOCHS (1)" in two and "ended: by MAX_ITERS" in two
+
+
 def test_each_phase_is_judged_on_every_mode(chained):
     for run in RUNS:
         modes = json.loads((chained / run / "modes.json").read_text())
         assert modes["val_bpb"].keys() == modes["val_bpb_fields"].keys() == train_mlx.NEEDED.keys()
         best = checkpoints.read_best(chained / run)
         own = modes["val_bpb"][run.split("-")[-1]]
-        assert own == pytest.approx(best["val_loss"] / math.log(2), rel=1e-5)
+        assert own == pytest.approx(best["judged"] / math.log(2), rel=1e-5)
 
 
 def test_a_finished_chain_is_skipped_and_tells_the_same_table(chained, capsys, monkeypatch):
@@ -304,13 +318,13 @@ def test_activity_is_logged_at_each_evaluation_and_summed_up(tmp_path, capsys):
 
 def series(val, loss, start=5.6, **of_lines):
     """Metrics of evaluations every 20 updates, four logged losses between two of them."""
-    history = [{"step": 0, "val_loss": start, "val_loss_fields": {}}]
+    history = [{"step": 0, "judged": start}]
     for i, (v, interval) in enumerate(zip(val, loss, strict=True)):
         line = {"grad_norm": 0.5, "skipped": 0, "lr": 1e-3} | of_lines
         history += [
             {"step": 20 * i + 5 * (j + 1), "loss": x} | line for j, x in enumerate(interval)
         ]
-        history.append({"step": 20 * (i + 1), "val_loss": v, "val_loss_fields": {}})
+        history.append({"step": 20 * (i + 1), "judged": v})
     return history
 
 
@@ -371,7 +385,9 @@ def test_text_no_better_than_its_byte_frequencies_is_not_yet_coherent():
     said = advised(history)["not_coherent"]
     assert "4.76 bits per byte" in said and "gives 4.69" in said and "Go on" in said
     at_the_end = advised(history, "--max-iters", "20", total=20)["not_coherent"]
-    assert "Double MAX_ITERS (20) or EPOCHS (3)" in at_the_end
+    assert at_the_end.endswith("Double MAX_ITERS (20)")
+    by_epochs = advised(history, "--max-iters", "21", total=20)["not_coherent"]
+    assert by_epochs.endswith("Double EPOCHS (3)")
 
 
 def test_the_order_0_entropy_is_that_of_the_byte_frequencies():

@@ -70,6 +70,43 @@ def test_sizes_agree_with_the_prepared_bytes_and_the_model(tmp_path, capsys):
     assert all(re.search(rf"^  {name} ", out, re.M) for name in train_mlx.PRESETS)
 
 
+def test_a_ready_split_is_planned_as_it_would_train(tmp_path, capsys):
+    (split := tmp_path / "split").mkdir()
+    (split / "train.bin").write_bytes(bytes(range(256)) * 9)
+    (split / "train.fields").write_bytes(bytes([0, 1, 3, 3]) * 576)
+    (split / "val.bin").write_bytes(b"held out" * 20)
+    out = told(tmp_path, capsys, [], "--dataset", str(split), "--max-iters", "9")
+    for field, n in (("headers", 576), ("system", 576), ("response", "1,152")):
+        assert re.search(rf"^  {field} +{n}$", out, re.M), out
+    assert repr(bytes(range(256)))[:-1] in out
+    assert "9 iterations of 128 bytes are 1,152 bytes or 0.50 epochs" in out
+    assert re.search(r"^  tiny +full .* 311\.\d\d ", out, re.M)  # 350 x 2,048 bytes over 2,304
+    assert "time to the end" in out
+
+
+def test_what_a_recipe_keeps_beside_the_weights_is_planned(tmp_path, capsys):
+    recipe = ["--ema", "0.9", "--carry-state", "--noise", "0.1", "--keep", "1", "--n-embd", "128"]
+    out = told(tmp_path, capsys, [record(i, response="word " * 20) for i in range(40)], *recipe)
+    kept, plain = (train_mlx.settings([*ARGS, *args]) for args in (recipe, recipe[-2:]))
+    n, neurons = kept.BDH_CONFIG.n_parameters, 128 * 8
+    more = 4 * (
+        2 * n + 3 * 2 * 2 * neurons * 128
+    )  # the average twice, 2 layers' synapses of 2 rows
+    assert plan.peaks(kept)[0] - plan.peaks(plain)[0] == pytest.approx(more / 1e9)
+    assert f"disk: checkpoints {3 * 16 * n / 1e6:,.0f} MB" in out and "time to the end" in out
+
+
+def test_each_phase_is_planned(tmp_path, capsys):
+    records = [record(i, f"system {i}", response="word " * 20) for i in range(1, 41)]
+    chain = ["--phases", "system:1,full:2@1e-4", "--max-iters", "12"]
+    one, two = told(tmp_path, capsys, records, *chain).split("\n=== phase ")[1:]
+    assert one.startswith("phases-1-system\n") and "mode system" in one
+    assert two.startswith("phases-2-full, from the best weights of phases-1-system\n")
+    assert "mode full" in two and "time to the end" in one and "time to the end" in two
+    assert "12 iterations of" in two and "MAX_ITERS ends it before EPOCHS (2)" in two
+    assert "MAX_ITERS" not in one
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(90, "1.5 min"), (7260, "2 h 01 min")])
 def test_durations(seconds, text):
     assert plan.duration(seconds) == text

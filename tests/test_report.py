@@ -1,6 +1,7 @@
 """What a run leaves to look at: made from its folder alone, escaped, never the end of a run."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -13,9 +14,13 @@ from bdh_mlx import UserError
 EVIL = '<script>alert("x")</script>\x1b[31m```\n# no heading'
 
 
-def evaluation(step, bpb):
+LN2 = math.log(2)
+
+
+def evaluation(step, bpb, judged=None):
     return [
-        {"step": step, "val_loss": bpb * 0.6931, "val_bpb": bpb, "advice": {"sign": EVIL},
+        {"step": step, "val_loss": bpb * LN2, "val_bpb": bpb, "judged": (judged or bpb) * LN2,
+         "advice": {"sign": EVIL},
          "val_bpb_fields": {"headers": bpb / 2, "system": bpb},
          "active_x": [0.4], "active_y": [0.1]},
         {"step": step, "samples": [EVIL, f"said at {step}"]},
@@ -77,9 +82,21 @@ def test_samples_stand_under_their_iteration_in_fences_they_cannot_leave(run):
 
 
 def test_best_leaves_the_untrained_model_aside():
-    lines = [{"step": s, "val_bpb": v} for s, v in ((0, 1.0), (5, 3.0), (10, 2.0), (15, 2.5))]
+    lines = [{"step": s, "judged": v} for s, v in ((0, 1.0), (5, 3.0), (10, 2.0), (15, 2.5))]
     assert report.best(lines)["step"] == 10
     assert report.best(lines[:1]) == {}
+
+
+def test_the_best_is_that_of_the_bytes_which_judge_and_the_report_says_which(run, tmp_path):
+    lines = evaluation(0, 8, 8) + evaluation(5, 3, 4.25) + evaluation(10, 3.5, 4.125)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    settings = {"settings": {"LOSS_ON": "response"}}
+    (run / "config.json").write_text(json.dumps(settings))
+    report.write(run)
+    words = " ".join(Tags((run / "report.html").read_text()).text)
+    assert "best bits per byte, response bytes 4.125 at iteration 10" in words
+    assert "validation, response bytes, best 4.125" in words
+    assert re.search(r"4\.1250 +response bytes", report.compare([run], tmp_path / "x.png"))
 
 
 def test_a_run_makes_its_report_and_names_its_settings(tmp_path):
@@ -97,7 +114,7 @@ def test_a_run_makes_its_report_and_names_its_settings(tmp_path):
 
 
 def test_a_report_that_fails_ends_no_run_and_is_told_once(tmp_path, monkeypatch, capsys):
-    def broken(lines):
+    def broken(config, lines):
         raise ValueError("no ink")
 
     monkeypatch.setattr(report, "curves", broken)

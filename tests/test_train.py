@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from conftest import ROOT
 
 import bdh_mlx
 import checkpoints
+import evaluation
 import train_mlx
 from bdh_mlx import UserError
 
@@ -87,7 +89,6 @@ def test_the_learning_rate_rises_then_falls_to_its_share():
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
     assert np.all(np.diff(rates[10:]) < 0)
-    assert train_mlx.learning_rate(10**6, math.inf, s) == 1.0  # no end, no decay
 
 
 def test_the_run_ends_at_the_sooner_of_iterations_and_epochs():
@@ -95,8 +96,12 @@ def test_the_run_ends_at_the_sooner_of_iterations_and_epochs():
     assert train_mlx.last_iteration(s, 95) == 7
     s.MAX_ITERS = None
     assert train_mlx.last_iteration(s, 95) == 15
+    assert "MAX_ITERS" not in train_mlx.outlook(s, 95)
+    s.MAX_ITERS = 14
+    assert "14 iterations of 20 bytes are 280 bytes or 2.95" in train_mlx.outlook(s, 95)
+    assert train_mlx.outlook(s, 95).endswith("; MAX_ITERS ends it before EPOCHS (3)")
     s.EPOCHS = None
-    assert train_mlx.last_iteration(s, 95) == math.inf
+    assert train_mlx.last_iteration(s, 95) == 14 and train_mlx.outlook(s, 95).endswith("epochs")
 
 
 @pytest.mark.parametrize("n", [2, 7, 9, 50, 81])
@@ -183,8 +188,30 @@ def test_a_finished_run_says_so_and_what_to_change(straight, capsys):
 
 
 def test_other_settings_in_the_same_run_are_refused_by_name(straight):
-    with pytest.raises(UserError, match=r"BLOCK_SIZE 64 -> 32.*n_embd 16 -> 8.*RUN_NAME"):
+    with pytest.raises(
+        UserError, match=r"BLOCK_SIZE: there 64, here 32; n_embd: there 16, here 8\)"
+    ):
         train(straight, "--max-iters", 20, "--block-size", 32, "--n-embd", 8)
+
+
+def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
+    texts = [f"{i} paragraph of plain text" for i in range(30)]
+    for name, change in (("d", str), ("longer", lambda t: t + "."), ("upper", str.upper)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(map(change, texts)))
+    train(tmp_path, "--max-iters", 1, "--dataset", tmp_path / "d.txt")
+    for name, said in (
+        (
+            "longer",
+            r"train data: there \d{3} bytes of 27 records, \S+d.txt, here \d{3} bytes of 27",
+        ),
+        ("upper", r"val data: there 8\d bytes of 3 records, \S+d.txt, here 8\d bytes of 3 records"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / f"{name}.txt")
+        assert not re.search("[0-9a-f]{9}", str(error.value).replace(str(tmp_path), ""))
+    (tmp_path / "d.txt").write_text("\n\n".join(map(str.upper, texts)))
+    with pytest.raises(UserError, match="train data: other bytes, as many: "):
+        train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / "d.txt")
 
 
 # ----------------------------------------------------------------------- what a run does and leaves
@@ -195,7 +222,7 @@ def test_what_a_run_leaves(straight):
     best = json.loads((run / "best.json").read_text())
     evaluations = {m["step"]: m["val_loss"] for m in metrics(straight) if "val_loss" in m}
     assert list(evaluations) == [0, 5, 10, 12]
-    assert best["val_loss"] == min(v for k, v in evaluations.items() if k)
+    assert best["judged"] == min(v for k, v in evaluations.items() if k)
     assert {f"step-{n:06d}" for n in checkpoints.steps(run)} >= {best["checkpoint"], "step-000012"}
     config = json.loads((run / "step-000012" / "config.json").read_text())
     assert config["step"] == 12 and config["settings"]["BLOCK_SIZE"] == 64
@@ -261,6 +288,27 @@ def test_one_batch_is_overfitted(tmp_path):
     assert losses[0] > 4 and losses[-1] < 0.5
 
 
+def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path):
+    (split := tmp_path / "split").mkdir()
+    (split / "train.bin").write_bytes(bytes(range(32, 128)) * 9)
+    (split / "val.bin").write_bytes(bytes(range(32, 128)) * 3)
+    assert train(tmp_path, "--max-iters", 3, "--dataset", split) == 0
+    loss = [m["val_loss"] for m in metrics(tmp_path) if "val_loss" in m][-1]
+    settings = {"BLOCK_SIZE": 64, "BATCH_SIZE": 2}
+    table = evaluation.report(bdh_mlx.load_model(tmp_path / "full"), str(split), "full", settings)
+    assert "split, held out side: 1 records, mode full, 288 bytes" in table
+    assert re.search(rf"^whole +287 +100.0% +{loss:.4f} ", table, re.M)
+
+
+def test_plain_text_promises_no_response(tmp_path, capsys):
+    (tmp_path / "d.txt").write_text("\n\n".join(f"{i} paragraph of plain text" for i in range(30)))
+    train(tmp_path, "--max-iters", 1, "--dataset", tmp_path / "d.txt")
+    train(tmp_path, "--max-iters", 1, "--run-name", "records")
+    plain, records = re.findall(r"^note: (.*)", capsys.readouterr().out, re.M)
+    assert "plain text" in plain and "response" not in plain
+    assert "response" in records
+
+
 def test_phase_two_starts_from_the_weights_of_phase_one(tmp_path, capsys):
     train(tmp_path, "--training-mode", "system", "--max-iters", 4)
     train(tmp_path, "--training-mode", "instruction", "--max-iters", 1, "--init-from", "system",
@@ -269,8 +317,10 @@ def test_phase_two_starts_from_the_weights_of_phase_one(tmp_path, capsys):
     one, two = arrays(tmp_path, 4, "system"), arrays(tmp_path, 1, "instruction")
     assert all(np.allclose(two[k], one[k], atol=1e-6) for k in one if k.startswith("0."))
     assert two["1.step"] == 1
-    with pytest.raises(UserError, match="INIT_FROM has BDHConfig"):
-        train(tmp_path, "--run-name", "x", "--init-from", "system", "--n-layer", 3)
+    shape = r"INIT_FROM system is of another shape: n_layer: there 2, here 3; n_embd: there 16, "
+    with pytest.raises(UserError, match=shape + "here 32$"):
+        args = ("--n-layer", 3, "--n-embd", 32, "--dropout", 0)
+        train(tmp_path, "--run-name", "x", "--init-from", "system", *args)
 
 
 # ------------------------------------------------------------------------------- settings and flags
@@ -304,9 +354,16 @@ def test_the_presets_are_those_of_the_guide():
     ("args", "complaint"),
     [
         ("--training-mode most", "TRAINING_MODE"),
+        ("--training-mode a/b", "TRAINING_MODE is 'a/b'"),
         ("--block-size 0", "BLOCK_SIZE is 0"),
         ("--epochs 0", "EPOCHS is 0"),
+        ("--max-iters none --epochs none", "MAX_ITERS and EPOCHS are both none.*set one"),
+        ("--max-iters none --phases full:1,full:none", "MAX_ITERS and EPOCHS are both none"),
         ("--learning-rate nan", "LEARNING_RATE is nan"),
+        ("--weight-decay nan", "WEIGHT_DECAY is nan; it must be at least 0"),
+        ("--seed -1", "SEED is -1"),
+        ("--min-learning-rate 2", "MIN_LEARNING_RATE is 2.0; it must be above 0 and at most 1"),
+        ("--run-name ../x", "RUN_NAME is '../x'"),
         ("--val-share 2", "VAL_SHARE is 2"),
         ("--n-head 3", "n_head is 3"),
         ("--block-size 900000", "BLOCK_SIZE is 900,000"),
@@ -330,8 +387,18 @@ def test_wrong_flags_exit_with_2(args):
 
 def test_every_setting_is_a_flag_with_a_reason():
     settings = {n for n in vars(train_mlx.settings([])) if n.isupper()} - {"BDH_CONFIG"}
-    constants = {n for n in vars(train_mlx) if n.isupper()} - {"PRESETS", "GUIDE"}
-    tables = {"FIELDS", "NEEDED", "PROMPTS", "EXPECT", "FIXED", "AT_LEAST", "ACTIONS", "UPDATE"}
+    constants = {n for n in vars(train_mlx) if n.isupper()} - {"PRESETS", "GUIDE", "BDH"}
+    tables = {
+        "FIELDS",
+        "NEEDED",
+        "PROMPTS",
+        "EXPECT",
+        "FIXED",
+        "AT_LEAST",
+        "ACTIONS",
+        "UPDATE",
+        "RANGES",
+    }
     assert settings == constants - tables - {"BDH_CONFIG"}
 
 

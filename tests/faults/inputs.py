@@ -43,6 +43,7 @@ import mlx.core as mx
 import numpy as np
 
 import bdh_mlx
+import checkpoints
 import data
 import generate
 import train_mlx
@@ -264,11 +265,11 @@ def answering(status, code=None, only_head=False):
 
 HUBS = {
     "refuses": ("http://127.0.0.1:9", "out of reach"),
-    "404": (answering(404, "RepoNotFound"), "not on the hub, or is private"),
+    "404": (answering(404, "RepoNotFound"), "not on the hub, or private"),
     "does not resolve": ("http://no-such-host.invalid", "out of reach"),
     "hangs": (None, "out of reach"),
     "answers, then hangs": (answering(200, only_head=True), "hub"),
-    "401": (answering(401, "RepoNotFound"), "not on the hub, or is private"),
+    "401": (answering(401, "RepoNotFound"), "not on the hub, or private"),
     "401, bad token": (answering(401), "hub"),
     "403 gated": (answering(403, "GatedRepo"), "gated"),
     "500": (answering(500), "hub"),
@@ -426,7 +427,7 @@ def _(n):
     "run names that leave the folder",
     1,
     1,
-    any_name=[(train_mlx, "re", SimpleNamespace(fullmatch=lambda *args: True))],
+    any_name=[(checkpoints, "re", SimpleNamespace(fullmatch=lambda *args: True))],
 )
 def _(n):
     for name in (

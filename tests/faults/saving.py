@@ -326,7 +326,7 @@ def _(n):
 )
 def _(n):
     for flag, value in (("n-layer", 2), ("n-embd", 16), ("block-size", 8), ("seed", 5)):
-        yield refusal(*train(fresh(8), f"--{flag}", value), f"-> {value}", "RUN_NAME"), None
+        yield refusal(*train(fresh(8), f"--{flag}", value), f"here {value}", "RUN_NAME"), None
     for edit in (dict.clear, lambda c: c.pop("data"), lambda c: c.update(settings=[])):
         box = fresh(8)
         at = box / "full/step-000008"
@@ -341,7 +341,7 @@ def _(n):
     config["versions"]["mlx"] = "0.1"
     (at / FILES[2]).write_text(json.dumps(config))
     write_manifest(at)
-    yield after(box, least="mlx 0.1 -> ")
+    yield after(box, least="mlx: there 0.1, here ")
 
 
 # --------------------------------------------------------------- disk, permissions, other processes
