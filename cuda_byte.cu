@@ -1,8 +1,8 @@
 // One byte through a layer on a CUDA GPU, touching active neurons only (cuda_byte.py launches it).
 //
 // A warp takes G pairs of neurons at a time and its lanes share their rows, of D numbers; what the
-// warps of a block added up is one of the `parts`, which the next kernel adds, always in the same
-// order. W warps a block, T the weights' type; sums and synapses are float32. NaNs are passed on.
+// warps of a block added up is one of the `parts`, which are added always in the same order. W warps
+// a block, T the weights' type; sums and synapses are float32. NaNs are passed on.
 
 namespace bdh {
 
@@ -47,7 +47,7 @@ template <int D> __device__ float gather(const float* parts, int count, size_t s
   float sum = 0;
 #pragma unroll 16
   for (int p = threadIdx.x / D; p < count; p += blockDim.x / D)
-    sum += parts[p * stride + threadIdx.x % D];
+    sum += __ldcg(parts + p * stride + threadIdx.x % D);  // other blocks wrote it: not from L1
   room[threadIdx.x] = sum;
   __syncthreads();
   sum = 0;
@@ -143,14 +143,16 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
   sum.template leave<W>(parts + ((size_t)blockIdx.x * gridDim.y + hb) * D);
 }
 
-// The sum over neurons of y E, y = relu(ln(a) Dy) x: parts (P*H, B, D), of P blocks a head. Of a
-// there are `count` parts; encoder_v and decoder (H, N, D).
+// v' = ln(v + ln(o)), in float32 and in T, with o the sum over neurons of y E, y = relu(ln(a) Dy) x.
+// Of a there are `count` parts, of o (P*H, B, D) P a head; encoder_v and decoder (H, N, D). The block
+// that is a row's last to be `done` adds up its parts; done (B) is 0 before and after.
 template <typename T, int D, int W, int G>
-__device__ void fire(const T* x, const float* a, int count, const T* encoder_v, const T* decoder,
-                     int B, int N, float* parts) {
+__device__ void fire(const T* x, const float* a, int count, const float* v, const T* encoder_v,
+                     const T* decoder, unsigned* done, int H, int B, int N, float* parts,
+                     float* out, T* low) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
   __shared__ alignas(16) float all[D];
-  const float number = ln(gather<D>(a + (size_t)hb * D, count, (size_t)gridDim.y * D));
+  const float number = ln(gather<D>(a + (size_t)hb * D, count, (size_t)H * B * D));
   if (threadIdx.x < D) all[threadIdx.x] = number;
   __syncthreads();
   Row<D> recalled, sum;
@@ -165,16 +167,15 @@ __device__ void fire(const T* x, const float* a, int count, const T* encoder_v, 
       if (!(y <= 0)) sum.plus(y, decoder + row);
     }
   }
-  sum.template leave<W>(parts + ((size_t)(blockIdx.x * gridDim.y / B + h) * B + b) * D);
-}
-
-// v' = ln(v + ln(o)) (B, D), of o in `count` parts (count, B, D); in float32 and in T.
-template <typename T, int D>
-__device__ void settle(const float* o, int count, const float* v, float* out, T* low) {
-  const size_t at = blockIdx.x * D + threadIdx.x % D;
-  float number = ln(gather<D>(o + blockIdx.x * D, count, (size_t)gridDim.x * D));
-  number = ln(v[at] + number);
-  if (threadIdx.x < D) out[at] = number, low[at] = T(number);
+  sum.template leave<W>(parts + ((size_t)(blockIdx.x * H + h) * B + b) * D);
+  __threadfence();
+  __syncthreads();  // the block has written its part
+  const unsigned last = gridDim.x * H - 1;
+  if (!__syncthreads_or(threadIdx.x == 0 && atomicInc(done + b, last) == last)) return;
+  __threadfence();
+  const float o = ln(gather<D>(parts + (size_t)b * D, last + 1, (size_t)B * D));
+  const float after = ln(v[b * D + threadIdx.x % D] + o);
+  if (threadIdx.x < D) out[b * D + threadIdx.x] = after, low[b * D + threadIdx.x] = T(after);
 }
 
 }  // namespace bdh

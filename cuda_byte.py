@@ -1,4 +1,4 @@
-"""One byte through the layers on a CUDA GPU: three kernels that touch active neurons only.
+"""One byte through the layers on a CUDA GPU: kernels that touch active neurons only.
 
 Of a trained model about a fifth of the neurons are active: most rows of the synapses, of encoder_v
 and of decoder need not be read. MLX has no product that skips rows, and no operation that changes
@@ -30,7 +30,7 @@ def weights_of(model, dtype: mx.Dtype) -> list[mx.array]:
     across = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
     rows = [w.astype(dtype) for w in (*across, model.decoder.reshape(H, N, D))]
     turns = ROPE_BASE ** (-np.arange(0, N, 2) / N) / (2 * np.pi)  # of a circle, here in 2^-32 of it
-    return [model.embed.weight, *rows, mx.array(np.round(turns * 2**32).astype(np.uint32))]
+    return [ln(model.embed.weight), *rows, mx.array(np.round(turns * 2**32).astype(np.uint32))]
 
 
 def step(idx, weights, count, synapses, before):
@@ -42,27 +42,31 @@ def step(idx, weights, count, synapses, before):
     embed, encoder, encoder_v, decoder, turns = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     W = THREADS // D * D // 32
-    how = {"template": [("T", dtype), ("D", D), ("W", W), ("G", G)], "threadgroup": (32 * W, 1, 1)}
     blocks = -(-N // (W * G))  # that give each warp G neurons; a batch needs fewer for each row
     pairs, single = (max(1, n // max(1, B // 8)) for n in (-(-blocks // 2), blocks))
 
-    def over(P):
-        return how | {"grid": (32 * W * P, H * B, 1)}
+    def run(kernel, P, inputs, *outputs):
+        return _kernel(*kernel)(
+            inputs=inputs,
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+            template=[("T", dtype), ("D", D), ("W", W), ("G", G)],
+            grid=(32 * W * P, H * B, 1),
+            threadgroup=(32 * W, 1, 1),
+        )
 
-    v = ln(embed[idx]).reshape(B, D)
+    v, done = embed[idx].reshape(B, D), mx.zeros(B, mx.uint32)
     low = v.astype(dtype)
     for S in synapses:
-        read, parts = [v, S, turns, count, before], ((pairs, H * B, D), mx.float32)
+        read, a = [v, S, turns, count, before], ((pairs, H * B, D), mx.float32)
         if B == 1:
-            x = ((H, B, N), dtype)
-            a, x = _run(RECALL_ONE, [*read, encoder], [parts, x], over(pairs))
+            a, x = run(RECALL_ONE, pairs, [*read, encoder], a, ((H, B, N), dtype))
         else:
             x = low[None] @ encoder.swapaxes(-1, -2)
-            (a,) = _run(RECALL, [*read, x], [parts], over(pairs))
-        o = [((single * H, B, D), mx.float32)]
-        (o,) = _run(FIRE, [x, a, encoder_v, decoder], o, over(single))
-        rows = {"grid": (32 * W * B, 1, 1)}
-        v, low = _run(SETTLE, [o, v], [((B, D), mx.float32), ((B, D), dtype)], how | rows)
+            (a,) = run(RECALL, pairs, [*read, x], a)
+        parts, row = ((single * H, B, D), mx.float32), (B, D)
+        inputs = [x, a, v, encoder_v, decoder, done]
+        _, v, low = run(FIRE, single, inputs, parts, (row, mx.float32), (row, dtype))
     return v[:, None]
 
 
@@ -83,15 +87,10 @@ RECALL_ONE = (
 )
 FIRE = (
     "fire",
-    ("x", "a", "encoder_v", "decoder"),
-    ("parts",),
-    "bdh::fire<T, D, W, G>(x, a, a_shape[0], encoder_v, decoder, x_shape[1], x_shape[2], parts);",
-)
-SETTLE = (
-    "settle",
-    ("o", "v"),
-    ("out", "low"),
-    "bdh::settle<T, D>(o, o_shape[0], v, out, low);",
+    ("x", "a", "v", "encoder_v", "decoder", "done"),
+    ("parts", "out", "low"),
+    "bdh::fire<T, D, W, G>(x, a, a_shape[0], v, encoder_v, decoder, (unsigned*)done, x_shape[0], "
+    "x_shape[1], x_shape[2], parts, out, low);",
 )
 
 
@@ -99,8 +98,3 @@ SETTLE = (
 def _kernel(name, inputs, outputs, call):
     source = Path(__file__).with_suffix(".cu").read_text()
     return mx.fast.cuda_kernel(name, list(inputs), list(outputs), call, source)
-
-
-def _run(kernel, inputs, outputs, how):
-    shapes, dtypes = zip(*outputs, strict=True)
-    return _kernel(*kernel)(inputs=inputs, output_shapes=shapes, output_dtypes=dtypes, **how)
