@@ -145,7 +145,7 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
 
 // v' = ln(v + ln(o)), in float32 and in T, with o the sum over neurons of y E, y = relu(ln(a) Dy) x.
 // Of a there are `count` parts, of o (P*H, B, D) P a head; encoder_v and decoder (H, N, D). The block
-// that is a row's last to be `done` adds up its parts; done (B) is 0 before and after.
+// that is a row's last to be `done` adds up its parts; done (B..) is 0 before and after.
 template <typename T, int D, int W, int G>
 __device__ void fire(const T* x, const float* a, int count, const float* v, const T* encoder_v,
                      const T* decoder, unsigned* done, int H, int B, int N, float* parts,

@@ -55,7 +55,8 @@ def step(idx, weights, count, synapses, before):
             threadgroup=(32 * W, 1, 1),
         )
 
-    v, done = embed[idx].reshape(B, D), mx.zeros(B, mx.uint32)
+    # arrays of up to 8 bytes lie in the host's memory, where blocks would count very slowly
+    v, done = embed[idx].reshape(B, D), mx.zeros(B + 2, mx.uint32)
     low = v.astype(dtype)
     for S in synapses:
         read, a = [v, S, turns, count, before], ((pairs, H * B, D), mx.float32)

@@ -184,7 +184,7 @@ def test_a_prompt_of_a_megabyte_takes_the_memory_of_a_short_one():
         logits, state = prefill(model, idx)
         peaks.append(mx.get_peak_memory() - before)
         assert state.position == n and mx.all(mx.isfinite(logits)).item()
-    assert peaks[1] < 1.2 * peaks[0] + 2**20
+    assert peaks[1] < 1.2 * peaks[0] + 2**22  # the prompt and its pieces
 
 
 def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(monkeypatch):
