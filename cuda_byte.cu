@@ -41,18 +41,26 @@ __device__ float ln(float value) {
   return value * rsqrtf(block_mean(value * value) + 1e-5f);
 }
 
-// Number threadIdx.x % D of the sum of `count` rows that lie `stride` numbers apart.
+// Number threadIdx.x % D of the sum of `count` rows that lie `stride` numbers apart. Eight loads are
+// under way at once: one after the other they would take longer than all the rest.
 template <int D> __device__ float gather(const float* parts, int count, size_t stride) {
-  __shared__ float room[1024];
-  float sum = 0;
-#pragma unroll 16
-  for (int p = threadIdx.x / D; p < count; p += blockDim.x / D)
-    sum += __ldcg(parts + p * stride + threadIdx.x % D);  // other blocks wrote it: not from L1
+  __shared__ float4 room[512];  // of as many threads
+  const int d = threadIdx.x % (D / 4), row = threadIdx.x / (D / 4), rows = blockDim.x / (D / 4);
+  float4 sum = {};
+  for (int first = row; first < count; first += 8 * rows) {
+    float4 some[8] = {};
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (first + i * rows < count)  // past L1: other blocks wrote them
+        some[i] = __ldcg((const float4*)(parts + (first + i * rows) * stride) + d);
+#pragma unroll
+    for (int i = 0; i < 8; i++) add(sum, 1, some[i]);
+  }
   room[threadIdx.x] = sum;
   __syncthreads();
-  sum = 0;
-  for (int i = threadIdx.x % D; i < blockDim.x; i += D) sum += room[i];
-  return sum;
+  float all = 0;
+  for (int r = 0; r < rows; r++) all += ((float*)room)[r * D + threadIdx.x % D];
+  return all;
 }
 
 // A warp's share of a row: float4s lane, lane + 32, ... of it.

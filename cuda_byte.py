@@ -16,6 +16,7 @@ from fast_layer import ROPE_BASE, ln
 
 G = 8  # pairs of neurons that a warp takes at a time
 THREADS = 512  # of a block, at most
+BLOCKS = 512  # about as many fill a GPU; each leaves a part, and parts cost time too
 
 
 def fits(config) -> bool:
@@ -42,8 +43,8 @@ def step(idx, weights, count, synapses, before):
     embed, encoder, encoder_v, decoder, turns = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     W = THREADS // D * D // 32
-    blocks = -(-N // (W * G))  # that give each warp G neurons; a batch needs fewer for each row
-    pairs, single = (max(1, n // max(1, B // 8)) for n in (-(-blocks // 2), blocks))
+    most = -(-BLOCKS // (H * B))  # blocks of a row's head
+    pairs, single = (min(most, -(-n // (W * G))) for n in (N // 2, N))
 
     def run(kernel, P, inputs, *outputs):
         return _kernel(*kernel)(

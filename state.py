@@ -225,7 +225,7 @@ def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
         if state.tail and len(state.tail.read) > state.tail.count:
             state = _read_again(model, state)
         tail = state.tail or _opened(state, model, B)
-        given = idx, laid.weights, laid.counts[tail.count], tail.first
+        given = idx, laid.weights, mx.array(tail.count), tail.first
         if laid.in_place:
             before = tail.read[-1][1] if tail.read else mx.zeros((B, 1, laid.shape[1]))
             v, first = laid.step(*given, before), tail.first
@@ -280,7 +280,6 @@ class _Laid:
         self.made_of, self.dtype, (H, D, N) = made_of, made_of[-1], model.encoder.shape
         self.shape = H, D, N
         if _on_gpu():
-            self.counts = mx.arange(TURN)  # on the GPU: one from the host is read over the bus
             self.in_place = cuda_byte.fits(model.config)
             self.weights = (cuda_byte.weights_of if self.in_place else _weights)(model, self.dtype)
             self.step = mx.compile(cuda_byte.step if self.in_place else step)
@@ -289,7 +288,7 @@ class _Laid:
             arrays = (model.embed.weight, model.encoder, model.encoder_v, rows, model.decoder)
             self.weights = [np.array(array, copy=False) for array in arrays]
             self.room = np.empty((H * N, D), np.float32)  # gathered rows
-        mx.eval([self.weights, self.counts] if _on_gpu() else [])
+        mx.eval(self.weights if _on_gpu() else [])
 
     def step_rows(self, idx, state):
         """One byte of every row on a CPU, one by one: a row's neurons and synapses are its own."""
