@@ -14,9 +14,9 @@ import numpy as np
 
 from fast_layer import ROPE_BASE, ln
 
-G = 8  # pairs of neurons that a warp takes at a time
+G = 16  # pairs of neurons that a warp takes at a time (LOG.md)
 THREADS = 512  # of a block, at most
-BLOCKS = 512  # about as many fill a GPU; each leaves a part, and parts cost time too
+BLOCKS = 256  # about as many fill a GPU; each leaves a part, and parts cost time too
 
 
 def fits(config) -> bool:
