@@ -14,9 +14,10 @@ A window bounds the memory in time: S is kept as PARTS sums over stretches of by
 is dropped, so that what is read reaches back between W - W / PARTS and W bytes.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -82,7 +83,8 @@ class Open(NamedTuple):
     count: int
     origin: int
     first: tuple[mx.array, ...]  # of each layer (H, B, N, D)
-    read: list[tuple[mx.array, mx.array]]  # with CUDA: each byte (B, 1) in `first`, and its v
+    read: deque[tuple[mx.array, mx.array]]  # with CUDA: each byte (B, 1) in `first`, and its v;
+    # no list, in which each evaluation of a state would look for arrays to evaluate
 
 
 # ------------------------------------------------------------------------------ many bytes at once
@@ -213,7 +215,7 @@ def fold(model, state: State) -> State:
 
 def _read_again(model, state: State) -> State:
     """The state, of whose synapses another one's bytes are part by now, with its own."""
-    own = [byte for byte, _ in state.tail.read[: state.tail.count]]
+    own = [byte for byte, _ in islice(state.tail.read, state.tail.count)]
     before = state._replace(position=state.position - len(own), tail=None)
     return prefill(model, mx.concatenate(own, 1), before)[1]
 
@@ -250,7 +252,7 @@ def _opened(state: State, model, B: int) -> Open:
         own = map(mx.add, own, turned)
     first = tuple(own)
     mx.eval(first)
-    return Open(0, state.position, first, [])
+    return Open(0, state.position, first, deque())
 
 
 def _new_tail(model, B: int) -> Tail:
