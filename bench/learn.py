@@ -54,7 +54,7 @@ SWEEP = {
     "decay 1": "--weight-decay 1",
     "average": "--ema 0.99",
     "average, decay 1": "--weight-decay 1 --ema 0.99 --max-iters 2000",
-    "all": "--noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema 0.99 --max-iters 2000",
+    "small-data": "--noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema 0.99 --max-iters 2000",
     "dropout 0.7": "--dropout 0.7",
     "width 384": "--n-embd 384 --dropout 0.6",
     "layers 8": "--n-layer 8",
@@ -86,7 +86,6 @@ ARMS = {  # name: phases of (mode, share of the updates, flags)
         ("system", 0.5, f"{OWN} 3000 --learning-rate 1e-4"),
         ("instruction", 0.5, f"{OWN} 3000 --learning-rate 5e-5"),
     ],
-    "merged": [("both", 0.3, RATE), ("system", 0.1, RATE), ("instruction", 0.6, RATE)],
 }
 MODES = ("system", "instruction", "both", "full")
 
@@ -184,7 +183,6 @@ def recipe_jobs(args) -> list[dict]:
 
 
 def guide_jobs(args) -> list[dict]:
-
     folder = args.work / "records"
     sides = split_records(args.records, folder)
     print(f"guide: {', '.join(f'{len(some):,} {side} records' for side, some in sides.items())}")
@@ -203,8 +201,6 @@ def guide_jobs(args) -> list[dict]:
                 )
             time = sum(seconds(phase) for phase in phases) + 15
             job = {"in": "guide", "name": f"guide: {name}, seed {seed}", "of": name}
-            if name == "merged":  # two specialists of one base
-                job |= {"starts": [None, 0, 0], "merge": [1, 2]}
             job |= {"phases": phases, "judge": str(folder), "large": True, "seconds": time}
             found.append(job)
     return found
@@ -240,8 +236,7 @@ def train(job: dict, work: Path) -> dict:
     curve, speeds, before, trained = [], [], 0, 0
     for i, flags in enumerate(job["phases"]):
         argv = [*flags.split(), "--checkpoint-dir", str(runs), "--run-name", f"phase{i}"]
-        start = job["starts"][i] if "starts" in job else i - 1
-        argv += ["--init-from", f"phase{start}"] if i else []
+        argv += ["--init-from", f"phase{i - 1}"] if i else []
         s = train_mlx.settings(argv)
         with contextlib.redirect_stdout(sys.stderr):
             code = train_mlx.main(argv)
@@ -257,15 +252,12 @@ def train(job: dict, work: Path) -> dict:
     result = curve_result(curve) | {"bytes": trained, "exit_code": code}
     result["bytes_per_s"] = round(statistics.median(speeds)) if speeds else None
     result["parameters"] = sum(p.size for _, p in tree_flatten(model.parameters()))
-    if "merge" in job and not code:
-        model = merged(*(bdh_mlx.load_model(runs / f"phase{i}") for i in job["merge"]))
     if "reach" in job:
         val = np.fromfile(Path(s.DATASET, "val.bin"), np.uint8)
         result["by_position"] = by_position(model, val, s.BLOCK_SIZE, job["reach"])
     if "judge" in job:
         result["bits"] = judge(model, Path(job["judge"]), s.BLOCK_SIZE)
-    if not job.get("keep"):
-        shutil.rmtree(runs)
+    shutil.rmtree(runs)
     return result
 
 
@@ -274,31 +266,6 @@ def curve_result(curve: list) -> dict:
     start = max(i for i, (_, _) in enumerate(curve) if i == 0 or curve[i][0] <= curve[i - 1][0])
     step, best = min(curve[start:], key=lambda point: point[1])
     return {"curve": [(s, round(v, 4)) for s, v in curve], "best": round(best, 4), "at": step}
-
-
-def merged(one, other):
-    """Two clones of one base, each trained on its own since, as one model of twice the neurons.
-
-    The paper (7.1) puts the neurons of both into each head, where each must keep its own frequency
-    of rotation. Here each keeps its own head, and so its frequency and its synapses: twice the
-    heads, arrays of neurons side by side, the mean of embed and lm_head.
-    """
-    from dataclasses import replace
-
-    import mlx.core as mx
-
-    import bdh_mlx
-
-    c = one.config
-    twice = replace(
-        c, n_head=2 * c.n_head, mlp_internal_dim_multiplier=2 * c.mlp_internal_dim_multiplier
-    )
-    model = bdh_mlx.BDH(twice)
-    for name in ("encoder", "encoder_v", "decoder"):
-        setattr(model, name, mx.concatenate([getattr(one, name), getattr(other, name)]))
-    model.embed.weight = (one.embed.weight + other.embed.weight) / 2
-    model.lm_head = (one.lm_head + other.lm_head) / 2
-    return model
 
 
 def judge(model, folder: Path, T: int) -> dict:
@@ -493,7 +460,6 @@ def guide_says(rows: list[dict], folder: Path) -> str:
     pairs = [
         ("both", "phased", "both", "instruction"),
         ("both", "phased", "instruction", "instruction"),
-        ("merged", "phased", "instruction", "instruction"),
         ("full, loss on response", "full", "full", "response"),
     ]
     for one, other, mode, field in pairs:

@@ -4,13 +4,9 @@ import json
 import math
 import sys
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
-from mlx.utils import tree_map
-
-import bdh_mlx
 
 sys.path.insert(0, str(ROOT / "bench"))
 import baselines
@@ -79,13 +75,3 @@ def test_a_flat_model_costs_eight_bits_a_byte():
     train, val = rng.integers(0, 256, (2, 20_000), dtype=np.uint8)
     assert baselines.order_n(train, val, 0) == pytest.approx(8, abs=0.05)
     assert math.isclose(baselines.bits_per_byte(bytes(val), bytes(val))["xz"], 8, rel_tol=0.02)
-
-
-def test_a_model_merged_with_itself_is_itself():
-    """Twice the same heads: the layer norm takes out the factor 2, up to its epsilon."""
-    one = bdh_mlx.BDH(bdh_mlx.BDHConfig(2, 16, 0.0, 2, 8))
-    one.update(tree_map(lambda a: 30 * a, one.parameters()))
-    idx = mx.random.randint(0, 256, (2, 30))
-    both = learn.merged(one, one)
-    assert both.config.neurons_per_head == one.config.neurons_per_head
-    assert mx.allclose(both(idx)[0], one(idx)[0], rtol=1e-3, atol=1e-3).item()
