@@ -1,8 +1,8 @@
 // One byte through a layer on a CUDA GPU, touching active neurons only (cuda_byte.py launches it).
 //
-// A warp takes G pairs of neurons at a time and its lanes share their rows, of D numbers; what the
-// warps of a block added up is one of the `parts`, which are added always in the same order. W warps
-// a block, T the weights' type; sums and synapses are float32. NaNs are passed on.
+// A warp takes G pairs of neurons (`fire`: G neurons) at a time and its lanes share their rows, of D
+// numbers; what the warps of a block added up is one of the `parts`, which are added always in the
+// same order. W warps a block, T the weights' type; sums and synapses are float32. NaNs are passed on.
 
 namespace bdh {
 
@@ -98,7 +98,7 @@ template <int D> struct Row {
   }
 };
 
-// x (H, 1, N) = relu(v Dx) of one row, before its rotation; the lane's neuron of the 2 G from n on.
+// x (H, 1, N) = v Dx of one row, not yet rectified; gives the lane's neuron of the 2 G from n on.
 template <typename T, int D, int G>
 __device__ float excite(const Row<D>& v, const T* encoder, int n, int N, T* x) {
   const int lane = threadIdx.x % 32;
@@ -114,8 +114,8 @@ __device__ float excite(const Row<D>& v, const T* encoder, int n, int N, T* x) {
   return float(T(mine));
 }
 
-// a = q S and S += q v^T with q = R_t relu(x): parts (P, H*B, D) of a. Where there is no x (H, B, N)
-// it is `excited`, from v and encoder (H, N, D). turns are in 2^-32 of one, so t * turns wraps.
+// a = q S and S += q v^T with q = R_t relu(x): parts (P, H*B, D) of a. Where no x (H, B, N) is given,
+// it comes from v and encoder (H, N, D), into `excited`. turns are in 2^-32 of one: t * turns wraps.
 template <typename T, int D, int W, int G>
 __device__ void recall(const T* x, T* excited, const float* v, const T* encoder, float* S,
                        const uint32_t* turns, uint32_t t, int B, int N, float* parts) {
@@ -131,11 +131,11 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
       mine = float(x[(size_t)hb * N + n + lane]);
     if (mine <= 0) mine = 0;
     float x0 = __shfl_sync(~0u, mine, 2 * lane % 32), x1 = __shfl_sync(~0u, mine, 2 * lane % 32 + 1);
+    const bool own = lane < G && pair + lane < N / 2;
     float sine = 0, cosine = 0;
-    if (lane < G && pair + lane < N / 2)
-      sincospif(int(t * turns[pair + lane]) * 0x1p-31f, &sine, &cosine);
+    if (own) sincospif(int(t * turns[pair + lane]) * 0x1p-31f, &sine, &cosine);
     const float q0 = x0 * cosine - x1 * sine, q1 = x1 * cosine + x0 * sine;
-    unsigned active = __ballot_sync(~0u, lane < G && (q0 != 0 || q1 != 0));
+    unsigned active = __ballot_sync(~0u, own && (q0 != 0 || q1 != 0));
     for (; active; active &= active - 1) {
       const int i = __ffs(active) - 1;
       const float q = __shfl_sync(~0u, q0, i), r = __shfl_sync(~0u, q1, i);

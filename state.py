@@ -39,7 +39,7 @@ class State(NamedTuple):
     """The bytes read so far; never changed, so it can be kept and continued many times.
 
     State() has read nothing, State(window=W) will remember W bytes at most. A state of batch 1 can
-    be read on with any batch: its rows share the synapses until the tail is added to them.
+    be read on with any batch: its rows share the synapses until bytes of their own are added.
     """
 
     position: int = 0  # bytes read
@@ -75,16 +75,20 @@ class Tail(NamedTuple):
 class Open(NamedTuple):
     """GPU: the synapses with the last `count` bytes, positions counted from `origin`.
 
-    With CUDA states share the arrays, and each byte `read` changes them: a state that another has
-    gone on from reads its own bytes again, from the synapses before them. No graph shows the
-    change, so what comes after a byte must wait for its v.
+    With CUDA states share the arrays, and each further byte changes them: a state that another has
+    gone on from is `stale`, and reads its bytes again before anything is asked of it. No graph
+    shows the change, so what comes after a byte must wait for its v.
     """
 
     count: int
     origin: int
     first: tuple[mx.array, ...]  # of each layer (H, B, N, D)
-    read: deque[tuple[mx.array, mx.array]]  # with CUDA: each byte (B, 1) in `first`, and its v;
+    bytes: deque[tuple[mx.array, mx.array]]  # with CUDA: those in `first`, (B, 1), and their v;
     # no list, in which each evaluation of a state would look for arrays to evaluate
+
+    @property
+    def stale(self) -> bool:
+        return len(self.bytes) > self.count
 
 
 # ------------------------------------------------------------------------------ many bytes at once
@@ -200,47 +204,56 @@ def fold(model, state: State) -> State:
     if not tail:
         return state
     if isinstance(tail, Open):
-        if len(tail.read) > tail.count:
-            return fold(model, _read_again(model, state))
-        if tail.read:
-            mx.eval(tail.read[-1][1])
-        after = [turn(S, tail.origin) for S in tail.first]
-        written = map(mx.subtract, after, state.synapses) if state.synapses else after
-        folded = _added(state, tuple(written))
-        mx.eval(folded if tail.read else [])
-        return folded
+        return _fold_open(model, state)
     cut = [(k[..., : tail.count, :], v[:, : tail.count]) for k, v in zip(*tail[1:3], strict=True)]
     return _added(state, [mx.array(k).swapaxes(-1, -2) @ mx.array(v) for k, v in cut])
 
 
+def _fold_open(model, state: State) -> State:
+    tail = state.tail
+    if tail.stale:
+        return fold(model, _read_again(model, state))
+    if tail.bytes:
+        mx.eval(tail.bytes[-1][1])
+    before = state.synapses or [0] * len(tail.first)  # minus 0 makes a copy: `first` may change yet
+    written = [turn(S, tail.origin) - old for S, old in zip(tail.first, before, strict=True)]
+    mx.eval(written)
+    return _added(state, written)
+
+
 def _read_again(model, state: State) -> State:
-    """The state, of whose synapses another one's bytes are part by now, with its own."""
-    own = [byte for byte, _ in islice(state.tail.read, state.tail.count)]
+    """The same state with arrays of its own."""
+    own = [byte for byte, _ in islice(state.tail.bytes, state.tail.count)]
     before = state._replace(position=state.position - len(own), tail=None)
     return prefill(model, mx.concatenate(own, 1), before)[1]
 
 
 def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     """idx (B, 1) through all layers: v (B, 1, D) after the last, and the State."""
-    laid, B = _laid_out(model), idx.shape[0]
     if _on_gpu():
-        if state.tail and len(state.tail.read) > state.tail.count:
-            state = _read_again(model, state)
-        tail = state.tail or _opened(state, model, B)
-        given = idx, laid.weights, mx.array(tail.count), tail.first
-        if laid.in_place:
-            before = tail.read[-1][1] if tail.read else mx.zeros((B, 1, laid.shape[1]))
-            v, first = laid.step(*given, before), tail.first
-            tail.read.append((idx, v))
-        else:
-            v, first = laid.step(*given)
-        tail = tail._replace(count=tail.count + 1, first=first)
+        v, tail = _step_open(model, idx, state)
     else:
-        v, tail = laid.step_rows(idx, state._replace(tail=state.tail or _new_tail(model, B)))
+        tail = state.tail or _new_tail(model, idx.shape[0])
+        v, tail = _laid_out(model).step_rows(idx, state._replace(tail=tail))
     state = state._replace(position=state.position + 1, tail=tail)
     ends_part = state.window and state.position % _part(state.window) == 0
     full = tail.count == (TURN if _on_gpu() else TAIL)
     return v, fold(model, state) if full or ends_part else state
+
+
+def _step_open(model, idx: mx.array, state: State) -> tuple[mx.array, Open]:
+    if state.tail and state.tail.stale:
+        state = _read_again(model, state)
+    laid, B = _laid_out(model), idx.shape[0]
+    tail = state.tail or _opened(state, model, B)
+    given = idx, laid.weights, mx.array(tail.count), tail.first
+    if laid.in_place:
+        before = tail.bytes[-1][1] if tail.bytes else mx.zeros((B, 1, laid.shape[1]))
+        v, first = laid.step(*given, before), tail.first
+        tail.bytes.append((idx, v))
+    else:
+        v, first = laid.step(*given)
+    return v, tail._replace(count=tail.count + 1, first=first)
 
 
 def _opened(state: State, model, B: int) -> Open:
@@ -387,7 +400,8 @@ def step(idx, weights, count, synapses):
 
 def ahead(steps: Iterator) -> Iterator:
     """The steps of an endless stream, on a GPU each once the next has been submitted: it computes
-    while the host reads its results, which would else take turns.
+    while the host reads its results, which would else take turns. So a state of a CUDA stream is
+    stale once it is given: whoever goes on from it reads up to TURN bytes again.
     """
     if not _on_gpu():
         yield from steps

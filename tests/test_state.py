@@ -17,8 +17,9 @@ from writing import read, write
 @pytest.fixture(params=["numpy", "mlx", "in place"])
 def step(request, monkeypatch):
     """The path a CPU takes, and those GPUs take, here on a CPU, where compiling them is slow."""
+    monkeypatch.setattr(state, "TURN", 50)
     if mx.default_device() == mx.gpu:
-        return  # its own, CUDA's kernels too
+        return  # its own
     monkeypatch.setattr(mx, "compile", lambda step: step)
     monkeypatch.setattr(state, "_on_gpu", lambda: request.param != "numpy")
     if request.param == "in place":
@@ -30,8 +31,9 @@ def step(request, monkeypatch):
 def step_in_place(idx, weights, count, synapses, before):
     """As CUDA's kernels do: the arrays that states share change."""
     v, after = state.step(idx, weights, count, synapses)
+    mx.eval(v, after)
     for S, written in zip(synapses, after, strict=True):
-        S[:] = written
+        np.array(S, copy=False)[...] = np.array(written)
     return v
 
 
@@ -90,6 +92,25 @@ def test_a_kept_state_is_not_changed_by_going_on_from_it(step, cut):
     mx.eval(prefill(model, other, state))
     assert close(read_by(model, idx[:, cut:], again, state)[0], first)
     assert close(first, model.quadratic(idx)[0][:, cut:])
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_folded_state_is_not_changed_by_going_on_from_what_it_was(step, cut):
+    model, idx, other = random_model(), random_bytes(1, 20), random_bytes(1, 20, seed=7)
+    _, state = read_by(model, idx[:, :cut], list(range(1, cut)))
+    folded = fold(model, state)
+    mx.eval(read_by(model, other, [1, 2], state)[0])
+    assert close(model.read(idx[:, cut:], folded)[0], model.quadratic(idx)[0][:, cut:])
+
+
+def test_a_stream_is_gone_on_from_where_it_stopped(step):
+    """The state that is given with a byte, when the next has been computed already."""
+    model, prompt = random_model(), np.array(random_bytes(2, 9))
+    stream = write(model, *read(model, prompt), Sampling(), mx.random.key(1), prompt)
+    written = [next(stream) for _ in range(60)]
+    drawn, more = mx.array([tokens for tokens, _ in written]).T, random_bytes(2, 5)
+    text = mx.concatenate([mx.array(prompt), drawn, more], 1)
+    assert close(model.read(more, written[-1][1])[0], model.quadratic(text)[0][:, -5:])
 
 
 def test_rows_of_a_batch_are_singles_and_share_a_state(step):
