@@ -159,7 +159,8 @@ __device__ void fire(const T* x, const float* a, int count, const float* v, cons
                      const T* decoder, unsigned* done, int H, int B, int N, float* parts,
                      float* out, T* low) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
-  __shared__ alignas(16) float all[D];
+  __shared__ float4 room[D / 4];
+  float* all = (float*)room;
   const float number = ln(gather<D>(a + (size_t)hb * D, count, (size_t)H * B * D));
   if (threadIdx.x < D) all[threadIdx.x] = number;
   __syncthreads();
