@@ -14,6 +14,8 @@ RISE = 0.01  # relative rise of a validation loss, always of the same bytes, tha
 JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ updates, to the next
 HARD = 10  # gradient norm, in GRAD_CLIPs, beyond which the clipping alone sets the step
 NOISE = 0.9  # share of the order-0 entropy above which text is noise
+LATE = 0.25  # share of a run by which it should know more than which byte follows which
+RATE = 1e-3  # of the official training, and of the best of LOG.md's runs
 
 
 def order_0(data: np.ndarray) -> float:
@@ -22,10 +24,21 @@ def order_0(data: np.ndarray) -> float:
     return float(-np.sum(share[share > 0] * np.log(share[share > 0])))
 
 
-def advise(history: list[dict], s: SimpleNamespace, total: int, entropy: float) -> dict[str, str]:
+def order_1(data: np.ndarray) -> float:
+    """Nats per byte of a model that knows how often each byte follows each other in `data`."""
+    pairs = np.zeros((256, 256))
+    np.add.at(pairs, (data[:-1], data[1:]), 1)
+    share = pairs / np.maximum(pairs.sum(1, keepdims=True), 1)
+    return float(-np.sum(pairs[pairs > 0] * np.log(share[pairs > 0])) / max(1, pairs.sum()))
+
+
+def advise(
+    history: list[dict], s: SimpleNamespace, total: int, known: tuple[float, float]
+) -> dict[str, str]:
     """Advice by the name of its sign, for the evaluation that ends `history` (metrics.jsonl).
 
-    total: updates of the whole run; entropy: order_0 of the validation bytes that LOSS_ON counts.
+    total: updates of the whole run; known: order_0 and order_1 of the validation bytes that LOSS_ON
+    counts.
     """
     val = {m["step"]: m["judged"] for m in history if "judged" in m}
     lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]
@@ -41,9 +54,10 @@ def advise(history: list[dict], s: SimpleNamespace, total: int, entropy: float) 
         loss={b: float(np.mean([m["loss"] for m in lines[a, b]])) for a, b in lines},
         lines=list(lines.values()),
         total=total,
-        entropy=entropy,
+        order_0=known[0],
+        order_1=known[1],
     )
-    for sign in (overfitting, too_high, stuck, not_coherent):
+    for sign in (overfitting, too_high, stuck, not_coherent, slow):
         if said := sign(run, s):
             return {sign.__name__: said}
     return {}
@@ -105,7 +119,7 @@ def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
         return None  # slow for another reason
     intervals = min(20, (run.total - run.now) / (run.now - run.before))
     now, gain = run.val[run.now], (run.val[run.before] - run.val[run.now]) * intervals
-    above = now - NOISE * run.entropy
+    above = now - NOISE * run.order_0
     still = run.loss[run.now] > (1 - RISE) * run.loss[run.before]
     if intervals > 0 and (gain < above or (gain < RISE * now and still)):
         return (
@@ -116,11 +130,22 @@ def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
 
 
 def not_coherent(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
-    if run.val[run.now] > NOISE * run.entropy:
-        bits, known = (nats / math.log(2) for nats in (run.val[run.now], run.entropy))
+    if run.val[run.now] > NOISE * run.order_0:
+        bits, known = (nats / math.log(2) for nats in (run.val[run.now], run.order_0))
         end = "MAX_ITERS" if run.total == s.MAX_ITERS else "EPOCHS"
         return (
             f"not yet coherent: {bits:.2f} bits per byte, and to know only how often each byte "
             f"occurs gives {known:.2f}: samples are noise. "
             + ("Go on" if run.now < run.total else f"Double {end} ({vars(s)[end]:g})")
+        )
+
+
+def slow(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+    late = run.now >= max(LATE * run.total, 2 * s.WARMUP_ITERS)
+    if late and s.LEARNING_RATE < RATE and run.val[run.now] > run.order_1:
+        bits, known = (nats / math.log(2) for nats in (run.val[run.now], run.order_1))
+        return (
+            f"slow: {bits:.2f} bits per byte after {run.now} of {run.total} iterations; to know "
+            f"only which byte follows which gives {known:.2f}. Raise LEARNING_RATE from "
+            f"{s.LEARNING_RATE:g} to {RATE:g}"
         )

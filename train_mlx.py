@@ -35,7 +35,7 @@ import data
 import flags
 import memory
 import phases
-from advice import advise, order_0
+from advice import advise, order_0, order_1
 from endure import Enduring, Stop
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
 from metrics import activity, evaluations, open_log, printing, samples
@@ -528,7 +528,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
     skipped = in_a_row = 0
     counted = val[1] == FIELDS.index(s.LOSS_ON) if s.LOSS_ON != "all" else slice(None)
-    entropy = order_0(val[0][counted])
+    known = order_0(val[0][counted]), order_1(val[0][counted])
 
     def where(step):
         count = sequences(s)
@@ -575,7 +575,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
             found["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
             with averaged(model, optimizer):
                 found |= activity(model, val[0], s.BLOCK_SIZE)
-            found["advice"] = advise([*history, found], s, total, entropy)
+            found["advice"] = advise([*history, found], s, total, known)
             log(**found)  # logged: all done
             if together.first:
                 with averaged(model, optimizer):

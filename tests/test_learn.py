@@ -14,7 +14,7 @@ import checkpoints
 import export
 import report
 import train_mlx
-from advice import advise, order_0
+from advice import advise, order_0, order_1
 from bdh_mlx import UserError
 from formats import FIELDS
 from metrics import activity
@@ -330,7 +330,7 @@ def series(val, loss, start=5.6, **of_lines):
 
 def advised(history, *args, total=1000):
     s = train_mlx.settings(["--learning-rate", "1e-3", "--warmup-iters", "10", *args])
-    return advise(history, s, total, entropy=3.25)
+    return advise(history, s, total, known=(3.25, 2.5))
 
 
 FALLING = [[4.0, 3.0, 2.8, 2.7], [2.6, 2.5, 2.4, 2.4], [2.3, 2.3, 2.2, 2.2]]
@@ -388,6 +388,22 @@ def test_text_no_better_than_its_byte_frequencies_is_not_yet_coherent():
     assert at_the_end.endswith("Double MAX_ITERS (20)")
     by_epochs = advised(history, "--max-iters", "21", total=20)["not_coherent"]
     assert by_epochs.endswith("Double EPOCHS (3)")
+
+
+def test_to_know_no_more_than_pairs_of_bytes_late_in_a_run_is_slow():
+    history = series([2.9, 2.7, 2.6], [*FALLING[:2], [2.4, 2.4, 2.3, 2.3]])
+    low = "--learning-rate", "5e-5"
+    said = advised(history, *low, total=200)["slow"]
+    assert "3.75 bits per byte after 60 of 200" in said and "which gives 3.61" in said
+    assert "Raise LEARNING_RATE from 5e-05 to 0.001" in said
+    assert advised(history, *low, total=1000) == advised(history, total=200) == {}
+    assert advised(history, *low, "--warmup-iters", "31", total=200) == {}
+
+
+def test_the_order_1_entropy_is_that_of_the_pairs():
+    assert order_1(np.array([1, 2] * 50, np.uint8)) == 0
+    data = np.array([1, 2, 1, 3] * 500, np.uint8)  # after 1 two bytes are as likely
+    assert order_1(data) == pytest.approx(math.log(2) / 2, rel=1e-3)
 
 
 def test_the_order_0_entropy_is_that_of_the_byte_frequencies():
