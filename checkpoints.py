@@ -20,7 +20,8 @@ from types import SimpleNamespace
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from bdh_mlx import BDH, UserError, read_arrays, save_model, visible
+from bdh_mlx import BDH, read_arrays, save_model
+from errors import UserError, visible
 
 
 class NoneValid(UserError):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bdh_mlx import UserError
+from errors import UserError
 from formats import FIELDS, NEEDED, SEPARATOR, pieces
 
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl"

@@ -5,13 +5,12 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from bdh_mlx import BDH, UserError  # before mlx.core, to which it gives a fast BLAS on Linux
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 
 import data
+from bdh_mlx import BDH
+from errors import UserError
 from formats import FIELDS
 from train_mlx import byte_losses, evaluate
 

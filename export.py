@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import bdh_mlx
-from bdh_mlx import BDHConfig, UserError, visible
+from bdh_mlx import BDHConfig
+from errors import UserError, visible
 
 CARD = """---
 license: other  # fill in: the licence you give, which that of the data must allow

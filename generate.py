@@ -32,7 +32,7 @@ import evaluation
 import export
 import formats
 import neurons
-from bdh_mlx import UserError
+from errors import UserError, visible
 from flags import Parser
 from memory import compute_for
 from sampling import WINDOW, Sampling
@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         prompt = read_prompt(args)
         jobs = [Job(1, i, {}, prompt) for i in range(1, args.samples + 1)]
         for job, text, _ in write_jobs(jobs, *how):
-            print(f"--- sample {job.sample}\n{bdh_mlx.visible(as_text(prompt) + text)}")
+            print(f"--- sample {job.sample}\n{visible(as_text(prompt) + text)}")
     else:
         prompt = read_prompt(args)
         length = state.position + len(prompt) + args.max_new_tokens
@@ -323,7 +323,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(print(f"error: {bdh_mlx.visible(str(error))}", file=sys.stderr) or 2)
+        sys.exit(print(f"error: {visible(str(error))}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted

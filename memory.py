@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 
-from bdh_mlx import BDHConfig, UserError
+from bdh_mlx import BDHConfig
+from errors import UserError
 from fast_layer import Compute, segments
 
 SETTINGS = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, keep: Compute

@@ -12,9 +12,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from bdh_mlx import visible  # before mlx.core, to which it gives a fast BLAS on Linux
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 
@@ -22,6 +19,7 @@ import data
 import memory
 import phases
 import train_mlx
+from errors import visible
 from formats import FIELDS, NEEDED, SEPARATOR, STOP, format_example, pieces
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)

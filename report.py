@@ -14,12 +14,12 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import bdh_mlx
+import bdh_mlx  # first, before any that imports mlx.core, to which it gives a fast BLAS
 import data
 import flags
 import metrics
 import neurons
-from bdh_mlx import UserError, visible
+from errors import UserError, visible
 
 INK, LINES = "#808080", ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", "#d1495b"]
 POINTS = 1000  # of a curve, at most
@@ -380,4 +380,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(print(f"error: {bdh_mlx.visible(str(error))}", file=sys.stderr) or 2)
+        sys.exit(print(f"error: {visible(str(error))}", file=sys.stderr) or 2)

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-from bdh_mlx import BDH, BDHConfig, UserError, load_model, visible  # before mlx.core: fast BLAS
+from bdh_mlx import BDH, BDHConfig, load_model  # before mlx.core, to give it a fast BLAS on Linux
 
 # isort: split
 import mlx.core as mx
@@ -37,10 +37,12 @@ import memory
 import phases
 from advice import advise, order_0, order_1
 from endure import Enduring, Stop
+from errors import UserError, visible
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
-from metrics import activity, evaluations, open_log, printing, samples
+from metrics import activity, evaluations, open_log, printing
 from processes import Processes, is_lost
 from report import redraw
+from writing import samples
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
 # Data

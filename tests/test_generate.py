@@ -25,6 +25,7 @@ import formats
 import generate
 import train_mlx
 from bdh_mlx import BDH, BDHConfig, UserError
+from errors import visible
 from sampling import NONE, Sampling
 from writing import Stops, Terminal, as_text, complete, read, rows, unescaped, write
 
@@ -515,7 +516,7 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
         assert b"'x' is no number" in line(b"/temp x")
         assert b"temperature: 0.5" in line(b"/temp 0.5")
         answer = bytes((11 + i) % 256 for i in range(300))  # after the \n of the header
-        shown = bdh_mlx.visible(answer.decode(errors="backslashreplace"))
+        shown = visible(answer.decode(errors="backslashreplace"))
         assert shown.replace("\n", "\r\n").encode() in line(b"hello")
         one = b"### Instruction:\nhello\n\n### Response:\n" + answer
         assert transcript() == one
