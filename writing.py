@@ -62,7 +62,7 @@ def write(
             token, key = sampling.draw(logits, past, key)
             if i < len(given):
                 own = mx.array(given[i])
-                token = mx.where(own == NONE, token, own)
+                token = mx.where(own == NONE, token, own.astype(token.dtype))  # not to int64
             past = after(past, token)
             logits, state = model.read(token[:, None], state)
             logits = logits[:, -1]
@@ -136,13 +136,12 @@ def complete(
     logits = mx.broadcast_to(logits, (len(idx), logits.shape[-1]))
     given = [prompt[shortest:] for prompt in prompts]
     going = {row: (Stops(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
-    written = write(model, logits, state, sampling, key, idx, given)
-    for i, (tokens, _) in enumerate(written, 1):
+    for i, (tokens, _) in enumerate(write(model, logits, state, sampling, key, idx, given), 1):
         for row, (stop, text) in list(going.items()):
-            written = i - len(given[row])
-            if written > 0:
+            own = i - len(given[row])  # bytes of this row that were drawn
+            if own > 0:
                 text += stop.feed(bytes([tokens[row]]))
-            if stop.found or written == budget:
+            if stop.found or own == budget:
                 yield row, bytes(text + stop.end()), stop.found
                 del going[row]
         if not going:

@@ -104,6 +104,13 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
     assert found == {row: greedy(model, prompt, 20) for row, prompt in enumerate(prompts)}
 
 
+def test_bytes_of_a_longer_prompt_are_of_the_type_of_drawn_ones(monkeypatch):
+    step, types = BDH.read, []  # with another type a compiled step would be traced anew
+    monkeypatch.setattr(BDH, "read", lambda *of: types.append(of[1].dtype) or step(*of))
+    assert len(list(complete(random_model(), [b"a", b"hello"], GREEDY, KEY, [], 4))) == 2
+    assert len(types) >= 8 and set(types) == {mx.uint32}  # 4 bytes given, 4 drawn
+
+
 def test_a_prompt_read_in_pieces_is_the_same_place_and_can_be_gone_on_from_twice():
     model, idx, state = random_model(), rows([bytes(range(200))]), None
     whole = read(model, idx)
