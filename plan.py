@@ -242,6 +242,7 @@ def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
 
 
 def tell_run(s: SimpleNamespace) -> None:
+    """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
     about, train, (val, _) = train_mlx.open_data(s)
     train_bytes = train[0]
     print(visible(data.describe(about)))
