@@ -400,9 +400,11 @@ def _format_all(dataset, mode, folder):
 
 def _digest(key: str | list[tuple[str, str]]) -> int:
     """Of json.dumps(key), a megabyte at a time: a record may be large."""
-    texts = [key] if isinstance(key, str) else [text for pair in key for text in pair]
-    joints = ['[["', *(['", "', '"], ["'] * len(texts))[: len(texts) - 1], '"]]']
-    joints = ['"', '"'] if isinstance(key, str) else joints
+    if isinstance(key, str):
+        texts, joints = [key], ['"', '"']
+    else:
+        texts = [text for pair in key for text in pair]
+        joints = ['[["', *(['", "', '"], ["'] * len(key))[:-1], '"]]']
     digest = hashlib.blake2b(digest_size=8)
     for joint, text in zip(joints, [*texts, ""], strict=True):
         digest.update(joint.encode())

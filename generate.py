@@ -323,7 +323,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(print(f"error: {visible(str(error))}", file=sys.stderr) or 2)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted

@@ -90,7 +90,8 @@ def examine(s: SimpleNamespace) -> Findings:
                 raw = text.encode()  # val.bin has its records in their order
                 end = SEPARATOR.encode() if at + len(raw) < len(val) else b""  # not a prefix alone
                 found.in_val.append(val[at : at + len(raw + end)].tobytes() == raw + end)
-                at += found.in_val[-1] * (len(raw) + len(SEPARATOR))
+                if found.in_val[-1]:
+                    at += len(raw) + len(SEPARATOR)
     return found
 
 
@@ -100,7 +101,8 @@ def _note(found: Findings, content: dict, text: str, s: SimpleNamespace) -> None
     found.digests.append(digest(text))
     for name, value in used.items():
         found.fields.setdefault(name, []).append(digest(" ".join(value.split()).lower()))
-    found.odd["longer than BLOCK_SIZE"] += len(text.encode()) > s.BLOCK_SIZE
+    if len(text.encode()) > s.BLOCK_SIZE:
+        found.odd["longer than BLOCK_SIZE"] += 1
     for name, value in used.items():
         if header := HEADER.search(value):
             found.odd[f"`{header[0]}` inside {name}"] += 1
@@ -108,7 +110,8 @@ def _note(found: Findings, content: dict, text: str, s: SimpleNamespace) -> None
             found.odd["the end mark `---` inside response"] += 1
         if wrong := mojibake(value):
             found.odd[f"mojibake in {name}, such as `{wrong}`"[:60]] += 1
-        found.odd[f"U+FFFD, a character lost before, in {name}"] += "\ufffd" in value
+        if "\ufffd" in value:
+            found.odd[f"U+FFFD, a character lost before, in {name}"] += 1
 
 
 def oddities(found: Findings) -> list[str]:

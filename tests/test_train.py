@@ -192,6 +192,9 @@ def test_other_settings_in_the_same_run_are_refused_by_name(straight):
         UserError, match=r"BLOCK_SIZE: there 64, here 32; n_embd: there 16, here 8\)"
     ):
         train(straight, "--max-iters", 20, "--block-size", 32, "--n-embd", 8)
+    shape = ("--n-layer", 1, "--n-embd", 8, "--n-head", 1, "--mlp-internal-dim-multiplier", 2)
+    with pytest.raises(UserError, match=r"n_head: there 2, here 1; and others\)"):
+        train(straight, "--seed", 1, "--block-size", 32, *shape)
 
 
 def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
