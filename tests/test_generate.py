@@ -279,6 +279,7 @@ def test_the_same_seed_writes_the_same_bytes(chaos, said):
         (["--seed", "-1"], "--seed is -1"),
         (["--out", "x"], "--out is for the texts of --prompts"),
         (["--raw", "--samples", "2"], "--raw writes one text"),
+        (["--batch-size", "2"], "--batch-size: no effect on one text"),
     ],
 )
 def test_impossible_flags_are_one_line(flags, complaint, counting):
@@ -293,6 +294,7 @@ def test_impossible_flags_are_one_line(flags, complaint, counting):
         (["--promt", "x"], "--promt; did you mean --prompt?"),
         (["--top-k", "x"], "--top-k: invalid int value: 'x'"),
         (["--trace", "x"], "--trace: not allowed with argument --prompt"),
+        (["--stop", "a", "--no-stop"], "--no-stop: not allowed with argument --stop"),
     ],
 )
 def test_mistyped_flags_are_one_line(flags, complaint, counting, capsys):
