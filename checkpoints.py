@@ -90,6 +90,8 @@ def read_best(run: Path) -> dict:
         written = best.pop("sha256")
         if hashlib.sha256(repr(best).encode()).hexdigest() != written:
             raise ValueError
+        if "judged" not in best:
+            best["judged"] = best.pop("val_loss")  # its name in older trainers
         reason = damage(folder(run, best["step"]))
     except FileNotFoundError:
         return {}

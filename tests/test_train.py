@@ -1,5 +1,6 @@
 """The loop: batches, schedule, evaluation, exact resume, settings, and what a user meets."""
 
+import hashlib
 import json
 import math
 import re
@@ -250,6 +251,25 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
     train(tmp_path, "--max-iters", 12, "--eval-freq", 2, "--save-freq", 2, "--keep", 2)
     assert checkpoints.steps(tmp_path / "full") == [4, 10, 12]
     assert checkpoints.read_best(tmp_path / "full")["step"] == 4
+
+
+def rewrite_best(run, **best):
+    best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
+    (run / "best.json").write_text(json.dumps(best))
+
+
+def test_the_best_of_an_older_trainer_stays_until_a_better_one(tmp_path, monkeypatch, capsys):
+    losses, often = iter([9.0, 5.0, 1.0, 6.0, 7.0]), ("--eval-freq", 2, "--save-freq", 2)
+    monkeypatch.setattr(train_mlx, "evaluate", lambda *args: (next(losses), {}))
+    train(tmp_path, "--max-iters", 4, *often, "--keep", 1)
+    of_step = {"checkpoint": "step-000004", "step": 4}
+    rewrite_best(tmp_path / "full", **of_step, val_loss=1.0)  # as it was called once
+    train(tmp_path, "--max-iters", 8, *often, "--keep", 1)
+    assert checkpoints.steps(tmp_path / "full") == [4, 8]
+    assert checkpoints.read_best(tmp_path / "full") == of_step | {"judged": 1.0}
+    rewrite_best(tmp_path / "full", **of_step)
+    assert checkpoints.read_best(tmp_path / "full") == {}
+    assert "best.json is not what was written" in capsys.readouterr().out
 
 
 def test_evaluating_and_sampling_do_not_disturb_training(tmp_path, straight):
