@@ -32,7 +32,7 @@ def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
     counts = {name or "headers": n for name, n in zip(FIELDS, count, strict=True)}
     n_bytes = len(stream) - 1
     lines = [
-        f"{about['dataset']}: {about['records']:,} records, mode {mode}, {len(stream):,} bytes "
+        f"{about['dataset']}: {data.counted(about['records'])}mode {mode}, {len(stream):,} bytes "
         f"in blocks of {T:,}, as the trainer validates",
         *(f"  skipped {n:,}: {reason}" for reason, n in about["skipped"].items()),
         f"{'field':11} {'bytes':>12} {'share':>7} {'nats/byte':>10} {'bits/byte':>10}",

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import bdh_mlx
+import data
 from bdh_mlx import BDHConfig
 from errors import UserError, visible
 
@@ -82,8 +83,8 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
             "data": settings["DATASET"],
             "mode": settings["TRAINING_MODE"],
             "iterations": f"{step:,}",
-            "training bytes": f"{about['data']['train']['bytes']:,}, "
-            f"{about['data']['train']['records']:,} records",
+            "training data": f"{data.counted(about['data']['train']['records'])}"
+            f"{about['data']['train']['bytes']:,} bytes",
         }
     except (OSError, ValueError, KeyError, TypeError):
         return {}, {}

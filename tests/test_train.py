@@ -18,6 +18,7 @@ from conftest import ROOT
 import bdh_mlx
 import checkpoints
 import evaluation
+import export
 import train_mlx
 from bdh_mlx import UserError
 
@@ -206,9 +207,9 @@ def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
     for name, said in (
         (
             "longer",
-            r"train data: there \d{3} bytes of 27 records, \S+d.txt, here \d{3} bytes of 27",
+            r"train data: there 27 records, \d{3} bytes, \S+d.txt, here 27 records, \d{3} bytes",
         ),
-        ("upper", r"val data: there 8\d bytes of 3 records, \S+d.txt, here 8\d bytes of 3 records"),
+        ("upper", r"val data: there 3 records, 8\d bytes, \S+d.txt, here 3 records, 8\d bytes"),
     ):
         with pytest.raises(UserError, match=said) as error:
             train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / f"{name}.txt")
@@ -311,7 +312,7 @@ def test_one_batch_is_overfitted(tmp_path):
     assert losses[0] > 4 and losses[-1] < 0.5
 
 
-def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path):
+def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path, capsys):
     (split := tmp_path / "split").mkdir()
     (split / "train.bin").write_bytes(bytes(range(32, 128)) * 9)
     (split / "val.bin").write_bytes(bytes(range(32, 128)) * 3)
@@ -319,8 +320,12 @@ def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path):
     loss = [m["val_loss"] for m in metrics(tmp_path) if "val_loss" in m][-1]
     settings = {"BLOCK_SIZE": 64, "BATCH_SIZE": 2}
     table = evaluation.report(bdh_mlx.load_model(tmp_path / "full"), str(split), "full", settings)
-    assert "split, held out side: 1 records, mode full, 288 bytes" in table
+    assert "split, held out side: mode full, 288 bytes" in table
     assert re.search(rf"^whole +287 +100.0% +{loss:.4f} ", table, re.M)
+    told = capsys.readouterr().out
+    assert f"data: {split}, mode full\n  structure ready split\n  training: 864 bytes\n" in told
+    card = export.facts(tmp_path / "full" / "step-000003")[0]
+    assert card["training data"] == "864 bytes" and "records" not in told + table
 
 
 def test_plain_text_promises_no_response(tmp_path, capsys):
