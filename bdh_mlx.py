@@ -20,7 +20,6 @@ fixed size. Reading a block at once, in chunks, or byte by byte is one function 
 import hashlib
 import json
 import os
-import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -39,12 +38,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+import writing
+from errors import UserError
 from fast_layer import Compute, dropout_mask, factor, layer, ln, rotate
+from sampling import Sampling
 from state import PARTS, State, fold, read
-
-
-class UserError(ValueError):
-    """What the user can put right; the scripts print it as one line and exit with code 2."""
 
 
 @dataclass(frozen=True)
@@ -175,24 +173,13 @@ class BDH(nn.Module):
         temperature 0 takes the likeliest byte; top_k draws among the k likeliest. Without `key` the
         draws follow mx.random.seed. Raises UserError for an empty prompt or impossible settings.
         """
-        from sampling import Sampling  # these two late: they import this file
-        from writing import read, write
-
         if key is None:
             key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
         sampling = Sampling(temperature=temperature, top_k=top_k)
-        written = write(self, *read(self, idx), sampling, key, np.array(idx))
+        begun = writing.read(self, idx)
+        written = writing.write(self, *begun, sampling, key, np.array(idx))
         new = (mx.array(token, idx.dtype) for token, _ in islice(written, max_new_tokens))
         return mx.concatenate([idx, *(token[:, None] for token in new)], 1)
-
-
-def visible(text: str) -> str:
-    """Text that is safe on a terminal: control characters but newline and tab as \\x1b.
-
-    So are lone surrogates, which cannot be printed, and marks that turn the direction of writing.
-    """
-    unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-    return re.sub(unsafe, lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 def save_model(model: BDH, path: str | Path) -> None:

@@ -11,12 +11,11 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from bdh_mlx import BDH, UserError, save_state, visible  # first: it gives MLX a fast BLAS
-
-# isort: split
 import mlx.core as mx
 
 import formats
+from bdh_mlx import BDH, save_state
+from errors import UserError, visible
 from sampling import Sampling
 from state import State
 from writing import Stops, Terminal, read, rows, write

@@ -20,7 +20,8 @@ from types import SimpleNamespace
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from bdh_mlx import BDH, UserError, read_arrays, save_model, visible
+from bdh_mlx import BDH, read_arrays, save_model
+from errors import UserError, visible
 
 
 class NoneValid(UserError):
@@ -62,7 +63,10 @@ def opened(run: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{run} is being trained by another process; set RUN_NAME") from None
         for litter in run.glob(".step-*.tmp"):
-            litter.unlink() if litter.is_symlink() else shutil.rmtree(litter, ignore_errors=True)
+            if litter.is_symlink():
+                litter.unlink()
+            else:
+                shutil.rmtree(litter, ignore_errors=True)
         for name in ("best.json", "metrics.jsonl", "modes.json", "config.json"):
             (run / f".{name}.tmp").unlink(missing_ok=True)
         yield
@@ -86,6 +90,8 @@ def read_best(run: Path) -> dict:
         written = best.pop("sha256")
         if hashlib.sha256(repr(best).encode()).hexdigest() != written:
             raise ValueError
+        if "judged" not in best:
+            best["judged"] = best.pop("val_loss")  # its name in older trainers
         reason = damage(folder(run, best["step"]))
     except FileNotFoundError:
         return {}
@@ -184,7 +190,7 @@ def load(run: Path, step: int, model: BDH, optimizer) -> None:
 
 
 def _arrays_like(tree, file: Path):
-    """The file's arrays as such a tree. Raises UserError listing each name or shape that differs"""
+    """The file's arrays as such a tree. Raises UserError naming each one that differs."""
     found, wanted = read_arrays(file)[0], dict(tree_flatten(tree))
     differ = []
     for name in sorted(wanted.keys() | found.keys()):

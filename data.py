@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bdh_mlx import UserError
+from errors import UserError
 from formats import FIELDS, NEEDED, SEPARATOR, pieces
 
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl"
@@ -328,9 +328,8 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
     Raises UserError where a .fields file does not fit its bytes.
     """
     sides = [file for file in files if file.suffix == ".bin"]
-    n = len(sides)
-    report = {"dataset": dataset, "mode": mode, "records": n, "structures": {"ready split": n}}
-    report |= {"fields": {}, "skipped": {}, "shared": 0}
+    report = {"dataset": dataset, "mode": mode, "records": None, "fields": {}, "skipped": {}}
+    report |= {"structures": {"ready split": None}, "shared": 0}
     for file in sides:
         side, labels = folder / file.name, file.with_suffix(".fields")
         shutil.copyfile(file, side)
@@ -348,7 +347,7 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
         for name, path in (("sha256", side), ("fields_sha256", side.with_suffix(".fields"))):
             with path.open("rb") as made:
                 sums[name] = hashlib.file_digest(made, "sha256").hexdigest()
-        report[file.stem] = {"records": 1, "bytes": size} | sums
+        report[file.stem] = {"records": None, "bytes": size} | sums
     return report
 
 
@@ -400,9 +399,11 @@ def _format_all(dataset, mode, folder):
 
 def _digest(key: str | list[tuple[str, str]]) -> int:
     """Of json.dumps(key), a megabyte at a time: a record may be large."""
-    texts = [key] if isinstance(key, str) else [text for pair in key for text in pair]
-    joints = ['[["', *(['", "', '"], ["'] * len(texts))[: len(texts) - 1], '"]]']
-    joints = ['"', '"'] if isinstance(key, str) else joints
+    if isinstance(key, str):
+        texts, joints = [key], ['"', '"']
+    else:
+        texts = [text for pair in key for text in pair]
+        joints = ['[["', *(['", "', '"], ["'] * len(key))[:-1], '"]]']
     digest = hashlib.blake2b(digest_size=8)
     for joint, text in zip(joints, [*texts, ""], strict=True):
         digest.update(joint.encode())
@@ -490,7 +491,7 @@ def differing(there: dict, here: dict) -> dict[str, str]:
     for side in ("train", "val"):
         if there[side]["sha256"] != here[side]["sha256"]:
             one, other = (
-                f"{of[side]['bytes']:,} bytes of {of[side]['records']:,} records, {of['dataset']}"
+                f"{counted(of[side]['records'])}{of[side]['bytes']:,} bytes, {of['dataset']}"
                 for of in (there, here)
             )
             said = f"there {one}, here {other}" if one != other else f"other bytes, as many: {one}"
@@ -498,11 +499,17 @@ def differing(there: dict, here: dict) -> dict[str, str]:
     return found
 
 
+def counted(records: int | None) -> str:
+    """So many records, before what else is told of them; of a ready split, which has none, ""."""
+    return "" if records is None else f"{records:,} records, "
+
+
 def describe(report: dict) -> str:
     """The report of `prepare` for people: structure, fields, what was skipped, the split."""
-    lines = [f"data: {report['dataset']}, {report['records']:,} records, mode {report['mode']}"]
+    lines = [f"data: {report['dataset']}, {counted(report['records'])}mode {report['mode']}"]
     for structure, n in report["structures"].items():
-        lines.append(f"  structure {structure}: {n / report['records']:.1%} of records")
+        share = "" if n is None else f": {n / report['records']:.1%} of records"
+        lines.append(f"  structure {structure}{share}")
     for name, field in report["fields"].items():
         share, mean = field["records"] / report["records"], field["mean_length"]
         lines.append(
@@ -513,7 +520,5 @@ def describe(report: dict) -> str:
     if report["shared"]:
         lines.append(f"  left out of validation {report['shared']:,}: text also in training")
     for side, name in (("train", "training"), ("val", "validation")):
-        lines.append(
-            f"  {name}: {report[side]['records']:,} records, {report[side]['bytes']:,} bytes"
-        )
+        lines.append(f"  {name}: {counted(report[side]['records'])}{report[side]['bytes']:,} bytes")
     return "\n".join(lines)

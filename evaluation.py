@@ -5,13 +5,12 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from bdh_mlx import BDH, UserError  # before mlx.core, to which it gives a fast BLAS on Linux
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 
 import data
+from bdh_mlx import BDH
+from errors import UserError
 from formats import FIELDS
 from train_mlx import byte_losses, evaluate
 
@@ -33,7 +32,7 @@ def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
     counts = {name or "headers": n for name, n in zip(FIELDS, count, strict=True)}
     n_bytes = len(stream) - 1
     lines = [
-        f"{about['dataset']}: {about['records']:,} records, mode {mode}, {len(stream):,} bytes "
+        f"{about['dataset']}: {data.counted(about['records'])}mode {mode}, {len(stream):,} bytes "
         f"in blocks of {T:,}, as the trainer validates",
         *(f"  skipped {n:,}: {reason}" for reason, n in about["skipped"].items()),
         f"{'field':11} {'bytes':>12} {'share':>7} {'nats/byte':>10} {'bits/byte':>10}",

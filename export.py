@@ -11,7 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import bdh_mlx
-from bdh_mlx import BDHConfig, UserError, visible
+import data
+from bdh_mlx import BDHConfig
+from errors import UserError, visible
 
 CARD = """---
 license: other  # fill in: the licence you give, which that of the data must allow
@@ -81,8 +83,8 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
             "data": settings["DATASET"],
             "mode": settings["TRAINING_MODE"],
             "iterations": f"{step:,}",
-            "training bytes": f"{about['data']['train']['bytes']:,}, "
-            f"{about['data']['train']['records']:,} records",
+            "training data": f"{data.counted(about['data']['train']['records'])}"
+            f"{about['data']['train']['bytes']:,} bytes",
         }
     except (OSError, ValueError, KeyError, TypeError):
         return {}, {}

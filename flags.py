@@ -16,7 +16,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from bdh_mlx import visible
+from errors import visible
 
 CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?(?:  # (.*))?$", re.MULTILINE)
 

@@ -32,7 +32,7 @@ import evaluation
 import export
 import formats
 import neurons
-from bdh_mlx import UserError
+from errors import UserError, visible
 from flags import Parser
 from memory import compute_for
 from sampling import WINDOW, Sampling
@@ -75,10 +75,12 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--window", "forget what is older than W bytes (all is remembered)", type=int, metavar="W")
     add("--dtype", "of the products (bfloat16 on a GPU, else float32)", choices=DTYPES)
 
-    add = group("what comes out")
-    add("--max-new-tokens", "bytes at most (500)", type=int, default=500, metavar="N")
+    add = group("what ends a text", one=True)
     add("--stop", STOP, action="append", metavar="TEXT")
     add("--no-stop", "end at --max-new-tokens alone", action="store_true")
+
+    add = group("what comes out")
+    add("--max-new-tokens", "bytes at most (500)", type=int, default=500, metavar="N")
     add("--samples", "texts for each prompt (1)", type=int, default=1, metavar="N")
     add("--batch-size", "texts written at once (8)", type=int, default=8, metavar="N")
     add("--out", "file for the texts of --prompts (stdout)", type=Path, metavar="JSONL")
@@ -110,6 +112,8 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
         if idle:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
             raise UserError(f"{names}: no effect beside --{alone}; leave out what does not act")
+    if "batch_size" in given and not (args.prompts or args.samples > 1):
+        raise UserError("--batch-size: no effect on one text; give it with --prompts or --samples")
     if args.save_state and (args.prompts or args.samples > 1):
         raise UserError("--save-state keeps the state of one text; leave out what makes several")
     if args.seed is not None and not 0 <= args.seed < 2**64:
@@ -300,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
         prompt = read_prompt(args)
         jobs = [Job(1, i, {}, prompt) for i in range(1, args.samples + 1)]
         for job, text, _ in write_jobs(jobs, *how):
-            print(f"--- sample {job.sample}\n{bdh_mlx.visible(as_text(prompt) + text)}")
+            print(f"--- sample {job.sample}\n{visible(as_text(prompt) + text)}")
     else:
         prompt = read_prompt(args)
         length = state.position + len(prompt) + args.max_new_tokens
@@ -323,7 +327,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(print(f"error: {bdh_mlx.visible(str(error))}", file=sys.stderr) or 2)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 
-from bdh_mlx import BDHConfig, UserError
+from bdh_mlx import BDHConfig
+from errors import UserError
 from fast_layer import Compute, segments
 
 SETTINGS = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, keep: Compute
@@ -53,14 +54,15 @@ def estimate(config: BDHConfig, B: int, T: int, compute: Compute) -> float:
     """Peak bytes of a training step on blocks (B, T), within 20 % of what LOG.md shows measured."""
     D, H, N = config.n_embd, config.n_head, config.neurons_per_head
     V, L, e, C, rows = config.vocab_size, config.n_layer, compute.dtype.size, compute.chunk, B * T
-    state, activation = H * N * D * e, H * N * e  # of one sequence after a chunk; of one row
+    activation = H * N * e  # of one row
+    state = activation * D if T > C else 0  # of one sequence, after a chunk that another follows
     parts = segments(B, T, compute)
     segment = max(end - begin for begin, end in parts) * B
     kept = rows * (4 * D * (H + 2) + H * min(C, T) * e)
-    kept += (rows // C if compute.keep else 4 // e * B * (len(parts) - 1)) * state * (T > C)
+    kept += (rows // C if compute.keep else 4 // e * B * (len(parts) - 1)) * state
     # of the last layer they are the working set
     activations = (L - 1) * max(0, compute.keep - 1) * rows * activation
-    working = SEGMENT * segment * activation + STATES * max(B, segment // C) * state * (T > C)
+    working = SEGMENT * segment * activation + STATES * max(B, segment // C) * state
     peak = PARAMETERS * 4 * config.n_parameters + L * kept + activations + working + 16 * rows * V
     return peak * (1 if on_gpu() else CPU_AHEAD)
 
@@ -69,8 +71,10 @@ def kept_besides(s: SimpleNamespace) -> int:
     """Bytes of the weights' average (EMA) and of synapses, old and new (CARRY_STATE)."""
     c = s.BDH_CONFIG
     neurons = c.n_head * c.neurons_per_head * c.n_embd
-    average = 2 * c.n_parameters * bool(s.EMA)
-    return 4 * (average + 3 * c.n_layer * s.BATCH_SIZE * neurons * s.CARRY_STATE)
+    numbers = 2 * c.n_parameters if s.EMA else 0
+    if s.CARRY_STATE:
+        numbers += 3 * c.n_layer * s.BATCH_SIZE * neurons
+    return 4 * numbers
 
 
 def choose(s: SimpleNamespace) -> tuple[str, Compute, float]:
@@ -119,7 +123,8 @@ def too_large(s: SimpleNamespace, peak: float) -> str:
         if ways[0] not in {w.split(" ")[0] for w in fits}:
             tried = SimpleNamespace(**vars(s) | {"BDH_CONFIG": c, "BATCH_SIZE": b})
             need = estimate(c, b, t, compute_for(c, "small", s.DTYPE)) + kept_besides(tried)
-            fits += [f"{change} (with MEMORY small: {need / 1e9:.1f} GB)"] * (need <= available())
+            if need <= available():
+                fits.append(f"{change} (with MEMORY small: {need / 1e9:.1f} GB)")
     return (
         f"a step on {B} blocks of {T:,} bytes needs about {peak / 1e9:.1f} GB, "
         f"{available() / 1e9:.1f} GB can be had. What fits: {'; '.join(fits) or 'nothing near'}. "

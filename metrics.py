@@ -1,29 +1,23 @@
-"""A run's metrics.jsonl, one JSON object per line that the trainer prints; samples and neurons."""
+"""A run's metrics.jsonl, one JSON object per line that the trainer prints; which neurons fire."""
 
 import json
 import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout, suppress
-from itertools import islice, takewhile
 from pathlib import Path
 
-import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
 import checkpoints
-import writing
-from bdh_mlx import UserError
+from bdh_mlx import BDH
+from errors import UserError
 from fast_layer import forward_segment, ln
-from formats import PROMPTS
 from processes import Processes
-from sampling import Sampling
 
 WATCHED, PIECE = 4096, 256  # validation bytes whose neurons are counted; of them at once
 
@@ -114,20 +108,7 @@ def printing(json_to, together: Processes):
     return redirect_stdout(sys.stderr) if json_to else nullcontext()
 
 
-def samples(model: bdh_mlx.BDH, mode: str, n_bytes: int, seed: int, stop) -> Iterator[str]:
-    """What the model says to the prompts of its mode; the same seed, the same draws."""
-    sampling = Sampling(temperature=0.8, top_k=50)
-    for prompt, key in zip(PROMPTS[mode], mx.random.split(mx.random.key(seed), 9), strict=False):
-        idx = writing.rows([prompt.encode()])
-        written = writing.write(model, *writing.read(model, idx), sampling, key, idx)
-        drawn = takewhile(lambda _: not stop.number, islice(written, n_bytes))
-        text = writing.as_text(prompt.encode() + bytes(token for (token,), _ in drawn))
-        if not stop.number:
-            yield bdh_mlx.visible(text)
-    model.laid_out = None  # the weights in the order of a step: they are about to change
-
-
-def activity(model: bdh_mlx.BDH, val: np.ndarray, T: int) -> dict[str, list[float]]:
+def activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float]]:
     """Share of the neurons that are not 0 in each layer, `active_x` and `active_y`, over the first
     WATCHED bytes of val in blocks of T, without dropout. The paper names 5 % for x, less for y.
     """

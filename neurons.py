@@ -18,13 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 
-from bdh_mlx import UserError, visible
+import bdh_mlx
+from errors import UserError, visible
 from fast_layer import forward_segment, ln
 from writing import as_text, unescaped
 

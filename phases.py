@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import memory
-from bdh_mlx import UserError, find_weights, load_model
+from bdh_mlx import find_weights, load_model
 from checkpoints import sha256, write_whole
 from endure import Stop
+from errors import UserError
 from formats import NEEDED
 
 PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")

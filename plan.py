@@ -12,9 +12,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from bdh_mlx import visible  # before mlx.core, to which it gives a fast BLAS on Linux
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 
@@ -22,6 +19,7 @@ import data
 import memory
 import phases
 import train_mlx
+from errors import visible
 from formats import FIELDS, NEEDED, SEPARATOR, STOP, format_example, pieces
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
@@ -92,7 +90,8 @@ def examine(s: SimpleNamespace) -> Findings:
                 raw = text.encode()  # val.bin has its records in their order
                 end = SEPARATOR.encode() if at + len(raw) < len(val) else b""  # not a prefix alone
                 found.in_val.append(val[at : at + len(raw + end)].tobytes() == raw + end)
-                at += found.in_val[-1] * (len(raw) + len(SEPARATOR))
+                if found.in_val[-1]:
+                    at += len(raw) + len(SEPARATOR)
     return found
 
 
@@ -102,7 +101,8 @@ def _note(found: Findings, content: dict, text: str, s: SimpleNamespace) -> None
     found.digests.append(digest(text))
     for name, value in used.items():
         found.fields.setdefault(name, []).append(digest(" ".join(value.split()).lower()))
-    found.odd["longer than BLOCK_SIZE"] += len(text.encode()) > s.BLOCK_SIZE
+    if len(text.encode()) > s.BLOCK_SIZE:
+        found.odd["longer than BLOCK_SIZE"] += 1
     for name, value in used.items():
         if header := HEADER.search(value):
             found.odd[f"`{header[0]}` inside {name}"] += 1
@@ -110,7 +110,8 @@ def _note(found: Findings, content: dict, text: str, s: SimpleNamespace) -> None
             found.odd["the end mark `---` inside response"] += 1
         if wrong := mojibake(value):
             found.odd[f"mojibake in {name}, such as `{wrong}`"[:60]] += 1
-        found.odd[f"U+FFFD, a character lost before, in {name}"] += "\ufffd" in value
+        if "\ufffd" in value:
+            found.odd[f"U+FFFD, a character lost before, in {name}"] += 1
 
 
 def oddities(found: Findings) -> list[str]:
@@ -244,6 +245,7 @@ def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
 
 
 def tell_run(s: SimpleNamespace) -> None:
+    """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
     about, train, (val, _) = train_mlx.open_data(s)
     train_bytes = train[0]
     print(visible(data.describe(about)))

@@ -14,12 +14,12 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import bdh_mlx
+import bdh_mlx  # first, before any that imports mlx.core, to which it gives a fast BLAS
 import data
 import flags
 import metrics
 import neurons
-from bdh_mlx import UserError, visible
+from errors import UserError, visible
 
 INK, LINES = "#808080", ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", "#d1495b"]
 POINTS = 1000  # of a curve, at most
@@ -265,9 +265,9 @@ def transcript(lines: list[dict]) -> str:
         loss = f", validation {at[step]:.4f} bits per byte" if step in at else ""
         parts.append(f"## Iteration {step:,}{loss}\n")
         for sample in map(visible, texts):
-            fence = "`" * max(
-                3, 1 + max(map(len, sample.split("\n")), default=0) * ("```" in sample)
-            )
+            fence = "```"
+            while fence in sample:
+                fence += "`"
             parts.append(f"{fence}text\n{sample}\n{fence}\n")
     return "\n".join(parts)
 
@@ -380,4 +380,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(print(f"error: {bdh_mlx.visible(str(error))}", file=sys.stderr) or 2)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
+        sys.exit(2)

@@ -7,11 +7,10 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from bdh_mlx import UserError  # before mlx.core, to which it gives a fast BLAS on Linux
-
-# isort: split
 import mlx.core as mx
 import numpy as np
+
+from errors import UserError
 
 WINDOW = 256  # last bytes that the repetition penalty looks at
 NONE = -1  # in a past: no byte yet

@@ -11,18 +11,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
-
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
+import bdh_mlx
 import checkpoints
 import memory
 import train_mlx
+from errors import visible
 
 CONFIG = bdh_mlx.BDHConfig(n_layer=3, n_embd=32, n_head=2, mlp_internal_dim_multiplier=16)
 B, T, SEED = 2, 96, 1
@@ -177,7 +176,7 @@ def tell() -> int:
         except Skipped as reason:
             good, result = True, f"skipped {reason}"
         except Exception as error:  # a check that breaks has failed, whatever the error
-            good, result = False, f"FAILED  {type(error).__name__}: {bdh_mlx.visible(str(error))}"
+            good, result = False, f"FAILED  {type(error).__name__}: {visible(str(error))}"
         failed += not good
         print(f"{name:<34}{result}")
     verdict = f"{failed} of {len(CHECKS)} FAILED" if failed else "all hold"

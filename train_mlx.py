@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-from bdh_mlx import BDH, BDHConfig, UserError, load_model, visible  # before mlx.core: fast BLAS
+from bdh_mlx import BDH, BDHConfig, load_model  # before mlx.core, to give it a fast BLAS on Linux
 
 # isort: split
 import mlx.core as mx
@@ -37,10 +37,12 @@ import memory
 import phases
 from advice import advise, order_0, order_1
 from endure import Enduring, Stop
+from errors import UserError, visible
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
-from metrics import activity, evaluations, open_log, printing, samples
+from metrics import activity, evaluations, open_log, printing
 from processes import Processes, is_lost
 from report import redraw
+from writing import samples
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
 # Data
@@ -251,7 +253,7 @@ def sequences(s: SimpleNamespace) -> int:
 
 
 def last_iteration(s: SimpleNamespace, n_bytes: int) -> int:
-    """Update at which the run ends, MAX_ITERS or the end of EPOCHS if sooner; one of them is set"""
+    """Update at which the run ends: MAX_ITERS or the end of EPOCHS, one of which is set."""
     blocks = math.ceil(n_bytes / s.BLOCK_SIZE)
     by_epochs = math.ceil(s.EPOCHS * blocks / sequences(s)) if s.EPOCHS else math.inf
     return min(s.MAX_ITERS or math.inf, by_epochs)
@@ -321,7 +323,8 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
     may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
     fixed_here = [*FIXED, *(["BATCH_SIZE"] if s.CARRY_STATE else [])]
     if fixed := [text for k, text in changed.items() if k in fixed_here and k not in may]:
-        fixed[5:] = ["and others"] * bool(fixed[5:])
+        if len(fixed) > 5:
+            fixed = [*fixed[:5], "and others"]
         raise UserError(
             f"{run} holds a run with other settings ({'; '.join(fixed)}). Set them back to go on "
             "with it, or set RUN_NAME to start another (for changed data, --allow-data-change)"
@@ -433,8 +436,8 @@ def main(argv: list[str] | None = None) -> int:
     together = Processes()
     if together.size > 1 and given.CARRY_STATE:
         raise UserError("CARRY_STATE keeps the rows of one process; leave it out of several")
-    given.json = given.json and sys.stdout
-    with printing(given.json, together), Stop(together) as stop:
+    given.json_to = sys.stdout if given.json else None  # where print goes no more from here on
+    with printing(given.json_to, together), Stop(together) as stop:
         for s in phases.chain(given):
             s.PROCESSES = together.size
             run = checkpoints.run_folder(s)
@@ -494,7 +497,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     model.update(together.from_first(model.parameters()))  # before compiling
     optimizer.state = together.from_first(optimizer.state)
     first = saved = step
-    log, history = open_log(run, step, together, s.json)
+    log, history = open_log(run, step, together, s.json_to)
     best = together.share(checkpoints.read_best(run) if together.first else None)
     evaluated = max(evaluations(history), default=-1)
 
@@ -615,7 +618,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         norm = update(loss, gradients)
         mx.eval(state, norm)
         if math.isfinite(loss.item()) and math.isfinite(norm.item()):
-            losses += [loss.item()] * bool(weights.any())  # without a counted byte it says nothing
+            if weights.any():  # without a counted byte the loss says nothing
+                losses.append(loss.item())
             in_a_row = 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
@@ -644,6 +648,9 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
             )
             losses, seconds, timed = [], 0.0, 0
     bar.close()
+    ended = "by MAX_ITERS" if step == s.MAX_ITERS else "by EPOCHS"
+    if step < total:
+        ended = f"early, {s.PATIENCE} validations without a better one"
     summary = {
         "run": run,
         "iterations": step,
@@ -654,9 +661,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         "judged_on": f"{s.LOSS_ON} bytes",
         "best_judged": round(best["judged"], 4),
         "best_step": best["step"],
-        "ended": f"early, {s.PATIENCE} validations without a better one"
-        if step < total
-        else f"by {'MAX_ITERS' if step == s.MAX_ITERS else 'EPOCHS'}",
+        "ended": ended,
         "active_x": " ".join(f"{share:.1%}" for share in found["active_x"]),  # layer by layer
         "active_y": " ".join(f"{share:.1%}" for share in found["active_y"]),
         "minutes": round((time.perf_counter() - began) / 60, 1),

@@ -9,14 +9,13 @@ A State is never changed: what was read once can be gone on from several times.
 import codecs
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, islice, takewhile
 
-from bdh_mlx import BDH, UserError, visible  # before mlx.core, which needs its fast BLAS
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 
+from errors import UserError, visible
+from formats import PROMPTS
 from sampling import NONE, Sampling, after
 from state import State, ahead, prefill
 
@@ -29,9 +28,7 @@ def rows(texts: Sequence[bytes]) -> np.ndarray:
     return idx
 
 
-def read(
-    model: BDH, idx: np.ndarray | mx.array, state: State | None = None
-) -> tuple[mx.array, State]:
+def read(model, idx: np.ndarray | mx.array, state: State | None = None) -> tuple[mx.array, State]:
     """Read the prompt idx (B, T >= 1) on from `state`: logits (B, V) of the next byte, the State.
 
     Raises UserError for an empty prompt, and where the model's numbers are not finite.
@@ -45,7 +42,7 @@ def read(
 
 
 def write(
-    model: BDH,
+    model,
     logits: mx.array,
     state: State,
     sampling: Sampling,
@@ -65,7 +62,7 @@ def write(
             token, key = sampling.draw(logits, past, key)
             if i < len(given):
                 own = mx.array(given[i])
-                token = mx.where(own == NONE, token, own)
+                token = mx.where(own == NONE, token, own.astype(token.dtype))  # not to int64
             past = after(past, token)
             logits, state = model.read(token[:, None], state)
             logits = logits[:, -1]
@@ -113,7 +110,7 @@ class Stops:
 
 
 def complete(
-    model: BDH,
+    model,
     prompts: Sequence[bytes],
     sampling: Sampling,
     key: mx.array,
@@ -139,17 +136,31 @@ def complete(
     logits = mx.broadcast_to(logits, (len(idx), logits.shape[-1]))
     given = [prompt[shortest:] for prompt in prompts]
     going = {row: (Stops(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
-    written = write(model, logits, state, sampling, key, idx, given)
-    for i, (tokens, _) in enumerate(written, 1):
+    for i, (tokens, _) in enumerate(write(model, logits, state, sampling, key, idx, given), 1):
         for row, (stop, text) in list(going.items()):
-            written = i - len(given[row])
-            if written > 0:
+            own = i - len(given[row])  # bytes of this row that were drawn
+            if own > 0:
                 text += stop.feed(bytes([tokens[row]]))
-            if stop.found or written == budget:
+            if stop.found or own == budget:
                 yield row, bytes(text + stop.end()), stop.found
                 del going[row]
         if not going:
             return
+
+
+def samples(model, mode: str, n_bytes: int, seed: int, stop) -> Iterator[str]:
+    """What the model says to the prompts of its mode; the same seed, the same draws. It ends once
+    a signal has come to `stop`.
+    """
+    sampling = Sampling(temperature=0.8, top_k=50)
+    for prompt, key in zip(PROMPTS[mode], mx.random.split(mx.random.key(seed), 9), strict=False):
+        idx = rows([prompt.encode()])
+        written = write(model, *read(model, idx), sampling, key, idx)
+        drawn = takewhile(lambda _: not stop.number, islice(written, n_bytes))
+        text = as_text(prompt.encode() + bytes(token for (token,), _ in drawn))
+        if not stop.number:
+            yield visible(text)
+    model.laid_out = None  # the weights in the order of a step: they are about to change
 
 
 def as_text(written: bytes, whole: bool = False) -> str:

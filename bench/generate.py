@@ -6,9 +6,9 @@
 
 One process per system, one after the other on one machine, so that one that fails costs its rows
 only. Prints a JSON line per measurement, then a table; `ratio` is the recomputation's time per byte
-at that context divided by the row's. Weights are random: half the neurons are active, the least a
-trained model would leave to do. `--model RUN` takes a checkpoint's. A context on a CPU is a state
-of random synapses at that position: what a byte costs does not depend on what they hold.
+at that context divided by the row's. Weights are random: half the neurons are active, the most
+that a trained model leaves to do. `--model RUN` takes a checkpoint's. A context on a CPU is a
+state of random synapses at that position: what a byte costs does not depend on what they hold.
 """
 
 import argparse

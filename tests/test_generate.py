@@ -25,6 +25,7 @@ import formats
 import generate
 import train_mlx
 from bdh_mlx import BDH, BDHConfig, UserError
+from errors import visible
 from sampling import NONE, Sampling
 from writing import Stops, Terminal, as_text, complete, read, rows, unescaped, write
 
@@ -101,6 +102,13 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
         prompts = [b"all the same", *(b"all " + prompt for prompt in prompts), b"all "]
     found = {row: text for row, text, _ in complete(model, prompts, GREEDY, KEY, [], 20)}
     assert found == {row: greedy(model, prompt, 20) for row, prompt in enumerate(prompts)}
+
+
+def test_bytes_of_a_longer_prompt_are_of_the_type_of_drawn_ones(monkeypatch):
+    step, types = BDH.read, []  # with another type a compiled step would be traced anew
+    monkeypatch.setattr(BDH, "read", lambda *of: types.append(of[1].dtype) or step(*of))
+    assert len(list(complete(random_model(), [b"a", b"hello"], GREEDY, KEY, [], 4))) == 2
+    assert len(types) >= 8 and set(types) == {mx.uint32}  # 4 bytes given, 4 drawn
 
 
 def test_a_prompt_read_in_pieces_is_the_same_place_and_can_be_gone_on_from_twice():
@@ -271,6 +279,7 @@ def test_the_same_seed_writes_the_same_bytes(chaos, said):
         (["--seed", "-1"], "--seed is -1"),
         (["--out", "x"], "--out is for the texts of --prompts"),
         (["--raw", "--samples", "2"], "--raw writes one text"),
+        (["--batch-size", "2"], "--batch-size: no effect on one text"),
     ],
 )
 def test_impossible_flags_are_one_line(flags, complaint, counting):
@@ -285,6 +294,7 @@ def test_impossible_flags_are_one_line(flags, complaint, counting):
         (["--promt", "x"], "--promt; did you mean --prompt?"),
         (["--top-k", "x"], "--top-k: invalid int value: 'x'"),
         (["--trace", "x"], "--trace: not allowed with argument --prompt"),
+        (["--stop", "a", "--no-stop"], "--no-stop: not allowed with argument --stop"),
     ],
 )
 def test_mistyped_flags_are_one_line(flags, complaint, counting, capsys):
@@ -515,7 +525,7 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
         assert b"'x' is no number" in line(b"/temp x")
         assert b"temperature: 0.5" in line(b"/temp 0.5")
         answer = bytes((11 + i) % 256 for i in range(300))  # after the \n of the header
-        shown = bdh_mlx.visible(answer.decode(errors="backslashreplace"))
+        shown = visible(answer.decode(errors="backslashreplace"))
         assert shown.replace("\n", "\r\n").encode() in line(b"hello")
         one = b"### Instruction:\nhello\n\n### Response:\n" + answer
         assert transcript() == one

@@ -1,12 +1,15 @@
 """The model is the official BDH: its numbers, its parameters, and one function in three forms."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
+from conftest import ROOT
 from mlx.utils import tree_flatten
 
 import bdh_mlx
@@ -179,3 +182,21 @@ def test_a_wrong_configuration_names_its_field(field, value):
 def test_an_odd_number_of_neurons_per_head_is_refused():
     with pytest.raises(UserError, match="N must be even"):
         BDHConfig(n_embd=6, n_head=2, mlp_internal_dim_multiplier=1)
+
+
+# --------------------------------------------------------------------------------- order of imports
+
+
+@pytest.mark.parametrize("first", ["bdh_mlx", "train_mlx", "generate", "report"])
+def test_what_a_program_begins_with_loads_the_fast_blas_before_mlx(first):
+    tell = "m = list(sys.modules); print(m.index('fast_blas') < m.index('mlx.core'))"
+    assert python(f"import sys, {first}; {tell}") == "True\n"
+
+
+def test_data_and_flags_need_no_mlx():
+    assert python("import sys, data, flags; print('mlx.core' in sys.modules)") == "False\n"
+
+
+def python(code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -8,12 +8,14 @@ import sys
 import pytest
 from conftest import ROOT
 
+import bdh_mlx
 import train_mlx
 
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 TRAIN = [line for line in LINES if line.startswith("python train_mlx.py")]
 GENERATE = [line for line in LINES if line.startswith("python generate.py")]
+PYTHON = [block for kind, block in BLOCKS if kind == "python"]
 TINY = (
     "--max-iters 2 --n-layer 1 --n-embd 16 --mlp-internal-dim-multiplier 8 --block-size 64 "
     "--batch-size 2 --eval-bytes 100 --sample-bytes 4"
@@ -70,12 +72,24 @@ def test_generating_commands_run(line, folder):
 
 
 def test_there_is_something_to_test():
-    assert len(TRAIN) >= 5 and GENERATE
+    assert len(TRAIN) >= 5 and GENERATE and len(PYTHON) >= 2
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_runs(code, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "manual.txt").write_text("A chapter. " * 100)  # more than the window it shows
+    exec(code, names := {})
+    assert names["model"].config.n_embd == 16
+    if "save_state" in code:
+        assert names["logits"].shape == (1, 256) and names["after"].batch == 2
+        assert bdh_mlx.load_state("manual.safetensors", names["model"]).position == 1100
+        assert names["state"].window == 512
 
 
 def test_the_snippet_of_the_guide_runs(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    code = next(block for kind, block in BLOCKS if kind == "python")
+    code = PYTHON[0]
     code += """
 import mlx.core as mx
 prompt_bytes = list(bytearray("### System:\\nTask Overview: Analyze", "utf-8"))

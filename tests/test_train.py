@@ -1,5 +1,6 @@
 """The loop: batches, schedule, evaluation, exact resume, settings, and what a user meets."""
 
+import hashlib
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from conftest import ROOT
 import bdh_mlx
 import checkpoints
 import evaluation
+import export
 import train_mlx
 from bdh_mlx import UserError
 
@@ -192,6 +194,9 @@ def test_other_settings_in_the_same_run_are_refused_by_name(straight):
         UserError, match=r"BLOCK_SIZE: there 64, here 32; n_embd: there 16, here 8\)"
     ):
         train(straight, "--max-iters", 20, "--block-size", 32, "--n-embd", 8)
+    shape = ("--n-layer", 1, "--n-embd", 8, "--n-head", 1, "--mlp-internal-dim-multiplier", 2)
+    with pytest.raises(UserError, match=r"n_head: there 2, here 1; and others\)"):
+        train(straight, "--seed", 1, "--block-size", 32, *shape)
 
 
 def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
@@ -202,9 +207,9 @@ def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
     for name, said in (
         (
             "longer",
-            r"train data: there \d{3} bytes of 27 records, \S+d.txt, here \d{3} bytes of 27",
+            r"train data: there 27 records, \d{3} bytes, \S+d.txt, here 27 records, \d{3} bytes",
         ),
-        ("upper", r"val data: there 8\d bytes of 3 records, \S+d.txt, here 8\d bytes of 3 records"),
+        ("upper", r"val data: there 3 records, 8\d bytes, \S+d.txt, here 3 records, 8\d bytes"),
     ):
         with pytest.raises(UserError, match=said) as error:
             train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / f"{name}.txt")
@@ -249,6 +254,25 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
     assert checkpoints.read_best(tmp_path / "full")["step"] == 4
 
 
+def rewrite_best(run, **best):
+    best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
+    (run / "best.json").write_text(json.dumps(best))
+
+
+def test_the_best_of_an_older_trainer_stays_until_a_better_one(tmp_path, monkeypatch, capsys):
+    losses, often = iter([9.0, 5.0, 1.0, 6.0, 7.0]), ("--eval-freq", 2, "--save-freq", 2)
+    monkeypatch.setattr(train_mlx, "evaluate", lambda *args: (next(losses), {}))
+    train(tmp_path, "--max-iters", 4, *often, "--keep", 1)
+    of_step = {"checkpoint": "step-000004", "step": 4}
+    rewrite_best(tmp_path / "full", **of_step, val_loss=1.0)  # as it was called once
+    train(tmp_path, "--max-iters", 8, *often, "--keep", 1)
+    assert checkpoints.steps(tmp_path / "full") == [4, 8]
+    assert checkpoints.read_best(tmp_path / "full") == of_step | {"judged": 1.0}
+    rewrite_best(tmp_path / "full", **of_step)
+    assert checkpoints.read_best(tmp_path / "full") == {}
+    assert "best.json is not what was written" in capsys.readouterr().out
+
+
 def test_evaluating_and_sampling_do_not_disturb_training(tmp_path, straight):
     train(tmp_path, "--max-iters", 12, "--eval-freq", 1, "--sample-bytes", 5, "--log-freq", 5)
     assert same(arrays(tmp_path, 12), arrays(straight, 12))
@@ -288,7 +312,7 @@ def test_one_batch_is_overfitted(tmp_path):
     assert losses[0] > 4 and losses[-1] < 0.5
 
 
-def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path):
+def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path, capsys):
     (split := tmp_path / "split").mkdir()
     (split / "train.bin").write_bytes(bytes(range(32, 128)) * 9)
     (split / "val.bin").write_bytes(bytes(range(32, 128)) * 3)
@@ -296,8 +320,12 @@ def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path):
     loss = [m["val_loss"] for m in metrics(tmp_path) if "val_loss" in m][-1]
     settings = {"BLOCK_SIZE": 64, "BATCH_SIZE": 2}
     table = evaluation.report(bdh_mlx.load_model(tmp_path / "full"), str(split), "full", settings)
-    assert "split, held out side: 1 records, mode full, 288 bytes" in table
+    assert "split, held out side: mode full, 288 bytes" in table
     assert re.search(rf"^whole +287 +100.0% +{loss:.4f} ", table, re.M)
+    told = capsys.readouterr().out
+    assert f"data: {split}, mode full\n  structure ready split\n  training: 864 bytes\n" in told
+    card = export.facts(tmp_path / "full" / "step-000003")[0]
+    assert card["training data"] == "864 bytes" and "records" not in told + table
 
 
 def test_plain_text_promises_no_response(tmp_path, capsys):

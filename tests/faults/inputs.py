@@ -47,6 +47,7 @@ import checkpoints
 import data
 import generate
 import train_mlx
+import writing
 from sampling import Sampling
 
 # ------------------------------------------------------------------------------------------ data
@@ -487,7 +488,7 @@ def all_bytes(sampling, logits, past, key):
     "control characters from model, prompt, data and names on a terminal",
     1,
     1,
-    shown_as_they_are=[(bdh_mlx, "visible", lambda text: text)],
+    shown_as_they_are=[(writing, "visible", lambda text: text)],
 )
 def _(n):
     def speak():
