@@ -10,11 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from formats import FIELDS
+
 RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
 JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ updates, to the next
 HARD = 10  # gradient norm, in GRAD_CLIPs, beyond which the clipping alone sets the step
 NOISE = 0.9  # share of the order-0 entropy above which text is noise
 LATE = 0.25  # share of a run by which it should know more than which byte follows which
+MILLION = 10**6
 RATE = 1e-3  # of the official training, and of the best of LOG.md's runs
 
 
@@ -24,12 +27,23 @@ def order_0(data: np.ndarray) -> float:
     return float(-np.sum(share[share > 0] * np.log(share[share > 0])))
 
 
-def order_1(data: np.ndarray) -> float:
-    """Nats per byte of a model that knows how often each byte follows each other in `data`."""
-    pairs = np.zeros((256, 256))
-    np.add.at(pairs, (data[:-1], data[1:]), 1)
-    share = pairs / np.maximum(pairs.sum(1, keepdims=True), 1)
-    return float(-np.sum(pairs[pairs > 0] * np.log(share[pairs > 0])) / max(1, pairs.sum()))
+def order_1(train: np.ndarray, val: np.ndarray) -> float:
+    """Nats per byte of val for a model that counted in `train` how often each byte follows each."""
+    pairs = np.full((256, 256), 0.1)
+    np.add.at(pairs, (train[:-1], train[1:]), 1)
+    share = pairs / pairs.sum(1, keepdims=True)
+    return float(-np.log(share[val[:-1], val[1:]]).mean())
+
+
+def counting(loss_on: str, train: tuple, val: tuple) -> tuple[float, float]:
+    """order_0 and order_1 of the bytes that count, of the first million of each (bytes, fields)."""
+    counted = []
+    for stream, fields in (train, val):
+        some = np.array(stream[:MILLION])
+        counted.append(
+            some if loss_on == "all" else some[fields[:MILLION] == FIELDS.index(loss_on)]
+        )
+    return order_0(counted[1]), order_1(*counted)
 
 
 def advise(
@@ -37,8 +51,7 @@ def advise(
 ) -> dict[str, str]:
     """Advice by the name of its sign, for the evaluation that ends `history` (metrics.jsonl).
 
-    total: updates of the whole run; known: order_0 and order_1 of the validation bytes that LOSS_ON
-    counts.
+    total: updates of the whole run; known: what `counting` gives.
     """
     val = {m["step"]: m["judged"] for m in history if "judged" in m}
     lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]

@@ -227,7 +227,8 @@ def load_state(path: str | Path, model: BDH) -> State:
         kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
     except ValueError:
         kind = None
-    if kind != STATE_FORMAT or type(position) is not int or count not in range(PARTS + 1):
+    whole = all(type(n) is int and n >= 0 for n in (position, window or 0))
+    if kind != STATE_FORMAT or not whole or count not in range(PARTS + 1):
         raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
     if (other := header.get("model", "none")) != (mine := fingerprint(model)):
         raise UserError(
@@ -239,7 +240,7 @@ def load_state(path: str | Path, model: BDH) -> State:
     names = [[f"{prefix}.{i}" for i in range(model.config.n_layer)] for prefix in prefixes]
     known = [of for of in names if of[0] in arrays or of is names[0]]  # a new part is empty
     if {name for of in known for name in of} != arrays.keys() or any(
-        (S.shape[0], *S.shape[2:]) != (H, N, D) for S in arrays.values()
+        (S.shape[0], *S.shape[2:], S.dtype) != (H, N, D, mx.float32) for S in arrays.values()
     ):
         raise UserError(f"{path} is damaged: arrays of ({H}, B, {N}, {D}) are missing in it")
     synapses, *parts = (tuple(arrays[n] for n in of if n in arrays) for of in names)

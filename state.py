@@ -275,7 +275,11 @@ def _new_tail(model, B: int) -> Tail:
 
 
 def _laid_out(model) -> "_Laid":
-    """The model's weights as its steps want them, laid out anew when one has been replaced."""
+    """The model's weights as its steps want them, laid out anew when one has been replaced.
+
+    A weight changed by index (`model.encoder[0] = 0`) stays the same object: set model.laid_out to
+    None then.
+    """
     laid = getattr(model, "laid_out", None)
     now = (model.encoder, model.encoder_v, model.decoder, model.embed.weight)
     now = (*now, model.compute.dtype if _on_gpu() else mx.float32)
@@ -404,7 +408,7 @@ def ahead(steps: Iterator) -> Iterator:
     stale once it is given: whoever goes on from it reads up to TURN bytes again.
     """
     if not _on_gpu():
-        yield from steps
+        return (yield from steps)
     before = next(steps)
     for step in steps:
         yield before

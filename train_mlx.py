@@ -35,7 +35,7 @@ import data
 import flags
 import memory
 import phases
-from advice import advise, order_0, order_1
+from advice import advise, counting
 from endure import Enduring, Stop
 from errors import UserError, visible
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
@@ -530,8 +530,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     bar = tqdm(total=total, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
     skipped = in_a_row = 0
-    counted = val[1] == FIELDS.index(s.LOSS_ON) if s.LOSS_ON != "all" else slice(None)
-    known = order_0(val[0][counted]), order_1(val[0][counted])
+    known = counting(s.LOSS_ON, (train_bytes, train_fields), val)
 
     def where(step):
         count = sequences(s)

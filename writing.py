@@ -158,8 +158,9 @@ def samples(model, mode: str, n_bytes: int, seed: int, stop) -> Iterator[str]:
         written = write(model, *read(model, idx), sampling, key, idx)
         drawn = takewhile(lambda _: not stop.number, islice(written, n_bytes))
         text = as_text(prompt.encode() + bytes(token for (token,), _ in drawn))
-        if not stop.number:
-            yield visible(text)
+        if stop.number:
+            break
+        yield visible(text)
     model.laid_out = None  # the weights in the order of a step: they are about to change
 
 

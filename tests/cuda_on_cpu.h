@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -113,8 +114,10 @@ inline void launch(Dim grid, unsigned threads, std::function<void()> body) {
         fiber.at.uc_stack.ss_sp = fiber.stack.data(), fiber.at.uc_stack.ss_size = fiber.stack.size();
         makecontext(&fiber.at, run_one, 0);
       }
+      int rounds = 0;
       for (bool going = true; going;) {
         going = false;
+        if (++rounds > 1 << 20) abort();  // some threads wait for others that have ended
         for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
           if (!fibers[threadIdx.x].done)
             going = true, swapcontext(&scheduler, &fibers[threadIdx.x].at);

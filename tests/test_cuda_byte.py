@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 TYPES = {mx.float32: "float", mx.bfloat16: "bfloat16"}
 DIMS = (16, 32, 96, 256)
+GUARD = 1 << 20  # bytes around an array that no kernel may touch
 
 
 @pytest.fixture(scope="session")
@@ -68,24 +69,25 @@ class Kernel:
                  for a in (*inputs, *outputs)]  # fmt: skip
         assert all(view.flags.c_contiguous for view in views)
         there = [on_16(view) for view in views]
-        at = (ctypes.c_void_p * len(views))(*(array.ctypes.data for array in there))
+        at = (ctypes.c_void_p * len(views))(*(array.ctypes.data for array, _ in there))
         shapes = (ctypes.c_int * 4 * len(inputs))(*(tuple(a.shape) for a in inputs))
         function = self.library[f"{self.name}_{constants['D']}_{TYPES[constants['T']]}"]
         threads = threadgroup[0]
         assert constants["W"] * 32 == threads and grid[0] % threads == 0
         function(at, shapes, grid[0] // threads, grid[1], threads)
-        for view, array in zip(views, there, strict=True):
+        for view, (array, around) in zip(views, there, strict=True):
+            assert all((side == 0xAB).all() for side in around), "written beside an array"
             view[...] = array
         return outputs
 
 
 def on_16(view):
-    """A copy whose address is a multiple of 16, as CUDA's are."""
-    room = np.zeros(view.nbytes + 16, np.uint8)
-    begin = -room.ctypes.data % 16
+    """A copy whose address is a multiple of 16, as CUDA's are, and the bytes on both sides of it."""
+    room = np.full(view.nbytes + 2 * GUARD, 0xAB, np.uint8)
+    begin = GUARD - room.ctypes.data % 16
     copy = room[begin : begin + view.nbytes].view(view.dtype).reshape(view.shape)
     copy[...] = view
-    return copy
+    return copy, (room[:begin], room[begin + view.nbytes :])
 
 
 @pytest.fixture
@@ -102,9 +104,20 @@ def kernels(library, monkeypatch):
     ids=str,
 )
 def test_bytes_are_those_of_the_plain_step(kernels, D, B, dtype):
-    model = a_model(D)
+    same_as_the_plain_step(a_model(D), B, dtype)
+
+
+@pytest.mark.parametrize(("B", "blocks"), [(1, 256), (3, 256), (1, 4)])
+def test_several_blocks_a_head_and_several_turns_of_each_leave_nothing_out(
+    kernels, B, blocks, monkeypatch
+):
+    monkeypatch.setattr(cuda_byte, "BLOCKS", blocks)
+    same_as_the_plain_step(a_model(16, 160), B, mx.float32)
+
+
+def same_as_the_plain_step(model, B, dtype):
     weights = cuda_byte.weights_of(model, dtype), state._weights(model, dtype)
-    H, _, N = model.encoder.shape
+    H, D, N = model.encoder.shape
     own, plain = (tuple(mx.random.normal((H, B, N, D), key=mx.random.key(7)) for _ in range(2))
                   for _ in range(2))  # fmt: skip
     mx.eval(own, plain)
@@ -120,10 +133,10 @@ def test_bytes_are_those_of_the_plain_step(kernels, D, B, dtype):
         plain = tuple(mx.array(np.array(S)) for S in own)
 
 
-def a_model(D):
-    """Heads of 3/2 D neurons, with D = 32 not enough for a block."""
+def a_model(D, multiplier=3):
+    """Two heads; those of 3/2 D neurons are not enough for a block."""
     mx.random.seed(1)
-    config = BDHConfig(n_layer=2, n_embd=D, n_head=2, mlp_internal_dim_multiplier=3)
+    config = BDHConfig(n_layer=2, n_embd=D, n_head=2, mlp_internal_dim_multiplier=multiplier)
     model = BDH(config)
     model.update({k: 8 * a for k, a in model.parameters().items() if isinstance(a, mx.array)})
     return model

@@ -25,16 +25,28 @@ def step(request, monkeypatch):
     if request.param == "in place":
         monkeypatch.setattr(cuda_byte, "fits", lambda config: True)
         monkeypatch.setattr(cuda_byte, "weights_of", state._weights)
-        monkeypatch.setattr(cuda_byte, "step", step_in_place)
+        late, evaluate = Late(), mx.eval
+        monkeypatch.setattr(cuda_byte, "step", late.step)
+        monkeypatch.setattr(mx, "eval", lambda *a: (evaluate(*a), [late.arrive(v) for v in a]))
 
 
-def step_in_place(idx, weights, count, synapses, before):
-    """As CUDA's kernels do: the arrays that states share change."""
-    v, after = state.step(idx, weights, count, synapses)
-    mx.eval(v, after)
-    for S, written in zip(synapses, after, strict=True):
-        np.array(S, copy=False)[...] = np.array(written)
-    return v
+class Late:
+    """As with CUDA's kernels, arrays that states share change, but only once v is waited for."""
+
+    def __init__(self):
+        self.pending, self.evaluate = {}, mx.eval
+
+    def step(self, idx, weights, count, synapses, before):
+        self.arrive(before)
+        v, after = state.step(idx, weights, count, synapses)
+        self.evaluate(v, after)
+        self.pending[id(v)] = v, synapses, after
+        return v
+
+    def arrive(self, v):
+        _, synapses, after = self.pending.pop(id(v), (v, (), ()))
+        for S, written in zip(synapses, after, strict=True):
+            np.array(S, copy=False)[...] = np.array(written)
 
 
 def close(a, b):
