@@ -12,5 +12,7 @@ def visible(text: str) -> str:
 
     So are lone surrogates, which cannot be printed, and marks that turn the direction of writing.
     """
-    unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    unsafe = (
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    )
     return re.sub(unsafe, lambda c: f"\\x{ord(c[0]):02x}", text)

@@ -5,7 +5,7 @@
     python bench/learn.py carry --text tinyshakespeare.txt
     python bench/learn.py guide --records instructions_5mb.jsonl
     python bench/learn.py parity recipe --official bdh.py --text ... --gpus 2 --minutes 8
-    python bench/learn.py plot results.jsonl curves.png
+    python bench/learn.py plot results.jsonl curves.png [parity]
 
 Each job trains in a process of its own, ours with the trainer itself; rows go to --out, a JSON
 line a job, and a second call goes on with the jobs not done. --smoke: tiny models, on a CPU.
@@ -263,7 +263,7 @@ def train(job: dict, work: Path) -> dict:
 
 def curve_result(curve: list) -> dict:
     """The row's part that says how it went: the curve and its lowest point, the last phase's."""
-    start = max(i for i, (_, _) in enumerate(curve) if i == 0 or curve[i][0] <= curve[i - 1][0])
+    start = max(i for i in range(len(curve)) if i == 0 or curve[i][0] <= curve[i - 1][0])
     step, best = min(curve[start:], key=lambda point: point[1])
     return {"curve": [(s, round(v, 4)) for s, v in curve], "best": round(best, 4), "at": step}
 
@@ -500,7 +500,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="+", help=f"of {', '.join(JOBS)}; or: plot ROWS PICTURE")
+    parser.add_argument(
+        "what", nargs="+", help=f"of {', '.join(JOBS)}; or: plot ROWS PICTURE [ONE]"
+    )
     parser.add_argument("--text", type=Path, help="tinyshakespeare.txt")
     parser.add_argument("--records", type=Path, help="a .jsonl of instruction records")
     parser.add_argument("--official", help="path of pathwaycom/bdh's bdh.py; needs PyTorch")

@@ -82,7 +82,7 @@ class Kernel:
 
 
 def on_16(view):
-    """A copy whose address is a multiple of 16, as CUDA's are, and the bytes on both sides of it."""
+    """A copy whose address is a multiple of 16, as CUDA's are, and the bytes on its two sides."""
     room = np.full(view.nbytes + 2 * GUARD, 0xAB, np.uint8)
     begin = GUARD - room.ctypes.data % 16
     copy = room[begin : begin + view.nbytes].view(view.dtype).reshape(view.shape)
@@ -115,6 +115,10 @@ def test_several_blocks_a_head_and_several_turns_of_each_leave_nothing_out(
     same_as_the_plain_step(a_model(16, 160), B, mx.float32)
 
 
+def test_more_parts_than_a_block_adds_at_once_are_added(kernels):
+    same_as_the_plain_step(a_model(96, 6, heads=24), 1, mx.float32)
+
+
 def same_as_the_plain_step(model, B, dtype):
     weights = cuda_byte.weights_of(model, dtype), state._weights(model, dtype)
     H, D, N = model.encoder.shape
@@ -133,10 +137,10 @@ def same_as_the_plain_step(model, B, dtype):
         plain = tuple(mx.array(np.array(S)) for S in own)
 
 
-def a_model(D, multiplier=3):
-    """Two heads; those of 3/2 D neurons are not enough for a block."""
+def a_model(D, multiplier=3, heads=2):
+    """Two heads of 3/2 D neurons are not enough for a block."""
     mx.random.seed(1)
-    config = BDHConfig(n_layer=2, n_embd=D, n_head=2, mlp_internal_dim_multiplier=multiplier)
+    config = BDHConfig(n_layer=2, n_embd=D, n_head=heads, mlp_internal_dim_multiplier=multiplier)
     model = BDH(config)
     model.update({k: 8 * a for k, a in model.parameters().items() if isinstance(a, mx.array)})
     return model

@@ -430,6 +430,11 @@ PROVOKE = (
         ("--learning-rate 4e-3 --max-iters 100", {"not_coherent"}),  # early alone
         ("--learning-rate 1e-5 --max-iters 60", {"not_coherent", "stuck"}),
         ("--learning-rate 1 --max-iters 20", {"too_high"}),
+        (
+            "--learning-rate 9.9e-4 --max-iters 100 --n-embd 64 --eval-freq 50 "
+            "--lr-decay-iters 2000 --block-size 64",
+            {"slow"},
+        ),
         ("--learning-rate 1e-2 --dropout 0 --max-iters 120 --dataset few", {"overfitting"}),
     ],
 )
