@@ -1,6 +1,6 @@
 # make train: everything from nothing, then the main job on the embedded sample.
 # make test:  everything from nothing, then the tests.   make lint: format and lint check.
-# make faults: every fault of tests/faults in full, up to 15 minutes.
+# make faults: every fault of tests/faults in full, 8 minutes.
 PYTHON ?= python3
 BIN = .venv/bin
 

@@ -202,7 +202,9 @@ def fingerprint(model: BDH) -> str:
 
 def save_state(path: str | Path, model: BDH, state: State) -> None:
     """Write `state` of `model` to a .safetensors file, whole or not at all. Raises UserError."""
-    state, path = fold(model, state), Path(path)
+    if (path := Path(path)).suffix != ".safetensors":
+        raise UserError(f"{path} not saved: name a .safetensors file")
+    state = fold(model, state)
     arrays = {f"synapses.{i}": S for i, S in enumerate(state.synapses)}
     for number, part in enumerate(state.parts):
         arrays |= {f"part.{number}.{i}": S for i, S in enumerate(part)}
