@@ -215,10 +215,12 @@ def _fold_open(model, state: State) -> State:
         return fold(model, _read_again(model, state))
     if tail.bytes:
         mx.eval(tail.bytes[-1][1])
-    before = state.synapses or [0] * len(tail.first)  # minus 0 makes a copy: `first` may change yet
-    written = [turn(S, tail.origin) - old for S, old in zip(tail.first, before, strict=True)]
-    mx.eval(written)
-    return _added(state, written)
+    after = tuple(turn(S, tail.origin) + 0 for S in tail.first)  # a copy: `first` may change yet
+    mx.eval(after)
+    if not state.window:
+        return state._replace(synapses=after, tail=None)
+    before = state.synapses or [0] * len(after)
+    return _added(state, [new - old for new, old in zip(after, before, strict=True)])
 
 
 def _read_again(model, state: State) -> State:
