@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from baselines import order_n
 from formats import FIELDS
 
 RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
@@ -17,7 +18,7 @@ JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ updates,
 HARD = 10  # gradient norm, in GRAD_CLIPs, beyond which the clipping alone sets the step
 NOISE = 0.9  # share of the order-0 entropy above which text is noise
 LATE = 0.25  # share of a run by which it should know more than which byte follows which
-MILLION = 10**6
+MILLION = 10**6  # bytes that are counted, for the time it takes
 RATE = 1e-3  # of the official training, and of the best of LOG.md's runs
 
 
@@ -27,23 +28,17 @@ def order_0(data: np.ndarray) -> float:
     return float(-np.sum(share[share > 0] * np.log(share[share > 0])))
 
 
-def order_1(train: np.ndarray, val: np.ndarray) -> float:
-    """Nats per byte of val for a model that counted in `train` how often each byte follows each."""
-    pairs = np.full((256, 256), 0.1)
-    np.add.at(pairs, (train[:-1], train[1:]), 1)
-    share = pairs / pairs.sum(1, keepdims=True)
-    return float(-np.log(share[val[:-1], val[1:]]).mean())
-
-
 def counting(loss_on: str, train: tuple, val: tuple) -> tuple[float, float]:
-    """order_0 and order_1 of the bytes that count, of the first million of each (bytes, fields)."""
+    """Nats per byte, of the first million of each (bytes, fields) that LOSS_ON counts: order_0 of
+    val, and a model that counted in train which byte follows which.
+    """
     counted = []
     for stream, fields in (train, val):
         some = np.array(stream[:MILLION])
         counted.append(
             some if loss_on == "all" else some[fields[:MILLION] == FIELDS.index(loss_on)]
         )
-    return order_0(counted[1]), order_1(*counted)
+    return order_0(counted[1]), order_n(*counted, order=1) * math.log(2)
 
 
 def advise(

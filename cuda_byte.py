@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from fast_layer import ROPE_BASE, ln
+from fast_layer import frequencies, ln
 
 G = 16  # pairs of neurons that a warp takes at a time, at most 16 (LOG.md)
 THREADS = 512  # of a block, at most
@@ -53,8 +53,8 @@ def weights_of(model, dtype: mx.Dtype) -> list[mx.array]:
     H, D, N = model.encoder.shape
     across = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
     rows = [w.astype(dtype) for w in (*across, model.decoder.reshape(H, N, D))]
-    turns = ROPE_BASE ** (-np.arange(0, N, 2) / N) / (2 * np.pi)  # of a circle, here in 2^-32 of it
-    return [ln(model.embed.weight), *rows, mx.array(np.round(turns * 2**32).astype(np.uint32))]
+    turns = np.round(frequencies(N) / (2 * np.pi) * 2**32)  # in 2^-32 of a circle
+    return [ln(model.embed.weight), *rows, mx.array(turns.astype(np.uint32))]
 
 
 def step(idx, weights, count, synapses, before):

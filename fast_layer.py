@@ -76,9 +76,14 @@ def rotate(x: mx.array, position: int = 0, sign: int = 1) -> mx.array:
     return turned(x)
 
 
+def frequencies(N: int) -> np.ndarray:
+    """Radians that each pair of neurons turns at a byte, (N/2,) float64."""
+    return ROPE_BASE ** (-np.arange(0, N, 2) / N)
+
+
 def phases(positions, N: int) -> np.ndarray:
     """exp(i t w) of positions t for the N/2 pairs of neurons: (.., N/2) complex64 from float64."""
-    angles = np.multiply.outer(positions, ROPE_BASE ** (-np.arange(0, N, 2) / N))
+    angles = np.multiply.outer(positions, frequencies(N))
     return np.exp(1j * angles).astype(np.complex64)
 
 

@@ -126,7 +126,7 @@ def _broadcast(model, idx: mx.array, state: State | None) -> State:
 def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
     """idx cut where the memory or the window asks for it."""
     B, T = idx.shape
-    if T == 1:
+    if T == 1:  # a byte that is written waits for the host
         return [idx]
     rows = _rows(model.compute.dtype)
     step, begin = max(rows // 8, rows // B), state.position

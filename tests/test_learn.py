@@ -14,7 +14,8 @@ import checkpoints
 import export
 import report
 import train_mlx
-from advice import advise, counting, order_0, order_1
+from advice import advise, counting, order_0
+from baselines import order_n
 from bdh_mlx import UserError
 from formats import FIELDS
 from metrics import activity
@@ -400,14 +401,15 @@ def test_to_know_no_more_than_pairs_of_bytes_late_in_a_run_is_slow():
     assert advised(history, *low, "--warmup-iters", "31", total=200) == {}
 
 
-def test_the_order_1_entropy_is_that_of_the_pairs():
+def test_what_counting_knows_is_that_of_the_bytes_that_count():
     train = np.array([1, 2, 1, 3] * 5000, np.uint8)  # after 1 two bytes are as likely
-    assert order_1(train, train[:900]) == pytest.approx(math.log(2) / 2, abs=0.01)
-    assert order_1(train, np.array([1, 9], np.uint8)) > 10  # never seen
     fields = np.tile(np.array([0, 3], np.uint8), 10000)
     every, answers = (counting(on, (train, fields), (train, fields)) for on in ("all", "response"))
-    assert every == (order_0(train), order_1(train, train))
-    assert answers == (order_0(train[1::2]), order_1(train[1::2], train[1::2]))
+    assert every[1] == pytest.approx(math.log(2) / 2, abs=0.01)
+    assert every == (order_0(train), order_n(train, train, 1) * math.log(2))
+    assert answers == (order_0(train[1::2]), order_n(train[1::2], train[1::2], 1) * math.log(2))
+    never_seen = np.array([1, 9], np.uint8), fields[:2]
+    assert counting("all", (train, fields), never_seen)[1] > 10
 
 
 def test_the_order_0_entropy_is_that_of_the_byte_frequencies():

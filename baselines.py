@@ -1,6 +1,6 @@
-"""What bits per byte mean: gzip, xz and a model of the last three bytes, on the same records.
+"""What bits per byte mean: gzip, xz and models that count bytes, on the same records.
 
-python bench/baselines.py train.bin val.bin
+python baselines.py train.bin val.bin
 """
 
 import gzip
