@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a busy machine is warned of on stderr, and slow, without
 
 import bdh_mlx  # noqa: E402, F401  before any test imports mlx.core: it loads the fast BLAS
 
