@@ -28,6 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import jobs as queue  # noqa: E402
+
 from baselines import bits_per_byte  # noqa: E402
 
 SEEDS = 3

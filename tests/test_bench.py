@@ -9,9 +9,10 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
-import baselines
 import jobs
 import learn
+
+import baselines
 
 TELL = "import json, sys, time; time.sleep({}); print(json.dumps({{'told': {}}})); sys.exit({})"
 
