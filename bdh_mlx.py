@@ -204,7 +204,7 @@ def save_state(path: str | Path, model: BDH, state: State) -> None:
     """Write `state` of `model` to a .safetensors file, whole or not at all. Raises UserError."""
     if (path := Path(path)).suffix != ".safetensors":
         raise UserError(f"{path} not saved: name a .safetensors file")
-    state = fold(model, state)
+    state = fold(state)
     arrays = {f"synapses.{i}": S for i, S in enumerate(state.synapses)}
     for number, part in enumerate(state.parts):
         arrays |= {f"part.{number}.{i}": S for i, S in enumerate(part)}

@@ -1,23 +1,12 @@
 // One byte through a layer on a CUDA GPU, touching active neurons only (cuda_byte.py launches it).
 //
-// A warp takes G pairs of neurons (`fire`: G neurons) at a time and its lanes share their rows, of D
-// numbers; what the warps of a block added up is one of the `parts`, which are added always in the
-// same order. W warps a block, T the weights' type; sums and synapses are float32. NaNs are passed on.
+// A warp takes G pairs of neurons (`fire`: G neurons) at a time, lists the active ones, and its lanes
+// share the rows of these, by 16 bytes. What the warps of a block added up is one of the `parts`; the
+// block that is the last to be `done` adds those, always in the same order. W warps a block; T the
+// weights' type, Q the synapses', K the bytes that can wait beside them; sums are float32. NaNs are
+// passed on.
 
 namespace bdh {
-
-template <typename T> struct alignas(4 * sizeof(T)) Four { T at[4]; };
-
-template <typename T> __device__ float4 four(const T* from) {
-  auto r = *(const Four<T>*)from;
-  return make_float4(float(r.at[0]), float(r.at[1]), float(r.at[2]), float(r.at[3]));
-}
-
-__device__ float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
-
-__device__ void add(float4& sum, float q, float4 r) {
-  sum.x += q * r.x, sum.y += q * r.y, sum.z += q * r.z, sum.w += q * r.w;
-}
 
 __device__ float warp_sum(float value) {
   for (int i = 16; i; i /= 2) value += __shfl_xor_sync(~0u, value, i);
@@ -41,150 +30,378 @@ __device__ float ln(float value) {
   return value * rsqrtf(block_mean(value * value) + 1e-5f);
 }
 
-// Number threadIdx.x % D of the sum of `count` rows that lie `stride` numbers apart. Eight loads are
-// under way at once: one after the other they would take longer than all the rest.
-template <int D> __device__ float gather(const float* parts, int count, size_t stride) {
-  __shared__ float4 room[512];  // of as many threads
-  const int d = threadIdx.x % (D / 4), row = threadIdx.x / (D / 4), rows = blockDim.x / (D / 4);
-  float4 sum = {};
-  for (int first = row; first < count; first += 8 * rows) {
+// Whether this block, having written its part, is the last of `count`; `done` is 0 before and after.
+__device__ bool last(unsigned* done, unsigned count) {
+  __threadfence();
+  __syncthreads();
+  const bool is = __syncthreads_or(threadIdx.x == 0 && atomicInc(done, count - 1) == count - 1);
+  __threadfence();
+  return is;
+}
+
+// The sum of `count` rows of M numbers that lie `stride` numbers apart, to `sum`. Eight loads are under
+// way at once: one after the other they would take longer than all the rest. room: blockDim.x float4.
+template <int M>
+__device__ void gather(const float* parts, int count, size_t stride, float4* room, float* sum) {
+  const int m = threadIdx.x % (M / 4), row = threadIdx.x / (M / 4), rows = blockDim.x / (M / 4);
+  float4 all = {};
+  for (int first = row; first < count && row < rows; first += 8 * rows) {
     float4 some[8] = {};
 #pragma unroll
     for (int i = 0; i < 8; i++)
       if (first + i * rows < count)  // past L1: other blocks wrote them
-        some[i] = __ldcg((const float4*)(parts + (first + i * rows) * stride) + d);
+        some[i] = __ldcg((const float4*)(parts + (first + i * rows) * stride) + m);
 #pragma unroll
-    for (int i = 0; i < 8; i++) add(sum, 1, some[i]);
+    for (int i = 0; i < 8; i++)
+      all.x += some[i].x, all.y += some[i].y, all.z += some[i].z, all.w += some[i].w;
   }
-  room[threadIdx.x] = sum;
+  room[threadIdx.x] = all;
   __syncthreads();
-  float all = 0;
-  for (int r = 0; r < rows; r++) all += ((float*)room)[r * D + threadIdx.x % D];
-  return all;
+  for (int i = threadIdx.x; i < M; i += blockDim.x) {
+    float one = 0;
+    for (int r = 0; r < rows; r++) one += ((float*)room)[r * M + i];
+    sum[i] = one;
+  }
+  __syncthreads();
 }
 
-// A warp's share of a row: float4s lane, lane + 32, ... of it.
-template <int D> struct Row {
-  static constexpr int F = (D + 127) / 128;
-  float4 at[F] = {};
+// n numbers as loaded. Their types are left for later: the compiler would take 16-bit numbers apart at
+// once, and so wait for them.
+template <typename T, int n> struct alignas(n * sizeof(T)) Bits {
+  unsigned at[n * sizeof(T) / 4];
+  static __device__ Bits of(const T* from) { return *(const Bits*)from; }
+  __device__ float operator[](int i) const { return float(((const T*)at)[i]); }
+};
+
+// A warp's share of a row of M numbers: 16 bytes for lane, lane + 32, ... of it.
+template <typename T, int M> struct Row {
+  static constexpr int E = 16 / sizeof(T), F = (M / E + 31) / 32;
+  struct Raw { Bits<T, E> at[F]; };
+  float at[F][E] = {};
 
   template <typename Do> static __device__ void each(Do action) {
 #pragma unroll
     for (int f = 0; f < F; f++) {
-      int d = 4 * (threadIdx.x % 32 + 32 * f);
-      if (d < D) action(f, d);
+      const int m = E * (threadIdx.x % 32 + 32 * f);
+      if (m < M) action(f, m);
     }
   }
-  template <typename T> __device__ void load(const T* row) {
-    each([&](int f, int d) { at[f] = four(row + d); });
+  static __device__ Raw raw(const T* row) {
+    Raw raw;
+    each([&](int f, int m) { raw.at[f] = Bits<T, E>::of(row + m); });
+    return raw;
   }
-  template <typename T> __device__ float times(const T* row) const {  // the lane's own products
+  template <typename U> __device__ void load(const U* row) {
+    each([&](int f, int m) {
+#pragma unroll
+      for (int e = 0; e < E; e++) at[f][e] = float(row[m + e]);
+    });
+  }
+  __device__ float times(const Raw& row) const {  // the lane's own products
     float sum = 0;
-    each([&](int f, int d) { sum += dot(at[f], four(row + d)); });
+    each([&](int f, int m) {
+#pragma unroll
+      for (int e = 0; e < E; e++) sum += at[f][e] * row.at[f][e];
+    });
     return sum;
   }
-  template <typename T> __device__ void plus(float q, const T* row) {
-    each([&](int f, int d) { add(at[f], q, four(row + d)); });
+  __device__ void plus(float q, float r, const Raw& row) {  // r for the second half of the row
+    each([&](int f, int m) {
+      const float by = m < M / 2 ? q : r;
+#pragma unroll
+      for (int e = 0; e < E; e++) at[f][e] += by * row.at[f][e];
+    });
   }
-  // The sum of the warps' rows, to `part`.
-  template <int W> __device__ void leave(float* part) const {
-    __shared__ float4 room[W * D / 4];
-    each([&](int f, int d) { room[(threadIdx.x / 32 * D + d) / 4] = at[f]; });
-    __syncthreads();
-    if (threadIdx.x >= D) return;
-    float sum = 0;
-    for (int w = 0; w < W; w++) sum += ((float*)room)[w * D + threadIdx.x];
-    part[threadIdx.x] = sum;
+  // Folded to D numbers, to `sums`.
+  template <int D> __device__ void leave(float* sums) const {
+#pragma unroll
+    for (int half = 0; half < M / D; half++) {
+      each([&](int f, int m) {
+        if (m / D == half)
+#pragma unroll
+          for (int e = 0; e < E; e++) sums[m % D + e] = (half ? sums[m % D + e] : 0) + at[f][e];
+      });
+      __syncwarp();
+    }
   }
 };
 
-// x (H, 1, N) = v Dx of one row, not yet rectified; gives the lane's neuron of the 2 G from n on.
-template <typename T, int D, int G>
-__device__ float excite(const Row<D>& v, const T* encoder, int n, int N, T* x) {
+// Writes what the lanes `have` to `list`, in their order, behind `count` others; gives the new count.
+template <typename E> __device__ int append(bool have, E entry, E* list, int count) {
+  const unsigned all = __ballot_sync(~0u, have);
+  if (have) list[count + __popc(all & ((1u << threadIdx.x % 32) - 1))] = entry;
+  return count + __popc(all);
+}
+
+// Calls use(i, load(i)) for i < count, U loads being under way at once.
+template <int U, typename Load, typename Use>
+__device__ __forceinline__ void walk(int count, Load load, Use use) {
+  decltype(load(0)) ahead[U];
+#pragma unroll
+  for (int u = 0; u < U; u++)
+    if (u < count) ahead[u] = load(u);
+  for (int i = 0; i < count; i += U)
+#pragma unroll
+    for (int u = 0; u < U; u++)
+      if (i + u < count) {
+        use(i + u, ahead[u]);
+        if (i + u + U < count) ahead[u] = load(i + u + U);
+      }
+}
+
+// Leaves the sum over lanes of value i in value 0 of lane i: each hands on the half it does not keep.
+template <int half> __device__ __forceinline__ void share_out(float* values) {
+  const bool upper = threadIdx.x & half;
+#pragma unroll
+  for (int i = 0; i < half; i++) {
+    const float other = __shfl_xor_sync(~0u, upper ? values[i] : values[i + half], half);
+    values[i] = (upper ? values[i + half] : values[i]) + other;
+  }
+  if constexpr (half > 1) share_out<half / 2>(values);
+}
+
+// x (H, 1, N) = v Dx of one row, not yet rectified; gives the lane's neuron of the 32 from n on.
+template <typename T, int D>
+__device__ __forceinline__ float excite(const Row<T, D>& v, const T* encoder, int n, int N, T* x) {
   const int lane = threadIdx.x % 32;
-  float mine = 0, g[2 * G];
+  float g[32];
 #pragma unroll
-  for (int i = 0; i < 2 * G; i++) g[i] = v.times(encoder + (size_t)min(n + i, N - 1) * D);
-#pragma unroll
-  for (int i = 0; i < 2 * G; i++) {
-    const float sum = warp_sum(g[i]);
-    if (lane == i) mine = sum;
-  }
-  if (lane < 2 * G && n + lane < N) x[n + lane] = T(mine);
-  return float(T(mine));
+  for (int i = 0; i < 32; i++)
+    g[i] = v.times(Row<T, D>::raw(encoder + (size_t)min(n + i, N - 1) * D));
+  share_out<16>(g);
+  if (n + lane < N) x[n + lane] = T(g[0]);
+  return float(T(g[0]));
 }
 
-// a = q S and S += q v^T with q = R_t relu(x): parts (P, H*B, D) of a. Where no x (H, B, N) is given,
-// it comes from v and encoder (H, N, D), into `excited`. turns are in 2^-32 of one: t * turns wraps.
-template <typename T, int D, int W, int G>
-__device__ void recall(const T* x, T* excited, const float* v, const T* encoder, float* S,
-                       const uint32_t* turns, uint32_t t, int B, int N, float* parts) {
+template <typename T> struct alignas(2 * sizeof(T)) Two { T at[2]; };
+struct alignas(16) Turned { float q0, q1; int pair; };  // an active pair
+
+// ln(a), (H, B, D), with q = R_t relu(x) and a = q S + sum over s < t of (q . key_s) value_s, where t
+// bytes wait. This byte's key and value, q and v, join keys (H, B, N/2, K, 2) and values (B, K, D).
+// S (H, rows, N, D) is shared by all rows of the batch if it has one; Q int8: times `scales` (.., N).
+// Where no x (H, B, N) is given, it comes from v and encoder (H, N, D), into `excited`. Phases are in
+// 2^-32 of a circle: begin + t * turns wraps.
+template <bool given, typename T, typename Q, int D, int W, int G, int K>
+__device__ void recall(const T* x, T* excited, const float* v, const T* encoder, const Q* S,
+                       const float* scales, int rows, T* keys, T* values, const uint32_t* begin,
+                       const uint32_t* turns, int t, unsigned* done, int B, int N, float* parts,
+                       T* a) {
+  constexpr int M = D + K, L = given ? G / 32 : 1;  // L: pairs of a lane; else half the lanes' one
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
-  Row<D> value, sum;
-  value.load(v + b * D);
-  for (int pair = (blockIdx.x * W + warp) * G; pair < N / 2; pair += gridDim.x * W * G) {
-    const int n = 2 * pair;
-    float mine = 0;
-    if (!x)
-      mine = excite<T, D, G>(value, encoder + (size_t)h * N * D, n, N, excited + (size_t)h * N);
-    else if (lane < 2 * G && n + lane < N)
-      mine = float(x[(size_t)hb * N + n + lane]);
-    if (mine <= 0) mine = 0;
-    float x0 = __shfl_sync(~0u, mine, 2 * lane % 32), x1 = __shfl_sync(~0u, mine, 2 * lane % 32 + 1);
-    const bool own = lane < G && pair + lane < N / 2;
-    float sine = 0, cosine = 0;
-    if (own) sincospif(int(t * turns[pair + lane]) * 0x1p-31f, &sine, &cosine);
-    const float q0 = x0 * cosine - x1 * sine, q1 = x1 * cosine + x0 * sine;
-    unsigned active = __ballot_sync(~0u, own && (q0 != 0 || q1 != 0));
-    for (; active; active &= active - 1) {
-      const int i = __ffs(active) - 1;
-      const float q = __shfl_sync(~0u, q0, i), r = __shfl_sync(~0u, q1, i);
-      float* row = S + ((size_t)hb * N + n + 2 * i) * D;
-      Row<D>::each([&](int f, int d) {
-        float4 one = four(row + d), two = four(row + D + d);
-        add(sum.at[f], q, one), add(sum.at[f], r, two);
-        add(one, q, value.at[f]), add(two, r, value.at[f]);
-        *(float4*)(row + d) = one, *(float4*)(row + D + d) = two;
-      });
+  __shared__ float4 room[W * (M > 128 ? M : 128) / 4];
+  __shared__ Turned lists[W][G];
+  __shared__ float all[M];
+  const size_t own = h * rows + (rows > 1 ? b : 0);
+  S += own * N * D, scales += own * N, keys += (size_t)hb * N * K, values += (size_t)b * K * D;
+  if (!blockIdx.x && !h && threadIdx.x < D) values[t * D + threadIdx.x] = T(v[b * D + threadIdx.x]);
+  Row<T, D> value;
+  if constexpr (!given) value.load(v + b * D);
+  Row<Q, 2 * D> sum;
+  float score[2] = {};
+  for (int first = (blockIdx.x * W + warp) * G; first < N / 2; first += gridDim.x * W * G) {
+    float x0[L], x1[L];
+    if constexpr (given) {
+#pragma unroll
+      for (int j = 0; j < L; j++) {
+        const int pair = min(first + lane + 32 * j, N / 2 - 1);
+        const auto two = Bits<T, 2>::of(x + (size_t)hb * N + 2 * pair);
+        x0[j] = two[0], x1[j] = two[1];
+      }
+    } else {
+      const float mine = excite<T, D>(value, encoder + (size_t)h * N * D, 2 * first, N,
+                                      excited + (size_t)h * N);
+      x0[0] = __shfl_sync(~0u, mine, 2 * lane % 32), x1[0] = __shfl_sync(~0u, mine, 2 * lane % 32 + 1);
     }
+    int count = 0;
+#pragma unroll
+    for (int j = 0; j < L; j++) {
+      const int pair = first + lane + 32 * j;
+      if (x0[j] <= 0) x0[j] = 0;
+      if (x1[j] <= 0) x1[j] = 0;
+      const bool is = lane < G && pair < N / 2 && (x0[j] != 0 || x1[j] != 0);
+      Turned turned;
+      if (is) {
+        float sine, cosine;
+        sincospif(int(begin[pair] + t * turns[pair]) * 0x1p-31f, &sine, &cosine);
+        turned = {x0[j] * cosine - x1[j] * sine, x1[j] * cosine + x0[j] * sine, pair};
+        *(Two<T>*)(keys + ((size_t)pair * K + t) * 2) = {T(turned.q0), T(turned.q1)};
+      }
+      count = append(is, turned, lists[warp], count);
+    }
+    __syncwarp();
+    const Turned* list = lists[warp];
+    struct Loaded { typename Row<Q, 2 * D>::Raw row; Bits<T, 4> key; Bits<float, 2> scale; };
+    walk<4>(count, [&](int i) {
+      const int pair = list[i].pair;
+      Loaded found;
+      found.row = Row<Q, 2 * D>::raw(S + (size_t)pair * 2 * D);
+      if (sizeof(Q) == 1) found.scale = Bits<float, 2>::of(scales + 2 * pair);
+      if (2 * lane < t) found.key = Bits<T, 4>::of(keys + (size_t)pair * K * 2 + 4 * lane);
+      return found;
+    }, [&](int i, const Loaded& found) {
+      const Turned q = list[i];
+      const bool scaled = sizeof(Q) == 1;
+      sum.plus(scaled ? q.q0 * found.scale[0] : q.q0, scaled ? q.q1 * found.scale[1] : q.q1, found.row);
+      if (2 * lane < t)
+#pragma unroll
+        for (int s = 0; s < 2; s++)
+          score[s] += q.q0 * found.key[2 * s] + q.q1 * found.key[2 * s + 1];
+    });
+    __syncwarp();  // before the list is written again
   }
-  sum.template leave<W>(parts + ((size_t)blockIdx.x * gridDim.y + hb) * D);
-}
-
-// v' = ln(v + ln(o)), in float32 and in T, with o the sum over neurons of y E, y = relu(ln(a) Dy) x.
-// Of a there are `count` parts, of o (P*H, B, D) P a head; encoder_v and decoder (H, N, D). The block
-// that is a row's last to be `done` adds up its parts; done (B..) is 0 before and after.
-template <typename T, int D, int W, int G>
-__device__ void fire(const T* x, const float* a, int count, const float* v, const T* encoder_v,
-                     const T* decoder, unsigned* done, int H, int B, int N, float* parts,
-                     float* out, T* low) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
-  __shared__ float4 room[D / 4];
-  float* all = (float*)room;
-  const float number = ln(gather<D>(a + (size_t)hb * D, count, (size_t)H * B * D));
-  if (threadIdx.x < D) all[threadIdx.x] = number;
+  float* sums = (float*)room + warp * M;
+  sum.template leave<D>(sums);
+  sums[D + 2 * lane] = score[0], sums[D + 2 * lane + 1] = score[1];
   __syncthreads();
-  Row<D> recalled, sum;
-  recalled.load(all);
-  for (int n = (blockIdx.x * W + warp) * G; n < N; n += gridDim.x * W * G) {
-    const float mine = lane < G && n + lane < N ? float(x[(size_t)hb * N + n + lane]) : 0;
-    unsigned active = __ballot_sync(~0u, !(mine <= 0));
-    for (; active; active &= active - 1) {
-      const int i = __ffs(active) - 1;
-      const size_t row = ((size_t)h * N + n + i) * D;
-      const float y = warp_sum(recalled.times(encoder_v + row)) * __shfl_sync(~0u, mine, i);
-      if (!(y <= 0)) sum.plus(y, decoder + row);
+  for (int i = threadIdx.x; i < M; i += blockDim.x) {
+    float one = 0;
+    for (int w = 0; w < W; w++) one += ((float*)room)[w * M + i];
+    parts[((size_t)blockIdx.x * gridDim.y + hb) * M + i] = one;
+  }
+  if (!last(done + hb, gridDim.x)) return;
+  gather<M>(parts + (size_t)hb * M, gridDim.x, (size_t)gridDim.y * M, room, all);
+  const int d = threadIdx.x % D;
+  float waiting = 0;
+#pragma unroll 8
+  for (int s = threadIdx.x / D; s < t; s += blockDim.x / D) waiting += all[D + s] * float(values[s * D + d]);
+  ((float*)room)[threadIdx.x] = waiting;
+  __syncthreads();
+  float number = all[d];
+  for (int i = d; i < blockDim.x; i += D) number += ((float*)room)[i];
+  number = ln(number);
+  if (threadIdx.x < D) a[(size_t)hb * D + threadIdx.x] = T(number);
+}
+
+struct Fires { float y; int neuron; };
+
+// v' = ln(v + ln(o)), in float32 and in T, with o the sum over neurons of y E and y = relu(g) x.
+// Where no g (H, B, N) is given, it is a Dy, a (H, B, D). encoder_v and decoder are (H, N, D); of o
+// there are P parts a head, (P*H, B, D).
+template <bool given, typename T, int D, int W, int G>
+__device__ void fire(const T* x, const T* g, const T* a, const float* v, const T* encoder_v,
+                     const T* decoder, unsigned* done, int H, int B, int N, float* parts, float* out,
+                     T* low) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
+  __shared__ float4 room[W * (D > 128 ? D : 128) / 4];
+  __shared__ Fires lists[W][G];
+  __shared__ float all[D];
+  Fires* list = lists[warp];
+  using Row = Row<T, D>;
+  Row recalled, sum;
+  if constexpr (!given) recalled.load(a + (size_t)hb * D);
+  encoder_v += (size_t)h * N * D, decoder += (size_t)h * N * D, x += (size_t)hb * N;
+  if constexpr (given) g += (size_t)hb * N;
+  for (int first = (blockIdx.x * W + warp) * G; first < N; first += gridDim.x * W * G) {
+    float y[G / 32];
+#pragma unroll
+    for (int j = 0; j < G / 32; j++) {
+      const int n = min(first + lane + 32 * j, N - 1);
+      const float open = given ? float(g[n]) : 1;
+      y[j] = float(x[n]);
+      y[j] = y[j] <= 0 || open <= 0 || first + lane + 32 * j >= N ? 0 : y[j] * open;
+    }
+    int count = 0;
+#pragma unroll
+    for (int j = 0; j < G / 32; j++)
+      count = append(y[j] != 0, {y[j], first + lane + 32 * j}, list, count);
+    __syncwarp();
+    if constexpr (!given) {
+      walk<4>(count, [&](int i) { return Row::raw(encoder_v + (size_t)list[i].neuron * D); },
+           [&](int i, const typename Row::Raw& row) {
+             const float open = warp_sum(recalled.times(row));
+             if (!lane) list[i].y = open <= 0 ? 0 : list[i].y * open;
+           });
+      __syncwarp();
+      const Fires mine = lane < count ? list[lane] : Fires{0, 0};  // G is 32
+      __syncwarp();
+      count = append(mine.y != 0, mine, list, 0);
+      __syncwarp();
+    }
+    walk<4>(count, [&](int i) { return Row::raw(decoder + (size_t)list[i].neuron * D); },
+         [&](int i, const typename Row::Raw& row) { sum.plus(list[i].y, list[i].y, row); });
+    __syncwarp();  // before the list is written again
+  }
+  sum.template leave<D>((float*)room + warp * D);
+  __syncthreads();
+  for (int i = threadIdx.x; i < D; i += blockDim.x) {
+    float one = 0;
+    for (int w = 0; w < W; w++) one += ((float*)room)[w * D + i];
+    parts[((size_t)(blockIdx.x * H + h) * B + b) * D + i] = one;
+  }
+  if (!last(done + b, gridDim.x * H)) return;
+  gather<D>(parts + (size_t)b * D, gridDim.x * H, (size_t)B * D, room, all);
+  const int d = threadIdx.x % D;
+  const float o = ln(all[d]);
+  const float after = ln(v[b * D + d] + o);
+  if (threadIdx.x < D) out[b * D + d] = after, low[b * D + d] = T(after);
+}
+
+// S (H, rows, N, D) with the `count` bytes that wait in keys and values (as in `recall`) added, to `after`
+// (H, B, N, D), and, where Q is int8, that as `low` times `scales` (.., N). Without keys: S alone, to
+// low. A warp takes 4 pairs of neurons.
+template <bool add, typename T, typename Q, int D, int W, int K>
+__device__ void fold(const float* S, int rows, const T* keys, const T* values, int count, int B, int N,
+                     float* after, Q* low, float* scales) {
+  constexpr int P = 4;
+  using Row = Row<float, D>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
+  __shared__ float2 waiting[W][K][P];
+  const int first = (blockIdx.x * W + warp) * P;
+  const size_t from = (size_t)(h * rows + (rows > 1 ? b : 0)) * N, to = (size_t)hb * N;
+  Row row[2 * P];
+#pragma unroll
+  for (int i = 0; i < 2 * P; i++)
+    if (2 * first + i < N) row[i].load(S + (from + 2 * first + i) * D);
+  if constexpr (add) {
+#pragma unroll
+    for (int p = 0; p < P; p++) {
+      if (first + p >= N / 2 || 2 * lane >= K) continue;
+      const auto two = Bits<T, 4>::of(keys + (to / 2 + first + p) * K * 2 + 4 * lane);
+      waiting[warp][2 * lane][p] = {two[0], two[1]};
+      waiting[warp][2 * lane + 1][p] = {two[2], two[3]};
+    }
+    __syncwarp();
+    for (int s = 0; s < count; s++) {
+      float value[Row::F][4];
+      Row::each([&](int f, int m) {
+        const auto four = Bits<T, 4>::of(values + ((size_t)b * K + s) * D + m);
+#pragma unroll
+        for (int e = 0; e < 4; e++) value[f][e] = four[e];
+      });
+#pragma unroll
+      for (int p = 0; p < P; p++) {
+        const float2 q = waiting[warp][s][p];
+        if (q.x == 0 && q.y == 0) continue;
+        Row::each([&](int f, int) {
+#pragma unroll
+          for (int e = 0; e < 4; e++)
+            row[2 * p].at[f][e] += q.x * value[f][e], row[2 * p + 1].at[f][e] += q.y * value[f][e];
+        });
+      }
     }
   }
-  sum.template leave<W>(parts + ((size_t)(blockIdx.x * H + h) * B + b) * D);
-  __threadfence();
-  __syncthreads();  // the block has written its part
-  const unsigned last = gridDim.x * H - 1;
-  if (!__syncthreads_or(threadIdx.x == 0 && atomicInc(done + b, last) == last)) return;
-  __threadfence();
-  const float o = ln(gather<D>(parts + (size_t)b * D, last + 1, (size_t)B * D));
-  const float after = ln(v[b * D + threadIdx.x % D] + o);
-  if (threadIdx.x < D) out[b * D + threadIdx.x] = after, low[b * D + threadIdx.x] = T(after);
+#pragma unroll
+  for (int i = 0; i < 2 * P; i++) {
+    const size_t n = to + 2 * first + i;
+    if (2 * first + i >= N) continue;
+    float most = 0, spoilt = 0;
+    Row::each([&](int f, int m) {
+      const float* at = row[i].at[f];
+      if constexpr (add) *(float4*)(after + n * D + m) = make_float4(at[0], at[1], at[2], at[3]);
+      for (int e = 0; e < 4; e++) most = fmaxf(most, fabsf(at[e])), spoilt += at[e] - at[e];
+    });
+    if constexpr (sizeof(Q) == 1) {
+      for (int o = 16; o; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+      const float by = most > 0 ? 127 / most : 0;
+      Row::each([&](int f, int m) {
+        struct alignas(4) { int8_t at[4]; } four;
+        for (int e = 0; e < 4; e++) four.at[e] = int8_t(rintf(row[i].at[f][e] * by));
+        *(decltype(four)*)(low + n * D + m) = four;
+      });
+      spoilt = warp_sum(spoilt);  // NaN where a number is not finite
+      if (!lane) scales[n] = most / 127 + spoilt;
+    }
+  }
 }
 
 }  // namespace bdh

@@ -1,97 +1,249 @@
 """One byte through the layers on a CUDA GPU: kernels that touch active neurons only.
 
 Of a trained model about a quarter of the neurons are active: most rows of encoder_v and of decoder
-and half of the synapses need not be read. MLX has no product that skips rows, and no operation that
-changes its input; `recall` (cuda_byte.cu) adds the byte to the synapses where they lie. On other
-devices state.step does the same with plain operations.
+and half of the synapses need not be read. MLX has no product that skips rows; `recall` and `fire`
+(cuda_byte.cu) do. Where the products are bfloat16, synapses are read as int8 times a scale a row,
+whose error is a fifteenth of that of bfloat16 weights (LOG.md); they stay float32 in the state.
+On other devices gpu_byte.py does the same with plain operations.
 """
 
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
-from fast_layer import frequencies, ln
+from fast_layer import ln, turns
 
-G = 16  # pairs of neurons that a warp takes at a time, at most 16 (LOG.md)
-THREADS = 512  # of a block, at most
-BLOCKS = 256  # about as many fill a GPU; each leaves a part, and parts cost time too
+TAIL = 64  # bytes that wait; the kernels hold two scores a lane
+PAIRS, PAIRS_ONE = 128, 16  # that a warp takes at a time; of one row it must find x first (LOG.md)
+NEURONS, NEURONS_ONE = 128, 32  # the same of `fire`
+THREADS = 256  # of a block, at most
+BLOCKS = 512  # about as many fill a GPU; each leaves a part, and parts cost time too
 
 # name, inputs, outputs and call of each kernel; MLX adds the arguments that a call mentions
+READ = ("v", "S", "scales", "keys", "values", "begin", "turns", "count", "done", "before")
+WAITING = "S, scales, S_shape[1], (T*)keys, (T*)values, begin, turns, count[0], (unsigned*)done, "
 RECALL = (
     "recall",
-    ("v", "S", "turns", "count", "before", "x"),
-    ("parts",),
-    "bdh::recall<T, D, W, G>(x, (T*)nullptr, v, (const T*)nullptr, (float*)S, turns, count[0], "
-    "x_shape[1], x_shape[2], parts);",
+    (*READ, "x"),
+    ("parts", "a"),
+    "bdh::recall<true, T, Q, D, W, G, K>(x, (T*)nullptr, v, (const T*)nullptr, "
+    + WAITING
+    + "x_shape[1], x_shape[2], parts, a);",
 )
 RECALL_ONE = (
     "recall_one",
-    ("v", "S", "turns", "count", "before", "encoder"),
-    ("parts", "x"),
-    "bdh::recall<T, D, W, G>((const T*)nullptr, x, v, encoder, (float*)S, turns, count[0], "
-    "1, encoder_shape[1], parts);",
+    (*READ, "encoder"),
+    ("parts", "a", "x"),
+    "bdh::recall<false, T, Q, D, W, G, K>((const T*)nullptr, x, v, encoder, "
+    + WAITING
+    + "1, encoder_shape[1], parts, a);",
 )
 FIRE = (
     "fire",
+    ("x", "g", "v", "decoder", "done"),
+    ("parts", "out", "low"),
+    "bdh::fire<true, T, D, W, G>(x, g, (const T*)nullptr, v, (const T*)nullptr, decoder, "
+    "(unsigned*)done, x_shape[0], x_shape[1], x_shape[2], parts, out, low);",
+)
+FIRE_ONE = (
+    "fire_one",
     ("x", "a", "v", "encoder_v", "decoder", "done"),
     ("parts", "out", "low"),
-    "bdh::fire<T, D, W, G>(x, a, a_shape[0], v, encoder_v, decoder, (unsigned*)done, x_shape[0], "
-    "x_shape[1], x_shape[2], parts, out, low);",
+    "bdh::fire<false, T, D, W, G>(x, (const T*)nullptr, a, v, encoder_v, decoder, "
+    "(unsigned*)done, x_shape[0], 1, x_shape[2], parts, out, low);",
+)
+FOLD = (
+    "fold",
+    ("S", "keys", "values", "count", "before"),
+    ("after", "low", "scales"),
+    "bdh::fold<true, T, Q, D, W, K>(S, S_shape[1], keys, values, count[0], values_shape[0], "
+    "S_shape[2], after, low, scales);",
+)
+SHORTEN = (
+    "shorten",
+    ("S",),
+    ("low", "scales"),
+    "bdh::fold<false, float, int8_t, D, W, K>(S, S_shape[1], (const float*)nullptr, "
+    "(const float*)nullptr, 0, S_shape[1], S_shape[2], (float*)nullptr, low, scales);",
 )
 
 
-def fits(config) -> bool:
+class Tail(NamedTuple):
+    """The last `count` bytes, in no synapses yet; what follows them is not this state's own.
+
+    States share the arrays: the one that is `newest` writes the next byte behind its own, in place,
+    any other copies them first. No graph shows the change, so what follows a byte waits for its v.
+    """
+
+    count: int
+    keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, N/2, TAIL, 2)
+    values: tuple[mx.array, ...]  # (B, TAIL, D)
+    newest: list[int]  # how many bytes the arrays hold, over all that share them
+    begin: mx.array  # phases of the tail's first byte
+    known: tuple[tuple[mx.array, mx.array], ...]  # of each layer, the synapses and scales of rows
+    done: mx.array  # zeros, in which blocks count those that have ended
+    before: mx.array  # v of the byte before
+
+    def waiting(self) -> list[tuple[mx.array, mx.array]]:
+        """Of each layer the keys (H, B, N, count) and values (B, count, D), float32."""
+        mx.eval(self.before)
+        found, (H, B, pairs, *_) = [], self.keys[0].shape
+        for k, v in zip(self.keys, self.values, strict=True):
+            k = k[..., : self.count, :].swapaxes(-1, -2).astype(mx.float32)
+            found.append((k.reshape(H, B, 2 * pairs, -1), v[:, : self.count].astype(mx.float32)))
+        return found
+
+    def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "Tail"]:
+        """The synapses with the bytes that wait, and a tail without any."""
+        given = zip(synapses, self.keys, self.values, strict=True)
+        found = [fold(*layer, _count(self.count), self.before) for layer in given]
+        after, known = zip(*found, strict=True)
+        return after, begun(position, known, self.values[0].shape[0], self.keys[0].dtype)
+
+
+def begun(position: int, known, B: int, dtype: mx.Dtype) -> Tail:
+    """A tail of B rows without a byte."""
+    (H, _, N, D), L = known[0][0].shape, len(known)
+    keys = tuple(mx.zeros((H, B, N // 2, TAIL, 2), dtype) for _ in range(L))
+    values = tuple(mx.zeros((B, TAIL, D), dtype) for _ in range(L))
+    begin, done = mx.array(turns(position, N)), mx.zeros(H * B + B + 2, mx.uint32)
+    tail = Tail(0, keys, values, [0], begin, known, done, mx.zeros((B, 1, D)))
+    mx.async_eval(tail)
+    return tail
+
+
+@lru_cache
+def _count(n: int) -> mx.array:
+    """[n], in the GPU's memory: an array of its own of 8 bytes or less would lie in the host's."""
+    count = mx.arange(TAIL + 1)[n : n + 1]
+    mx.eval(count)
+    return count
+
+
+def fits(model) -> bool:
     """Whether this machine and the model's shape suit the kernels."""
-    D, on_cuda = config.n_embd, mx.default_device() == mx.gpu and mx.cuda.is_available()
-    return on_cuda and D % 4 == 0 and D <= 256 and THREADS // D * D % 32 == 0
+    D, on_cuda = model.config.n_embd, mx.default_device() == mx.gpu and mx.cuda.is_available()
+    return on_cuda and D % 16 == 0 and D <= 256 and THREADS // D * D % 32 == 0
 
 
-def weights_of(model, dtype: mx.Dtype) -> list[mx.array]:
-    """What `step` takes: rows of neurons, (H, N, D) in `dtype`, and each pair's turn a byte."""
-    H, D, N = model.encoder.shape
-    across = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
-    rows = [w.astype(dtype) for w in (*across, model.decoder.reshape(H, N, D))]
-    turns = np.round(frequencies(N) / (2 * np.pi) * 2**32)  # in 2^-32 of a circle
-    return [ln(model.embed.weight), *rows, mx.array(turns.astype(np.uint32))]
+class Byte:
+    """The model's weights as rows of neurons, (H, N, D), and the step that reads them."""
+
+    Tail = Tail
+
+    def __init__(self, model):
+        self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
+        across = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
+        rows = [w.astype(self.dtype) for w in (*across, model.decoder.reshape(H, N, D))]
+        self.weights = [ln(model.embed.weight), *rows, mx.array(turns(1, N))]
+        self.shape = H, D, N, model.config.n_layer
+        self.compiled = mx.compile(step)
+        mx.eval(self.weights)
+
+    def begun(self, position: int, synapses: tuple[mx.array, ...], B: int) -> Tail:
+        """A tail of B rows without a byte."""
+        H, D, N, L = self.shape
+        synapses = synapses or [mx.zeros((H, 1, N, D))] * L
+        exact = self.dtype == mx.float32
+        known = tuple((S, S) if exact else shorten(S) for S in synapses)
+        return begun(position, known, B, self.dtype)
+
+    def step(self, idx: mx.array, tail: Tail) -> tuple[mx.array, Tail]:
+        """v (B, 1, D) of one byte idx (B, 1), and the tail with it."""
+        if tail.newest[0] > tail.count:
+            tail = self._own(tail)
+        v = self.compiled(idx, self.weights, _count(tail.count), *tail[1:3], *tail[4:])
+        tail.newest[0] += 1
+        return v, tail._replace(count=tail.count + 1, before=v)
+
+    def _own(self, tail: Tail) -> Tail:
+        """The tail with arrays of its own, without what others have written behind its bytes."""
+        mx.eval(tail.before)
+        own = mx.arange(TAIL)[:, None] < tail.count
+        keys, values = (
+            tuple(mx.where(own, a, mx.zeros((), a.dtype)) for a in some) for some in tail[1:3]
+        )
+        tail = tail._replace(keys=keys, values=values, newest=[tail.count])
+        tail = tail._replace(done=mx.zeros(tail.done.shape, mx.uint32))
+        mx.eval(tail)
+        return tail
 
 
-def step(idx, weights, count, synapses, before):
-    """v (B, 1, D) of one byte idx (B, 1), which is added to the synapses (H, B, N, D) in place.
+def step(idx, weights, count, keys, values, begin, known, done, before):
+    """v (B, 1, D) of one byte idx (B, 1), which joins keys and values in place.
 
     These must be the caller's own. No graph shows that they change: `before`, v of the byte before,
     makes this one wait, and whoever reads them otherwise must wait for v.
     """
     embed, encoder, encoder_v, decoder, turns = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
-    W = THREADS // D * D // 32
-    most = -(-BLOCKS // (H * B))
-    pairs, single = (min(most, -(-n // (W * G))) for n in (N // 2, N))  # blocks of a row's head
+    W, one = THREADS // D * D // 32, B == 1
+    kinds = [("T", dtype), ("Q", known[0][0].dtype)]
+    G_recall, G_fire = (PAIRS_ONE, NEURONS_ONE) if one else (PAIRS, NEURONS)
 
-    def run(kernel, P, inputs, *outputs):
-        return _kernel(*kernel)(
-            inputs=inputs,
-            output_shapes=[shape for shape, _ in outputs],
-            output_dtypes=[kind for _, kind in outputs],
-            template=[("T", dtype), ("D", D), ("W", W), ("G", G)],
-            grid=(32 * W * P, H * B, 1),
-            threadgroup=(32 * W, 1, 1),
-        )
+    def blocks(n, G):
+        """Of a row's head, for n pairs or neurons."""
+        return min(-(-BLOCKS // (H * B)), -(-n // (W * G)))
 
+    def run(kernel, P, G, inputs, *outputs):
+        template = [*kinds, ("D", D), ("W", W), ("G", G), ("K", TAIL)]
+        return _run(kernel, template, (P, H * B), 32 * W, inputs, outputs)
+
+    pairs, single = blocks(N // 2, G_recall), blocks(N, G_fire)
     # arrays of up to 8 bytes lie in the host's memory, where blocks would count very slowly
-    v, done = embed[idx].reshape(B, D), mx.zeros(B + 2, mx.uint32)
+    v = embed[idx].reshape(B, D)
     low = v.astype(dtype)
-    for S in synapses:
-        inputs, parts = [v, S, turns, count, before], ((pairs, H * B, D), mx.float32)
-        if B == 1:
-            a, x = run(RECALL_ONE, pairs, [*inputs, encoder], parts, ((H, B, N), dtype))
+    for layer in zip(known, keys, values, strict=True):
+        (S, scales), k, values_ = layer
+        read = [v, S, scales, k, values_, begin, turns, count, done, before]
+        found = ((pairs, H * B, D + TAIL), mx.float32), ((H, B, D), dtype)
+        left = ((single * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)
+        if one:
+            _, a, x = run(RECALL_ONE, pairs, G_recall, [*read, encoder], *found, ((H, B, N), dtype))
+            _, v, low = run(FIRE_ONE, single, G_fire, [x, a, v, encoder_v, decoder, done], *left)
         else:
             x = low[None] @ encoder.swapaxes(-1, -2)
-            (a,) = run(RECALL, pairs, [*inputs, x], parts)
-        outputs = ((single * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)
-        _, v, low = run(FIRE, single, [x, a, v, encoder_v, decoder, done], *outputs)
+            _, a = run(RECALL, pairs, G_recall, [*read, x], *found)
+            g = a @ encoder_v.swapaxes(-1, -2)
+            _, v, low = run(FIRE, single, G_fire, [x, g, v, decoder, done], *left)
     return v[:, None]
+
+
+def shorten(S: mx.array) -> tuple[mx.array, mx.array]:
+    """S (H, B, N, D) as int8, and the scale of each row (H, B, N)."""
+    return _run_rows(SHORTEN, S, S.shape[1], [], [S], (S.shape, mx.int8), (S.shape[:3], mx.float32))
+
+
+def fold(S, keys, values, count, before):
+    """S with the `count` bytes that wait in a tail, and what its kernels read of that."""
+    (H, _, N, D), B, exact = S.shape, values.shape[0], keys.dtype == mx.float32
+    outputs = ((H, B, N, D), mx.float32), ((H, B, N, D), mx.int8), ((H, B, N), mx.float32)
+    if exact:
+        outputs = outputs[0], ((4,), mx.float32), ((4,), mx.float32)  # not written
+    kinds = [("T", keys.dtype), ("Q", mx.float32 if exact else mx.int8)]
+    after, *low = _run_rows(FOLD, S, B, kinds, [S, keys, values, count, before], *outputs)
+    return after, (after, after) if exact else tuple(low)
+
+
+def _run_rows(kernel, S, B, kinds, inputs, *outputs):
+    """A warp for 8 rows of S."""
+    (H, _, N, D), W = S.shape, THREADS // 32
+    template = [*kinds, ("D", D), ("W", W), ("K", TAIL)]
+    return _run(kernel, template, (-(-N // (8 * W)), H * B), THREADS, inputs, outputs)
+
+
+def _run(kernel, template, blocks, threads, inputs, outputs):
+    shapes, kinds = zip(*outputs, strict=True)
+    return _kernel(*kernel)(
+        inputs=inputs,
+        output_shapes=shapes,
+        output_dtypes=kinds,
+        template=template,
+        grid=(blocks[0] * threads, blocks[1], 1),
+        threadgroup=(threads, 1, 1),
+    )
 
 
 @lru_cache

@@ -81,6 +81,14 @@ def frequencies(N: int) -> np.ndarray:
     return ROPE_BASE ** (-np.arange(0, N, 2) / N)
 
 
+def turns(position: int, N: int) -> np.ndarray:
+    """By how much the N/2 pairs have turned at `position`, uint32 in 2^-32 of a circle: such sums
+    and products wrap as angles do. Exact as `phases` is.
+    """
+    circles = position * frequencies(N) / (2 * np.pi) % 1
+    return np.round(circles * 2**32).astype(np.uint64).astype(np.uint32)
+
+
 def phases(positions, N: int) -> np.ndarray:
     """exp(i t w) of positions t for the N/2 pairs of neurons: (.., N/2) complex64 from float64."""
     angles = np.multiply.outer(positions, frequencies(N))

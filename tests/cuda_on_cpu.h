@@ -11,11 +11,13 @@
 #include <vector>
 
 #define __device__
+#define __forceinline__ inline
 #define __shared__ static
 using std::min;
 
 struct Dim { unsigned x = 1, y = 1; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct bfloat16 {  // rounds to nearest even, as __nv_bfloat16 does
   uint16_t bits;
@@ -82,6 +84,7 @@ inline int __syncthreads_or(int value) {
   any = 0;
   return result;
 }
+inline void __syncwarp() { meet_warp(); }
 inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* at, unsigned most) {
   const unsigned old = *at;
@@ -89,7 +92,7 @@ inline unsigned atomicInc(unsigned* at, unsigned most) {
   return old;
 }
 template <typename T> T __ldcg(const T* at) { return *at; }
-inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline void sincospif(float x, float* sine, float* cosine) {
   *sine = std::sin(M_PI * x), *cosine = std::cos(M_PI * x);

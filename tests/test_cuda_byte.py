@@ -5,6 +5,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 import cuda_byte
-import state
+import gpu_byte
 from bdh_mlx import BDH, BDHConfig
 
 COMPILER = shutil.which("g++")
@@ -21,6 +22,16 @@ pytestmark = pytest.mark.skipif(
 )
 TYPES = {mx.float32: "float", mx.bfloat16: "bfloat16"}
 DIMS = (16, 32, 96, 256)
+NAMES = ("RECALL", "RECALL_ONE", "FIRE", "FIRE_ONE", "FOLD", "SHORTEN")
+KERNELS = [getattr(cuda_byte, k) for k in NAMES]
+GROUPS = {
+    "recall": cuda_byte.PAIRS,
+    "recall_one": cuda_byte.PAIRS_ONE,
+    "fire": cuda_byte.NEURONS,
+    "fire_one": cuda_byte.NEURONS_ONE,
+    "fold": 0,
+    "shorten": 0,
+}
 GUARD = 1 << 20  # bytes around an array that no kernel may touch
 
 
@@ -29,7 +40,7 @@ def library(tmp_path_factory):
     """All kernels for DIMS in both types, called as cuda_byte.step has MLX call them."""
     source = '#include "cuda_on_cpu.h"\n' + f'#include "{ROOT / "cuda_byte.cu"}"\n'
     for D, (dtype, T) in itertools.product(DIMS, TYPES.items()):
-        for kernel in (cuda_byte.RECALL, cuda_byte.RECALL_ONE, cuda_byte.FIRE):
+        for kernel in KERNELS:
             source += entry(kernel, D, dtype, T)
     folder = tmp_path_factory.mktemp("cuda")
     (folder / "kernels.cpp").write_text(source)
@@ -41,16 +52,22 @@ def library(tmp_path_factory):
 def entry(kernel, D, dtype, T):
     """A C function: arrays of pointers and of shapes, blocks in x and y, and threads."""
     name, inputs, outputs, call = kernel
+    Q = "float" if dtype == mx.float32 else "int8_t"
     kinds = dict.fromkeys((*inputs, *outputs), T)
-    kinds |= dict.fromkeys(("v", "S", "parts", "a", "out", "before"), "float")
-    kinds |= {"turns": "uint32_t", "count": "int32_t", "done": "uint32_t"}
+    floats = ["v", "scales", "parts", "out", "before", "after"]
+    floats += ["S"] if name in ("shorten", "fold") else []
+    kinds |= {"S": Q, "low": {"fold": Q, "shorten": "int8_t"}.get(name, T)}
+    kinds |= dict.fromkeys(floats, "float") | dict.fromkeys(("begin", "turns", "done"), "uint32_t")
+    kinds |= {"count": "int32_t"}
+    whole = 1 if name in ("fold", "shorten") else D
+    W = cuda_byte.THREADS // whole * whole // 32
     lines = [f"auto {a} = ({kinds[a]}*)at[{i}];" for i, a in enumerate((*inputs, *outputs))]
     lines += [f"auto {a}_shape = shapes[{i}];" for i, a in enumerate(inputs)]
-    called = f"{name}_{D}_{T}(void** at, int (*shapes)[4], int P, int HB, int threads)"
+    called = f"{name}_{D}_{T}(void** at, int (*shapes)[5], int P, int HB, int threads)"
     return (
         f'extern "C" void {called} {{ '
-        f"using T = {T}; constexpr int D = {D}, W = {cuda_byte.THREADS // D * D // 32}, "
-        f"G = {cuda_byte.G}; {' '.join(lines)} "
+        f"using T = {T}; using Q = {Q}; constexpr int D = {D}, G = {GROUPS[name]}, "
+        f"K = {cuda_byte.TAIL}, W = {W}; {' '.join(lines)} "
         f"launch({{unsigned(P), unsigned(HB)}}, threads, [&] {{ {call} }}); }}\n"
     )
 
@@ -70,10 +87,10 @@ class Kernel:
         assert all(view.flags.c_contiguous for view in views)
         there = [on_16(view) for view in views]
         at = (ctypes.c_void_p * len(views))(*(array.ctypes.data for array, _ in there))
-        shapes = (ctypes.c_int * 4 * len(inputs))(*(tuple(a.shape) for a in inputs))
-        function = self.library[f"{self.name}_{constants['D']}_{TYPES[constants['T']]}"]
-        threads = threadgroup[0]
-        assert constants["W"] * 32 == threads and grid[0] % threads == 0
+        shapes = (ctypes.c_int * 5 * len(inputs))(*(tuple(a.shape) for a in inputs))
+        threads, T = threadgroup[0], TYPES[constants.get("T", mx.float32)]
+        function = self.library[f"{self.name}_{constants['D']}_{T}"]
+        assert constants.get("W", threads // 32) * 32 == threads and grid[0] % threads == 0
         function(at, shapes, grid[0] // threads, grid[1], threads)
         for view, (array, around) in zip(views, there, strict=True):
             assert all((side == 0xAB).all() for side in around), "written beside an array"
@@ -92,6 +109,7 @@ def on_16(view):
 
 @pytest.fixture
 def kernels(library, monkeypatch):
+    monkeypatch.setattr(mx, "compile", lambda step: step)
     monkeypatch.setattr(cuda_byte, "_kernel", lambda name, *_: Kernel(library, name))
 
 
@@ -115,26 +133,38 @@ def test_several_blocks_a_head_and_several_turns_of_each_leave_nothing_out(
     same_as_the_plain_step(a_model(16, 160), B, mx.float32)
 
 
+def test_rows_share_the_synapses_of_one(kernels):
+    same_as_the_plain_step(a_model(32), 3, mx.bfloat16, rows=1)
+
+
 def test_more_parts_than_a_block_adds_at_once_are_added(kernels):
     same_as_the_plain_step(a_model(96, 6, heads=24), 1, mx.float32)
 
 
-def same_as_the_plain_step(model, B, dtype):
-    weights = cuda_byte.weights_of(model, dtype), state._weights(model, dtype)
-    H, D, N = model.encoder.shape
-    own, plain = (tuple(mx.random.normal((H, B, N, D), key=mx.random.key(7)) for _ in range(2))
-                  for _ in range(2))  # fmt: skip
-    mx.eval(own, plain)
-    v = mx.zeros((B, 1, D))
-    for count in (0, 900):
+def same_as_the_plain_step(model, B, dtype, rows=None):
+    """Three bytes, the second as if others had written behind the first."""
+    model.compute = replace(model.compute, dtype=dtype)
+    (H, D, N), at = model.encoder.shape, 10**6
+    S = tuple(mx.random.normal((H, rows or B, N, D), key=mx.random.key(7)) for _ in range(2))
+    ways = cuda_byte.Byte(model), gpu_byte.Byte(model)
+    tails = [way.begun(at, S, B) for way in ways]
+    near = 2e-4 if dtype == mx.float32 else 5e-2
+    for count in range(3):
         idx = mx.array([[(65 + count + b) % 256] for b in range(B)])
-        v = cuda_byte.step(idx, weights[0], mx.array(count), own, v)
-        expected, plain = state.step(idx, weights[1], mx.array(count), plain)
-        near = 2e-4 if dtype == mx.float32 else 3e-2
+        if count == 1:
+            ways[0].step(idx + 1, tails[0])
+        (v, own), (expected, plain) = (way.step(idx, t) for way, t in zip(ways, tails, strict=True))
         assert mx.max(mx.abs(v - expected)) < near
-        for S, T in zip(own, plain, strict=True):
-            assert mx.max(mx.abs(S - T)) < near * mx.max(mx.abs(T))
-        plain = tuple(mx.array(np.array(S)) for S in own)
+        for pairs in zip(own.waiting(), plain.waiting(), strict=True):
+            for found, wanted in zip(*pairs, strict=True):
+                assert mx.max(mx.abs(found - wanted)) < near * mx.max(mx.abs(wanted))
+        tails = own, plain
+    (after, tail), (expected, _) = (tail.folded(S, at + 3) for tail in tails)
+    for found, wanted, known in zip(after, expected, tail.known, strict=True):
+        assert mx.max(mx.abs(found - wanted)) < near * mx.max(mx.abs(wanted))
+        low, scales = known if dtype == mx.bfloat16 else (found, mx.ones(1))
+        again = low.astype(mx.float32) * scales[..., None]
+        assert mx.max(mx.abs(again - found)) <= 0.5001 / 127 * mx.max(mx.abs(found))
 
 
 def a_model(D, multiplier=3, heads=2):
@@ -152,11 +182,17 @@ def test_a_nan_writes_nowhere_but_where_it_is(kernels):
     encoder = np.array(model.encoder)
     encoder[0, :, -1] = np.nan
     model.encoder = mx.array(encoder)
-    S = tuple(mx.ones((2, 1, 48, 32)) * 1 for _ in range(2))
-    mx.eval(S)
-    v = mx.zeros((1, 1, 32))
-    v = cuda_byte.step(mx.array([[65]]), cuda_byte.weights_of(model, mx.float32), mx.array(3), S, v)
+    way = cuda_byte.Byte(model)
+    v, tail = way.step(mx.array([[65]]), way.begun(3, (), 1))
     assert mx.all(mx.isnan(v)).item()
-    first = np.array(S[0])
-    assert np.isnan(first[0, 0, -2:]).all() and np.isfinite(first[0, 0, :-2]).all()
-    assert np.isfinite(first[1]).all()
+    keys = np.array(tail.waiting()[0][0])
+    assert np.isnan(keys[0, 0, -2:]).all() and np.isfinite(keys[0, 0, :-2]).all()
+    assert np.isfinite(keys[1]).all()
+
+
+def test_synapses_as_int8_are_off_by_half_a_step(kernels):
+    S = mx.random.normal((2, 3, 10, 32)) * mx.repeat(mx.array([0.0, 1e-3, 1, 1e3, 1]), 2)[:, None]
+    low, scales = cuda_byte.shorten(S)
+    off = mx.abs(low.astype(mx.float32) * scales[..., None] - S)
+    assert mx.all(off <= 0.5001 * scales[..., None]).item()
+    assert mx.allclose(scales, mx.max(mx.abs(S), -1) / 127).item()

@@ -6,27 +6,29 @@ import pytest
 from test_model import GOLDEN, furthest, random_bytes, random_model
 
 import bdh_mlx
+import cpu_byte
 import cuda_byte
+import gpu_byte
 import state
 from bdh_mlx import BDH, BDHConfig, UserError
+from cpu_byte import TAIL
 from sampling import Sampling
-from state import PARTS, TAIL, State, fold, prefill, turn
+from state import PARTS, State, fold, prefill, turn
 from writing import read, write
 
 
 @pytest.fixture(params=["numpy", "mlx", "in place"])
 def step(request, monkeypatch):
     """The path a CPU takes, and those GPUs take, here on a CPU, where compiling them is slow."""
-    monkeypatch.setattr(state, "TURN", 50)
     if mx.default_device() == mx.gpu:
         return  # its own
     monkeypatch.setattr(mx, "compile", lambda step: step)
     monkeypatch.setattr(state, "_on_gpu", lambda: request.param != "numpy")
     if request.param == "in place":
-        monkeypatch.setattr(cuda_byte, "fits", lambda config: True)
-        monkeypatch.setattr(cuda_byte, "weights_of", state._weights)
         late, evaluate = Late(), mx.eval
+        monkeypatch.setattr(cuda_byte, "fits", lambda model: True)
         monkeypatch.setattr(cuda_byte, "step", late.step)
+        monkeypatch.setattr(cuda_byte, "fold", late.fold)
         monkeypatch.setattr(mx, "eval", lambda *a: (evaluate(*a), [late.arrive(v) for v in a]))
 
 
@@ -34,19 +36,33 @@ class Late:
     """As with CUDA's kernels, arrays that states share change, but only once v is waited for."""
 
     def __init__(self):
-        self.pending, self.evaluate = {}, mx.eval
+        self.pending = {}
 
-    def step(self, idx, weights, count, synapses, before):
+    def step(self, idx, weights, count, keys, values, begin, known, done, before):
         self.arrive(before)
-        v, after = state.step(idx, weights, count, synapses)
-        self.evaluate(v, after)
-        self.pending[id(v)] = v, synapses, after
+        embed, encoder, encoder_v, decoder, turns = weights
+        weights = embed, encoder.swapaxes(-1, -2), encoder_v.swapaxes(-1, -2), decoder, turns
+        (H, B, pairs, K, _), S = keys[0].shape, [S for S, _ in known]
+        rows = [k.swapaxes(2, 3).reshape(H, B, K, 2 * pairs) for k in keys]
+        v, *after = gpu_byte.step(idx, weights, count, rows, values, begin, S)
+        mx.eval(v, after)
+        self.pending[id(v)] = v, count.item(), keys, values, *after
         return v
 
+    def fold(self, S, keys, values, count, before):
+        self.arrive(before)
+        (H, B, pairs, K, _), n = keys.shape, count.item()
+        after = S + keys.swapaxes(-1, -2).reshape(H, B, 2 * pairs, K)[..., :n] @ values[:, :n]
+        return after, (after, after)
+
     def arrive(self, v):
-        _, synapses, after = self.pending.pop(id(v), (v, (), ()))
-        for S, written in zip(synapses, after, strict=True):
-            np.array(S, copy=False)[...] = np.array(written)
+        _, n, keys, values, keys_after, values_after = self.pending.pop(id(v), [v, 0, *[()] * 4])
+        for array, after in zip(keys, keys_after, strict=True):
+            np.array(array, copy=False)[..., n, :] = np.array(after[..., n, :]).reshape(
+                *array.shape[:3], 2
+            )
+        for array, after in zip(values, values_after, strict=True):
+            np.array(array, copy=False)[:, n] = np.array(after[:, n])
 
 
 def close(a, b):
@@ -67,11 +83,11 @@ def read_by(model, idx, cuts, state=None):
 )
 def test_however_a_text_is_cut_the_logits_are_the_definition_s(step, cuts, sparse, monkeypatch):
     if sparse:
-        monkeypatch.setattr(state, "GATHER", 1)
-        monkeypatch.setattr(state, "GATHER_DY", 1)
+        monkeypatch.setattr(cpu_byte, "GATHER", 1)
+        monkeypatch.setattr(cpu_byte, "GATHER_DY", 1)
     else:
-        monkeypatch.setattr(state, "GATHER", 0)
-        monkeypatch.setattr(state, "GATHER_DY", 0)
+        monkeypatch.setattr(cpu_byte, "GATHER", 0)
+        monkeypatch.setattr(cpu_byte, "GATHER_DY", 0)
     model, idx = random_model(), random_bytes(2, 200)
     assert close(read_by(model, idx, cuts)[0], model.quadratic(idx)[0])
 
@@ -110,7 +126,7 @@ def test_a_kept_state_is_not_changed_by_going_on_from_it(step, cut):
 def test_a_folded_state_is_not_changed_by_going_on_from_what_it_was(step, cut):
     model, idx, other = random_model(), random_bytes(1, 20), random_bytes(1, 20, seed=7)
     _, state = read_by(model, idx[:, :cut], list(range(1, cut)))
-    folded = fold(model, state)
+    folded = fold(state)
     mx.eval(read_by(model, other, [1, 2], state)[0])
     assert close(model.read(idx[:, cut:], folded)[0], model.quadratic(idx)[0][:, cut:])
 
@@ -164,7 +180,7 @@ def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
     bdh_mlx.save_state(file, model, state)
     loaded = bdh_mlx.load_state(file, model)
     assert (loaded.position, loaded.window) == (100, window)
-    there, here = (read_by(model, idx[:, 100:], [1, 2], s)[0] for s in (loaded, fold(model, state)))
+    there, here = (read_by(model, idx[:, 100:], [1, 2], s)[0] for s in (loaded, fold(state)))
     assert furthest(there, here) == 0
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
 
