@@ -65,6 +65,18 @@ __device__ void gather(const float* parts, int count, size_t stride, float4* roo
   __syncthreads();
 }
 
+#ifndef ON_CPU  // tests/cuda_on_cpu.h has its own
+// Copies n bytes to shared memory, as a part of the thread's next group of copies.
+template <int n> __device__ void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+               "l"(from), "n"(n)
+               : "memory");
+}
+__device__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most n of the thread's groups are under way.
+template <int n> __device__ void wait_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); }
+#endif
+
 // n numbers as loaded. Their types are left for later: the compiler would take 16-bit numbers apart at
 // once, and so wait for them.
 template <typename T, int n> struct alignas(n * sizeof(T)) Bits {
@@ -76,7 +88,8 @@ template <typename T, int n> struct alignas(n * sizeof(T)) Bits {
 // A warp's share of a row of M numbers: 16 bytes for lane, lane + 32, ... of it.
 template <typename T, int M> struct Row {
   static constexpr int E = 16 / sizeof(T), F = (M / E + 31) / 32;
-  struct Raw { Bits<T, E> at[F]; };
+  using Piece = Bits<T, E>;
+  struct Raw { Piece at[F]; };
   float at[F][E] = {};
 
   template <typename Do> static __device__ void each(Do action) {
@@ -88,7 +101,7 @@ template <typename T, int M> struct Row {
   }
   static __device__ Raw raw(const T* row) {
     Raw raw;
-    each([&](int f, int m) { raw.at[f] = Bits<T, E>::of(row + m); });
+    each([&](int f, int m) { raw.at[f] = Piece::of(row + m); });
     return raw;
   }
   template <typename U> __device__ void load(const U* row) {
@@ -174,7 +187,13 @@ __device__ __forceinline__ float excite(const Row<T, D>& v, const T* encoder, in
 }
 
 template <typename T> struct alignas(2 * sizeof(T)) Two { T at[2]; };
-struct alignas(16) Turned { float q0, q1; int pair; };  // an active pair
+
+// What a warp reads of one active pair.
+template <typename Q, typename T, int D> struct Stage {
+  using Pair = Row<Q, 2 * D>;
+  typename Pair::Piece row[Pair::F][32];
+  Bits<T, 4> key[32];
+};
 
 // ln(a), (H, B, D), with q = R_t relu(x) and a = q S + sum over s < t of (q . key_s) value_s, where t
 // bytes wait. This byte's key and value, q and v, join keys (H, B, N/2, K, 2) and values (B, K, D).
@@ -187,16 +206,19 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
                        const uint32_t* turns, int t, unsigned* done, int B, int N, float* parts,
                        T* a) {
   constexpr int M = D + K, L = given ? G / 32 : 1;  // L: pairs of a lane; else half the lanes' one
+  constexpr int U = sizeof(Q) == 1 ? 6 : 2;         // stages: pairs under way, and the one in use
+  using Pair = Row<Q, 2 * D>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
-  __shared__ float4 room[W * (M > 128 ? M : 128) / 4];
-  __shared__ Turned lists[W][G];
+  __shared__ union { Stage<Q, T, D> stages[W][U]; float sums[W][M]; float4 room[32 * W]; } shared;
+  __shared__ float4 lists[W][G];  // of active pairs: q, and q times the scales
+  __shared__ int pairs[W][G];
   __shared__ float all[M];
   const size_t own = h * rows + (rows > 1 ? b : 0);
   S += own * N * D, scales += own * N, keys += (size_t)hb * N * K, values += (size_t)b * K * D;
   if (!blockIdx.x && !h && threadIdx.x < D) values[t * D + threadIdx.x] = T(v[b * D + threadIdx.x]);
   Row<T, D> value;
   if constexpr (!given) value.load(v + b * D);
-  Row<Q, 2 * D> sum;
+  Pair sum;
   float score[2] = {};
   for (int first = (blockIdx.x * W + warp) * G; first < N / 2; first += gridDim.x * W * G) {
     float x0[L], x1[L];
@@ -219,55 +241,73 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
       if (x0[j] <= 0) x0[j] = 0;
       if (x1[j] <= 0) x1[j] = 0;
       const bool is = lane < G && pair < N / 2 && (x0[j] != 0 || x1[j] != 0);
-      Turned turned;
+      float4 turned;
       if (is) {
         float sine, cosine;
         sincospif(int(begin[pair] + t * turns[pair]) * 0x1p-31f, &sine, &cosine);
-        turned = {x0[j] * cosine - x1[j] * sine, x1[j] * cosine + x0[j] * sine, pair};
-        *(Two<T>*)(keys + ((size_t)pair * K + t) * 2) = {T(turned.q0), T(turned.q1)};
+        const float q0 = x0[j] * cosine - x1[j] * sine, q1 = x1[j] * cosine + x0[j] * sine;
+        Bits<float, 2> scale = {};
+        if (sizeof(Q) == 1) scale = Bits<float, 2>::of(scales + 2 * pair);
+        turned = sizeof(Q) == 1 ? make_float4(q0, q1, q0 * scale[0], q1 * scale[1])
+                                : make_float4(q0, q1, q0, q1);
+        *(Two<T>*)(keys + ((size_t)pair * K + t) * 2) = {T(q0), T(q1)};
       }
+      append(is, pair, pairs[warp], count);
       count = append(is, turned, lists[warp], count);
     }
     __syncwarp();
-    const Turned* list = lists[warp];
-    struct Loaded { typename Row<Q, 2 * D>::Raw row; Bits<T, 4> key; Bits<float, 2> scale; };
-    walk<4>(count, [&](int i) {
-      const int pair = list[i].pair;
-      Loaded found;
-      found.row = Row<Q, 2 * D>::raw(S + (size_t)pair * 2 * D);
-      if (sizeof(Q) == 1) found.scale = Bits<float, 2>::of(scales + 2 * pair);
-      if (2 * lane < t) found.key = Bits<T, 4>::of(keys + (size_t)pair * K * 2 + 4 * lane);
-      return found;
-    }, [&](int i, const Loaded& found) {
-      const Turned q = list[i];
-      const bool scaled = sizeof(Q) == 1;
-      sum.plus(scaled ? q.q0 * found.scale[0] : q.q0, scaled ? q.q1 * found.scale[1] : q.q1, found.row);
+    auto fetch = [&](int i) {
+      if (i < count) {
+        const int pair = pairs[warp][i];
+        auto& stage = shared.stages[warp][i % U];
+        Pair::each([&](int f, int m) {
+          copy_async<16>(&stage.row[f][lane], S + (size_t)pair * 2 * D + m);
+        });
+        if (2 * lane < t)
+          copy_async<4 * sizeof(T)>(&stage.key[lane], keys + (size_t)pair * K * 2 + 4 * lane);
+      }
+      end_group();
+    };
+    for (int i = 0; i < U - 1; i++) fetch(i);
+    for (int i = 0; i < count; i++) {
+      fetch(i + U - 1);
+      wait_groups<U - 1>();
+      const auto& stage = shared.stages[warp][i % U];
+      const float4 q = lists[warp][i];
+      typename Pair::Raw raw;
+      Pair::each([&](int f, int) { raw.at[f] = stage.row[f][lane]; });
+      sum.plus(q.z, q.w, raw);
       if (2 * lane < t)
 #pragma unroll
         for (int s = 0; s < 2; s++)
-          score[s] += q.q0 * found.key[2 * s] + q.q1 * found.key[2 * s + 1];
-    });
+          score[s] += q.x * stage.key[lane][2 * s] + q.y * stage.key[lane][2 * s + 1];
+    }
     __syncwarp();  // before the list is written again
   }
-  float* sums = (float*)room + warp * M;
+  __syncthreads();
+  float* sums = shared.sums[warp];
   sum.template leave<D>(sums);
   sums[D + 2 * lane] = score[0], sums[D + 2 * lane + 1] = score[1];
   __syncthreads();
   for (int i = threadIdx.x; i < M; i += blockDim.x) {
     float one = 0;
-    for (int w = 0; w < W; w++) one += ((float*)room)[w * M + i];
+    for (int w = 0; w < W; w++) one += shared.sums[w][i];
     parts[((size_t)blockIdx.x * gridDim.y + hb) * M + i] = one;
   }
   if (!last(done + hb, gridDim.x)) return;
-  gather<M>(parts + (size_t)hb * M, gridDim.x, (size_t)gridDim.y * M, room, all);
-  const int d = threadIdx.x % D;
-  float waiting = 0;
+  gather<M>(parts + (size_t)hb * M, gridDim.x, (size_t)gridDim.y * M, shared.room, all);
+  const int d = threadIdx.x % (D / 4), some = blockDim.x / (D / 4);
+  float4 waiting = {};
 #pragma unroll 8
-  for (int s = threadIdx.x / D; s < t; s += blockDim.x / D) waiting += all[D + s] * float(values[s * D + d]);
-  ((float*)room)[threadIdx.x] = waiting;
+  for (int s = threadIdx.x / (D / 4); s < t; s += some) {
+    const auto four = Bits<T, 4>::of(values + s * D + 4 * d);
+    waiting.x += all[D + s] * four[0], waiting.y += all[D + s] * four[1];
+    waiting.z += all[D + s] * four[2], waiting.w += all[D + s] * four[3];
+  }
+  shared.room[threadIdx.x] = waiting;
   __syncthreads();
-  float number = all[d];
-  for (int i = d; i < blockDim.x; i += D) number += ((float*)room)[i];
+  float number = all[threadIdx.x % D];
+  for (int i = 0; i < some; i++) number += ((float*)shared.room)[i * D + threadIdx.x % D];
   number = ln(number);
   if (threadIdx.x < D) a[(size_t)hb * D + threadIdx.x] = T(number);
 }
@@ -336,61 +376,63 @@ __device__ void fire(const T* x, const T* g, const T* a, const float* v, const T
   if (threadIdx.x < D) out[b * D + d] = after, low[b * D + d] = T(after);
 }
 
-// S (H, rows, N, D) with the `count` bytes that wait in keys and values (as in `recall`) added, to `after`
-// (H, B, N, D), and, where Q is int8, that as `low` times `scales` (.., N). Without keys: S alone, to
-// low. A warp takes 4 pairs of neurons.
-template <bool add, typename T, typename Q, int D, int W, int K>
+// S (H, rows, N, D) with the `count` bytes that wait in keys and values (as in `recall`) added, to
+// `after` (H, B, N, D), and that as int8, `low`, times `scales` (.., N). Without `add`: S as int8. A warp
+// takes P pairs of neurons at a time.
+template <bool add, typename T, int D, int W, int K>
 __device__ void fold(const float* S, int rows, const T* keys, const T* values, int count, int B, int N,
-                     float* after, Q* low, float* scales) {
+                     float* after, int8_t* low, float* scales) {
   constexpr int P = 4;
   using Row = Row<float, D>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
-  __shared__ float2 waiting[W][K][P];
-  const int first = (blockIdx.x * W + warp) * P;
+  __shared__ Bits<T, 4> value[add ? K : 1][D / 4];
+  __shared__ Bits<T, 2> waiting[W][add ? K : 1][P];
   const size_t from = (size_t)(h * rows + (rows > 1 ? b : 0)) * N, to = (size_t)hb * N;
-  Row row[2 * P];
-#pragma unroll
-  for (int i = 0; i < 2 * P; i++)
-    if (2 * first + i < N) row[i].load(S + (from + 2 * first + i) * D);
   if constexpr (add) {
-#pragma unroll
-    for (int p = 0; p < P; p++) {
-      if (first + p >= N / 2 || 2 * lane >= K) continue;
-      const auto two = Bits<T, 4>::of(keys + (to / 2 + first + p) * K * 2 + 4 * lane);
-      waiting[warp][2 * lane][p] = {two[0], two[1]};
-      waiting[warp][2 * lane + 1][p] = {two[2], two[3]};
-    }
-    __syncwarp();
-    for (int s = 0; s < count; s++) {
-      float value[Row::F][4];
-      Row::each([&](int f, int m) {
-        const auto four = Bits<T, 4>::of(values + ((size_t)b * K + s) * D + m);
-#pragma unroll
-        for (int e = 0; e < 4; e++) value[f][e] = four[e];
-      });
-#pragma unroll
-      for (int p = 0; p < P; p++) {
-        const float2 q = waiting[warp][s][p];
-        if (q.x == 0 && q.y == 0) continue;
-        Row::each([&](int f, int) {
-#pragma unroll
-          for (int e = 0; e < 4; e++)
-            row[2 * p].at[f][e] += q.x * value[f][e], row[2 * p + 1].at[f][e] += q.y * value[f][e];
-        });
-      }
-    }
+    for (int i = threadIdx.x; i < count * (D / 4); i += blockDim.x)
+      value[0][i] = Bits<T, 4>::of(values + (size_t)b * K * D + 4 * i);
+    __syncthreads();
   }
+  for (int first = (blockIdx.x * W + warp) * P; first < N / 2; first += gridDim.x * W * P) {
+    Row row[2 * P];
 #pragma unroll
-  for (int i = 0; i < 2 * P; i++) {
-    const size_t n = to + 2 * first + i;
-    if (2 * first + i >= N) continue;
-    float most = 0, spoilt = 0;
-    Row::each([&](int f, int m) {
-      const float* at = row[i].at[f];
-      if constexpr (add) *(float4*)(after + n * D + m) = make_float4(at[0], at[1], at[2], at[3]);
-      for (int e = 0; e < 4; e++) most = fmaxf(most, fabsf(at[e])), spoilt += at[e] - at[e];
-    });
-    if constexpr (sizeof(Q) == 1) {
+    for (int i = 0; i < 2 * P; i++)
+      if (2 * first + i < N) row[i].load(S + (from + 2 * first + i) * D);
+    if constexpr (add) {
+      for (int i = lane; i < P * K; i += 32) {
+        const int p = i / K, s = i % K;
+        if (first + p < N / 2)
+          waiting[warp][s][p] = Bits<T, 2>::of(keys + ((to / 2 + first + p) * K + s) * 2);
+      }
+      __syncwarp();
+#pragma unroll 2
+      for (int s = 0; s < count; s++) {
+        Bits<T, 4> four[Row::F];
+        Row::each([&](int f, int m) { four[f] = value[s][m / 4]; });
+#pragma unroll
+        for (int p = 0; p < P; p++) {
+          const Bits<T, 2> q = waiting[warp][s][p];
+          const float q0 = q[0], q1 = q[1];
+          if (q0 == 0 && q1 == 0) continue;
+          Row::each([&](int f, int) {
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+              row[2 * p].at[f][e] += q0 * four[f][e], row[2 * p + 1].at[f][e] += q1 * four[f][e];
+          });
+        }
+      }
+      __syncwarp();  // before `waiting` is written again
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * P; i++) {
+      const size_t n = to + 2 * first + i;
+      if (2 * first + i >= N) continue;
+      float most = 0, spoilt = 0;
+      Row::each([&](int f, int m) {
+        const float* at = row[i].at[f];
+        if constexpr (add) *(float4*)(after + n * D + m) = make_float4(at[0], at[1], at[2], at[3]);
+        for (int e = 0; e < 4; e++) most = fmaxf(most, fabsf(at[e])), spoilt += at[e] - at[e];
+      });
       for (int o = 16; o; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
       const float by = most > 0 ? 127 / most : 0;
       Row::each([&](int f, int m) {

@@ -16,10 +16,11 @@ import mlx.core as mx
 from fast_layer import ln, turns
 
 TAIL = 64  # bytes that wait; the kernels hold two scores a lane
-PAIRS, PAIRS_ONE = 128, 16  # that a warp takes at a time; of one row it must find x first (LOG.md)
+PAIRS, PAIRS_ONE = 64, 16  # that a warp takes at a time; of one row it must find x first (LOG.md)
+PAIRS_EXACT = 32  # with float32 synapses: shared memory holds no more
 NEURONS, NEURONS_ONE = 128, 32  # the same of `fire`
 THREADS = 256  # of a block, at most
-BLOCKS = 512  # about as many fill a GPU; each leaves a part, and parts cost time too
+BLOCKS = 1024  # about as many fill a GPU; each leaves a part, and parts cost time too
 
 # name, inputs, outputs and call of each kernel; MLX adds the arguments that a call mentions
 READ = ("v", "S", "scales", "keys", "values", "begin", "turns", "count", "done", "before")
@@ -58,14 +59,14 @@ FOLD = (
     "fold",
     ("S", "keys", "values", "count", "before"),
     ("after", "low", "scales"),
-    "bdh::fold<true, T, Q, D, W, K>(S, S_shape[1], keys, values, count[0], values_shape[0], "
+    "bdh::fold<true, T, D, W, K>(S, S_shape[1], keys, values, count[0], values_shape[0], "
     "S_shape[2], after, low, scales);",
 )
 SHORTEN = (
     "shorten",
     ("S",),
     ("low", "scales"),
-    "bdh::fold<false, float, int8_t, D, W, K>(S, S_shape[1], (const float*)nullptr, "
+    "bdh::fold<false, float, D, W, K>(S, S_shape[1], (const float*)nullptr, "
     "(const float*)nullptr, 0, S_shape[1], S_shape[2], (float*)nullptr, low, scales);",
 )
 
@@ -97,10 +98,14 @@ class Tail(NamedTuple):
 
     def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "Tail"]:
         """The synapses with the bytes that wait, and a tail without any."""
+        dtype, B = self.keys[0].dtype, self.values[0].shape[0]
+        if dtype == mx.float32:
+            after = [mx.addmm(S, *kv) for S, kv in zip(synapses, self.waiting(), strict=True)]
+            return tuple(after), begun(position, [(S, S) for S in after], B, dtype)
         given = zip(synapses, self.keys, self.values, strict=True)
         found = [fold(*layer, _count(self.count), self.before) for layer in given]
-        after, known = zip(*found, strict=True)
-        return after, begun(position, known, self.values[0].shape[0], self.keys[0].dtype)
+        after, *known = zip(*found, strict=True)
+        return after, begun(position, list(zip(*known, strict=True)), B, dtype)
 
 
 def begun(position: int, known, B: int, dtype: mx.Dtype) -> Tail:
@@ -182,6 +187,8 @@ def step(idx, weights, count, keys, values, begin, known, done, before):
     W, one = THREADS // D * D // 32, B == 1
     kinds = [("T", dtype), ("Q", known[0][0].dtype)]
     G_recall, G_fire = (PAIRS_ONE, NEURONS_ONE) if one else (PAIRS, NEURONS)
+    if not one and dtype == mx.float32:
+        G_recall = PAIRS_EXACT
 
     def blocks(n, G):
         """Of a row's head, for n pairs or neurons."""
@@ -217,21 +224,19 @@ def shorten(S: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def fold(S, keys, values, count, before):
-    """S with the `count` bytes that wait in a tail, and what its kernels read of that."""
-    (H, _, N, D), B, exact = S.shape, values.shape[0], keys.dtype == mx.float32
+    """S (H, B or 1, N, D) with the `count` bytes that wait in a tail, and that in short."""
+    (H, _, N, D), B = S.shape, values.shape[0]
     outputs = ((H, B, N, D), mx.float32), ((H, B, N, D), mx.int8), ((H, B, N), mx.float32)
-    if exact:
-        outputs = outputs[0], ((4,), mx.float32), ((4,), mx.float32)  # not written
-    kinds = [("T", keys.dtype), ("Q", mx.float32 if exact else mx.int8)]
-    after, *low = _run_rows(FOLD, S, B, kinds, [S, keys, values, count, before], *outputs)
-    return after, (after, after) if exact else tuple(low)
+    kinds = [("T", keys.dtype)]
+    return _run_rows(FOLD, S, B, kinds, [S, keys, values, count, before], *outputs)
 
 
 def _run_rows(kernel, S, B, kinds, inputs, *outputs):
-    """A warp for 8 rows of S."""
+    """A warp for 8 rows of S at a time."""
     (H, _, N, D), W = S.shape, THREADS // 32
     template = [*kinds, ("D", D), ("W", W), ("K", TAIL)]
-    return _run(kernel, template, (-(-N // (8 * W)), H * B), THREADS, inputs, outputs)
+    blocks = min(-(-4 * BLOCKS // (H * B)), -(-N // (8 * W)))
+    return _run(kernel, template, (blocks, H * B), THREADS, inputs, outputs)
 
 
 def _run(kernel, template, blocks, threads, inputs, outputs):

@@ -10,6 +10,7 @@
 #include <functional>
 #include <vector>
 
+#define ON_CPU
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
@@ -96,6 +97,27 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline void sincospif(float x, float* sine, float* cosine) {
   *sine = std::sin(M_PI * x), *cosine = std::cos(M_PI * x);
+}
+
+// Copies to shared memory happen as late as they may: when their group is waited for.
+struct Copy { void* to; const void* from; int n; };
+std::vector<std::vector<Copy>> groups[1024];
+template <int n> void copy_async(void* to, const void* from) {
+  auto& own = groups[threadIdx.x];
+  if (own.empty()) own.emplace_back();
+  own.back().push_back({to, from, n});
+}
+inline void end_group() {
+  auto& own = groups[threadIdx.x];
+  if (own.empty()) own.emplace_back();
+  own.emplace_back();
+}
+template <int n> void wait_groups() {
+  auto& own = groups[threadIdx.x];
+  while (own.size() > n + 1) {  // the last is not ended
+    for (auto& copy : own.front()) memcpy(copy.to, copy.from, copy.n);
+    own.erase(own.begin());
+  }
 }
 
 std::function<void()> kernel;

@@ -40,7 +40,7 @@ def library(tmp_path_factory):
     """All kernels for DIMS in both types, called as cuda_byte.step has MLX call them."""
     source = '#include "cuda_on_cpu.h"\n' + f'#include "{ROOT / "cuda_byte.cu"}"\n'
     for D, (dtype, T) in itertools.product(DIMS, TYPES.items()):
-        for kernel in KERNELS:
+        for kernel in KERNELS:  # FOLD is for bfloat16
             source += entry(kernel, D, dtype, T)
     folder = tmp_path_factory.mktemp("cuda")
     (folder / "kernels.cpp").write_text(source)
@@ -56,9 +56,10 @@ def entry(kernel, D, dtype, T):
     kinds = dict.fromkeys((*inputs, *outputs), T)
     floats = ["v", "scales", "parts", "out", "before", "after"]
     floats += ["S"] if name in ("shorten", "fold") else []
-    kinds |= {"S": Q, "low": {"fold": Q, "shorten": "int8_t"}.get(name, T)}
+    kinds |= {"S": Q, "low": "int8_t" if name in ("fold", "shorten") else T}
     kinds |= dict.fromkeys(floats, "float") | dict.fromkeys(("begin", "turns", "done"), "uint32_t")
     kinds |= {"count": "int32_t"}
+    G = cuda_byte.PAIRS_EXACT if (name, T) == ("recall", "float") else GROUPS[name]
     whole = 1 if name in ("fold", "shorten") else D
     W = cuda_byte.THREADS // whole * whole // 32
     lines = [f"auto {a} = ({kinds[a]}*)at[{i}];" for i, a in enumerate((*inputs, *outputs))]
@@ -66,7 +67,7 @@ def entry(kernel, D, dtype, T):
     called = f"{name}_{D}_{T}(void** at, int (*shapes)[5], int P, int HB, int threads)"
     return (
         f'extern "C" void {called} {{ '
-        f"using T = {T}; using Q = {Q}; constexpr int D = {D}, G = {GROUPS[name]}, "
+        f"using T = {T}; using Q = {Q}; constexpr int D = {D}, G = {G}, "
         f"K = {cuda_byte.TAIL}, W = {W}; {' '.join(lines)} "
         f"launch({{unsigned(P), unsigned(HB)}}, threads, [&] {{ {call} }}); }}\n"
     )

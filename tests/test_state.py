@@ -28,7 +28,6 @@ def step(request, monkeypatch):
         late, evaluate = Late(), mx.eval
         monkeypatch.setattr(cuda_byte, "fits", lambda model: True)
         monkeypatch.setattr(cuda_byte, "step", late.step)
-        monkeypatch.setattr(cuda_byte, "fold", late.fold)
         monkeypatch.setattr(mx, "eval", lambda *a: (evaluate(*a), [late.arrive(v) for v in a]))
 
 
@@ -48,12 +47,6 @@ class Late:
         mx.eval(v, after)
         self.pending[id(v)] = v, count.item(), keys, values, *after
         return v
-
-    def fold(self, S, keys, values, count, before):
-        self.arrive(before)
-        (H, B, pairs, K, _), n = keys.shape, count.item()
-        after = S + keys.swapaxes(-1, -2).reshape(H, B, 2 * pairs, K)[..., :n] @ values[:, :n]
-        return after, (after, after)
 
     def arrive(self, v):
         _, n, keys, values, keys_after, values_after = self.pending.pop(id(v), [v, 0, *[()] * 4])
