@@ -75,6 +75,15 @@ template <int n> __device__ void copy_async(void* to, const void* from) {
 __device__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most n of the thread's groups are under way.
 template <int n> __device__ void wait_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); }
+
+// c (16, 8) += a (16, 16) b (16, 8), in bfloat16, as PTX's mma.m16n8k16 shares them out to the lanes:
+// with g = lane / 4 and i = lane % 4, c[0..1] is row g, columns 2 i and 2 i + 1, c[2..3] row g + 8.
+__device__ void multiply_add(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 #endif
 
 // n numbers as loaded. Their types are left for later: the compiler would take 16-bit numbers apart at
@@ -377,71 +386,96 @@ __device__ void fire(const T* x, const T* g, const T* a, const float* v, const T
 }
 
 // S (H, rows, N, D) with the `count` bytes that wait in keys and values (as in `recall`) added, to
-// `after` (H, B, N, D), and that as int8, `low`, times `scales` (.., N). Without `add`: S as int8. A warp
-// takes P pairs of neurons at a time.
-template <bool add, typename T, int D, int W, int K>
-__device__ void fold(const float* S, int rows, const T* keys, const T* values, int count, int B, int N,
-                     float* after, int8_t* low, float* scales) {
-  constexpr int P = 4;
-  using Row = Row<float, D>;
+// `after` (H, B, N, D), and that as int8, `low`, times `scales` (.., N). Without `add`: S as int8.
+//
+// A warp takes 16 rows, in the layout of multiply_add, whose columns are numbered so that a lane has
+// C / 4 that follow each other in each C: column 2 i + e of product j is C / 4 * i + 2 j + e.
+template <bool add, int D, int W, int K>
+__device__ void fold(const float* S, int rows, const unsigned short* keys,
+                     const unsigned short* values, int count, int B, int N, float* after, int8_t* low,
+                     float* scales) {
+  constexpr int C = D % 64 ? D : 64, own = C / 4, J = C / 8, stride = D + 8;  // 8: no bank twice
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
-  __shared__ Bits<T, 4> value[add ? K : 1][D / 4];
-  __shared__ Bits<T, 2> waiting[W][add ? K : 1][P];
+  const int g = lane / 4, i = lane % 4;
+  __shared__ unsigned value[add ? K / 2 : 1][stride];  // of two bytes, one after the other
   const size_t from = (size_t)(h * rows + (rows > 1 ? b : 0)) * N, to = (size_t)hb * N;
   if constexpr (add) {
-    for (int i = threadIdx.x; i < count * (D / 4); i += blockDim.x)
-      value[0][i] = Bits<T, 4>::of(values + (size_t)b * K * D + 4 * i);
+    values += (size_t)b * K * D;
+    for (int at = threadIdx.x; at < K / 2 * D; at += blockDim.x) {
+      const int s = at / D * 2, d = at % D, j = d % own / 2, c = d % C / own * 2 + d % 2;
+      const unsigned one = s < count ? values[s * D + d] : 0;
+      const unsigned two = s + 1 < count ? values[(s + 1) * D + d] : 0;
+      value[s / 2][d / C * C + 8 * j + c] = two << 16 | one;
+    }
     __syncthreads();
   }
-  for (int first = (blockIdx.x * W + warp) * P; first < N / 2; first += gridDim.x * W * P) {
-    Row row[2 * P];
+  for (int first = (blockIdx.x * W + warp) * 16; first < N; first += gridDim.x * W * 16) {
+    float sum[D / C][J][4];
 #pragma unroll
-    for (int i = 0; i < 2 * P; i++)
-      if (2 * first + i < N) row[i].load(S + (from + 2 * first + i) * D);
-    if constexpr (add) {
-      for (int i = lane; i < P * K; i += 32) {
-        const int p = i / K, s = i % K;
-        if (first + p < N / 2)
-          waiting[warp][s][p] = Bits<T, 2>::of(keys + ((to / 2 + first + p) * K + s) * 2);
-      }
-      __syncwarp();
-#pragma unroll 2
-      for (int s = 0; s < count; s++) {
-        Bits<T, 4> four[Row::F];
-        Row::each([&](int f, int m) { four[f] = value[s][m / 4]; });
+    for (int half = 0; half < 2; half++) {  // rows g and g + 8
+      const float* row = S + (from + min(first + g + 8 * half, N - 1)) * D + own * i;
 #pragma unroll
-        for (int p = 0; p < P; p++) {
-          const Bits<T, 2> q = waiting[warp][s][p];
-          const float q0 = q[0], q1 = q[1];
-          if (q0 == 0 && q1 == 0) continue;
-          Row::each([&](int f, int) {
+      for (int q = 0; q < D / C; q++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-              row[2 * p].at[f][e] += q0 * four[f][e], row[2 * p + 1].at[f][e] += q1 * four[f][e];
-          });
+        for (int m = 0; m < own; m += 4) {
+          const float4 four = *(const float4*)(row + q * C + m);
+          float *c = sum[q][m / 2] + 2 * half, *next = sum[q][m / 2 + 1] + 2 * half;
+          c[0] = four.x, c[1] = four.y, next[0] = four.z, next[1] = four.w;
         }
+    }
+    if constexpr (add) {
+#pragma unroll
+      for (int s = 0; s < K; s += 16) {
+        unsigned key[4];
+#pragma unroll
+        for (int a = 0; a < 4; a++) {  // rows g, g + 8, and both 8 bytes on
+          const int n = first + g + a % 2 * 8, t = s + 2 * i + a / 2 * 8;
+          const unsigned short* at = keys + ((to + n) / 2 * K + t) * 2 + n % 2;
+          const unsigned one = n < N && t < count ? at[0] : 0, two = n < N && t + 1 < count ? at[2] : 0;
+          key[a] = two << 16 | one;
+        }
+#pragma unroll
+        for (int q = 0; q < D / C; q++)
+#pragma unroll
+          for (int j = 0; j < J; j++) {
+            const unsigned* at = &value[s / 2 + i][q * C + 8 * j + g];
+            multiply_add(sum[q][j], key, at[0], at[4 * stride]);
+          }
       }
-      __syncwarp();  // before `waiting` is written again
     }
 #pragma unroll
-    for (int i = 0; i < 2 * P; i++) {
-      const size_t n = to + 2 * first + i;
-      if (2 * first + i >= N) continue;
+    for (int half = 0; half < 2; half++) {
+      const int n = first + g + 8 * half;
       float most = 0, spoilt = 0;
-      Row::each([&](int f, int m) {
-        const float* at = row[i].at[f];
-        if constexpr (add) *(float4*)(after + n * D + m) = make_float4(at[0], at[1], at[2], at[3]);
-        for (int e = 0; e < 4; e++) most = fmaxf(most, fabsf(at[e])), spoilt += at[e] - at[e];
-      });
-      for (int o = 16; o; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+#pragma unroll
+      for (int q = 0; q < D / C; q++)
+#pragma unroll
+        for (int j = 0; j < J; j++)
+          for (int e = 2 * half; e < 2 * half + 2; e++)
+            most = fmaxf(most, fabsf(sum[q][j][e])), spoilt += sum[q][j][e] - sum[q][j][e];
+      for (int o = 1; o < 4; o *= 2) {
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+        spoilt += __shfl_xor_sync(~0u, spoilt, o);  // NaN where a number is not finite
+      }
+      if (n >= N) continue;
       const float by = most > 0 ? 127 / most : 0;
-      Row::each([&](int f, int m) {
-        struct alignas(4) { int8_t at[4]; } four;
-        for (int e = 0; e < 4; e++) four.at[e] = int8_t(rintf(row[i].at[f][e] * by));
-        *(decltype(four)*)(low + n * D + m) = four;
-      });
-      spoilt = warp_sum(spoilt);  // NaN where a number is not finite
-      if (!lane) scales[n] = most / 127 + spoilt;
+      if (!i) scales[to + n] = most / 127 + spoilt;
+#pragma unroll
+      for (int q = 0; q < D / C; q++) {
+        const size_t place = (to + n) * D + own * i + q * C;
+        struct alignas(own % 16 ? 4 : 16) { int8_t at[own]; } shorter;
+#pragma unroll
+        for (int m = 0; m < own; m++)
+          shorter.at[m] = int8_t(rintf(sum[q][m / 2][2 * half + m % 2] * by));
+        *(decltype(shorter)*)(low + place) = shorter;
+        if constexpr (add) {
+#pragma unroll
+          for (int m = 0; m < own; m += 4) {
+            const float *c = sum[q][m / 2] + 2 * half, *next = sum[q][m / 2 + 1] + 2 * half;
+            *(float4*)(after + place + m) = make_float4(c[0], c[1], next[0], next[1]);
+          }
+        }
+      }
     }
   }
 }

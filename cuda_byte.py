@@ -20,7 +20,7 @@ PAIRS, PAIRS_ONE = 64, 16  # that a warp takes at a time; of one row it must fin
 PAIRS_EXACT = 32  # with float32 synapses: shared memory holds no more
 NEURONS, NEURONS_ONE = 128, 32  # the same of `fire`
 THREADS = 256  # of a block, at most
-BLOCKS = 1024  # about as many fill a GPU; each leaves a part, and parts cost time too
+BLOCKS = 2048  # about as many fill a GPU; each leaves a part, and parts cost time too
 
 # name, inputs, outputs and call of each kernel; MLX adds the arguments that a call mentions
 READ = ("v", "S", "scales", "keys", "values", "begin", "turns", "count", "done", "before")
@@ -59,15 +59,15 @@ FOLD = (
     "fold",
     ("S", "keys", "values", "count", "before"),
     ("after", "low", "scales"),
-    "bdh::fold<true, T, D, W, K>(S, S_shape[1], keys, values, count[0], values_shape[0], "
-    "S_shape[2], after, low, scales);",
+    "bdh::fold<true, D, W, K>(S, S_shape[1], (const unsigned short*)keys, "
+    "(const unsigned short*)values, count[0], values_shape[0], S_shape[2], after, low, scales);",
 )
 SHORTEN = (
     "shorten",
     ("S",),
     ("low", "scales"),
-    "bdh::fold<false, float, D, W, K>(S, S_shape[1], (const float*)nullptr, "
-    "(const float*)nullptr, 0, S_shape[1], S_shape[2], (float*)nullptr, low, scales);",
+    "bdh::fold<false, D, W, K>(S, S_shape[1], nullptr, nullptr, 0, S_shape[1], S_shape[2], "
+    "nullptr, low, scales);",
 )
 
 
@@ -220,22 +220,21 @@ def step(idx, weights, count, keys, values, begin, known, done, before):
 
 def shorten(S: mx.array) -> tuple[mx.array, mx.array]:
     """S (H, B, N, D) as int8, and the scale of each row (H, B, N)."""
-    return _run_rows(SHORTEN, S, S.shape[1], [], [S], (S.shape, mx.int8), (S.shape[:3], mx.float32))
+    return _run_rows(SHORTEN, S, S.shape[1], [S], (S.shape, mx.int8), (S.shape[:3], mx.float32))
 
 
 def fold(S, keys, values, count, before):
     """S (H, B or 1, N, D) with the `count` bytes that wait in a tail, and that in short."""
     (H, _, N, D), B = S.shape, values.shape[0]
     outputs = ((H, B, N, D), mx.float32), ((H, B, N, D), mx.int8), ((H, B, N), mx.float32)
-    kinds = [("T", keys.dtype)]
-    return _run_rows(FOLD, S, B, kinds, [S, keys, values, count, before], *outputs)
+    return _run_rows(FOLD, S, B, [S, keys, values, count, before], *outputs)
 
 
-def _run_rows(kernel, S, B, kinds, inputs, *outputs):
-    """A warp for 8 rows of S at a time."""
+def _run_rows(kernel, S, B, inputs, *outputs):
+    """A warp for 16 rows of S at a time."""
     (H, _, N, D), W = S.shape, THREADS // 32
-    template = [*kinds, ("D", D), ("W", W), ("K", TAIL)]
-    blocks = min(-(-4 * BLOCKS // (H * B)), -(-N // (8 * W)))
+    blocks = min(-(-2 * BLOCKS // (H * B)), -(-N // (16 * W)))
+    template = [("D", D), ("W", W), ("K", TAIL)]
     return _run(kernel, template, (blocks, H * B), THREADS, inputs, outputs)
 
 

@@ -4,6 +4,7 @@ A choice may depend on the bytes before: the last of them, of each row of a batc
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -14,6 +15,7 @@ from errors import UserError
 
 WINDOW = 256  # last bytes that the repetition penalty looks at
 NONE = -1  # in a past: no byte yet
+AT_ONCE = 64  # draws
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,21 @@ class Sampling:
         lacking = ((0, 0), (WINDOW - seen.shape[1], 0))
         return mx.array(np.pad(seen, lacking, constant_values=NONE), mx.int32)
 
-    def draw(self, logits: mx.array, past: mx.array | None, key: mx.array):
-        """One byte for each row of logits (B, V): the bytes (B,), and a new key."""
+    def draw(self, logits: mx.array, past: mx.array | None, number: mx.array) -> mx.array:
+        """One byte (B,) for each row of logits (B, V), by a number (B, 1) of `numbers`."""
         if self.utf8 and logits.shape[-1] != 256:
             raise UserError(f"utf8 needs a vocabulary of 256 bytes; this one has {logits.shape[1]}")
-        return _compiled(self)(logits, past, key)
+        return _compiled(self)(logits, past, number)
+
+
+def numbers(key: mx.array, B: int) -> Iterator[mx.array]:
+    """Endlessly B random numbers (B, 1), drawn for many bytes at once: a GPU's host pays by the call.
+
+    All are below 1 even where a sum of probabilities is multiplied by them and rounded.
+    """
+    while True:
+        key, own = mx.random.split(key)
+        yield from mx.random.uniform(high=1 - 2**-22, shape=(AT_ONCE, B, 1), key=own)
 
 
 def after(past: mx.array | None, token: mx.array) -> mx.array | None:
@@ -74,18 +86,15 @@ def _compiled(s: Sampling):
     return mx.compile(partial(_draw, s))
 
 
-def _draw(s: Sampling, logits, past, key):
-    key, draw = mx.random.split(key)
+def _draw(s: Sampling, logits, past, number):
     logits = logits.astype(mx.float32)
     if s.utf8:
         logits = mx.where(mx.array(LEGAL)[_begun(past)], logits, -math.inf)
     if s.repetition_penalty != 1:
         logits = _penalised(logits, past, s.repetition_penalty)
     if s.temperature == 0:
-        token = mx.argmax(logits, -1)
-    else:
-        token = _filtered(s, logits / s.temperature, draw)
-    return token, key
+        return mx.argmax(logits, -1)
+    return _filtered(s, logits / s.temperature, number)
 
 
 def _begun(past):
@@ -102,10 +111,10 @@ def _penalised(logits, past, penalty):
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _filtered(s: Sampling, logits, key):
+def _filtered(s: Sampling, logits, number):
     """A draw from softmax(logits) after top-k, top-p and min-p, in the order of probability."""
     if s.top_k is s.top_p is s.min_p is None:
-        return _choice(logits, key)
+        return _choice(logits, number)
     order = mx.argsort(-logits, -1)
     logits = mx.take_along_axis(logits, order, -1)
     if s.top_k is not None:
@@ -116,18 +125,16 @@ def _filtered(s: Sampling, logits, key):
         logits = mx.where(likelier < s.top_p, logits, -math.inf)
     if s.min_p:
         logits = mx.where(logits >= logits[:, :1] + math.log(s.min_p), logits, -math.inf)
-    choice = _choice(logits, key)
+    choice = _choice(logits, number)
     return mx.take_along_axis(order, choice[:, None], -1)[:, 0]
 
 
-def _choice(logits, key):
+def _choice(logits, number):
     """A draw (B,) from softmax(logits): the first place where the probabilities add up to more than
-    a number below 1, so never one of probability 0. mx.random.categorical's argmax takes CUDA 91 us
-    for 64 rows (LOG.md).
+    `number` of them all, so never one of probability 0.
     """
     up_to = mx.cumsum(mx.softmax(logits, -1), -1)
-    u = mx.random.uniform(high=1 - 2**-22, shape=(len(logits), 1), key=key)
-    return (up_to <= u * up_to[:, -1:]).sum(-1)
+    return (up_to <= number * up_to[:, -1:]).sum(-1)
 
 
 # ----------------------------------------------------------------------------------------- UTF-8

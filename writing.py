@@ -9,14 +9,14 @@ A State is never changed: what was read once can be gone on from several times.
 import codecs
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import count, islice, takewhile
+from itertools import islice, takewhile
 
 import mlx.core as mx
 import numpy as np
 
 from errors import UserError, visible
 from formats import PROMPTS
-from sampling import NONE, Sampling, after
+from sampling import NONE, Sampling, after, numbers
 from state import State, ahead, prefill
 
 
@@ -57,9 +57,9 @@ def write(
     """
     given = rows(given).T if given else ()  # (T, B)
 
-    def steps(logits, state, past, key):
-        for i in count():
-            token, key = sampling.draw(logits, past, key)
+    def steps(logits, state, past):
+        for i, number in enumerate(numbers(key, len(logits))):
+            token = sampling.draw(logits, past, number)
             if i < len(given):
                 own = mx.array(given[i])
                 token = mx.where(own == NONE, token, own.astype(token.dtype))  # not to int64
@@ -69,7 +69,7 @@ def write(
             mx.async_eval(token, logits, past, state)
             yield token, state
 
-    going = ahead(steps(logits, state, sampling.past(seen), key))
+    going = ahead(steps(logits, state, sampling.past(seen)))
     return ((token.tolist(), state) for token, state in going)
 
 

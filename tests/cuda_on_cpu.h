@@ -120,6 +120,26 @@ template <int n> void wait_groups() {
   }
 }
 
+struct Operands { unsigned a[4], b[2]; } operands[32][32];
+inline float part(unsigned bits, int which) {
+  bfloat16 one;
+  one.bits = uint16_t(bits >> 16 * which);
+  return float(one);
+}
+inline void multiply_add(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+  auto& of = operands[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;
+  of[lane] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  meet_warp();
+  for (int e = 0; e < 4; e++)
+    for (int k = 0; k < 16; k++) {  // a: of row and k, b: of k and column
+      const unsigned left = of[g * 4 + k % 8 / 2].a[e / 2 + k / 8 * 2];
+      const unsigned right = of[(2 * i + e % 2) * 4 + k % 8 / 2].b[k / 8];
+      c[e] += part(left, k % 2) * part(right, k % 2);
+    }
+  meet_warp();
+}
+
 std::function<void()> kernel;
 inline void run_one() {
   kernel();

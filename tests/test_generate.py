@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +27,7 @@ import generate
 import train_mlx
 from bdh_mlx import BDH, BDHConfig, UserError
 from errors import visible
-from sampling import NONE, Sampling
+from sampling import NONE, Sampling, numbers
 from writing import Stops, Terminal, as_text, complete, read, rows, unescaped, write
 
 SMALL = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
@@ -137,14 +138,14 @@ def test_a_prompt_read_in_pieces_is_the_same_place_and_can_be_gone_on_from_twice
 )
 def test_the_loop_draws_what_a_draw_with_all_that_was_seen_gives(settings, looks_back):
     """And where no draw looks back, nothing is carried from byte to byte."""
-    model, s, key = random_model(), Sampling(**settings), KEY
+    model, s = random_model(), Sampling(**settings)
     seen = rows([b"caf\xc3", b"\xf0\x9f\x98a"])
     assert (s.past(seen) is not None) == looks_back
     going = write(model, *read(model, seen), s, KEY, seen, [b"", b"given"])
-    for i in range(40):
+    for i, number in enumerate(islice(numbers(KEY, 2), 100)):
         past = np.full((2, 256), NONE)
         past[:, -seen.shape[1] :] = seen
-        token, key = s.draw(read(model, seen)[0], mx.array(past, mx.int32), key)
+        token = s.draw(read(model, seen)[0], mx.array(past, mx.int32), number)
         token = [token[0].item(), b"given"[i] if i < 5 else token[1].item()]
         assert next(going)[0] == token
         seen = np.append(seen, np.array(token)[:, None], 1)

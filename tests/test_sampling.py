@@ -1,6 +1,7 @@
 """Each filter of a draw against a distribution worked out by hand, and UTF-8 byte by byte."""
 
 import math
+from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 
 import sampling
 from bdh_mlx import UserError
-from sampling import LEGAL, NEXT, Sampling, after
+from sampling import LEGAL, NEXT, Sampling, after, numbers
 
 P = [0.5, 0.25, 0.15, 0.1]  # of bytes 3, 0, 2, 1, so that the order is not that of the bytes
 BYTES = [3, 0, 2, 1]
 DRAWS = 40_000
+HALF = mx.array([[0.5]])
 NEAR = 0.0125  # 5 standard deviations of a frequency over DRAWS: at most 5 * 0.5 / 200
 
 
@@ -22,7 +24,7 @@ def frequencies(s, seen=()):
     logits[BYTES] = np.log(P)
     logits = mx.array(np.tile(logits, (DRAWS, 1)).astype(np.float32))
     idx = np.tile(np.array(seen, np.int32), (DRAWS, 1))
-    token, _ = s.draw(logits, s.past(idx), mx.random.key(7))
+    token = s.draw(logits, s.past(idx), next(numbers(mx.random.key(7), DRAWS)))
     return np.bincount(np.array(token), minlength=4)[BYTES] / DRAWS
 
 
@@ -65,9 +67,9 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits(
     logits = mx.array([[2.0, 1.9, -1.0]])
     s = Sampling(repetition_penalty=1.1, temperature=0)
     past = s.past(np.array([[0]]))
-    token, key = s.draw(logits, past, mx.random.key(0))
+    token = s.draw(logits, past, HALF)
     assert token.item() == 1  # 2 / 1.1 < 1.9
-    token, _ = s.draw(logits, after(past, token), key)
+    token = s.draw(logits, after(past, token), HALF)
     assert token.item() == 0  # both are seen now
 
 
@@ -78,23 +80,20 @@ def test_the_penalty_forgets_what_is_older_than_its_window_and_each_row_has_its_
     )
     filler = [7] * (sampling.WINDOW - 1)
     past = s.past(np.array([[0, *filler], [7, *filler]]))
-    assert s.draw(logits, past, mx.random.key(0))[0].tolist() == [1, 0]
+    assert s.draw(logits, past, HALF).tolist() == [1, 0]
     past = after(past, mx.array([7, 7]))
-    assert s.draw(logits, past, mx.random.key(0))[0].tolist() == [0, 0]
+    assert s.draw(logits, past, HALF).tolist() == [0, 0]
 
 
 def test_the_same_key_draws_the_same_bytes():
     logits = mx.random.normal((8, 256), key=mx.random.key(1))
 
     def draws(seed):
-        key, found = mx.random.key(seed), []
-        for _ in range(10):
-            token, key = Sampling(top_k=50, top_p=0.9).draw(logits, None, key)
-            found.append(token.tolist())
-        return found
+        s, own = Sampling(top_k=50, top_p=0.9), numbers(mx.random.key(seed), 8)
+        return [s.draw(logits, None, number).tolist() for number in islice(own, 100)]
 
     assert draws(1) == draws(1) != draws(2)
-    assert len({tuple(row) for row in draws(1)}) == 10  # the key moves on
+    assert len({tuple(row) for row in draws(1)}) == 100  # each byte has numbers of its own
 
 
 @pytest.mark.parametrize(
@@ -144,11 +143,10 @@ def test_the_automaton_allows_the_beginnings_of_all_characters_and_no_others():
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_k": 3}, {"min_p": 0.5}])
 def test_random_logits_give_valid_text_with_utf8_and_rows_do_not_mix(settings):
     s, B = Sampling(utf8=True, **settings), 16
-    past, key = s.past(np.full((B, 3), 65)), mx.random.key(3)
-    rows = []
-    for i in range(60):
+    past, rows = s.past(np.full((B, 3), 65)), []
+    for i, number in enumerate(islice(numbers(mx.random.key(3), B), 60)):
         logits = 3 * mx.random.normal((B, 256), key=mx.random.key(i))
-        token, key = s.draw(logits, past, key)
+        token = s.draw(logits, past, number)
         past = after(past, token)
         rows.append(token.tolist())
     for row in zip(*rows, strict=True):
@@ -165,11 +163,17 @@ def test_random_logits_give_valid_text_with_utf8_and_rows_do_not_mix(settings):
 )
 def test_the_first_byte_goes_on_with_the_character_that_the_prompt_began(prompt, begun):
     s = Sampling(utf8=True)
-    for seed in range(30):
-        token, _ = s.draw(mx.zeros((1, 256)), s.past(np.array([list(prompt)])), mx.random.key(seed))
+    for number in islice(numbers(mx.random.key(0), 1), 30):
+        token = s.draw(mx.zeros((1, 256)), s.past(np.array([list(prompt)])), number)
         assert completes(begun + bytes(token.tolist()))
 
 
 def test_utf8_needs_bytes():
     with pytest.raises(UserError, match="vocabulary of 256"):
-        Sampling(utf8=True).draw(mx.zeros((1, 5)), None, mx.random.key(0))
+        Sampling(utf8=True).draw(mx.zeros((1, 5)), None, HALF)
+
+
+def test_a_draw_is_the_first_byte_up_to_which_the_probabilities_exceed_the_number():
+    logits = mx.log(mx.array([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]] * 6))
+    number = mx.array([[0.0], [0.2499], [0.25], [0.7499], [0.75], [1 - 2**-22]])
+    assert Sampling().draw(logits, None, number).tolist() == [1, 1, 3, 3, 4, 4]
