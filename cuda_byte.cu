@@ -31,12 +31,16 @@ __device__ float ln(float value) {
 }
 
 // Whether this block, having written its part, is the last of `count`; `done` is 0 before and after.
+// One thread's fences are enough: the barriers beside them pass on what it sees.
 __device__ bool last(unsigned* done, unsigned count) {
-  __threadfence();
   __syncthreads();
-  const bool is = __syncthreads_or(threadIdx.x == 0 && atomicInc(done, count - 1) == count - 1);
-  __threadfence();
-  return is;
+  bool is = false;
+  if (!threadIdx.x) {
+    __threadfence();
+    is = atomicInc(done, count - 1) == count - 1;
+    __threadfence();
+  }
+  return __syncthreads_or(is);
 }
 
 // The sum of `count` rows of M numbers that lie `stride` numbers apart, to `sum`. Eight loads are under
@@ -75,6 +79,8 @@ template <int n> __device__ void copy_async(void* to, const void* from) {
 __device__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most n of the thread's groups are under way.
 template <int n> __device__ void wait_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); }
+
+__device__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // c (16, 8) += a (16, 16) b (16, 8), in bfloat16, as PTX's mma.m16n8k16 shares them out to the lanes:
 // with g = lane / 4 and i = lane % 4, c[0..1] is row g, columns 2 i and 2 i + 1, c[2..3] row g + 8.
@@ -423,6 +429,9 @@ __device__ void fold(const float* S, int rows, const unsigned short* keys,
           c[0] = four.x, c[1] = four.y, next[0] = four.z, next[1] = four.w;
         }
     }
+    const int later = first + gridDim.x * W * 16;  // the warp's next rows
+    for (int line = lane; line < min(16, N - later) * D / 32; line += 32)
+      prefetch(S + (from + later) * D + 32 * line);
     if constexpr (add) {
 #pragma unroll
       for (int s = 0; s < K; s += 16) {

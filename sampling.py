@@ -63,7 +63,7 @@ class Sampling:
 
 
 def numbers(key: mx.array, B: int) -> Iterator[mx.array]:
-    """Endlessly B random numbers (B, 1), drawn for many bytes at once: a GPU's host pays by the call.
+    """Endlessly B random numbers (B, 1), drawn for many bytes at once: on a GPU each call costs.
 
     All are below 1 even where a sum of probabilities is multiplied by them and rounded.
     """

@@ -75,7 +75,7 @@ def measure_stream(case: dict):
             synapses = tuple(mx.random.normal((H, 1, N, D)) for _ in range(L))
             before = State(context, synapses=synapses if context > 1 else ())
         mx.eval(before)
-        warm_up, seconds = (80 if on_gpu else 4), []  # past the first fold, compiled late
+        warm_up, seconds = (144 if on_gpu else 4), []  # past two folds, compiled late
         idx = np.array(prompt(B, 1))
         stream = write(model, *read(model, idx, before), sampling, mx.random.key(1), idx)
         del before
