@@ -80,8 +80,6 @@ __device__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"
 // Until at most n of the thread's groups are under way.
 template <int n> __device__ void wait_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); }
 
-__device__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
 // c (16, 8) += a (16, 16) b (16, 8), in bfloat16, as PTX's mma.m16n8k16 shares them out to the lanes:
 // with g = lane / 4 and i = lane % 4, c[0..1] is row g, columns 2 i and 2 i + 1, c[2..3] row g + 8.
 __device__ void multiply_add(float* c, const unsigned* a, unsigned b0, unsigned b1) {
@@ -225,6 +223,7 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
   using Pair = Row<Q, 2 * D>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
   __shared__ union { Stage<Q, T, D> stages[W][U]; float sums[W][M]; float4 room[32 * W]; } shared;
+  Stage<Q, T, D>* stages = shared.stages[warp];
   __shared__ float4 lists[W][G];  // of active pairs: q, and q times the scales
   __shared__ int pairs[W][G];
   __shared__ float all[M];
@@ -271,31 +270,34 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
       count = append(is, turned, lists[warp], count);
     }
     __syncwarp();
+    int next = 0, use = 0;  // stages
     auto fetch = [&](int i) {
       if (i < count) {
         const int pair = pairs[warp][i];
-        auto& stage = shared.stages[warp][i % U];
         Pair::each([&](int f, int m) {
-          copy_async<16>(&stage.row[f][lane], S + (size_t)pair * 2 * D + m);
+          copy_async<16>(&stages[next].row[f][lane], S + pair * 2 * D + m);
         });
         if (2 * lane < t)
-          copy_async<4 * sizeof(T)>(&stage.key[lane], keys + (size_t)pair * K * 2 + 4 * lane);
+          copy_async<4 * sizeof(T)>(&stages[next].key[lane], keys + pair * K * 2 + 4 * lane);
       }
       end_group();
+      next = next + 1 < U ? next + 1 : 0;
     };
+#pragma unroll 1
     for (int i = 0; i < U - 1; i++) fetch(i);
     for (int i = 0; i < count; i++) {
       fetch(i + U - 1);
       wait_groups<U - 1>();
-      const auto& stage = shared.stages[warp][i % U];
       const float4 q = lists[warp][i];
       typename Pair::Raw raw;
-      Pair::each([&](int f, int) { raw.at[f] = stage.row[f][lane]; });
+      Pair::each([&](int f, int) { raw.at[f] = stages[use].row[f][lane]; });
       sum.plus(q.z, q.w, raw);
-      if (2 * lane < t)
+      if (2 * lane < t) {
+        const Bits<T, 4> key = stages[use].key[lane];
 #pragma unroll
-        for (int s = 0; s < 2; s++)
-          score[s] += q.x * stage.key[lane][2 * s] + q.y * stage.key[lane][2 * s + 1];
+        for (int s = 0; s < 2; s++) score[s] += q.x * key[2 * s] + q.y * key[2 * s + 1];
+      }
+      use = use + 1 < U ? use + 1 : 0;
     }
     __syncwarp();  // before the list is written again
   }
@@ -416,6 +418,19 @@ __device__ void fold(const float* S, int rows, const unsigned short* keys,
     __syncthreads();
   }
   for (int first = (blockIdx.x * W + warp) * 16; first < N; first += gridDim.x * W * 16) {
+    unsigned key[K / 16][4];
+    if constexpr (add) {
+#pragma unroll
+      for (int s = 0; s < K / 16; s++)
+#pragma unroll
+        for (int a = 0; a < 4; a++) {  // rows g, g + 8, and both 8 bytes on
+          const int n = min(first + g + a % 2 * 8, N - 1), t = 16 * s + 2 * i + a / 2 * 8;
+          const auto both = Bits<unsigned short, 4>::of(keys + ((to + n) / 2 * K + t) * 2);
+          const unsigned one = t < count ? both.at[0] >> n % 2 * 16 & 0xffff : 0;
+          const unsigned two = t + 1 < count ? both.at[1] >> n % 2 * 16 : 0;
+          key[s][a] = two << 16 | one;
+        }
+    }
     float sum[D / C][J][4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {  // rows g and g + 8
@@ -429,28 +444,16 @@ __device__ void fold(const float* S, int rows, const unsigned short* keys,
           c[0] = four.x, c[1] = four.y, next[0] = four.z, next[1] = four.w;
         }
     }
-    const int later = first + gridDim.x * W * 16;  // the warp's next rows
-    for (int line = lane; line < min(16, N - later) * D / 32; line += 32)
-      prefetch(S + (from + later) * D + 32 * line);
     if constexpr (add) {
 #pragma unroll
-      for (int s = 0; s < K; s += 16) {
-        unsigned key[4];
-#pragma unroll
-        for (int a = 0; a < 4; a++) {  // rows g, g + 8, and both 8 bytes on
-          const int n = first + g + a % 2 * 8, t = s + 2 * i + a / 2 * 8;
-          const unsigned short* at = keys + ((to + n) / 2 * K + t) * 2 + n % 2;
-          const unsigned one = n < N && t < count ? at[0] : 0, two = n < N && t + 1 < count ? at[2] : 0;
-          key[a] = two << 16 | one;
-        }
+      for (int s = 0; s < K / 16; s++)
 #pragma unroll
         for (int q = 0; q < D / C; q++)
 #pragma unroll
           for (int j = 0; j < J; j++) {
-            const unsigned* at = &value[s / 2 + i][q * C + 8 * j + g];
-            multiply_add(sum[q][j], key, at[0], at[4 * stride]);
+            const unsigned* at = &value[8 * s + i][q * C + 8 * j + g];
+            multiply_add(sum[q][j], key[s], at[0], at[4 * stride]);
           }
-      }
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {

@@ -184,37 +184,34 @@ def step(idx, weights, count, keys, values, begin, known, done, before):
     """
     embed, encoder, encoder_v, decoder, turns = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
-    W, one = THREADS // D * D // 32, B == 1
+    W, one, exact = THREADS // D * D // 32, B == 1, dtype == mx.float32
     kinds = [("T", dtype), ("Q", known[0][0].dtype)]
-    G_recall, G_fire = (PAIRS_ONE, NEURONS_ONE) if one else (PAIRS, NEURONS)
-    if not one and dtype == mx.float32:
-        G_recall = PAIRS_EXACT
+    G, G_fire = (PAIRS_ONE, NEURONS_ONE) if one else (PAIRS_EXACT if exact else PAIRS, NEURONS)
 
-    def blocks(n, G):
+    def blocks(n, G, most):
         """Of a row's head, for n pairs or neurons."""
-        return min(-(-BLOCKS // (H * B)), -(-n // (W * G)))
+        return min(-(-most // (H * B)), -(-n // (W * G)))
 
     def run(kernel, P, G, inputs, *outputs):
         template = [*kinds, ("D", D), ("W", W), ("G", G), ("K", TAIL)]
         return _run(kernel, template, (P, H * B), 32 * W, inputs, outputs)
 
-    pairs, single = blocks(N // 2, G_recall), blocks(N, G_fire)
+    P, P_fire = blocks(N // 2, G, BLOCKS), blocks(N, G_fire, BLOCKS // 2)
     # arrays of up to 8 bytes lie in the host's memory, where blocks would count very slowly
     v = embed[idx].reshape(B, D)
     low = v.astype(dtype)
-    for layer in zip(known, keys, values, strict=True):
-        (S, scales), k, values_ = layer
-        read = [v, S, scales, k, values_, begin, turns, count, done, before]
-        found = ((pairs, H * B, D + TAIL), mx.float32), ((H, B, D), dtype)
-        left = ((single * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)
+    for (S, scales), key, value in zip(known, keys, values, strict=True):
+        read = [v, S, scales, key, value, begin, turns, count, done, before]
+        found = ((P, H * B, D + TAIL), mx.float32), ((H, B, D), dtype)
+        left = ((P_fire * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)
         if one:
-            _, a, x = run(RECALL_ONE, pairs, G_recall, [*read, encoder], *found, ((H, B, N), dtype))
-            _, v, low = run(FIRE_ONE, single, G_fire, [x, a, v, encoder_v, decoder, done], *left)
+            _, a, x = run(RECALL_ONE, P, G, [*read, encoder], *found, ((H, B, N), dtype))
+            _, v, low = run(FIRE_ONE, P_fire, G_fire, [x, a, v, encoder_v, decoder, done], *left)
         else:
             x = low[None] @ encoder.swapaxes(-1, -2)
-            _, a = run(RECALL, pairs, G_recall, [*read, x], *found)
+            _, a = run(RECALL, P, G, [*read, x], *found)
             g = a @ encoder_v.swapaxes(-1, -2)
-            _, v, low = run(FIRE, single, G_fire, [x, g, v, decoder, done], *left)
+            _, v, low = run(FIRE, P_fire, G_fire, [x, g, v, decoder, done], *left)
     return v[:, None]
 
 

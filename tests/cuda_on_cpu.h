@@ -120,7 +120,6 @@ template <int n> void wait_groups() {
   }
 }
 
-inline void prefetch(const void*) {}
 struct Operands { unsigned a[4], b[2]; } operands[32][32];
 inline float part(unsigned bits, int which) {
   bfloat16 one;
