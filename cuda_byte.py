@@ -24,7 +24,10 @@ BLOCKS = 2048  # about as many fill a GPU; each leaves a part, and parts cost ti
 
 # name, inputs, outputs and call of each kernel; MLX adds the arguments that a call mentions
 READ = ("v", "S", "scales", "keys", "values", "begin", "turns", "count", "done", "before")
-WAITING = "S, scales, S_shape[1], (T*)keys, (T*)values, begin, turns, count[0], (unsigned*)done, "
+WAITING = (
+    "(const Q*)S, scales, S_shape[1], (T*)keys, (T*)values, begin, turns, count[0], "
+    "(unsigned*)done, "
+)
 RECALL = (
     "recall",
     (*READ, "x"),
@@ -60,14 +63,15 @@ FOLD = (
     ("S", "keys", "values", "count", "before"),
     ("after", "low", "scales"),
     "bdh::fold<true, D, W, K>(S, S_shape[1], (const unsigned short*)keys, "
-    "(const unsigned short*)values, count[0], values_shape[0], S_shape[2], after, low, scales);",
+    "(const unsigned short*)values, count[0], values_shape[0], S_shape[2], after, "
+    "(int8_t*)low, scales);",
 )
 SHORTEN = (
     "shorten",
     ("S",),
     ("low", "scales"),
     "bdh::fold<false, D, W, K>(S, S_shape[1], nullptr, nullptr, 0, S_shape[1], S_shape[2], "
-    "nullptr, low, scales);",
+    "nullptr, (int8_t*)low, scales);",
 )
 
 
@@ -98,19 +102,19 @@ class Tail(NamedTuple):
 
     def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "Tail"]:
         """The synapses with the bytes that wait, and a tail without any."""
-        dtype, B = self.keys[0].dtype, self.values[0].shape[0]
+        dtype, (B, _, D) = self.keys[0].dtype, self.values[0].shape
         if dtype == mx.float32:
             after = [mx.addmm(S, *kv) for S, kv in zip(synapses, self.waiting(), strict=True)]
-            return tuple(after), begun(position, [(S, S) for S in after], B, dtype)
+            return tuple(after), begun(position, [(S, S) for S in after], B, D, dtype)
         given = zip(synapses, self.keys, self.values, strict=True)
         found = [fold(*layer, _count(self.count), self.before) for layer in given]
         after, *known = zip(*found, strict=True)
-        return after, begun(position, list(zip(*known, strict=True)), B, dtype)
+        return after, begun(position, list(zip(*known, strict=True)), B, D, dtype)
 
 
-def begun(position: int, known, B: int, dtype: mx.Dtype) -> Tail:
+def begun(position: int, known, B: int, D: int, dtype: mx.Dtype) -> Tail:
     """A tail of B rows without a byte."""
-    (H, _, N, D), L = known[0][0].shape, len(known)
+    (H, _, N, _), L = known[0][0].shape, len(known)
     keys = tuple(mx.zeros((H, B, N // 2, TAIL, 2), dtype) for _ in range(L))
     values = tuple(mx.zeros((B, TAIL, D), dtype) for _ in range(L))
     begin, done = mx.array(turns(position, N)), mx.zeros(H * B + B + 2, mx.uint32)
@@ -129,8 +133,14 @@ def _count(n: int) -> mx.array:
 
 def fits(model) -> bool:
     """Whether this machine and the model's shape suit the kernels."""
-    D, on_cuda = model.config.n_embd, mx.default_device() == mx.gpu and mx.cuda.is_available()
-    return on_cuda and D % 16 == 0 and D <= 256 and THREADS // D * D % 32 == 0
+    D, on_gpu = model.config.n_embd, mx.default_device() == mx.gpu
+    return D % 16 == 0 and D <= 256 and THREADS // D * D % 32 == 0 and on_gpu and _has_ampere()
+
+
+@lru_cache
+def _has_ampere() -> bool:
+    """A CUDA GPU of 2020 or later: asynchronous copies, products of bfloat16."""
+    return mx.cuda.is_available() and mx.device_info().get("compute_capability_major", 0) >= 8
 
 
 class Byte:
@@ -153,7 +163,7 @@ class Byte:
         synapses = synapses or [mx.zeros((H, 1, N, D))] * L
         exact = self.dtype == mx.float32
         known = tuple((S, S) if exact else shorten(S) for S in synapses)
-        return begun(position, known, B, self.dtype)
+        return begun(position, known, B, D, self.dtype)
 
     def step(self, idx: mx.array, tail: Tail) -> tuple[mx.array, Tail]:
         """v (B, 1, D) of one byte idx (B, 1), and the tail with it."""
@@ -185,7 +195,7 @@ def step(idx, weights, count, keys, values, begin, known, done, before):
     embed, encoder, encoder_v, decoder, turns = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     W, one, exact = THREADS // D * D // 32, B == 1, dtype == mx.float32
-    kinds = [("T", dtype), ("Q", known[0][0].dtype)]
+    kinds = [("T", dtype), ("Q", mx.float32 if exact else mx.int8)]
     G, G_fire = (PAIRS_ONE, NEURONS_ONE) if one else (PAIRS_EXACT if exact else PAIRS, NEURONS)
 
     def blocks(n, G, most):
@@ -217,14 +227,20 @@ def step(idx, weights, count, keys, values, begin, known, done, before):
 
 def shorten(S: mx.array) -> tuple[mx.array, mx.array]:
     """S (H, B, N, D) as int8, and the scale of each row (H, B, N)."""
-    return _run_rows(SHORTEN, S, S.shape[1], [S], (S.shape, mx.int8), (S.shape[:3], mx.float32))
+    return _run_rows(SHORTEN, S, S.shape[1], [S], *_short(S.shape))
 
 
 def fold(S, keys, values, count, before):
     """S (H, B or 1, N, D) with the `count` bytes that wait in a tail, and that in short."""
     (H, _, N, D), B = S.shape, values.shape[0]
-    outputs = ((H, B, N, D), mx.float32), ((H, B, N, D), mx.int8), ((H, B, N), mx.float32)
+    outputs = ((H, B, N, D), mx.float32), *_short((H, B, N, D))
     return _run_rows(FOLD, S, B, [S, keys, values, count, before], *outputs)
+
+
+def _short(shape):
+    """int8 in eights: MLX submits its work after every 10^9 numbers read, whatever their size."""
+    *rows, D = shape
+    return ((*rows, D // 8), mx.uint64), (tuple(rows), mx.float32)
 
 
 def _run_rows(kernel, S, B, inputs, *outputs):

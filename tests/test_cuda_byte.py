@@ -52,11 +52,11 @@ def library(tmp_path_factory):
 def entry(kernel, D, dtype, T):
     """A C function: arrays of pointers and of shapes, blocks in x and y, and threads."""
     name, inputs, outputs, call = kernel
-    Q = "float" if dtype == mx.float32 else "int8_t"
+    Q, words = ("float", "float") if dtype == mx.float32 else ("int8_t", "uint64_t")
     kinds = dict.fromkeys((*inputs, *outputs), T)
     floats = ["v", "scales", "parts", "out", "before", "after"]
     floats += ["S"] if name in ("shorten", "fold") else []
-    kinds |= {"S": Q, "low": "int8_t" if name in ("fold", "shorten") else T}
+    kinds |= {"S": words, "low": "uint64_t" if name in ("fold", "shorten") else T}
     kinds |= dict.fromkeys(floats, "float") | dict.fromkeys(("begin", "turns", "done"), "uint32_t")
     kinds |= {"count": "int32_t"}
     G = cuda_byte.PAIRS_EXACT if (name, T) == ("recall", "float") else GROUPS[name]
@@ -94,7 +94,9 @@ class Kernel:
         assert constants.get("W", threads // 32) * 32 == threads and grid[0] % threads == 0
         function(at, shapes, grid[0] // threads, grid[1], threads)
         for view, (array, around) in zip(views, there, strict=True):
-            assert all((side == 0xAB).all() for side in around), "written beside an array"
+            assert all((side == 0xAB).all() for side in around), (
+                f"{self.name}: written beside an array"
+            )
             view[...] = array
         return outputs
 
@@ -164,7 +166,9 @@ def same_as_the_plain_step(model, B, dtype, rows=None):
     for found, wanted, known in zip(after, expected, tail.known, strict=True):
         assert mx.max(mx.abs(found - wanted)) < near * mx.max(mx.abs(wanted))
         low, scales = known if dtype == mx.bfloat16 else (found, mx.ones(1))
-        again = low.astype(mx.float32) * scales[..., None]
+        again = (low if dtype == mx.float32 else low.view(mx.int8)).astype(mx.float32) * scales[
+            ..., None
+        ]
         assert mx.max(mx.abs(again - found)) <= 0.5001 / 127 * mx.max(mx.abs(found))
 
 
@@ -194,6 +198,6 @@ def test_a_nan_writes_nowhere_but_where_it_is(kernels):
 def test_synapses_as_int8_are_off_by_half_a_step(kernels):
     S = mx.random.normal((2, 3, 10, 32)) * mx.repeat(mx.array([0.0, 1e-3, 1, 1e3, 1]), 2)[:, None]
     low, scales = cuda_byte.shorten(S)
-    off = mx.abs(low.astype(mx.float32) * scales[..., None] - S)
+    off = mx.abs(low.view(mx.int8).astype(mx.float32) * scales[..., None] - S)
     assert mx.all(off <= 0.5001 * scales[..., None]).item()
     assert mx.allclose(scales, mx.max(mx.abs(S), -1) / 127).item()
