@@ -31,6 +31,7 @@ class Tail(NamedTuple):
     newest: list[int]  # how many bytes the arrays hold, over all that share them
     begin: int  # position of the tail's first byte
     known: list[np.ndarray]  # of each layer, the synapses; none before any byte was added to them
+    of: "Byte"  # what it is for
 
     def waiting(self) -> list[tuple[mx.array, mx.array]]:
         """Of each layer the keys (H, B, N, count) and values (B, count, D)."""
@@ -39,16 +40,9 @@ class Tail(NamedTuple):
         ]
         return [(mx.array(k).swapaxes(-1, -2), mx.array(v)) for k, v in cut]
 
-    def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], None]:
-        """The synapses with the bytes that wait."""
-        after = (mx.addmm(S, *kv) for S, kv in zip(synapses, self.waiting(), strict=True))
-        return tuple(after), None
-
 
 class Byte:
     """The model's weights as NumPy's, and the step that reads them."""
-
-    Tail = Tail
 
     def __init__(self, model):
         self.dtype, (H, D, N) = mx.float32, model.encoder.shape
@@ -63,7 +57,8 @@ class Byte:
         H, D, N, L = self.shape
         shapes = [(H, B, TAIL, N), (B, TAIL, D)]
         keys, values = (tuple(np.empty(s, np.float32) for _ in range(L)) for s in shapes)
-        return Tail(0, keys, values, [0], position, [np.array(S, copy=False) for S in synapses])
+        known = [np.array(S, copy=False) for S in synapses]
+        return Tail(0, keys, values, [0], position, known, self)
 
     def step(self, idx: mx.array, tail: Tail) -> tuple[mx.array, Tail]:
         """v (B, 1, D) of one byte idx (B, 1), row by row: their neurons and synapses are their own,

@@ -160,8 +160,9 @@ template <typename E> __device__ int append(bool have, E entry, E* list, int cou
 }
 
 // Calls use(i, load(i)) for i < count, U loads being under way at once.
-template <int U, typename Load, typename Use>
+template <typename Load, typename Use>
 __device__ __forceinline__ void walk(int count, Load load, Use use) {
+  constexpr int U = 4;
   decltype(load(0)) ahead[U];
 #pragma unroll
   for (int u = 0; u < U; u++)
@@ -363,7 +364,7 @@ __device__ void fire(const T* x, const T* g, const T* a, const float* v, const T
       count = append(y[j] != 0, {y[j], first + lane + 32 * j}, list, count);
     __syncwarp();
     if constexpr (!given) {
-      walk<4>(count, [&](int i) { return Row::raw(encoder_v + (size_t)list[i].neuron * D); },
+      walk(count, [&](int i) { return Row::raw(encoder_v + (size_t)list[i].neuron * D); },
            [&](int i, const typename Row::Raw& row) {
              const float open = warp_sum(recalled.times(row));
              if (!lane) list[i].y = open <= 0 ? 0 : list[i].y * open;
@@ -374,7 +375,7 @@ __device__ void fire(const T* x, const T* g, const T* a, const float* v, const T
       count = append(mine.y != 0, mine, list, 0);
       __syncwarp();
     }
-    walk<4>(count, [&](int i) { return Row::raw(decoder + (size_t)list[i].neuron * D); },
+    walk(count, [&](int i) { return Row::raw(decoder + (size_t)list[i].neuron * D); },
          [&](int i, const typename Row::Raw& row) { sum.plus(list[i].y, list[i].y, row); });
     __syncwarp();  // before the list is written again
   }

@@ -3,8 +3,9 @@
 Of a trained model about a quarter of the neurons are active: most rows of encoder_v and of decoder
 and half of the synapses need not be read. MLX has no product that skips rows; `recall` and `fire`
 (cuda_byte.cu) do. Where the products are bfloat16, synapses are read as int8 times a scale a row,
-whose error is a fifteenth of that of bfloat16 weights (LOG.md); they stay float32 in the state.
-On other devices gpu_byte.py does the same with plain operations.
+whose error is a fifteenth of that of bfloat16 weights (LOG.md); they stay float32 in the state, and
+`fold` adds the bytes that wait and makes the int8 in one pass. In float32 all is exact but MLX's
+own products, TF32 on CUDA unless MLX_ENABLE_TF32=0.
 """
 
 from functools import lru_cache
@@ -90,6 +91,7 @@ class Tail(NamedTuple):
     known: tuple[tuple[mx.array, mx.array], ...]  # of each layer, the synapses and scales of rows
     done: mx.array  # zeros, in which blocks count those that have ended
     before: mx.array  # v of the byte before
+    of: "Byte"  # what it is for
 
     def waiting(self) -> list[tuple[mx.array, mx.array]]:
         """Of each layer the keys (H, B, N, count) and values (B, count, D), float32."""
@@ -100,27 +102,17 @@ class Tail(NamedTuple):
             found.append((k.reshape(H, B, 2 * pairs, -1), v[:, : self.count].astype(mx.float32)))
         return found
 
+    @property
+    def short(self) -> bool:
+        """Whether the synapses are read as int8."""
+        return self.keys[0].dtype != mx.float32
+
     def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "Tail"]:
-        """The synapses with the bytes that wait, and a tail without any."""
-        dtype, (B, _, D) = self.keys[0].dtype, self.values[0].shape
-        if dtype == mx.float32:
-            after = [mx.addmm(S, *kv) for S, kv in zip(synapses, self.waiting(), strict=True)]
-            return tuple(after), begun(position, [(S, S) for S in after], B, D, dtype)
+        """The synapses with the bytes that wait, and a tail without any; of a `short` one."""
         given = zip(synapses, self.keys, self.values, strict=True)
         found = [fold(*layer, _count(self.count), self.before) for layer in given]
         after, *known = zip(*found, strict=True)
-        return after, begun(position, list(zip(*known, strict=True)), B, D, dtype)
-
-
-def begun(position: int, known, B: int, D: int, dtype: mx.Dtype) -> Tail:
-    """A tail of B rows without a byte."""
-    (H, _, N, _), L = known[0][0].shape, len(known)
-    keys = tuple(mx.zeros((H, B, N // 2, TAIL, 2), dtype) for _ in range(L))
-    values = tuple(mx.zeros((B, TAIL, D), dtype) for _ in range(L))
-    begin, done = mx.array(turns(position, N)), mx.zeros(H * B + B + 2, mx.uint32)
-    tail = Tail(0, keys, values, [0], begin, known, done, mx.zeros((B, 1, D)))
-    mx.async_eval(tail)
-    return tail
+        return after, self.of.emptied(position, list(zip(*known, strict=True)), len(self.values[0]))
 
 
 @lru_cache
@@ -146,8 +138,6 @@ def _has_ampere() -> bool:
 class Byte:
     """The model's weights as rows of neurons, (H, N, D), and the step that reads them."""
 
-    Tail = Tail
-
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
         across = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
@@ -162,14 +152,24 @@ class Byte:
         H, D, N, L = self.shape
         synapses = synapses or [mx.zeros((H, 1, N, D))] * L
         exact = self.dtype == mx.float32
-        known = tuple((S, S) if exact else shorten(S) for S in synapses)
-        return begun(position, known, B, D, self.dtype)
+        return self.emptied(position, [(S, S) if exact else shorten(S) for S in synapses], B)
+
+    def emptied(self, position: int, known, B: int) -> Tail:
+        """The same, where what is read of the synapses is `known`."""
+        H, D, N, L = self.shape
+        keys = tuple(mx.zeros((H, B, N // 2, TAIL, 2), self.dtype) for _ in range(L))
+        values = tuple(mx.zeros((B, TAIL, D), self.dtype) for _ in range(L))
+        # arrays of up to 8 bytes lie in the host's memory, where blocks would count very slowly
+        begin, done = mx.array(turns(position, N)), mx.zeros(H * B + 2, mx.uint32)
+        tail = Tail(0, keys, values, [0], begin, tuple(known), done, mx.zeros((B, 1, D)), self)
+        mx.async_eval(tail)
+        return tail
 
     def step(self, idx: mx.array, tail: Tail) -> tuple[mx.array, Tail]:
         """v (B, 1, D) of one byte idx (B, 1), and the tail with it."""
         if tail.newest[0] > tail.count:
             tail = self._own(tail)
-        v = self.compiled(idx, self.weights, _count(tail.count), *tail[1:3], *tail[4:])
+        v = self.compiled(idx, self.weights, _count(tail.count), *tail[1:3], *tail[4:8])
         tail.newest[0] += 1
         return v, tail._replace(count=tail.count + 1, before=v)
 
@@ -207,7 +207,6 @@ def step(idx, weights, count, keys, values, begin, known, done, before):
         return _run(kernel, template, (P, H * B), 32 * W, inputs, outputs)
 
     P, P_fire = blocks(N // 2, G, BLOCKS), blocks(N, G_fire, BLOCKS // 2)
-    # arrays of up to 8 bytes lie in the host's memory, where blocks would count very slowly
     v = embed[idx].reshape(B, D)
     low = v.astype(dtype)
     for (S, scales), key, value in zip(known, keys, values, strict=True):

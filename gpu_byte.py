@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from fast_layer import ln, residual, turns
 
-TAIL = 64  # bytes that wait: reading them costs as much as adding them, at the default shape
+TAIL = 24  # bytes that wait: their keys are read and written at each byte, S once in so many
 
 
 class Tail(NamedTuple):
@@ -22,6 +22,7 @@ class Tail(NamedTuple):
     values: tuple[mx.array, ...]  # (B, TAIL, D)
     begin: mx.array  # phases of the tail's first byte
     known: tuple[mx.array, ...]  # of each layer, the synapses
+    of: "Byte"  # what it is for
 
     def waiting(self) -> list[tuple[mx.array, mx.array]]:
         """Of each layer the keys (H, B, N, count) and values (B, count, D), float32."""
@@ -30,16 +31,9 @@ class Tail(NamedTuple):
         ]
         return [(k.swapaxes(-1, -2).astype(mx.float32), v) for k, v in cut]
 
-    def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], None]:
-        """The synapses with the bytes that wait."""
-        after = (mx.addmm(S, *kv) for S, kv in zip(synapses, self.waiting(), strict=True))
-        return tuple(after), None
-
 
 class Byte:
     """The model's weights, and the step that reads them."""
-
-    Tail = Tail
 
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
@@ -56,11 +50,11 @@ class Byte:
         keys = tuple(mx.zeros((H, B, TAIL, N), self.dtype) for _ in range(L))
         values = tuple(mx.zeros((B, TAIL, D)) for _ in range(L))
         known = tuple(synapses) or (mx.zeros((H, 1, N, D)),) * L
-        return Tail(0, keys, values, mx.array(turns(position, N)), known)
+        return Tail(0, keys, values, mx.array(turns(position, N)), known, self)
 
     def step(self, idx: mx.array, tail: Tail) -> tuple[mx.array, Tail]:
         """v (B, 1, D) of one byte idx (B, 1), and the tail with it."""
-        v, keys, values = self.compiled(idx, self.weights, mx.array(tail.count), *tail[1:])
+        v, keys, values = self.compiled(idx, self.weights, mx.array(tail.count), *tail[1:5])
         return v, tail._replace(count=tail.count + 1, keys=keys, values=values)
 
 

@@ -65,7 +65,7 @@ class Sampling:
 def numbers(key: mx.array, B: int) -> Iterator[mx.array]:
     """Endlessly B random numbers (B, 1), drawn for many bytes at once: on a GPU each call costs.
 
-    All are below 1 even where a sum of probabilities is multiplied by them and rounded.
+    All are so far below 1 that a product with them, rounded, is less than the other factor.
     """
     while True:
         key, own = mx.random.split(key)
@@ -130,11 +130,15 @@ def _filtered(s: Sampling, logits, number):
 
 
 def _choice(logits, number):
-    """A draw (B,) from softmax(logits): the first place where the probabilities add up to more than
-    `number` of them all, so never one of probability 0.
+    """A draw (B,) from softmax(logits), by `number` (B, 1) below 1: the first place where the
+    probabilities add up to more than that share of them all.
+
+    They are added as whole 2^-30, so exactly: CUDA does not add one after the other, and its
+    rounded sums would now and then exceed the share at a place of probability 0.
     """
-    up_to = mx.cumsum(mx.softmax(logits, -1), -1)
-    return (up_to <= number * up_to[:, -1:]).sum(-1)
+    up_to = mx.cumsum((mx.softmax(logits, -1) * 2**30).astype(mx.uint32), -1)
+    share = (number * up_to[:, -1:].astype(mx.float32)).astype(mx.uint32)
+    return (up_to <= share).sum(-1)
 
 
 # ----------------------------------------------------------------------------------------- UTF-8

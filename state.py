@@ -161,30 +161,34 @@ def _added(state: State, written: Sequence[mx.array]) -> State:
 
 def fold(state: State) -> State:
     """The same state without a tail: its bytes are added to the synapses, one product a layer."""
-    return _folded(state)._replace(tail=None)
-
-
-def _folded(state: State) -> State:
-    """The same state without a byte in its tail."""
-    if not state.tail or not state.tail.count:
-        return state
+    tail = state.tail
+    if not tail or not tail.count:
+        return state._replace(tail=None)
     if state.window or not state.synapses:
-        return _added(state, [keys @ values for keys, values in state.tail.waiting()])
-    synapses, tail = state.tail.folded(state.synapses, state.position)
-    return state._replace(synapses=synapses, tail=tail)
+        return _added(state, [keys @ values for keys, values in tail.waiting()])
+    after = (mx.addmm(S, *kv) for S, kv in zip(state.synapses, tail.waiting(), strict=True))
+    return state._replace(synapses=tuple(after), tail=None)
 
 
 def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     """idx (B, 1) through all layers: v (B, 1, D) after the last, and the State."""
     byte = _byte(model)
-    if not isinstance(state.tail, byte.Tail):
+    if state.tail and state.tail.of is not byte:  # another device's, or another dtype's
         state = fold(state)
     tail = state.tail or byte.begun(state.position, state.synapses, idx.shape[0])
     v, tail = byte.step(idx, tail)
     state = state._replace(position=state.position + 1, tail=tail)
     ends_part = state.window and state.position % _part(state.window) == 0
     full = tail.count == tail.values[0].shape[1]
-    return v, _folded(state) if full or ends_part else state
+    return v, _turned_over(state) if full or ends_part else state
+
+
+def _turned_over(state: State) -> State:
+    """The same state without a byte in its tail."""
+    if state.window or not state.synapses or not getattr(state.tail, "short", False):
+        return fold(state)
+    synapses, tail = state.tail.folded(state.synapses, state.position)
+    return state._replace(synapses=synapses, tail=tail)
 
 
 def _byte(model):

@@ -39,6 +39,7 @@ GPU = [
     {"kind": "recompute", "contexts": [128, 1024, 8192], "bytes": 3},
     {"kind": "error", "dtype": "float32"},
     {"kind": "error", "dtype": "bfloat16"},
+    {"kind": "error", "dtype": "bfloat16", "B": 3},
 ]
 
 
@@ -130,7 +131,8 @@ def measure_error(case: dict):
     model, prompt = build(case)
     import mlx.core as mx
 
-    idx, out = prompt(1, 512), []
+    B, out = case.get("B", 1), []
+    idx = prompt(B, 512)
     exact = model.quadratic(idx)[0]
     state = None
     for piece in mx.split(idx, list(range(256, 512)), 1):
@@ -138,7 +140,7 @@ def measure_error(case: dict):
         mx.eval(logits, state)
         out.append(logits)
     off = mx.abs(mx.concatenate(out, 1) - exact)
-    yield {"context": 512, "B": 1, "largest": mx.max(off).item(), "mean": mx.mean(off).item(),
+    yield {"context": 512, "B": B, "largest": mx.max(off).item(), "mean": mx.mean(off).item(),
            "logits": mx.std(exact).item()}  # fmt: skip
 
 
@@ -199,8 +201,8 @@ def table(results: list[dict]) -> str:
         if "failed" in r:
             rows.append(f"{name:<34}  failed: {r['failed']}")
         elif "largest" in r:
-            rows.append(f"{name:<34}  logits (spread {r['logits']:.2f}) off by {r['largest']:.1e} "
-                        f"at most, {r['mean']:.1e} on average")  # fmt: skip
+            rows.append(f"{name:<34}{r['B']:>4}  logits (spread {r['logits']:.2f}) off by "
+                        f"{r['largest']:.1e} at most, {r['mean']:.1e} on average")  # fmt: skip
         else:
             each = r["seconds"] / r["B"]
             peer = peers.get(r["context"])

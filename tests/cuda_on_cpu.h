@@ -18,7 +18,6 @@ using std::min;
 
 struct Dim { unsigned x = 1, y = 1; };
 struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct bfloat16 {  // rounds to nearest even, as __nv_bfloat16 does
   uint16_t bits;

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import math
 import shutil
 import subprocess
 import sys
@@ -76,15 +77,15 @@ def entry(kernel, D, dtype, T):
 class Kernel:
     """What mx.fast.cuda_kernel gives: NumPy in between, and inputs that are written in place."""
 
-    def __init__(self, library, name):
+    def __init__(self, library, name, inputs):
         self.library, self.name = library, name
+        assert "keys" not in inputs or "before" in inputs  # nothing else makes it wait
 
     def __call__(self, inputs, output_shapes, output_dtypes, template, grid, threadgroup):
         constants = dict(template)
         outputs = [mx.zeros(s, t) + 0 for s, t in zip(output_shapes, output_dtypes, strict=True)]
         mx.eval(inputs, outputs)
-        views = [np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a, copy=False)
-                 for a in (*inputs, *outputs)]  # fmt: skip
+        views = [np.array(bits(a), copy=False) for a in (*inputs, *outputs)]
         assert all(view.flags.c_contiguous for view in views)
         there = [on_16(view) for view in views]
         at = (ctypes.c_void_p * len(views))(*(array.ctypes.data for array, _ in there))
@@ -101,6 +102,11 @@ class Kernel:
         return outputs
 
 
+def bits(array):
+    """What NumPy can read."""
+    return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+
+
 def on_16(view):
     """A copy whose address is a multiple of 16, as CUDA's are, and the bytes on its two sides."""
     room = np.full(view.nbytes + 2 * GUARD, 0xAB, np.uint8)
@@ -113,19 +119,23 @@ def on_16(view):
 @pytest.fixture
 def kernels(library, monkeypatch):
     monkeypatch.setattr(mx, "compile", lambda step: step)
-    monkeypatch.setattr(cuda_byte, "_kernel", lambda name, *_: Kernel(library, name))
+    monkeypatch.setattr(gpu_byte, "TAIL", cuda_byte.TAIL)
+    monkeypatch.setattr(
+        cuda_byte, "_kernel", lambda name, inputs, *_: Kernel(library, name, inputs)
+    )
 
 
 @pytest.mark.parametrize(
-    ("D", "B", "dtype"),
+    ("D", "B", "dtype", "count"),
     [
-        *((16, 3, mx.float32), (32, 1, mx.float32), (32, 3, mx.bfloat16), (96, 1, mx.bfloat16)),
-        *((96, 3, mx.float32), (256, 1, mx.bfloat16), (256, 3, mx.float32)),
+        *((16, 3, mx.float32, 0), (32, 1, mx.float32, 37), (32, 3, mx.bfloat16, 61)),
+        *((96, 1, mx.bfloat16, 0), (96, 3, mx.float32, 61), (256, 1, mx.bfloat16, 37)),
+        (256, 3, mx.bfloat16, 37),
     ],
     ids=str,
 )
-def test_bytes_are_those_of_the_plain_step(kernels, D, B, dtype):
-    same_as_the_plain_step(a_model(D), B, dtype)
+def test_bytes_are_those_of_the_plain_step(kernels, D, B, dtype, count):
+    same_as_the_plain_step(a_model(D), B, dtype, count)
 
 
 @pytest.mark.parametrize(("B", "blocks"), [(1, 256), (3, 256), (1, 4)])
@@ -133,43 +143,72 @@ def test_several_blocks_a_head_and_several_turns_of_each_leave_nothing_out(
     kernels, B, blocks, monkeypatch
 ):
     monkeypatch.setattr(cuda_byte, "BLOCKS", blocks)
-    same_as_the_plain_step(a_model(16, 160), B, mx.float32)
+    same_as_the_plain_step(a_model(16, 160), B, mx.float32, 5)
 
 
 def test_rows_share_the_synapses_of_one(kernels):
-    same_as_the_plain_step(a_model(32), 3, mx.bfloat16, rows=1)
+    same_as_the_plain_step(a_model(32), 3, mx.bfloat16, 5, rows=1)
 
 
 def test_more_parts_than_a_block_adds_at_once_are_added(kernels):
-    same_as_the_plain_step(a_model(96, 6, heads=24), 1, mx.float32)
+    same_as_the_plain_step(a_model(96, 6, heads=24), 1, mx.float32, 0)
 
 
-def same_as_the_plain_step(model, B, dtype, rows=None):
-    """Three bytes, the second as if others had written behind the first."""
+def same_as_the_plain_step(model, B, dtype, count, rows=None):
+    """Three bytes behind `count` others, the second as if another state had gone on from the first;
+    then a fold, and a byte more."""
     model.compute = replace(model.compute, dtype=dtype)
     (H, D, N), at = model.encoder.shape, 10**6
     S = tuple(mx.random.normal((H, rows or B, N, D), key=mx.random.key(7)) for _ in range(2))
     ways = cuda_byte.Byte(model), gpu_byte.Byte(model)
     tails = [way.begun(at, S, B) for way in ways]
+    fill(*tails, count)
+    tails = [tail._replace(count=count) for tail in tails]
     near = 2e-4 if dtype == mx.float32 else 5e-2
-    for count in range(3):
-        idx = mx.array([[(65 + count + b) % 256] for b in range(B)])
-        if count == 1:
+
+    def step(tails, i):
+        idx = mx.array([[(65 + i + b) % 256] for b in range(B)])
+        if i == 1:
             ways[0].step(idx + 1, tails[0])
         (v, own), (expected, plain) = (way.step(idx, t) for way, t in zip(ways, tails, strict=True))
         assert mx.max(mx.abs(v - expected)) < near
         for pairs in zip(own.waiting(), plain.waiting(), strict=True):
             for found, wanted in zip(*pairs, strict=True):
                 assert mx.max(mx.abs(found - wanted)) < near * mx.max(mx.abs(wanted))
-        tails = own, plain
-    (after, tail), (expected, _) = (tail.folded(S, at + 3) for tail in tails)
-    for found, wanted, known in zip(after, expected, tail.known, strict=True):
-        assert mx.max(mx.abs(found - wanted)) < near * mx.max(mx.abs(wanted))
-        low, scales = known if dtype == mx.bfloat16 else (found, mx.ones(1))
-        again = (low if dtype == mx.float32 else low.view(mx.int8)).astype(mx.float32) * scales[
-            ..., None
-        ]
-        assert mx.max(mx.abs(again - found)) <= 0.5001 / 127 * mx.max(mx.abs(found))
+        return own, plain
+
+    for i in range(3):
+        tails = step(tails, i)
+    given = [[np.array(a, np.float64) for a in pair] for pair in tails[0].waiting()]
+    exact = [np.array(s, np.float64) + keys @ v for s, (keys, v) in zip(S, given, strict=True)]
+    at += count + 3
+    if dtype == mx.float32:
+        after = tuple(mx.array(s.astype(np.float32)) for s in exact)
+        tail = ways[0].begun(at, after, B)
+    else:
+        after, tail = tails[0].folded(S, at)
+        for found, wanted, (low, scales) in zip(after, exact, tail.known, strict=True):
+            assert np.abs(np.array(found) - wanted).max() < 1e-5 * np.abs(wanted).max()
+            off = mx.abs(low.view(mx.int8).astype(mx.float32) * scales[..., None] - found)
+            assert mx.all(off <= 0.5001 * scales[..., None]).item()
+    step((tail, ways[1].begun(at, after, B)), 3)
+
+
+def fill(own, plain, count):
+    """`count` bytes of random keys, half of them 0, and values, in both tails."""
+    H, B, pairs, K, _ = own.keys[0].shape
+    there = mx.arange(K)[:, None] < count
+    for i, (keys, values) in enumerate(zip(own.keys, own.values, strict=True)):
+        some = mx.random.normal(keys.shape, key=mx.random.key(i)) * 2
+        some = mx.where(there & (some > 0), some, 0).astype(keys.dtype)
+        v = mx.random.normal(values.shape, key=mx.random.key(9 + i))
+        v = mx.where(there, v, 0).astype(values.dtype)
+        mx.eval(some, v)
+        for to, given in ((keys, some), (values, v)):
+            np.array(bits(to), copy=False)[...] = np.array(bits(given))
+        plain.keys[i][...] = some.swapaxes(2, 3).reshape(H, B, K, 2 * pairs)
+        plain.values[i][...] = v.astype(mx.float32)
+    own.newest[0] = count
 
 
 def a_model(D, multiplier=3, heads=2):
@@ -195,9 +234,12 @@ def test_a_nan_writes_nowhere_but_where_it_is(kernels):
     assert np.isfinite(keys[1]).all()
 
 
-def test_synapses_as_int8_are_off_by_half_a_step(kernels):
+def test_synapses_as_int8_are_off_by_half_a_step_and_keep_what_is_not_finite(kernels):
     S = mx.random.normal((2, 3, 10, 32)) * mx.repeat(mx.array([0.0, 1e-3, 1, 1e3, 1]), 2)[:, None]
     low, scales = cuda_byte.shorten(S)
     off = mx.abs(low.view(mx.int8).astype(mx.float32) * scales[..., None] - S)
     assert mx.all(off <= 0.5001 * scales[..., None]).item()
     assert mx.allclose(scales, mx.max(mx.abs(S), -1) / 127).item()
+    S[1, 2, 3, 4], S[0, 1, 9, 31] = math.nan, math.inf
+    spoilt = np.isnan(np.array(cuda_byte.shorten(S)[1]))
+    assert np.argwhere(spoilt).tolist() == [[0, 1, 9], [1, 2, 3]]

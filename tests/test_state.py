@@ -1,5 +1,7 @@
 """A state is what the bytes read have left: any way to read them, to keep it, to go on is equal."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -239,3 +241,16 @@ def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(monkeypatch):
         going = write(model, *read(model, idx), Sampling(), mx.random.key(1), idx)
         told.append([next(going)[0] for _ in range(20)])
     assert told[0] == told[1]
+
+
+def test_a_state_goes_on_on_another_device_and_in_another_precision(monkeypatch):
+    monkeypatch.setattr(mx, "compile", lambda step: step)
+    model, idx, state_, near = random_model(), random_bytes(1, 40), None, 2e-5
+    exact = model.quadratic(idx)[0]
+    for t in range(40):
+        on_gpu = t // 7 % 2 == 1
+        monkeypatch.setattr(state, "_on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        if t == 24:
+            model.compute, near = replace(model.compute, dtype=mx.bfloat16), 5e-2
+        logits, state_ = model.read(idx[:, t : t + 1], state_)
+        assert furthest(logits[:, 0], exact[:, t]) < near * mx.max(mx.abs(exact)).item()
