@@ -63,17 +63,17 @@ def step(idx, weights, count, keys, values, begin, known):
     embed, encoder, encoder_v, decoder, turns = weights
     (H, D, N), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     angles = (begin + count.astype(mx.uint32) * turns).view(mx.int32) * (math.pi / 2**31)
-    cos, sin, slot = mx.cos(angles), mx.sin(angles), mx.arange(TAIL)[:, None]
-    v, after = embed[idx], []
+    cos, sin, slot = mx.cos(angles), mx.sin(angles), mx.arange(keys[0].shape[2])
+    v, now, after = embed[idx], (slot == count)[:, None], []
     for S, K, V in zip(known, keys, values, strict=True):
         x = mx.maximum(v.astype(dtype).reshape(1, B, D) @ encoder, 0)  # (H, B, N)
         x0, x1 = mx.split(x.astype(mx.float32).reshape(H, B, N // 2, 2), 2, -1)
         x0, x1 = x0[..., 0], x1[..., 0]
         q = mx.stack([x0 * cos - x1 * sin, x1 * cos + x0 * sin], -1).reshape(H, B, 1, N)
-        scores = mx.where(mx.arange(TAIL) < count, q.astype(dtype) @ K.swapaxes(-1, -2), 0)
+        scores = mx.where(mx.less(slot, count), q.astype(dtype) @ K.swapaxes(-1, -2), 0)
         a = (q @ S + scores.astype(mx.float32) @ V).reshape(H, B, D)
         y = x * mx.maximum(ln(a).astype(dtype) @ encoder_v, 0)
         o = (y @ decoder).astype(mx.float32).sum(0)
-        after.append((mx.where(slot == count, q.astype(dtype), K), mx.where(slot == count, v, V)))
+        after.append((mx.where(now, q.astype(dtype), K), mx.where(now, v, V)))
         v = residual(v, o.reshape(B, 1, D))
     return v, *zip(*after, strict=True)
