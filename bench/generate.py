@@ -7,8 +7,9 @@
 One process per system, one after the other on one machine, so that one that fails costs its rows
 only. Prints a JSON line per measurement, then a table; `ratio` is the recomputation's time per byte
 at that context divided by the row's. Weights are random: half the neurons are active, the most
-that a trained model leaves to do. `--model RUN` takes a checkpoint's. A context on a CPU is a
-state of random synapses at that position: what a byte costs does not depend on what they hold.
+that a trained model leaves to do. `--model RUN` takes a checkpoint's, `--text FILE` prompts of the
+kind it knows. A context on a CPU is a state of random synapses at that position: what a byte costs
+does not depend on what they hold.
 """
 
 import argparse
@@ -47,13 +48,22 @@ def build(case: dict):
     """The model, and a function that makes a prompt (B, T) of random bytes."""
     import bdh_mlx  # isort: skip
     import mlx.core as mx
+    import numpy as np
 
     mx.random.seed(0)
     model = bdh_mlx.load_model(case["model"]) if case["model"] else bdh_mlx.BDH(bdh_mlx.BDHConfig())
     dtype = getattr(mx, case.get("dtype", "float32"))
     model.compute = replace(model.compute, dtype=dtype)
     mx.eval(model.parameters())
-    return model, lambda B, T: mx.random.randint(0, 256, (B, T))
+    if not case["text"]:
+        return model, lambda B, T: mx.random.randint(0, 256, (B, T))
+    text = np.fromfile(case["text"], np.uint8).astype(np.int32)
+
+    def prompt(B, T):
+        starts = len(text) // B * np.arange(B)[:, None]
+        return mx.array(text[(starts + np.arange(T)) % len(text)])
+
+    return model, prompt
 
 
 def measure_stream(case: dict):
@@ -224,6 +234,7 @@ def main() -> None:
     )
     parser.add_argument("--gpu", action="store_true", help="the cases of a GPU")
     parser.add_argument("--model", help="run, checkpoint or weights (random, default shape)")
+    parser.add_argument("--text", help="file whose bytes are the prompts (random bytes)")
     parser.add_argument("--positions", nargs=2, metavar=("RUN", "FILE"), help="loss by position")
     parser.add_argument("--window", type=int, help="of --positions, bytes (BLOCK_SIZE * 1/2, 1, 2)")
     parser.add_argument("--only", help="cases of this kind: stream, prefill, recompute or error")
@@ -239,7 +250,7 @@ def main() -> None:
     results = []
     cases = [c for c in (GPU if args.gpu else CPU) if args.only in (None, c["kind"])]
     for case in cases:
-        for line in run(case | {"model": args.model}, args.timeout):
+        for line in run(case | {"model": args.model, "text": args.text}, args.timeout):
             results.append(line)
             print(json.dumps(line), flush=True)
     print(table(results))
