@@ -200,11 +200,18 @@ def fingerprint(model: BDH) -> str:
     return digest.hexdigest()
 
 
-def save_state(path: str | Path, model: BDH, state: State) -> None:
-    """Write `state` of `model` to a .safetensors file, whole or not at all. Raises UserError."""
+def state_file(path: str | Path) -> Path:
+    """`path`, if a state can be saved there, as far as this can be told before. Raises UserError."""
     if (path := Path(path)).suffix != ".safetensors":
         raise UserError(f"{path} not saved: name a .safetensors file")
-    state = fold(state)
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} not saved: {path.parent} is no folder that can be written to")
+    return path
+
+
+def save_state(path: str | Path, model: BDH, state: State) -> None:
+    """Write `state` of `model` to a .safetensors file, whole or not at all. Raises UserError."""
+    path, state = state_file(path), fold(state)
     arrays = {f"synapses.{i}": S for i, S in enumerate(state.synapses)}
     for number, part in enumerate(state.parts):
         arrays |= {f"part.{number}.{i}": S for i, S in enumerate(part)}

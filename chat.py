@@ -77,7 +77,7 @@ class Session:
         self.start = state  # what was read before the session
         self.model, self.sampling, self.key = model, sampling, key
         self.stops, self.budget, self.mode = stops, budget, mode
-        self.system = ""
+        self.system, self.saved = "", set()  # files
         self.reset()
 
     def reset(self) -> None:
@@ -138,16 +138,21 @@ class Session:
 
     def save(self, file: Path) -> None:
         """Write all that was said, or the state after it. Raises UserError."""
+        if file.exists() and file not in self.saved:  # what this session saved it may save again
+            raise UserError(f"/save: {file} exists; name another file, or remove it")
         if file.suffix == ".safetensors":
             if not self.text:
                 raise UserError("/save: nothing was said yet")
             save_state(file, self.model, self.state)
-            return print(f"saved the state after {self.state.position:,} bytes in {file}")
-        try:
-            file.write_bytes(self.text)
-        except OSError as error:
-            raise UserError(f"/save {file}: {error.strerror}") from None
-        print(f"saved {len(self.text):,} bytes in {file}")
+            what = f"the state after {self.state.position:,} bytes"
+        else:
+            try:
+                file.write_bytes(self.text)
+            except OSError as error:
+                raise UserError(f"/save {file}: {error.strerror}") from None
+            what = f"{len(self.text):,} bytes"
+        self.saved.add(file)
+        print(f"saved {what} in {file}")
 
     def turn(self, line: str) -> None:
         """Read a line in its format and print the answer as it comes; Ctrl-C ends it."""

@@ -358,6 +358,7 @@ def _format_all(dataset, mode, folder):
     none in this mode), the text's digest, and the digests of system, instruction and all fields.
     """
     structures, skipped, count, size = Counter(), Counter(), Counter(), Counter()
+    first = {}  # record skipped for each reason
     lengths, texts, keys = array("Q"), array("Q"), array("Q")
     with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
         for record in read(dataset):
@@ -370,6 +371,7 @@ def _format_all(dataset, mode, folder):
                     size[name] += len(value)
                 if reason := fault(fields, ("text",) if structure == "text" else NEEDED[mode]):
                     skipped[reason] += 1
+                    first.setdefault(reason, structures.total())
                 length, digest = 0, hashlib.blake2b(digest_size=8)
                 for field, text in [] if reason else pieces(fields, mode):
                     part = text.encode()
@@ -391,6 +393,7 @@ def _format_all(dataset, mode, folder):
         "structures": dict(structures.most_common()),
         "fields": {f: {"records": n, "mean_length": size[f] / n} for f, n in count.items()},
         "skipped": dict(skipped.most_common()),
+        "first_skipped": first,
     }
     if not any(lengths):
         raise UserError(_cannot_serve(report))
@@ -428,6 +431,15 @@ def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.n
     return report, stream, fields
 
 
+def skips(report: dict) -> list[str]:
+    """How many records were skipped and why, most first; a line of a .jsonl file is a record."""
+    first = report.get("first_skipped", {})  # reports kept by earlier versions lack it
+    return [
+        f"skipped {n:,}: {reason}" + (f" (first: record {first[reason]:,})" if first else "")
+        for reason, n in report["skipped"].items()
+    ]
+
+
 def _cannot_serve(report: dict) -> str:
     mode, has = report["mode"], report["fields"]
     lacks = [f for f in NEEDED[mode] if f not in has]
@@ -435,8 +447,8 @@ def _cannot_serve(report: dict) -> str:
     return (
         f"DATASET {report['dataset']} has no record for TRAINING_MODE {mode!r}, which needs "
         f"{', '.join(NEEDED[mode])}: lacking {', '.join(lacks) or 'them together in one record'}. "
-        f"Structure: {', '.join(report['structures']) or 'no records'}. "
-        f"Modes that would work: {', '.join(works) or 'none'}"
+        f"Structure: {', '.join(report['structures']) or 'no records'}; "
+        f"{'; '.join(skips(report)[:3]) or 'nothing skipped'}. Modes that would work: {', '.join(works) or 'none'}"
     )
 
 
@@ -515,8 +527,7 @@ def describe(report: dict) -> str:
         lines.append(
             f"  field {name}: in {share:.1%} of records, mean length {mean:,.0f} characters"
         )
-    for reason, n in report["skipped"].items():
-        lines.append(f"  skipped {n:,}: {reason}")
+    lines += [f"  {skip}" for skip in skips(report)]
     if report["shared"]:
         lines.append(f"  left out of validation {report['shared']:,}: text also in training")
     for side, name in (("train", "training"), ("val", "validation")):

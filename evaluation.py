@@ -34,7 +34,7 @@ def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
     lines = [
         f"{about['dataset']}: {data.counted(about['records'])}mode {mode}, {len(stream):,} bytes "
         f"in blocks of {T:,}, as the trainer validates",
-        *(f"  skipped {n:,}: {reason}" for reason, n in about["skipped"].items()),
+        *(f"  {skip}" for skip in data.skips(about)),
         f"{'field':11} {'bytes':>12} {'share':>7} {'nats/byte':>10} {'bits/byte':>10}",
     ]
     for name, mean in (means | {"whole": whole}).items():

@@ -278,6 +278,8 @@ def main(argv: list[str] | None = None) -> int:
         return export.tell(args.model, args.export)
     if args.trace:
         return neurons.tell(bdh_mlx.load_model(args.model), args.trace)
+    if args.save_state:
+        bdh_mlx.state_file(args.save_state)  # now, not once all is written
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     weights = bdh_mlx.find_weights(args.model)
     model, trained = bdh_mlx.load_model(weights), bdh_mlx.settings_of(weights)

@@ -169,6 +169,7 @@ def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
         "system with a lone surrogate": 1,
         "not valid UTF-8": 1,
     }
+    assert report["first_skipped"]["not a JSON object"] == 22
     texts = [format_example(r, "full").encode() for r in numbered(20)]
     assert len(train) + len(val) == sum(map(len, texts)) + 2 * 18  # two streams, 18 joints
     assert b"None" not in train + val
@@ -203,6 +204,7 @@ def test_a_mode_the_data_cannot_serve_says_what_is_lacking_and_what_would_work(t
     with pytest.raises(UserError) as error:
         prepare(file, tmp_path / "cache", mode="full")
     assert "lacking system." in str(error.value)
+    assert "skipped 3: system missing (first: record 1)" in str(error.value)
     assert "Modes that would work: instruction" in str(error.value)
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [".lock"]  # nothing half made
 

@@ -530,6 +530,9 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
         assert shown.replace("\n", "\r\n").encode() in line(b"hello")
         one = b"### Instruction:\nhello\n\n### Response:\n" + answer
         assert transcript() == one
+        (tmp_path / "other").write_bytes(b"mine")
+        assert b"exists" in line(b"/save " + str(tmp_path / "other").encode())
+        assert (tmp_path / "other").read_bytes() == b"mine"
         assert b"system text: be brief" in line(b"/system be brief")
         line(b"more")
         two = (
@@ -655,3 +658,12 @@ def test_a_text_longer_than_the_trained_blocks_is_told_unless_a_window_bounds_it
     assert "was trained on blocks of" in capsys.readouterr().err
     generate.main([str(chaos), "--prompt", "a" * 400, "--max-new-tokens", "5", "--window", "64"])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("file", ["absent/s.safetensors", "s.bin"])
+def test_a_state_that_cannot_be_saved_is_told_before_a_byte_is_written(
+    chaos, tmp_path, file, capsys
+):
+    with pytest.raises(UserError, match="not saved"):
+        generate.main([str(chaos), "--prompt", "abc", "--save-state", str(tmp_path / file)])
+    assert capsys.readouterr().out == ""
