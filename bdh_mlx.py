@@ -201,7 +201,7 @@ def fingerprint(model: BDH) -> str:
 
 
 def state_file(path: str | Path) -> Path:
-    """`path`, if a state can be saved there, as far as this can be told before. Raises UserError."""
+    """`path`, if a state can be saved there, as far as can be told before. Raises UserError."""
     if (path := Path(path)).suffix != ".safetensors":
         raise UserError(f"{path} not saved: name a .safetensors file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):

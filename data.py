@@ -448,7 +448,8 @@ def _cannot_serve(report: dict) -> str:
         f"DATASET {report['dataset']} has no record for TRAINING_MODE {mode!r}, which needs "
         f"{', '.join(NEEDED[mode])}: lacking {', '.join(lacks) or 'them together in one record'}. "
         f"Structure: {', '.join(report['structures']) or 'no records'}; "
-        f"{'; '.join(skips(report)[:3]) or 'nothing skipped'}. Modes that would work: {', '.join(works) or 'none'}"
+        f"{'; '.join(skips(report)[:3]) or 'nothing skipped'}. "
+        f"Modes that would work: {', '.join(works) or 'none'}"
     )
 
 
