@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+from contextlib import suppress
 from threading import Thread
 
 from processes import Processes
@@ -44,6 +45,9 @@ class Stop:
         while number := os.read(read, 1):
             heard += 1
             if heard > 1 or not self.can_wait:
+                why = "at the second signal" if heard > 1 else "before there was work to save"
+                with suppress(OSError):  # nobody reads
+                    os.write(2, f"stopped {why}\n".encode())
                 os._exit(128 + number[0])  # nothing saved can be lost by this
         os.close(read)
 

@@ -167,6 +167,14 @@ def start_script(folder, *args):
     return subprocess.Popen(list(map(str, command)), text=True, **pipes)
 
 
+def test_a_run_interrupted_before_it_has_work_says_so(tmp_path):
+    process = start_script(tmp_path, "--max-iters", 12)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped before there was work to save" in err
+
+
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_or_interrupted_run_ends_in_the_same_bits(tmp_path, straight, blow):
     process = start_script(tmp_path, "--max-iters", 12)
