@@ -206,7 +206,19 @@ def state_file(path: str | Path) -> Path:
         raise UserError(f"{path} not saved: name a .safetensors file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{path} not saved: {path.parent} is no folder that can be written to")
+    if path.exists() and not _is_state(path):  # weights, say
+        raise UserError(f"{path} not saved: it exists and holds no state; name another file")
     return path
+
+
+def _is_state(path: Path) -> bool:
+    try:
+        _, header = mx.load(
+            str(path), format="safetensors", return_metadata=True
+        )  # reads no arrays
+    except (RuntimeError, ValueError):
+        return False
+    return header.get("format") == json.dumps(STATE_FORMAT)
 
 
 def save_state(path: str | Path, model: BDH, state: State) -> None:
@@ -230,6 +242,8 @@ def save_state(path: str | Path, model: BDH, state: State) -> None:
 def load_state(path: str | Path, model: BDH) -> State:
     """The state that `save_state` wrote. Raises UserError if it is damaged or another model's."""
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} cannot be read: there is no such file")
     arrays, header = read_arrays(path)
     try:
         header = {name: json.loads(value) for name, value in header.items()}

@@ -18,7 +18,7 @@ from bdh_mlx import BDH, save_state
 from errors import UserError, visible
 from sampling import Sampling
 from state import State
-from writing import Stops, Terminal, read, rows, write
+from writing import Stops, Terminal, outgrown, read, rows, write
 
 HISTORY = Path("~/.bdh_history").expanduser()
 HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
@@ -74,10 +74,10 @@ class Session:
         mode: str | None,
         state: State | None = None,
     ):
-        self.start = state  # what was read before the session
+        self.start = state or State()  # what was read before the session
         self.model, self.sampling, self.key = model, sampling, key
         self.stops, self.budget, self.mode = stops, budget, mode
-        self.system, self.saved = "", set()  # files
+        self.system, self.saved, self.noted = "", set(), False  # files; that it grew too long
         self.reset()
 
     def reset(self) -> None:
@@ -138,6 +138,8 @@ class Session:
 
     def save(self, file: Path) -> None:
         """Write all that was said, or the state after it. Raises UserError."""
+        if file == Path():
+            raise UserError("/save: name a file")
         if file.exists() and file not in self.saved:  # what this session saved it may save again
             raise UserError(f"/save: {file} exists; name another file, or remove it")
         if file.suffix == ".safetensors":
@@ -174,6 +176,11 @@ class Session:
             pass
         terminal.write(stop.end(), final=not self.sampling.utf8)
         print()
+        loaded = self.start.position > 0
+        note = outgrown(self.model, self.state.window, self.state.position, loaded)
+        if note and not self.noted:
+            print(note)
+        self.noted = bool(note)
 
     def asked(self, line: str) -> bytes:
         """A line as the model reads it: in its mode's format, after what ends the record before."""

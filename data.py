@@ -303,6 +303,11 @@ def _make(folder, dataset, mode, val_share, seed):
 def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -> dict:
     """Read, format and deal out the records; the report. Raises UserError."""
     report, lengths, texts, keys = _format_all(dataset, mode, folder)
+    if len(np.unique(keys[-1])) < 2:
+        raise UserError(
+            f"DATASET {report['dataset']} has 1 distinct record, a split needs at least 2; "
+            f"{'; '.join(skips(report)[:3]) or 'nothing skipped'}"
+        )
     in_val = _choose_validation(keys, val_share, seed)
     served = lengths > 0
     for side, has in (("held out", in_val), ("left to train on", ~in_val)):
@@ -461,8 +466,6 @@ def _choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     rest by all fields. A text of more records than there is room for is never drawn.
     """
     rng, in_val = np.random.default_rng(seed), np.zeros(keys.shape[1], bool)
-    if len(np.unique(keys[-1])) < 2:
-        raise UserError("DATASET has 1 distinct record; a split needs at least 2")
     for key, part in zip(keys, (share / 2, share / 2, share), strict=True):
         texts, which = np.unique(key, return_inverse=True)
         adds = np.bincount(which, ~in_val)

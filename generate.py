@@ -37,11 +37,14 @@ from flags import Parser
 from memory import compute_for
 from sampling import WINDOW, Sampling
 from state import PARTS, State
-from writing import Stops, Terminal, as_text, complete, read, rows, unescaped, write
+from writing import Stops, Terminal, as_text, complete, outgrown, read, rows, unescaped, write
 
 PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
 the mode"""
 STOP = r"""end before this text, \n in it a line break; may be repeated (in mode full a line ---)"""
+LOAD = (
+    "go on from a saved state, with a --prompt of a byte or more: an empty one starts a new record"
+)
 DTYPES = ("bfloat16", "float32")
 PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so keep it near 1 (1)"
 
@@ -71,7 +74,7 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--export", EXPORT, type=Path, metavar="FOLDER")
 
     add = group("what was read before it, and how much is remembered")
-    add("--load-state", "go on from a saved state", type=Path, metavar="FILE.safetensors")
+    add("--load-state", LOAD, type=Path, metavar="FILE.safetensors")
     add("--window", "forget what is older than W bytes (all is remembered)", type=int, metavar="W")
     add("--dtype", "of the products (bfloat16 on a GPU, else float32)", choices=DTYPES)
 
@@ -233,15 +236,17 @@ def stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:
     terminal.write(prompt)
     idx = rows([prompt or formats.SEPARATOR.encode()])
     written = write(model, *read(model, idx, state), sampling, key, idx)
-    for i, (token, state) in enumerate(written, 1):  # noqa: B007  the last state is saved
-        terminal.write(stop.feed(bytes(token)))
-        if stop.found or i == args.max_new_tokens:
-            break
-    terminal.write(stop.end(), final=not sampling.utf8)
-    if not args.raw:
-        print()
-    if args.save_state:
-        bdh_mlx.save_state(args.save_state, model, state)
+    try:
+        for i, (token, state) in enumerate(written, 1):  # noqa: B007  the last state is saved
+            terminal.write(stop.feed(bytes(token)))
+            if stop.found or i == args.max_new_tokens:
+                break
+        terminal.write(stop.end(), final=not sampling.utf8)
+        if not args.raw:
+            print()
+    finally:  # after Ctrl-C, too
+        if args.save_state:
+            bdh_mlx.save_state(args.save_state, model, state)
 
 
 def start(model, args: argparse.Namespace) -> State:
@@ -257,18 +262,6 @@ def start(model, args: argparse.Namespace) -> State:
             f"{state.window or 'none'}; leave it out"
         )
     return state
-
-
-def warn_of_length(model, window: int | None, length: int) -> None:
-    """A note where the text outgrows the blocks that the model was trained on."""
-    trained = model.trained_length
-    if trained and length > trained and not window:
-        print(
-            f"note: the text may reach {length:,} bytes, the model was trained on blocks of "
-            f"{trained:,}: what it writes gets worse past them. --window {trained} forgets older "
-            "bytes (README, States)",
-            file=sys.stderr,
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -310,7 +303,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         prompt = read_prompt(args)
         length = state.position + len(prompt) + args.max_new_tokens
-        warn_of_length(model, state.window, length)
+        if note := outgrown(model, state.window, length, args.load_state is not None):
+            print(note, file=sys.stderr)
         stream(prompt, *how)
     return 0
 

@@ -164,6 +164,20 @@ def samples(model, mode: str, n_bytes: int, seed: int, stop) -> Iterator[str]:
     model.laid_out = None  # the weights in the order of a step: they are about to change
 
 
+def outgrown(model, window: int | None, length: int, loaded: bool = False) -> str | None:
+    """A note where a text of `length` bytes outgrows the blocks that the model was trained on."""
+    trained = model.trained_length
+    if not trained or length <= trained or window:
+        return None
+    way = f"--window {trained} forgets older bytes (README, States)"
+    if loaded:
+        way = f"a state read anew with --window {trained} forgets older bytes (README, States)"
+    return (
+        f"note: a text of {length:,} bytes, and the model was trained on blocks of {trained:,}: "
+        f"what it writes gets worse past them. {way}"
+    )
+
+
 def as_text(written: bytes, whole: bool = False) -> str:
     """Bytes as text, those that are no UTF-8 as \\xff; `whole`: without a character cut short."""
     return codecs.getincrementaldecoder("utf-8")("backslashreplace").decode(written, not whole)

@@ -660,10 +660,33 @@ def test_a_text_longer_than_the_trained_blocks_is_told_unless_a_window_bounds_it
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("file", ["absent/s.safetensors", "s.bin"])
+@pytest.mark.parametrize("file", ["absent/s.safetensors", "s.bin", "weights.safetensors"])
 def test_a_state_that_cannot_be_saved_is_told_before_a_byte_is_written(
     chaos, tmp_path, file, capsys
 ):
+    mx.save_safetensors(str(tmp_path / "weights.safetensors"), {"encoder": mx.ones(3)})
     with pytest.raises(UserError, match="not saved"):
         generate.main([str(chaos), "--prompt", "abc", "--save-state", str(tmp_path / file)])
     assert capsys.readouterr().out == ""
+    assert mx.load(str(tmp_path / "weights.safetensors"))["encoder"].tolist() == [1, 1, 1]
+
+
+def test_an_interrupted_text_saves_its_state_too(chaos, tmp_path, monkeypatch, capsys):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stops, "end", interrupt)
+    file = tmp_path / "s.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        generate.main([*f"{chaos} --prompt abc --max-new-tokens 5 --save-state {file}".split()])
+    assert bdh_mlx.load_state(file, bdh_mlx.load_model(chaos)).position == 8
+
+
+def test_a_session_says_once_that_it_outgrew_the_blocks(monkeypatch, capsys, chaos, tmp_path):
+    monkeypatch.setattr(chat, "HISTORY", tmp_path / "history")
+    model = bdh_mlx.load_model(chaos)
+    lines = iter(["a", "b" * model.trained_length, "c", "/save", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    chat.Session(model, GREEDY, KEY, [], 5, "full").run()
+    out = capsys.readouterr().out
+    assert out.count("was trained on blocks of") == 1 and "/save: name a file" in out
