@@ -212,10 +212,8 @@ def state_file(path: str | Path) -> Path:
 
 
 def _is_state(path: Path) -> bool:
-    try:
-        _, header = mx.load(
-            str(path), format="safetensors", return_metadata=True
-        )  # reads no arrays
+    try:  # reads no arrays
+        _, header = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError):
         return False
     return header.get("format") == json.dumps(STATE_FORMAT)

@@ -45,7 +45,7 @@ class Byte:
     """The model's weights as NumPy's, and the step that reads them."""
 
     def __init__(self, model):
-        self.dtype, (H, D, N) = mx.float32, model.encoder.shape
+        H, D, N = model.encoder.shape
         self.shape = H, D, N, model.config.n_layer
         rows = mx.contiguous(model.encoder_v.swapaxes(-1, -2)).reshape(H * N, D)
         arrays = (model.embed.weight, model.encoder, model.encoder_v, rows, model.decoder)

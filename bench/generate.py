@@ -45,7 +45,7 @@ GPU = [
 
 
 def build(case: dict):
-    """The model, and a function that makes a prompt (B, T) of random bytes."""
+    """The model, and a function that makes a prompt (B, T) of --text, else of random bytes."""
     import bdh_mlx  # isort: skip
     import mlx.core as mx
     import numpy as np

@@ -130,7 +130,7 @@ def kernels(library, monkeypatch):
     [
         *((16, 3, mx.float32, 0), (32, 1, mx.float32, 37), (32, 3, mx.bfloat16, 61)),
         *((96, 1, mx.bfloat16, 0), (96, 3, mx.float32, 61), (256, 1, mx.bfloat16, 37)),
-        (256, 3, mx.bfloat16, 37),
+        *((256, 3, mx.float32, 37), (256, 3, mx.bfloat16, 37)),
     ],
     ids=str,
 )
@@ -164,14 +164,14 @@ def same_as_the_plain_step(model, B, dtype, count, rows=None):
     tails = [way.begun(at, S, B) for way in ways]
     fill(*tails, count)
     tails = [tail._replace(count=count) for tail in tails]
-    near = 2e-4 if dtype == mx.float32 else 5e-2
+    near = 2e-4 if dtype == mx.float32 else 4e-2
 
     def step(tails, i):
         idx = mx.array([[(65 + i + b) % 256] for b in range(B)])
         if i == 1:
             ways[0].step(idx + 1, tails[0])
         (v, own), (expected, plain) = (way.step(idx, t) for way, t in zip(ways, tails, strict=True))
-        assert mx.max(mx.abs(v - expected)) < near
+        assert mx.max(mx.abs(v - expected)) < near and mx.mean(mx.abs(v - expected)) < near / 4
         for pairs in zip(own.waiting(), plain.waiting(), strict=True):
             for found, wanted in zip(*pairs, strict=True):
                 assert mx.max(mx.abs(found - wanted)) < near * mx.max(mx.abs(wanted))
