@@ -70,10 +70,10 @@ __device__ void gather(const float* parts, int count, size_t stride, float4* roo
 }
 
 #ifndef ON_CPU  // tests/cuda_on_cpu.h has its own
-// Copies n bytes to shared memory, as a part of the thread's next group of copies.
-template <int n> __device__ void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
-               "l"(from), "n"(n)
+// Copies 16 bytes to shared memory, as a part of the thread's next group of copies; past L1.
+__device__ void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+               "l"(from)
                : "memory");
 }
 __device__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -200,7 +200,7 @@ __device__ __forceinline__ float excite(const Row<T, D>& v, const T* encoder, in
   return float(T(g[0]));
 }
 
-template <typename T> struct alignas(2 * sizeof(T)) Two { T at[2]; };
+template <typename T, int n> struct alignas(n * sizeof(T)) Some { T at[n]; };
 
 // What a warp reads of one active pair.
 template <typename Q, typename T, int D> struct Stage {
@@ -219,8 +219,8 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
                        const float* scales, int rows, T* keys, T* values, const uint32_t* begin,
                        const uint32_t* turns, int t, unsigned* done, int B, int N, float* parts,
                        T* a) {
-  constexpr int M = D + K, L = given ? G / 32 : 1;  // L: pairs of a lane; else half the lanes' one
-  constexpr int U = sizeof(Q) == 1 ? 6 : 2;         // stages: pairs under way, and the one in use
+  constexpr int M = D + K;
+  constexpr int U = sizeof(Q) == 1 ? 6 : 2;  // stages: pairs under way, and the one in use
   using Pair = Row<Q, 2 * D>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
   __shared__ union { Stage<Q, T, D> stages[W][U]; float sums[W][M]; float4 room[32 * W]; } shared;
@@ -236,50 +236,44 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
   Pair sum;
   float score[2] = {};
   for (int first = (blockIdx.x * W + warp) * G; first < N / 2; first += gridDim.x * W * G) {
-    float x0[L], x1[L];
+    const int pair = min(first + lane, N / 2 - 1);
+    float x0, x1;
     if constexpr (given) {
-#pragma unroll
-      for (int j = 0; j < L; j++) {
-        const int pair = min(first + lane + 32 * j, N / 2 - 1);
-        const auto two = Bits<T, 2>::of(x + (size_t)hb * N + 2 * pair);
-        x0[j] = two[0], x1[j] = two[1];
-      }
+      const auto two = Bits<T, 2>::of(x + (size_t)hb * N + 2 * pair);
+      x0 = two[0], x1 = two[1];
     } else {
       const float mine = excite<T, D>(value, encoder + (size_t)h * N * D, 2 * first, N,
                                       excited + (size_t)h * N);
-      x0[0] = __shfl_sync(~0u, mine, 2 * lane % 32), x1[0] = __shfl_sync(~0u, mine, 2 * lane % 32 + 1);
+      x0 = __shfl_sync(~0u, mine, 2 * lane % 32), x1 = __shfl_sync(~0u, mine, 2 * lane % 32 + 1);
     }
-    int count = 0;
-#pragma unroll
-    for (int j = 0; j < L; j++) {
-      const int pair = first + lane + 32 * j;
-      if (x0[j] <= 0) x0[j] = 0;
-      if (x1[j] <= 0) x1[j] = 0;
-      const bool is = lane < G && pair < N / 2 && (x0[j] != 0 || x1[j] != 0);
-      float4 turned;
-      if (is) {
-        float sine, cosine;
-        sincospif(int(begin[pair] + t * turns[pair]) * 0x1p-31f, &sine, &cosine);
-        const float q0 = x0[j] * cosine - x1[j] * sine, q1 = x1[j] * cosine + x0[j] * sine;
-        Bits<float, 2> scale = {};
-        if (sizeof(Q) == 1) scale = Bits<float, 2>::of(scales + 2 * pair);
-        turned = sizeof(Q) == 1 ? make_float4(q0, q1, q0 * scale[0], q1 * scale[1])
-                                : make_float4(q0, q1, q0, q1);
-        *(Two<T>*)(keys + ((size_t)pair * K + t) * 2) = {T(q0), T(q1)};
-      }
-      append(is, pair, pairs[warp], count);
-      count = append(is, turned, lists[warp], count);
+    if (x0 <= 0) x0 = 0;
+    if (x1 <= 0) x1 = 0;
+    const bool is = lane < G && first + lane < N / 2 && (x0 != 0 || x1 != 0);
+    float4 turned;
+    if (is) {
+      float sine, cosine;
+      sincospif(int(begin[pair] + t * turns[pair]) * 0x1p-31f, &sine, &cosine);
+      const float q0 = x0 * cosine - x1 * sine, q1 = x1 * cosine + x0 * sine;
+      Bits<float, 2> scale = {};
+      if (sizeof(Q) == 1) scale = Bits<float, 2>::of(scales + 2 * pair);
+      turned = sizeof(Q) == 1 ? make_float4(q0, q1, q0 * scale[0], q1 * scale[1])
+                              : make_float4(q0, q1, q0, q1);
+      *(Some<T, 2>*)(keys + ((size_t)pair * K + t) * 2) = {T(q0), T(q1)};
     }
+    append(is, pair, pairs[warp], 0);
+    const int count = append(is, turned, lists[warp], 0);
     __syncwarp();
     int next = 0, use = 0;  // stages
     auto fetch = [&](int i) {
       if (i < count) {
         const int pair = pairs[warp][i];
         Pair::each([&](int f, int m) {
-          copy_async<16>(&stages[next].row[f][lane], S + pair * 2 * D + m);
+          copy_async(&stages[next].row[f][lane], S + pair * 2 * D + m);
         });
-        if (2 * lane < t)
-          copy_async<4 * sizeof(T)>(&stages[next].key[lane], keys + pair * K * 2 + 4 * lane);
+        if (2 * sizeof(T) * t > 16 * lane) {
+          const int k = 16 / sizeof(T) * lane;
+          copy_async((T*)stages[next].key + k, keys + pair * K * 2 + k);
+        }
       }
       end_group();
       next = next + 1 < U ? next + 1 : 0;
@@ -287,8 +281,9 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
 #pragma unroll 1
     for (int i = 0; i < U - 1; i++) fetch(i);
     for (int i = 0; i < count; i++) {
+      wait_groups<U - 2>();
+      __syncwarp();  // keys come by other lanes; and all have used what the next copies replace
       fetch(i + U - 1);
-      wait_groups<U - 1>();
       const float4 q = lists[warp][i];
       typename Pair::Raw raw;
       Pair::each([&](int f, int) { raw.at[f] = stages[use].row[f][lane]; });
@@ -394,101 +389,96 @@ __device__ void fire(const T* x, const T* g, const T* a, const float* v, const T
   if (threadIdx.x < D) out[b * D + d] = after, low[b * D + d] = T(after);
 }
 
-// S (H, rows, N, D) with the `count` bytes that wait in keys and values (as in `recall`) added, to
-// `after` (H, B, N, D), and that as int8, `low`, times `scales` (.., N). Without `add`: S as int8.
+// S (H, rows, N, D) with the K bytes that wait in keys and values (as in `recall`) added, to `after`
+// (H, B, N, D), and that as int8, `low`, times `scales` (.., N). Without `add`: S as int8.
 //
-// A warp takes 16 rows, in the layout of multiply_add, whose columns are numbered so that a lane has
-// C / 4 that follow each other in each C: column 2 i + e of product j is C / 4 * i + 2 j + e.
+// A warp takes 8 rows, as columns of multiply_add: a lane has numbers own * g to own * g + own - 1 of
+// each C, of rows 2 i and 2 i + 1. Number own * g + 2 j + e is row g + 8 e of product j.
 template <bool add, int D, int W, int K>
 __device__ void fold(const float* S, int rows, const unsigned short* keys,
-                     const unsigned short* values, int count, int B, int N, float* after, int8_t* low,
+                     const unsigned short* values, int B, int N, float* after, int8_t* low,
                      float* scales) {
-  constexpr int C = D % 64 ? D : 64, own = C / 4, J = C / 8, stride = D + 8;  // 8: no bank twice
+  constexpr int C = D % 32 ? D : 32, own = C / 8, V = own % 4 ? 2 : 4;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, hb = blockIdx.y, b = hb % B, h = hb / B;
   const int g = lane / 4, i = lane % 4;
-  __shared__ unsigned value[add ? K / 2 : 1][stride];  // of two bytes, one after the other
+  alignas(16) __shared__ unsigned value[add ? K / 2 : 1][D + 8];  // of two bytes; 8: no bank twice
   const size_t from = (size_t)(h * rows + (rows > 1 ? b : 0)) * N, to = (size_t)hb * N;
   if constexpr (add) {
     values += (size_t)b * K * D;
     for (int at = threadIdx.x; at < K / 2 * D; at += blockDim.x) {
-      const int s = at / D * 2, d = at % D, j = d % own / 2, c = d % C / own * 2 + d % 2;
-      const unsigned one = s < count ? values[s * D + d] : 0;
-      const unsigned two = s + 1 < count ? values[(s + 1) * D + d] : 0;
-      value[s / 2][d / C * C + 8 * j + c] = two << 16 | one;
+      const int s = at / D * 2, d = at % D;
+      value[s / 2][d] = values[(s + 1) * D + d] << 16 | values[s * D + d];
     }
     __syncthreads();
   }
-  for (int first = (blockIdx.x * W + warp) * 16; first < N; first += gridDim.x * W * 16) {
-    unsigned key[K / 16][4];
-    if constexpr (add) {
+  for (int first = (blockIdx.x * W + warp) * 8; first < N; first += gridDim.x * W * 8) {
+    float sum[D / C][own / 2][4];
 #pragma unroll
-      for (int s = 0; s < K / 16; s++)
-#pragma unroll
-        for (int a = 0; a < 4; a++) {  // rows g, g + 8, and both 8 bytes on
-          const int n = min(first + g + a % 2 * 8, N - 1), t = 16 * s + 2 * i + a / 2 * 8;
-          const auto both = Bits<unsigned short, 4>::of(keys + ((to + n) / 2 * K + t) * 2);
-          const unsigned one = t < count ? both.at[0] >> n % 2 * 16 & 0xffff : 0;
-          const unsigned two = t + 1 < count ? both.at[1] >> n % 2 * 16 : 0;
-          key[s][a] = two << 16 | one;
-        }
-    }
-    float sum[D / C][J][4];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {  // rows g and g + 8
-      const float* row = S + (from + min(first + g + 8 * half, N - 1)) * D + own * i;
+    for (int r = 0; r < 2; r++)
 #pragma unroll
       for (int q = 0; q < D / C; q++)
 #pragma unroll
-        for (int m = 0; m < own; m += 4) {
-          const float4 four = *(const float4*)(row + q * C + m);
-          float *c = sum[q][m / 2] + 2 * half, *next = sum[q][m / 2 + 1] + 2 * half;
-          c[0] = four.x, c[1] = four.y, next[0] = four.z, next[1] = four.w;
-        }
-    }
-    if constexpr (add) {
+        for (int m = 0; m < own; m += V) {
+          const int n = min(first + 2 * i + r, N - 1);
+          const auto some = Bits<float, V>::of(S + (from + n) * D + q * C + own * g + m);
 #pragma unroll
-      for (int s = 0; s < K / 16; s++)
+          for (int v = 0; v < V; v++) sum[q][(m + v) / 2][v % 2 * 2 + r] = some[v];
+        }
+    if constexpr (add) {
+      const int n = min(first + g, N - 1);
+      unsigned key[K / 8];
+#pragma unroll
+      for (int s = 0; s < K / 8; s++) {
+        const auto both = Bits<unsigned short, 4>::of(keys + ((to + n) / 2 * K + 8 * s + 2 * i) * 2);
+        key[s] = both.at[1] >> n % 2 * 16 << 16 | (both.at[0] >> n % 2 * 16 & 0xffff);
+      }
+#pragma unroll
+      for (int s = 0; s < K / 8; s += 2)
 #pragma unroll
         for (int q = 0; q < D / C; q++)
 #pragma unroll
-          for (int j = 0; j < J; j++) {
-            const unsigned* at = &value[8 * s + i][q * C + 8 * j + g];
-            multiply_add(sum[q][j], key[s], at[0], at[4 * stride]);
+          for (int m = 0; m < own; m += V) {
+            const unsigned* at = &value[4 * s + i][q * C + own * g + m];
+            const auto one = Bits<unsigned, V>::of(at), two = Bits<unsigned, V>::of(at + 4 * (D + 8));
+#pragma unroll
+            for (int v = 0; v < V; v += 2) {
+              const unsigned four[] = {one.at[v], one.at[v + 1], two.at[v], two.at[v + 1]};
+              multiply_add(sum[q][(m + v) / 2], four, key[s], key[s + 1]);
+            }
           }
     }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int n = first + g + 8 * half;
+    for (int r = 0; r < 2; r++) {
       float most = 0, spoilt = 0;
 #pragma unroll
       for (int q = 0; q < D / C; q++)
 #pragma unroll
-        for (int j = 0; j < J; j++)
-          for (int e = 2 * half; e < 2 * half + 2; e++)
+        for (int j = 0; j < own / 2; j++)
+          for (int e = r; e < 4; e += 2)
             most = fmaxf(most, fabsf(sum[q][j][e])), spoilt += sum[q][j][e] - sum[q][j][e];
-      for (int o = 1; o < 4; o *= 2) {
+      for (int o = 4; o < 32; o *= 2) {
         most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
         spoilt += __shfl_xor_sync(~0u, spoilt, o);  // NaN where a number is not finite
       }
+      const int n = first + 2 * i + r;
       if (n >= N) continue;
       const float by = most > 0 ? 127 / most : 0;
-      if (!i) scales[to + n] = most / 127 + spoilt;
+      if (!g) scales[to + n] = most / 127 + spoilt;
 #pragma unroll
-      for (int q = 0; q < D / C; q++) {
-        const size_t place = (to + n) * D + own * i + q * C;
-        struct alignas(own % 16 ? 4 : 16) { int8_t at[own]; } shorter;
+      for (int q = 0; q < D / C; q++)
 #pragma unroll
-        for (int m = 0; m < own; m++)
-          shorter.at[m] = int8_t(rintf(sum[q][m / 2][2 * half + m % 2] * by));
-        *(decltype(shorter)*)(low + place) = shorter;
-        if constexpr (add) {
+        for (int m = 0; m < own; m += V) {
+          const size_t place = (to + n) * D + q * C + own * g + m;
+          Some<float, V> whole;
+          Some<int8_t, V> shorter;
 #pragma unroll
-          for (int m = 0; m < own; m += 4) {
-            const float *c = sum[q][m / 2] + 2 * half, *next = sum[q][m / 2 + 1] + 2 * half;
-            *(float4*)(after + place + m) = make_float4(c[0], c[1], next[0], next[1]);
+          for (int v = 0; v < V; v++) {
+            whole.at[v] = sum[q][(m + v) / 2][v % 2 * 2 + r];
+            shorter.at[v] = int8_t(rintf(whole.at[v] * by));
           }
+          if constexpr (add) *(decltype(whole)*)(after + place) = whole;
+          *(decltype(shorter)*)(low + place) = shorter;
         }
-      }
     }
   }
 }

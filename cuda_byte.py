@@ -17,11 +17,10 @@ import mlx.core as mx
 from fast_layer import ln, turns
 
 TAIL = 64  # bytes that wait; the kernels hold two scores a lane
-PAIRS, PAIRS_ONE = 64, 16  # that a warp takes at a time; of one row it must find x first (LOG.md)
-PAIRS_EXACT = 32  # with float32 synapses: shared memory holds no more
+PAIRS, PAIRS_ONE = 32, 16  # that a warp takes at a time; of one row it must find x first (LOG.md)
 NEURONS, NEURONS_ONE = 128, 32  # the same of `fire`
 THREADS = 256  # of a block, at most
-BLOCKS = 2048  # about as many fill a GPU; each leaves a part, and parts cost time too
+BLOCKS = 2048  # half as many to twice fill a GPU; each leaves a part, and parts cost time too
 
 # name, inputs, outputs and call of each kernel; MLX adds the arguments that a call mentions
 READ = ("v", "S", "scales", "keys", "values", "begin", "turns", "count", "done", "before")
@@ -61,18 +60,17 @@ FIRE_ONE = (
 )
 FOLD = (
     "fold",
-    ("S", "keys", "values", "count", "before"),
+    ("S", "keys", "values", "before"),
     ("after", "low", "scales"),
     "bdh::fold<true, D, W, K>(S, S_shape[1], (const unsigned short*)keys, "
-    "(const unsigned short*)values, count[0], values_shape[0], S_shape[2], after, "
-    "(int8_t*)low, scales);",
+    "(const unsigned short*)values, values_shape[0], S_shape[2], after, (int8_t*)low, scales);",
 )
 SHORTEN = (
     "shorten",
     ("S",),
     ("low", "scales"),
-    "bdh::fold<false, D, W, K>(S, S_shape[1], nullptr, nullptr, 0, S_shape[1], S_shape[2], "
-    "nullptr, (int8_t*)low, scales);",
+    "bdh::fold<false, D, W, K>(S, S_shape[1], nullptr, nullptr, S_shape[1], S_shape[2], nullptr, "
+    "(int8_t*)low, scales);",
 )
 
 
@@ -108,9 +106,9 @@ class Tail(NamedTuple):
         return self.keys[0].dtype != mx.float32
 
     def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "Tail"]:
-        """The synapses with the bytes that wait, and a tail without any; of a `short` one."""
+        """The synapses with the bytes that wait, and a tail without any; of a full, `short` one."""
         given = zip(synapses, self.keys, self.values, strict=True)
-        found = [fold(*layer, _count(self.count), self.before) for layer in given]
+        found = [fold(*layer, self.before) for layer in given]
         after, *known = zip(*found, strict=True)
         return after, self.of.emptied(position, list(zip(*known, strict=True)), len(self.values[0]))
 
@@ -194,9 +192,9 @@ def step(idx, weights, count, keys, values, begin, known, done, before):
     """
     embed, encoder, encoder_v, decoder, turns = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
-    W, one, exact = THREADS // D * D // 32, B == 1, dtype == mx.float32
-    kinds = [("T", dtype), ("Q", mx.float32 if exact else mx.int8)]
-    G, G_fire = (PAIRS_ONE, NEURONS_ONE) if one else (PAIRS_EXACT if exact else PAIRS, NEURONS)
+    W, one = THREADS // D * D // 32, B == 1
+    kinds = [("T", dtype), ("Q", mx.float32 if dtype == mx.float32 else mx.int8)]
+    G, G_fire = (PAIRS_ONE, NEURONS_ONE) if one else (PAIRS, NEURONS)
 
     def blocks(n, G, most):
         """Of a row's head, for n pairs or neurons."""
@@ -206,7 +204,7 @@ def step(idx, weights, count, keys, values, begin, known, done, before):
         template = [*kinds, ("D", D), ("W", W), ("G", G), ("K", TAIL)]
         return _run(kernel, template, (P, H * B), 32 * W, inputs, outputs)
 
-    P, P_fire = blocks(N // 2, G, BLOCKS), blocks(N, G_fire, BLOCKS // 2)
+    P, P_fire = blocks(N // 2, G, 2 * BLOCKS), blocks(N, G_fire, BLOCKS // 2)
     v = embed[idx].reshape(B, D)
     low = v.astype(dtype)
     for (S, scales), key, value in zip(known, keys, values, strict=True):
@@ -229,11 +227,11 @@ def shorten(S: mx.array) -> tuple[mx.array, mx.array]:
     return _run_rows(SHORTEN, S, S.shape[1], [S], *_short(S.shape))
 
 
-def fold(S, keys, values, count, before):
-    """S (H, B or 1, N, D) with the `count` bytes that wait in a tail, and that in short."""
+def fold(S, keys, values, before):
+    """S (H, B or 1, N, D) with the bytes that wait in a full tail, and that in short."""
     (H, _, N, D), B = S.shape, values.shape[0]
     outputs = ((H, B, N, D), mx.float32), *_short((H, B, N, D))
-    return _run_rows(FOLD, S, B, [S, keys, values, count, before], *outputs)
+    return _run_rows(FOLD, S, B, [S, keys, values, before], *outputs)
 
 
 def _short(shape):
@@ -243,9 +241,9 @@ def _short(shape):
 
 
 def _run_rows(kernel, S, B, inputs, *outputs):
-    """A warp for 16 rows of S at a time."""
+    """A warp for 8 rows of S at a time."""
     (H, _, N, D), W = S.shape, THREADS // 32
-    blocks = min(-(-2 * BLOCKS // (H * B)), -(-N // (16 * W)))
+    blocks = min(-(-2 * BLOCKS // (H * B)), -(-N // (8 * W)))
     template = [("D", D), ("W", W), ("K", TAIL)]
     return _run(kernel, template, (blocks, H * B), THREADS, inputs, outputs)
 

@@ -66,11 +66,22 @@ def write(
             past = after(past, token)
             logits, state = model.read(token[:, None], state)
             logits = logits[:, -1]
-            mx.async_eval(token, logits, past, state)
-            yield token, state
+            shown = _for_the_host(token)
+            mx.async_eval(shown, logits, past, state)
+            yield shown, state
 
     going = ahead(steps(logits, state, sampling.past(seen)))
-    return ((token.tolist(), state) for token, state in going)
+    return (([byte for some in shown for byte in some.tolist()], state) for shown, state in going)
+
+
+def _for_the_host(token: mx.array) -> list[mx.array]:
+    """token (B,) in arrays of 8 bytes: CUDA keeps these alone where the host reads them in place.
+
+    Others move to memory that both share, and the next step's use of it faults (LOG.md).
+    """
+    if token.nbytes <= 8:
+        return [token]
+    return [token[i : i + 8].astype(mx.uint8) for i in range(0, len(token), 8)]
 
 
 class Stops:

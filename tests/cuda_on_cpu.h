@@ -99,12 +99,12 @@ inline void sincospif(float x, float* sine, float* cosine) {
 }
 
 // Copies to shared memory happen as late as they may: when their group is waited for.
-struct Copy { void* to; const void* from; int n; };
+struct Copy { void* to; const void* from; };
 std::vector<std::vector<Copy>> groups[1024];
-template <int n> void copy_async(void* to, const void* from) {
+inline void copy_async(void* to, const void* from) {
   auto& own = groups[threadIdx.x];
   if (own.empty()) own.emplace_back();
-  own.back().push_back({to, from, n});
+  own.back().push_back({to, from});
 }
 inline void end_group() {
   auto& own = groups[threadIdx.x];
@@ -114,7 +114,7 @@ inline void end_group() {
 template <int n> void wait_groups() {
   auto& own = groups[threadIdx.x];
   while (own.size() > n + 1) {  // the last is not ended
-    for (auto& copy : own.front()) memcpy(copy.to, copy.from, copy.n);
+    for (auto& copy : own.front()) memcpy(copy.to, copy.from, 16);
     own.erase(own.begin());
   }
 }
