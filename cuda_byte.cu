@@ -206,7 +206,7 @@ template <typename T, int n> struct alignas(n * sizeof(T)) Some { T at[n]; };
 template <typename Q, typename T, int D> struct Stage {
   using Pair = Row<Q, 2 * D>;
   typename Pair::Piece row[Pair::F][32];
-  Bits<T, 4> key[32];
+  alignas(16) T key[128];  // of two bytes for a lane
 };
 
 // ln(a), (H, B, D), with q = R_t relu(x) and a = q S + sum over s < t of (q . key_s) value_s, where t
@@ -219,6 +219,7 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
                        const float* scales, int rows, T* keys, T* values, const uint32_t* begin,
                        const uint32_t* turns, int t, unsigned* done, int B, int N, float* parts,
                        T* a) {
+  static_assert(G <= (given ? 32 : 16), "a lane has one pair, of which excite finds 16");
   constexpr int M = D + K;
   constexpr int U = sizeof(Q) == 1 ? 6 : 2;  // stages: pairs under way, and the one in use
   using Pair = Row<Q, 2 * D>;
@@ -272,7 +273,7 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
         });
         if (2 * sizeof(T) * t > 16 * lane) {
           const int k = 16 / sizeof(T) * lane;
-          copy_async((T*)stages[next].key + k, keys + pair * K * 2 + k);
+          copy_async(stages[next].key + k, keys + pair * K * 2 + k);
         }
       }
       end_group();
@@ -289,7 +290,7 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
       Pair::each([&](int f, int) { raw.at[f] = stages[use].row[f][lane]; });
       sum.plus(q.z, q.w, raw);
       if (2 * lane < t) {
-        const Bits<T, 4> key = stages[use].key[lane];
+        const auto key = Bits<T, 4>::of(stages[use].key + 4 * lane);
 #pragma unroll
         for (int s = 0; s < 2; s++) score[s] += q.x * key[2 * s] + q.y * key[2 * s + 1];
       }

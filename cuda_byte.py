@@ -17,10 +17,10 @@ import mlx.core as mx
 from fast_layer import ln, turns
 
 TAIL = 64  # bytes that wait; the kernels hold two scores a lane
-PAIRS, PAIRS_ONE = 32, 16  # that a warp takes at a time; of one row it must find x first (LOG.md)
+PAIRS, PAIRS_ONE = 32, 16  # that a warp takes at a time, at most; of one row it must find x first
 NEURONS, NEURONS_ONE = 128, 32  # the same of `fire`
 THREADS = 256  # of a block, at most
-BLOCKS = 2048  # half as many to twice fill a GPU; each leaves a part, and parts cost time too
+BLOCKS = 2048  # of a launch; `fire` takes half as many, the others twice (LOG.md)
 
 # name, inputs, outputs and call of each kernel; MLX adds the arguments that a call mentions
 READ = ("v", "S", "scales", "keys", "values", "begin", "turns", "count", "done", "before")

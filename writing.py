@@ -75,12 +75,13 @@ def write(
 
 
 def _for_the_host(token: mx.array) -> list[mx.array]:
-    """token (B,) in arrays of 8 bytes: CUDA keeps these alone where the host reads them in place.
+    """token (B,) as arrays of up to 8 bytes, which CUDA keeps where the host can read them.
 
-    Others move to memory that both share, and the next step's use of it faults (LOG.md).
+    A larger one would move to memory that both share, and a later write there wait (LOG.md).
     """
     if token.nbytes <= 8:
         return [token]
+    # each cut out before astype, which then makes an array of its own
     return [token[i : i + 8].astype(mx.uint8) for i in range(0, len(token), 8)]
 
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 STRETCH = 64  # bytes written in one go: as many as wait in a tail
 CPU = [
-    {"kind": "stream", "contexts": [1, 128, 1024, 8192], "bytes": 192},
+    {"kind": "stream", "contexts": [1, 128, 1024, 8192], "bytes": 128},
     {"kind": "prefill", "lengths": [1024]},
     {"kind": "recompute", "contexts": [128, 1024], "bytes": 1},
 ]
@@ -36,7 +36,7 @@ SINGLE = {"kind": "stream", "contexts": [1, 128, 8192, 65536], "bytes": 512}
 GPU = [
     SINGLE | {"dtype": "bfloat16"},
     SINGLE | {"dtype": "float32"},
-    {"kind": "stream", "contexts": [512], "B": 64, "dtype": "bfloat16", "bytes": 128},
+    {"kind": "stream", "contexts": [512], "B": 64, "dtype": "bfloat16", "bytes": 512},
     {"kind": "prefill", "lengths": [4096, 65536, 1_000_000], "dtype": "bfloat16"},
     {"kind": "prefill", "lengths": [65536], "dtype": "float32"},
     {"kind": "recompute", "contexts": [128, 1024, 8192], "bytes": 3},
@@ -83,6 +83,7 @@ def measure_stream(case: dict):
     sampling = Sampling(temperature=0.8)  # what generate.py takes where no flag says otherwise
     B, L, (H, D, N) = case.get("B", 1), model.config.n_layer, model.encoder.shape
     on_gpu, streams = mx.default_device() == mx.gpu, {}
+    mx.eval(model.read(prompt(1, 1)))  # lays out the weights
     weights = mx.get_active_memory()
     for context in case["contexts"]:
         mx.reset_peak_memory()
@@ -96,7 +97,8 @@ def measure_stream(case: dict):
         idx = np.array(prompt(B, 1))
         stream = write(model, *read(model, idx, before), sampling, mx.random.key(1), idx)
         del before
-        for _ in islice(stream, 144 if on_gpu else 4):  # past two folds, compiled late
+        warm_up = 2 * STRETCH if on_gpu else STRETCH  # folds, compiled late
+        for _ in islice(stream, warm_up + 4):
             pass
         streams[context] = stream, [], (mx.get_peak_memory() - others) / 1e9
     for _ in range(case["bytes"] // STRETCH):
@@ -246,7 +248,7 @@ def main() -> None:
     parser.add_argument("--positions", nargs=2, metavar=("RUN", "FILE"), help="loss by position")
     parser.add_argument("--window", type=int, help="of --positions, bytes (BLOCK_SIZE * 1/2, 1, 2)")
     parser.add_argument("--only", help="cases of this kind: stream, prefill, recompute or error")
-    parser.add_argument("--timeout", type=int, default=60, help="seconds a process may take (60)")
+    parser.add_argument("--timeout", type=int, default=120, help="seconds a process may take (120)")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.positions:

@@ -98,10 +98,12 @@ inline void sincospif(float x, float* sine, float* cosine) {
   *sine = std::sin(M_PI * x), *cosine = std::cos(M_PI * x);
 }
 
-// Copies to shared memory happen as late as they may: when their group is waited for.
+// Copies to shared memory happen as late as they may, when their group is waited for, or at once.
+extern "C" { bool at_once; }
 struct Copy { void* to; const void* from; };
 std::vector<std::vector<Copy>> groups[1024];
 inline void copy_async(void* to, const void* from) {
+  if (at_once) memcpy(to, from, 16);
   auto& own = groups[threadIdx.x];
   if (own.empty()) own.emplace_back();
   own.back().push_back({to, from});
@@ -114,7 +116,8 @@ inline void end_group() {
 template <int n> void wait_groups() {
   auto& own = groups[threadIdx.x];
   while (own.size() > n + 1) {  // the last is not ended
-    for (auto& copy : own.front()) memcpy(copy.to, copy.from, 16);
+    for (auto& copy : own.front())
+      if (!at_once) memcpy(copy.to, copy.from, 16);
     own.erase(own.begin());
   }
 }
@@ -152,6 +155,7 @@ inline void launch(Dim grid, unsigned threads, std::function<void()> body) {
   for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
     for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) {
       warps.assign(threads / 32, {}), block = {}, any = 0;
+      for (auto& own : groups) own.clear();
       for (auto& fiber : fibers) {
         fiber.stack.resize(64 << 10), fiber.done = false;
         getcontext(&fiber.at);

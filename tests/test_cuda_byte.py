@@ -128,7 +128,8 @@ def kernels(library, monkeypatch):
     ("D", "B", "dtype", "count"),
     [
         *((16, 3, mx.float32, 0), (32, 1, mx.float32, 37), (32, 3, mx.bfloat16, 61)),
-        *((96, 1, mx.bfloat16, 61), (96, 3, mx.float32, 61), (256, 1, mx.bfloat16, 37)),
+        *((16, 3, mx.bfloat16, 61), (256, 1, mx.bfloat16, 61)),
+        *((96, 1, mx.bfloat16, 61), (96, 3, mx.float32, 61)),
         *((256, 3, mx.float32, 37), (256, 3, mx.bfloat16, 61)),
     ],
     ids=str,
@@ -146,7 +147,12 @@ def test_several_blocks_a_head_and_several_turns_of_each_leave_nothing_out(
 
 
 def test_rows_share_the_synapses_of_one(kernels):
-    same_as_the_plain_step(a_model(32), 3, mx.bfloat16, 5, rows=1)
+    same_as_the_plain_step(a_model(32), 3, mx.bfloat16, 61, rows=1)
+
+
+def test_copies_that_land_at_once_replace_nothing_in_use(kernels, library, monkeypatch):
+    monkeypatch.setattr(ctypes.c_bool.in_dll(library, "at_once"), "value", True)
+    same_as_the_plain_step(a_model(32), 3, mx.bfloat16, 61)
 
 
 def test_more_parts_than_a_block_adds_at_once_are_added(kernels):
@@ -219,11 +225,12 @@ def a_model(D, multiplier=3, heads=2):
     return model
 
 
-def test_a_nan_writes_nowhere_but_where_it_is(kernels):
+@pytest.mark.parametrize("neuron", [-1, -2])
+def test_a_nan_writes_nowhere_but_where_it_is(kernels, neuron):
     """Lanes that have no neuron must not write the rows of the next head."""
     model = a_model(32)
     encoder = np.array(model.encoder)
-    encoder[0, :, -1] = np.nan
+    encoder[0, :, neuron] = np.nan
     model.encoder = mx.array(encoder)
     way = cuda_byte.Byte(model)
     v, tail = way.step(mx.array([[65]]), way.begun(3, (), 1))
