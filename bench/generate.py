@@ -1,7 +1,7 @@
 """Generation: ours against recomputing the whole prefix for every byte, and the prompt's speed.
 
     python bench/generate.py                    # default model on a CPU, under 2 minutes
-    python bench/generate.py --gpu              # on a GPU, under 100 s
+    python bench/generate.py --gpu              # on a GPU, under 2 minutes
     python bench/generate.py --positions checkpoints_mlx/full text.txt    # loss by position
 
 One process per system, one after the other on one machine, so that one that fails costs its rows
