@@ -99,7 +99,7 @@ def read_best(run: Path) -> dict:
         reason = "best.json is not what was written"
     if not reason:
         return best
-    print(f"warning: the best checkpoint is dropped: {visible(reason)}")
+    print(f"warning: no checkpoint is the best until the next validation: {visible(reason)}")
     (run / "best.json").unlink()
     return {}
 
@@ -145,6 +145,8 @@ def save(run: Path, step: int, model: BDH, optimizer, info: dict) -> None:
 
 def damage(checkpoint: Path) -> str | None:
     """Why the checkpoint cannot be trusted, or None when each file is as it was written."""
+    if not checkpoint.is_dir():
+        return f"{checkpoint.name} is not there"
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         for name, written in manifest.items():

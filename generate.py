@@ -222,12 +222,16 @@ def write_jobs(
 
 def write_file(jobs: list[Job], samples: int, out, texts) -> None:
     """One JSON line per text: its record, `line`, `prompt`, `completion`, `stopped`."""
-    with tqdm(total=len(jobs), disable=None, unit="text") as bar:
-        for job, text, stopped in texts:
+    done = 0
+    try:
+        for job, text, stopped in tqdm(texts, total=len(jobs), disable=None, unit="text"):
             which = {"line": job.line} | ({"sample": job.sample} if samples > 1 else {})
             result = {"prompt": as_text(job.prompt), "completion": text, "stopped": stopped}
             print(json.dumps(job.record | which | result), file=out, flush=True)
-            bar.update()
+            done += 1
+    except KeyboardInterrupt:
+        print(f"stopped: {done} of {len(jobs)} texts are written", file=sys.stderr)
+        raise
 
 
 def stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:

@@ -682,6 +682,26 @@ def test_an_interrupted_text_saves_its_state_too(chaos, tmp_path, monkeypatch, c
     assert bdh_mlx.load_state(file, bdh_mlx.load_model(chaos)).position == 8
 
 
+def test_interrupted_prompts_tell_how_many_are_written_and_keep_them(
+    chaos, tmp_path, monkeypatch, capsys
+):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{p}"}}\n' for p in "abc"))
+    of_model = generate.complete
+
+    def interrupted(model, prompts, *rest):
+        if prompts == [b"c"]:
+            raise KeyboardInterrupt
+        return of_model(model, prompts, *rest)
+
+    monkeypatch.setattr(generate, "complete", interrupted)
+    flags = f"--prompts {prompts} --out {out} --batch-size 1 --max-new-tokens 5"
+    with pytest.raises(KeyboardInterrupt):
+        generate.main([str(chaos), *flags.split()])
+    assert "stopped: 2 of 3 texts are written" in capsys.readouterr().err
+    assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == ["a", "b"]
+
+
 def test_a_session_says_once_that_it_outgrew_the_blocks(monkeypatch, capsys, chaos, tmp_path):
     monkeypatch.setattr(chat, "HISTORY", tmp_path / "history")
     model = bdh_mlx.load_model(chaos)

@@ -279,6 +279,9 @@ def test_the_best_of_an_older_trainer_stays_until_a_better_one(tmp_path, monkeyp
     rewrite_best(tmp_path / "full", **of_step)
     assert checkpoints.read_best(tmp_path / "full") == {}
     assert "best.json is not what was written" in capsys.readouterr().out
+    rewrite_best(tmp_path / "full", **of_step | {"step": 6, "judged": 1.0})
+    assert checkpoints.read_best(tmp_path / "full") == {}
+    assert "the best until the next validation: step-000006 is not" in capsys.readouterr().out
 
 
 def test_evaluating_and_sampling_do_not_disturb_training(tmp_path, straight):
