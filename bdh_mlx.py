@@ -188,13 +188,17 @@ def save_model(model: BDH, path: str | Path) -> None:
     mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())), metadata=header)
 
 
-STATE_FORMAT = "bdh-mlx state 1"
+STATE_FORMAT = "bdh-mlx state 2"
 
 
 def fingerprint(model: BDH) -> str:
     """sha256 of the weights, which says whose state a state is."""
-    digest = hashlib.sha256()
-    for name, array in sorted(tree_flatten(model.parameters())):
+    return _digest(dict(tree_flatten(model.parameters())))
+
+
+def _digest(arrays: dict[str, mx.array], header: dict | None = None) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode() if header else b"")
+    for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.shape}".encode())
         digest.update(np.array(array + 0))  # a copy: CUDA would move what is read to the host
     return digest.hexdigest()
@@ -227,6 +231,7 @@ def save_state(path: str | Path, model: BDH, state: State) -> None:
         arrays |= {f"part.{number}.{i}": S for i, S in enumerate(part)}
     header = {"format": STATE_FORMAT, "model": fingerprint(model), "position": state.position}
     header |= {"window": state.window, "parts": len(state.parts)}
+    header |= {"sha256": _digest(arrays, header)}
     header = {name: json.dumps(value) for name, value in header.items()}
     making = path.with_name(f".{path.name}.tmp.safetensors")
     try:
@@ -245,9 +250,10 @@ def load_state(path: str | Path, model: BDH) -> State:
     arrays, header = read_arrays(path)
     try:
         header = {name: json.loads(value) for name, value in header.items()}
-        kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
     except ValueError:
-        kind = None
+        header = {}
+    kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
+    written = header.pop("sha256", None)
     whole = all(type(n) is int and n >= 0 for n in (position, window or 0))
     if kind != STATE_FORMAT or not whole or count not in range(PARTS + 1):
         raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
@@ -264,6 +270,8 @@ def load_state(path: str | Path, model: BDH) -> State:
         (S.shape[0], *S.shape[2:], S.dtype) != (H, N, D, mx.float32) for S in arrays.values()
     ):
         raise UserError(f"{path} is damaged: arrays of ({H}, B, {N}, {D}) are missing in it")
+    if _digest(arrays, header) != written:
+        raise UserError(f"{path} is damaged: it has changed since it was written (sha256)")
     synapses, *parts = (tuple(arrays[n] for n in of if n in arrays) for of in names)
     return State(position, window, synapses, tuple(parts))
 
@@ -306,7 +314,7 @@ def _changed(weights: Path) -> bool:
         manifest = json.loads(weights.with_name("manifest.json").read_text())
         with weights.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        return manifest["model.safetensors"]["sha256"] != found
+        return manifest[weights.name]["sha256"] != found
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError):

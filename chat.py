@@ -23,7 +23,7 @@ from writing import Stops, Terminal, outgrown, read, rows, write
 HISTORY = Path("~/.bdh_history").expanduser()
 HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
 /temp 0.7     temperature; 0: the likeliest byte
-/reset        forget all that was said
+/reset        forget all that was said, back to the state of --load-state if one was given
 /save FILE    all that was said, for --prompt-file; to a .safetensors file the state, --load-state
 /quit         leave, as Ctrl-D does; Ctrl-C stops an answer
 """           on a line of its own begins and ends a text of several lines'''
@@ -90,10 +90,11 @@ class Session:
         note = formats.EXPECT.get(self.mode, "no training mode is known: text is read as it is")
         print(f"note: {note}\n/help lists the commands")
         try:
-            while (line := self.next_line()) not in (None, "/quit"):
+            while (line := self.next_line()) is not None and line.strip() != "/quit":
                 try:
                     if line.startswith("/"):
-                        self.command(*line.partition(" ")[::2])
+                        name, *argument = line.split(None, 1)
+                        self.command(name, *argument or [""])
                     elif line:
                         self.turn(line)
                 except UserError as error:

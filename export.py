@@ -14,6 +14,7 @@ import bdh_mlx
 import data
 from bdh_mlx import BDHConfig
 from errors import UserError, visible
+from formats import NEEDED
 
 CARD = """---
 license: other  # fill in: the licence you give, which that of the data must allow
@@ -34,7 +35,7 @@ language model of {parameters:,} parameters, trained with BDH-MLX.
 {command}
 ```
 
-With BDH-MLX: `python generate.py model.safetensors --prompt "..."`. The official PyTorch code
+With BDH-MLX: `python generate.py model.safetensors{mode} --prompt "..."`. The official PyTorch code
 (pathwaycom/bdh) takes the weights as they are, but for `attn.freqs`, which it computes itself:
 
 ```python
@@ -111,6 +112,7 @@ def tell(source: str, folder: Path) -> int:
         facts="\n".join(rows),
         command=command_of(settings) if settings else "unknown: exported from weights alone",
         config=official(model.config),
+        mode=f" --mode {told['mode']}" if told.get("mode") in NEEDED else "",
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)

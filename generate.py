@@ -170,6 +170,8 @@ def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
         raise UserError(f"--prompts {file} is no UTF-8: {error.reason}") from None
     jobs = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             prompts = prompts_of(record, mode)
@@ -177,6 +179,8 @@ def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
             reason = error if isinstance(error, UserError) else "not JSON"
             raise UserError(f"--prompts {file} line {number}: {reason}") from None
         jobs += [Job(number, i, record, p) for p in prompts for i in range(1, samples + 1)]
+    if not jobs:
+        raise UserError(f"--prompts {file} holds no prompt")
     return jobs
 
 
@@ -186,6 +190,8 @@ def prompts_of(record: dict, mode: str | None) -> list[bytes]:
         raise UserError("not a JSON object")
     if isinstance(record.get("prompt"), str):
         return [record["prompt"].encode(errors="surrogatepass")]
+    if "prompt" in record:
+        raise UserError(f"prompt is {type(record['prompt']).__name__}, not text")
     if mode is None:
         raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
     structure, contents = data.detect(record)
@@ -221,13 +227,18 @@ def write_jobs(
 
 
 def write_file(jobs: list[Job], samples: int, out, texts) -> None:
-    """One JSON line per text: its record, `line`, `prompt`, `completion`, `stopped`."""
+    """One JSON line per text: its record, `line`, `prompt`, `completion`, `stopped`.
+
+    What the record had under these names itself is `given`.
+    """
     done = 0
     try:
         for job, text, stopped in tqdm(texts, total=len(jobs), disable=None, unit="text"):
             which = {"line": job.line} | ({"sample": job.sample} if samples > 1 else {})
-            result = {"prompt": as_text(job.prompt), "completion": text, "stopped": stopped}
-            print(json.dumps(job.record | which | result), file=out, flush=True)
+            result = {"prompt": as_text(job.prompt), "completion": text, "stopped": stopped} | which
+            given = {k: job.record[k] for k in result if k in job.record and k != "prompt"}
+            given = {"given": given} if given else {}
+            print(json.dumps(job.record | result | given), file=out, flush=True)
             done += 1
     except KeyboardInterrupt:
         print(f"stopped: {done} of {len(jobs)} texts are written", file=sys.stderr)
@@ -293,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
         print(evaluation.report(model, args.evaluate, mode, trained))
     elif args.prompts is not None:
         jobs = read_jobs(args.prompts, mode, args.samples)
+        tell_outgrown(max(len(job.prompt) for job in jobs), model, state, args)
         with open_out(args.out) as out:
             write_file(jobs, args.samples, out, write_jobs(jobs, *how))
     elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():
@@ -306,11 +318,16 @@ def main(argv: list[str] | None = None) -> int:
             print(f"--- sample {job.sample}\n{visible(as_text(prompt) + text)}")
     else:
         prompt = read_prompt(args)
-        length = state.position + len(prompt) + args.max_new_tokens
-        if note := outgrown(model, state.window, length, args.load_state is not None):
-            print(note, file=sys.stderr)
+        tell_outgrown(len(prompt), model, state, args)
         stream(prompt, *how)
     return 0
+
+
+def tell_outgrown(prompt: int, model, state: State, args: argparse.Namespace) -> None:
+    """Say on stderr when a text with a prompt of so many bytes may pass the trained blocks."""
+    length = state.position + prompt + args.max_new_tokens
+    if note := outgrown(model, state.window, length, args.load_state is not None):
+        print(note, file=sys.stderr)
 
 
 def open_out(file: Path | None):

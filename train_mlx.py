@@ -650,6 +650,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     ended = "by MAX_ITERS" if step == s.MAX_ITERS else "by EPOCHS"
     if step < total:
         ended = f"early, {s.PATIENCE} validations without a better one"
+    python = Path(sys.executable)  # of make's .venv, which the user's shell may not know
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     summary = {
         "run": run,
         "iterations": step,
@@ -666,7 +668,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         "minutes": round((time.perf_counter() - began) / 60, 1),
         "peak_gb": round(mx.get_peak_memory() / 1e9, 2),
         "look_at_it": run / "report.html",
-        "sample_it": f"python generate.py {run} --prompt {PROMPTS[s.TRAINING_MODE][0]!r}",
+        "sample_it": f"{python} generate.py {run} --prompt {PROMPTS[s.TRAINING_MODE][0]!r}",
     }
     print("\n".join(f"{key}: {value}" for key, value in summary.items()))
     return 0

@@ -185,8 +185,8 @@ def outgrown(model, window: int | None, length: int, loaded: bool = False) -> st
     if loaded:
         way = f"a state read anew with --window {trained} forgets older bytes (README, States)"
     return (
-        f"note: a text of {length:,} bytes, and the model was trained on blocks of {trained:,}: "
-        f"what it writes gets worse past them. {way}"
+        f"note: a text of up to {length:,} bytes, and the model was trained on blocks of "
+        f"{trained:,}: what it writes gets worse past them. {way}"
     )
 
 

@@ -40,7 +40,7 @@ def test_the_card_tells_where_a_run_comes_from(tmp_path):
     for needed in (
         "license: other", "| data | sample |", "| mode | full |", "| iterations | 5 |",
         f"| validation | {best['judged'] / 0.693147:.4f} bits per byte, of all bytes |",
-        "14,336 parameters",
+        "14,336 parameters", "generate.py model.safetensors --mode full --prompt",
     ):  # fmt: skip
         assert needed in card, needed
     command = next(line for line in card.splitlines() if line.startswith("python train_mlx"))

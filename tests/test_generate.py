@@ -395,7 +395,7 @@ def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, t
     [
         ("{", "not JSON"),
         ("3", "not a JSON object"),
-        ("", "not JSON"),
+        ('{"prompt": 5}', "prompt is int, not text"),
         ('{"system": "s"}', "instruction missing"),
         ('{"instruction": null}', "instruction is null, not text"),
     ],
@@ -403,6 +403,16 @@ def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, t
 def test_a_bad_line_of_prompts_is_named(line, reason, chaos, tmp_path):
     (tmp_path / "in").write_text(f'{{"prompt": "fine"}}\n{line}\n')
     with pytest.raises(UserError, match=f"line 2: {reason}"):
+        generate.main([str(chaos), "--prompts", str(tmp_path / "in")])
+
+
+def test_blank_lines_of_prompts_count_but_ask_nothing(chaos, tmp_path, said):
+    (tmp_path / "in").write_text('\n{"prompt": "a", "line": 7, "completion": "mine"}\n  \n')
+    (found,) = said(chaos, "--prompts", tmp_path / "in", "--max-new-tokens", 3).splitlines()
+    found = json.loads(found)
+    assert found["line"] == 2 and found["given"] == {"line": 7, "completion": "mine"}
+    (tmp_path / "in").write_text("\n")
+    with pytest.raises(UserError, match="holds no prompt"):
         generate.main([str(chaos), "--prompts", str(tmp_path / "in")])
 
 
@@ -705,7 +715,7 @@ def test_interrupted_prompts_tell_how_many_are_written_and_keep_them(
 def test_a_session_says_once_that_it_outgrew_the_blocks(monkeypatch, capsys, chaos, tmp_path):
     monkeypatch.setattr(chat, "HISTORY", tmp_path / "history")
     model = bdh_mlx.load_model(chaos)
-    lines = iter(["a", "b" * model.trained_length, "c", "/save", "/quit"])
+    lines = iter(["a", "b" * model.trained_length, "c", "/save", "/quit "])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     chat.Session(model, GREEDY, KEY, [], 5, "full").run()
     out = capsys.readouterr().out

@@ -193,6 +193,20 @@ def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
         mx.save_safetensors(str(file), kept, metadata=header)
         with pytest.raises(UserError, match="damaged"):
             bdh_mlx.load_state(file, model)
+    bdh_mlx.save_state(file, model, state)
+    whole = file.read_bytes()
+    position = whole.index(b'"position":"20"') + len('"position":"')
+    for flipped, said in (
+        (len(whole) - 1, "has changed since it was written"),
+        (len(whole) // 2, "has changed since it was written"),
+        (position, "has changed since it was written"),  # 30 for 20
+        (whole.index(b'"window":"null"') + 10, "no state file"),
+    ):
+        changed = bytearray(whole)
+        changed[flipped] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match=said):
+            bdh_mlx.load_state(file, model)
     bdh_mlx.save_model(model, file)
     with pytest.raises(UserError, match="no state file"):
         bdh_mlx.load_state(file, model)
