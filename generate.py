@@ -133,6 +133,8 @@ def read_prompt(args: argparse.Namespace) -> bytes:
     if args.prompt is not None:
         return unescaped(args.prompt)
     if args.prompt_file is None:
+        if sys.stdin.isatty():  # as stdout is not: a session would have begun
+            print("the prompt is what is typed here, up to Ctrl-D", file=sys.stderr)
         return sys.stdin.buffer.read()
     try:
         return args.prompt_file.read_bytes()
