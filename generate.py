@@ -313,15 +313,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.save_state or args.raw or args.samples > 1:
             raise UserError("a session takes no --save-state (type /save), --raw or --samples")
         chat.Session(model, sampling, key, stops, args.max_new_tokens, mode, state).run()
-    elif args.samples > 1:
-        prompt = read_prompt(args)
-        jobs = [Job(1, i, {}, prompt) for i in range(1, args.samples + 1)]
-        for job, text, _ in write_jobs(jobs, *how):
-            print(f"--- sample {job.sample}\n{visible(as_text(prompt) + text)}")
     else:
         prompt = read_prompt(args)
         tell_outgrown(len(prompt), model, state, args)
-        stream(prompt, *how)
+        if args.samples == 1:
+            stream(prompt, *how)
+        else:
+            jobs = [Job(1, i, {}, prompt) for i in range(1, args.samples + 1)]
+            for job, text, _ in write_jobs(jobs, *how):
+                print(f"--- sample {job.sample}\n{visible(as_text(prompt) + text)}")
     return 0
 
 

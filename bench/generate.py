@@ -2,6 +2,7 @@
 
     python bench/generate.py                    # default model on a CPU, under 2 minutes
     python bench/generate.py --gpu              # on a GPU, under 2 minutes
+    python bench/generate.py --only profile     # a CUDA GPU's time by kernel; needs PyTorch
     python bench/generate.py --positions checkpoints_mlx/full text.txt    # loss by position
 
 One process per system, one after the other on one machine, so that one that fails costs its rows
@@ -31,6 +32,7 @@ CPU = [
     {"kind": "stream", "contexts": [1, 128, 1024, 8192], "bytes": 128},
     {"kind": "prefill", "lengths": [1024]},
     {"kind": "recompute", "contexts": [128, 1024], "bytes": 1},
+    {"kind": "error"},
 ]
 SINGLE = {"kind": "stream", "contexts": [1, 128, 8192, 65536], "bytes": 512}
 GPU = [
@@ -43,6 +45,11 @@ GPU = [
     {"kind": "error", "dtype": "float32"},
     {"kind": "error", "dtype": "bfloat16"},
     {"kind": "error", "dtype": "bfloat16", "B": 3},
+]
+PROFILE = [
+    {"kind": "profile", "context": 512, "dtype": "bfloat16", "B": 64},
+    {"kind": "profile", "context": 512, "dtype": "bfloat16"},
+    {"kind": "profile", "context": 512, "dtype": "float32"},
 ]
 
 
@@ -68,11 +75,8 @@ def build(case: dict):
     return model, prompt
 
 
-def measure_stream(case: dict):
-    """Seconds per step of writing on at each context, sampling and all, after warm-up: the median
-    of stretches that the contexts take in turns, so that a machine's slow minutes meet all alike.
-    """
-    model, prompt = build(case)
+def opened(model, prompt, context: int, B: int):
+    """A stream of B rows at a context, its first bytes and folds, which compile, written."""
     import mlx.core as mx
     import numpy as np
 
@@ -80,26 +84,36 @@ def measure_stream(case: dict):
     from state import State, prefill
     from writing import read, write
 
+    L, (H, D, N), on_gpu = model.config.n_layer, model.encoder.shape, mx.default_device() == mx.gpu
+    if on_gpu:
+        _, state = prefill(model, prompt(B, context))
+    else:
+        synapses = tuple(mx.random.normal((H, 1, N, D)) for _ in range(L))
+        state = State(context, synapses=synapses if context > 1 else ())
+    mx.eval(state)
     sampling = Sampling(temperature=0.8)  # what generate.py takes where no flag says otherwise
-    B, L, (H, D, N) = case.get("B", 1), model.config.n_layer, model.encoder.shape
-    on_gpu, streams = mx.default_device() == mx.gpu, {}
+    idx = np.array(prompt(B, 1))
+    stream = write(model, *read(model, idx, state), sampling, mx.random.key(1), idx)
+    del state
+    for _ in islice(stream, (2 if on_gpu else 1) * STRETCH + 4):
+        pass
+    return stream
+
+
+def measure_stream(case: dict):
+    """Seconds per step of writing on at each context, sampling and all, after warm-up: the median
+    of stretches that the contexts take in turns, so that a machine's slow minutes meet all alike.
+    """
+    model, prompt = build(case)
+    import mlx.core as mx
+
+    B, streams = case.get("B", 1), {}
     mx.eval(model.read(prompt(1, 1)))  # lays out the weights
     weights = mx.get_active_memory()
     for context in case["contexts"]:
         mx.reset_peak_memory()
         others = mx.get_active_memory() - weights
-        if on_gpu:
-            _, before = prefill(model, prompt(B, context))
-        else:
-            synapses = tuple(mx.random.normal((H, 1, N, D)) for _ in range(L))
-            before = State(context, synapses=synapses if context > 1 else ())
-        mx.eval(before)
-        idx = np.array(prompt(B, 1))
-        stream = write(model, *read(model, idx, before), sampling, mx.random.key(1), idx)
-        del before
-        warm_up = 2 * STRETCH if on_gpu else STRETCH  # folds, compiled late
-        for _ in islice(stream, warm_up + 4):
-            pass
+        stream = opened(model, prompt, context, B)
         streams[context] = stream, [], (mx.get_peak_memory() - others) / 1e9
     for _ in range(case["bytes"] // STRETCH):
         for stream, seconds, _ in streams.values():
@@ -109,6 +123,27 @@ def measure_stream(case: dict):
             seconds.append((time.perf_counter() - began) / STRETCH)
     for context, (_, seconds, peak) in streams.items():
         yield {"context": context, "B": B, "seconds": median(seconds), "peak_gb": peak}
+
+
+def measure_profile(case: dict):
+    """Microseconds a step by kernel, over as many steps as there are between folds."""
+    model, prompt = build(case)
+    import mlx.core as mx
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.zeros(1, device="cuda")  # the profiler needs CUDA begun
+    B = case.get("B", 1)
+    stream = opened(model, prompt, case["context"], B)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in islice(stream, STRETCH):
+            pass
+        mx.synchronize()
+    kernels = [(k.self_device_time_total, k.count, k.key) for k in found.key_averages()]
+    yield {"B": B, "kernel": "all", "us": sum(k[0] for k in kernels) / STRETCH, "launches": ""}
+    for us, count, name in sorted(kernels, reverse=True)[:8]:
+        name = name.rsplit("custom_kernel_")[-1].removeprefix("void ")[:32]
+        yield {"B": B, "kernel": name, "us": us / STRETCH, "launches": f"{us / count:.1f} each"}
 
 
 def measure_prefill(case: dict):
@@ -220,6 +255,9 @@ def table(results: list[dict]) -> str:
         name = f"{r['kind']} {r.get('dtype', 'float32')}"
         if "failed" in r:
             rows.append(f"{name:<34}  failed: {r['failed']}")
+        elif "kernel" in r:
+            rows.append(f"{name:<34}{r['B']:>4}  {r['kernel']:<34}{r['us']:>10,.1f} us a step"
+                        f"  {r['launches']}")  # fmt: skip
         elif "largest" in r:
             rows.append(f"{name:<34}{r['B']:>4}  logits (spread {r['logits']:.2f}) off by "
                         f"{r['largest']:.1e} at most, {r['mean']:.1e} on average")  # fmt: skip
@@ -247,7 +285,9 @@ def main() -> None:
     parser.add_argument("--text", help="file whose bytes are the prompts (random bytes)")
     parser.add_argument("--positions", nargs=2, metavar=("RUN", "FILE"), help="loss by position")
     parser.add_argument("--window", type=int, help="of --positions, bytes (BLOCK_SIZE * 1/2, 1, 2)")
-    parser.add_argument("--only", help="cases of this kind: stream, prefill, recompute or error")
+    parser.add_argument(
+        "--only", help="cases of this kind: stream, prefill, recompute, error or profile"
+    )
     parser.add_argument("--timeout", type=int, default=120, help="seconds a process may take (120)")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -258,7 +298,8 @@ def main() -> None:
             print(json.dumps(line), flush=True)
         return
     results = []
-    cases = [c for c in (GPU if args.gpu else CPU) if args.only in (None, c["kind"])]
+    cases = PROFILE if args.only == "profile" else GPU if args.gpu else CPU
+    cases = [c for c in cases if args.only in (None, c["kind"])]
     for case in cases:
         for line in run(case | {"model": args.model, "text": args.text}, args.timeout):
             results.append(line)
