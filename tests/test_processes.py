@@ -135,8 +135,9 @@ def test_a_lost_process_ends_the_run_with_its_checkpoints_intact(tmp_path):
     wait_for(processes[0], "iter      6")
     processes[1].kill()
     (code, _, err), _ = ended(processes)
-    told = [line for line in err.splitlines() if not line.startswith("[ring]")]  # MLX's own words
-    assert code == 1 and len(told) == 1 and "error: process 0 lost another one" in told[0], err
+    # MLX's threads write their own lines beside ours, in pieces that mix
+    assert code == 1 and err.count("error: ") == err.count("error: process 0 lost another one") == 1
+    assert "Traceback" not in err and "the same command goes on" in err
     last = checkpoints.newest_valid(tmp_path / "full")
     assert last >= 4 and not list((tmp_path / "full").glob("damaged*"))
     assert train(tmp_path, "--max-iters", last + 1, "--grad-accum", 2) == 0
