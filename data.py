@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from formats import FIELDS, NEEDED, SEPARATOR, pieces
+from formats import FIELDS, NEEDED, SEPARATOR, needed, pieces
 
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl"
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -200,11 +200,11 @@ def _exchanges(turns: list) -> list[dict]:
     return exchanges or [{}]
 
 
-def fault(fields: dict | str, needed: tuple[str, ...]) -> str | None:
-    """Why this content cannot be trained on, or None when every needed field is sound text."""
+def fault(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
+    """Why this content cannot be trained on, or None when every wanted field is sound text."""
     if isinstance(fields, str):
         return fields
-    for name in needed:
+    for name in wanted:
         value = fields.get(name)
         if name not in fields:
             return f"{name} missing"
@@ -217,6 +217,11 @@ def fault(fields: dict | str, needed: tuple[str, ...]) -> str | None:
         except UnicodeEncodeError:
             return f"{name} with a lone surrogate"
     return None
+
+
+def sound(fields: dict | str) -> dict[str, str]:
+    """What of this content can be trained on."""
+    return {f: fields[f] for f in (*COLUMNS, "text") if not fault(fields, (f,))}
 
 
 # ------------------------------------------------------------------------- prepared bytes, cached
@@ -356,12 +361,13 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
     return report
 
 
-def _format_all(dataset, mode, folder):
-    """Write the training text of every record that has one in this mode.
+def _format_all(dataset, mode, folder, wanted=None):
+    """Write the training text of every record that has one in this mode, with the fields `wanted`.
 
     Gives a report and, of each record that has one in any mode, the length of its text in bytes (0:
     none in this mode), the text's digest, and the digests of system, instruction and all fields.
     """
+    wanted = wanted or NEEDED[mode]
     structures, skipped, count, size = Counter(), Counter(), Counter(), Counter()
     first = {}  # record skipped for each reason
     lengths, texts, keys = array("Q"), array("Q"), array("Q")
@@ -370,15 +376,15 @@ def _format_all(dataset, mode, folder):
             structure, contents = detect(record) if isinstance(record, dict) else ("bad", [record])
             structures[structure] += 1
             for fields in contents:
-                sound = {f: fields[f] for f in (*COLUMNS, "text") if not fault(fields, (f,))}
-                for name, value in sound.items():
+                usable = sound(fields)
+                for name, value in usable.items():
                     count[name] += 1
                     size[name] += len(value)
-                if reason := fault(fields, ("text",) if structure == "text" else NEEDED[mode]):
+                if reason := fault(fields, ("text",) if structure == "text" else wanted):
                     skipped[reason] += 1
                     first.setdefault(reason, structures.total())
                 length, digest = 0, hashlib.blake2b(digest_size=8)
-                for field, text in [] if reason else pieces(fields, mode):
+                for field, text in [] if reason else pieces(usable, mode):
                     part = text.encode()
                     out.write(part)
                     digest.update(part)
@@ -386,11 +392,13 @@ def _format_all(dataset, mode, folder):
                     del part  # a record may be large
                     labels.write(bytes([FIELDS.index(field)]) * n)
                     length += n
-                if sound:
+                if usable:
                     lengths.append(length)
                     texts.append(int.from_bytes(digest.digest()))
-                    by = (sound.get("system"), sound.get("instruction"), sorted(sound.items()))
+                    by = (usable.get("system"), usable.get("instruction"), sorted(usable.items()))
                     keys.extend(_digest(key) if key else 0 for key in by)
+    if count.keys() - {"text"} and wanted != needed(mode, count):  # known after a pass
+        return _format_all(dataset, mode, folder, needed(mode, count))
     report = {
         "dataset": dataset,
         "mode": mode,
@@ -447,11 +455,12 @@ def skips(report: dict) -> list[str]:
 
 def _cannot_serve(report: dict) -> str:
     mode, has = report["mode"], report["fields"]
-    lacks = [f for f in NEEDED[mode] if f not in has]
-    works = [m for m, fields in NEEDED.items() if set(fields) <= set(has)]
+    wanted = needed(mode, has)
+    lacks = [f for f in wanted if f not in has]
+    works = [m for m in NEEDED if set(needed(m, has)) <= set(has)]
     return (
         f"DATASET {report['dataset']} has no record for TRAINING_MODE {mode!r}, which needs "
-        f"{', '.join(NEEDED[mode])}: lacking {', '.join(lacks) or 'them together in one record'}. "
+        f"{', '.join(wanted)}: lacking {', '.join(lacks) or 'them together in one record'}. "
         f"Structure: {', '.join(report['structures']) or 'no records'}; "
         f"{'; '.join(skips(report)[:3]) or 'nothing skipped'}. "
         f"Modes that would work: {', '.join(works) or 'none'}"
@@ -531,6 +540,9 @@ def describe(report: dict) -> str:
         lines.append(
             f"  field {name}: in {share:.1%} of records, mean length {mean:,.0f} characters"
         )
+    has, mode = report["fields"], report["mode"]
+    if "response" in has and needed(mode, has) != NEEDED[mode]:
+        lines.append("  no record has a system text: the section is left out, and new in prompts")
     lines += [f"  {skip}" for skip in skips(report)]
     if report["shared"]:
         lines.append(f"  left out of validation {report['shared']:,}: text also in training")

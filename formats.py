@@ -1,5 +1,7 @@
 """What a record becomes in each training mode, and what to ask a model of that mode."""
 
+from collections.abc import Container
+
 FIELDS = ("", "system", "instruction", "response", "text")  # "": headers and blank lines
 NEEDED = {  # fields of a record that each training mode formats
     "system": ("system",),
@@ -31,23 +33,29 @@ SEPARATOR = "\n\n"  # between records
 STOP = "\n---"  # ends a response; part of it, since a model must learn to stop
 
 
+def needed(mode: str, has: Container[str]) -> tuple[str, ...]:
+    """Fields that a record must have in `mode`, of data whose records have the fields `has`: in
+    `full` no system text where no record has one (Alpaca, questions and answers).
+    """
+    return tuple(f for f in NEEDED[mode] if f != "system" or f in has or mode != "full")
+
+
 def pieces(record: dict, mode: str) -> list[tuple[str, str]]:
     """The training text of one record in one mode, as (field, text) pieces in their order.
 
-    The field is one of FIELDS; plain text (`text` alone) is the same in all modes.
+    The field is one of FIELDS; plain text (`text` alone) is the same in all modes. Without a system
+    text its section is left out.
     """
     if "text" in record:
         return [("text", record["text"])]
     if mode in ("system", "instruction"):
         return [(mode, record[mode])]
-    found = [
-        ("", "### System:\n"),
-        ("system", record["system"]),
-        ("", "\n\n### Instruction:\n"),
-        ("instruction", record["instruction"]),
-    ]
-    if mode == "full":
-        found += [("", "\n\n### Response:\n"), ("response", record["response"] + STOP)]
+    found = []
+    for field in NEEDED[mode]:
+        if field != "system" or record.get("system"):
+            header = f"{SEPARATOR if found else ''}### {field.capitalize()}:\n"
+            end = STOP if field == "response" else ""
+            found += [("", header), (field, record[field] + end)]
     return found
 
 
@@ -59,11 +67,8 @@ def format_example(record: dict, mode: str) -> str:
 def opening(record: dict, mode: str) -> str:
     """The training text of a record as far as it is given: what a model of that mode goes on with.
 
-    That is an instruction in `both`, a response in `full`; without a system text its section is
-    left out.
+    That is an instruction in `both`, a response in `full`.
     """
-    if "text" in record or mode in ("system", "instruction"):
-        return pieces(record, mode)[0][1]
-    parts = [text for _, text in pieces({"system": "", "response": ""} | record, mode)]
-    parts = parts[:-1] if mode == "full" else parts
-    return "".join(parts if record.get("system") else parts[2:]).lstrip("\n")
+    parts = [text for _, text in pieces({"response": ""} | record, mode)]
+    asks = mode == "full" and "text" not in record
+    return "".join(parts[:-1] if asks else parts)

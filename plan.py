@@ -4,6 +4,7 @@ A byte model learns every fault of its data literally, so the data come first.
 """
 
 import hashlib
+import json
 import re
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ import memory
 import phases
 import train_mlx
 from errors import visible
-from formats import FIELDS, NEEDED, SEPARATOR, STOP, format_example, pieces
+from formats import FIELDS, NEEDED, SEPARATOR, STOP, format_example, needed, pieces
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
 UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
@@ -74,17 +75,17 @@ def examine(s: SimpleNamespace) -> Findings:
     found = Findings()
     cache = Path(s.CHECKPOINT_DIR) / ".data"
     folder = data.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
+    has = json.loads((folder / "data.json").read_text())["fields"]
     val, at = np.memmap(folder / "val.bin", np.uint8, "r"), 0
     for record in data.read(s.DATASET):
-        structure, contents = data.detect(record) if isinstance(record, dict) else ("", [record])
-        plain = structure == "text"
-        for content in contents:
-            for mode in NEEDED:
-                if not data.fault(content, ("text",) if plain else NEEDED[mode]):
-                    found.usable[mode] += 1
-                    for name, text in pieces(content, mode):
-                        found.of_mode[mode][name] += len(text.encode())
-            if not data.fault(content, ("text",) if plain else NEEDED[s.TRAINING_MODE]):
+        contents = data.detect(record)[1] if isinstance(record, dict) else []
+        for content in map(data.sound, contents):
+            serves = [m for m in NEEDED if "text" in content or {*needed(m, has)} <= {*content}]
+            for mode in serves:
+                found.usable[mode] += 1
+                for name, text in pieces(content, mode):
+                    found.of_mode[mode][name] += len(text.encode())
+            if s.TRAINING_MODE in serves:
                 text = format_example(content, s.TRAINING_MODE)
                 _note(found, content, text, s)
                 raw = text.encode()  # val.bin has its records in their order

@@ -39,6 +39,7 @@ from advice import advise, counting
 from endure import Enduring, Stop
 from errors import UserError, visible
 from formats import EXPECT, FIELDS, NEEDED, PROMPTS
+from formats import format_example as format_example  # what a record becomes, for other scripts
 from metrics import activity, evaluations, open_log, printing
 from processes import Processes, is_lost
 from report import redraw

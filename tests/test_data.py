@@ -12,7 +12,8 @@ from conftest import ROOT
 
 import data
 from bdh_mlx import UserError
-from formats import FIELDS, format_example
+from formats import FIELDS
+from train_mlx import format_example
 
 RECORD = {"system": "Be kind.", "instruction": "Greet.", "response": "Hello, wörld"}
 
@@ -202,11 +203,27 @@ def test_a_text_file_is_split_at_blank_lines_and_keeps_its_bytes(tmp_path):
 def test_a_mode_the_data_cannot_serve_says_what_is_lacking_and_what_would_work(tmp_path):
     file = write_jsonl(tmp_path / "d.jsonl", [{"question": "q", "answer": "a"}] * 3)
     with pytest.raises(UserError) as error:
-        prepare(file, tmp_path / "cache", mode="full")
+        prepare(file, tmp_path / "cache", mode="both")
     assert "lacking system." in str(error.value)
     assert "skipped 3: system missing (first: record 1)" in str(error.value)
-    assert "Modes that would work: instruction" in str(error.value)
+    assert str(error.value).endswith("Modes that would work: instruction, full")
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [".lock"]  # nothing half made
+
+
+def test_full_leaves_out_a_section_that_no_record_has(tmp_path):
+    """Answers to questions train without system texts; but one record's system text tells that
+    the others lack theirs.
+    """
+    asked = [{"question": f"q{i}", "answer": f"a{i}", "system": None} for i in range(20)]
+    report, *sides = prepare(write_jsonl(tmp_path / "d.jsonl", asked), tmp_path / "cache")
+    found = b"".join(side + b"\n\n" for side in sides).decode()
+    expected = [f"### Instruction:\nq{i}\n\n### Response:\na{i}\n---\n\n" for i in range(20)]
+    assert sorted(found.split("---\n\n")) == sorted("".join(expected).split("---\n\n"))
+    assert "no record has a system text" in data.describe(report) and not report["skipped"]
+    told = [r | {"system": "Be kind."} if i % 2 else r for i, r in enumerate(asked)]
+    report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", told), tmp_path / "cache")
+    assert report["skipped"] == {"system is null, not text": 10}
+    assert "no record has" not in data.describe(report)
 
 
 def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
