@@ -8,42 +8,7 @@ A run is a folder, checkpoints_mlx/<run>: step-000500 and others (weights, optim
 best.json, metrics.jsonl, and report.html to look at.
 """
 
-import json
-import math
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from functools import lru_cache, partial
-from itertools import pairwise
-from pathlib import Path
-from types import SimpleNamespace
-
 from bdh_mlx import BDH, BDHConfig, load_model  # before mlx.core, to give it a fast BLAS on Linux
-
-# isort: split
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_map
-from tqdm import tqdm
-
-import checkpoints
-import data
-import flags
-import memory
-import phases
-from advice import advise, counting
-from endure import Enduring, Stop
-from errors import UserError, visible
-from formats import EXPECT, FIELDS, NEEDED, PROMPTS
-from formats import format_example as format_example  # what a record becomes, for other scripts
-from metrics import activity, evaluations, open_log, printing
-from processes import Processes, is_lost
-from report import redraw
-from writing import samples
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
 # Data
@@ -113,6 +78,42 @@ PRESETS = {
     "--weight-decay 1 --ema 0.99 --block-size 512 --batch-size 32 --max-iters 2000 --epochs none "
     "--learning-rate 1e-3 --eval-freq 100",
 }
+
+# The imports stand below what users come to this file to edit.
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map
+from tqdm import tqdm
+
+import checkpoints
+import data
+import flags
+import memory
+import phases
+from advice import advise, counting
+from endure import Enduring, Stop
+from errors import UserError, visible
+from formats import EXPECT, FIELDS, NEEDED, PROMPTS
+from formats import format_example as format_example  # what a record becomes, for other scripts
+from metrics import activity, evaluations, open_log, printing
+from processes import Processes, is_lost
+from report import redraw
+from writing import samples
 
 # -------------------------------------------------------------------------------------------- data
 
@@ -507,13 +508,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         return s.PATIENCE is not None and len(since) >= s.PATIENCE
 
     if evaluated == step and (step >= total or out_of_patience()):
-        what = f"{run} has its {step:,} iterations; to go on, raise MAX_ITERS or EPOCHS"
-        if step < total:
-            what = (
-                f"{run} stopped early after {step:,} iterations, its best is of {best['step']:,}; "
-                f"to go on, raise PATIENCE ({s.PATIENCE}) or lift it with --patience none"
-            )
-        print(f"finished: {what}")
+        print(f"finished: {why_finished(s, run, step, total, best)}")
         return 0
     name, model.compute, peak = memory.choose(s)
     memory.hold(peak)
@@ -648,31 +643,45 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
             )
             losses, seconds, timed = [], 0.0, 0
     bar.close()
-    ended = "by MAX_ITERS" if step == s.MAX_ITERS else "by EPOCHS"
-    if step < total:
+    epochs, minutes = step * per_iter / len(train_bytes), (time.perf_counter() - began) / 60
+    told = {"epochs": f"{epochs:.2f}", "minutes": f"{minutes:.1f}"}
+    told |= {"peak_gb": f"{mx.get_peak_memory() / 1e9:.2f}"} | summary(s, run, total, found, best)
+    print("\n".join(f"{key}: {value}" for key, value in told.items()))
+    return 0
+
+
+def why_finished(s: SimpleNamespace, run: Path, step: int, total: int, best: dict) -> str:
+    """Why there is nothing to do, and which setting to change to go on."""
+    if step >= total:
+        return f"{run} has its {step:,} iterations; to go on, raise MAX_ITERS or EPOCHS"
+    return (
+        f"{run} stopped early after {step:,} iterations, its best is of {best['step']:,}; "
+        f"to go on, raise PATIENCE ({s.PATIENCE}) or lift it with --patience none"
+    )
+
+
+def summary(s: SimpleNamespace, run: Path, total: int, last: dict, best: dict) -> dict:
+    """What is printed of a finished run, for people and grep; `last` is its last evaluation."""
+    ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
+    if last["step"] < total:
         ended = f"early, {s.PATIENCE} validations without a better one"
     python = Path(sys.executable)  # of make's .venv, which the user's shell may not know
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
-    summary = {
+    return {
         "run": run,
-        "iterations": step,
-        "epochs": round(step * per_iter / len(train_bytes), 2),
+        "iterations": last["step"],
         "parameters": s.BDH_CONFIG.n_parameters,
-        "val_loss": round(val_loss, 4),
-        "val_bpb": round(val_loss / math.log(2), 4),
+        "val_loss": f"{last['val_loss']:.4f}",
+        "val_bpb": f"{last['val_bpb']:.4f}",
         "judged_on": f"{s.LOSS_ON} bytes",
-        "best_judged": round(best["judged"], 4),
+        "best_judged": f"{best['judged']:.4f}",
         "best_step": best["step"],
         "ended": ended,
-        "active_x": " ".join(f"{share:.1%}" for share in found["active_x"]),  # layer by layer
-        "active_y": " ".join(f"{share:.1%}" for share in found["active_y"]),
-        "minutes": round((time.perf_counter() - began) / 60, 1),
-        "peak_gb": round(mx.get_peak_memory() / 1e9, 2),
+        "active_x": " ".join(f"{share:.1%}" for share in last["active_x"]),  # layer by layer
+        "active_y": " ".join(f"{share:.1%}" for share in last["active_y"]),
         "look_at_it": run / "report.html",
         "sample_it": f"{python} generate.py {run} --prompt {PROMPTS[s.TRAINING_MODE][0]!r}",
     }
-    print("\n".join(f"{key}: {value}" for key, value in summary.items()))
-    return 0
 
 
 # ------------------------------------------------------------------------------------------- flags
