@@ -38,6 +38,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+import files
 import writing
 from errors import UserError
 from fast_layer import Compute, dropout_mask, factor, layer, ln, rotate
@@ -312,11 +313,11 @@ def _changed(weights: Path) -> bool:
     """Whether weights differ from the sha256 in the manifest beside them, if there is one."""
     try:
         manifest = json.loads(weights.with_name("manifest.json").read_text())
-        with weights.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        return manifest[weights.name]["sha256"] != found
+        return manifest[weights.name]["sha256"] != files.sha256(weights)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         return True
 

@@ -8,7 +8,6 @@ folder, which the next start removes. MLX alone would neither flush nor notice a
 import fcntl
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -20,6 +19,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+import files
 from bdh_mlx import BDH, read_arrays, save_model
 from errors import UserError, visible
 
@@ -76,7 +76,7 @@ def write_best(run: Path, step: int, judged: float) -> None:
     """Name the checkpoint of `step` the best, with the loss in nats that it is judged by."""
     best = {"checkpoint": folder(run, step).name, "step": step, "judged": judged}
     best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
-    write_whole(run / "best.json", json.dumps(best))
+    files.write_whole(run / "best.json", json.dumps(best))
 
 
 def read_best(run: Path) -> dict:
@@ -129,15 +129,15 @@ def save(run: Path, step: int, model: BDH, optimizer, info: dict) -> None:
         mx.save_safetensors(str(making / "optimizer.safetensors"), state)
         (making / "config.json").write_text(json.dumps({"step": step} | info, indent=1))
         for file in making.iterdir():
-            flush(file)
+            files.flush(file)
         manifest = {
-            f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in making.iterdir()
+            f.name: {"bytes": f.stat().st_size, "sha256": files.sha256(f)} for f in making.iterdir()
         }
         (making / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in (making / "manifest.json", making):
-            flush(path)
+            files.flush(path)
         making.rename(final)
-        flush(run)
+        files.flush(run)
     except (OSError, RuntimeError) as error:  # RuntimeError: MLX could not write
         shutil.rmtree(making, ignore_errors=True)
         raise UserError(f"{final} not saved: {error}; earlier ones are intact") from None
@@ -152,7 +152,7 @@ def damage(checkpoint: Path) -> str | None:
         for name, written in manifest.items():
             if (checkpoint / name).stat().st_size != written["bytes"]:
                 return f"{name} is not of the {written['bytes']:,} bytes written"
-            if sha256(checkpoint / name) != written["sha256"]:
+            if files.sha256(checkpoint / name) != written["sha256"]:
                 return f"{name} has changed since it was written (sha256)"
         if json.loads((checkpoint / "config.json").read_text())["step"] != int(checkpoint.name[5:]):
             return "config.json tells another step"
@@ -223,36 +223,7 @@ def differing(there: dict, here: dict) -> dict[str, str]:
     return {k: f"{k}: there {there.get(k)}, here {v}" for k, v in here.items() if there.get(k) != v}
 
 
-# ---------------------------------------------------------------------------------- files and disk
-
-
-def flush(path: Path) -> None:
-    """Have the drive itself keep the file or folder; fsync alone stops at a Mac's drive cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if hasattr(fcntl, "F_FULLFSYNC"):
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a small file at once: a reader finds the old or the new content, never a part."""
-    making = path.with_name(f".{path.name}.tmp")
-    try:
-        making.write_text(text)
-        flush(making)
-        making.replace(path)
-        flush(path.parent)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; it is as it was") from None
+# ------------------------------------------------------------------------------------------- disk
 
 
 def check_space(run: Path, model: BDH, optimizer, count: int) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from files import sha256
 from formats import FIELDS, NEEDED, SEPARATOR, needed, pieces
 
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl"
@@ -38,6 +39,7 @@ COLUMNS = {  # our field: the columns that mean it, first found wins
     "response": ("response", "output", "completion", "answer"),
 }
 SPEAKERS = {"system": "system", "user": "ask", "human": "ask", "assistant": "reply", "gpt": "reply"}
+IN_VAL = "in_val.npy"  # in prepared data: of each record with any field, whether it validates
 HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would cost 400 s
 
 
@@ -194,10 +196,16 @@ def _exchanges(turns: list) -> list[dict]:
         who = SPEAKERS.get(str(turn.get("role", turn.get("from"))))
         said[who] = turn.get("content", turn.get("value"))
         if who == "reply":
-            named = {"system": "system", "instruction": "ask", "response": "reply"}
-            exchanges.append({f: said[k] for f, k in named.items() if k in said})
+            exchanges.append(_exchange(said))
             said.pop("ask", None)
-    return exchanges or [{}]
+    said.pop("reply", None)
+    open_end = [_exchange(said)] if "ask" in said else []  # a question without an answer
+    return [*exchanges, *open_end] or [{}]
+
+
+def _exchange(said: dict) -> dict:
+    named = {"system": "system", "instruction": "ask", "response": "reply"}
+    return {field: said[who] for field, who in named.items() if who in said}
 
 
 def fault(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
@@ -229,7 +237,7 @@ def sound(fields: dict | str) -> dict[str, str]:
 
 def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
     """Name of the prepared bytes: changes with the files (path, size, time) or a setting."""
-    settings = {"mode": mode, "val_share": val_share, "seed": seed, "split": "by record"}
+    settings = {"mode": mode, "val_share": val_share, "seed": seed, "split": "by record, kept"}
     files = find(dataset)
     source = files and [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = json.dumps([source or dataset, settings], sort_keys=True)
@@ -264,6 +272,8 @@ def _held(cache: Path) -> Iterator[None]:
             for litter in cache.glob("*.tmp"):
                 shutil.rmtree(litter)
             yield
+    except PermissionError as error:  # of the data themselves, it may be
+        raise UserError(f"{error.filename}: {error.strerror}") from None
     except OSError as error:
         raise UserError(f"{cache} cannot be written: {error.strerror}") from None
 
@@ -276,9 +286,10 @@ def intact(folder: Path) -> bool:
             return False
         for side in ("train", "val"):
             for kind, name in (("bin", "sha256"), ("fields", "fields_sha256")):
-                with (folder / f"{side}.{kind}").open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != report[side][name]:
-                        return False
+                if sha256(folder / f"{side}.{kind}") != report[side][name]:
+                    return False
+        if (known := report.get("in_val_sha256")) and sha256(folder / IN_VAL) != known:
+            return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
@@ -312,6 +323,7 @@ def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -
         raise UserError(
             f"DATASET {report['dataset']} has 1 distinct record, a split needs at least 2; "
             f"{'; '.join(skips(report)[:3]) or 'nothing skipped'}"
+            f"{'; a record of a .txt ends at a blank line' if '.txt' in dataset else ''}"
         )
     in_val = _choose_validation(keys, val_share, seed)
     served = lengths > 0
@@ -320,6 +332,7 @@ def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -
             raise UserError(
                 f"DATASET {dataset}: none of the {served.sum():,} records of TRAINING_MODE "
                 f"{mode!r} is {side}; change VAL_SHARE ({val_share}) or SEED, or take more data"
+                f"{'; '.join(['', *skips(report)[:3]])}"
             )
     shared = in_val & served & np.isin(texts, texts[served & ~in_val])
     report["shared"] = int(shared.sum())
@@ -329,7 +342,10 @@ def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -
             f"TRAINING_MODE {mode!r}, each of more records than VAL_SHARE ({val_share}) holds "
             "out: raise it, take more data or another mode"
         )
-    return report | _write_split(folder, lengths, served & ~in_val, served & in_val & ~shared)
+    validates = served & in_val & ~shared
+    np.save(folder / IN_VAL, validates)
+    report["in_val_sha256"] = sha256(folder / IN_VAL)
+    return report | _write_split(folder, lengths, served & ~in_val, validates)
 
 
 def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dict:
@@ -353,10 +369,8 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
         else:
             text = np.full(size, FIELDS.index("text"), np.uint8)
             text.tofile(side.with_suffix(".fields"))
-        sums = {}
-        for name, path in (("sha256", side), ("fields_sha256", side.with_suffix(".fields"))):
-            with path.open("rb") as made:
-                sums[name] = hashlib.file_digest(made, "sha256").hexdigest()
+        sums = {"sha256": sha256(side)}
+        sums["fields_sha256"] = sha256(side.with_suffix(".fields"))
         report[file.stem] = {"records": None, "bytes": size} | sums
     return report
 
@@ -369,12 +383,13 @@ def _format_all(dataset, mode, folder, wanted=None):
     """
     wanted = wanted or NEEDED[mode]
     structures, skipped, count, size = Counter(), Counter(), Counter(), Counter()
-    first = {}  # record skipped for each reason
+    first, exchanges = {}, 0  # record skipped for each reason; a chat holds several exchanges
     lengths, texts, keys = array("Q"), array("Q"), array("Q")
     with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
         for record in read(dataset):
             structure, contents = detect(record) if isinstance(record, dict) else ("bad", [record])
             structures[structure] += 1
+            exchanges += len(contents)
             for fields in contents:
                 usable = sound(fields)
                 for name, value in usable.items():
@@ -397,12 +412,13 @@ def _format_all(dataset, mode, folder, wanted=None):
                     texts.append(int.from_bytes(digest.digest()))
                     by = (usable.get("system"), usable.get("instruction"), sorted(usable.items()))
                     keys.extend(_digest(key) if key else 0 for key in by)
-    if count.keys() - {"text"} and wanted != needed(mode, count):  # known after a pass
+    if count.keys() != {"text"} and wanted != needed(mode, count):  # known after a pass
         return _format_all(dataset, mode, folder, needed(mode, count))
     report = {
         "dataset": dataset,
         "mode": mode,
         "records": structures.total(),
+        "exchanges": exchanges,
         "structures": dict(structures.most_common()),
         "fields": {f: {"records": n, "mean_length": size[f] / n} for f, n in count.items()},
         "skipped": dict(skipped.most_common()),
@@ -455,6 +471,8 @@ def skips(report: dict) -> list[str]:
 
 def _cannot_serve(report: dict) -> str:
     mode, has = report["mode"], report["fields"]
+    if not report["records"]:
+        return f"DATASET {report['dataset']} is empty: it has no record"
     wanted = needed(mode, has)
     lacks = [f for f in wanted if f not in has]
     works = [m for m in NEEDED if set(needed(m, has)) <= set(has)]
@@ -535,14 +553,17 @@ def describe(report: dict) -> str:
     for structure, n in report["structures"].items():
         share = "" if n is None else f": {n / report['records']:.1%} of records"
         lines.append(f"  structure {structure}{share}")
+    exchanges = report.get("exchanges", report["records"])  # earlier versions lack it
+    if exchanges != report["records"]:
+        lines.append(f"  {exchanges:,} exchanges in them, each a record from here on")
     for name, field in report["fields"].items():
-        share, mean = field["records"] / report["records"], field["mean_length"]
+        share, mean = field["records"] / exchanges, field["mean_length"]
         lines.append(
             f"  field {name}: in {share:.1%} of records, mean length {mean:,.0f} characters"
         )
     has, mode = report["fields"], report["mode"]
     if "response" in has and needed(mode, has) != NEEDED[mode]:
-        lines.append("  no record has a system text: the section is left out, and new in prompts")
+        lines.append("  no record has a system text: full is trained without its section")
     lines += [f"  {skip}" for skip in skips(report)]
     if report["shared"]:
         lines.append(f"  left out of validation {report['shared']:,}: text also in training")

@@ -1,9 +1,9 @@
 """Every constant at the top of a script is also a flag; the script's own lines are the one list.
 
-A line `BLOCK_SIZE = 4096  # bytes ...` makes `--block-size`, an int, with its comment as help text;
+A line `BLOCK_SIZE: int = 4096  # bytes ...` makes `--block-size`, with its comment as help text;
 `EPOCHS: float | None = 3  # ...` makes a flag that also takes `none`. A constant that holds a
 dataclass, BDH_CONFIG, makes a flag for each field. A comment line above constants is the heading
-under which `--help` shows them.
+under which `--help` shows them. Users edit the constants, so they are checked as flags are.
 """
 
 import argparse
@@ -11,12 +11,13 @@ import difflib
 import inspect
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from errors import visible
+from errors import UserError, visible
 
 CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?(?:  # (.*))?$", re.MULTILINE)
 
@@ -42,14 +43,18 @@ def parse(
         group = parser.add_argument_group(heading)
         for name, kind, optional, comment in CONSTANT.findall(lines):
             value = getattr(script, name)
-            hints = {name: (kind or type(value).__name__, optional, comment)}
+            kind = kind or type(value).__name__
+            hints = {name: (kind, optional, comment)}
             fields = {name: value}
             if is_dataclass(value):
                 found, fields = CONSTANT.findall(inspect.getsource(type(value))), asdict(value)
                 hints = {n: (k, o, c) for n, k, o, c in found if n in fields}
+            else:
+                _check(name, value, kind, optional)
             constants |= fields
             for one, hint in hints.items():
                 _add(group, one, fields[one], *hint)
+    _check_names(script, constants)
     argv = sys.argv[1:] if argv is None else argv
     name = parser.parse_args(argv).preset
     if name is not None and name not in presets:
@@ -79,6 +84,27 @@ def nearest(word: str, names: Iterable[str]) -> str:
     """`; did you mean x?` of the name most like `word`; nothing where none is like it."""
     found = difflib.get_close_matches(word, names, 1)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def _check(name: str, value, kind: str, optional: str) -> None:
+    """Raise UserError for a constant that is not of the type in its line."""
+    kinds = {"int": "a whole number", "float": "a number", "str": "text", "bool": "True or False"}
+    known = type(value).__name__
+    if kind not in kinds:
+        raise UserError(f"{name} is {value!r} in its line; it must be a number or text")
+    if known != kind and (known, kind) != ("int", "float") and not (optional and value is None):
+        also = " or None" if optional else ""
+        raise UserError(f"{name} is {value!r} in its line; it must be {kinds[kind]}{also}")
+
+
+def _check_names(script: ModuleType, constants: Iterable[str]) -> None:
+    """Raise UserError for a constant that no other line uses: one with a slip in its name."""
+    code = "".join(f.read_text() for f in Path(script.__file__).parent.glob("*.py"))
+    words = Counter(re.findall(r"\w+", code))
+    for name in constants:
+        if words[name] == 1:
+            used = [word for word, n in words.items() if n > 1 and word.isupper()]
+            raise UserError(f"{name} is no setting{nearest(name, used)}")
 
 
 def _add(group, name: str, value, kind: str, optional: str, comment: str) -> None:

@@ -33,6 +33,16 @@ SEPARATOR = "\n\n"  # between records
 STOP = "\n---"  # ends a response; part of it, since a model must learn to stop
 
 
+def prompts(mode: str, has: Container[str]) -> list[str]:
+    """The guide's prompts for a model of `mode`, but for sections that data with the fields `has`
+    do not have: of plain text the start of a record, in `full` no system text where none has one.
+    """
+    if not set(NEEDED[mode]) & set(has):
+        return [SEPARATOR]
+    lacks = mode == "full" and "system" not in has
+    return [p for p in PROMPTS[mode] if not (lacks and p.startswith("### System"))]
+
+
 def needed(mode: str, has: Container[str]) -> tuple[str, ...]:
     """Fields that a record must have in `mode`, of data whose records have the fields `has`: in
     `full` no system text where no record has one (Alpaca, questions and answers).
@@ -69,6 +79,6 @@ def opening(record: dict, mode: str) -> str:
 
     That is an instruction in `both`, a response in `full`.
     """
-    parts = [text for _, text in pieces({"response": ""} | record, mode)]
+    parts = [text for _, text in pieces(record | {"response": ""}, mode)]
     asks = mode == "full" and "text" not in record
     return "".join(parts[:-1] if asks else parts)

@@ -37,7 +37,18 @@ from flags import Parser
 from memory import compute_for
 from sampling import WINDOW, Sampling
 from state import PARTS, State
-from writing import Stops, Terminal, as_text, complete, outgrown, read, rows, unescaped, write
+from writing import (
+    BUDGET,
+    Stops,
+    Terminal,
+    as_text,
+    complete,
+    outgrown,
+    read,
+    rows,
+    unescaped,
+    write,
+)
 
 PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
 the mode"""
@@ -83,7 +94,7 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--no-stop", "end at --max-new-tokens alone", action="store_true")
 
     add = group("what comes out")
-    add("--max-new-tokens", "bytes at most (500)", type=int, default=500, metavar="N")
+    add("--max-new-tokens", f"bytes at most ({BUDGET})", type=int, default=BUDGET, metavar="N")
     add("--samples", "texts for each prompt (1)", type=int, default=1, metavar="N")
     add("--batch-size", "texts written at once (8)", type=int, default=8, metavar="N")
     add("--out", "file for the texts of --prompts (stdout)", type=Path, metavar="JSONL")
@@ -199,9 +210,10 @@ def prompts_of(record: dict, mode: str | None) -> list[bytes]:
     structure, contents = data.detect(record)
     needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
     for content in contents:
-        if reason := data.fault(content, (needed,)):
+        given = ("system",) if content.get("system") else ()
+        if reason := data.fault(content, (needed, *given)):
             raise UserError(reason)
-    return [formats.opening(content, mode).encode() for content in contents]
+    return [formats.opening(data.sound(content), mode).encode() for content in contents]
 
 
 def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
@@ -352,3 +364,6 @@ if __name__ == "__main__":
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk
+        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)

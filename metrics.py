@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-import checkpoints
+import files
 from bdh_mlx import BDH
 from errors import UserError
 from fast_layer import forward_segment, ln
@@ -48,6 +48,15 @@ def evaluations(history: list[dict]) -> list[int]:
     return [m["step"] for m in history if "val_loss" in m]
 
 
+def set_aside_evaluations(run: Path) -> None:
+    """Keep the evaluations of other bytes in metrics.jsonl where nobody takes them for today's."""
+    path = run / "metrics.jsonl"
+    lines = [
+        {"step": m["step"], "of_earlier_data": m} if "val_loss" in m else m for m in read(path)
+    ]
+    files.write_whole(path, "".join(map(sealed, lines)))
+
+
 def open_log(
     run: Path, step: int, together: Processes, json_to=None
 ) -> tuple[Callable, list[dict]]:
@@ -60,7 +69,7 @@ def open_log(
     path = run / "metrics.jsonl"
     kept = together.share([m for m in read(path) if m["step"] <= step])
     if together.first:
-        checkpoints.write_whole(path, "".join(map(sealed, kept)))
+        files.write_whole(path, "".join(map(sealed, kept)))
 
     def log(**m):
         for name, value in m.items():
@@ -108,13 +117,14 @@ def printing(json_to, together: Processes):
     return redirect_stdout(sys.stderr) if json_to else nullcontext()
 
 
-def activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float]]:
-    """Share of the neurons that are not 0 in each layer, `active_x` and `active_y`, over the first
-    WATCHED bytes of val in blocks of T, without dropout. The paper names 5 % for x, less for y.
+def activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int]:
+    """Share of the neurons that are not 0 in each layer, `active_x` and `active_y`, and how many
+    are `dead`, excited in no layer: over the first WATCHED bytes of val in blocks of T, without
+    dropout. The paper names 5 % for x, less for y.
     """
     watched, L = val[:WATCHED].astype(np.int32), model.config.n_layer
     weights = (model.encoder, model.encoder_v, model.decoder.reshape(*model.encoder.shape[::2], -1))
-    active = np.zeros((2, L))
+    active, excited = np.zeros((2, L)), mx.array(False)
     for begin in range(0, len(watched), T):
         block, S = watched[begin : begin + T], [None] * L
         for position in range(0, len(block), PIECE):
@@ -123,5 +133,6 @@ def activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float]]:
                 v, S[i], kept = forward_segment(v, S[i], weights, position, PIECE)
                 x, y = kept[5], kept[8]
                 active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
+                excited = excited | mx.any(x > 0, -2)
     x, y = (active / len(watched)).tolist()
-    return {"active_x": x, "active_y": y}
+    return {"active_x": x, "active_y": y, "dead": excited.size - excited.sum().item()}

@@ -50,17 +50,6 @@ def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[Traced]:
         v = after
 
 
-def survey(model: bdh_mlx.BDH, stream: bytes, block: int = LONGEST) -> dict:
-    """How many neurons no byte of the stream excited in any layer."""
-    excited = False
-    for begin in range(0, len(stream), block):
-        for layer in layers(model, stream[begin : begin + block]):
-            excited = mx.any(layer.x > 0, 1) | excited
-        mx.eval(excited)
-    dead = excited.size - mx.sum(excited).item()
-    return {"bytes": len(stream), "neurons": excited.size, "dead": dead}
-
-
 # ---------------------------------------------------------------------------------------- one text
 
 

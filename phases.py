@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import data
+import files
 import memory
 from bdh_mlx import find_weights, load_model
-from checkpoints import sha256, write_whole
 from endure import Stop
 from errors import UserError
 from formats import NEEDED
@@ -52,14 +53,16 @@ def ancestry(source: Path) -> list[dict]:
         before = json.loads(file.with_name("config.json").read_text()).get("ancestry", [])
     except (OSError, ValueError, AttributeError):  # a bare file of weights, or another's
         before = []
-    return [*before, {"weights": str(file), "sha256": sha256(file)}]
+    return [*before, {"weights": str(file), "sha256": files.sha256(file)}]
 
 
 def held_out(s: SimpleNamespace, run: Path, stop: Stop, loss_in: Callable) -> dict[str, float]:
     """Bits per byte of the run's best weights on the validation bytes of every mode that the data
     serve; kept in modes.json, by field too. loss_in(model, mode) -> nats, nats by field.
     """
-    file, told = run / "modes.json", ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
+    told = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
+    told["data"] = data.fingerprint(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED)
+    file = run / "modes.json"
     with suppress(OSError, ValueError):
         known = json.loads(file.read_text())
         if told.items() <= known.items():
@@ -74,7 +77,7 @@ def held_out(s: SimpleNamespace, run: Path, stop: Stop, loss_in: Callable) -> di
             fields[mode] = {field: of / math.log(2) for field, of in nats.items()}
     if not stop.number:
         told |= {"val_bpb": bpb, "val_bpb_fields": fields}
-        write_whole(file, json.dumps(told, indent=1))
+        files.write_whole(file, json.dumps(told, indent=1))
     return bpb
 
 

@@ -20,8 +20,8 @@ import data
 import memory
 import phases
 import train_mlx
-from errors import visible
-from formats import FIELDS, NEEDED, SEPARATOR, STOP, format_example, needed, pieces
+from errors import UserError, visible
+from formats import FIELDS, NEEDED, STOP, format_example, needed, pieces
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
 UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
@@ -76,23 +76,19 @@ def examine(s: SimpleNamespace) -> Findings:
     cache = Path(s.CHECKPOINT_DIR) / ".data"
     folder = data.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
     has = json.loads((folder / "data.json").read_text())["fields"]
-    val, at = np.memmap(folder / "val.bin", np.uint8, "r"), 0
+    in_val = iter(np.load(folder / data.IN_VAL).tolist())
     for record in data.read(s.DATASET):
         contents = data.detect(record)[1] if isinstance(record, dict) else []
-        for content in map(data.sound, contents):
+        for content in filter(None, map(data.sound, contents)):
+            validates = next(in_val)
             serves = [m for m in NEEDED if "text" in content or {*needed(m, has)} <= {*content}]
             for mode in serves:
                 found.usable[mode] += 1
                 for name, text in pieces(content, mode):
                     found.of_mode[mode][name] += len(text.encode())
             if s.TRAINING_MODE in serves:
-                text = format_example(content, s.TRAINING_MODE)
-                _note(found, content, text, s)
-                raw = text.encode()  # val.bin has its records in their order
-                end = SEPARATOR.encode() if at + len(raw) < len(val) else b""  # not a prefix alone
-                found.in_val.append(val[at : at + len(raw + end)].tobytes() == raw + end)
-                if found.in_val[-1]:
-                    at += len(raw) + len(SEPARATOR)
+                _note(found, content, format_example(content, s.TRAINING_MODE), s)
+                found.in_val.append(validates)
     return found
 
 
@@ -168,7 +164,11 @@ def presets(sizes: dict[str, int]) -> str:
     """Each preset on so many bytes of each mode, its other settings as the constants say."""
     rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.SETTINGS, "fits")]
     for name in train_mlx.PRESETS:
-        s = train_mlx.settings(["--preset", name])
+        try:
+            s = train_mlx.settings(["--preset", name])
+        except UserError:
+            rows.append((name, "does not go with the constants", *[""] * (len(rows[0]) - 2)))
+            continue
         n_bytes = sizes[s.TRAINING_MODE]
         total = train_mlx.last_iteration(s, n_bytes) if n_bytes else 0
         read = total * s.BLOCK_SIZE * train_mlx.sequences(s)
@@ -225,7 +225,7 @@ def tell(given: SimpleNamespace) -> int:
 def tell_records(s: SimpleNamespace) -> dict[str, int]:
     """Print what the records hold; gives the training bytes of each mode."""
     found = examine(s)
-    print("\nwhat is odd in the records that this mode trains on:")
+    print("\nthe records that this mode trains on, what is odd in them and what validation shares:")
     print(visible("\n".join(oddities(found))))
     print(f"\nrecords and bytes by mode:\n{modes(found)}")
     raw = found.example.encode()
@@ -251,6 +251,7 @@ def tell_run(s: SimpleNamespace) -> None:
     train_bytes = train[0]
     print(visible(data.describe(about)))
     sizes = tell_split(*train) if data.ready_split(s.DATASET) else tell_records(s)
+    sizes[s.TRAINING_MODE] = len(train_bytes)
 
     total = train_mlx.last_iteration(s, len(train_bytes))
     per_iter = s.BLOCK_SIZE * train_mlx.sequences(s)

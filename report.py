@@ -14,16 +14,14 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import bdh_mlx  # first, before any that imports mlx.core, to which it gives a fast BLAS
+import bdh_mlx  # noqa: F401  before any that imports mlx.core: it gives a fast BLAS
 import data
 import flags
 import metrics
-import neurons
 from errors import UserError, visible
 
 INK, LINES = "#808080", ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", "#d1495b"]
 POINTS = 1000  # of a curve, at most
-SURVEYED = 4096  # validation bytes on which neurons are watched
 _told = set()  # runs whose report failed
 
 # ------------------------------------------------------------------------------------------- a run
@@ -197,8 +195,8 @@ def samples_of(lines: list[dict]) -> list[tuple[int, list[str]]]:
     return [(m["step"], m["samples"]) for m in lines if m.get("samples")]
 
 
-def activity(lines: list[dict], watched: dict) -> str:
-    """Share of neurons that fire per layer, and how many never did."""
+def activity(lines: list[dict]) -> str:
+    """Share of neurons that fire per layer, and how many never did in the best model."""
     found = [(m["active_x"], m["active_y"]) for m in lines if "active_y" in m]
     rows = ""
     if found:
@@ -212,16 +210,16 @@ def activity(lines: list[dict], watched: dict) -> str:
         what = ("x: excited by the byte", "y: fire, given the memory")
         head = "<tr><th>" + "".join(f'<th colspan="2">{name}' for name in what)
         rows = f"<table>{head}{rows}</table>"
-    if watched:
+    if "dead" in (lowest := best(lines)):
         rows += (
-            f'<p class="dim">{text(watched["dead"])} of {text(watched["neurons"])} neurons are '
-            f"dead: none of {text(watched['bytes'])} validation bytes excited them in any layer "
-            f"(checkpoint of iteration {text(watched['step'])}).</p>"
+            f'<p class="dim">{text(lowest["dead"])} neurons are dead at iteration '
+            f"{text(lowest['step'])}, the best: none of the first {metrics.WATCHED:,} validation "
+            "bytes excited them in any layer.</p>"
         )
     return rows
 
 
-def page(run: Path, config: dict, lines: list[dict], svg: str, watched: dict) -> str:
+def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
     """report.html: one page that needs no other file."""
     settings, about = config["settings"], config["data"]
     evaluated = [m for m in lines if m.get("val_bpb_fields")]
@@ -236,7 +234,7 @@ def page(run: Path, config: dict, lines: list[dict], svg: str, watched: dict) ->
         "Curves": svg[svg.index("<svg") :] if svg else "",
         "Advice": "".join(f'<p class="note">{text(n)}</p>' for n in dict.fromkeys(advice)),
         "Validation by field": table(fields, ("field", "bits per byte")) if fields else "",
-        "Activity": activity(lines, watched),
+        "Activity": activity(lines),
         "Samples": "".join(
             f"<details {'open' if i == 0 else ''}><summary>iteration {text(step)}</summary>"
             + "".join(f"<pre>{text(sample)}</pre>" for sample in texts)
@@ -279,41 +277,20 @@ def write(run: Path) -> None:
     """Make samples.md, curves.png and report.html of a run anew. Raises UserError."""
     config, lines = read(run)
     figure = curves(config, lines)
-    try:
-        watched = json.loads((run / "neurons.json").read_text())
-    except (OSError, ValueError):
-        watched = {}
     svg = drawn(figure, "svg").decode()
     for name, content in (
         ("samples.md", transcript(lines).encode(errors="backslashreplace")),
         ("curves.png", drawn(figure, "png")),
-        ("report.html", page(run, config, lines, svg, watched).encode(errors="backslashreplace")),
+        ("report.html", page(run, config, lines, svg).encode(errors="backslashreplace")),
     ):
         making = run / f".{name}.tmp"  # a viewer finds the old or the new one
         making.write_bytes(content)
         making.replace(run / name)
 
 
-def survey(run: Path) -> None:
-    """Put into neurons.json what fires in the best model, on the run's own validation bytes, if
-    they are still where the trainer put them.
-    """
-    wanted = read(run)[0]["data"].get("val", {}).get("sha256")
-    for about in run.parent.glob(".data/*/data.json"):
-        if json.loads(about.read_text())["val"]["sha256"] == wanted:
-            weights = bdh_mlx.find_weights(run)
-            stream = about.with_name("val.bin").read_bytes()[:SURVEYED]
-            found = neurons.survey(bdh_mlx.load_model(weights), stream)
-            found["step"] = int(weights.parent.name[5:])
-            (run / "neurons.json").write_text(json.dumps(found))
-            return
-
-
-def redraw(run: Path, finished: bool = False) -> None:
+def redraw(run: Path) -> None:
     """`write` for the trainer: what goes wrong here is told once, and does not end a run."""
     try:
-        if finished:
-            survey(run)
         write(run)
     except Exception as error:
         if run not in _told:
@@ -368,9 +345,8 @@ def main(argv: list[str] | None = None) -> int:
         if len(args.runs) > 1:
             print(compare(args.runs, args.out))
         else:
-            survey(args.runs[0])
-            write(args.runs[0])
-            print(f"report: {args.runs[0] / 'report.html'}")
+            write(run := args.runs[0].resolve())  # "." has no name
+            print(f"report: {run / 'report.html'}")
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
     return 0

@@ -2,53 +2,57 @@
 
     python train_mlx.py                                 # the settings below
     python train_mlx.py --preset tiny --dataset sample  # minutes on two CPU cores, no network
-    python train_mlx.py                                 # again: continues where the run stopped
+    python train_mlx.py --plan                          # what the run would be, and its data
 
-A run is a folder, checkpoints_mlx/<run>: step-000500 and others (weights, optimizer, settings),
-best.json, metrics.jsonl, and report.html to look at.
+The same command once more continues where the run stopped. A run is a folder,
+checkpoints_mlx/<run>: step-000500 and others (weights, optimizer, settings), best.json,
+metrics.jsonl, and report.html to look at.
 """
 
 from bdh_mlx import BDH, BDHConfig, load_model  # before mlx.core, to give it a fast BLAS on Linux
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
+# Where none is allowed, it is None here and `none` as a flag.
 # Data
-TRAINING_MODE = "both"  # of each record: "system", "instruction", "both" or "full"
-LOSS_ON = "all"  # bytes that count in the training loss: "all", or "response" (mode full only)
-DATASET = "Severian/Internal-Knowledge-Map"  # hub name, file, folder, or "sample"
+TRAINING_MODE: str = "both"  # of each record: "system", "instruction", "both" or "full"
+LOSS_ON: str = "all"  # bytes that count in the training loss: "all", or "response" (mode full only)
+DATASET: str = "Severian/Internal-Knowledge-Map"  # hub name, file, folder, or "sample"
 # Training
-BLOCK_SIZE = 4096  # bytes a training sequence holds: what the model can learn to look back on
-BATCH_SIZE = 2  # sequences computed at once, by each process
-GRAD_ACCUM = 1  # batches added up to one update; more of them cost time, not memory
+BLOCK_SIZE: int = 4096  # bytes a training sequence holds: what the model can learn to look back on
+BATCH_SIZE: int = 2  # sequences computed at once, by each process
+GRAD_ACCUM: int = 1  # batches added up to one update; more of them cost time, not memory
 MAX_ITERS: int | None = 5000  # updates; the run ends here or after EPOCHS, whichever comes first
 EPOCHS: float | None = 3  # passes over the training bytes; none: as many as MAX_ITERS takes
 PATIENCE: int | None = 5  # validations in a row without a new best that end the run; none: no end
 LEARNING_RATE: float = 5e-5  # at the end of the warm-up
 MIN_LEARNING_RATE: float = 0.1  # at the end of the cosine, as a share of LEARNING_RATE
-WARMUP_ITERS = 100  # updates of linear rise, while Adam's averages fill
+WARMUP_ITERS: int = 100  # updates of linear rise, while Adam's averages fill
 LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
 WEIGHT_DECAY: float = 0.1  # AdamW's, as in the paper
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: as it comes
-CARRY_STATE = False  # each row of the batch reads on where it stopped, with the synapses it had
+CARRY_STATE: bool = (
+    False  # rows of the batch read on where they stopped, with the synapses they had
+)
 EMA: float = 0.0  # share that an update keeps of the weights' average, the one judged; 0: none
 NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
-MAX_SKIPS = 10  # updates in a row skipped for numbers that are not finite before the run stops
+MAX_SKIPS: int = 10  # updates in a row skipped for numbers that are not finite before the run stops
 # Model, and how it is computed
-BDH_CONFIG = BDHConfig()  # n_layer 6, n_embd 256, n_head 4, dropout 0.1: 25.3M parameters
-DTYPE = "auto"  # of the products: "bfloat16", "float32"; auto: bfloat16 on a GPU, float32 on a CPU
-MEMORY = "auto"  # "fast", "balanced" or "small" (each slower than the last); auto: what fits
-FORCE = False  # start although the estimated memory cannot be had
+BDH_CONFIG = BDHConfig()  # n_layer=6, n_embd=256, n_head=4, dropout=0.1: 25.3M parameters
+DTYPE: str = "auto"  # of the products: "bfloat16", "float32"; auto: bfloat16 on a GPU alone
+MEMORY: str = "auto"  # "fast", "balanced" or "small" (each slower than the last); auto: what fits
+FORCE: bool = False  # start although the estimated memory cannot be had
 # Evaluation, log and checkpoints
-SEED = 1337  # of weights, split, data order, dropout and samples
+SEED: int = 1337  # of weights, split, data order, dropout and samples
 VAL_SHARE: float = 0.1  # of the records, held out
 EVAL_BYTES: int | None = 1_000_000  # validation bytes read at most, always the same; none: all
-LOG_FREQ = 50  # updates between lines
-EVAL_FREQ = 250  # updates between validations, each with samples
-SAVE_FREQ = 500  # updates between checkpoints
-KEEP = 3  # latest checkpoints kept, besides the best
-SAMPLE_BYTES = 200  # length of each sample
+LOG_FREQ: int = 50  # updates between lines
+EVAL_FREQ: int = 250  # updates between validations, each with samples
+SAVE_FREQ: int = 500  # updates between checkpoints
+KEEP: int = 3  # latest checkpoints kept, besides the best
+SAMPLE_BYTES: int = 200  # length of each sample
 # Runs
-ALLOW_DATA_CHANGE = False  # continue a run although its training bytes are no longer the same
-CHECKPOINT_DIR = "checkpoints_mlx"  # holds one folder per run, and the prepared data
+ALLOW_DATA_CHANGE: bool = False  # continue a run although its training bytes are no longer the same
+CHECKPOINT_DIR: str = "checkpoints_mlx"  # holds one folder per run, and the prepared data
 RUN_NAME: str | None = None  # folder of this run; none: the training mode
 INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (phase 2)
 PHASES: str | None = None  # a chain, mode:EPOCHS@LEARNING_RATE each: "system:3,full:2@3e-5"
@@ -83,6 +87,7 @@ PRESETS = {
 
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -102,18 +107,19 @@ from tqdm import tqdm
 
 import checkpoints
 import data
+import files
 import flags
 import memory
 import phases
 from advice import advise, counting
 from endure import Enduring, Stop
 from errors import UserError, visible
-from formats import EXPECT, FIELDS, NEEDED, PROMPTS
+from formats import EXPECT, FIELDS, NEEDED, prompts
 from formats import format_example as format_example  # what a record becomes, for other scripts
-from metrics import activity, evaluations, open_log, printing
+from metrics import activity, evaluations, open_log, printing, set_aside_evaluations
 from processes import Processes, is_lost
 from report import redraw
-from writing import samples
+from writing import BUDGET, samples
 
 # -------------------------------------------------------------------------------------------- data
 
@@ -324,12 +330,15 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
     may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
     fixed_here = [*FIXED, *(["BATCH_SIZE"] if s.CARRY_STATE else [])]
-    if fixed := [text for k, text in changed.items() if k in fixed_here and k not in may]:
-        if len(fixed) > 5:
-            fixed = [*fixed[:5], "and others"]
+    if fixed := [k for k in changed if k in fixed_here and k not in may]:
+        of_data = [k for k in fixed if k.endswith(" data")]
+        if "TRAINING_MODE" in fixed or "SEED" in fixed:  # which make the bytes others
+            fixed = [k for k in fixed if k not in of_data]
+        told = [*map(changed.get, fixed[:5]), *(["and others"] if len(fixed) > 5 else [])]
+        allow = ", or --allow-data-change to go on with these" if fixed == of_data else ""
         raise UserError(
-            f"{run} holds a run with other settings ({'; '.join(fixed)}). Set them back to go on "
-            "with it, or set RUN_NAME to start another (for changed data, --allow-data-change)"
+            f"{run} holds a run with other settings ({'; '.join(told)}). Set them back to go on "
+            f"with it, or set RUN_NAME to start another{allow}"
         )
     ancestry = before.get("ancestry", [])
     if s.INIT_FROM and not ancestry:
@@ -344,6 +353,7 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
         )
     if "val data" in changed:  # the best of other bytes is no best
         (run / "best.json").unlink(missing_ok=True)
+        set_aside_evaluations(run)
     with averaged(model, optimizer):  # as it was saved
         checkpoints.load(run, done, model, optimizer)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
@@ -514,15 +524,17 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     memory.hold(peak)
     print(f"model: {s.BDH_CONFIG.n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     print(f"memory: {name}, {model.compute.dtype}, estimated peak {peak / 1e9:.2f} GB")
-    plain = all(FIELDS.index(field) not in val[1] for field in NEEDED[s.TRAINING_MODE])
-    print(f"note: {EXPECT['text' if plain else s.TRAINING_MODE]}")
+    has = {FIELDS[i] for i in np.unique(val[1])}
+    print(f"note: {EXPECT[s.TRAINING_MODE if has & {*NEEDED[s.TRAINING_MODE]} else 'text']}")
+    asked = prompts(s.TRAINING_MODE, has)
     gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
     info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
     if together.first:
-        checkpoints.check_space(run, model, optimizer, s.KEEP + 2)
-        checkpoints.write_whole(run / "config.json", json.dumps(info, indent=1))
+        there = len(checkpoints.steps(run))
+        checkpoints.check_space(run, model, optimizer, max(1, s.KEEP + 2 - there))
+        files.write_whole(run / "config.json", json.dumps(info, indent=1))
     bar = tqdm(total=total, initial=step, disable=None, unit="it")
     losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
     skipped = in_a_row = 0
@@ -567,23 +579,23 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
                 best = {"step": step, "judged": judged}
                 if together.first:
                     checkpoints.write_best(run, step, judged)
-            found = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
-            found["judged"] = judged  # in nats; by it go best.json, PATIENCE, advice and reports
-            found["val_loss_fields"] = nats
-            found["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
+            last = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
+            last["judged"] = judged  # in nats; by it go best.json, PATIENCE, advice and reports
+            last["val_loss_fields"] = nats
+            last["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
             with averaged(model, optimizer):
-                found |= activity(model, val[0], s.BLOCK_SIZE)
-            found["advice"] = advise([*history, found], s, total, known)
-            log(**found)  # logged: all done
-            if together.first:
+                last |= activity(model, val[0], s.BLOCK_SIZE)
+            last["advice"] = advise([*history, last], s, total, known)
+            log(**last)  # logged: all done
+            if together.first and (step or ancestry):  # random weights write noise
                 with averaged(model, optimizer):
-                    said = samples(model, s.TRAINING_MODE, s.SAMPLE_BYTES, s.SEED + step, stop)
+                    said = samples(model, asked, s.SAMPLE_BYTES, s.SEED + step, stop)
                     log(step=step, samples=list(said))
             if out_of_patience():
                 save()
                 finished = True
             if together.first:
-                redraw(run, finished)
+                redraw(run)
         if together.first:
             checkpoints.prune(run, s.KEEP, best.get("step"))
         if finished:
@@ -645,7 +657,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     bar.close()
     epochs, minutes = step * per_iter / len(train_bytes), (time.perf_counter() - began) / 60
     told = {"epochs": f"{epochs:.2f}", "minutes": f"{minutes:.1f}"}
-    told |= {"peak_gb": f"{mx.get_peak_memory() / 1e9:.2f}"} | summary(s, run, total, found, best)
+    told |= {"peak_gb": f"{mx.get_peak_memory() / 1e9:.2f}"} | summary(s, run, total, last, best)
+    told["sample_it"] = command(s, run, asked[0])
     print("\n".join(f"{key}: {value}" for key, value in told.items()))
     return 0
 
@@ -665,8 +678,6 @@ def summary(s: SimpleNamespace, run: Path, total: int, last: dict, best: dict) -
     ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
     if last["step"] < total:
         ended = f"early, {s.PATIENCE} validations without a better one"
-    python = Path(sys.executable)  # of make's .venv, which the user's shell may not know
-    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     return {
         "run": run,
         "iterations": last["step"],
@@ -680,8 +691,17 @@ def summary(s: SimpleNamespace, run: Path, total: int, last: dict, best: dict) -
         "active_x": " ".join(f"{share:.1%}" for share in last["active_x"]),  # layer by layer
         "active_y": " ".join(f"{share:.1%}" for share in last["active_y"]),
         "look_at_it": run / "report.html",
-        "sample_it": f"{python} generate.py {run} --prompt {PROMPTS[s.TRAINING_MODE][0]!r}",
     }
+
+
+def command(s: SimpleNamespace, run: Path, prompt: str) -> str:
+    """What to type to have the finished run write, within the blocks that it was trained on."""
+    python = Path(sys.executable)  # of make's .venv, which the user's shell may not know
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+    words = [python, "generate.py", run, "--prompt", prompt.replace("\n", "\\n")]
+    if len(prompt) + BUDGET > s.BLOCK_SIZE:
+        words += ["--window", s.BLOCK_SIZE]
+    return shlex.join(map(str, words))
 
 
 # ------------------------------------------------------------------------------------------- flags

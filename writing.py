@@ -15,9 +15,10 @@ import mlx.core as mx
 import numpy as np
 
 from errors import UserError, visible
-from formats import PROMPTS
 from sampling import NONE, Sampling, after, numbers
 from state import State, ahead, prefill
+
+BUDGET = 500  # bytes of a text, where nothing else is said
 
 
 def rows(texts: Sequence[bytes]) -> np.ndarray:
@@ -160,12 +161,12 @@ def complete(
             return
 
 
-def samples(model, mode: str, n_bytes: int, seed: int, stop) -> Iterator[str]:
-    """What the model says to the prompts of its mode; the same seed, the same draws. It ends once
-    a signal has come to `stop`.
+def samples(model, prompts: Sequence[str], n_bytes: int, seed: int, stop) -> Iterator[str]:
+    """What the model says to the prompts; the same seed, the same draws. It ends once a signal has
+    come to `stop`.
     """
     sampling = Sampling(temperature=0.8, top_k=50)
-    for prompt, key in zip(PROMPTS[mode], mx.random.split(mx.random.key(seed), 9), strict=False):
+    for prompt, key in zip(prompts, mx.random.split(mx.random.key(seed), 9), strict=False):
         idx = rows([prompt.encode()])
         written = write(model, *read(model, idx), sampling, key, idx)
         drawn = takewhile(lambda _: not stop.number, islice(written, n_bytes))

@@ -12,6 +12,7 @@ from test_train import arrays, metrics, same, train
 import bdh_mlx
 import checkpoints
 import export
+import files
 import report
 import train_mlx
 from advice import advise, counting, order_0
@@ -213,7 +214,7 @@ def test_a_chain_starts_each_phase_from_the_best_weights_before_and_keeps_the_an
         assert found["settings"]["TRAINING_MODE"] == mode
         assert found["settings"]["LEARNING_RATE"] == rate
         file = bdh_mlx.find_weights(chained / run)
-        ancestors = [*ancestors, {"weights": str(file), "sha256": checkpoints.sha256(file)}]
+        ancestors = [*ancestors, {"weights": str(file), "sha256": files.sha256(file)}]
     assert len(ancestors) == 3
 
 
@@ -304,6 +305,18 @@ def test_activity_is_the_share_of_neurons_not_zero_in_each_layer(T):
     found = activity(model, val, T)
     np.testing.assert_allclose([found["active_x"], found["active_y"]], shares, atol=2e-4)
     assert np.all(shares[0] > shares[1]) and np.all(shares > 0)
+
+
+def test_neurons_that_no_byte_excites_in_any_layer_are_dead():
+    model = bdh_mlx.BDH(bdh_mlx.BDHConfig(3, 8, 0.5, 2, 4))
+    encoder = np.array(mx.abs(model.encoder))
+    encoder[0, :, :5] = 0
+    model.encoder = mx.array(encoder)
+    val = np.tile(np.arange(256, dtype=np.uint8), 3)
+    assert activity(model, val, 100)["dead"] == 5
+    encoder[1, :, 7] = 0
+    model.encoder = mx.array(encoder)
+    assert activity(model, val, 100)["dead"] == 6
 
 
 def test_activity_is_logged_at_each_evaluation_and_summed_up(tmp_path, capsys):

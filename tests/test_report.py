@@ -105,11 +105,10 @@ def test_a_run_makes_its_report_and_names_its_settings(tmp_path):
     assert {f.name for f in run.iterdir()} >= {"samples.md", "curves.png", "report.html"}
     config = json.loads((run / "config.json").read_text())
     assert config["settings"]["BLOCK_SIZE"] == 64 and config["parameters"] > 1000
-    watched = json.loads((run / "neurons.json").read_text())
     best = json.loads((run / "best.json").read_text())["step"]
-    assert watched["step"] == best and "neurons are dead" in (run / "report.html").read_text()
+    assert f"neurons are dead at iteration {best}, the best" in (run / "report.html").read_text()
     said = [m["samples"] for m in metrics(tmp_path) if "samples" in m]
-    assert len(said) == 2 and all("### Response" in texts[2] for texts in said)
+    assert len(said) == 1 and "### Response" in said[0][2]  # none of random weights
     assert said[-1][0].split("\n")[0] in (run / "samples.md").read_text()
 
 

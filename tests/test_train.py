@@ -430,7 +430,7 @@ def test_every_setting_is_a_flag_with_a_reason():
     tables = {
         "FIELDS",
         "NEEDED",
-        "PROMPTS",
+        "BUDGET",
         "EXPECT",
         "FIXED",
         "AT_LEAST",

@@ -40,6 +40,7 @@ import bdh_mlx
 import checkpoints
 import data
 import endure
+import files
 import train_mlx
 import writing
 
@@ -128,7 +129,7 @@ PHASES = {  # the call that starts it, and which
     "step": (train_mlx, "get_batch", 6),
     "evaluation": (train_mlx, "evaluate", 3),
     "sampling": (writing, "write", 5),
-    "save": (checkpoints, "flush", 10),
+    "save": (files, "flush", 10),
     "retention": (checkpoints, "prune", 8),
     "last evaluation": (train_mlx, "evaluate", 5),
 }
@@ -168,7 +169,7 @@ TINY_PHASES = {
     "evaluation": (train_mlx, "evaluate", 2),
     "step": (train_mlx, "get_batch", 3),
     "sampling": (writing, "write", 4),
-    "save": (checkpoints, "flush", 3),
+    "save": (files, "flush", 3),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
     "data preparation": (data, "detect", 5),
 }
@@ -207,7 +208,7 @@ def _(n):
 )
 def _(n):
     def slow_save(w):
-        at_call(checkpoints, "flush", 12, lambda: (os.write(w, b"."), time.sleep(2)))
+        at_call(files, "flush", 12, lambda: (os.write(w, b"."), time.sleep(2)))
 
     def long_step(w):
         def compute():

@@ -44,6 +44,7 @@ from mlx.utils import tree_flatten
 import bdh_mlx
 import checkpoints
 import data
+import files
 import train_mlx
 
 
@@ -173,7 +174,7 @@ class Drive:
         os._exit(9)
 
 
-NO_FLUSH = [(checkpoints, "flush", lambda path: None)]
+NO_FLUSH = [(files, "flush", lambda path: None)]
 
 
 @fault("power cut at the i-th system call (simulated)", 8, 10**6, not_flushed=NO_FLUSH)
@@ -401,7 +402,7 @@ def _(n):
     1,
     not_told=[
         (checkpoints, "opened", nullcontext),
-        (checkpoints, "write_whole", lambda path, text: path.write_text(text)),
+        (files, "write_whole", lambda path, text: path.write_text(text)),
     ],
 )
 def _(n):

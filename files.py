@@ -1,0 +1,37 @@
+"""Files on which others rely: flushed to the drive, replaced at once, compared by their bytes."""
+
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+
+from errors import UserError
+
+
+def flush(path: Path) -> None:
+    """Have the drive itself keep the file or folder; fsync alone stops at a Mac's drive cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a small file at once: a reader finds the old or the new content, never a part."""
+    making = path.with_name(f".{path.name}.tmp")
+    try:
+        making.write_text(text)
+        flush(making)
+        making.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; it is as it was") from None
