@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +52,7 @@ def steps(run: Path) -> list[int]:
 @contextmanager
 def opened(run: Path) -> Iterator[None]:
     """Hold `run` for one trainer, swept of what a killed one left. Raises UserError."""
+    is_new = not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("a")
@@ -69,7 +70,13 @@ def opened(run: Path) -> Iterator[None]:
                 shutil.rmtree(litter, ignore_errors=True)
         for name in ("best.json", "metrics.jsonl", "modes.json", "config.json"):
             (run / f".{name}.tmp").unlink(missing_ok=True)
-        yield
+        try:
+            yield
+        finally:
+            if is_new and [f.name for f in run.iterdir()] == [".lock"]:  # refused: it left nothing
+                with suppress(OSError):  # another one comes in
+                    (run / ".lock").unlink()
+                    run.rmdir()
 
 
 def write_best(run: Path, step: int, judged: float) -> None:

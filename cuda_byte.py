@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from fast_layer import ln, turns
+from fast_layer import ln, on_gpu, turns
 
 TAIL = 64  # bytes that wait; the kernels hold two scores a lane
 PAIRS, PAIRS_ONE = 32, 16  # that a warp takes at a time, at most; of one row it must find x first
@@ -123,8 +123,8 @@ def _count(n: int) -> mx.array:
 
 def fits(model) -> bool:
     """Whether this machine and the model's shape suit the kernels."""
-    D, on_gpu = model.config.n_embd, mx.default_device() == mx.gpu
-    return D % 16 == 0 and D <= 256 and THREADS // D * D % 32 == 0 and on_gpu and _has_ampere()
+    D = model.config.n_embd
+    return D % 16 == 0 and D <= 256 and THREADS // D * D % 32 == 0 and on_gpu() and _has_ampere()
 
 
 @lru_cache

@@ -124,5 +124,5 @@ def tell(source: str, folder: Path) -> int:
     except (OSError, RuntimeError) as error:
         raise UserError(f"--export {folder} cannot be written: {error}") from None
     print(f"written: {folder}; fill in the licence in {folder / 'README.md'}, then, to share it:")
-    print(f"  hf upload YOUR_NAME/{folder.resolve().name} {folder}")
+    print(f"  hf upload YOUR_NAME/{shlex.join([folder.resolve().name, str(folder)])}")
     return 0

@@ -57,13 +57,17 @@ def _turned(x, turns):
     return (x.view(mx.complex64) * turns).view(mx.float32)
 
 
+def on_gpu() -> bool:
+    return mx.default_device() == mx.gpu
+
+
 def rotate(x: mx.array, position: int = 0, sign: int = 1) -> mx.array:
     """Turn neuron pairs (2i, 2i+1) of x (.., T, N) by t * ROPE_BASE^(-2i/N), t from `position` on.
 
     sign -1 turns back. mx.fast.rope is slow on a CPU, where pairs are read as complex numbers.
     """
     T, N = x.shape[-2:]
-    if mx.default_device() == mx.gpu or x.dtype != mx.float32:
+    if on_gpu() or x.dtype != mx.float32:
         flat = x.reshape(1, -1, T, N)  # its kernels share a sine among the rows of the second axis
         how = {"traditional": True, "base": ROPE_BASE, "scale": float(sign), "offset": position}
         return mx.fast.rope(flat, N, **how).reshape(x.shape)

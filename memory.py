@@ -13,15 +13,11 @@ import mlx.core as mx
 
 from bdh_mlx import BDHConfig
 from errors import UserError
-from fast_layer import Compute, segments
+from fast_layer import Compute, on_gpu, segments
 
 SETTINGS = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, keep: Compute
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
 CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
-
-
-def on_gpu() -> bool:
-    return mx.default_device() == mx.gpu
 
 
 def compute_for(config: BDHConfig, memory: str, dtype: str) -> Compute:

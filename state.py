@@ -23,7 +23,7 @@ import mlx.core as mx
 import cpu_byte
 import cuda_byte
 import gpu_byte
-from fast_layer import forward_segment, ln, turn
+from fast_layer import forward_segment, ln, on_gpu, turn
 
 PARTS = 4  # of a window
 CPU_ROWS = 1024  # bytes * batch read at once, which bounds the memory
@@ -53,10 +53,6 @@ class State(NamedTuple):
 
 
 # ------------------------------------------------------------------------------ many bytes at once
-
-
-def _on_gpu() -> bool:
-    return mx.default_device() == mx.gpu
 
 
 def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
@@ -99,7 +95,7 @@ def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
 
 
 def _rows(dtype: mx.Dtype) -> int:
-    if not _on_gpu():
+    if not on_gpu():
         return CPU_ROWS
     if dtype == mx.float32:
         return 512  # mx.fast.rope errs by 6e-8 a position
@@ -117,7 +113,7 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     T = idx.shape[1]
     if T == 1:
         return _read_byte(model, idx, state)
-    if T <= SHORT and not _on_gpu():
+    if T <= SHORT and not on_gpu():
         out = []
         for byte in mx.split(idx, T, 1):
             v, state = _read_byte(model, byte, state)
@@ -198,7 +194,7 @@ def _byte(model):
     None then.
     """
     how = cpu_byte.Byte
-    if _on_gpu():
+    if on_gpu():
         how = cuda_byte.Byte if cuda_byte.fits(model) else gpu_byte.Byte
     weights = (model.encoder, model.encoder_v, model.decoder, model.embed.weight)
     now, laid = (how, model.compute.dtype, *weights), getattr(model, "laid_out", None)
@@ -212,7 +208,7 @@ def ahead(steps: Iterator) -> Iterator:
     """The steps of an endless stream, on a GPU each once the next has been submitted: it computes
     while the host reads its results, which would else take turns.
     """
-    if not _on_gpu():
+    if not on_gpu():
         return (yield from steps)
     before = next(steps)
     for step in steps:

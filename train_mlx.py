@@ -150,7 +150,7 @@ def block_starts(
     return np.array([epoch_starts(n_bytes, T, seed, epoch)[i] for epoch, i in where])
 
 
-def rows(s: SimpleNamespace) -> int | None:
+def carried_rows(s: SimpleNamespace) -> int | None:
     """Rows that read on and on, if CARRY_STATE has them."""
     return s.BATCH_SIZE if s.CARRY_STATE else None
 
@@ -162,8 +162,8 @@ def get_batch(
     alone, so that a resumed run reads on where it stopped.
     """
     starts = block_starts(len(stream), first, B, T, seed, rows)
-    rows = stream[(starts[:, None] + np.arange(T + 1)) % len(stream)].astype(np.int32)
-    return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
+    blocks = stream[(starts[:, None] + np.arange(T + 1)) % len(stream)].astype(np.int32)
+    return mx.array(blocks[:, :-1]), mx.array(blocks[:, 1:])
 
 
 # ------------------------------------------------------------------------------- loss and schedule
@@ -192,7 +192,7 @@ def loss_weights(fields: np.ndarray, step: int, s: SimpleNamespace) -> np.ndarra
     shape = (count // s.BATCH_SIZE, s.BATCH_SIZE, T)
     if s.LOSS_ON == "all":
         return np.full(shape, 1 / (count * T), np.float32)
-    labels = get_batch(fields, step * count, count, T, s.SEED, rows(s))[1]
+    labels = get_batch(fields, step * count, count, T, s.SEED, carried_rows(s))[1]
     counted = np.array(labels == FIELDS.index(s.LOSS_ON), np.float32)
     return (counted / max(1, counted.sum())).reshape(shape)
 
@@ -290,7 +290,7 @@ def fresh(s: SimpleNamespace) -> tuple[BDH, optim.AdamW]:
     model, c = BDH(s.BDH_CONFIG), s.BDH_CONFIG
     optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    if s.EMA:
+    if s.EMA:  # of weights and their average the one that the model does not hold: see averaged
         optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
     if s.CARRY_STATE:
         nothing = mx.zeros((c.n_head, s.BATCH_SIZE, c.neurons_per_head, c.n_embd))
@@ -303,7 +303,8 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
     the weights that the run came from.
     """
     origin = Path(s.CHECKPOINT_DIR, s.INIT_FROM or "")
-    origin = origin if origin.exists() else Path(s.INIT_FROM)
+    if s.INIT_FROM and not origin.exists():
+        origin = Path(s.INIT_FROM)
     if not (done := checkpoints.newest_valid(run)):
         if s.INIT_FROM and not origin.exists():
             raise UserError(
@@ -542,7 +543,9 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
 
     def where(step):
         count = sequences(s)
-        starts = block_starts(len(train_bytes), step * count, count, s.BLOCK_SIZE, s.SEED, rows(s))
+        starts = block_starts(
+            len(train_bytes), step * count, count, s.BLOCK_SIZE, s.SEED, carried_rows(s)
+        )
         return f"{s.BLOCK_SIZE} bytes each from {starts.tolist()} of the training bytes"
 
     def save():
@@ -608,7 +611,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         synapses = optimizer.state.get("synapses")
         for i in range(together.rank, len(weights), together.size):
             micro = step * len(weights) + i
-            where_read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED, rows(s))
+            where_read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED, carried_rows(s))
             batch = get_batch(train_bytes, *where_read)
             key = mx.random.key(s.SEED * 2**32 + micro)
             part, more = gradient(*batch, mx.array(weights[i]), key)
@@ -727,7 +730,12 @@ RANGES = {  # SEED makes a key of 64 bits with the number of a batch
 def settings(argv: list[str] | None = None) -> SimpleNamespace:
     """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
     s = flags.parse(sys.modules[__name__], PRESETS, argv, ACTIONS)
+    s.CHECKPOINT_DIR = str(Path(s.CHECKPOINT_DIR).expanduser())  # no shell reads a constant
+    s.INIT_FROM = s.INIT_FROM and str(Path(s.INIT_FROM).expanduser())
     s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
+    if s.PHASES and (idle := {"TRAINING_MODE", "EPOCHS"} & {*s.typed}):
+        raise UserError(f"PHASES names mode and epochs of each phase; leave out {', '.join(idle)}")
+    del s.typed
     for run in phases.chain(s):
         check(run)
     return s

@@ -25,7 +25,7 @@ def step(request, monkeypatch):
     if mx.default_device() == mx.gpu:
         return  # its own
     monkeypatch.setattr(mx, "compile", lambda step: step)
-    monkeypatch.setattr(state, "_on_gpu", lambda: request.param != "numpy")
+    monkeypatch.setattr(state, "on_gpu", lambda: request.param != "numpy")
     if request.param == "in place":
         late, evaluate = Late(), mx.eval
         monkeypatch.setattr(cuda_byte, "fits", lambda model: True)
@@ -249,7 +249,7 @@ def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(monkeypatch):
     """As on a GPU, whose reader gets each byte once the next is under way."""
     model, told = random_model(), []
     for on_gpu in (False, True):
-        monkeypatch.setattr(state, "_on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(state, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
         model.laid_out = None
         idx = np.array(random_bytes(2, 9))
         going = write(model, *read(model, idx), Sampling(), mx.random.key(1), idx)
@@ -263,7 +263,7 @@ def test_a_state_goes_on_on_another_device_and_in_another_precision(monkeypatch)
     exact = model.quadratic(idx)[0]
     for t in range(40):
         on_gpu = t // 7 % 2 == 1
-        monkeypatch.setattr(state, "_on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(state, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
         if t == 24:
             model.compute, near = replace(model.compute, dtype=mx.bfloat16), 5e-2
         logits, state_ = model.read(idx[:, t : t + 1], state_)

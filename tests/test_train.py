@@ -161,15 +161,38 @@ def test_a_resume_that_loses_something_ends_elsewhere(tmp_path, straight, monkey
     assert not same(arrays(tmp_path, 12), arrays(straight, 12))
 
 
-def start_script(folder, *args):
-    command = [sys.executable, ROOT / "train_mlx.py", *ARGS, "--checkpoint-dir", folder, *args]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(list(map(str, command)), text=True, **pipes)
+HELD = """
+import sys
+sys.path.insert(0, {root!r})
+import train_mlx
+get_batch, calls = train_mlx.get_batch, []
+
+def held(*args):
+    calls.append(args)
+    if len(calls) == {after} + 1:
+        print("held", flush=True)
+        sys.stdin.read()
+    return get_batch(*args)
+
+train_mlx.get_batch = held
+sys.exit(train_mlx.main())
+"""
+
+
+def start_held(folder, after):
+    """The trainer of 12 iterations, which waits after so many of them until its stdin is closed."""
+    code = HELD.format(root=str(ROOT), after=after)
+    command = [sys.executable, "-c", code, *ARGS, "--checkpoint-dir", folder, "--max-iters", 12]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(list(map(str, command)), text=True, **pipes)
+    for line in process.stdout:
+        if line == "held\n":
+            return process
+    pytest.fail(process.stderr.read())
 
 
 def test_a_run_interrupted_before_it_has_work_says_so(tmp_path):
-    process = start_script(tmp_path, "--max-iters", 12)
-    process.stdout.readline()
+    process = start_held(tmp_path, 0)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and "stopped before there was work to save" in err
@@ -177,11 +200,8 @@ def test_a_run_interrupted_before_it_has_work_says_so(tmp_path):
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_or_interrupted_run_ends_in_the_same_bits(tmp_path, straight, blow):
-    process = start_script(tmp_path, "--max-iters", 12)
-    for line in process.stdout:
-        if line.startswith("iter      6"):
-            process.send_signal(blow)
-            break
+    process = start_held(tmp_path, 6)
+    process.send_signal(blow)
     out, err = process.communicate(timeout=60)
     assert process.returncode == (130 if blow == signal.SIGINT else -signal.SIGKILL), err
     if blow == signal.SIGINT:
