@@ -32,8 +32,7 @@ def parse(
 ) -> SimpleNamespace:
     """The script's constants, changed by --preset, changed by flags; argparse reports bad ones.
 
-    Each of `actions` (name: help) is a flag without a constant, and a bool in lower case. `typed`
-    are the names of the flags that were given beside --preset.
+    Each of `actions` (name: help) is a flag without a constant, and a bool in lower case.
     """
     constants = {}
     parser = Parser(script.__doc__)
@@ -57,14 +56,13 @@ def parse(
                 _add(group, one, fields[one], *hint)
     _check_names(script, constants)
     argv = sys.argv[1:] if argv is None else argv
-    typed = vars(parser.parse_args(argv))
-    name = typed.pop("preset")
+    name = parser.parse_args(argv).preset
     if name is not None and name not in presets:
         parser.error(f"--preset {name!r} is none of {', '.join(presets)}{nearest(name, presets)}")
     preset = presets.get(name, "").split()
     given = vars(parser.parse_args(preset + argv))  # of a flag given twice the last one counts
     given.pop("preset")
-    return SimpleNamespace(**constants | given, typed=[*typed])
+    return SimpleNamespace(**constants | given)
 
 
 class Parser(argparse.ArgumentParser):

@@ -733,9 +733,6 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
     s.CHECKPOINT_DIR = str(Path(s.CHECKPOINT_DIR).expanduser())  # no shell reads a constant
     s.INIT_FROM = s.INIT_FROM and str(Path(s.INIT_FROM).expanduser())
     s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
-    if s.PHASES and (idle := {"TRAINING_MODE", "EPOCHS"} & {*s.typed}):
-        raise UserError(f"PHASES names mode and epochs of each phase; leave out {', '.join(idle)}")
-    del s.typed
     for run in phases.chain(s):
         check(run)
     return s

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 import data
+import formats
 from bdh_mlx import UserError
 from formats import FIELDS
 from train_mlx import format_example
@@ -141,6 +142,30 @@ def test_a_long_chat_gives_one_entry_per_answer():
     ]
 
 
+def test_a_chat_may_end_with_a_question():
+    record = {"messages": [{"role": "user", "content": "3"}]}
+    assert data.detect(record)[1] == [{"instruction": "3"}]
+    record["messages"] += [{"role": "assistant", "content": "4"}, {"role": "user", "content": "5"}]
+    assert data.detect(record)[1] == [{"instruction": "3", "response": "4"}, {"instruction": "5"}]
+
+
+def test_exchanges_are_told_beside_the_records_that_hold_them(tmp_path):
+    turns = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    chats = [{"messages": [{"role": who, "content": f"{what}{i}"} for who, what in turns]}
+             for i in range(10)]  # fmt: skip
+    report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", chats), tmp_path / "cache")
+    told = data.describe(report)
+    assert "10 records" in told and "20 exchanges in them" in told
+    assert "field instruction: in 100.0% of records" in told
+
+
+def test_prompts_leave_out_sections_that_the_data_do_not_have():
+    every = formats.PROMPTS["full"]
+    assert formats.prompts("full", {"system", "instruction", "response"}) == every
+    assert formats.prompts("full", {"", "instruction", "response"}) == every[1:]
+    assert formats.prompts("both", {"text"}) == formats.prompts("full", {"text"}) == ["\n\n"]
+
+
 def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
     bad = [
         "not json",
@@ -207,6 +232,12 @@ def test_a_mode_the_data_cannot_serve_says_what_is_lacking_and_what_would_work(t
     assert "lacking system." in str(error.value)
     assert "skipped 3: system missing (first: record 1)" in str(error.value)
     assert str(error.value).endswith("Modes that would work: instruction, full")
+    file = write_jsonl(tmp_path / "d.jsonl", [{"Question": "q", "Answer": "a"}] * 3)
+    with pytest.raises(UserError, match="skipped 3: instruction missing"):
+        prepare(file, tmp_path / "cache", mode="full")
+    (tmp_path / "d.jsonl").write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        prepare(file, tmp_path / "cache", mode="full")
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [".lock"]  # nothing half made
 
 

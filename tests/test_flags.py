@@ -3,8 +3,10 @@
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 from test_train import metrics, train
 
 import flags
@@ -77,6 +79,32 @@ def test_a_mistyped_choice_is_told_its_nearest():
         train_mlx.settings(["--training-mode", "ful"])
     with pytest.raises(UserError, match=r"be one of system, instruction, both, full$"):
         train_mlx.settings(["--training-mode", "xyz"])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('BLOCK_SIZE: int = "256"', "BLOCK_SIZE is '256' in its line; it must be a whole number$"),
+        ("SEED: int = 1.5", "SEED is 1.5 .* a whole number$"),
+        ("BATCH_SIZE: int = None", "BATCH_SIZE is None .* a whole number$"),
+        ("KEEP: int = True", "KEEP is True .* a whole number$"),
+        ('EPOCHS: float | None = "none"', "EPOCHS is 'none' .* a number or None$"),
+        ("FORCE: bool = 1", "FORCE is 1 .* True or False$"),
+        ("BATCHSIZE: int = 2", r"BATCHSIZE is no setting; did you mean BATCH_SIZE\?$"),
+    ],
+)
+def test_constants_are_checked_as_flags_are(tmp_path, line, said):
+    source = (ROOT / "train_mlx.py").read_text()
+    name, value = line.split(":")[0], line.split("= ")[1]
+    script = SimpleNamespace(**vars(train_mlx) | {name: eval(value)})
+    script.__file__ = str(tmp_path / "train_mlx.py")
+    lines = re.sub(
+        rf"^{name.replace('BATCHSIZE', 'BATCH_SIZE')}: .* = .*$", line, source, flags=re.M
+    )
+    (tmp_path / "train_mlx.py").write_text(lines)
+    (tmp_path / "memory.py").write_text("s.FORCE")
+    with pytest.raises(UserError, match=said):
+        flags.parse(script, {}, [], {})
 
 
 def test_json_lines_stand_alone_on_stdout(tmp_path, capsys):

@@ -398,12 +398,26 @@ def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, t
         ('{"prompt": 5}', "prompt is int, not text"),
         ('{"system": "s"}', "instruction missing"),
         ('{"instruction": null}', "instruction is null, not text"),
+        ('{"instruction": "i", "system": 5}', "system is int, not text"),
     ],
 )
 def test_a_bad_line_of_prompts_is_named(line, reason, chaos, tmp_path):
     (tmp_path / "in").write_text(f'{{"prompt": "fine"}}\n{line}\n')
     with pytest.raises(UserError, match=f"line 2: {reason}"):
         generate.main([str(chaos), "--prompts", str(tmp_path / "in")])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "i", "response": None},
+        {"instruction": "i", "response": 3, "system": None},
+        {"messages": [{"role": "user", "content": "i"}]},
+    ],
+)
+def test_what_a_model_would_answer_need_not_be_there(record):
+    asked = b"### Instruction:\ni\n\n### Response:\n"
+    assert generate.prompts_of(record, "full") == [asked]
 
 
 def test_blank_lines_of_prompts_count_but_ask_nothing(chaos, tmp_path, said):

@@ -70,6 +70,24 @@ def test_sizes_agree_with_the_prepared_bytes_and_the_model(tmp_path, capsys):
     assert all(re.search(rf"^  {name} ", out, re.M) for name in train_mlx.PRESETS)
 
 
+def test_the_records_that_validate_are_known_however_alike_texts_are(tmp_path, capsys):
+    """The same instruction with and without an input, as Alpaca has it: one begins the other."""
+    asked = [{"instruction": f"ask {i // 2}", "input": "more" * (i % 2), "output": "x"}
+             for i in range(60)]  # fmt: skip
+    for seed in range(8):
+        out = told(tmp_path, capsys, asked, "--training-mode", "instruction", "--seed", str(seed))
+        validate = int(re.search(r"validation: (\d+) records", out)[1])
+        assert f"0 of {validate} validation records are in the training split" in out
+
+
+def test_presets_that_do_not_go_with_the_constants_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_mlx, "TRAINING_MODE", "full")
+    monkeypatch.setattr(train_mlx, "LOSS_ON", "response")
+    out = told(tmp_path, capsys, [record(i, response="word " * 20) for i in range(40)])
+    assert re.search(r"^  both-64gb +does not go with the constants$", out, re.M)
+    assert re.search(r"^  tiny +full ", out, re.M) and "time to the end" in out
+
+
 def test_a_ready_split_is_planned_as_it_would_train(tmp_path, capsys):
     (split := tmp_path / "split").mkdir()
     (split / "train.bin").write_bytes(bytes(range(256)) * 9)

@@ -19,6 +19,7 @@ import bdh_mlx
 import checkpoints
 import evaluation
 import export
+import report
 import train_mlx
 from bdh_mlx import UserError
 
@@ -215,6 +216,22 @@ def test_a_killed_or_interrupted_run_ends_in_the_same_bits(tmp_path, straight, b
 def test_a_finished_run_says_so_and_what_to_change(straight, capsys):
     assert train(straight, "--max-iters", 12) == 0
     assert "raise MAX_ITERS or EPOCHS" in capsys.readouterr().out
+
+
+def test_evaluations_of_other_validation_bytes_judge_no_more(tmp_path):
+    """A run that goes on with changed data is judged anew, in the report and in best.json."""
+    records = (ROOT / "data" / "sample.jsonl").read_text().splitlines(keepends=True)
+    (file := tmp_path / "d.jsonl").write_text("".join(records[:100]))
+    more = ("--dataset", file, "--eval-bytes", "none", "--allow-data-change")
+    train(tmp_path, "--max-iters", 4, *more)
+    old = report.best(metrics(tmp_path))
+    file.write_text("".join(records[100:200]))
+    train(tmp_path, "--max-iters", 4, *more)  # finished, but not judged by these bytes
+    best = json.loads((tmp_path / "full" / "best.json").read_text())
+    assert best["step"] == 4 and best["judged"] == report.best(metrics(tmp_path))["judged"]
+    kept = [m["of_earlier_data"] for m in metrics(tmp_path) if "of_earlier_data" in m]
+    assert [m["step"] for m in kept] == [0, 4] and kept[1]["judged"] == old["judged"]
+    assert best["judged"] != old["judged"]
 
 
 def test_other_settings_in_the_same_run_are_refused_by_name(straight):
