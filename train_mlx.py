@@ -30,9 +30,7 @@ WARMUP_ITERS: int = 100  # updates of linear rise, while Adam's averages fill
 LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
 WEIGHT_DECAY: float = 0.1  # AdamW's, as in the paper
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: as it comes
-CARRY_STATE: bool = (
-    False  # rows of the batch read on where they stopped, with the synapses they had
-)
+CARRY_STATE: bool = False  # rows of the batch read on where they stopped, with their synapses
 EMA: float = 0.0  # share that an update keeps of the weights' average, the one judged; 0: none
 NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_SKIPS: int = 10  # updates in a row skipped for numbers that are not finite before the run stops
