@@ -19,6 +19,7 @@ import bdh_mlx
 import checkpoints
 import evaluation
 import export
+import flags
 import report
 import train_mlx
 from bdh_mlx import UserError
@@ -476,6 +477,9 @@ def test_every_setting_is_a_flag_with_a_reason():
         "RANGES",
     }
     assert settings == constants - tables - {"BDH_CONFIG"}
+    lines = [x for x in flags._settings_of(train_mlx).splitlines() if x and x[0] != "#"]
+    assert len(lines) == len(settings) + 1  # BDH_CONFIG
+    assert all(re.fullmatch(r"\w+(: [\w |]+)? = \S+  # \S.*", line) for line in lines)
 
 
 @pytest.mark.parametrize(
