@@ -51,6 +51,9 @@ class State(NamedTuple):
             return self.tail.values[0].shape[0]
         return self.synapses[0].shape[1] if self.synapses else 0
 
+    def __repr__(self) -> str:  # its arrays are large
+        return f"State(position={self.position}, window={self.window}, batch={self.batch})"
+
 
 # ------------------------------------------------------------------------------ many bytes at once
 
