@@ -73,21 +73,25 @@ def opened(run: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and [f.name for f in run.iterdir()] == [".lock"]:  # refused: it left nothing
-                with suppress(OSError):  # another one comes in
-                    (run / ".lock").unlink()
-                    run.rmdir()
+            with suppress(OSError):  # another one comes in, or it is gone
+                begun = {".lock", "metrics.jsonl"}
+                if is_new and {f.name for f in run.iterdir()} <= begun:  # refused before it trained
+                    shutil.rmtree(run)
 
 
-def write_best(run: Path, step: int, judged: float) -> None:
-    """Name the checkpoint of `step` the best, with the loss in nats that it is judged by."""
+def write_best(run: Path, step: int, judged: float, val_data: str) -> None:
+    """Name the checkpoint of `step` the best, with the loss in nats that it is judged by, and on
+    which validation bytes.
+    """
     best = {"checkpoint": folder(run, step).name, "step": step, "judged": judged}
+    best["val_data"] = val_data
     best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
     files.write_whole(run / "best.json", json.dumps(best))
 
 
-def read_best(run: Path) -> dict:
-    """The best evaluation so far (checkpoint, step, judged in nats); {} before any.
+def read_best(run: Path, val_data: str | None = None) -> dict:
+    """The best evaluation so far (checkpoint, step, judged in nats), on `val_data` if that is
+    given; {} before any.
 
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
     evaluation is the best then.
@@ -105,7 +109,7 @@ def read_best(run: Path) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         reason = "best.json is not what was written"
     if not reason:
-        return best
+        return best if val_data in (None, best.get("val_data", val_data)) else {}
     print(f"warning: no checkpoint is the best until the next validation: {visible(reason)}")
     (run / "best.json").unlink()
     return {}

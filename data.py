@@ -165,15 +165,16 @@ def _read_hub(dataset: str) -> Iterator[dict]:
 # ----------------------------------------------------------------------------- what a record holds
 
 
-def detect(record: dict) -> tuple[str, list[dict]]:
+def detect(record: dict, questions: bool = False) -> tuple[str, list[dict]]:
     """Name of the record's structure, and its content under our field names.
 
-    A chat gives one entry per answer, each with the chat's system text; Alpaca's `input` continues
-    its instruction. Values are passed on unchecked.
+    A chat gives one entry per answer, each with the chat's system text, and with `questions` one
+    for a question that ends it; Alpaca's `input` continues its instruction. Values are passed on
+    unchecked.
     """
     for name in ("messages", "conversations"):
         if isinstance(record.get(name), list):
-            return name, _exchanges(record[name])
+            return name, _exchanges(record[name], questions)
     found = {f: next((c for c in cs if c in record), None) for f, cs in COLUMNS.items()}
     fields = {field: record[column] for field, column in found.items() if column}
     names = [column for column in found.values() if column]
@@ -189,7 +190,7 @@ def detect(record: dict) -> tuple[str, list[dict]]:
     return "/".join(names), [fields]
 
 
-def _exchanges(turns: list) -> list[dict]:
+def _exchanges(turns: list, questions: bool) -> list[dict]:
     said, exchanges = {}, []
     for turn in turns:
         turn = turn if isinstance(turn, dict) else {}
@@ -198,9 +199,9 @@ def _exchanges(turns: list) -> list[dict]:
         if who == "reply":
             exchanges.append(_exchange(said))
             said.pop("ask", None)
-    said.pop("reply", None)
-    open_end = [_exchange(said)] if "ask" in said else []  # a question without an answer
-    return [*exchanges, *open_end] or [{}]
+    if questions and "ask" in said:
+        exchanges.append(_exchange({k: said[k] for k in said if k != "reply"}))
+    return exchanges or [{}]
 
 
 def _exchange(said: dict) -> dict:
@@ -237,7 +238,7 @@ def sound(fields: dict | str) -> dict[str, str]:
 
 def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
     """Name of the prepared bytes: changes with the files (path, size, time) or a setting."""
-    settings = {"mode": mode, "val_share": val_share, "seed": seed, "split": "by record, kept"}
+    settings = {"mode": mode, "val_share": val_share, "seed": seed, "split": "by record"}
     files = find(dataset)
     source = files and [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = json.dumps([source or dataset, settings], sort_keys=True)

@@ -3,7 +3,7 @@
 A line `BLOCK_SIZE: int = 4096  # bytes ...` makes `--block-size`, with its comment as help text;
 `EPOCHS: float | None = 3  # ...` makes a flag that also takes `none`. A constant that holds a
 dataclass, BDH_CONFIG, makes a flag for each field. A comment line above constants is the heading
-under which `--help` shows them. Users edit the constants, so they are checked as flags are.
+under which `--help` shows them. Users edit the constants, so their types and names are checked.
 """
 
 import argparse
@@ -43,7 +43,6 @@ def parse(
         group = parser.add_argument_group(heading)
         for name, kind, optional, comment in CONSTANT.findall(lines):
             value = getattr(script, name)
-            kind = kind or type(value).__name__
             hints = {name: (kind, optional, comment)}
             fields = {name: value}
             if is_dataclass(value):
@@ -89,9 +88,9 @@ def nearest(word: str, names: Iterable[str]) -> str:
 def _check(name: str, value, kind: str, optional: str) -> None:
     """Raise UserError for a constant that is not of the type in its line."""
     kinds = {"int": "a whole number", "float": "a number", "str": "text", "bool": "True or False"}
-    known = type(value).__name__
     if kind not in kinds:
-        raise UserError(f"{name} is {value!r} in its line; it must be a number or text")
+        raise UserError(f"{name}: its line has lost its type, as in `BLOCK_SIZE: int = 4096`")
+    known = type(value).__name__
     if known != kind and (known, kind) != ("int", "float") and not (optional and value is None):
         also = " or None" if optional else ""
         raise UserError(f"{name} is {value!r} in its line; it must be {kinds[kind]}{also}")
@@ -99,10 +98,9 @@ def _check(name: str, value, kind: str, optional: str) -> None:
 
 def _check_names(script: ModuleType, constants: Iterable[str]) -> None:
     """Raise UserError for a constant that no other line uses: one with a slip in its name."""
-    code = "".join(f.read_text() for f in Path(script.__file__).parent.glob("*.py"))
-    words = Counter(re.findall(r"\w+", code))
+    words = Counter(re.findall(r"\w+", Path(script.__file__).read_text(encoding="utf-8")))
     for name in constants:
-        if words[name] == 1:
+        if name.isupper() and words[name] == 1:
             used = [word for word, n in words.items() if n > 1 and word.isupper()]
             raise UserError(f"{name} is no setting{nearest(name, used)}")
 
@@ -119,7 +117,9 @@ def _add(group, name: str, value, kind: str, optional: str, comment: str) -> Non
 def _settings_of(script: ModuleType) -> str:
     """The part of the script's source from `# Settings` to the first table, ACTIONS."""
     return re.search(
-        r"^# Settings.*?(?=^ACTIONS)", Path(script.__file__).read_text(), re.S | re.M
+        r"^# Settings.*?(?=^ACTIONS)",
+        Path(script.__file__).read_text(encoding="utf-8"),
+        re.S | re.M,
     ).group()
 
 

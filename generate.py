@@ -207,7 +207,7 @@ def prompts_of(record: dict, mode: str | None) -> list[bytes]:
         raise UserError(f"prompt is {type(record['prompt']).__name__}, not text")
     if mode is None:
         raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
-    structure, contents = data.detect(record)
+    structure, contents = data.detect(record, questions=True)
     needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
     for content in contents:
         given = ("system",) if content.get("system") else ()

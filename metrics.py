@@ -48,20 +48,11 @@ def evaluations(history: list[dict]) -> list[int]:
     return [m["step"] for m in history if "val_loss" in m]
 
 
-def set_aside_evaluations(run: Path) -> None:
-    """Keep the evaluations of other bytes in metrics.jsonl where nobody takes them for today's."""
-    path = run / "metrics.jsonl"
-    lines = [
-        {"step": m["step"], "of_earlier_data": m} if "val_loss" in m else m for m in read(path)
-    ]
-    files.write_whole(path, "".join(map(sealed, lines)))
-
-
 def open_log(
-    run: Path, step: int, together: Processes, json_to=None
+    run: Path, step: int, val_data: str, together: Processes, json_to=None
 ) -> tuple[Callable, list[dict]]:
     """A function that logs to metrics.jsonl and the terminal, and all that was logged, a list to
-    which it adds.
+    which it adds, without evaluations of other bytes than `val_data`.
 
     The terminal gets them as text, or the file `json_to` as they are. Lines after `step`, of work
     that was lost, are dropped, so that each step is told once.
@@ -70,12 +61,13 @@ def open_log(
     kept = together.share([m for m in read(path) if m["step"] <= step])
     if together.first:
         files.write_whole(path, "".join(map(sealed, kept)))
+    history = [m for m in kept if m.get("val_data", val_data) == val_data]
 
     def log(**m):
         for name, value in m.items():
             if isinstance(value, float) and not math.isfinite(value):
                 m[name] = None  # JSON knows no NaN
-        kept.append(m)
+        history.append(m)
         if not together.first:
             return
         try:
@@ -89,7 +81,7 @@ def open_log(
             bold = "val_loss" in m and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
             tqdm.write(f"\x1b[1m{told(m)}\x1b[0m" if bold else told(m))
 
-    return log, kept
+    return log, history
 
 
 def told(m: dict) -> str:
@@ -134,5 +126,6 @@ def activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int
                 x, y = kept[5], kept[8]
                 active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
                 excited = excited | mx.any(x > 0, -2)
+            mx.eval(excited)  # or each x would be kept to the end
     x, y = (active / len(watched)).tolist()
     return {"active_x": x, "active_y": y, "dead": excited.size - excited.sum().item()}

@@ -6,6 +6,7 @@ A byte model learns every fault of its data literally, so the data come first.
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -42,9 +43,7 @@ class Findings:
     usable: Counter = field(default_factory=Counter)  # by mode
     digests: list = field(default_factory=list)  # of each training text of the run's own mode
     fields: dict = field(default_factory=dict)  # of each such record, the digest of each field
-    in_val: list = field(
-        default_factory=list
-    )  # whether each such record is in the validation split
+    in_val: list = field(default_factory=list)  # whether it validates, of each such record
     example: str = ""
 
 
@@ -76,6 +75,9 @@ def examine(s: SimpleNamespace) -> Findings:
     cache = Path(s.CHECKPOINT_DIR) / ".data"
     folder = data.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
     has = json.loads((folder / "data.json").read_text())["fields"]
+    if not (folder / data.IN_VAL).is_file():  # prepared by an earlier version
+        shutil.rmtree(folder)
+        data.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
     in_val = iter(np.load(folder / data.IN_VAL).tolist())
     for record in data.read(s.DATASET):
         contents = data.detect(record)[1] if isinstance(record, dict) else []

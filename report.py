@@ -54,9 +54,12 @@ def bits(lines: list[dict]) -> list[dict]:
 
 
 def best(lines: list[dict]) -> dict:
-    """The evaluation that judges the run best, that of the untrained model aside."""
+    """The evaluation that judges the run best, of those on the bytes of the last one, and that of
+    the untrained model aside.
+    """
     evaluated = [m for m in bits(lines) if "judged" in m and m["step"]]
-    return min(evaluated, key=lambda m: m["judged"], default={})
+    alike = [m for m in evaluated if m.get("val_data") == evaluated[-1].get("val_data")]
+    return min(alike, key=lambda m: m["judged"], default={})
 
 
 def judges(config: dict) -> str:
@@ -213,8 +216,8 @@ def activity(lines: list[dict]) -> str:
     if "dead" in (lowest := best(lines)):
         rows += (
             f'<p class="dim">{text(lowest["dead"])} neurons are dead at iteration '
-            f"{text(lowest['step'])}, the best: none of the first {metrics.WATCHED:,} validation "
-            "bytes excited them in any layer.</p>"
+            f"{text(lowest['step'])}, the best: no validation byte of up to {metrics.WATCHED:,} "
+            "excited them in any layer.</p>"
         )
     return rows
 

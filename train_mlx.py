@@ -44,7 +44,7 @@ SEED: int = 1337  # of weights, split, data order, dropout and samples
 VAL_SHARE: float = 0.1  # of the records, held out
 EVAL_BYTES: int | None = 1_000_000  # validation bytes read at most, always the same; none: all
 LOG_FREQ: int = 50  # updates between lines
-EVAL_FREQ: int = 250  # updates between validations, each with samples
+EVAL_FREQ: int = 250  # updates between validations and samples
 SAVE_FREQ: int = 500  # updates between checkpoints
 KEEP: int = 3  # latest checkpoints kept, besides the best
 SAMPLE_BYTES: int = 200  # length of each sample
@@ -85,6 +85,7 @@ PRESETS = {
 
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -114,9 +115,10 @@ from endure import Enduring, Stop
 from errors import UserError, visible
 from formats import EXPECT, FIELDS, NEEDED, prompts
 from formats import format_example as format_example  # what a record becomes, for other scripts
-from metrics import activity, evaluations, open_log, printing, set_aside_evaluations
+from metrics import activity, evaluations, open_log, printing
 from processes import Processes, is_lost
 from report import redraw
+from state import PARTS
 from writing import BUDGET, samples
 
 # -------------------------------------------------------------------------------------------- data
@@ -350,9 +352,6 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
             f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
             f"{s.INIT_FROM} are others now; set RUN_NAME to start another run from them"
         )
-    if "val data" in changed:  # the best of other bytes is no best
-        (run / "best.json").unlink(missing_ok=True)
-        set_aside_evaluations(run)
     with averaged(model, optimizer):  # as it was saved
         checkpoints.load(run, done, model, optimizer)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
@@ -508,9 +507,10 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     model.update(together.from_first(model.parameters()))  # before compiling
     optimizer.state = together.from_first(optimizer.state)
     first = saved = step
-    log, history = open_log(run, step, together, s.json_to)
-    best = together.share(checkpoints.read_best(run) if together.first else None)
-    evaluated = max(evaluations(history), default=-1)
+    val_data = report["val"]["sha256"][:16]  # evaluations of other bytes count for nothing
+    log, history = open_log(run, step, val_data, together, s.json_to)
+    best = together.share(checkpoints.read_best(run, val_data) if together.first else None)
+    evaluated = max(evaluations(history), default=-1) if best or not step else -1
 
     def out_of_patience():  # a function of metrics.jsonl and best.json: a resumed run counts on
         since = [e for e in evaluations(history) if e > best.get("step", math.inf)]
@@ -519,7 +519,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     if evaluated == step and (step >= total or out_of_patience()):
         print(f"finished: {why_finished(s, run, step, total, best)}")
         return 0
-    name, model.compute, peak = memory.choose(s)
+    name, model.compute, peak = memory.choose(s)  # what fits; with FORCE the least
     memory.hold(peak)
     print(f"model: {s.BDH_CONFIG.n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     print(f"memory: {name}, {model.compute.dtype}, estimated peak {peak / 1e9:.2f} GB")
@@ -579,10 +579,10 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
                 save()
                 best = {"step": step, "judged": judged}
                 if together.first:
-                    checkpoints.write_best(run, step, judged)
+                    checkpoints.write_best(run, step, judged, val_data)
             last = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
             last["judged"] = judged  # in nats; by it go best.json, PATIENCE, advice and reports
-            last["val_loss_fields"] = nats
+            last["val_data"], last["val_loss_fields"] = val_data, nats
             last["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
             with averaged(model, optimizer):
                 last |= activity(model, val[0], s.BLOCK_SIZE)
@@ -701,7 +701,7 @@ def command(s: SimpleNamespace, run: Path, prompt: str) -> str:
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     words = [python, "generate.py", run, "--prompt", prompt.replace("\n", "\\n")]
     if len(prompt) + BUDGET > s.BLOCK_SIZE:
-        words += ["--window", s.BLOCK_SIZE]
+        words += ["--window", max(s.BLOCK_SIZE, PARTS)]
     return shlex.join(map(str, words))
 
 
@@ -728,8 +728,9 @@ RANGES = {  # SEED makes a key of 64 bits with the number of a batch
 def settings(argv: list[str] | None = None) -> SimpleNamespace:
     """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
     s = flags.parse(sys.modules[__name__], PRESETS, argv, ACTIONS)
-    s.CHECKPOINT_DIR = str(Path(s.CHECKPOINT_DIR).expanduser())  # no shell reads a constant
-    s.INIT_FROM = s.INIT_FROM and str(Path(s.INIT_FROM).expanduser())
+    for name in ("CHECKPOINT_DIR", "INIT_FROM"):  # no shell reads a constant
+        if vars(s)[name]:
+            setattr(s, name, os.path.expanduser(vars(s)[name]))  # noqa: PTH111  raises nothing
     s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
     for run in phases.chain(s):
         check(run)
@@ -752,6 +753,9 @@ def check(s: SimpleNamespace) -> None:
             f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "
             "set TRAINING_MODE to 'full' or LOSS_ON to 'all'"
         )
+    names = {*AT_LEAST, *one_of, *(name for names in RANGES for name in names)}
+    if lost := sorted(names - vars(s).keys()):
+        raise UserError(f"{', '.join(lost)} must stand among the settings in train_mlx.py")
     if s.MAX_ITERS is None and s.EPOCHS is None:
         raise UserError("MAX_ITERS and EPOCHS are both none, a run without an end; set one of them")
     for name, least in AT_LEAST.items():

@@ -144,9 +144,12 @@ def test_a_long_chat_gives_one_entry_per_answer():
 
 def test_a_chat_may_end_with_a_question():
     record = {"messages": [{"role": "user", "content": "3"}]}
-    assert data.detect(record)[1] == [{"instruction": "3"}]
+    assert data.detect(record)[1] == [{}]  # nothing to train on
+    assert data.detect(record, questions=True)[1] == [{"instruction": "3"}]
     record["messages"] += [{"role": "assistant", "content": "4"}, {"role": "user", "content": "5"}]
-    assert data.detect(record)[1] == [{"instruction": "3", "response": "4"}, {"instruction": "5"}]
+    answered = {"instruction": "3", "response": "4"}
+    assert data.detect(record)[1] == [answered]
+    assert data.detect(record, questions=True)[1] == [answered, {"instruction": "5"}]
 
 
 def test_exchanges_are_told_beside_the_records_that_hold_them(tmp_path):

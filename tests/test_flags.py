@@ -102,7 +102,6 @@ def test_constants_are_checked_as_flags_are(tmp_path, line, said):
         rf"^{name.replace('BATCHSIZE', 'BATCH_SIZE')}: .* = .*$", line, source, flags=re.M
     )
     (tmp_path / "train_mlx.py").write_text(lines)
-    (tmp_path / "memory.py").write_text("s.FORCE")
     with pytest.raises(UserError, match=said):
         flags.parse(script, {}, [], {})
 

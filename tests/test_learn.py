@@ -13,6 +13,7 @@ import bdh_mlx
 import checkpoints
 import export
 import files
+import neurons
 import report
 import train_mlx
 from advice import advise, counting, order_0
@@ -241,6 +242,14 @@ def test_a_finished_chain_is_skipped_and_tells_the_same_table(chained, capsys, m
     assert out.count("finished: ") == 3 and out.count("held out, bits per byte:") == 3
 
 
+def test_a_phase_is_judged_anew_where_the_data_are_others(chained):
+    file = chained / RUNS[0] / "modes.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps(told | {"data": "others", "val_bpb": {}}))
+    assert train(chained, *CHAIN) == 0
+    assert json.loads(file.read_text()) == told
+
+
 def test_a_chain_stopped_within_a_phase_ends_in_the_same_bits(tmp_path, chained, monkeypatch):
     real, calls = train_mlx.loss_weights, iter(range(99))
 
@@ -309,14 +318,23 @@ def test_activity_is_the_share_of_neurons_not_zero_in_each_layer(T):
 
 def test_neurons_that_no_byte_excites_in_any_layer_are_dead():
     model = bdh_mlx.BDH(bdh_mlx.BDHConfig(3, 8, 0.5, 2, 4))
-    encoder = np.array(mx.abs(model.encoder))
-    encoder[0, :, :5] = 0
-    model.encoder = mx.array(encoder)
-    val = np.tile(np.arange(256, dtype=np.uint8), 3)
-    assert activity(model, val, 100)["dead"] == 5
-    encoder[1, :, 7] = 0
-    model.encoder = mx.array(encoder)
-    assert activity(model, val, 100)["dead"] == 6
+    val, ever, last, fired = np.frombuffer(b"dead?", np.uint8), False, False, False
+    for begin in (0, 3):  # blocks of T
+        for layer in neurons.layers(model, val[begin : begin + 3].tobytes()):
+            last = np.array(mx.any(layer.x > 0, 1))
+            ever, fired = ever | last, fired | np.array(mx.any(layer.y > 0, 1))
+    assert 0 < np.sum(~ever) < min(np.sum(~last), np.sum(~fired))
+    assert activity(model, val, 3)["dead"] == np.sum(~ever)
+
+
+def test_activity_takes_no_more_memory_for_more_bytes():
+    model = bdh_mlx.BDH(bdh_mlx.BDHConfig(2, 64, 0.5, 2, 32))
+    val, peaks = np.arange(4096, dtype=np.uint8), []
+    for n in (512, 4096):
+        mx.reset_peak_memory()
+        activity(model, val[:n], 256)
+        peaks.append(mx.get_peak_memory())
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 def test_activity_is_logged_at_each_evaluation_and_summed_up(tmp_path, capsys):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import checkpoints
 import evaluation
 import export
 import flags
+import generate
 import report
 import train_mlx
 from bdh_mlx import UserError
@@ -223,23 +225,50 @@ def test_evaluations_of_other_validation_bytes_judge_no_more(tmp_path):
     """A run that goes on with changed data is judged anew, in the report and in best.json."""
     records = (ROOT / "data" / "sample.jsonl").read_text().splitlines(keepends=True)
     (file := tmp_path / "d.jsonl").write_text("".join(records[:100]))
-    more = ("--dataset", file, "--eval-bytes", "none", "--allow-data-change")
-    train(tmp_path, "--max-iters", 4, *more)
-    old = report.best(metrics(tmp_path))
-    file.write_text("".join(records[100:200]))
-    train(tmp_path, "--max-iters", 4, *more)  # finished, but not judged by these bytes
-    best = json.loads((tmp_path / "full" / "best.json").read_text())
-    assert best["step"] == 4 and best["judged"] == report.best(metrics(tmp_path))["judged"]
-    kept = [m["of_earlier_data"] for m in metrics(tmp_path) if "of_earlier_data" in m]
-    assert [m["step"] for m in kept] == [0, 4] and kept[1]["judged"] == old["judged"]
-    assert best["judged"] != old["judged"]
+    more = ("--dataset", file, "--eval-bytes", "none", "--allow-data-change", "--max-iters", 4)
+    judged = []
+    for at in (0, 100, 100, 0):  # other bytes, the same once more, and back
+        file.write_text("".join(records[at : at + 100]))
+        train(tmp_path, *more)
+        best = json.loads((tmp_path / "full" / "best.json").read_text())
+        assert best["judged"] == report.best(metrics(tmp_path))["judged"]
+        judged.append(best["judged"])
+    assert judged[0] == judged[3] != judged[1] == judged[2]
+    evaluated = [m["step"] for m in metrics(tmp_path) if "val_loss" in m]
+    assert evaluated == [0, 4, 4, 4]  # the third start had nothing to do
+
+
+def test_a_refused_start_leaves_no_folder(tmp_path, monkeypatch):
+    for args in (["--dataset", tmp_path / "none.jsonl"], ["--init-from", "nowhere"]):
+        with pytest.raises(UserError):
+            train(tmp_path, *args)
+    monkeypatch.setattr(train_mlx.memory, "available", lambda: 1000)
+    with pytest.raises(UserError, match="needs"):
+        train(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == [".data"]
+
+
+def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys):
+    """Without system texts none is asked for, and a text stays within the blocks."""
+    asked = [{"question": f"q {i}" * 9, "answer": f"a {i}" * 9} for i in range(30)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1)
+    (said,) = [m["samples"] for m in metrics(tmp_path) if "samples" in m]
+    assert said and not any("### System" in text for text in said)
+    command = shlex.split(re.search("sample_it: (.*)", capsys.readouterr().out)[1])
+    assert command[1] == "generate.py"
+    args = generate.flags(command[2:])
+    assert args.prompt == "### Instruction:\nAnalyze the ethical implications".replace("\n", "\\n")
+    assert args.window == 64 and args.model == str(tmp_path / "full")
 
 
 def test_other_settings_in_the_same_run_are_refused_by_name(straight):
     with pytest.raises(
-        UserError, match=r"BLOCK_SIZE: there 64, here 32; n_embd: there 16, here 8\)"
+        UserError, match=r"BLOCK_SIZE: there 64, here 32; n_embd: there 16, here 8\).* another$"
     ):
         train(straight, "--max-iters", 20, "--block-size", 32, "--n-embd", 8)
+    with pytest.raises(UserError, match=r"\(TRAINING_MODE: there full, here both\)"):
+        train(straight, "--training-mode", "both", "--run-name", "full")  # not: other bytes
     shape = ("--n-layer", 1, "--n-embd", 8, "--n-head", 1, "--mlp-internal-dim-multiplier", 2)
     with pytest.raises(UserError, match=r"n_head: there 2, here 1; and others\)"):
         train(straight, "--seed", 1, "--block-size", 32, *shape)
@@ -259,6 +288,7 @@ def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
     ):
         with pytest.raises(UserError, match=said) as error:
             train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / f"{name}.txt")
+        assert str(error.value).endswith("or --allow-data-change to go on with these")
         assert not re.search("[0-9a-f]{9}", str(error.value).replace(str(tmp_path), ""))
     (tmp_path / "d.txt").write_text("\n\n".join(map(str.upper, texts)))
     with pytest.raises(UserError, match="train data: other bytes, as many: "):
@@ -469,6 +499,7 @@ def test_every_setting_is_a_flag_with_a_reason():
         "FIELDS",
         "NEEDED",
         "BUDGET",
+        "PARTS",
         "EXPECT",
         "FIXED",
         "AT_LEAST",
