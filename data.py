@@ -4,6 +4,7 @@ Reading goes through the `datasets` library, one record at a time, and the prepa
 mapped, so a data set of many gigabytes needs little memory and a resumed run needs no network.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -273,10 +274,11 @@ def _held(cache: Path) -> Iterator[None]:
             for litter in cache.glob("*.tmp"):
                 shutil.rmtree(litter)
             yield
-    except PermissionError as error:  # of the data themselves, it may be
-        raise UserError(f"{error.filename}: {error.strerror}") from None
     except OSError as error:
-        raise UserError(f"{cache} cannot be written: {error.strerror}") from None
+        file = Path(error.filename or cache)
+        if file.is_relative_to(cache) or error.errno == errno.ENOSPC:
+            raise UserError(f"{cache} cannot be written: {error.strerror}") from None
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None  # of the data
 
 
 def intact(folder: Path) -> bool:

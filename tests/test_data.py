@@ -1,9 +1,11 @@
 """What is read, how it is detected, what is skipped, and which bytes are trained on."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import datasets
 import numpy as np
@@ -258,6 +260,23 @@ def test_full_leaves_out_a_section_that_no_record_has(tmp_path):
     report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", told), tmp_path / "cache")
     assert report["skipped"] == {"system is null, not text": 10}
     assert "no record has" not in data.describe(report)
+
+
+def test_data_that_cannot_be_read_are_not_called_a_cache_that_cannot_be_written(
+    tmp_path, monkeypatch
+):
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(b"bytes" * 9)
+
+    def copyfile(source, target, error=errno.EACCES):
+        raise OSError(error, os.strerror(error), str(source), None, str(target))
+
+    monkeypatch.setattr(data.shutil, "copyfile", copyfile)
+    with pytest.raises(UserError, match=r"(train|val)\.bin cannot be read: Permission denied"):
+        prepare(tmp_path, tmp_path / "cache")
+    monkeypatch.setattr(data.shutil, "copyfile", partial(copyfile, error=errno.ENOSPC))
+    with pytest.raises(UserError, match="cache cannot be written: No space left"):
+        prepare(tmp_path, tmp_path / "cache")
 
 
 def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
