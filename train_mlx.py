@@ -522,7 +522,8 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     name, model.compute, peak = memory.choose(s)  # what fits; with FORCE the least
     memory.hold(peak)
     print(f"model: {s.BDH_CONFIG.n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
-    print(f"memory: {name}, {model.compute.dtype}, estimated peak {peak / 1e9:.2f} GB")
+    dtype = str(model.compute.dtype).removeprefix("mlx.core.")
+    print(f"memory: {name}, {dtype}, estimated peak {peak / 1e9:.2f} GB")
     has = {FIELDS[i] for i in np.unique(val[1])}
     print(f"note: {EXPECT[s.TRAINING_MODE if has & {*NEEDED[s.TRAINING_MODE]} else 'text']}")
     asked = prompts(s.TRAINING_MODE, has)
