@@ -89,9 +89,8 @@ def write_best(run: Path, step: int, judged: float, val_data: str) -> None:
     files.write_whole(run / "best.json", json.dumps(best))
 
 
-def read_best(run: Path, val_data: str | None = None) -> dict:
-    """The best evaluation so far (checkpoint, step, judged in nats), on `val_data` if that is
-    given; {} before any.
+def read_best(run: Path) -> dict:
+    """The best evaluation so far (checkpoint, step, judged in nats, val_data); {} before any.
 
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
     evaluation is the best then.
@@ -109,7 +108,7 @@ def read_best(run: Path, val_data: str | None = None) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         reason = "best.json is not what was written"
     if not reason:
-        return best if val_data in (None, best.get("val_data", val_data)) else {}
+        return best
     print(f"warning: no checkpoint is the best until the next validation: {visible(reason)}")
     (run / "best.json").unlink()
     return {}

@@ -275,10 +275,10 @@ def _held(cache: Path) -> Iterator[None]:
                 shutil.rmtree(litter)
             yield
     except OSError as error:
-        file = Path(error.filename or cache)
-        if file.is_relative_to(cache) or error.errno == errno.ENOSPC:
+        file, full = error.filename or "the data", error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or Path(file).is_relative_to(cache):
             raise UserError(f"{cache} cannot be written: {error.strerror}") from None
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None  # of the data
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def intact(folder: Path) -> bool:

@@ -11,7 +11,6 @@ import difflib
 import inspect
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -21,20 +20,22 @@ from errors import UserError, visible
 
 CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?(?:  # (.*))?$", re.MULTILINE)
 
-HEADING = re.compile(r"^# (.*)\n((?:(?!#).*\n)+)", re.MULTILINE)
+HEADING = re.compile(r"^# (.*)\n((?:(?!# ).*\n)+)", re.MULTILINE)
 
 
 def parse(
     script: ModuleType,
+    names: set[str],
     presets: dict[str, str],
     argv: list[str] | None,
     actions: dict[str, str],
 ) -> SimpleNamespace:
     """The script's constants, changed by --preset, changed by flags; argparse reports bad ones.
 
-    Each of `actions` (name: help) is a flag without a constant, and a bool in lower case.
+    Each of `actions` (name: help) is a flag without a constant, and a bool in lower case. Raises
+    UserError for a constant that is not among `names`, is not there, or is of another type.
     """
-    constants = {}
+    constants, seen = {}, set()
     parser = Parser(script.__doc__)
     parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}")
     for name, text in actions.items():
@@ -42,6 +43,10 @@ def parse(
     for heading, lines in HEADING.findall(_settings_of(script)):
         group = parser.add_argument_group(heading)
         for name, kind, optional, comment in CONSTANT.findall(lines):
+            if name not in names or name in seen:
+                wrong = "stands twice" if name in seen else f"is no setting{nearest(name, names)}"
+                raise UserError(f"{name} {wrong}")
+            seen.add(name)
             value = getattr(script, name)
             hints = {name: (kind, optional, comment)}
             fields = {name: value}
@@ -53,7 +58,8 @@ def parse(
             constants |= fields
             for one, hint in hints.items():
                 _add(group, one, fields[one], *hint)
-    _check_names(script, constants)
+    if lost := sorted(names - seen):
+        raise UserError(f"{', '.join(lost)} must stand among the settings")
     argv = sys.argv[1:] if argv is None else argv
     name = parser.parse_args(argv).preset
     if name is not None and name not in presets:
@@ -94,15 +100,6 @@ def _check(name: str, value, kind: str, optional: str) -> None:
     if known != kind and (known, kind) != ("int", "float") and not (optional and value is None):
         also = " or None" if optional else ""
         raise UserError(f"{name} is {value!r} in its line; it must be {kinds[kind]}{also}")
-
-
-def _check_names(script: ModuleType, constants: Iterable[str]) -> None:
-    """Raise UserError for a constant that no other line uses: one with a slip in its name."""
-    words = Counter(re.findall(r"\w+", Path(script.__file__).read_text(encoding="utf-8")))
-    for name in constants:
-        if name.isupper() and words[name] == 1:
-            used = [word for word, n in words.items() if n > 1 and word.isupper()]
-            raise UserError(f"{name} is no setting{nearest(name, used)}")
 
 
 def _add(group, name: str, value, kind: str, optional: str, comment: str) -> None:

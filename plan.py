@@ -6,12 +6,12 @@ A byte model learns every fault of its data literally, so the data come first.
 import hashlib
 import json
 import re
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -75,14 +75,15 @@ def examine(s: SimpleNamespace) -> Findings:
     cache = Path(s.CHECKPOINT_DIR) / ".data"
     folder = data.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
     has = json.loads((folder / "data.json").read_text())["fields"]
-    if not (folder / data.IN_VAL).is_file():  # prepared by an earlier version
-        shutil.rmtree(folder)
-        data.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
-    in_val = iter(np.load(folder / data.IN_VAL).tolist())
+    with TemporaryDirectory() as other:
+        if not (folder / data.IN_VAL).is_file():  # prepared by an earlier version: runs need it
+            how = (s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED)
+            folder = data.prepare(*how, Path(other))
+        in_val = iter(np.load(folder / data.IN_VAL).tolist())
     for record in data.read(s.DATASET):
         contents = data.detect(record)[1] if isinstance(record, dict) else []
         for content in filter(None, map(data.sound, contents)):
-            validates = next(in_val)
+            validates = next(in_val, False)  # a set on the hub may have grown since
             serves = [m for m in NEEDED if "text" in content or {*needed(m, has)} <= {*content}]
             for mode in serves:
                 found.usable[mode] += 1

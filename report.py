@@ -28,8 +28,10 @@ _told = set()  # runs whose report failed
 
 
 def read(run: Path) -> tuple[dict, list[dict]]:
-    """config.json and the lines of metrics.jsonl of a run. Raises UserError where there is none."""
-    lines = metrics.read(run / "metrics.jsonl")
+    """config.json and the lines of metrics.jsonl of a run, evaluations of other validation bytes
+    than the last ones aside. Raises UserError where there is none.
+    """
+    lines = metrics.of_one_kind(metrics.read(run / "metrics.jsonl"))
     if not lines:
         raise UserError(f"{run} holds no metrics.jsonl; name the folder of a run")
     config = {"settings": {}, "data": {}, "versions": {}}
@@ -54,12 +56,9 @@ def bits(lines: list[dict]) -> list[dict]:
 
 
 def best(lines: list[dict]) -> dict:
-    """The evaluation that judges the run best, of those on the bytes of the last one, and that of
-    the untrained model aside.
-    """
+    """The evaluation that judges the run best, that of the untrained model aside."""
     evaluated = [m for m in bits(lines) if "judged" in m and m["step"]]
-    alike = [m for m in evaluated if m.get("val_data") == evaluated[-1].get("val_data")]
-    return min(alike, key=lambda m: m["judged"], default={})
+    return min(evaluated, key=lambda m: m["judged"], default={})
 
 
 def judges(config: dict) -> str:

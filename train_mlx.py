@@ -298,9 +298,9 @@ def fresh(s: SimpleNamespace) -> tuple[BDH, optim.AdamW]:
     return model, optimizer
 
 
-def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tuple[int, list]:
-    """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached and
-    the weights that the run came from.
+def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tuple[int, list, str]:
+    """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached, the
+    weights that the run came from, and the validation bytes that it had.
     """
     origin = Path(s.CHECKPOINT_DIR, s.INIT_FROM or "")
     if s.INIT_FROM and not origin.exists():
@@ -320,7 +320,7 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
             if s.EMA:  # the average starts where the weights do
                 optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
-        return 0, phases.ancestry(origin) if s.INIT_FROM else []
+        return 0, phases.ancestry(origin) if s.INIT_FROM else [], val_data(report)
     before = checkpoints.read_info(run, done)
     new = described(s) | checkpoints.versions() | {UPDATE: sequences(s)}
     try:
@@ -355,7 +355,12 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
     with averaged(model, optimizer):  # as it was saved
         checkpoints.load(run, done, model, optimizer)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
-    return done, ancestry
+    return done, ancestry, val_data(before["data"])
+
+
+def val_data(report: dict) -> str:
+    """Name of the validation bytes: losses on others do not compare."""
+    return report["val"]["sha256"][:16]
 
 
 def noisy(idx: mx.array, share: float, key: mx.array) -> mx.array:
@@ -503,13 +508,15 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
 
     model, optimizer = fresh(s)
     found = start(run, s, report, model, optimizer) if together.first else None
-    step, ancestry = together.share(found)
+    step, ancestry, had = together.share(found)
     model.update(together.from_first(model.parameters()))  # before compiling
     optimizer.state = together.from_first(optimizer.state)
     first = saved = step
-    val_data = report["val"]["sha256"][:16]  # evaluations of other bytes count for nothing
-    log, history = open_log(run, step, val_data, together, s.json_to)
-    best = together.share(checkpoints.read_best(run, val_data) if together.first else None)
+    now = val_data(report)
+    log, history = open_log(run, step, (had, now), together, s.json_to)
+    named = best = together.share(checkpoints.read_best(run) if together.first else None)
+    if best.get("val_data", had) != now:
+        best = {}
     evaluated = max(evaluations(history), default=-1) if best or not step else -1
 
     def out_of_patience():  # a function of metrics.jsonl and best.json: a resumed run counts on
@@ -519,7 +526,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     if evaluated == step and (step >= total or out_of_patience()):
         print(f"finished: {why_finished(s, run, step, total, best)}")
         return 0
-    name, model.compute, peak = memory.choose(s)  # what fits; with FORCE the least
+    name, model.compute, peak = memory.choose(s)
     memory.hold(peak)
     print(f"model: {s.BDH_CONFIG.n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     dtype = str(model.compute.dtype).removeprefix("mlx.core.")
@@ -578,12 +585,12 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
             judged = nats.get(s.LOSS_ON, val_loss)  # of the bytes that train
             if step and judged < best.get("judged", math.inf):
                 save()
-                best = {"step": step, "judged": judged}
+                named = best = {"step": step, "judged": judged}
                 if together.first:
-                    checkpoints.write_best(run, step, judged, val_data)
+                    checkpoints.write_best(run, step, judged, now)
             last = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
             last["judged"] = judged  # in nats; by it go best.json, PATIENCE, advice and reports
-            last["val_data"], last["val_loss_fields"] = val_data, nats
+            last["val_data"], last["val_loss_fields"] = now, nats
             last["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
             with averaged(model, optimizer):
                 last |= activity(model, val[0], s.BLOCK_SIZE)
@@ -599,7 +606,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
             if together.first:
                 redraw(run)
         if together.first:
-            checkpoints.prune(run, s.KEEP, best.get("step"))
+            checkpoints.prune(run, s.KEEP, named.get("step"))  # which best.json names
         if finished:
             break
 
@@ -724,11 +731,20 @@ RANGES = {  # SEED makes a key of 64 bits with the number of a batch
     ("MIN_LEARNING_RATE",): (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     ("SEED",): (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32"),
 }
+CHOICES = {
+    "TRAINING_MODE": NEEDED,
+    "LOSS_ON": ("all", "response"),
+    "DTYPE": ("auto", "bfloat16", "float32"),
+    "MEMORY": ("auto", *memory.SETTINGS),
+}
+NAMES = {*AT_LEAST, *CHOICES, *(name for names in RANGES for name in names)}  # of all settings
+NAMES |= {"DATASET", "CHECKPOINT_DIR", "RUN_NAME", "INIT_FROM", "PHASES", "BDH_CONFIG"}
+NAMES |= {"CARRY_STATE", "FORCE", "ALLOW_DATA_CHANGE"}
 
 
 def settings(argv: list[str] | None = None) -> SimpleNamespace:
     """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
-    s = flags.parse(sys.modules[__name__], PRESETS, argv, ACTIONS)
+    s = flags.parse(sys.modules[__name__], NAMES, PRESETS, argv, ACTIONS)
     for name in ("CHECKPOINT_DIR", "INIT_FROM"):  # no shell reads a constant
         if vars(s)[name]:
             setattr(s, name, os.path.expanduser(vars(s)[name]))  # noqa: PTH111  raises nothing
@@ -740,9 +756,7 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
 
 def check(s: SimpleNamespace) -> None:
     """Raise UserError naming the first setting that cannot be, its value and its limit."""
-    one_of = {"TRAINING_MODE": NEEDED, "LOSS_ON": ("all", "response")}
-    one_of |= {"DTYPE": ("auto", "bfloat16", "float32")}
-    for name, choices in (one_of | {"MEMORY": ("auto", *memory.SETTINGS)}).items():
+    for name, choices in CHOICES.items():
         if vars(s)[name] not in choices:
             raise UserError(
                 f"{name} is {vars(s)[name]!r}; it must be one of "
@@ -754,9 +768,6 @@ def check(s: SimpleNamespace) -> None:
             f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "
             "set TRAINING_MODE to 'full' or LOSS_ON to 'all'"
         )
-    names = {*AT_LEAST, *one_of, *(name for names in RANGES for name in names)}
-    if lost := sorted(names - vars(s).keys()):
-        raise UserError(f"{', '.join(lost)} must stand among the settings in train_mlx.py")
     if s.MAX_ITERS is None and s.EPOCHS is None:
         raise UserError("MAX_ITERS and EPOCHS are both none, a run without an end; set one of them")
     for name, least in AT_LEAST.items():

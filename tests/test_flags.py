@@ -91,11 +91,14 @@ def test_a_mistyped_choice_is_told_its_nearest():
         ('EPOCHS: float | None = "none"', "EPOCHS is 'none' .* a number or None$"),
         ("FORCE: bool = 1", "FORCE is 1 .* True or False$"),
         ("BATCHSIZE: int = 2", r"BATCHSIZE is no setting; did you mean BATCH_SIZE\?$"),
+        ("KEEP = 3", "KEEP: its line has lost its type, as in `BLOCK_SIZE: int = 4096`$"),
+        ("KEEP: int = 3\nKEEP: int = 4", "KEEP stands twice$"),
+        ("#KEEP: int = 3", "^KEEP must stand among the settings$"),
     ],
 )
 def test_constants_are_checked_as_flags_are(tmp_path, line, said):
     source = (ROOT / "train_mlx.py").read_text()
-    name, value = line.split(":")[0], line.split("= ")[1]
+    name, value = re.match(r"\w+", line.strip("#"))[0], line.split("= ")[-1]
     script = SimpleNamespace(**vars(train_mlx) | {name: eval(value)})
     script.__file__ = str(tmp_path / "train_mlx.py")
     lines = re.sub(
@@ -103,7 +106,7 @@ def test_constants_are_checked_as_flags_are(tmp_path, line, said):
     )
     (tmp_path / "train_mlx.py").write_text(lines)
     with pytest.raises(UserError, match=said):
-        flags.parse(script, {}, [], {})
+        flags.parse(script, train_mlx.NAMES, {}, [], {})
 
 
 def test_json_lines_stand_alone_on_stdout(tmp_path, capsys):

@@ -6,6 +6,7 @@ import re
 import pytest
 from test_train import ARGS
 
+import data
 import plan
 import train_mlx
 
@@ -15,7 +16,9 @@ MAC = "é".encode().decode("mac_roman")
 
 def told(tmp_path, capsys, records, *args):
     file = tmp_path / "data.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    text = "".join(json.dumps(r) + "\n" for r in records)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
     folder = tmp_path / "ck"
     args = [*ARGS, "--dataset", str(file), "--checkpoint-dir", str(folder), *args, "--plan"]
     assert train_mlx.main(args) == 0
@@ -78,6 +81,20 @@ def test_the_records_that_validate_are_known_however_alike_texts_are(tmp_path, c
         out = told(tmp_path, capsys, asked, "--training-mode", "instruction", "--seed", str(seed))
         validate = int(re.search(r"validation: (\d+) records", out)[1])
         assert f"0 of {validate} validation records are in the training split" in out
+
+
+def test_prepared_data_of_an_earlier_version_stay_as_they_are(tmp_path, capsys):
+    records = [record(i, response="word " * 20) for i in range(40)]
+    before = told(tmp_path, capsys, records)
+    (folder,) = (f for f in (tmp_path / "ck" / ".data").iterdir() if f.is_dir())
+    about = json.loads((folder / "data.json").read_text())
+    del about["in_val_sha256"], about["sha256"]
+    (folder / "in_val.npy").unlink()
+    (folder / "data.json").write_text(json.dumps(about | {"sha256": data._sha256_of(about)}))
+    files = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+    again = told(tmp_path, capsys, records)
+    assert files == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+    assert again.split("\nspeed")[0] == before.split("\nspeed")[0]
 
 
 def test_presets_that_do_not_go_with_the_constants_are_named(tmp_path, capsys, monkeypatch):

@@ -231,11 +231,61 @@ def test_evaluations_of_other_validation_bytes_judge_no_more(tmp_path):
         file.write_text("".join(records[at : at + 100]))
         train(tmp_path, *more)
         best = json.loads((tmp_path / "full" / "best.json").read_text())
-        assert best["judged"] == report.best(metrics(tmp_path))["judged"]
+        assert best["judged"] == report.best(report.read(tmp_path / "full")[1])["judged"]
         judged.append(best["judged"])
     assert judged[0] == judged[3] != judged[1] == judged[2]
     evaluated = [m["step"] for m in metrics(tmp_path) if "val_loss" in m]
     assert evaluated == [0, 4, 4, 4]  # the third start had nothing to do
+
+
+def test_a_best_checkpoint_stays_while_other_bytes_are_tried(tmp_path):
+    """Its evaluations, of an earlier version too, are of the bytes that the run had then."""
+    records = (ROOT / "data" / "sample.jsonl").read_text().splitlines(keepends=True)
+    more = ["--dataset", tmp_path / "d.jsonl", "--allow-data-change", "--keep", 1]
+    (tmp_path / "d.jsonl").write_text("".join(records[:100]))
+    train(tmp_path, *more, "--max-iters", 5, "--learning-rate", 1e-3)
+    run, first = tmp_path / "full", report.best(metrics(tmp_path))
+    lines = [{k: v for k, v in m.items() if k not in ("val_data", "crc32")}
+             for m in metrics(tmp_path)]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    rewrite_best(run, checkpoint="step-000005", step=5, judged=first["judged"])
+    (tmp_path / "d.jsonl").write_text("".join(records[100:200]))
+    train(tmp_path, *more, "--max-iters", 9, "--eval-freq", 100)  # evaluated once, at its end
+    best = json.loads((run / "best.json").read_text())
+    assert best["step"] == 9 and report.best(report.read(run)[1])["step"] == 9
+    evaluated = [(m["step"], m["val_data"]) for m in metrics(tmp_path) if "val_loss" in m]
+    assert [step for step, _ in evaluated] == [0, 5, 9]
+    assert evaluated[0][1] == evaluated[1][1] != evaluated[2][1]
+
+
+def test_a_checkpoint_that_best_json_names_is_not_pruned_for_other_bytes(tmp_path, monkeypatch):
+    records = (ROOT / "data" / "sample.jsonl").read_text().splitlines(keepends=True)
+    more = ["--dataset", tmp_path / "d.jsonl", "--allow-data-change", "--keep", 1]
+    (tmp_path / "d.jsonl").write_text("".join(records[:100]))
+    train(tmp_path, *more, "--max-iters", 5)
+    (tmp_path / "d.jsonl").write_text("".join(records[100:200]))
+    gone = RuntimeError("an accident")
+
+    def broken(*args):
+        raise gone
+
+    monkeypatch.setattr(train_mlx, "evaluate", broken)
+    with pytest.raises(RuntimeError, match="an accident"):
+        train(tmp_path, *more, "--max-iters", 9, "--eval-freq", 100)
+    assert checkpoints.steps(tmp_path / "full") == [5, 8, 9]  # saved, and not yet judged
+
+
+def test_other_bytes_before_the_first_checkpoint_are_evaluated_too(tmp_path, monkeypatch):
+    records = (ROOT / "data" / "sample.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "d.jsonl").write_text("".join(records[:100]))
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(train_mlx, "loss_weights", lambda *_: 1 / 0)
+        train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1)
+    (tmp_path / "d.jsonl").write_text("".join(records[100:200]))
+    train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1)
+    evaluated = [(m["step"], m["val_data"]) for m in metrics(tmp_path) if "val_loss" in m]
+    assert [step for step, _ in evaluated] == [0, 0, 1]
+    assert evaluated[0][1] != evaluated[1][1] == evaluated[2][1]
 
 
 def test_a_refused_start_leaves_no_folder(tmp_path, monkeypatch):
@@ -246,6 +296,10 @@ def test_a_refused_start_leaves_no_folder(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="needs"):
         train(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == [".data"]
+    (tmp_path / "full").mkdir()  # the user's own
+    with pytest.raises(UserError, match="needs"):
+        train(tmp_path)
+    assert (tmp_path / "full").is_dir()
 
 
 def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys):
@@ -260,6 +314,7 @@ def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys):
     args = generate.flags(command[2:])
     assert args.prompt == "### Instruction:\nAnalyze the ethical implications".replace("\n", "\\n")
     assert args.window == 64 and args.model == str(tmp_path / "full")
+    assert "--window 4" in train_mlx.command(SimpleNamespace(BLOCK_SIZE=2), tmp_path, "a")  # PARTS
 
 
 def test_other_settings_in_the_same_run_are_refused_by_name(straight):
@@ -500,6 +555,8 @@ def test_every_setting_is_a_flag_with_a_reason():
         "NEEDED",
         "BUDGET",
         "PARTS",
+        "CHOICES",
+        "NAMES",
         "EXPECT",
         "FIXED",
         "AT_LEAST",
@@ -507,7 +564,7 @@ def test_every_setting_is_a_flag_with_a_reason():
         "UPDATE",
         "RANGES",
     }
-    assert settings == constants - tables - {"BDH_CONFIG"}
+    assert settings == constants - tables - {"BDH_CONFIG"} == train_mlx.NAMES - {"BDH_CONFIG"}
     lines = [x for x in flags._settings_of(train_mlx).splitlines() if x and x[0] != "#"]
     assert len(lines) == len(settings) + 1  # BDH_CONFIG
     assert all(re.fullmatch(r"\w+(: [\w |]+)? = \S+  # \S.*", line) for line in lines)
