@@ -279,7 +279,7 @@ def load_state(path: str | Path, model: BDH) -> State:
 
 def find_weights(path: str | Path) -> Path:
     """The weights file that `path` means: itself, a checkpoint's, a run's best or last."""
-    path = Path(path).expanduser()
+    path = files.expanded(path)
     if path.is_file():
         return path
     if (path / "model.safetensors").is_file():

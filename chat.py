@@ -16,6 +16,7 @@ import mlx.core as mx
 import formats
 from bdh_mlx import BDH, save_state
 from errors import UserError, visible
+from files import expanded
 from sampling import Sampling
 from state import State
 from writing import Stops, Terminal, outgrown, read, rows, write
@@ -131,7 +132,7 @@ class Session:
             print(f"forgotten: {len(self.text):,} bytes")
             self.reset()
         elif name == "/save":
-            self.save(Path(argument.strip()).expanduser())
+            self.save(expanded(argument.strip()))
         elif name == "/help":
             print(HELP)
         else:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from files import sha256
+from files import expanded, sha256
 from formats import FIELDS, NEEDED, SEPARATOR, needed, pieces
 
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl"
@@ -51,7 +51,7 @@ def find(dataset: str) -> list[Path] | None:
     """The local files that `dataset` names, or None for a name on the hub. Raises UserError."""
     if dataset == "sample":
         return [SAMPLE]
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     if path.is_dir():
         if ready := [path / name for name in SPLIT if (path / name).is_file()]:
             if missing := [name for name in ("train.bin", "val.bin") if path / name not in ready]:
@@ -201,7 +201,8 @@ def _exchanges(turns: list, questions: bool) -> list[dict]:
             exchanges.append(_exchange(said))
             said.pop("ask", None)
     if questions and "ask" in said:
-        exchanges.append(_exchange({k: said[k] for k in said if k != "reply"}))
+        said.pop("reply", None)
+        exchanges.append(_exchange(said))
     return exchanges or [{}]
 
 

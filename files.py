@@ -1,4 +1,4 @@
-"""Files on which others rely: flushed to the drive, replaced at once, compared by their bytes."""
+"""Paths, and files on which others rely: flushed, replaced at once, compared by their bytes."""
 
 import fcntl
 import hashlib
@@ -18,6 +18,11 @@ def flush(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` replaced, where a user is known by that name: Path's own raises."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def sha256(path: Path) -> str:

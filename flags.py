@@ -113,11 +113,8 @@ def _add(group, name: str, value, kind: str, optional: str, comment: str) -> Non
 
 def _settings_of(script: ModuleType) -> str:
     """The part of the script's source from `# Settings` to the first table, ACTIONS."""
-    return re.search(
-        r"^# Settings.*?(?=^ACTIONS)",
-        Path(script.__file__).read_text(encoding="utf-8"),
-        re.S | re.M,
-    ).group()
+    source = Path(script.__file__).read_text(encoding="utf-8")
+    return re.search(r"^# Settings.*?(?=^ACTIONS)", source, re.S | re.M).group()
 
 
 def _reader(kind: str, optional: str):

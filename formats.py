@@ -1,6 +1,6 @@
 """What a record becomes in each training mode, and what to ask a model of that mode."""
 
-from collections.abc import Container
+from collections.abc import Collection
 
 FIELDS = ("", "system", "instruction", "response", "text")  # "": headers and blank lines
 NEEDED = {  # fields of a record that each training mode formats
@@ -29,21 +29,22 @@ EXPECT = {  # what to make of a mode's samples, said where they are printed
     "full": "this mode trains on whole records: expect a response after its header",
     "text": "the data are plain text: expect more of it; headers in the prompts are new to it",
 }
+BUDGET = 500  # bytes that a model writes, where nothing else is said
 SEPARATOR = "\n\n"  # between records
 STOP = "\n---"  # ends a response; part of it, since a model must learn to stop
 
 
-def prompts(mode: str, has: Container[str]) -> list[str]:
+def prompts(mode: str, has: Collection[str]) -> list[str]:
     """The guide's prompts for a model of `mode`, but for sections that data with the fields `has`
     do not have: of plain text the start of a record, in `full` no system text where none has one.
     """
     if not set(NEEDED[mode]) & set(has):
         return [SEPARATOR]
-    lacks = mode == "full" and "system" not in has
-    return [p for p in PROMPTS[mode] if not (lacks and p.startswith("### System"))]
+    of_system = "system" in needed(mode, has)
+    return [p for p in PROMPTS[mode] if of_system or not p.startswith("### System")]
 
 
-def needed(mode: str, has: Container[str]) -> tuple[str, ...]:
+def needed(mode: str, has: Collection[str]) -> tuple[str, ...]:
     """Fields that a record must have in `mode`, of data whose records have the fields `has`: in
     `full` no system text where no record has one (Alpaca, questions and answers).
     """

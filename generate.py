@@ -37,18 +37,7 @@ from flags import Parser
 from memory import compute_for
 from sampling import WINDOW, Sampling
 from state import PARTS, State
-from writing import (
-    BUDGET,
-    Stops,
-    Terminal,
-    as_text,
-    complete,
-    outgrown,
-    read,
-    rows,
-    unescaped,
-    write,
-)
+from writing import Stops, Terminal, as_text, complete, outgrown, read, rows, unescaped, write
 
 PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
 the mode"""
@@ -94,7 +83,8 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--no-stop", "end at --max-new-tokens alone", action="store_true")
 
     add = group("what comes out")
-    add("--max-new-tokens", f"bytes at most ({BUDGET})", type=int, default=BUDGET, metavar="N")
+    budget = formats.BUDGET
+    add("--max-new-tokens", f"bytes at most ({budget})", type=int, default=budget, metavar="N")
     add("--samples", "texts for each prompt (1)", type=int, default=1, metavar="N")
     add("--batch-size", "texts written at once (8)", type=int, default=8, metavar="N")
     add("--out", "file for the texts of --prompts (stdout)", type=Path, metavar="JSONL")

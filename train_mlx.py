@@ -85,7 +85,6 @@ PRESETS = {
 
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -113,13 +112,13 @@ import phases
 from advice import advise, counting
 from endure import Enduring, Stop
 from errors import UserError, visible
-from formats import EXPECT, FIELDS, NEEDED, prompts
+from formats import BUDGET, EXPECT, FIELDS, NEEDED, prompts
 from formats import format_example as format_example  # what a record becomes, for other scripts
 from metrics import activity, evaluations, open_log, printing
 from processes import Processes, is_lost
 from report import redraw
 from state import PARTS
-from writing import BUDGET, samples
+from writing import samples
 
 # -------------------------------------------------------------------------------------------- data
 
@@ -515,9 +514,11 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     now = val_data(report)
     log, history = open_log(run, step, (had, now), together, s.json_to)
     named = best = together.share(checkpoints.read_best(run) if together.first else None)
-    if best.get("val_data", had) != now:
+    if best.get("val_data", had) != now:  # it stays what best.json names until another is judged
         best = {}
-    evaluated = max(evaluations(history), default=-1) if best or not step else -1
+    evaluated = max(evaluations(history), default=-1)
+    if step and not best:
+        evaluated = -1  # judged at once, if a validation is due
 
     def out_of_patience():  # a function of metrics.jsonl and best.json: a resumed run counts on
         since = [e for e in evaluations(history) if e > best.get("step", math.inf)]
@@ -747,7 +748,7 @@ def settings(argv: list[str] | None = None) -> SimpleNamespace:
     s = flags.parse(sys.modules[__name__], NAMES, PRESETS, argv, ACTIONS)
     for name in ("CHECKPOINT_DIR", "INIT_FROM"):  # no shell reads a constant
         if vars(s)[name]:
-            setattr(s, name, os.path.expanduser(vars(s)[name]))  # noqa: PTH111  raises nothing
+            setattr(s, name, str(files.expanded(vars(s)[name])))
     s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
     for run in phases.chain(s):
         check(run)

@@ -18,8 +18,6 @@ from errors import UserError, visible
 from sampling import NONE, Sampling, after, numbers
 from state import State, ahead, prefill
 
-BUDGET = 500  # bytes of a text, where nothing else is said
-
 
 def rows(texts: Sequence[bytes]) -> np.ndarray:
     """Texts as one array (B, T) of bytes, NONE after the end of those that are shorter."""

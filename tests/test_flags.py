@@ -101,10 +101,9 @@ def test_constants_are_checked_as_flags_are(tmp_path, line, said):
     name, value = re.match(r"\w+", line.strip("#"))[0], line.split("= ")[-1]
     script = SimpleNamespace(**vars(train_mlx) | {name: eval(value)})
     script.__file__ = str(tmp_path / "train_mlx.py")
-    lines = re.sub(
-        rf"^{name.replace('BATCHSIZE', 'BATCH_SIZE')}: .* = .*$", line, source, flags=re.M
-    )
-    (tmp_path / "train_mlx.py").write_text(lines)
+    instead_of = name.replace("BATCHSIZE", "BATCH_SIZE")
+    source = re.sub(rf"^{instead_of}: .* = .*$", line, source, flags=re.M)
+    (tmp_path / "train_mlx.py").write_text(source)
     with pytest.raises(UserError, match=said):
         flags.parse(script, train_mlx.NAMES, {}, [], {})
 
