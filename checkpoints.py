@@ -25,7 +25,9 @@ from errors import UserError, visible
 
 
 class NoneValid(UserError):
-    """There are checkpoints, and each is damaged; the trainer exits with code 3."""
+    """The run has no checkpoint that can be trusted, though it had one."""
+
+    exit_code = 3
 
 
 # ---------------------------------------------------------------------------------- the run folder

@@ -1,6 +1,5 @@
-"""What lets a run outlive signals and closed terminals."""
+"""What lets a run outlive signals."""
 
-import io
 import os
 import signal
 from contextlib import suppress
@@ -55,14 +54,3 @@ class Stop:
         """Take over what any process has heard; called by all of them at once."""
         if self.processes.size > 1:
             self.number = max(self.processes.gather(self.heard))
-
-
-class Enduring(io.TextIOWrapper):
-    """Output that outlives its reader: a closed pipe or terminal must not end the training."""
-
-    def write(self, text: str) -> int:
-        try:
-            return super().write(text)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return len(text)

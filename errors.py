@@ -4,7 +4,9 @@ import re
 
 
 class UserError(ValueError):
-    """What the user can put right; the scripts print it as one line and exit with code 2."""
+    """What the user can put right; the scripts print it as one line and exit with its code."""
+
+    exit_code = 2
 
 
 def visible(text: str) -> str:

@@ -1,20 +1,56 @@
-"""The loss of a checkpoint on a data set, whole and by the field each byte belongs to."""
+"""The loss of a model on held out bytes, whole and by the field that each byte belongs to."""
 
 import math
+import sys
 import tempfile
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from tqdm import tqdm
 
 import data
 from bdh_mlx import BDH
 from errors import UserError
 from formats import FIELDS
-from train_mlx import byte_losses, evaluate
+from processes import Processes
 
+# On a terminal, of what takes over a second; it leaves no line behind.
+QUIET_BAR = {"unit_scale": True, "leave": False, "delay": 1, "disable": None}
 BLOCK_SIZE = 4096  # bytes read at once, where the checkpoint does not say what it was trained on
+
+
+def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
+    """Nats that each target costs, (B, T)."""
+    return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
+
+
+def evaluate(
+    losses, val, fields, B: int, T: int, stop=None, together: Processes | None = None
+) -> tuple[float, dict[str, float]]:
+    """Mean nats per byte of val, and of each field's bytes, in blocks of T (the last one shorter),
+    without dropout. `fields` tells each byte's place in FIELDS; processes `together` share this.
+    """
+    rank, size = (together.rank, together.size) if together else (0, 1)
+    n = len(val) - 1
+    nats, count = np.zeros(len(FIELDS)), np.bincount(fields[1:], minlength=len(FIELDS))
+    parts = [*pairwise([*range(0, n - n % T, B * T), n - n % T, n])][rank::size]
+    with tqdm(total=n // size, desc="evaluation", unit="B", **QUIET_BAR) as bar:
+        for begin, end in parts:
+            if end > begin and not (stop and stop.number):
+                rows = (max(1, (end - begin) // T), -1)
+                idx, targets = (val[begin + i : end + i].astype(np.int32).reshape(rows)
+                                for i in (0, 1))  # fmt: skip
+                each = np.array(losses(mx.array(idx), mx.array(targets))).ravel()
+                nats += np.bincount(fields[begin + 1 : end + 1], each, len(FIELDS))
+                bar.update(end - begin)
+    if together:
+        nats = np.sum(together.gather(nats.tolist()), 0)
+    present = {name or "headers": i for i, name in enumerate(FIELDS) if count[i]}
+    return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
 
 
 def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
@@ -25,7 +61,9 @@ def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
         about, stream, fields = data.whole(dataset, mode, Path(folder))
     if len(stream) < 2:
         raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
-    T, B = model.trained_length or BLOCK_SIZE, settings.get("BATCH_SIZE", 1)
+    T, B = model.trained_length or BLOCK_SIZE, settings.get("BATCH_SIZE")
+    B = B if type(B) is int and B > 0 else 1  # a config.json from elsewhere may hold anything
+    print(f"evaluating {len(stream):,} bytes", file=sys.stderr)
     losses = mx.compile(partial(byte_losses, model))
     whole, means = evaluate(losses, stream, fields, B, T)
     count = np.bincount(fields[1:], minlength=len(FIELDS)).tolist()

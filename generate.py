@@ -10,9 +10,13 @@ A run folder means its best checkpoint, else its last. The model keeps a state o
 each byte takes the same time, however long the text has become.
 """
 
+if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
+    import cli
+
+    cli.run("generate")
+
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +31,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 import chat
+import cli
 import data
 import evaluation
 import export
@@ -286,6 +291,7 @@ def start(model, args: argparse.Namespace) -> State:
 def main(argv: list[str] | None = None) -> int:
     """Do as the flags say. Raises UserError."""
     args = flags(argv)
+    cli.check_temporary_folder()
     if args.export:
         return export.tell(args.model, args.export)
     if args.trace:
@@ -342,18 +348,3 @@ def open_out(file: Path | None):
         return open(file or sys.stdout.fileno(), "w", encoding="utf-8", closefd=file is not None)
     except OSError as error:
         raise UserError(f"--out {file} cannot be written: {error.strerror}") from None
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # a full disk
-        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)

@@ -6,11 +6,15 @@
 The trainer redraws them at each evaluation. Losses are in bits per byte.
 """
 
+if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
+    import cli
+
+    cli.run("report")
+
 import html
 import io
 import json
 import math
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -343,20 +347,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="folder of a run")
     parser.add_argument("--out", type=Path, default="compare.png", help="picture of a comparison")
     args = parser.parse_args(argv)
-    try:
-        if len(args.runs) > 1:
-            print(compare(args.runs, args.out))
-        else:
-            write(run := args.runs[0].resolve())  # "." has no name
-            print(f"report: {run / 'report.html'}")
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
+    if len(args.runs) > 1:
+        print(compare(args.runs, args.out))
+    else:
+        write(run := args.runs[0].resolve())  # "." has no name
+        print(f"report: {run / 'report.html'}")
     return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        sys.exit(2)

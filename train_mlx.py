@@ -9,7 +9,12 @@ checkpoints_mlx/<run>: step-000500 and others (weights, optimizer, settings), be
 metrics.jsonl, and report.html to look at.
 """
 
-from bdh_mlx import BDH, BDHConfig, load_model  # before mlx.core, to give it a fast BLAS on Linux
+if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C and for a slip in it
+    import cli
+
+    cli.run("train_mlx")
+
+from bdh_mlx import BDHConfig
 
 # Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
 # Where none is allowed, it is None here and `none` as a flag.
@@ -92,7 +97,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import lru_cache, partial
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,14 +108,17 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 import checkpoints
+import cli
 import data
 import files
 import flags
 import memory
 import phases
 from advice import advise, counting
-from endure import Enduring, Stop
+from bdh_mlx import BDH, load_model
+from endure import Stop
 from errors import UserError, visible
+from evaluation import byte_losses, evaluate
 from formats import BUDGET, EXPECT, FIELDS, NEEDED, prompts
 from formats import format_example as format_example  # what a record becomes, for other scripts
 from metrics import activity, evaluations, open_log, printing
@@ -178,11 +185,6 @@ def learning_rate(step: int, total: int, s: SimpleNamespace) -> float:
     return s.LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
-    """Nats that each target costs, (B, T)."""
-    return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
-
-
 def loss_weights(fields: np.ndarray, step: int, s: SimpleNamespace) -> np.ndarray:
     """Weight in the loss of each target of an update, (batches, B, T), in sum 1: the loss is the
     mean over the counted bytes of all its batches. All 0 where no byte counts.
@@ -194,28 +196,6 @@ def loss_weights(fields: np.ndarray, step: int, s: SimpleNamespace) -> np.ndarra
     labels = get_batch(fields, step * count, count, T, s.SEED, carried_rows(s))[1]
     counted = np.array(labels == FIELDS.index(s.LOSS_ON), np.float32)
     return (counted / max(1, counted.sum())).reshape(shape)
-
-
-def evaluate(
-    losses, val, fields, B: int, T: int, stop=None, together: Processes | None = None
-) -> tuple[float, dict[str, float]]:
-    """Mean nats per byte of val, and of each field's bytes, in blocks of T (the last one shorter),
-    without dropout. `fields` tells each byte's place in FIELDS; processes `together` share this.
-    """
-    rank, size = (together.rank, together.size) if together else (0, 1)
-    n = len(val) - 1
-    nats, count = np.zeros(len(FIELDS)), np.bincount(fields[1:], minlength=len(FIELDS))
-    parts = [*pairwise([*range(0, n - n % T, B * T), n - n % T, n])]
-    for begin, end in parts[rank::size]:
-        if end > begin and not (stop and stop.number):
-            rows = (max(1, (end - begin) // T), -1)
-            idx, targets = (val[begin + i : end + i].astype(np.int32).reshape(rows) for i in (0, 1))
-            each = np.array(losses(mx.array(idx), mx.array(targets))).ravel()
-            nats += np.bincount(fields[begin + 1 : end + 1], each, len(FIELDS))
-    if together:
-        nats = np.sum(together.gather(nats.tolist()), 0)
-    present = {name or "headers": i for i, name in enumerate(FIELDS) if count[i]}
-    return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -439,6 +419,7 @@ class Diverged(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Train as the settings say, one run or a chain of PHASES; the exit code. Raises UserError."""
     given, told = settings(argv), {}
+    cli.check_temporary_folder()
     if given.selfcheck:
         import selfcheck  # these two late: they import this file
 
@@ -447,6 +428,7 @@ def main(argv: list[str] | None = None) -> int:
         import plan
 
         return plan.tell(given)
+    cli.endure()
     together = Processes()
     if together.size > 1 and given.CARRY_STATE:
         raise UserError("CARRY_STATE keeps the rows of one process; leave it out of several")
@@ -780,14 +762,3 @@ def check(s: SimpleNamespace) -> None:
         for name in names:
             if (value := vars(s)[name]) is not None and not fits(value):
                 raise UserError(f"{name} is {value}; it must be {said}")
-
-
-if __name__ == "__main__":
-    for name in ("stdout", "stderr"):  # line by line: a log read through a pipe is up to date
-        raw = getattr(sys, name).detach()
-        setattr(sys, name, Enduring(raw, errors="backslashreplace", line_buffering=True))
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, checkpoints.NoneValid) else 2)

@@ -22,6 +22,7 @@ import bdh_mlx  # noqa: F401  before mlx.core: it loads the fast BLAS
 # isort: split
 import mlx.core as mx
 
+import cli
 import train_mlx
 
 train_mlx.redraw = lambda *_: None  # pictures would take most of the time
@@ -44,14 +45,6 @@ EAGER = "eager"  # in place of a flag: without mx.compile
 # ---------------------------------------------------------------------------- starting the trainer
 
 
-@functools.cache
-def ending(module):
-    """The code that `python train_mlx.py` runs last, after the definitions."""
-    source = Path(module.__file__).read_text()
-    head = 'if __name__ == "__main__":'
-    return compile("if True:" + source[source.index(head) + len(head) :], module.__file__, "exec")
-
-
 def begin(box, *args, before=None, module=train_mlx):
     """Start the script in a fork that first calls `before`; its pid. Its output is in box/out."""
     if pid := os.fork():
@@ -69,8 +62,7 @@ def begin(box, *args, before=None, module=train_mlx):
         if before:
             before()
         sys.stdout, sys.stderr = (open(fd, "w", 1, closefd=False) for fd in (1, 2))  # noqa: SIM115
-        exec(ending(module), vars(module))
-        code = 0
+        cli.run(module.__name__)
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:

@@ -1,0 +1,163 @@
+"""How a script starts and ends: its standard streams, its errors as one line, its exit code.
+
+This module imports nothing slow, so that a script is ready for Ctrl-C before it imports MLX.
+"""
+
+import io
+import os
+import signal
+import sys
+from importlib import import_module
+
+INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as other programs end
+
+
+class Output(io.TextIOWrapper):
+    """Standard output or error, which remembers an `error` of writing: argparse swallows it.
+
+    Once it `endures`, a reader that is gone no longer matters.
+    """
+
+    endures, error = False, None
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            if not self.endures:
+                self.error = error
+                raise
+            discard(self.fileno())
+            return len(text)
+
+
+def endure() -> None:
+    """Let the process outlive the readers of its output: training must not end with a terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Output):  # not one of a test or a notebook
+            stream.endures = True
+
+
+def run(script: str):
+    """Import the module `script`, call its main() and exit with the code that it returns.
+
+    Codes besides: 2 for a mistake that the user can mend, 130 for Ctrl-C, 141 for a reader of the
+    output that is gone.
+    """
+    if sys.platform == "win32":
+        sys.exit("error: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL")
+    open_streams()
+    try:
+        try:
+            code = imported(script).main()
+        except SystemExit as error:  # argparse's, after --help or a mistake
+            code = error.code
+        sys.stdout.flush()
+        if sys.stdout.error:
+            raise sys.stdout.error
+    except (KeyboardInterrupt, Exception) as error:
+        code = explain(error, script)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the interpreter's own end
+    sys.exit(code)
+
+
+def open_streams() -> None:
+    """Open the standard streams that are closed, and show any character on any terminal.
+
+    A closed one is /dev/null, and not writable where output would be lost: a file that is opened
+    later would get its number, which MLX takes for an error.
+    """
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, mode)  # takes the lowest number that is free: this one
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115  open to the end
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        raw = stream.detach() if stream else open(number, "wb", closefd=False)  # noqa: SIM115
+        encoding = stream.encoding if stream else "utf-8"
+        how = {"encoding": encoding, "errors": "backslashreplace", "line_buffering": True}
+        setattr(sys, name, Output(raw, **how))
+
+
+def imported(script: str):
+    """The module `script`. Ctrl-C meanwhile ends the process at once: there is no work to lose, and
+    a library that is being imported may swallow the exception.
+    """
+    if signal.getsignal(signal.SIGINT) != signal.default_int_handler:  # ignored, as by nohup
+        return import_module(script)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    module = import_module(script)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return module
+
+
+def explain(error: BaseException, script: str) -> int:
+    """Say on stderr in one line what ended the script; the exit code.
+
+    An error that no user can mend keeps its traceback: it is a fault of this project.
+    """
+    from errors import UserError, visible  # late, as all that a start need not wait for
+
+    if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has what it wanted
+        discard(1)
+        return READER_GONE
+    if isinstance(error, KeyboardInterrupt):
+        text, code = "stopped", INTERRUPTED
+    elif isinstance(error, UserError):
+        text, code = f"error: {error}", error.exit_code
+    elif isinstance(error, MemoryError):
+        text, code = f"error: memory is out: {error}", 2
+    elif isinstance(error, OSError):
+        if not error.filename:  # the output: what waits in its buffer would fail again at the end
+            discard(1)
+        text, code = f"error: {error.filename or 'the output'}: {error.strerror or error}", 2
+    elif line := own_line(error, script):
+        text, code = f"error: {script}.py line {line}: {type(error).__name__}: {error}", 2
+    elif isinstance(error, ImportError):
+        text, code = f"error: {error}; pip install -r requirements.txt", 2
+    else:
+        import traceback
+
+        text, code = traceback.format_exc(), 1
+    if code != 1:
+        text = visible(" ".join(text.split()))
+    try:
+        print(text, file=sys.stderr)
+    except OSError:  # nobody reads
+        discard(2)
+    return code
+
+
+def own_line(error: BaseException, script: str) -> int | None:
+    """The line of the script, outside its functions, that raised `error`: a setting, as a rule."""
+    at = error.__traceback__
+    while at.tb_next:
+        at = at.tb_next
+    code = at.tb_frame.f_code
+    is_top = code.co_name == "<module>" and code.co_filename.endswith(f"{script}.py")
+    return at.tb_lineno if is_top else None
+
+
+def discard(number: int) -> None:
+    """Let what is written to a file descriptor vanish from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def check_temporary_folder() -> None:
+    """Raise UserError where MLX could not write what it compiles; it takes these names in turn."""
+    import tempfile
+
+    from errors import UserError
+
+    names = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
+    name = next((name for name in names if os.environ.get(name)), None)
+    folder = os.environ.get(name, "/tmp") if name else "/tmp"
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        what = f"{name} is {folder}" if name else folder
+        raise UserError(
+            f"{what}, where nothing can be written ({error.strerror}); set TMPDIR to another folder"
+        ) from None

@@ -1,0 +1,118 @@
+"""How the scripts start and end: interrupts, closed and full streams, encodings, exit codes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import bdh_mlx
+
+SMALL = "--preset tiny --n-layer 1 --n-embd 32 --block-size 64 --batch-size 1 --max-iters 2"
+SMALL = [*SMALL.split(), "--eval-bytes", "500", "--sample-bytes", "0", "--dataset", "sample"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a small finished run."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    assert script("train_mlx.py", *SMALL, "--checkpoint-dir", folder).returncode == 0
+    return folder / "full"
+
+
+def script(name, *args, shell="", env=None, **how):
+    """Run a script of the project through a shell, with redirections."""
+    command = ["sh", "-c", f'"$@" {shell}', "sh", sys.executable, str(ROOT / name)]
+    how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True} | how
+    return subprocess.run([*command, *map(str, args)], env=os.environ | (env or {}), **how)
+
+
+def commands(run):
+    return {
+        "train": ("train_mlx.py", *SMALL, "--checkpoint-dir", run.parent),
+        "plan": ("train_mlx.py", *SMALL, "--plan", "--checkpoint-dir", run.parent),
+        "selfcheck": ("train_mlx.py", "--selfcheck"),
+        "generate": ("generate.py", run, "--prompt", "Hi", "--max-new-tokens", 3),
+        "report": ("report.py", run),
+        "help": ("train_mlx.py", "--help"),
+    }
+
+
+@pytest.mark.parametrize("name", ["plan", "selfcheck", "generate", "report", "help"])
+@pytest.mark.parametrize("how", [">/dev/full", ">&-"])
+def test_lost_output_is_told_and_no_success(run, name, how):
+    done = script(*commands(run)[name], shell=how)
+    assert done.returncode == 2 and done.stderr.count("error: the output: ") == 1
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("how", [">/dev/full", ">&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_a_training_run_does_not_need_its_output(tmp_path, how):
+    done = script("train_mlx.py", *SMALL, "--checkpoint-dir", tmp_path, shell=how)
+    assert done.returncode == 0 and (tmp_path / "full" / "step-000002").is_dir()
+
+
+def test_a_reader_that_is_gone_is_no_error(run):
+    done = script(*commands(run)["help"], shell="| head -0; exit 0")
+    assert (done.returncode, done.stderr) == (0, "")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, ROOT / "generate.py", run, "--prompt", "Hi"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 141 and "rror" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "plan", "selfcheck", "generate", "report"])
+def test_ctrl_c_while_a_script_is_imported_is_no_traceback(run, name):
+    """`mlx.core` sends the signal: it stands for any library that is being imported."""
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'mlx.core': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    file, *args = map(str, commands(run)[name])
+    command = [sys.executable, "-c", code, ROOT / file, *args]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(("name", "module"), [("plan", "plan"), ("selfcheck", "selfcheck")])
+def test_ctrl_c_later_is_one_line(run, name, module):
+    code = (
+        f"import os, signal, sys, cli; sys.argv = sys.argv[1:]; import train_mlx, {module}\n"
+        f"{module}.tell = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "cli.run('train_mlx')\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, commands(run)[name])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_an_encoding_cannot_show_is_escaped(run, encoding):
+    args = ("generate.py", run, "--prompt", "Grüße 😀", "--max-new-tokens", 3)
+    done = script(*args, env={"PYTHONIOENCODING": encoding}, encoding="latin-1")
+    assert done.returncode == 0 and "\\U0001f600" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "plan", "generate"])
+def test_a_temporary_folder_that_cannot_be_written_is_told_before_anything_is_made(
+    run, tmp_path, name
+):
+    command = [*commands(run)[name], *(["--run-name", "other"] if name == "train" else [])]
+    done = script(*command, env={"TMPDIR": str(tmp_path / "none")})
+    assert done.returncode == 2 and done.stderr.startswith("error: TMPDIR is ")
+    assert done.stderr.count("\n") == 1 and not (run.parent / "other").exists()
+
+
+def test_an_error_of_this_project_keeps_its_traceback(tmp_path):
+    (tmp_path / "broken.py").write_text("def main(): return [][0]\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import cli; cli.run('broken')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "IndexError" in done.stderr
+    assert bdh_mlx.UserError.exit_code == 2
