@@ -23,6 +23,8 @@ import files
 from bdh_mlx import BDH, read_arrays, save_model
 from errors import UserError, visible
 
+SAVED = ".saved"  # says that the run had a checkpoint, should they all be deleted
+
 
 class NoneValid(UserError):
     """The run has no checkpoint that can be trusted, though it had one."""
@@ -149,6 +151,7 @@ def save(run: Path, step: int, model: BDH, optimizer, info: dict) -> None:
         for path in (making / "manifest.json", making):
             files.flush(path)
         making.rename(final)
+        (run / SAVED).touch()
         files.flush(run)
     except (OSError, RuntimeError) as error:  # RuntimeError: MLX could not write
         shutil.rmtree(making, ignore_errors=True)
@@ -182,7 +185,8 @@ def damage(checkpoint: Path) -> str | None:
 def newest_valid(run: Path) -> int:
     """Step of the newest sound checkpoint, 0 if there is none at all; damaged ones are set aside.
 
-    Raises NoneValid when there are checkpoints but no sound one: never a silent start from nothing.
+    Raises NoneValid when there are checkpoints but no sound one, or when there were some: never a
+    silent start from nothing.
     """
     found = steps(run)
     for step in reversed(found):
@@ -193,6 +197,11 @@ def newest_valid(run: Path) -> int:
         print(f"warning: checkpoint {step} is damaged, kept as {aside.name}: {visible(reason)}")
     if found or any(run.glob("damaged-*")):
         raise NoneValid(f"{run} has no sound checkpoint left; set RUN_NAME to start another run")
+    if (run / SAVED).exists() and (run / "metrics.jsonl").exists():
+        raise NoneValid(
+            f"{run} had checkpoints, and they are gone. Put one back to go on; to start anew, set "
+            f"RUN_NAME, or move {run / 'metrics.jsonl'} elsewhere, which would be replaced"
+        )
     return 0
 
 

@@ -176,6 +176,7 @@ def litter(box):
     """Names that a run does not leave."""
     own = {
         ".lock",
+        ".saved",
         "best.json",
         "config.json",
         "metrics.jsonl",
