@@ -110,8 +110,17 @@ def told(m: dict) -> str:
     return (
         f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | norm {norm:.2f} | "
         f"{m['bytes_per_s']:,.0f} bytes/s | peak {m['peak_gb']:.2f} GB | "
-        f"{m['seconds_left'] / 60:.1f} min left"
+        f"{duration(m['seconds_left'])} left"
     )
+
+
+def duration(seconds: float) -> str:
+    """In minutes, hours or days."""
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{seconds / 60:.1f} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 72 else f"{hours // 24:,} days"
 
 
 def printing(json_to, together: Processes):

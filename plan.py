@@ -24,6 +24,7 @@ import train_mlx
 from errors import UserError, visible
 from formats import FIELDS, NEEDED, STOP, format_example, needed, pieces
 
+from metrics import duration
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
 UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
     rb"[\xc2-\xc5][\x80-\xbf]|\xe2[\x80-\xbf]{2}|\xf0[\x90-\xbf][\x80-\xbf]{2}"
@@ -206,13 +207,6 @@ def measure(s: SimpleNamespace, train_bytes: np.ndarray, compute) -> tuple[float
         steps.append((tock - tick) * s.GRAD_ACCUM)
         evaluations.append(time.perf_counter() - tock)
     return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
-
-
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
-    )
 
 
 def tell(given: SimpleNamespace) -> int:
