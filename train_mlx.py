@@ -94,7 +94,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -325,7 +325,10 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
         raise UserError(
             f"{run} did not start from {s.INIT_FROM}; set RUN_NAME to start another run"
         )
-    now = phases.ancestry(origin) if s.INIT_FROM and origin.exists() else ancestry
+    now = ancestry
+    if s.INIT_FROM and origin.exists():
+        with suppress(UserError):  # its checkpoints are gone: the run has all that it needs
+            now = phases.ancestry(origin)
     if ancestry and now[-1]["sha256"] != ancestry[-1]["sha256"]:
         raise UserError(
             f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
