@@ -351,9 +351,21 @@ def noisy(idx: mx.array, share: float, key: mx.array) -> mx.array:
     others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=which)]
     return mx.where(mx.random.uniform(shape=idx.shape, key=where) < share, others, idx)
 
+    tell_new_rate(before, s, done, report)
 
 @contextmanager
 def averaged(model, optimizer) -> Iterator[None]:
+def tell_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
+    """Say when a resumed run goes on with another learning rate than it would have had."""
+    old = Settings(**before["settings"])
+    ends = [last_iteration(of, data["train"]["bytes"])
+            for of, data in ((old, before["data"]), (s, report))]  # fmt: skip
+    planned, new = learning_rate(done, ends[0], old), learning_rate(done, ends[1], s)
+    if abs(new - planned) > 0.01 * planned:
+        last = learning_rate(done - 1, ends[0], old)
+        print(f"learning rate: {last:.2e} at iteration {done}, {new:.2e} from here on")
+
+
     """Put the average that EMA keeps in the place of the weights: it is evaluated and saved."""
 
     def swap():
