@@ -185,23 +185,33 @@ def learning_rate(step: int, total: int, s: SimpleNamespace) -> float:
     return s.LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def loss_weights(fields: np.ndarray, step: int, s: SimpleNamespace) -> np.ndarray:
-    """Weight in the loss of each target of an update, (batches, B, T), in sum 1: the loss is the
-    mean over the counted bytes of all its batches. All 0 where no byte counts.
-    """
-    count, T = sequences(s), s.BLOCK_SIZE
-    shape = (count // s.BATCH_SIZE, s.BATCH_SIZE, T)
+def counted(fields: np.ndarray, micro: int, s: Settings) -> np.ndarray:
+    """Which targets (B, T) of a run's batch number `micro` count in its loss."""
     if s.LOSS_ON == "all":
-        return np.full(shape, 1 / (count * T), np.float32)
-    labels = get_batch(fields, step * count, count, T, s.SEED, carried_rows(s))[1]
-    counted = np.array(labels == FIELDS.index(s.LOSS_ON), np.float32)
-    return (counted / max(1, counted.sum())).reshape(shape)
+        return np.ones((s.BATCH_SIZE, s.BLOCK_SIZE), bool)
+    read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED, carried_rows(s))
+    return np.array(get_batch(fields, *read)[1]) == FIELDS.index(s.LOSS_ON)
+
+
+def count_targets(fields: np.ndarray, step: int, s: Settings) -> int:
+    """How many targets count in the loss of update number `step`, over all its batches."""
+    batches = sequences(s) // s.BATCH_SIZE
+    if s.LOSS_ON == "all":
+        return sequences(s) * s.BLOCK_SIZE
+    return sum(int(counted(fields, step * batches + i, s).sum()) for i in range(batches))
+
+
+def loss_weights(fields: np.ndarray, micro: int, count: int, s: Settings) -> np.ndarray:
+    """Weight in the loss of each target (B, T) of a batch: the loss of an update is the mean over
+    the `count` targets that count in all its batches. All 0 where no byte counts.
+    """
+    return counted(fields, micro, s).astype(np.float32) / np.float32(max(1, count))
 
 
 # ---------------------------------------------------------------------------------------- training
 
 
-def prepared(s: SimpleNamespace, mode: str) -> tuple[dict, tuple, tuple]:
+def prepared(s: Settings, mode: str) -> tuple[dict, tuple, tuple]:
     """What open_data gives, of any mode and unchecked. Raises UserError if the mode has no data."""
     folder = data.prepare(s.DATASET, mode, s.VAL_SHARE, s.SEED, Path(s.CHECKPOINT_DIR) / ".data")
     report = json.loads((folder / "data.json").read_text())
@@ -546,11 +556,12 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     known = counting(s.LOSS_ON, (train_bytes, train_fields), val)
 
     def where(step):
-        count = sequences(s)
+        count, shown = sequences(s), min(sequences(s), 64)
         starts = block_starts(
-            len(train_bytes), step * count, count, s.BLOCK_SIZE, s.SEED, carried_rows(s)
-        )
-        return f"{s.BLOCK_SIZE} bytes each from {starts.tolist()} of the training bytes"
+            len(train_bytes), step * count, shown, s.BLOCK_SIZE, s.SEED, carried_rows(s)
+        ).tolist()
+        more = f" and {count - shown:,} others" if count > shown else ""
+        return f"{s.BLOCK_SIZE} bytes each from {starts}{more} of the training bytes"
 
     def save():
         nonlocal saved
@@ -611,14 +622,16 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         tick = time.perf_counter()
         optimizer.learning_rate = rate = learning_rate(step, total, s)
         loss, gradients = 0.0, None
-        weights = loss_weights(train_fields, step, s)
+        batches, count = sequences(s) // s.BATCH_SIZE, count_targets(train_fields, step, s)
         synapses = optimizer.state.get("synapses")
         for i in range(together.rank, len(weights), together.size):
             micro = step * len(weights) + i
             where_read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED, carried_rows(s))
             batch = get_batch(train_bytes, *where_read)
             key = mx.random.key(s.SEED * 2**32 + micro)
-            part, more = gradient(*batch, mx.array(weights[i]), key)
+            weights = mx.array(loss_weights(train_fields, micro, count, s))
+            with nullcontext() if stop.can_wait else at_once():
+                part, more = gradient(*batch, weights, key)
             loss += part
             gradients = tree_map(mx.add, gradients, more) if gradients else more
             mx.eval(loss, gradients)
@@ -632,7 +645,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         norm = update(loss, gradients)
         mx.eval(state, norm)
         if math.isfinite(loss.item()) and math.isfinite(norm.item()):
-            if weights.any():  # without a counted byte the loss says nothing
+            if count:  # without a counted byte the loss says nothing
                 losses.append(loss.item())
             in_a_row = 0
         else:
