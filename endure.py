@@ -2,10 +2,27 @@
 
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from threading import Thread
 
 from processes import Processes
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Let the system end the process at a signal: MLX traces the graph of a long block or a deep
+    model in one call of many seconds, and Python hears no signal before it returns.
+    """
+    heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Stop:
@@ -18,8 +35,7 @@ class Stop:
         self.number, self.heard, self.can_wait, self.processes = 0, 0, False, processes
 
     def __enter__(self):
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        heard = [n for n in signals if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+        heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
         self.before = {n: signal.signal(n, self.on_signal) for n in heard}
         read, self.write = os.pipe()
         os.set_blocking(self.write, False)
@@ -48,6 +64,8 @@ class Stop:
                 with suppress(OSError):  # nobody reads
                     os.write(2, f"stopped {why}\n".encode())
                 os._exit(128 + number[0])  # nothing saved can be lost by this
+            with suppress(OSError):
+                os.write(2, b"stopping, once the iteration is done and saved\n")
         os.close(read)
 
     def agree(self):

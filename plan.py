@@ -21,10 +21,11 @@ import data
 import memory
 import phases
 import train_mlx
+from endure import at_once
 from errors import UserError, visible
 from formats import FIELDS, NEEDED, STOP, format_example, needed, pieces
-
 from metrics import duration
+
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
 UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
     rb"[\xc2-\xc5][\x80-\xbf]|\xe2[\x80-\xbf]{2}|\xf0[\x90-\xbf][\x80-\xbf]{2}"
@@ -200,10 +201,13 @@ def measure(s: SimpleNamespace, train_bytes: np.ndarray, compute) -> tuple[float
     for i in range(4):
         batch = train_mlx.get_batch(train_bytes, i * B, B, T, s.SEED)
         tick = time.perf_counter()
-        loss, gradients = gradient(*batch, weights, mx.random.key(i))
+        with at_once():
+            loss, gradients = gradient(*batch, weights, mx.random.key(i))
         mx.eval(update(loss, gradients), state)
         tock = time.perf_counter()
-        mx.eval(losses_of(*batch))
+        with at_once():
+            losses = losses_of(*batch)
+        mx.eval(losses)
         steps.append((tock - tick) * s.GRAD_ACCUM)
         evaluations.append(time.perf_counter() - tock)
     return float(np.median(steps[1:])), float(np.median(evaluations[1:]))

@@ -116,9 +116,10 @@ import memory
 import phases
 from advice import advise, counting
 from bdh_mlx import BDH, load_model
-from endure import Stop
+from endure import Stop, at_once
 from errors import UserError, visible
-from evaluation import byte_losses, evaluate
+from evaluation import byte_losses, evaluate, trace
+from flags import Rule, Settings, choice, number, switch, text, whole
 from formats import BUDGET, EXPECT, FIELDS, NEEDED, prompts
 from formats import format_example as format_example  # what a record becomes, for other scripts
 from metrics import activity, evaluations, open_log, printing
@@ -517,6 +518,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     step, ancestry, had = together.share(found)
     model.update(together.from_first(model.parameters()))  # before compiling
     optimizer.state = together.from_first(optimizer.state)
+    name, compute, peak = memory.choose(s)  # before the model takes any
     first = saved = step
     now = val_data(report)
     log, history = open_log(run, step, (had, now), together, s.json_to)
@@ -534,7 +536,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     if evaluated == step and (step >= total or out_of_patience()):
         print(f"finished: {why_finished(s, run, step, total, best)}")
         return 0
-    name, model.compute, peak = memory.choose(s)
+    model.compute = compute
     memory.hold(peak)
     print(f"model: {s.BDH_CONFIG.n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     dtype = str(model.compute.dtype).removeprefix("mlx.core.")
@@ -577,6 +579,10 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         finished = step >= total
         if finished or stop.number or step % s.SAVE_FREQ == 0:
             save()  # before the evaluation: one that dies must not cost the work
+    with at_once():
+        trace(losses_of, len(val[0]), s.BATCH_SIZE, s.BLOCK_SIZE)
+    if step % s.EVAL_FREQ == 0 and evaluated < step:
+        print(f"evaluating {len(val[0]):,} bytes before iteration {step + 1}")
         if stop.number:
             bar.close()
             print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
@@ -624,8 +630,10 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
         loss, gradients = 0.0, None
         batches, count = sequences(s) // s.BATCH_SIZE, count_targets(train_fields, step, s)
         synapses = optimizer.state.get("synapses")
-        for i in range(together.rank, len(weights), together.size):
-            micro = step * len(weights) + i
+        if step == first:
+            print("compiling the training step, once")
+        for i in range(together.rank, batches, together.size):
+            micro = step * batches + i
             where_read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED, carried_rows(s))
             batch = get_batch(train_bytes, *where_read)
             key = mx.random.key(s.SEED * 2**32 + micro)
