@@ -1,73 +1,153 @@
-"""Every constant at the top of a script is also a flag; the script's own lines are the one list.
+"""Every constant at the top of a script is a setting, and a flag of the same name.
 
-A line `BLOCK_SIZE: int = 4096  # bytes ...` makes `--block-size`, with its comment as help text;
-`EPOCHS: float | None = 3  # ...` makes a flag that also takes `none`. A constant that holds a
-dataclass, BDH_CONFIG, makes a flag for each field. A comment line above constants is the heading
-under which `--help` shows them. Users edit the constants, so their types and names are checked.
+What Python accepts there is a setting: with or without a type, over several lines, in any order;
+BLOCK_SIZE makes `--block-size`, and BDH_CONFIG, a dataclass, a flag for each of its fields. Only
+the texts of `--help` are read from the source: the comment behind a constant, and the comment line
+above some as their heading.
 """
 
 import argparse
+import ast
 import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+import tokenize
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple, get_args, get_type_hints
 
 from errors import UserError, visible
 
-CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?(?:  # (.*))?$", re.MULTILINE)
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+LARGEST = 2**31 - 1  # of a whole number: MLX's shapes are 32 bits
+ALIKE = 0.8  # share of two names that is the same where one is taken for a slip in the other
 
-HEADING = re.compile(r"^# (.*)\n((?:(?!# ).*\n)+)", re.MULTILINE)
+
+class Rule(NamedTuple):
+    """What a setting may be."""
+
+    kind: type | None  # None: anything, and no flag
+    none: bool = False  # whether it may be None, which is `none` as a flag
+    needs: str = ""  # words for its limits
+    fits: Callable = lambda value: True
+    choices: Collection[str] = ()
+
+
+def whole(least: int, most: int = LARGEST, none: bool = False) -> Rule:
+    needs = f"a whole number, at least {least} and at most {most:,}"
+    return Rule(int, none, needs, lambda n: least <= n <= most)
+
+
+def number(needs: str, fits: Callable, none: bool = False) -> Rule:
+    return Rule(float, none, f"a number, {needs}", fits)
+
+
+def text(none: bool = False) -> Rule:
+    return Rule(str, none, "text that is not empty", lambda value: value.strip())
+
+
+def switch() -> Rule:
+    return Rule(bool, False, KINDS[bool])
+
+
+def choice(*choices: str) -> Rule:
+    return Rule(str, False, f"one of {', '.join(choices)}", choices.__contains__, choices)
+
+
+class Settings(SimpleNamespace):
+    """The settings of a run by their names."""
+
+    def __getattr__(self, name: str):
+        if name.isupper():
+            raise UserError(f"{name} is not set; put its line back among the constants at the top")
+        raise AttributeError(name)
 
 
 def parse(
     script: ModuleType,
-    names: set[str],
+    rules: dict[str, Rule],
     presets: dict[str, str],
-    argv: list[str] | None,
     actions: dict[str, str],
-) -> SimpleNamespace:
-    """The script's constants, changed by --preset, changed by flags; argparse reports bad ones.
+    argv: list[str] | None = None,
+) -> tuple[Settings, set[str]]:
+    """The script's constants, changed by --preset, changed by flags; and the flags typed, by name.
 
-    Each of `actions` (name: help) is a flag without a constant, and a bool in lower case. Raises
-    UserError for a constant that is not among `names`, is not there, or is of another type.
+    rules: of the settings that the script knows; actions: flags that are no settings, with their
+    help. Raises UserError for a value that no rule admits; argparse reports an unknown flag.
     """
-    constants, seen = {}, set()
-    parser = Parser(script.__doc__)
-    parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}")
-    for name, text in actions.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    for heading, lines in HEADING.findall(_settings_of(script)):
-        group = parser.add_argument_group(heading)
-        for name, kind, optional, comment in CONSTANT.findall(lines):
-            if name not in names or name in seen:
-                wrong = "stands twice" if name in seen else f"is no setting{nearest(name, names)}"
-                raise UserError(f"{name} {wrong}")
-            seen.add(name)
-            value = getattr(script, name)
-            hints = {name: (kind, optional, comment)}
-            fields = {name: value}
-            if is_dataclass(value):
-                found, fields = CONSTANT.findall(inspect.getsource(type(value))), asdict(value)
-                hints = {n: (k, o, c) for n, k, o, c in found if n in fields}
-            else:
-                _check(name, value, kind, optional)
-            constants |= fields
-            for one, hint in hints.items():
-                _add(group, one, fields[one], *hint)
-    if lost := sorted(names - seen):
-        raise UserError(f"{', '.join(lost)} must stand among the settings")
     argv = sys.argv[1:] if argv is None else argv
-    name = parser.parse_args(argv).preset
-    if name is not None and name not in presets:
-        parser.error(f"--preset {name!r} is none of {', '.join(presets)}{nearest(name, presets)}")
-    preset = presets.get(name, "").split()
-    given = vars(parser.parse_args(preset + argv))  # of a flag given twice the last one counts
-    given.pop("preset")
-    return SimpleNamespace(**constants | given)
+    constants = {name: getattr(script, name) for name in names(script)}
+    rules = {name: rules.get(name) or own_rule(script, name) for name in constants}
+    for name, value in list(constants.items()):
+        check(name, value, rules[name])
+        if is_dataclass(value):
+            constants |= asdict(value)
+            hints = get_type_hints(type(value))
+            rules |= {field: Rule(hints[field]) for field in asdict(value)}
+    parser = parser_of(script, constants, rules, presets, actions)
+    typed = vars(parser.parse_args(argv))
+    if (preset := typed.pop("preset", None)) not in (None, *presets):
+        near = nearest(preset, presets)
+        parser.error(f"--preset {preset!r} is none of {', '.join(presets)}{near}")
+    given = vars(parser.parse_args(presets.get(preset, "").split())) | typed
+    given = {name: read(name, value, rules.get(name)) for name, value in given.items()}
+    s = Settings(**dict.fromkeys(actions, False) | constants | given)
+    return s, set(typed) | ({"preset"} if preset else set())
+
+
+def names(script: ModuleType) -> list[str]:
+    """The constants of the script, as far as its first table, ACTIONS."""
+    above = list(vars(script))[: list(vars(script)).index("ACTIONS")]
+    is_code = (type, ModuleType, Callable)
+    return [n for n in above if n.isupper() and not isinstance(vars(script)[n], is_code)]
+
+
+def own_rule(script: ModuleType, name: str) -> Rule:
+    """The rule of a setting that the user added: its type, else that of its value."""
+    value = getattr(script, name)
+    try:
+        hint = get_type_hints(script).get(name)
+    except Exception:  # a type that is no type is the user's own matter
+        hint = None
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind in KINDS]
+    if not kinds:
+        kinds = [type(value)] if type(value) in KINDS else [str] if value is None else [None]
+    none = value is None or type(None) in get_args(hint)
+    return Rule(kinds[0], none, KINDS.get(kinds[0], ""))
+
+
+def check(name: str, value, rule: Rule) -> None:
+    """Raise UserError with name, value and what fits, if `value` does not."""
+    if rule.kind is None or (rule.none and value is None):
+        return
+    kinds = (int, float) if rule.kind is float else (rule.kind,)
+    if type(value) in kinds and rule.fits(value):
+        return
+    also = " or None" if rule.none else ""
+    near = nearest(str(value), rule.choices)
+    raise UserError(f"{name} is {value!r}; it must be {rule.needs}{also}{near}")
+
+
+def read(name: str, value: str | bool, rule: Rule | None):
+    """The value of a flag. Raises UserError as check does."""
+    if rule is None or isinstance(value, bool):
+        return value
+    if rule.none and value.lower() == "none":
+        return None
+    try:
+        converted = rule.kind(value)
+    except ValueError:
+        raise UserError(
+            f"{name} is {value!r}; it must be {rule.needs or KINDS[rule.kind]}"
+        ) from None
+    check(name, converted, rule)
+    return converted
+
+
+# ---------------------------------------------------------------------------- flags and their help
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,43 +165,92 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists all)\n")
 
 
-def nearest(word: str, names: Iterable[str]) -> str:
+def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions) -> Parser:
+    """A flag for each setting that a flag can hold, under its heading."""
+    parser, groups, about = Parser(script.__doc__), {}, comments(script)
+    parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}",
+                        default=argparse.SUPPRESS)  # fmt: skip
+    for name, use in actions.items():
+        parser.add_argument(flag_of(name), dest=name, action="store_true", help=use,
+                            default=argparse.SUPPRESS)  # fmt: skip
+    flags = dict.fromkeys((flag_of(name) for name in ("preset", "help", *actions)), "another flag")
+    for name, value in constants.items():
+        heading, comment = about.get(name, ("", ""))
+        if rules[name].kind not in KINDS:
+            continue
+        if (flag := flag_of(name)) in flags:
+            raise UserError(f"{name}: its flag {flag} is that of {flags[flag]}; rename it")
+        flags[flag] = name
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading or "Your own")
+        how = {"metavar": rules[name].kind.__name__, "default": argparse.SUPPRESS}
+        if rules[name].kind is bool:
+            how = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
+        shown = f"{comment} (now {value})".strip().replace("%", "%%")
+        groups[heading].add_argument(flag, dest=name, help=shown, **how)
+    return parser
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.lower().replace('_', '-')}"
+
+
+def comments(script: ModuleType) -> dict[str, tuple[str, str]]:
+    """Of each constant, and each field of a dataclass among them, its heading and its comment."""
+    found = _comments(Path(script.__file__).read_text(encoding="utf-8", errors="replace"))
+    for name, value in list(vars(script).items()):
+        if is_dataclass(value) and name in found:
+            fields = _comments(inspect.getsource(type(value)))
+            found |= {field: (found[name][0], text) for field, (_, text) in fields.items()}
+    return found
+
+
+def _comments(source: str) -> dict[str, tuple[str, str]]:
+    lines = iter(source.splitlines(keepends=True))
+    tokens = tokenize.generate_tokens(lambda: next(lines, ""))
+    remarks = {t.start: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
+    found, heading = {}, ""
+    behind = {line: text for (line, column), text in remarks.items() if column}
+    for node in assignments(source):
+        heading = remarks.get((node.lineno - 1, 0), heading)
+        comment = behind.get(node.end_lineno, behind.get(node.lineno, ""))
+        found |= dict.fromkeys(targets(node), (heading, comment))
+    return found
+
+
+def assignments(source: str) -> list[ast.Assign | ast.AnnAssign]:
+    """The assignments of a module, or of the class that is all of it."""
+    body = ast.parse(source).body
+    body = body[0].body if len(body) == 1 and isinstance(body[0], ast.ClassDef) else body
+    return [node for node in body if isinstance(node, ast.Assign | ast.AnnAssign)]
+
+
+def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
+    """The plain names that it assigns."""
+    nodes = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [one.id for one in nodes if isinstance(one, ast.Name)]
+
+
+# ------------------------------------------------------------------------------------------- slips
+
+
+def nearest(word: str, names: Iterable[str], alike: float = 0.6) -> str:
     """`; did you mean x?` of the name most like `word`; nothing where none is like it."""
-    found = difflib.get_close_matches(word, names, 1)
+    found = difflib.get_close_matches(word, names, 1, alike)
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def _check(name: str, value, kind: str, optional: str) -> None:
-    """Raise UserError for a constant that is not of the type in its line."""
-    kinds = {"int": "a whole number", "float": "a number", "str": "text", "bool": "True or False"}
-    if kind not in kinds:
-        raise UserError(f"{name}: its line has lost its type, as in `BLOCK_SIZE: int = 4096`")
-    known = type(value).__name__
-    if known != kind and (known, kind) != ("int", "float") and not (optional and value is None):
-        also = " or None" if optional else ""
-        raise UserError(f"{name} is {value!r} in its line; it must be {kinds[kind]}{also}")
-
-
-def _add(group, name: str, value, kind: str, optional: str, comment: str) -> None:
-    flag = f"--{name.lower().replace('_', '-')}"
-    how = {"type": _reader(kind, optional), "metavar": kind}
-    if kind == "bool":
-        how = {"action": argparse.BooleanOptionalAction}
-    text = f"{comment} (now {value})".replace("%", "%%")
-    group.add_argument(flag, dest=name, help=text, default=argparse.SUPPRESS, **how)
-
-
-def _settings_of(script: ModuleType) -> str:
-    """The part of the script's source from `# Settings` to the first table, ACTIONS."""
-    source = Path(script.__file__).read_text(encoding="utf-8")
-    return re.search(r"^# Settings.*?(?=^ACTIONS)", source, re.S | re.M).group()
-
-
-def _reader(kind: str, optional: str):
-    def read(text: str):
-        if optional and text.lower() == "none":
-            return None
-        return {"int": int, "float": float, "str": str}[kind](text)
-
-    read.__name__ = kind  # argparse: "invalid int value: 'two'"
-    return read
+def slips(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
+    """A line for each name at the top that may be a slip: very like a setting's, or set twice."""
+    source = Path(script.__file__).read_text(encoding="utf-8", errors="replace")
+    lines, found = {}, []
+    for node in assignments(source):
+        for name in targets(node):
+            lines.setdefault(name, []).append(str(node.lineno))
+    for name in list(lines)[: list(lines).index("ACTIONS")]:
+        near = nearest(name.upper(), rules, ALIKE)
+        if name in rules and len(lines[name]) > 1:
+            found.append(f"{name} is set in lines {' and '.join(lines[name])}; the last one counts")
+        elif name not in rules and near:
+            found.append(f"{name} is no setting that the trainer reads{near}")
+    return found

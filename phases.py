@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import data
 import files
@@ -14,12 +13,13 @@ import memory
 from bdh_mlx import find_weights, load_model
 from endure import Stop
 from errors import UserError
+from flags import Settings
 from formats import NEEDED
 
 PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")
 
 
-def chain(s: SimpleNamespace) -> list[SimpleNamespace]:
+def chain(s: Settings) -> list[Settings]:
     """The settings of each run that PHASES names; without it, `s` alone. Raises UserError.
 
     Run i of RUN_NAME r is r-1-system, r-2-instruction and so on, its INIT_FROM the run before.
@@ -42,7 +42,7 @@ def chain(s: SimpleNamespace) -> list[SimpleNamespace]:
             ) from None
         own["RUN_NAME"] = f"{s.RUN_NAME or 'phases'}-{i}-{mode}"
         own["INIT_FROM"] = runs[-1].RUN_NAME if runs else s.INIT_FROM
-        runs.append(SimpleNamespace(**vars(s) | own))
+        runs.append(Settings(**vars(s) | own))
     return runs
 
 
@@ -56,7 +56,7 @@ def ancestry(source: Path) -> list[dict]:
     return [*before, {"weights": str(file), "sha256": files.sha256(file)}]
 
 
-def held_out(s: SimpleNamespace, run: Path, stop: Stop, loss_in: Callable) -> dict[str, float]:
+def held_out(s: Settings, run: Path, stop: Stop, loss_in: Callable) -> dict[str, float]:
     """Bits per byte of the run's best weights on the validation bytes of every mode that the data
     serve; kept in modes.json, by field too. loss_in(model, mode) -> nats, nats by field.
     """

@@ -14,10 +14,12 @@ if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C and fo
 
     cli.run("train_mlx")
 
+import bdh_mlx
 from bdh_mlx import BDHConfig
 
-# Settings. Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets.
-# Where none is allowed, it is None here and `none` as a flag.
+# Settings, in plain Python: change a line, paste one over it, add one of your own. Each is also a
+# flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets, presets beat these lines.
+# Where None is allowed, the flag takes `none`.
 # Data
 TRAINING_MODE: str = "both"  # of each record: "system", "instruction", "both" or "full"
 LOSS_ON: str = "all"  # bytes that count in the training loss: "all", or "response" (mode full only)
@@ -40,7 +42,7 @@ EMA: float = 0.0  # share that an update keeps of the weights' average, the one 
 NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_SKIPS: int = 10  # updates in a row skipped for numbers that are not finite before the run stops
 # Model, and how it is computed
-BDH_CONFIG = BDHConfig()  # n_layer=6, n_embd=256, n_head=4, dropout=0.1: 25.3M parameters
+BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer=6, n_embd=256, n_head=4, dropout=0.1: 25.3M parameters
 DTYPE: str = "auto"  # of the products: "bfloat16", "float32"; auto: bfloat16 on a GPU alone
 MEMORY: str = "auto"  # "fast", "balanced" or "small" (each slower than the last); auto: what fits
 FORCE: bool = False  # start although the estimated memory cannot be had
@@ -66,17 +68,16 @@ ACTIONS = {
     "selfcheck": "check in seconds that model and trainer work on this machine: exit code 0 or 1",
 }
 
-# Each preset is flags: the guide's configurations, and `tiny` for a first look. Where the guide
-# names no EPOCHS, MAX_ITERS alone ends the run.
+# Each preset is flags: the guide's configurations to the digit (phase 2 also starts from phase 1's
+# weights), and `tiny` for a first look.
 GUIDE = "--block-size 4096 --batch-size 2 --training-mode "
 PRESETS = {
     "both-64gb": GUIDE + "both --max-iters 5000 --learning-rate 5e-5 --epochs 3",
     "full-64gb": GUIDE + "full --max-iters 8000 --learning-rate 3e-5 --epochs 3",
-    "phase1-64gb": GUIDE + "system --max-iters 3000 --learning-rate 1e-4 --epochs none",
-    "phase2-64gb": GUIDE + "instruction --max-iters 3000 --learning-rate 5e-5 --epochs none "
-    "--init-from system",
+    "phase1-64gb": GUIDE + "system --max-iters 3000 --learning-rate 1e-4",
+    "phase2-64gb": GUIDE + "instruction --max-iters 3000 --learning-rate 5e-5 --init-from system",
     "both-16gb": "--training-mode both --block-size 2048 --batch-size 1 --max-iters 5000 "
-    "--learning-rate 5e-5 --epochs none",
+    "--learning-rate 5e-5",
     "tiny": "--n-layer 3 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0.05 "
     "--training-mode full --block-size 256 --batch-size 8 --max-iters 350 --epochs none "
     "--learning-rate 4e-3 --warmup-iters 20 --log-freq 25 --eval-freq 175 --save-freq 175",
@@ -98,7 +99,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -157,7 +157,7 @@ def block_starts(
     return np.array([epoch_starts(n_bytes, T, seed, epoch)[i] for epoch, i in where])
 
 
-def carried_rows(s: SimpleNamespace) -> int | None:
+def carried_rows(s: Settings) -> int | None:
     """Rows that read on and on, if CARRY_STATE has them."""
     return s.BATCH_SIZE if s.CARRY_STATE else None
 
@@ -176,7 +176,7 @@ def get_batch(
 # ------------------------------------------------------------------------------- loss and schedule
 
 
-def learning_rate(step: int, total: int, s: SimpleNamespace) -> float:
+def learning_rate(step: int, total: int, s: Settings) -> float:
     """Rate of update number `step` (from 0): a linear rise, then half a cosine down to the end."""
     if step < s.WARMUP_ITERS:
         return s.LEARNING_RATE * (step + 1) / s.WARMUP_ITERS
@@ -225,7 +225,7 @@ def prepared(s: Settings, mode: str) -> tuple[dict, tuple, tuple]:
     return report, train, [array[: s.EVAL_BYTES] for array in val]
 
 
-def open_data(s: SimpleNamespace) -> tuple[dict, tuple, tuple]:
+def open_data(s: Settings) -> tuple[dict, tuple, tuple]:
     """The data's report, then bytes and fields to train on, and those that evaluations read."""
     report, train, val = prepared(s, s.TRAINING_MODE)
     for side, least, cure in (
@@ -245,34 +245,37 @@ def open_data(s: SimpleNamespace) -> tuple[dict, tuple, tuple]:
     return report, train, val
 
 
-def sequences(s: SimpleNamespace) -> int:
+def sequences(s: Settings) -> int:
     """Blocks that an update reads, over all processes (one unless settings say how many)."""
-    return s.BATCH_SIZE * s.GRAD_ACCUM * getattr(s, "PROCESSES", 1)
+    return s.BATCH_SIZE * s.GRAD_ACCUM * vars(s).get("PROCESSES", 1)
 
 
-def last_iteration(s: SimpleNamespace, n_bytes: int) -> int:
+def last_iteration(s: Settings, n_bytes: int) -> int:
     """Update at which the run ends: MAX_ITERS or the end of EPOCHS, one of which is set."""
     blocks = math.ceil(n_bytes / s.BLOCK_SIZE)
     by_epochs = math.ceil(s.EPOCHS * blocks / sequences(s)) if s.EPOCHS else math.inf
     return min(s.MAX_ITERS or math.inf, by_epochs)
 
 
-def outlook(s: SimpleNamespace, n_bytes: int) -> str:
-    """How long the run is, and whether MAX_ITERS cuts its EPOCHS short."""
+def outlook(s: Settings, n_bytes: int) -> str:
+    """How long the run is, and which of MAX_ITERS and EPOCHS cuts the other short."""
     total, each = last_iteration(s, n_bytes), s.BLOCK_SIZE * sequences(s)
-    epochs = total * each / n_bytes
-    cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:g})" if epochs < (s.EPOCHS or 0) else ""
+    epochs, cut = total * each / n_bytes, ""
+    if epochs < (s.EPOCHS or 0):
+        cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:g})"
+    elif total < (s.MAX_ITERS or 0):
+        cut = f"; EPOCHS ({s.EPOCHS:g}) ends it before MAX_ITERS ({s.MAX_ITERS:,})"
     read = f"{total * each:,} bytes or {epochs:.2f} epochs"
     return f"{total:,} iterations of {each:,} bytes are {read}{cut}"
 
 
-def described(s: SimpleNamespace) -> dict:
+def described(s: Settings) -> dict:
     """The settings as JSON holds them, the model's beside the others."""
     own = {k: v for k, v in vars(s).items() if k.isupper() and k != "BDH_CONFIG"}
     return own | asdict(s.BDH_CONFIG)
 
 
-def fresh(s: SimpleNamespace) -> tuple[BDH, optim.AdamW]:
+def fresh(s: Settings) -> tuple[BDH, optim.AdamW]:
     """A model and its optimizer, in whose state also is what EMA and CARRY_STATE keep: it is saved
     and goes on with it.
     """
@@ -288,7 +291,7 @@ def fresh(s: SimpleNamespace) -> tuple[BDH, optim.AdamW]:
     return model, optimizer
 
 
-def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tuple[int, list, str]:
+def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, list, str]:
     """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached, the
     weights that the run came from, and the validation bytes that it had.
     """
@@ -315,7 +318,7 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
     new = described(s) | checkpoints.versions() | {UPDATE: sequences(s)}
     try:
         old = before["settings"] | before["versions"]
-        old[UPDATE] = sequences(SimpleNamespace(**before["settings"]))
+        old[UPDATE] = sequences(Settings(**before["settings"]))
         changed = checkpoints.differing(old, new) | data.differing(before["data"], report)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
@@ -348,7 +351,19 @@ def start(run: Path, s: SimpleNamespace, report: dict, model, optimizer) -> tupl
     with averaged(model, optimizer):  # as it was saved
         checkpoints.load(run, done, model, optimizer)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
+    tell_new_rate(before, s, done, report)
     return done, ancestry, val_data(before["data"])
+
+
+def tell_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
+    """Say when a resumed run goes on with another learning rate than it would have had."""
+    old = Settings(**before["settings"])
+    ends = [last_iteration(of, data["train"]["bytes"])
+            for of, data in ((old, before["data"]), (s, report))]  # fmt: skip
+    planned, new = learning_rate(done, ends[0], old), learning_rate(done, ends[1], s)
+    if abs(new - planned) > 0.01 * planned:
+        last = learning_rate(done - 1, ends[0], old)
+        print(f"learning rate: {last:.2e} at iteration {done}, {new:.2e} from here on")
 
 
 def val_data(report: dict) -> str:
@@ -362,21 +377,9 @@ def noisy(idx: mx.array, share: float, key: mx.array) -> mx.array:
     others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=which)]
     return mx.where(mx.random.uniform(shape=idx.shape, key=where) < share, others, idx)
 
-    tell_new_rate(before, s, done, report)
 
 @contextmanager
 def averaged(model, optimizer) -> Iterator[None]:
-def tell_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
-    """Say when a resumed run goes on with another learning rate than it would have had."""
-    old = Settings(**before["settings"])
-    ends = [last_iteration(of, data["train"]["bytes"])
-            for of, data in ((old, before["data"]), (s, report))]  # fmt: skip
-    planned, new = learning_rate(done, ends[0], old), learning_rate(done, ends[1], s)
-    if abs(new - planned) > 0.01 * planned:
-        last = learning_rate(done - 1, ends[0], old)
-        print(f"learning rate: {last:.2e} at iteration {done}, {new:.2e} from here on")
-
-
     """Put the average that EMA keeps in the place of the weights: it is evaluated and saved."""
 
     def swap():
@@ -446,6 +449,8 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the settings say, one run or a chain of PHASES; the exit code. Raises UserError."""
     given, told = settings(argv), {}
     cli.check_temporary_folder()
+    for slip in flags.slips(sys.modules[__name__], RULES):
+        print(f"warning: {slip}", file=sys.stderr)
     if given.selfcheck:
         import selfcheck  # these two late: they import this file
 
@@ -474,7 +479,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def attempt(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int:
+def attempt(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
     """Train, and put into a line what can end it."""
     try:
         return train(s, run, stop, together)
@@ -495,13 +500,13 @@ def attempt(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> i
         return 1
 
 
-def loss_in(s: SimpleNamespace, stop: Stop, model: BDH, mode: str) -> tuple[float, dict]:
+def loss_in(s: Settings, stop: Stop, model: BDH, mode: str) -> tuple[float, dict]:
     """What `evaluate` gives on the validation bytes of any mode. Raises UserError without data."""
     losses = mx.compile(partial(byte_losses, model))
     return evaluate(losses, *prepared(s, mode)[2], s.BATCH_SIZE, s.BLOCK_SIZE, stop)
 
 
-def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int:
+def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
     """From the data to the summary: 0 when finished, 128 + signal when stopped, 1 when diverged."""
     stop.can_wait = False  # also after an earlier phase
     report, (train_bytes, train_fields), val = open_data(s)
@@ -513,12 +518,12 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     per_iter = s.BLOCK_SIZE * sequences(s)
     print(f"plan: {outlook(s, len(train_bytes))}; an evaluation reads {len(val[0]):,} bytes")
 
+    name, compute, peak = memory.choose(s)  # before the model takes any
     model, optimizer = fresh(s)
     found = start(run, s, report, model, optimizer) if together.first else None
     step, ancestry, had = together.share(found)
     model.update(together.from_first(model.parameters()))  # before compiling
     optimizer.state = together.from_first(optimizer.state)
-    name, compute, peak = memory.choose(s)  # before the model takes any
     first = saved = step
     now = val_data(report)
     log, history = open_log(run, step, (had, now), together, s.json_to)
@@ -574,15 +579,15 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
             together.wait()  # none goes on, or leaves, before it is on the disk
             saved = step
 
+    with at_once():
+        trace(losses_of, len(val[0]), s.BATCH_SIZE, s.BLOCK_SIZE)
+    if step % s.EVAL_FREQ == 0 and evaluated < step:
+        print(f"evaluating {len(val[0]):,} bytes before iteration {step + 1}")
     while True:
         stop.agree()
         finished = step >= total
         if finished or stop.number or step % s.SAVE_FREQ == 0:
             save()  # before the evaluation: one that dies must not cost the work
-    with at_once():
-        trace(losses_of, len(val[0]), s.BATCH_SIZE, s.BLOCK_SIZE)
-    if step % s.EVAL_FREQ == 0 and evaluated < step:
-        print(f"evaluating {len(val[0]):,} bytes before iteration {step + 1}")
         if stop.number:
             bar.close()
             print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
@@ -691,7 +696,7 @@ def train(s: SimpleNamespace, run: Path, stop: Stop, together: Processes) -> int
     return 0
 
 
-def why_finished(s: SimpleNamespace, run: Path, step: int, total: int, best: dict) -> str:
+def why_finished(s: Settings, run: Path, step: int, total: int, best: dict) -> str:
     """Why there is nothing to do, and which setting to change to go on."""
     if step >= total:
         return f"{run} has its {step:,} iterations; to go on, raise MAX_ITERS or EPOCHS"
@@ -701,7 +706,7 @@ def why_finished(s: SimpleNamespace, run: Path, step: int, total: int, best: dic
     )
 
 
-def summary(s: SimpleNamespace, run: Path, total: int, last: dict, best: dict) -> dict:
+def summary(s: Settings, run: Path, total: int, last: dict, best: dict) -> dict:
     """What is printed of a finished run, for people and grep; `last` is its last evaluation."""
     ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
     if last["step"] < total:
@@ -722,7 +727,7 @@ def summary(s: SimpleNamespace, run: Path, total: int, last: dict, best: dict) -
     }
 
 
-def command(s: SimpleNamespace, run: Path, prompt: str) -> str:
+def command(s: Settings, run: Path, prompt: str) -> str:
     """What to type to have the finished run write, within the blocks that it was trained on."""
     python = Path(sys.executable)  # of make's .venv, which the user's shell may not know
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
@@ -739,48 +744,79 @@ UPDATE = "BATCH_SIZE x GRAD_ACCUM x processes"
 FIXED = ["TRAINING_MODE", "BLOCK_SIZE", UPDATE, "SEED"]
 FIXED += ["LOSS_ON", "EVAL_BYTES", "EMA", "CARRY_STATE", "train data", "val data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
-AT_LEAST = dict.fromkeys(("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "MAX_ITERS", "MAX_SKIPS"), 1)
-AT_LEAST |= dict.fromkeys(("LOG_FREQ", "EVAL_FREQ", "SAVE_FREQ", "KEEP", "PATIENCE"), 1)
-AT_LEAST |= {"LR_DECAY_ITERS": 1, "EVAL_BYTES": 2, "WARMUP_ITERS": 0, "SAMPLE_BYTES": 0}
-RANGES = {  # SEED makes a key of 64 bits with the number of a batch
-    ("EPOCHS", "LEARNING_RATE", "GRAD_CLIP"): (lambda x: 0 < x < math.inf, "above 0"),
-    ("WEIGHT_DECAY",): (lambda x: 0 <= x < math.inf, "at least 0"),
-    ("EMA", "NOISE"): (lambda x: 0 <= x < 1, "at least 0 and below 1"),
-    ("VAL_SHARE",): (lambda x: 0 < x < 1, "above 0 and below 1"),
-    ("MIN_LEARNING_RATE",): (lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    ("SEED",): (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32"),
+ABOVE_0 = "above 0 and at most 1,000"
+RULES = {  # what each setting may be; one that is not here, a user's own, may be anything
+    "TRAINING_MODE": choice(*NEEDED),
+    "LOSS_ON": choice("all", "response"),
+    "DATASET": text(),
+    "BLOCK_SIZE": whole(1),
+    "BATCH_SIZE": whole(1),
+    "GRAD_ACCUM": whole(1),
+    "MAX_ITERS": whole(1, none=True),
+    "EPOCHS": number("above 0 and at most a million", lambda x: 0 < x <= 1e6, none=True),
+    "PATIENCE": whole(1, none=True),
+    "LEARNING_RATE": number(ABOVE_0, lambda x: 0 < x <= 1000),
+    "MIN_LEARNING_RATE": number("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "WARMUP_ITERS": whole(0),
+    "LR_DECAY_ITERS": whole(1, none=True),
+    "WEIGHT_DECAY": number("at least 0 and at most 1,000", lambda x: 0 <= x <= 1000),
+    "GRAD_CLIP": number("above 0 and at most 1e30", lambda x: 0 < x <= 1e30, none=True),
+    "CARRY_STATE": switch(),
+    "EMA": number("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "NOISE": number("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "MAX_SKIPS": whole(1),
+    "BDH_CONFIG": Rule(BDHConfig, needs="a BDHConfig(...)"),
+    "DTYPE": choice("auto", "bfloat16", "float32"),
+    "MEMORY": choice("auto", *memory.SETTINGS),
+    "FORCE": switch(),
+    "SEED": whole(0, 2**32 - 1),  # it makes a key of 64 bits with the number of a batch
+    "VAL_SHARE": number("above 0 and below 1", lambda x: 0 < x < 1),
+    "EVAL_BYTES": whole(2, 2**62, none=True),
+    "LOG_FREQ": whole(1),
+    "EVAL_FREQ": whole(1),
+    "SAVE_FREQ": whole(1),
+    "KEEP": whole(1),
+    "SAMPLE_BYTES": whole(0, 10**6),
+    "ALLOW_DATA_CHANGE": switch(),
+    "CHECKPOINT_DIR": text(),
+    "RUN_NAME": text(none=True),
+    "INIT_FROM": text(none=True),
+    "PHASES": text(none=True),
 }
-CHOICES = {
-    "TRAINING_MODE": NEEDED,
-    "LOSS_ON": ("all", "response"),
-    "DTYPE": ("auto", "bfloat16", "float32"),
-    "MEMORY": ("auto", *memory.SETTINGS),
-}
-NAMES = {*AT_LEAST, *CHOICES, *(name for names in RANGES for name in names)}  # of all settings
-NAMES |= {"DATASET", "CHECKPOINT_DIR", "RUN_NAME", "INIT_FROM", "PHASES", "BDH_CONFIG"}
-NAMES |= {"CARRY_STATE", "FORCE", "ALLOW_DATA_CHANGE"}
 
 
-def settings(argv: list[str] | None = None) -> SimpleNamespace:
+def settings(argv: list[str] | None = None) -> Settings:
     """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
-    s = flags.parse(sys.modules[__name__], NAMES, PRESETS, argv, ACTIONS)
+    s, typed = flags.parse(sys.modules[__name__], RULES, PRESETS, ACTIONS, argv)
+    refuse_idle(s, typed)
     for name in ("CHECKPOINT_DIR", "INIT_FROM"):  # no shell reads a constant
         if vars(s)[name]:
             setattr(s, name, str(files.expanded(vars(s)[name])))
-    s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(BDH_CONFIG)})
+    s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(s.BDH_CONFIG)})
     for run in phases.chain(s):
         check(run)
     return s
 
 
-def check(s: SimpleNamespace) -> None:
-    """Raise UserError naming the first setting that cannot be, its value and its limit."""
-    for name, choices in CHOICES.items():
-        if vars(s)[name] not in choices:
-            raise UserError(
-                f"{name} is {vars(s)[name]!r}; it must be one of "
-                f"{', '.join(choices)}{flags.nearest(str(vars(s)[name]), choices)}"
-            )
+def refuse_idle(s: Settings, typed: set[str]) -> None:
+    """Raise UserError for flags that have no effect beside others that were typed."""
+    idle = {}
+    if s.selfcheck:
+        idle["--selfcheck"] = typed - {"selfcheck"}
+    if s.plan:
+        idle["--plan"] = typed & {"json"}
+    if s.PHASES is not None:
+        idle["--phases, which names its own"] = typed & {"TRAINING_MODE", "EPOCHS"}
+    for beside, names in idle.items():
+        if names:
+            told = ", ".join(sorted(map(flags.flag_of, names)))
+            raise UserError(f"{told}: no effect beside {beside}; leave it out")
+
+
+def check(s: Settings) -> None:
+    """Raise UserError for the settings of a run that do not go together."""
+    for name, rule in RULES.items():  # PHASES may have put other values in
+        flags.check(name, getattr(s, name), rule)
     checkpoints.run_folder(s)  # RUN_NAME
     if s.LOSS_ON not in ("all", *NEEDED[s.TRAINING_MODE]):
         raise UserError(
@@ -789,12 +825,5 @@ def check(s: SimpleNamespace) -> None:
         )
     if s.MAX_ITERS is None and s.EPOCHS is None:
         raise UserError("MAX_ITERS and EPOCHS are both none, a run without an end; set one of them")
-    for name, least in AT_LEAST.items():
-        if (value := vars(s)[name]) is not None and value < least:
-            raise UserError(f"{name} is {value}; it must be at least {least}")
     if s.BDH_CONFIG.vocab_size != 256:
         raise UserError(f"vocab_size is {s.BDH_CONFIG.vocab_size}; bytes are 256")
-    for names, (fits, said) in RANGES.items():
-        for name in names:
-            if (value := vars(s)[name]) is not None and not fits(value):
-                raise UserError(f"{name} is {value}; it must be {said}")

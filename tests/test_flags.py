@@ -1,14 +1,18 @@
 """What the flags and the terminal show: headings, near names, colours, lines of JSON."""
 
+import importlib.util
 import io
 import json
+import os
 import re
-from types import SimpleNamespace
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 from test_train import metrics, train
 
+import bdh_mlx
 import flags
 import train_mlx
 from bdh_mlx import UserError
@@ -46,10 +50,6 @@ def test_a_mistyped_flag_is_told_its_nearest(args, near, capsys):
     [
         (["--zzz=3"], "unknown flag --zzz (--help lists all)"),
         (["--training-mod\x1b"], r"unknown flag --training-mod\x1b; did you mean --training-mode?"),
-        (
-            ["--block-size", "two\nlines"],
-            "argument --block-size: invalid int value: 'two\\nlines' (",
-        ),
         (["stray"], "unrecognized arguments: stray (--help lists all)"),
     ],
 )
@@ -81,31 +81,262 @@ def test_a_mistyped_choice_is_told_its_nearest():
         train_mlx.settings(["--training-mode", "xyz"])
 
 
+# ------------------------------------------------------------------------------ plain Python
+
+BLOCKS = {  # as a user's notes may have them: without types, with other comments, over lines
+    "mode system": 'TRAINING_MODE = "system"',
+    "mode instruction": 'TRAINING_MODE = "instruction"',
+    "mode both": 'TRAINING_MODE = "both"',
+    "mode full": 'TRAINING_MODE = "full"',
+    "both-64gb": """TRAINING_MODE = "both"
+BLOCK_SIZE = 4096
+BATCH_SIZE = 2
+MAX_ITERS = 5000
+LEARNING_RATE = 5e-5
+EPOCHS = 3""",
+    "full-64gb": """TRAINING_MODE = "full"
+BLOCK_SIZE = 4096
+BATCH_SIZE = 2
+MAX_ITERS = 8000
+LEARNING_RATE = 3e-5
+EPOCHS = 3""",
+    "phase1-64gb": """TRAINING_MODE = "system"
+BLOCK_SIZE = 4096
+BATCH_SIZE = 2
+MAX_ITERS = 3000
+LEARNING_RATE = 1e-4""",
+    "phase2-64gb": """TRAINING_MODE = "instruction"
+BLOCK_SIZE = 4096
+BATCH_SIZE = 2
+MAX_ITERS = 3000
+LEARNING_RATE = 5e-5""",
+    "both-16gb": """TRAINING_MODE = "both"
+BLOCK_SIZE = 2048  # Reduced context
+BATCH_SIZE = 1
+MAX_ITERS = 5000
+LEARNING_RATE = 5e-5""",
+    "a comment of its own": '''# Line ~29 in train_mlx.py
+TRAINING_MODE = "both"  # Change this to: "system", "instruction", "both", or "full"''',
+    "a smaller model": """BDH_CONFIG = bdh_mlx.BDHConfig(
+    n_layer=4,      # Reduced from 6
+    n_embd=128,     # Reduced from 256
+    n_head=2,       # Reduced from 4
+)""",
+    "a smaller model by its name": "BDH_CONFIG = BDHConfig(n_layer=4, n_embd=128, n_head=2)",
+}
+TABLE = "\nACTIONS = {"  # the first line that is no setting
+
+
+def copied(folder, edit):
+    """The trainer as a module of its own, its source changed by `edit`."""
+    name = f"train_{abs(hash(str(folder)))}"
+    file = folder / f"{name}.py"
+    file.write_text(edit((ROOT / "train_mlx.py").read_text()))
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.redraw = lambda *_: None
+    return module
+
+
+def in_place(block):
+    """Each constant of the block in place of the line that sets it."""
+
+    def edit(source):
+        names = re.findall(r"^(\w+)", re.sub("^#.*\n", "", block), re.M)
+        for name in names:
+            source, n = re.subn(rf"^{name}\b.* = .*\n", "", source, flags=re.M)
+            assert n == 1
+        return source.replace("# Data\n", f"# Data\n{block}\n", 1)
+
+    return edit
+
+
+def behind(block):
+    """All of the block behind the constants."""
+    return lambda source: source.replace(TABLE, f"\n{block}\n{TABLE}", 1)
+
+
+def assigned(block):
+    values = {}
+    exec(block, {"bdh_mlx": bdh_mlx, "BDHConfig": bdh_mlx.BDHConfig}, values)
+    return values
+
+
+SMALL = "--dataset sample --max-iters 1 --epochs none --eval-bytes 200 --sample-bytes 0"
+MODEL = "--n-layer 1 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 4"
+
+
+@pytest.mark.parametrize("where", [in_place, behind])
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_a_pasted_block_is_the_settings_and_trains(tmp_path, block, where):
+    trainer = copied(tmp_path, where(block))
+    expected = vars(train_mlx.settings([])) | assigned(block)
+    assert vars(trainer.settings([])) == expected
+    args = [*SMALL.split(), "--checkpoint-dir", str(tmp_path)]
+    args += ["--block-size", "64"] if "BDH_CONFIG" in block else MODEL.split()
+    assert trainer.main(args) == 0
+    (config,) = tmp_path.glob("*/step-000001/config.json")
+    settings = json.loads(config.read_text())["settings"]
+    assert settings["TRAINING_MODE"] == expected["TRAINING_MODE"]
+    if "BDH_CONFIG" in block:
+        assert (settings["n_layer"], settings["n_embd"], settings["n_head"]) == (4, 128, 2)
+    else:
+        assert settings["BLOCK_SIZE"] == expected["BLOCK_SIZE"]
+
+
+@pytest.mark.parametrize("preset", [name for name in BLOCKS if name in train_mlx.PRESETS])
+def test_a_preset_is_its_block(tmp_path, preset):
+    by_lines = vars(copied(tmp_path, in_place(BLOCKS[preset])).settings([]))
+    by_preset = vars(train_mlx.settings(["--preset", preset]))
+    start = {"INIT_FROM": "system"} if preset == "phase2-64gb" else {}  # its weights
+    assert by_preset == by_lines | start
+
+
+def test_presets_and_flags_act_on_pasted_lines(tmp_path):
+    """A pasted line has no type: the flag still takes `none`, and a number with a point."""
+    trainer = copied(tmp_path, behind("EPOCHS = 3\nLEARNING_RATE = 1\nMAX_ITERS = None"))
+    assert trainer.settings(["--preset", "tiny"]).EPOCHS is None
+    s = trainer.settings(["--epochs", "1.5", "--learning-rate", "2e-3", "--max-iters", "7"])
+    assert (s.EPOCHS, s.LEARNING_RATE, s.MAX_ITERS) == (1.5, 2e-3, 7)
+
+
+OWN = """COOLDOWN_ITERS: int = 0  # updates at the end
+NOTE = "mine"
+RATE: float | None = None
+LISTED = [1, 2]
+FAST = True
+"""
+
+
+def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
+    trainer = copied(tmp_path, behind(OWN))
+    s = trainer.settings(["--cooldown-iters", "5", "--rate", "0.5", "--no-fast"])
+    assert (s.COOLDOWN_ITERS, s.NOTE, s.RATE, s.LISTED, s.FAST) == (5, "mine", 0.5, [1, 2], False)
+    with pytest.raises(SystemExit):
+        trainer.settings(["--help"])
+    shown = capsys.readouterr().out
+    assert re.search(r"--cooldown-iters int\s+updates at the end \(now 0\)", shown)
+    args = [*SMALL.split(), *MODEL.split(), "--block-size", "64", "--checkpoint-dir", str(tmp_path)]
+    assert trainer.main(args) == 0 and "warning" not in capsys.readouterr().err
+    (config,) = tmp_path.glob("*/step-000001/config.json")
+    kept = json.loads(config.read_text())["settings"]
+    assert kept["COOLDOWN_ITERS"] == 0 and kept["LISTED"] == [1, 2] and kept["RATE"] is None
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        (
+            "BATCHSIZE = 2",
+            "BATCHSIZE is no setting that the trainer reads; did you mean BATCH_SIZE?",
+        ),
+        ("batch_size = 2", "batch_size is no setting .*; did you mean BATCH_SIZE?"),
+        ("EPOCH = 2", "EPOCH is no setting .*; did you mean EPOCHS?"),
+        ("KEEP = 4", r"KEEP is set in lines \d+ and \d+; the last one counts"),
+    ],
+)
+def test_a_name_that_may_be_a_slip_is_one_warning(tmp_path, block, said):
+    trainer = copied(tmp_path, behind(block))
+    (slip,) = flags.slips(trainer, trainer.RULES)
+    assert re.fullmatch(said.replace("?", r"\?"), slip)
+
+
+def test_the_settings_as_they_stand_have_no_slip():
+    assert flags.slips(train_mlx, train_mlx.RULES) == []
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('BLOCK_SIZE: int = "256"', "BLOCK_SIZE is '256' in its line; it must be a whole number$"),
-        ("SEED: int = 1.5", "SEED is 1.5 .* a whole number$"),
-        ("BATCH_SIZE: int = None", "BATCH_SIZE is None .* a whole number$"),
-        ("KEEP: int = True", "KEEP is True .* a whole number$"),
-        ('EPOCHS: float | None = "none"', "EPOCHS is 'none' .* a number or None$"),
-        ("FORCE: bool = 1", "FORCE is 1 .* True or False$"),
-        ("BATCHSIZE: int = 2", r"BATCHSIZE is no setting; did you mean BATCH_SIZE\?$"),
-        ("KEEP = 3", "KEEP: its line has lost its type, as in `BLOCK_SIZE: int = 4096`$"),
-        ("KEEP: int = 3\nKEEP: int = 4", "KEEP stands twice$"),
-        ("#KEEP: int = 3", "^KEEP must stand among the settings$"),
+        ('BLOCK_SIZE = "256"', "BLOCK_SIZE is '256'; it must be a whole number, at least 1"),
+        ("SEED: int = 1.5", "SEED is 1.5; it must be a whole number"),
+        ("BATCH_SIZE = None", "BATCH_SIZE is None; it must be a whole number"),
+        ("KEEP = True", "KEEP is True; it must be a whole number"),
+        ('EPOCHS = "none"', "EPOCHS is 'none'; it must be a number, above 0 .* or None$"),
+        ("FORCE = 1", "FORCE is 1; it must be True or False$"),
+        ('DATASET = ""', "DATASET is ''; it must be text that is not empty$"),
+        ('RUN_NAME = " "', "RUN_NAME is ' '; it must be text that is not empty or None$"),
+        ("BDH_CONFIG = {}", r"BDH_CONFIG is {}; it must be a BDHConfig\(...\)$"),
+        ('TRAINING_MODE = "ful"', r"TRAINING_MODE is 'ful'; .*; did you mean full\?$"),
+        ("LEARNING_RATE = float('nan')", "LEARNING_RATE is nan; it must be a number, above 0"),
+        ("COOLDOWN: int = 'x'", "COOLDOWN is 'x'; it must be a whole number$"),
+        ("N_LAYER = 4", "n_layer: its flag --n-layer is that of N_LAYER; rename it|N_LAYER: its"),
+        ("PLAN = True", "PLAN: its flag --plan is that of another flag; rename it$"),
     ],
 )
-def test_constants_are_checked_as_flags_are(tmp_path, line, said):
-    source = (ROOT / "train_mlx.py").read_text()
-    name, value = re.match(r"\w+", line.strip("#"))[0], line.split("= ")[-1]
-    script = SimpleNamespace(**vars(train_mlx) | {name: eval(value)})
-    script.__file__ = str(tmp_path / "train_mlx.py")
-    instead_of = name.replace("BATCHSIZE", "BATCH_SIZE")
-    source = re.sub(rf"^{instead_of}: .* = .*$", line, source, flags=re.M)
-    (tmp_path / "train_mlx.py").write_text(source)
+def test_a_wrong_constant_is_named_with_its_value_and_what_fits(tmp_path, line, said):
+    trainer = copied(tmp_path, behind(line))
     with pytest.raises(UserError, match=said):
-        flags.parse(script, train_mlx.NAMES, {}, [], {})
+        trainer.settings([])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("--init-from=", "INIT_FROM is ''; it must be text that is not empty or None"),
+        ("--checkpoint-dir=", "CHECKPOINT_DIR is ''"),
+        ("--dataset=", "DATASET is ''"),
+        ("--block-size two", "BLOCK_SIZE is 'two'; it must be a whole number, at least 1"),
+        ("--block-size none", "BLOCK_SIZE is 'none'"),
+        ("--grad-accum 99999999999999999999999", "GRAD_ACCUM is 9+; .* at most 2,147,483,647"),
+        ("--sample-bytes 99999999999999999999999", "SAMPLE_BYTES is 9+; .* at most 1,000,000"),
+        ("--learning-rate 1e30", "LEARNING_RATE is 1e.30; .* at most 1,000"),
+        ("--weight-decay 1e30", "WEIGHT_DECAY is 1e.30; .* at most 1,000"),
+        ("--epochs inf", "EPOCHS is inf"),
+    ],
+)
+def test_a_wrong_flag_is_named_with_its_value_and_what_fits(args, said):
+    with pytest.raises(UserError, match=said):
+        train_mlx.settings(args.split())
+
+
+def test_a_constant_that_is_gone_is_named(tmp_path):
+    source = lambda text: re.sub(r"^KEEP: .*\n", "", text, flags=re.M)  # noqa: E731
+    with pytest.raises(UserError, match="KEEP is not set; put its line back"):
+        copied(tmp_path, source).settings([])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("--selfcheck --json", "--json: no effect beside --selfcheck"),
+        ("--selfcheck --preset tiny", "--preset: no effect beside --selfcheck"),
+        ("--plan --selfcheck", "--plan: no effect beside --selfcheck"),
+        ("--plan --json", "--json: no effect beside --plan"),
+        ("--phases full:1 --training-mode both", "--training-mode: no effect beside --phases"),
+        ("--phases full:1 --epochs 2", "--epochs: no effect beside --phases"),
+    ],
+)
+def test_flags_without_an_effect_together_are_refused(args, said):
+    with pytest.raises(UserError, match=f"^{said}"):
+        train_mlx.settings(args.split())
+    train_mlx.settings(["--preset", "tiny", "--phases", "full:1"])  # a preset was not typed
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("BLOCK_SIZE = 40q", None),  # no Python: its own SyntaxError
+        ("FORCE: bool = true", "error: train_mlx.py line \\d+: NameError: name 'true' is not"),
+        ("BDH_CONFIG = bdh_mlx.BDHConfig(n_head=3)", "error: n_head is 3; it must divide"),
+        ("SEED = 1 / 0", "error: train_mlx.py line \\d+: ZeroDivisionError"),
+        ("import no_such_module", "error: train_mlx.py line \\d+: ModuleNotFoundError"),
+    ],
+)
+def test_a_line_that_python_refuses_is_one_line(tmp_path, line, said):
+    file = tmp_path / "train_mlx.py"
+    file.write_text(behind(line)((ROOT / "train_mlx.py").read_text()))
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, file, "--plan", "--dataset", "sample"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    if said is None:
+        assert ran.returncode == 1 and "SyntaxError" in ran.stderr
+        return
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and re.match(said, ran.stderr)
+
+
+# ----------------------------------------------------------------------------------- the terminal
 
 
 def test_json_lines_stand_alone_on_stdout(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -37,12 +38,16 @@ def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update(
     fields = np.random.default_rng(0).permutation(np.repeat([0, RESPONSE], [90, 10])).astype("u1")
     s = settings()
     for step in range(5):
-        weights = train_mlx.loss_weights(fields, step, s)
+        count = train_mlx.count_targets(fields, step, s)
+        weights = [train_mlx.loss_weights(fields, 2 * step + i, count, s) for i in (0, 1)]
+        weights = np.array(weights)
         labels = [train_mlx.get_batch(fields, 4 * step + 2 * i, 2, 8, s.SEED)[1] for i in (0, 1)]
         assert np.array_equal(weights > 0, np.array(labels) == RESPONSE)
         assert weights.sum() == pytest.approx(1 if weights.any() else 0, rel=1e-5)
         assert len(np.unique(weights[weights > 0])) <= 1  # unequal batches, equal bytes
-    everything = train_mlx.loss_weights(fields, 0, settings("--loss-on", "all"))
+    every = settings("--loss-on", "all")
+    count = train_mlx.count_targets(fields, 0, every)
+    everything = np.array([train_mlx.loss_weights(fields, i, count, every) for i in (0, 1)])
     assert np.all(everything == np.float32(1 / 32))
 
 
@@ -56,10 +61,8 @@ def test_accumulated_batches_of_unequal_counts_equal_one_large_batch(tmp_path):
 
 
 def test_an_update_without_a_counted_byte_is_no_nan(tmp_path, monkeypatch):
-    real = train_mlx.loss_weights
-    monkeypatch.setattr(
-        train_mlx, "loss_weights", lambda f, step, s: real(f, step, s) * (step != 1)
-    )
+    real = train_mlx.counted
+    monkeypatch.setattr(train_mlx, "counted", lambda f, micro, s: real(f, micro, s) & (micro != 1))
     assert train(tmp_path, "--loss-on", "response", "--max-iters", 3) == 0
     assert [m["step"] for m in metrics(tmp_path) if "loss" in m] == [1, 3]
     assert all(np.all(np.isfinite(a)) for a in arrays(tmp_path, 3).values())
@@ -253,10 +256,10 @@ def test_a_phase_is_judged_anew_where_the_data_are_others(chained):
 def test_a_chain_stopped_within_a_phase_ends_in_the_same_bits(tmp_path, chained, monkeypatch):
     real, calls = train_mlx.loss_weights, iter(range(99))
 
-    def interrupted(fields, step, s):
+    def interrupted(*args):
         if next(calls) == 12:  # within the second phase
             raise KeyboardInterrupt
-        return real(fields, step, s)
+        return real(*args)
 
     monkeypatch.setattr(train_mlx, "loss_weights", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -272,6 +275,16 @@ def test_a_phase_is_not_continued_on_other_weights_than_it_started_from(tmp_path
     train(tmp_path, "--phases", "system:none,full:none", "--max-iters", 2)
     with pytest.raises(UserError, match=r"started from .*phases-1-system.* are others now"):
         train(tmp_path, "--phases", "system:none,full:none", "--max-iters", 12)
+
+
+def test_a_phase_goes_on_without_the_checkpoints_of_its_parent(tmp_path):
+    train(tmp_path, "--training-mode", "system", "--max-iters", 2)
+    train(tmp_path, "--init-from", "system", "--max-iters", 2)
+    for step in (tmp_path / "system").glob("step-*"):
+        shutil.rmtree(step)
+    assert train(tmp_path, "--init-from", "system", "--max-iters", 4) == 0
+    kept = json.loads((tmp_path / "full" / "config.json").read_text())["ancestry"]
+    assert len(kept) == 1 and "system" in kept[0]["weights"]
 
 
 def test_the_table_tells_what_was_forgotten():
