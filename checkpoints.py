@@ -109,13 +109,18 @@ def read_best(run: Path) -> dict:
         reason = damage(folder(run, best["step"]))
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         reason = "best.json is not what was written"
     if not reason:
         return best
     print(f"warning: no checkpoint is the best until the next validation: {visible(reason)}")
-    (run / "best.json").unlink()
+    (run / "best.json").rename(unused(run, "damaged-best.json"))
     return {}
+
+
+def unused(run: Path, name: str) -> Path:
+    """`name` with the first number behind it that no file has yet."""
+    return next(p for i in range(10**6) if not (p := run / f"{name}-{i}").exists())
 
 
 def prune(run: Path, keep: int, best: int | None) -> None:
@@ -192,10 +197,9 @@ def newest_valid(run: Path) -> int:
     for step in reversed(found):
         if not (reason := damage(folder(run, step))):
             return step
-        aside = next(p for i in range(10**6) if not (p := run / f"damaged-{step:06d}-{i}").exists())
-        folder(run, step).rename(aside)
+        aside = folder(run, step).rename(unused(run, f"damaged-{step:06d}"))
         print(f"warning: checkpoint {step} is damaged, kept as {aside.name}: {visible(reason)}")
-    if found or any(run.glob("damaged-*")):
+    if found or any(run.glob("damaged-[0-9]*")):
         raise NoneValid(f"{run} has no sound checkpoint left; set RUN_NAME to start another run")
     if (run / SAVED).exists() and (run / "metrics.jsonl").exists():
         raise NoneValid(

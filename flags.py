@@ -37,12 +37,12 @@ class Rule(NamedTuple):
 
 
 def whole(least: int, most: int = LARGEST, none: bool = False) -> Rule:
-    needs = f"a whole number, at least {least} and at most {most:,}"
+    needs = f"a whole number from {least} to {most:,}"
     return Rule(int, none, needs, lambda n: least <= n <= most)
 
 
 def number(needs: str, fits: Callable, none: bool = False) -> Rule:
-    return Rule(float, none, f"a number, {needs}", fits)
+    return Rule(float, none, f"a number {needs}", fits)
 
 
 def text(none: bool = False) -> Rule:

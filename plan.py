@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
+from tqdm import tqdm
 
 import data
 import memory
@@ -23,6 +24,7 @@ import phases
 import train_mlx
 from endure import at_once
 from errors import UserError, visible
+from evaluation import QUIET_BAR
 from formats import FIELDS, NEEDED, STOP, format_example, needed, pieces
 from metrics import duration
 
@@ -198,7 +200,8 @@ def measure(s: SimpleNamespace, train_bytes: np.ndarray, compute) -> tuple[float
     B, T = s.BATCH_SIZE, s.BLOCK_SIZE
     weights = mx.full((B, T), 1 / (B * T))
     steps, evaluations = [], []
-    for i in range(4):
+    print("\nmeasuring the speed over 4 updates")
+    for i in tqdm(range(4), desc="speed", unit="update", **QUIET_BAR):
         batch = train_mlx.get_batch(train_bytes, i * B, B, T, s.SEED)
         tick = time.perf_counter()
         with at_once():
@@ -275,6 +278,6 @@ def tell_run(s: SimpleNamespace) -> None:
     step, evaluation = measure(s, train_bytes, compute)
     times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val) / (s.BATCH_SIZE * s.BLOCK_SIZE)
-    print(f"\nspeed: {per_iter / step:,.0f} bytes/s with MEMORY {name}, measured over 3 updates")
+    print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY {name}, measured over 3 updates")
     whole = duration(total * step + evaluating)
     print(f"time to the end: {whole}, {duration(evaluating)} of it {times} evaluations; no samples")

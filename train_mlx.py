@@ -744,7 +744,6 @@ UPDATE = "BATCH_SIZE x GRAD_ACCUM x processes"
 FIXED = ["TRAINING_MODE", "BLOCK_SIZE", UPDATE, "SEED"]
 FIXED += ["LOSS_ON", "EVAL_BYTES", "EMA", "CARRY_STATE", "train data", "val data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
-ABOVE_0 = "above 0 and at most 1,000"
 RULES = {  # what each setting may be; one that is not here, a user's own, may be anything
     "TRAINING_MODE": choice(*NEEDED),
     "LOSS_ON": choice("all", "response"),
@@ -753,16 +752,16 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
     "BATCH_SIZE": whole(1),
     "GRAD_ACCUM": whole(1),
     "MAX_ITERS": whole(1, none=True),
-    "EPOCHS": number("above 0 and at most a million", lambda x: 0 < x <= 1e6, none=True),
+    "EPOCHS": number("above 0 and at most 1,000,000", lambda x: 0 < x <= 1e6, none=True),
     "PATIENCE": whole(1, none=True),
-    "LEARNING_RATE": number(ABOVE_0, lambda x: 0 < x <= 1000),
+    "LEARNING_RATE": number("from 1e-12 to 1,000", lambda x: 1e-12 <= x <= 1000),
     "MIN_LEARNING_RATE": number("above 0 and at most 1", lambda x: 0 < x <= 1),
     "WARMUP_ITERS": whole(0),
     "LR_DECAY_ITERS": whole(1, none=True),
-    "WEIGHT_DECAY": number("at least 0 and at most 1,000", lambda x: 0 <= x <= 1000),
-    "GRAD_CLIP": number("above 0 and at most 1e30", lambda x: 0 < x <= 1e30, none=True),
+    "WEIGHT_DECAY": number("from 0 to 1,000", lambda x: 0 <= x <= 1000),
+    "GRAD_CLIP": number("from 1e-12 to 1e12", lambda x: 1e-12 <= x <= 1e12, none=True),
     "CARRY_STATE": switch(),
-    "EMA": number("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "EMA": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
     "NOISE": number("at least 0 and below 1", lambda x: 0 <= x < 1),
     "MAX_SKIPS": whole(1),
     "BDH_CONFIG": Rule(BDHConfig, needs="a BDHConfig(...)"),

@@ -626,7 +626,7 @@ def test_the_presets_are_those_of_the_guide():
         ("--max-iters none --epochs none", "MAX_ITERS and EPOCHS are both none.*set one"),
         ("--max-iters none --phases full:1,full:none", "MAX_ITERS and EPOCHS are both none"),
         ("--learning-rate nan", "LEARNING_RATE is nan"),
-        ("--weight-decay nan", "WEIGHT_DECAY is nan; it must be a number, at least 0"),
+        ("--weight-decay nan", "WEIGHT_DECAY is nan; it must be a number from 0 to 1,000"),
         ("--seed -1", "SEED is -1"),
         (
             "--min-learning-rate 2",
@@ -680,3 +680,21 @@ def test_rows_that_carry_state_read_on_and_cover_the_stream():
     starts = train_mlx.block_starts(n, 0, n // T, T, 1, B).reshape(-1, B)
     assert np.all(np.diff(starts, axis=0) % n == T)
     assert len(set(starts.ravel().tolist())) == n // T
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "text"])
+def test_a_best_json_that_is_none_is_set_aside(tmp_path, capsys, kind):
+    train(tmp_path, "--max-iters", 2)
+    best = tmp_path / "full" / "best.json"
+    best.unlink()
+    if kind == "folder":
+        (best / "mine").mkdir(parents=True)
+    elif kind == "loop":
+        best.symlink_to(best)
+    else:
+        best.write_text("mine")
+    assert train(tmp_path, "--max-iters", 4) == 0
+    assert "best.json is not what was written" in capsys.readouterr().out
+    assert json.loads(best.read_text())["step"] == 4
+    aside = tmp_path / "full" / "damaged-best.json-0"
+    assert aside.is_symlink() or aside.is_dir() or aside.read_text() == "mine"
