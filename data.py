@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import urllib.error
 import urllib.request
 from array import array
@@ -40,6 +41,11 @@ COLUMNS = {  # our field: the columns that mean it, first found wins
     "response": ("response", "output", "completion", "answer"),
 }
 SPEAKERS = {"system": "system", "user": "ask", "human": "ask", "assistant": "reply", "gpt": "reply"}
+WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
+    (".data/.lock",),
+    ("metrics.jsonl", "config.json"),
+    ("model.safetensors",),
+)
 IN_VAL = "in_val.npy"  # in prepared data: of each record with any field, whether it validates
 HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would cost 400 s
 
@@ -49,19 +55,16 @@ HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would 
 
 def find(dataset: str) -> list[Path] | None:
     """The local files that `dataset` names, or None for a name on the hub. Raises UserError."""
+    if not dataset.strip():
+        raise UserError("DATASET is empty; name a file, a folder, a data set on the hub, or sample")
     if dataset == "sample":
         return [SAMPLE]
     path = expanded(dataset)
-    if path.is_dir():
-        if ready := [path / name for name in SPLIT if (path / name).is_file()]:
-            if missing := [name for name in ("train.bin", "val.bin") if path / name not in ready]:
-                raise UserError(f"DATASET {path} is a ready split but has no {missing[0]}")
-            return ready
-        files = sorted(f for f in path.rglob("*") if f.suffix in FILE_KINDS and f.is_file())
-        if not files:
-            raise UserError(f"DATASET {path} is a folder without {', '.join(FILE_KINDS)} files")
-        return files
-    if path.is_file():
+    kind = _kind(path)
+    if kind == stat.S_IFDIR:
+        return _ready_files(path) or _data_files(path)
+    if kind is not None:
+        _check_regular(path)
         if path.suffix not in FILE_KINDS:
             raise UserError(f"DATASET {path} ends in none of {', '.join(FILE_KINDS)}")
         return [path]
@@ -69,6 +72,65 @@ def find(dataset: str) -> list[Path] | None:
     if no_name or path.suffix in FILE_KINDS or dataset.startswith((".", "/", "~")):
         raise UserError(f"DATASET {path} does not exist (looked from {Path.cwd()})")
     return None
+
+
+def _kind(path: Path) -> int | None:
+    """What `stat` calls the kind of a file, or None where nothing is. Raises UserError."""
+    try:
+        str(path).encode()
+        return stat.S_IFMT(path.stat().st_mode)
+    except UnicodeEncodeError:
+        raise UserError(f"DATASET {path} has a name that is not UTF-8; rename it") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        if "\0" not in str(path) and path.is_symlink():
+            raise UserError(f"DATASET {path} is a link to a file that does not exist") from None
+        return None
+    except OSError as error:
+        _unreadable(error)
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"DATASET {error.filename} cannot be read: {error.strerror}") from None
+
+
+def _check_regular(file: Path) -> None:
+    """Raise UserError for a pipe, a socket or a device, which cannot be read twice."""
+    if _kind(file) != stat.S_IFREG:
+        raise UserError(f"DATASET {file} is no regular file; write what it gives to a file")
+
+
+def _ready_files(folder: Path) -> list[Path]:
+    """The files of a ready split, if the folder is one. Raises UserError."""
+    ready = [folder / name for name in SPLIT if _kind(folder / name) is not None]
+    for file in ready:
+        _check_regular(file)
+    missing = [name for name in ("train.bin", "val.bin") if folder / name not in ready]
+    if ready and missing:
+        raise UserError(f"DATASET {folder} is a ready split but has no {missing[0]}")
+    return ready
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The data files in a folder and its subfolders. Raises UserError.
+
+    Hidden files and folders are left out, and folders that this project writes: runs and prepared
+    data may lie beside the data.
+    """
+    files = []
+    for at, folders, names in os.walk(folder, onerror=_unreadable):
+        folders[:] = [f for f in folders if f[0] != "." and not _is_written_here(Path(at, f))]
+        files += [Path(at, n) for n in names if n[0] != "." and Path(n).suffix in FILE_KINDS]
+    for file in files:
+        _check_regular(file)
+    if not files:
+        raise UserError(f"DATASET {folder} is a folder without {', '.join(FILE_KINDS)} files")
+    return sorted(files)
+
+
+def _is_written_here(folder: Path) -> bool:
+    """Whether a folder is a CHECKPOINT_DIR, a run, a checkpoint or an exported model."""
+    there = os.path.exists  # Path's own raises for a folder that may not be entered
+    return any(all(there(folder / name) for name in mark) for mark in WRITTEN_HERE)
 
 
 def ready_split(dataset: str) -> list[Path]:
@@ -268,18 +330,36 @@ def prepare(dataset: str, mode: str, val_share: float, seed: int, cache: Path) -
 @contextmanager
 def _held(cache: Path) -> Iterator[None]:
     """Hold the folder of prepared data, swept of what a killed process left. Raises UserError."""
-    try:
+    with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another trainer may be preparing the same data
+            _wait_for(lock, cache)
             for litter in cache.glob("*.tmp"):
                 shutil.rmtree(litter)
             yield
+
+
+def _wait_for(lock, cache: Path) -> None:
+    """Take the lock, which another trainer that prepares data may hold for long."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process that prepares data in {cache} ...")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tell an OSError of writing below `folder`, or of a file that is read there, as UserError."""
+    try:
+        yield
     except OSError as error:
-        file, full = error.filename or "the data", error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or Path(file).is_relative_to(cache):
-            raise UserError(f"{cache} cannot be written: {error.strerror}") from None
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        file = error.filename or folder  # a failed write names no file
+        reason = error.strerror or error
+        if full or Path(file).is_relative_to(folder):
+            raise UserError(f"{folder} cannot be written: {reason}") from None
+        raise UserError(f"{file} cannot be read: {reason}") from None
 
 
 def intact(folder: Path) -> bool:
@@ -454,12 +534,13 @@ def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.n
     Of a ready split it is the held out side. `folder` is for files on the way. Raises UserError
     when nothing of it has the fields of `mode`.
     """
-    if ready := ready_split(dataset):
-        held_out = [file for file in ready if file.stem == "val"]
-        report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
-    else:
-        report, lengths, _, _ = _format_all(dataset, mode, folder)
-        _write_split(folder, lengths, np.zeros(len(lengths), bool), lengths > 0)
+    with _writing(folder):
+        if ready := ready_split(dataset):
+            held_out = [file for file in ready if file.stem == "val"]
+            report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
+        else:
+            report, lengths, _, _ = _format_all(dataset, mode, folder)
+            _write_split(folder, lengths, np.zeros(len(lengths), bool), lengths > 0)
     stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
     return report, stream, fields
 

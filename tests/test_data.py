@@ -3,9 +3,12 @@
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -320,6 +323,128 @@ def test_folders_and_files_of_no_use_are_refused(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match=r"bad\.json cannot be read"):
         list(data.read(str(tmp_path / "bad.json")))
+
+
+def odd_path(folder, kind):
+    """Something in `folder` that is no data file although its name says so."""
+    path = folder / "d.jsonl"
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as at:
+            at.bind(str(path))
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to(os.devnull)
+    elif kind == "link in a circle":
+        path.symlink_to(path)
+    elif kind == "link to nothing":
+        path.symlink_to(folder / "gone")
+    elif kind == "name that is not UTF-8":
+        path = Path(os.fsdecode(os.fsencode(folder) + b"/\xff.jsonl"))
+        write_jsonl(path, numbered(20))
+    return path
+
+
+ODD = {
+    "socket": "is no regular file",
+    "fifo": "is no regular file",
+    "device": "is no regular file",
+    "link in a circle": "cannot be read: Too many levels of symbolic links",
+    "link to nothing": "is a link to a file that does not exist",
+    "name that is not UTF-8": "has a name that is not UTF-8",
+}
+
+
+@pytest.mark.parametrize(("kind", "complaint"), ODD.items())
+@pytest.mark.parametrize("where", ["alone", "in a folder", "in a ready split"])
+def test_what_is_no_data_file_is_told_and_never_waited_for(kind, complaint, where):
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path must be short
+        path = odd_path(Path(folder), kind)
+        write_jsonl(Path(folder) / "other.jsonl", numbered(20))
+        if where == "in a ready split" and kind != "name that is not UTF-8":
+            path = path.rename(path.with_name("train.bin"))
+            if kind == "link in a circle":
+                path.unlink()
+                path.symlink_to(path)
+        with pytest.raises(UserError, match=complaint):
+            prepare(path if where == "alone" else folder, Path(folder) / "cache")
+
+
+def test_nothing_is_no_name_of_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "d.jsonl", numbered(20))
+    for name in ("", " "):
+        with pytest.raises(UserError, match="DATASET is empty"):
+            prepare(name, tmp_path / "cache")
+
+
+@pytest.fixture
+def another_user():
+    """A folder of its own, and a user whom permissions bind: root is asked to be nobody."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        yield Path(folder)
+        if root:
+            os.seteuid(0)
+        for path in Path(folder).rglob("*"):
+            path.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.json", "d.txt", "d.parquet", "val.bin"])
+def test_a_file_that_may_not_be_read_is_named(another_user, name):
+    (another_user / "in").mkdir()
+    (another_user / "tmp").mkdir()
+    file = write_jsonl(another_user / "in" / name, numbered(3))
+    write_jsonl(another_user / "in" / ("train.bin" if name == "val.bin" else "a.jsonl"), [])
+    file.chmod(0)
+    for source in (another_user / "in", file)[: 1 if name == "val.bin" else 2]:
+        with pytest.raises(UserError, match=rf"{name} cannot be read.*Permission denied"):
+            prepare(source, another_user / "cache")
+        with pytest.raises(UserError, match=rf"{name} cannot be read.*Permission denied"):
+            data.whole(str(source), "full", another_user / "tmp")
+
+
+def test_a_folder_that_may_not_be_read_is_named(another_user):
+    write_jsonl(another_user / "d.jsonl", numbered(20))
+    (another_user / "sub").mkdir()
+    (another_user / "sub").chmod(0)
+    with pytest.raises(UserError, match="sub cannot be read: Permission denied"):
+        prepare(another_user, another_user / "cache")
+    with pytest.raises(UserError, match=r"sub/d\.jsonl cannot be read: Permission denied"):
+        prepare(another_user / "sub" / "d.jsonl", another_user / "cache")
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("name", ["checkpoints_mlx", "runs"])
+def test_runs_and_hidden_files_in_a_folder_are_no_data(tmp_path, monkeypatch, name, linked):
+    (here := tmp_path / "my data").mkdir()
+    write_jsonl(here / "d.jsonl", numbered(20))
+    (here / "sub").mkdir()
+    write_jsonl(here / "sub" / "e.jsonl", numbered(9, response="More."))
+    monkeypatch.chdir(here)
+    if linked:
+        (tmp_path / "elsewhere").mkdir()
+        (here / name).symlink_to(tmp_path / "elsewhere")
+    first = prepare(".", Path(name) / ".data")
+    assert first[0]["records"] == 29
+    for run, files in {
+        f"{name}/full": ("config.json", "metrics.jsonl", "modes.json"),
+        "copied run": ("config.json", "metrics.jsonl", "best.json"),
+        "copied run/step-000001": ("config.json", "manifest.json", "model.safetensors"),
+        "shared": ("config.json", "model.safetensors"),
+        ".git": ("a.json",),
+    }.items():
+        (here / run).mkdir()
+        for file in files:
+            (here / run / file).write_text('{"text": "no data"}\n')
+    write_jsonl(here / ".hidden.jsonl", numbered(40))
+    assert prepare(".", Path(name) / ".data") == first
+    monkeypatch.setattr(data, "_make", lambda *a: pytest.fail("prepared again"))
+    assert prepare(".", Path(name) / ".data") == first
+    assert data.whole(".", "full", tmp_path)[0]["records"] == 29  # for an evaluation
 
 
 @pytest.mark.parametrize(
