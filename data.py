@@ -4,6 +4,7 @@ Reading goes through the `datasets` library, one record at a time, and the prepa
 mapped, so a data set of many gigabytes needs little memory and a resumed run needs no network.
 """
 
+import csv
 import errno
 import fcntl
 import hashlib
@@ -17,8 +18,9 @@ import urllib.error
 import urllib.request
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from formats import FIELDS, NEEDED, SEPARATOR, needed, pieces
 
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl"
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # a byte as surrogateescape gives it
 HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?(?:#(.+))?")
 WAYS_ON = (
     "Ways on: --dataset FILE for a local file, --dataset sample for the embedded one, "
@@ -149,37 +152,68 @@ def read(dataset: str) -> Iterator[dict | str]:
 
 def _read_file(file: Path) -> Iterator[dict | str]:
     try:
-        if file.suffix == ".jsonl":  # line by line: a bad one costs one, a large one itself thrice
-            with file.open(encoding="utf-8", errors="replace") as lines:
-                yield from map(_parse_line, lines)
+        if file.suffix in READERS:
+            # bytes that are not UTF-8 come as lone surrogates, which no valid UTF-8 holds
+            how = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+            with file.open(newline="" if file.suffix == ".csv" else None, **how) as lines:
+                yield from READERS[file.suffix](lines)
             return
         from datasets import load_dataset  # imported late: it takes a second, a resume needs none
 
-        as_text = dict.fromkeys(range(100), str)  # no column of a CSV turns into numbers or NA
-        options = {
-            ".csv": ("csv", {"converters": as_text, "keep_default_na": False}),
-            ".json": ("json", {}),
-            ".parquet": ("parquet", {}),
-            ".txt": ("text", {"encoding_errors": "replace", "sample_by": "paragraph"}),
-        }
-        kind, extra = options[file.suffix]
-        rows = load_dataset(kind, data_files=str(file), split="train", streaming=True, **extra)
-        yield from rows
+        kind = file.suffix.removeprefix(".")
+        yield from load_dataset(kind, data_files=str(file), split="train", streaming=True)
     except Exception as error:  # datasets and its parsers raise errors of many kinds
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
         raise UserError(f"DATASET {file} cannot be read as {file.suffix}: {reason}") from None
+
+
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not NOT_UTF8.search(text)
+
+
+def _parse_lines(lines: Iterable[str]) -> Iterator[dict | str]:
+    """The record of each line: a bad one costs one, a large one itself thrice."""
+    return map(_parse_line, lines)
 
 
 def _parse_line(line: str) -> dict | str:
     if not line.strip("\ufeff \t\r\n"):
         return "blank line"
-    if "\ufffd" in line:
+    if not _is_utf8(line):
         return "not valid UTF-8"
     try:
         record = json.loads(line.removeprefix("\ufeff"))
     except (ValueError, RecursionError):  # also a number of too many digits, brackets too deep
         return "not JSON"
     return record if isinstance(record, dict) else "not a JSON object"
+
+
+def _parse_rows(lines: Iterable[str]) -> Iterator[dict | str]:
+    """The rows of a CSV, all values text. Raises csv.Error for quotes that do not end."""
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.DictReader(lines, restval="", strict=True)
+    if not _is_utf8("".join(rows.fieldnames or [])):
+        raise csv.Error("its first line is not valid UTF-8; save it as UTF-8")
+    try:
+        for row in rows:
+            if None in row:
+                yield "more values than columns"
+            else:
+                yield row if _is_utf8("".join(row.values())) else "not valid UTF-8"
+    except csv.Error as error:
+        raise csv.Error(f"line {rows.reader.line_num:,}: {error}") from None
+
+
+def _parse_paragraphs(lines: Iterable[str]) -> Iterator[dict | str]:
+    """What stands between the blank lines of a text."""
+    for blank, some in groupby(lines, lambda line: line == "\n"):
+        if not blank:
+            text = "".join(some).removesuffix("\n")
+            yield {"text": text} if _is_utf8(text) else "not valid UTF-8"
+
+
+READERS = {".jsonl": _parse_lines, ".csv": _parse_rows, ".txt": _parse_paragraphs}
 
 
 def _hub_answers(name: str) -> bool:
@@ -302,7 +336,13 @@ def sound(fields: dict | str) -> dict[str, str]:
 
 def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
     """Name of the prepared bytes: changes with the files (path, size, time) or a setting."""
-    settings = {"mode": mode, "val_share": val_share, "seed": seed, "split": "by record"}
+    settings = {
+        "mode": mode,
+        "val_share": val_share,
+        "seed": seed,
+        "split": "by record",
+        "text": "valid UTF-8 as it is",
+    }
     files = find(dataset)
     source = files and [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = json.dumps([source or dataset, settings], sort_keys=True)

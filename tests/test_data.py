@@ -220,6 +220,69 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path):
     assert len(list(data.read(str(tmp_path)))) == 48  # the folder holds all four
 
 
+READ_TEXT = {  # a file of some records around `{}`, and the record that `{}` is part of
+    "d.jsonl": ('{{"text": "a"}}\n{{"text": "{}"}}\n{{"text": "b"}}\n', 1),
+    "d.csv": ('text,more\na,\n"{}",x\nb,\n', 1),
+    "d.txt": ("a\n\n{}\n\nb\n", 1),
+}
+
+
+@pytest.mark.parametrize("name", READ_TEXT)
+def test_valid_text_stays_as_it_is_and_what_is_not_utf8_costs_its_record(tmp_path, name):
+    text, at = READ_TEXT[name]
+    kept = "\ufffd \ufeff é 你 👍 \u2028 \x85 \u0000"
+    if name == "d.jsonl":
+        kept = kept.replace("\u0000", "")
+    for start in (b"", b"\xef\xbb\xbf"):  # the mark at the start of a file is no text of it
+        (tmp_path / name).write_bytes(start + text.format(kept).encode())
+        records = list(data.read(str(tmp_path / name)))
+        assert [r["text"] for r in records] == ["a", kept, "b"]
+    for bad in (b"\xff", b"caf\xe9", b"\xed\xa0\x80", b"\xc0\x80", b"\xf0\x9f\x91"):
+        (tmp_path / name).write_bytes(text.format("BAD").encode().replace(b"BAD", bad))
+        records = list(data.read(str(tmp_path / name)))
+        assert records[at] == "not valid UTF-8"
+        assert [r["text"] for i, r in enumerate(records) if i != at] == ["a", "b"]
+
+
+def test_a_json_file_keeps_u_fffd_and_is_refused_where_it_is_not_utf8(tmp_path):
+    text = json.dumps([{"text": "a"}, {"text": "\ufffd"}], ensure_ascii=False).encode()
+    (tmp_path / "d.json").write_bytes(text)
+    assert list(data.read(str(tmp_path / "d.json"))) == [{"text": "a"}, {"text": "\ufffd"}]
+    (tmp_path / "d.json").write_bytes(text.replace(b'"a"', b'"\xff"'))
+    with pytest.raises(UserError, match=r"cannot be read as \.json"):
+        list(data.read(str(tmp_path / "d.json")))
+
+
+def test_a_csv_that_is_not_one_is_told_by_its_line(tmp_path):
+    file = tmp_path / "d.csv"
+    file.write_text('instruction,response\na,b,c\na,"b,\nc"\na\n')
+    assert list(data.read(str(file))) == [
+        "more values than columns",
+        {"instruction": "a", "response": "b,\nc"},
+        {"instruction": "a", "response": ""},
+    ]
+    file.write_text('instruction,response\na,"b\na,b\n')
+    with pytest.raises(UserError, match=r"cannot be read as \.csv: line 3: unexpected end"):
+        list(data.read(str(file)))
+    file.write_text("instruction,response\na,b\n", encoding="utf-16")
+    with pytest.raises(UserError, match="its first line is not valid UTF-8"):
+        list(data.read(str(file)))
+    long = "x" * 10**6
+    file.write_text(f"text\n{long}\n")
+    assert list(data.read(str(file))) == [{"text": long}]
+    file.write_text("")
+    with pytest.raises(UserError, match="is empty: it has no record"):
+        prepare(file, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt"])
+def test_a_file_without_a_byte_is_one_line(tmp_path, kind):
+    (tmp_path / f"d.{kind}").touch()
+    with pytest.raises(UserError, match=rf"d\.{kind} (is empty|cannot be read as)") as error:
+        prepare(tmp_path / f"d.{kind}", tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
 def test_a_csv_of_numbers_and_na_stays_text(tmp_path):
     (tmp_path / "d.csv").write_text("instruction,response\n1,NA\n2,None\n")
     assert [r["response"] for r in data.read(str(tmp_path / "d.csv"))] == ["NA", "None"]
