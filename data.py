@@ -43,7 +43,13 @@ COLUMNS = {  # our field: the columns that mean it, first found wins
     "instruction": ("instruction", "prompt", "question"),
     "response": ("response", "output", "completion", "answer"),
 }
-SPEAKERS = {"system": "system", "user": "ask", "human": "ask", "assistant": "reply", "gpt": "reply"}
+SPEAKERS = {  # our field: the roles of a chat that speak it, in small letters
+    "system": ("system", "developer"),
+    "instruction": ("user", "human"),
+    "response": ("assistant", "gpt", "chatgpt", "model", "bot", "ai"),
+}
+FIELD_OF = {role: field for field, roles in SPEAKERS.items() for role in roles}
+UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
 WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
     (".data/.lock",),
     ("metrics.jsonl", "config.json"),
@@ -262,12 +268,12 @@ def _read_hub(dataset: str) -> Iterator[dict]:
 # ----------------------------------------------------------------------------- what a record holds
 
 
-def detect(record: dict, questions: bool = False) -> tuple[str, list[dict]]:
+def detect(record: dict, questions: bool = False) -> tuple[str, list[dict | str]]:
     """Name of the record's structure, and its content under our field names.
 
-    A chat gives one entry per answer, each with the chat's system text, and with `questions` one
-    for a question that ends it; Alpaca's `input` continues its instruction. Values are passed on
-    unchecked.
+    A chat gives one entry per answer, each with the chat's system text, and one reason, a str, per
+    turn whose role is unknown. With `questions` it gives no reasons but an entry for a question
+    that ends it. Alpaca's `input` continues its instruction. Values are passed on unchecked.
     """
     for name in ("messages", "conversations"):
         if isinstance(record.get(name), list):
@@ -287,24 +293,30 @@ def detect(record: dict, questions: bool = False) -> tuple[str, list[dict]]:
     return "/".join(names), [fields]
 
 
-def _exchanges(turns: list, questions: bool) -> list[dict]:
+def _exchanges(turns: list, questions: bool) -> list[dict | str]:
+    turns = [turn if isinstance(turn, dict) else {} for turn in turns]
+    spoken = [
+        (FIELD_OF.get(str(t.get("role", t.get("from"))).lower()), t.get("content", t.get("value")))
+        for t in turns
+    ]
+    known = [turn for turn in spoken if turn[0]]
     said, exchanges = {}, []
-    for turn in turns:
-        turn = turn if isinstance(turn, dict) else {}
-        who = SPEAKERS.get(str(turn.get("role", turn.get("from"))))
-        said[who] = turn.get("content", turn.get("value"))
-        if who == "reply":
-            exchanges.append(_exchange(said))
-            said.pop("ask", None)
-    if questions and "ask" in said:
-        said.pop("reply", None)
-        exchanges.append(_exchange(said))
-    return exchanges or [{}]
+    for field, some in groupby(known, lambda turn: turn[0]):
+        said[field] = _joined([content for _, content in some])
+        if field == "response":
+            exchanges.append(said)
+            said = {"system": said["system"]} if "system" in said else {}
+    if questions and "instruction" in said:
+        exchanges.append(said)
+    unknown = [] if questions else [UNKNOWN_ROLE] * (len(spoken) - len(known))
+    return (exchanges or [{}]) + unknown
 
 
-def _exchange(said: dict) -> dict:
-    named = {"system": "system", "instruction": "ask", "response": "reply"}
-    return {field: said[who] for field, who in named.items() if who in said}
+def _joined(contents: list):
+    """What one speaker says in turns in a row; one that is no text is passed on in its place."""
+    contents = [c for c in contents if c is not None and c != ""] or contents[:1]
+    odd = [c for c in contents if not isinstance(c, str)]
+    return odd[0] if odd else "\n\n".join(contents)
 
 
 def fault(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
@@ -341,7 +353,7 @@ def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
         "val_share": val_share,
         "seed": seed,
         "split": "by record",
-        "text": "valid UTF-8 as it is",
+        "text": "valid UTF-8, turns in a row joined",
     }
     files = find(dataset)
     source = files and [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -513,7 +525,7 @@ def _format_all(dataset, mode, folder, wanted=None):
         for record in read(dataset):
             structure, contents = detect(record) if isinstance(record, dict) else ("bad", [record])
             structures[structure] += 1
-            exchanges += len(contents)
+            exchanges += sum(isinstance(fields, dict) for fields in contents)
             for fields in contents:
                 usable = sound(fields)
                 for name, value in usable.items():

@@ -147,6 +147,45 @@ def test_a_long_chat_gives_one_entry_per_answer():
     ]
 
 
+def chat(*turns):
+    return {"messages": [{"role": who, "content": what} for who, what in turns]}
+
+
+def test_turns_in_a_row_are_one_by_a_blank_line():
+    said = [("user", "Here is my text"), ("user", ""), ("user", "Sum it up")]
+    every = [("system", "s"), ("developer", "t"), *said, ("assistant", "a"), ("assistant", "b")]
+    told = {"system": "s\n\nt", "instruction": "Here is my text\n\nSum it up"}
+    answered = told | {"response": "a\n\nb"}
+    assert data.detect(chat(*every)) == ("messages", [answered])
+    asked = data.detect(chat(*every, ("user", "c"), ("user", "d")), questions=True)[1]
+    assert asked == [answered, {"system": "s\n\nt", "instruction": "c\n\nd"}]
+    odd = data.detect(chat(("user", "q"), ("user", 5), ("assistant", "a")))[1]
+    assert odd == [{"instruction": 5, "response": "a"}]  # the reason is told of it
+    empty = data.detect(chat(("user", ""), ("user", None), ("assistant", "a")))[1]
+    assert data.fault(empty[0], ("instruction",)) == "instruction empty"
+
+
+@pytest.mark.parametrize("reply", ["assistant", "gpt", "chatgpt", "model", "bot", "ai", "Model"])
+@pytest.mark.parametrize("system", ["system", "developer", "System"])
+def test_roles_by_other_names(reply, system):
+    exchange = {"system": "s", "instruction": "q", "response": "a"}
+    assert data.detect(chat((system, "s"), ("User", "q"), (reply, "a")))[1] == [exchange]
+
+
+def test_turns_of_unknown_roles_are_counted_and_cost_themselves_alone(tmp_path):
+    tool = [("user", "price {}?"), ("assistant", None), ("tool", "{}"), ("assistant", "It is {}")]
+    chats = [chat(*((who, what and what.format(i)) for who, what in tool)) for i in range(20)]
+    exchange = {"instruction": "price 3?", "response": "It is 3"}
+    assert data.detect(chats[3])[1] == [exchange, data.UNKNOWN_ROLE]
+    assert data.detect(chats[3], questions=True)[1] == [exchange]
+    report, train, val = prepare(write_jsonl(tmp_path / "d.jsonl", chats), tmp_path / "cache")
+    assert report["skipped"] == {data.UNKNOWN_ROLE: 20} and report["exchanges"] == 20
+    assert (train + val).count(b"It is") == 20
+    strange = [chat(("narrator", "x"), ("hero", "y"))] * 3
+    with pytest.raises(UserError, match="skipped 6: turn of a role that is none of system, dev"):
+        prepare(write_jsonl(tmp_path / "d.jsonl", strange), tmp_path / "cache")
+
+
 def test_a_chat_may_end_with_a_question():
     record = {"messages": [{"role": "user", "content": "3"}]}
     assert data.detect(record)[1] == [{}]  # nothing to train on
@@ -202,6 +241,7 @@ def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
         "system empty": 1,
         "system with a lone surrogate": 1,
         "not valid UTF-8": 1,
+        data.UNKNOWN_ROLE: 1,
     }
     assert report["first_skipped"]["not a JSON object"] == 22
     texts = [format_example(r, "full").encode() for r in numbered(20)]
