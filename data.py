@@ -56,6 +56,7 @@ WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
     ("model.safetensors",),
 )
 IN_VAL = "in_val.npy"  # in prepared data: of each record with any field, whether it validates
+VAL_ENDS = "val_ends.npy"  # and where each record of val.bin ends
 HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would cost 400 s
 
 
@@ -352,7 +353,7 @@ def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
         "mode": mode,
         "val_share": val_share,
         "seed": seed,
-        "split": "by record",
+        "split": "by record, validation shuffled",
         "text": "valid UTF-8, turns in a row joined",
     }
     files = find(dataset)
@@ -370,6 +371,7 @@ def prepare(dataset: str, mode: str, val_share: float, seed: int, cache: Path) -
     Held out is held out in every mode: the split is of records, drawn by their fields and not by
     the mode's text, so a record that validates in one mode trains in none. A text of the mode that
     records of both sides share is left out of validation, so that no text is on both sides.
+    The records of train.bin are in the order of the data, those of val.bin in a seeded one.
     """
     folder = cache / fingerprint(dataset, mode, val_share, seed)
     with _held(cache):
@@ -424,8 +426,9 @@ def intact(folder: Path) -> bool:
             for kind, name in (("bin", "sha256"), ("fields", "fields_sha256")):
                 if sha256(folder / f"{side}.{kind}") != report[side][name]:
                     return False
-        if (known := report.get("in_val_sha256")) and sha256(folder / IN_VAL) != known:
-            return False
+        for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
+            if (known := report.get(name)) and sha256(folder / file) != known:
+                return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
@@ -479,9 +482,13 @@ def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -
             "out: raise it, take more data or another mode"
         )
     validates = served & in_val & ~shared
+    # in a seeded order, so that the first EVAL_BYTES are of all files and not of the first alone
+    val = np.random.default_rng(seed).permutation(np.flatnonzero(validates))
     np.save(folder / IN_VAL, validates)
-    report["in_val_sha256"] = sha256(folder / IN_VAL)
-    return report | _write_split(folder, lengths, served & ~in_val, validates)
+    np.save(folder / VAL_ENDS, np.cumsum(lengths[val] + len(SEPARATOR)) - len(SEPARATOR))
+    for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
+        report[name] = sha256(folder / file)
+    return report | _write_split(folder, lengths, np.flatnonzero(served & ~in_val), val)
 
 
 def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dict:
@@ -592,7 +599,7 @@ def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.n
             report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
         else:
             report, lengths, _, _ = _format_all(dataset, mode, folder)
-            _write_split(folder, lengths, np.zeros(len(lengths), bool), lengths > 0)
+            _write_split(folder, lengths, np.array([], int), np.flatnonzero(lengths))
     stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
     return report, stream, fields
 
@@ -643,26 +650,49 @@ def _choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def _write_split(folder: Path, lengths: np.ndarray, train: np.ndarray, val: np.ndarray) -> dict:
-    """Deal the records out to train and val, in their order, joined by a blank line."""
-    report = {side: {"records": int(of.sum())} for side, of in (("train", train), ("val", val))}
-    dealt = np.where(train, "train", np.where(val, "val", "")).tolist()
+    """Write the records of these numbers to train and val, in their order, a blank line between."""
+    sides = {"train": train, "val": val}
+    report = {side: {"records": len(which)} for side, which in sides.items()}
+    begins = np.cumsum(lengths) - lengths
     for kind, separator in (("bin", SEPARATOR.encode()), ("fields", bytes(len(SEPARATOR)))):
-        sides = {side: (folder / f"{side}.{kind}").open("wb") for side in report}
-        sums = {side: hashlib.sha256() for side in sides}
         with (folder / f"all.{kind}").open("rb") as records:
-            for length, side in zip(lengths.tolist(), dealt, strict=True):
-                piece = records.read(length)
-                if not side:
-                    continue
-                piece = (separator if sides[side].tell() else b"") + piece
-                sides[side].write(piece)
-                sums[side].update(piece)
+            for side, which in sides.items():
+                parts = zip(begins[which].tolist(), lengths[which].tolist(), strict=True)
+                size, digest = _copy_parts(records, parts, separator, folder / f"{side}.{kind}")
+                name = "sha256" if kind == "bin" else "fields_sha256"
+                report[side] |= {"bytes": size, name: digest}
         (folder / f"all.{kind}").unlink()
-        for side, file in sides.items():
-            name = "sha256" if kind == "bin" else "fields_sha256"
-            report[side] |= {"bytes": file.tell(), name: sums[side].hexdigest()}
-            file.close()
     return report
+
+
+def _copy_parts(source, parts: Iterable, separator: bytes, target: Path) -> tuple[int, str]:
+    """Write the parts (begin, length) of `source` to a file; gives its size and its sha256."""
+    digest = hashlib.sha256()
+    with target.open("wb") as out:
+        for begin, length in parts:
+            source.seek(begin)
+            piece = (separator if out.tell() else b"") + source.read(length)
+            out.write(piece)
+            digest.update(piece)
+        return out.tell(), digest.hexdigest()
+
+
+def bytes_to_evaluate(folder: Path, limit: int | None) -> int | None:
+    """Bytes of val.bin that an evaluation reads: whole records, at least one, else up to `limit`.
+
+    A ready split does not tell where its records end and is cut at `limit`.
+    """
+    if limit is None or not (folder / VAL_ENDS).is_file():
+        return limit
+    ends = np.load(folder / VAL_ENDS)
+    whole_ones = int(np.searchsorted(ends, limit, side="right"))
+    return int(ends[max(0, whole_ones - 1)])
+
+
+def has_field(fields: np.ndarray, name: str) -> bool:
+    """Whether any byte is of this field; `fields` may be larger than the memory."""
+    million, wanted = 10**6, FIELDS.index(name)
+    return any(wanted in fields[i : i + million] for i in range(0, len(fields), million))
 
 
 def differing(there: dict, here: dict) -> dict[str, str]:

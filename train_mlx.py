@@ -231,7 +231,8 @@ def prepared(s: SimpleNamespace, mode: str) -> tuple[dict, tuple, tuple]:
         [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
         for side in ("train", "val")
     )
-    return report, train, [array[: s.EVAL_BYTES] for array in val]
+    read = data.bytes_to_evaluate(folder, s.EVAL_BYTES)
+    return report, train, [array[:read] for array in val]
 
 
 def open_data(s: SimpleNamespace) -> tuple[dict, tuple, tuple]:
@@ -246,11 +247,15 @@ def open_data(s: SimpleNamespace) -> tuple[dict, tuple, tuple]:
                 f"the {side} split has {report[side]['bytes']:,} bytes and needs {least:,} "
                 f"(BLOCK_SIZE is {s.BLOCK_SIZE:,}): {cure} or take more data"
             )
-    if s.LOSS_ON != "all" and FIELDS.index(s.LOSS_ON) not in val[1]:
-        raise UserError(
-            f"LOSS_ON is {s.LOSS_ON!r}, and the {len(val[1]):,} validation bytes read have none of "
-            "it; raise EVAL_BYTES or set LOSS_ON to 'all'"
-        )
+    for side, (_, fields), cure in (
+        ("training bytes", train, "take other data"),
+        ("validation bytes read", val, "raise EVAL_BYTES"),
+    ):
+        if s.LOSS_ON != "all" and not data.has_field(fields, s.LOSS_ON):
+            raise UserError(
+                f"LOSS_ON is {s.LOSS_ON!r}, and the {len(fields):,} {side} have none of it; "
+                f"{cure} or set LOSS_ON to 'all'"
+            )
     return report, train, val
 
 

@@ -17,6 +17,7 @@ from conftest import ROOT
 
 import data
 import formats
+import train_mlx
 from bdh_mlx import UserError
 from formats import FIELDS
 from train_mlx import format_example
@@ -659,6 +660,54 @@ def test_a_mode_whose_texts_cannot_be_held_out_says_so(tmp_path):
     file = write_jsonl(tmp_path / "d.jsonl", many(3, 400))
     with pytest.raises(UserError, match=r"3 distinct texts in TRAINING_MODE 'system'.*VAL_SHARE"):
         prepare(file, tmp_path / "cache", mode="system")
+
+
+def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_path):
+    for name in "abc":
+        answers = [r | {"response": f"{name} {i}" * 9} for i, r in enumerate(numbered(200))]
+        write_jsonl(tmp_path / f"{name}.jsonl", [r | {"system": f"{name}{i}"}
+                                                 for i, r in enumerate(answers)])  # fmt: skip
+    orders = []
+    for cache, seed in (("one", 1), ("again", 1), ("other", 2)):
+        folder = data.prepare(str(tmp_path), "full", 0.3, seed, tmp_path / cache / ".data")
+        val = (folder / "val.bin").read_bytes()
+        read = data.bytes_to_evaluate(folder, len(val) // 2)
+        records = val[:read].split(b"\n---\n\n")
+        assert 0.48 * len(val) < read <= len(val) // 2 and val[:read].endswith(b"\n---")
+        assert val[read:].startswith(b"\n\n### System:\n")
+        files = [record.split(b"### Response:\n")[1][:1] for record in records]
+        assert all(20 < files.count(name) < 40 for name in (b"a", b"b", b"c"))
+        fields = np.fromfile(folder / "val.fields", np.uint8)
+        assert bytes(np.frombuffer(val, np.uint8)[fields == 2]).startswith(b"Greet. ")
+        assert val.count(b"Greet. ") * len(b"Greet. ") <= np.count_nonzero(fields == 2)
+        orders.append(records)
+        for limit, expected in ((2, 1), (len(records[0]) + 4, 1), (len(val), 180), (10**9, 180)):
+            read = data.bytes_to_evaluate(folder, limit)
+            assert len(val[:read].split(b"\n---\n\n")) == expected  # at least one, whole
+        assert data.bytes_to_evaluate(folder, None) is None
+        train = (folder / "train.bin").read_bytes()
+        told = [record.split(b"### Response:\n")[1][:1] for record in train.split(b"\n---\n\n")]
+        assert told == sorted(told)  # training stays in the order of the data
+    assert orders[0] == orders[1] != orders[2]
+    (folder / data.VAL_ENDS).write_bytes(b"damaged")
+    assert not data.intact(folder)
+
+
+def test_a_training_side_without_what_loss_on_counts_is_refused(tmp_path):
+    (split := tmp_path / "split").mkdir()
+    for side, fields in (("train", b"\1"), ("val", b"\1\3")):
+        (split / f"{side}.bin").write_bytes(b"x" * 9000)
+        (split / f"{side}.fields").write_bytes((fields * 9000)[:9000])
+    args = ["--dataset", str(split), "--checkpoint-dir", str(tmp_path / "ck")]
+    s = train_mlx.settings([*args, "--training-mode", "full", "--loss-on", "response"])
+    with pytest.raises(UserError, match="9,000 training bytes have none of it; take other data"):
+        train_mlx.open_data(s)
+    (split / "train.fields").write_bytes(b"\1" * 8999 + b"\3")
+    _, train, val = train_mlx.open_data(s)
+    assert len(train[0]) == len(val[0]) == 9000  # a ready split is in no other order
+    (split / "val.fields").write_bytes(b"\1" * 9000)
+    with pytest.raises(UserError, match="validation bytes read have none of it; raise EVAL_BYTES"):
+        train_mlx.open_data(s)
 
 
 def test_a_ready_split_is_taken_as_it_is(tmp_path):

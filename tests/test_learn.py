@@ -92,7 +92,7 @@ def test_modes_without_responses_refuse_a_loss_on_them(tmp_path, mode):
 
 def test_data_without_responses_refuses_a_loss_on_them(tmp_path):
     (tmp_path / "d.txt").write_text("\n\n".join(f"{i} paragraph of plain text" for i in range(30)))
-    with pytest.raises(UserError, match=r"LOSS_ON is 'response'.*validation bytes"):
+    with pytest.raises(UserError, match=r"LOSS_ON is 'response'.*training bytes"):
         train(tmp_path, "--loss-on", "response", "--dataset", tmp_path / "d.txt")
 
 
