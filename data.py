@@ -640,9 +640,9 @@ def _choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     for key, part in zip(keys, (share / 2, share / 2, share), strict=True):
         texts, which = np.unique(key, return_inverse=True)
         adds = np.bincount(which, ~in_val)
-        room = round(part * len(key)) - in_val.sum()
+        room = round(part * np.count_nonzero(key)) - in_val.sum()  # 0: without this field
         order = rng.permutation(len(texts))
-        order = order[(adds[order] <= room) & (texts[order] != 0)]  # 0: without this field
+        order = order[(adds[order] <= room) & (texts[order] != 0)]
         in_val |= np.isin(which, order[np.cumsum(adds[order]) <= room])
     if not in_val.any():  # few records: a share of them is none, but one text must be
         in_val = which == rng.integers(len(texts))

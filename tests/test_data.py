@@ -656,6 +656,17 @@ def test_the_split_holds_out_its_share_and_whole_systems_where_they_fit(tmp_path
     assert val and len(train) + len(val) == 40
 
 
+def test_few_records_with_a_system_text_are_not_all_held_out(tmp_path):
+    """In data of which most is plain text or has no system text."""
+    few = numbered(40, system="Rule")
+    text = [{"text": f"Line {i}"} for i in range(2000)]
+    asked = [{"instruction": f"q{i}", "response": f"a{i}"} for i in range(2000)]
+    for others, mode in ((text, "full"), (asked, "both"), (text + asked, "system")):
+        file = write_jsonl(tmp_path / "d.jsonl", others + few)
+        _, train, val = prepare(file, tmp_path / "cache", mode=mode)
+        assert 25 <= train.count(b"Rule") < 40 and train.count(b"Rule") + val.count(b"Rule") == 40
+
+
 def test_a_mode_whose_texts_cannot_be_held_out_says_so(tmp_path):
     file = write_jsonl(tmp_path / "d.jsonl", many(3, 400))
     with pytest.raises(UserError, match=r"3 distinct texts in TRAINING_MODE 'system'.*VAL_SHARE"):
