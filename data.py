@@ -14,12 +14,12 @@ import os
 import re
 import shutil
 import stat
-import urllib.error
-import urllib.request
+import time
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -57,6 +57,7 @@ WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
 )
 IN_VAL = "in_val.npy"  # in prepared data: of each record with any field, whether it validates
 VAL_ENDS = "val_ends.npy"  # and where each record of val.bin ends
+STARTED = time.time()  # of this process, nearly
 HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would cost 400 s
 
 
@@ -223,34 +224,50 @@ def _parse_paragraphs(lines: Iterable[str]) -> Iterator[dict | str]:
 READERS = {".jsonl": _parse_lines, ".csv": _parse_rows, ".txt": _parse_paragraphs}
 
 
-def _hub_answers(name: str) -> bool:
-    """Whether the hub says anything of `name` within HUB_SECONDS; an error is an answer, too."""
-    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/api/datasets/{name}"
+def _hub_parts(dataset: str) -> tuple[str, str | None, str | None, str | None]:
+    """Name, config, revision and split of a name on the hub. Raises UserError."""
+    if match := HUB_NAME.fullmatch(dataset):
+        return match.groups()
+    raise UserError(
+        f"DATASET {dataset!r} is neither a file nor a hub name, which looks like user/name, "
+        f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
+    )
+
+
+def commit(dataset: str) -> str | None:
+    """The commit that a name on the hub means now, or None where the hub does not tell."""
+    name, _, revision, _ = _hub_parts(dataset)
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
+    return revision if is_commit else _ask_hub(name, revision)
+
+
+@lru_cache  # a run reads one commit, and a hub that hangs is asked once
+def _ask_hub(name: str, revision: str | None) -> str | None:
+    """The commit of a revision. A hub that does not answer is not asked again by this process."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_SECONDS)
-    except urllib.error.HTTPError:
-        pass
-    except (OSError, ValueError):
-        return False
-    return True
+        return HfApi().dataset_info(name, revision=revision, timeout=HUB_SECONDS).sha
+    except (HfHubHTTPError, ValueError):  # it answers: `load_dataset` tells what is wrong
+        return None
+    except Exception:  # several libraries have errors of their own
+        constants.HF_HUB_OFFLINE = True
+        return None
 
 
 def _read_hub(dataset: str) -> Iterator[dict]:
-    match = HUB_NAME.fullmatch(dataset)
-    if not match:
-        raise UserError(
-            f"DATASET {dataset!r} is neither a file nor a hub name, which looks like user/name, "
-            f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
-        )
-    name, config, revision, split = match.groups()
-    if not (offline := os.environ.get("HF_HUB_OFFLINE")) and not _hub_answers(name):
-        os.environ["HF_HUB_OFFLINE"] = offline = "1"  # read on import: the cache or a quick error
-        print("warning: the hub does not answer; looking in the cache of earlier downloads")
+    name, config, revision, split = _hub_parts(dataset)
+    sha = _ask_hub(name, revision) or revision
     import datasets
+    from huggingface_hub import constants
 
+    datasets.config.HF_HUB_OFFLINE = offline = constants.HF_HUB_OFFLINE
+    if offline and not os.environ.get("HF_HUB_OFFLINE"):
+        print("warning: the hub does not answer; looking in the cache of earlier downloads")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries, told as one error
     try:
-        yield from datasets.load_dataset(name, config, revision=revision, split=split or "train")
+        yield from datasets.load_dataset(name, config, revision=sha, split=split or "train")
     except datasets.exceptions.DatasetNotFoundError as error:
         unknown = "is no file or folder here, and not on the hub, or private there"
         what = "is gated" if "gated" in str(error) else unknown
@@ -347,38 +364,66 @@ def sound(fields: dict | str) -> dict[str, str]:
 # ------------------------------------------------------------------------- prepared bytes, cached
 
 
+def _made_from(dataset: str, mode: str, val_share: float, seed: int) -> dict:
+    """What prepared bytes depend on beside the data's own, as data.json keeps it."""
+    how = {"split": "by record, validation shuffled", "text": "valid UTF-8, turns in a row joined"}
+    return {"dataset": dataset, "mode": mode, "val_share": val_share, "seed": seed} | how
+
+
 def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
-    """Name of the prepared bytes: changes with the files (path, size, time) or a setting."""
-    settings = {
-        "mode": mode,
-        "val_share": val_share,
-        "seed": seed,
-        "split": "by record, validation shuffled",
-        "text": "valid UTF-8, turns in a row joined",
-    }
-    files = find(dataset)
-    source = files and [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = json.dumps([source or dataset, settings], sort_keys=True)
+    """Name of the prepared bytes: changes with the files (path, size, time), the commit on the hub
+    or a setting.
+    """
+    settings = _made_from(dataset, mode, val_share, seed)
+    if files := find(dataset):
+        settings["dataset"] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
+                               for f in files]  # fmt: skip
+    else:
+        settings["commit"] = commit(dataset)
+    key = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def prepare(dataset: str, mode: str, val_share: float, seed: int, cache: Path) -> Path:
+def prepare(
+    dataset: str, mode: str, val_share: float, seed: int, cache: Path, refresh: bool = False
+) -> Path:
     """Folder with train.bin, val.bin (uint8) and data.json (the report), made once and then reused.
 
     train.fields and val.fields say which of FIELDS each byte belongs to. Raises UserError when
-    nothing can be trained on.
+    nothing can be trained on. `refresh` makes what was made before this process began anew.
 
     Held out is held out in every mode: the split is of records, drawn by their fields and not by
     the mode's text, so a record that validates in one mode trains in none. A text of the mode that
     records of both sides share is left out of validation, so that no text is on both sides.
     The records of train.bin are in the order of the data, those of val.bin in a seeded one.
     """
-    folder = cache / fingerprint(dataset, mode, val_share, seed)
+    how = (dataset, mode, val_share, seed)
+    folder = cache / fingerprint(*how)
     with _held(cache):
-        if not intact(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            _make(folder, dataset, mode, val_share, seed)
+        if not refresh and find(dataset) is None and not commit(dataset):
+            folder = _newest(cache, _made_from(*how)) or folder
+        if not intact(folder) or (refresh and _made_at(folder) < STARTED):
+            _make(folder, *how)
         return folder
+
+
+def _made_at(folder: Path) -> float:
+    return (folder / "data.json").stat().st_mtime
+
+
+def _newest(cache: Path, made_from: dict) -> Path | None:
+    """The newest prepared data of a name on the hub, for when the hub does not tell its commit."""
+    for folder in sorted((f.parent for f in cache.glob("*/data.json")), key=_made_at, reverse=True):
+        if intact(folder):
+            report = json.loads((folder / "data.json").read_text())
+            if report.get("made_from") == made_from:
+                when = time.strftime("%Y-%m-%d", time.localtime(_made_at(folder)))
+                print(
+                    f"the hub does not tell of DATASET {report['dataset']}; taking what was "
+                    f"prepared on {when} of commit {report['commit'] or 'unknown'}"
+                )
+                return folder
+    return None
 
 
 @contextmanager
@@ -446,10 +491,13 @@ def _make(folder, dataset, mode, val_share, seed):
             report = _copy_split(ready, dataset, mode, making)
         else:
             report = _split(dataset, mode, val_share, seed, making)
+        report["made_from"] = _made_from(dataset, mode, val_share, seed)
+        report["commit"] = None if find(dataset) else commit(dataset)
         sealed = report | {"sha256": _sha256_of(report)}
         (making / "data.json").write_text(json.dumps(sealed, indent=1))
         if fingerprint(dataset, mode, val_share, seed) != folder.name:
             raise UserError(f"DATASET {dataset} changed while it was read; start again")
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or to be made anew
         making.replace(folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
@@ -701,12 +749,18 @@ def differing(there: dict, here: dict) -> dict[str, str]:
     for side in ("train", "val"):
         if there[side]["sha256"] != here[side]["sha256"]:
             one, other = (
-                f"{counted(of[side]['records'])}{of[side]['bytes']:,} bytes, {of['dataset']}"
+                f"{counted(of[side]['records'])}{of[side]['bytes']:,} bytes, {_named(of)}"
                 for of in (there, here)
             )
             said = f"there {one}, here {other}" if one != other else f"other bytes, as many: {one}"
             found[f"{side} data"] = f"{side} data: {said}"
     return found
+
+
+def _named(report: dict) -> str:
+    """The data set of a report, with its commit where it is on the hub."""
+    commit = report.get("commit")  # earlier versions lack it
+    return report["dataset"] + (f" (commit {commit})" if commit else "")
 
 
 def counted(records: int | None) -> str:
@@ -716,7 +770,7 @@ def counted(records: int | None) -> str:
 
 def describe(report: dict) -> str:
     """The report of `prepare` for people: structure, fields, what was skipped, the split."""
-    lines = [f"data: {report['dataset']}, {counted(report['records'])}mode {report['mode']}"]
+    lines = [f"data: {_named(report)}, {counted(report['records'])}mode {report['mode']}"]
     for structure, n in report["structures"].items():
         share = "" if n is None else f": {n / report['records']:.1%} of records"
         lines.append(f"  structure {structure}{share}")

@@ -39,7 +39,7 @@ def parse(
     parser = Parser(script.__doc__)
     parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}")
     for name, text in actions.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     for heading, lines in HEADING.findall(_settings_of(script)):
         group = parser.add_argument_group(heading)
         for name, kind, optional, comment in CONSTANT.findall(lines):

@@ -58,6 +58,7 @@ PHASES: str | None = None  # a chain, mode:EPOCHS@LEARNING_RATE each: "system:3,
 ACTIONS = {
     "plan": "tell what the run would be and what is odd in its data, without training",
     "json": "log lines are JSON objects, alone on stdout; all else goes to stderr",
+    "refresh_data": "prepare the data anew, although they are prepared",
     "selfcheck": "check in seconds that model and trainer work on this machine: exit code 0 or 1",
 }
 
@@ -223,7 +224,8 @@ def evaluate(
 
 def prepared(s: SimpleNamespace, mode: str) -> tuple[dict, tuple, tuple]:
     """What open_data gives, of any mode and unchecked. Raises UserError if the mode has no data."""
-    folder = data.prepare(s.DATASET, mode, s.VAL_SHARE, s.SEED, Path(s.CHECKPOINT_DIR) / ".data")
+    cache, refresh = Path(s.CHECKPOINT_DIR) / ".data", vars(s).get("refresh_data", False)
+    folder = data.prepare(s.DATASET, mode, s.VAL_SHARE, s.SEED, cache, refresh)
     report = json.loads((folder / "data.json").read_text())
     if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
         raise UserError(f"the {empty[0]} split of mode {mode} is empty; take more data")

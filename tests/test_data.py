@@ -7,10 +7,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -396,6 +400,47 @@ def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
     assert prepare(file, tmp_path / "cache")[0]["records"] == 21
 
 
+class Hub(BaseHTTPRequestHandler):
+    """A hub on 127.0.0.1 that knows the commit of one data set; `said`: a commit or a status."""
+
+    said, asked = "", []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        body = json.dumps({"id": "user/name", "sha": self.said}).encode()
+        self.send_response(self.said if isinstance(self.said, int) else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stub as the hub, as a process that starts finds it: call it to start another one."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(Hub, "asked", [])
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+    def begin(said, rows=20):
+        data._ask_hub.cache_clear()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", said == "offline")
+        monkeypatch.setattr(Hub, "said", said)
+        port = 9 if said == "silent" else server.server_port
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        load = lambda *a, revision, **k: [r | {"system": revision} for r in numbered(rows)]  # noqa: E731
+        monkeypatch.setattr(datasets, "load_dataset", load)
+
+    yield begin
+    data._ask_hub.cache_clear()
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
@@ -409,7 +454,7 @@ def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
     ],
 )
 def test_names_that_mean_nothing_are_refused_without_asking_the_hub(name, complaint, monkeypatch):
-    monkeypatch.setattr(data, "_hub_answers", lambda name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(data, "_ask_hub", lambda *name: pytest.fail("asked the hub"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=complaint):
         list(data.read(name))
@@ -563,7 +608,11 @@ def test_runs_and_hidden_files_in_a_folder_are_no_data(tmp_path, monkeypatch, na
         (ValueError('Unknown split "tset". Should be one of [train]'), "Unknown split"),
     ],
 )
-def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(monkeypatch, raised, complaint):
+def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(
+    hub, monkeypatch, raised, complaint
+):
+    hub("silent")
+
     def load_dataset(*args, **kwargs):
         raise raised
 
@@ -574,7 +623,8 @@ def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(monkeypatch, 
         assert way in str(error.value)
 
 
-def test_a_hub_name_carries_configuration_revision_and_split(monkeypatch):
+def test_a_hub_name_carries_configuration_revision_and_split(hub, monkeypatch):
+    hub("silent")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [RECORD])
     for name in ("user/name", "name:cfg", "user/name:cfg@v1.0#test[:10%]", "user/name@refs/pr/1"):
@@ -585,6 +635,88 @@ def test_a_hub_name_carries_configuration_revision_and_split(monkeypatch):
         ("user/name", "cfg", "v1.0", "test[:10%]"),
         ("user/name", None, "refs/pr/1", "train"),
     ]
+
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monkeypatch):
+    hub(OLD)
+    report, train, _ = prepare("user/name", tmp_path)
+    assert report["commit"] == OLD and OLD.encode() in train  # that commit is what is read
+    assert f"data: user/name (commit {OLD}), 20 records" in data.describe(report)
+    hub(NEW, rows=30)
+    report, train, _ = prepare("user/name", tmp_path)
+    assert (report["commit"], report["records"]) == (NEW, 30) and NEW.encode() in train
+    assert Hub.asked == ["/api/datasets/user/name"] * 2  # once by each process
+    monkeypatch.setattr(data, "_make", lambda *a: pytest.fail("prepared again"))
+    for said, there in ((OLD, OLD), (NEW, NEW)):
+        hub(said)
+        assert prepare("user/name", tmp_path)[0]["commit"] == there
+    hub("silent")
+    data.fingerprint("user/name@v1.0", "full", 0.1, 1)
+    hub(OLD)
+    data.fingerprint("user/name:cfg@v1.0#test", "full", 0.1, 1)
+    assert Hub.asked[-1] == "/api/datasets/user/name/revision/v1.0"
+
+
+@pytest.mark.parametrize("said", ["silent", "offline", 500, 404, 401, 429])
+def test_a_hub_that_does_not_tell_leaves_the_newest_prepared_data(hub, tmp_path, capsys, said):
+    for i, commit in enumerate((NEW, OLD)):
+        hub(commit)
+        folder = data.prepare("user/name", "full", 0.1, 1, tmp_path)
+        os.utime(folder / "data.json", (1e9 - i * 1e6,) * 2)
+        data.prepare("user/name", "full", 0.1, 2, tmp_path)  # of another seed
+        data.prepare("user/other", "full", 0.1, 1, tmp_path)
+    hub(said)
+    capsys.readouterr()
+    assert prepare("user/name", tmp_path)[0]["commit"] == NEW
+    assert capsys.readouterr().out == (
+        "the hub does not tell of DATASET user/name; taking what was prepared on 2001-09-09 of "
+        f"commit {NEW}\n"
+    )
+
+
+def test_a_commit_that_is_named_is_not_asked_for(hub, tmp_path):
+    hub(NEW)
+    assert prepare(f"user/name@{OLD}", tmp_path)[0]["commit"] == OLD
+    hub("silent")
+    assert prepare(f"user/name@{OLD}", tmp_path)[0]["commit"] == OLD
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_refreshed_data_are_prepared_anew_once(hub, tmp_path, monkeypatch, local):
+    source = write_jsonl(tmp_path / "d.jsonl", numbered(20)) if local else "user/name"
+    hub(OLD)
+    how = (str(source), "full", 0.1, 1, tmp_path / "cache")
+    folder = data.prepare(*how)
+    made = folder.stat().st_ino
+    assert data.prepare(*how, refresh=True).stat().st_ino == made  # by this process itself
+    monkeypatch.setattr(data, "STARTED", time.time() + 9)
+    assert data.prepare(*how).stat().st_ino == made
+    read = data.read
+    monkeypatch.setattr(data, "read", lambda dataset: ["not JSON"])
+    with pytest.raises(UserError, match="no record"):
+        data.prepare(*how, refresh=True)
+    assert data.intact(folder)  # a failure costs nothing
+    calls = []
+    monkeypatch.setattr(data, "read", lambda dataset: calls.append(1) or read(dataset))
+    assert data.prepare(*how, refresh=True) == folder and calls and data.intact(folder)
+
+
+def test_the_flag_refreshes(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "d.jsonl", numbered(40))
+    args = ["--dataset", str(source), "--checkpoint-dir", str(tmp_path), "--block-size", "16"]
+    s = train_mlx.settings([*args, "--refresh-data"])
+    train_mlx.open_data(train_mlx.settings(args))
+    monkeypatch.setattr(data, "STARTED", time.time() + 9)
+    asked = []
+    make = data._make
+    monkeypatch.setattr(data, "_make", lambda *a: asked.append(a) or make(*a))
+    train_mlx.open_data(train_mlx.settings(args))
+    assert not asked
+    train_mlx.open_data(s)
+    assert len(asked) == 1 and "refresh_data" not in train_mlx.described(s)
 
 
 def test_without_a_network_the_script_says_so_and_exits_with_2(tmp_path):
