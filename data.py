@@ -20,10 +20,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from errors import UserError
 from files import expanded, sha256
@@ -57,6 +58,8 @@ WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
 )
 IN_VAL = "in_val.npy"  # in prepared data: of each record with any field, whether it validates
 VAL_ENDS = "val_ends.npy"  # and where each record of val.bin ends
+LARGE = 20e6  # bytes of files that take longer to read than QUIET
+QUIET, LINE_EVERY = 2, 5  # seconds before a bar is drawn; between lines where there is none
 STARTED = time.time()  # of this process, nearly
 HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would cost 400 s
 
@@ -150,12 +153,35 @@ def ready_split(dataset: str) -> list[Path]:
 
 
 def read(dataset: str) -> Iterator[dict | str]:
-    """Every record of `dataset` in order; a str in place of a record says why one is unreadable."""
-    files = find(dataset)
+    """Every record of `dataset` in order; a str in place of a record says why one is unreadable.
+
+    What takes long shows a line, and a bar on a terminal.
+    """
+    files, what = find(dataset), f"reading DATASET {dataset}"
     if files is None:
-        yield from _read_hub(dataset)
-    for file in files or []:
-        yield from _read_file(file)
+        print(f"{what} ...", flush=True)
+    else:
+        _tell_large(what, files)
+    sources = map(_read_file, files) if files else [_read_hub(dataset)]
+    yield from shown(chain.from_iterable(sources), what)
+
+
+def _tell_large(what: str, files: list[Path], large: float = LARGE) -> None:
+    """Say what is being done with the files where it takes a while."""
+    size = sum(file.stat().st_size for file in files)
+    if size > large:
+        print(f"{what} ({size / 1e6:,.0f} MB) ...", flush=True)
+
+
+def shown(records: Iterable, what: str) -> Iterator:
+    """The records, with a bar on a terminal, and elsewhere a line every few seconds."""
+    bar = tqdm(records, what, disable=None, delay=QUIET, unit=" records")
+    told = time.monotonic()
+    for i, record in enumerate(bar, 1):
+        if bar.disable and time.monotonic() > told + LINE_EVERY:
+            told = time.monotonic()
+            print(f"{what}: {i:,} records ...", flush=True)
+        yield record
 
 
 def _read_file(file: Path) -> Iterator[dict | str]:
@@ -465,6 +491,7 @@ def intact(folder: Path) -> bool:
     """Whether prepared data are whole: each side as long as, and the bytes that, data.json says."""
     try:
         report = json.loads((folder / "data.json").read_text())
+        _tell_large("checking the prepared data", [*folder.iterdir()], 50 * LARGE)
         if report.pop("sha256") != _sha256_of(report):
             return False
         for side in ("train", "val"):
@@ -545,6 +572,7 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
     Raises UserError where a .fields file does not fit its bytes.
     """
     sides = [file for file in files if file.suffix == ".bin"]
+    _tell_large(f"copying DATASET {dataset}", files, 10 * LARGE)
     report = {"dataset": dataset, "mode": mode, "records": None, "fields": {}, "skipped": {}}
     report |= {"structures": {"ready split": None}, "shared": 0}
     for file in sides:
@@ -717,7 +745,7 @@ def _copy_parts(source, parts: Iterable, separator: bytes, target: Path) -> tupl
     """Write the parts (begin, length) of `source` to a file; gives its size and its sha256."""
     digest = hashlib.sha256()
     with target.open("wb") as out:
-        for begin, length in parts:
+        for begin, length in shown(parts, f"writing {target.stem}"):
             source.seek(begin)
             piece = (separator if out.tell() else b"") + source.read(length)
             out.write(piece)

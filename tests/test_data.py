@@ -1,6 +1,8 @@
 """What is read, how it is detected, what is skipped, and which bytes are trained on."""
 
 import errno
+import fcntl
+import io
 import json
 import os
 import socket
@@ -326,6 +328,44 @@ def test_a_file_without_a_byte_is_one_line(tmp_path, kind):
     with pytest.raises(UserError, match=rf"d\.{kind} (is empty|cannot be read as)") as error:
         prepare(tmp_path / f"d.{kind}", tmp_path / "cache")
     assert "\n" not in str(error.value)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
+    tmp_path, monkeypatch, capsys
+):
+    source = write_jsonl(tmp_path / "d.jsonl", numbered(20))
+    ready = data.prepare(str(source), "full", 0.1, 1, tmp_path / "cache")
+    assert capsys.readouterr() == ("", "")  # what is quick says nothing
+    for name, value in (("LARGE", 0), ("QUIET", 0), ("LINE_EVERY", -1)):
+        monkeypatch.setattr(data, name, value)
+    monkeypatch.setattr(data._tell_large, "__defaults__", (0,))
+    what = f"reading DATASET {source}"
+    data.prepare(str(source), "full", 0.1, 2, tmp_path / "cache")
+    out, err = capsys.readouterr()
+    assert f"{what} (0 MB) ...\n" in out and f"{what}: 20 records ...\n" in out
+    assert "writing train: 18 records ...\n" in out and err == ""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    data.prepare(str(source), "full", 0.1, 3, tmp_path / "cache")
+    assert f"{what}: 20 records" in sys.stderr.getvalue()
+    assert f"{what}: 20" not in capsys.readouterr().out
+    assert data.intact(ready) and "checking the prepared data" in capsys.readouterr().out
+    data.prepare(str(ready), "full", 0.1, 3, tmp_path / "cache")
+    assert f"copying DATASET {ready} (0 MB) ...\n" in capsys.readouterr().out
+
+
+def test_a_wait_for_another_process_is_told(tmp_path, capsys):
+    with (tmp_path / ".lock").open("a") as held, (tmp_path / ".lock").open("a") as lock:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        threading.Timer(0.2, lambda: fcntl.flock(held, fcntl.LOCK_UN)).start()
+        data._wait_for(lock, tmp_path)
+    assert (
+        f"waiting for another process that prepares data in {tmp_path}" in capsys.readouterr().out
+    )
 
 
 def test_a_csv_of_numbers_and_na_stays_text(tmp_path):
