@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from tqdm import tqdm
@@ -195,7 +196,9 @@ def _read_file(file: Path) -> Iterator[dict | str]:
         from datasets import load_dataset  # imported late: it takes a second, a resume needs none
 
         kind = file.suffix.removeprefix(".")
-        yield from load_dataset(kind, data_files=str(file), split="train", streaming=True)
+        with TemporaryDirectory() as cache:  # the one below HOME may be out of reach
+            how = {"split": "train", "streaming": True, "cache_dir": cache}
+            yield from load_dataset(kind, data_files=str(file), **how)
     except Exception as error:  # datasets and its parsers raise errors of many kinds
         cause = error.__cause__ or error
         reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
@@ -277,9 +280,15 @@ def _ask_hub(name: str, revision: str | None) -> str | None:
         return HfApi().dataset_info(name, revision=revision, timeout=HUB_SECONDS).sha
     except (HfHubHTTPError, ValueError):  # it answers: `load_dataset` tells what is wrong
         return None
-    except Exception:  # several libraries have errors of their own
-        constants.HF_HUB_OFFLINE = True
+    except Exception as error:  # several libraries have errors of their own
+        constants.HF_HUB_OFFLINE |= not _is_local(error)
         return None
+
+
+def _is_local(error: Exception) -> bool:
+    """Whether it is of this machine's files, and not of the network."""
+    network = (ConnectionError, TimeoutError)
+    return isinstance(error, OSError) and bool(error.strerror) and not isinstance(error, network)
 
 
 def _read_hub(dataset: str) -> Iterator[dict]:
@@ -299,6 +308,11 @@ def _read_hub(dataset: str) -> Iterator[dict]:
         what = "is gated" if "gated" in str(error) else unknown
         raise UserError(f"DATASET {name} {what}. {WAYS_ON}") from None
     except OSError as error:
+        if _is_local(error):
+            raise UserError(
+                f"DATASET {name}: {error.filename or 'what the hub sends'} cannot be written: "
+                f"{error.strerror}; set HF_HOME to a folder that can be"
+            ) from None
         reason = "it is not in the cache either" if offline else " ".join(str(error).split())[:200]
         raise UserError(
             f"DATASET {name} is no file or folder here, and the hub is out of reach ({reason}). "
@@ -405,7 +419,8 @@ def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
         settings["dataset"] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
                                for f in files]  # fmt: skip
     else:
-        settings["commit"] = commit(dataset)
+        name, config, revision, split = _hub_parts(dataset)
+        settings["dataset"] = [name, config, split, commit(dataset) or revision]
     key = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 

@@ -677,6 +677,50 @@ def test_a_hub_name_carries_configuration_revision_and_split(hub, monkeypatch):
     ]
 
 
+HOMES = {
+    "HOME=": {"HOME": ""},
+    "no HOME": {"HOME": None},
+    "HOME a file": {"HOME": os.devnull},
+    "HOME not to be made": {"HOME": "/proc"},
+}
+
+
+@pytest.mark.parametrize("variables", HOMES.values(), ids=HOMES)
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_local_files_need_no_home(tmp_path, variables, kind):
+    datasets.Dataset.from_list(numbered(20)).to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "d.json").write_text(json.dumps(numbered(20)))
+    script = f"import data; print(len(list(data.read({str(tmp_path / f'd.{kind}')!r}))))"
+    env = {k: v for k, v in (os.environ | variables).items() if v is not None}
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert (run.stdout, run.stderr) == ("20\n", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint"),
+    [
+        (OSError(errno.ENOTDIR, "Not a directory", "/x/hf"), "/x/hf cannot be written: Not a dir"),
+        (OSError(errno.ENOSPC, "No space left on device"), "sends cannot be written: No space"),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "the hub is out of reach"),
+    ],
+)
+def test_a_cache_of_downloads_that_cannot_be_written_is_no_silent_hub(
+    hub, monkeypatch, error, complaint
+):
+    hub(OLD)
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fails)
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(UserError, match=complaint) as told:
+        list(data.read("user/name"))
+    assert ("set HF_HOME" in str(told.value)) == ("written" in complaint)
+
+
 OLD, NEW = "a" * 40, "b" * 40
 
 
@@ -717,9 +761,12 @@ def test_a_hub_that_does_not_tell_leaves_the_newest_prepared_data(hub, tmp_path,
     )
 
 
-def test_a_commit_that_is_named_is_not_asked_for(hub, tmp_path):
+def test_a_commit_that_is_named_is_not_asked_for(hub, tmp_path, monkeypatch):
+    hub(OLD)
+    prepare("user/name", tmp_path)
     hub(NEW)
-    assert prepare(f"user/name@{OLD}", tmp_path)[0]["commit"] == OLD
+    monkeypatch.setattr(data, "_make", lambda *a: pytest.fail("prepared again"))
+    assert prepare(f"user/name@{OLD}", tmp_path)[0]["commit"] == OLD  # how to go back
     hub("silent")
     assert prepare(f"user/name@{OLD}", tmp_path)[0]["commit"] == OLD
 
