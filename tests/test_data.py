@@ -5,6 +5,7 @@ import fcntl
 import io
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -960,3 +961,20 @@ def test_a_ready_split_is_taken_as_it_is(tmp_path):
     (source / "val.fields").write_bytes(b"\1")
     with pytest.raises(UserError, match="a byte for each"):
         prepare(source, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("limit", [100, 3000, 9000])
+def test_a_disk_that_fills_while_data_are_prepared_leaves_nothing(tmp_path, limit):
+    source = write_jsonl(tmp_path / "d.jsonl", numbered(200))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises(UserError, match="cache cannot be written: File too large"):
+            prepare(source, tmp_path / "cache")
+        with pytest.raises(UserError, match="way cannot be written: File too large"):
+            (tmp_path / "way").mkdir()
+            data.whole(str(source), "full", tmp_path / "way")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert prepare(source, tmp_path / "cache")[0]["records"] == 200
