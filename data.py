@@ -1,7 +1,8 @@
 """From a data set to two files of bytes: find it, read it, detect its fields, split it, cache it.
 
-Reading goes through the `datasets` library, one record at a time, and the prepared bytes are memory
-mapped, so a data set of many gigabytes needs little memory and a resumed run needs no network.
+Records are read one at a time (a .json that is one list is read whole), what is on the hub by the
+`datasets` library, and the prepared bytes are memory mapped, so a data set of many gigabytes needs
+little memory and a resumed run needs no network.
 """
 
 import csv
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -59,6 +60,7 @@ WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
 )
 IN_VAL = "in_val.npy"  # in prepared data: of each record with any field, whether it validates
 VAL_ENDS = "val_ends.npy"  # and where each record of val.bin ends
+MOST_STRUCTURES = 20  # that are told, where each record has keys of its own
 LARGE = 20e6  # bytes of files that take longer to read than QUIET
 QUIET, LINE_EVERY = 2, 5  # seconds before a bar is drawn; between lines where there is none
 STARTED = time.time()  # of this process, nearly
@@ -187,22 +189,25 @@ def shown(records: Iterable, what: str) -> Iterator:
 
 def _read_file(file: Path) -> Iterator[dict | str]:
     try:
-        if file.suffix in READERS:
+        if file.suffix == ".parquet":
+            yield from _parquet_rows(file)
+        else:
             # bytes that are not UTF-8 come as lone surrogates, which no valid UTF-8 holds
             how = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
             with file.open(newline="" if file.suffix == ".csv" else None, **how) as lines:
-                yield from READERS[file.suffix](lines)
-            return
-        from datasets import load_dataset  # imported late: it takes a second, a resume needs none
-
-        kind = file.suffix.removeprefix(".")
-        with TemporaryDirectory() as cache:  # the one below HOME may be out of reach
-            how = {"split": "train", "streaming": True, "cache_dir": cache}
-            yield from load_dataset(kind, data_files=str(file), **how)
-    except Exception as error:  # datasets and its parsers raise errors of many kinds
+                yield from PARSERS[file.suffix](lines)
+    except Exception as error:  # parsers raise errors of many kinds
         cause = error.__cause__ or error
         reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
         raise UserError(f"DATASET {file} cannot be read as {file.suffix}: {reason}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[dict]:
+    from pyarrow.parquet import ParquetFile  # imported late: a resume does without
+
+    with ParquetFile(file) as rows:
+        for batch in rows.iter_batches(1000):
+            yield from batch.to_pylist()
 
 
 def _is_utf8(text: str) -> bool:
@@ -224,6 +229,22 @@ def _parse_line(line: str) -> dict | str:
     except (ValueError, RecursionError):  # also a number of too many digits, brackets too deep
         return "not JSON"
     return record if isinstance(record, dict) else "not a JSON object"
+
+
+def _parse_document(lines: TextIO) -> Iterator[dict | str]:
+    """The records of a JSON list, of one object, or of a line each. Raises ValueError."""
+    first = lines.readline()
+    if isinstance(_parse_line(first), dict):
+        yield from _parse_lines(chain([first], lines))
+    elif text := (first + lines.read()).strip():
+        if not _is_utf8(text):
+            raise ValueError("it is not valid UTF-8; save it as UTF-8")
+        try:
+            found = json.loads(text)
+        except RecursionError:
+            raise ValueError("its brackets are nested too deep") from None
+        for record in found if isinstance(found, list) else [found]:
+            yield record if isinstance(record, dict) else "not a JSON object"
 
 
 def _parse_rows(lines: Iterable[str]) -> Iterator[dict | str]:
@@ -250,7 +271,12 @@ def _parse_paragraphs(lines: Iterable[str]) -> Iterator[dict | str]:
             yield {"text": text} if _is_utf8(text) else "not valid UTF-8"
 
 
-READERS = {".jsonl": _parse_lines, ".csv": _parse_rows, ".txt": _parse_paragraphs}
+PARSERS = {
+    ".jsonl": _parse_lines,
+    ".json": _parse_document,
+    ".csv": _parse_rows,
+    ".txt": _parse_paragraphs,
+}
 
 
 def _hub_parts(dataset: str) -> tuple[str, str | None, str | None, str | None]:
@@ -653,7 +679,7 @@ def _format_all(dataset, mode, folder, wanted=None):
         "mode": mode,
         "records": structures.total(),
         "exchanges": exchanges,
-        "structures": dict(structures.most_common()),
+        "structures": dict(structures.most_common(MOST_STRUCTURES)),
         "fields": {f: {"records": n, "mean_length": size[f] / n} for f, n in count.items()},
         "skipped": dict(skipped.most_common()),
         "first_skipped": first,

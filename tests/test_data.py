@@ -323,6 +323,46 @@ def test_a_csv_that_is_not_one_is_told_by_its_line(tmp_path):
         prepare(file, tmp_path / "cache")
 
 
+ODD_JSON = {
+    "5": ["not a JSON object"],
+    "null": ["not a JSON object"],
+    '[{"text": "a"}, 5, [], null]': [{"text": "a"}, *["not a JSON object"] * 3],
+    '{"a": {"text": "b"}}': [{"a": {"text": "b"}}],
+    '\n[\n{"text": 1},\n{"text": "a"}]': [{"text": 1}, {"text": "a"}],
+    '{"text": "a"}\n{"text": "b", "c": null}\nnot': [
+        {"text": "a"}, {"text": "b", "c": None}, "not JSON",
+    ],
+    "[]": [],
+    " \n": [],
+    "[" * 100_000: "nested too deep",
+    '[{"text": "a"}': "Expecting ',' delimiter: line 1 column 15",
+    '[{"text": ' + "9" * 5000 + "}]": "Exceeds the limit",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_JSON, ids=lambda text: text[:12])
+def test_a_json_file_is_one_document_or_a_line_for_each_record(tmp_path, text):
+    (tmp_path / "d.json").write_text(text)
+    if isinstance(expected := ODD_JSON[text], list):
+        assert list(data.read(str(tmp_path / "d.json"))) == expected
+    else:
+        with pytest.raises(UserError, match=rf"d\.json cannot be read as \.json: .*{expected}"):
+            list(data.read(str(tmp_path / "d.json")))
+
+
+def test_a_parquet_file_keeps_its_values(tmp_path):
+    rows = [{"text": t, "n": i, "l": [{"a": i}]} for i, t in enumerate(["a\ufffd", None, "é"])]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    assert list(data.read(str(tmp_path / "d.parquet"))) == rows
+
+
+def test_structures_that_are_all_different_do_not_fill_the_screen(tmp_path):
+    records = numbered(20) + [{f"key {i}": 1} for i in range(500)]
+    report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "cache")
+    assert len(report["structures"]) == data.MOST_STRUCTURES and report["records"] == 520
+    assert data.describe(report).count("\n") < 30
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt"])
 def test_a_file_without_a_byte_is_one_line(tmp_path, kind):
     (tmp_path / f"d.{kind}").touch()
