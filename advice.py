@@ -23,7 +23,12 @@ RATE = 1e-3  # of the official training, and of the best of LOG.md's runs
 
 
 def order_0(data: np.ndarray) -> float:
-    """Nats per byte of a model that knows only how often each byte occurs in `data`."""
+    """Nats per byte of a model that knows only how often each byte occurs in `data`.
+
+    Without any data that is the uniform model.
+    """
+    if not len(data):
+        return math.log(256)
     share = np.bincount(data, minlength=256) / len(data)
     return float(-np.sum(share[share > 0] * np.log(share[share > 0])))
 
@@ -32,13 +37,22 @@ def counting(loss_on: str, train: tuple, val: tuple) -> tuple[float, float]:
     """Nats per byte, of the first million of each (bytes, fields) that LOSS_ON counts: order_0 of
     val, and a model that counted in train which byte follows which.
     """
-    counted = []
-    for stream, fields in (train, val):
-        some = np.array(stream[:MILLION])
-        counted.append(
-            some if loss_on == "all" else some[fields[:MILLION] == FIELDS.index(loss_on)]
-        )
-    return order_0(counted[1]), order_n(*counted, order=1) * math.log(2)
+    known, judged = (first_counted(loss_on, *side) for side in (train, val))
+    return order_0(judged), order_n(known, judged, order=1) * math.log(2)
+
+
+def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.ndarray:
+    """The first MILLION bytes of `stream` that LOSS_ON counts, wherever they stand."""
+    if loss_on == "all":
+        return np.array(stream[:MILLION])
+    parts, found = [np.empty(0, np.uint8)], 0
+    for begin in range(0, len(stream), MILLION):  # the stream may be larger than the memory
+        counted = fields[begin : begin + MILLION] == FIELDS.index(loss_on)
+        parts.append(stream[begin : begin + MILLION][counted])
+        found += len(parts[-1])
+        if found >= MILLION:
+            break
+    return np.concatenate(parts)[:MILLION]
 
 
 def advise(

@@ -16,9 +16,12 @@ def order_n(train: np.ndarray, val: np.ndarray, order: int = 3) -> float:
 
     Witten-Bell: p_k(b | c) = (count(c b) + followers(c) p_{k-1}(b | c')) / (count(c) +
     followers(c)), with c' one byte shorter, followers the number of distinct bytes seen after c,
-    and p_{-1} = 1/256. The first `order` bytes of val are context only.
+    and p_{-1} = 1/256. The first `order` bytes of val are context only; a val without more bytes
+    costs 8 bits, as of a model that knows nothing.
     """
     n = len(val) - order
+    if n < 1:
+        return 8.0
     p = np.full(n, 1 / 256)
     for k in range(order + 1):
         seen, asked = (_windows(stream, k + 1) for stream in (train, val))
@@ -34,14 +37,17 @@ def order_n(train: np.ndarray, val: np.ndarray, order: int = 3) -> float:
 
 def _windows(stream: np.ndarray, width: int) -> np.ndarray:
     """Every `width` bytes in a row as one number."""
-    number = np.zeros(len(stream) - width + 1, np.uint64)
+    n = max(0, len(stream) - width + 1)
+    number = np.zeros(n, np.uint64)
     for i in range(width):
-        number = (number << np.uint64(8)) | stream[i : len(stream) - width + 1 + i]
+        number = (number << np.uint64(8)) | stream[i : n + i]
     return number.astype(np.int64)
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """The value of each key asked for, 0 for one that is not there."""
+    if not len(keys):
+        return np.zeros(len(asked), int)
     at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
     return np.where(keys[at] == asked, values[at], 0)
 

@@ -1,9 +1,11 @@
 """From a data set to two files of bytes: find it, read it, detect its fields, split it, cache it.
 
-Reading goes through the `datasets` library, one record at a time, and the prepared bytes are memory
-mapped, so a data set of many gigabytes needs little memory and a resumed run needs no network.
+Records are read one at a time (a .json that is one list is read whole), what is on the hub by the
+`datasets` library, and the prepared bytes are memory mapped, so a data set of many gigabytes needs
+little memory and a resumed run needs no network.
 """
 
+import csv
 import errno
 import fcntl
 import hashlib
@@ -12,15 +14,19 @@ import logging
 import os
 import re
 import shutil
-import urllib.error
-import urllib.request
+import stat
+import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import chain, groupby
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+from tqdm import tqdm
 
 from errors import UserError
 from files import expanded, sha256
@@ -28,6 +34,7 @@ from formats import FIELDS, NEEDED, SEPARATOR, needed, pieces
 
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl"
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # a byte as surrogateescape gives it
 HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?(?:#(.+))?")
 WAYS_ON = (
     "Ways on: --dataset FILE for a local file, --dataset sample for the embedded one, "
@@ -39,8 +46,24 @@ COLUMNS = {  # our field: the columns that mean it, first found wins
     "instruction": ("instruction", "prompt", "question"),
     "response": ("response", "output", "completion", "answer"),
 }
-SPEAKERS = {"system": "system", "user": "ask", "human": "ask", "assistant": "reply", "gpt": "reply"}
+SPEAKERS = {  # our field: the roles of a chat that speak it, in small letters
+    "system": ("system", "developer"),
+    "instruction": ("user", "human"),
+    "response": ("assistant", "gpt", "chatgpt", "model", "bot", "ai"),
+}
+FIELD_OF = {role: field for field, roles in SPEAKERS.items() for role in roles}
+UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
+WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
+    (".data/.lock",),
+    ("metrics.jsonl", "config.json"),
+    ("model.safetensors",),
+)
 IN_VAL = "in_val.npy"  # in prepared data: of each record with any field, whether it validates
+VAL_ENDS = "val_ends.npy"  # and where each record of val.bin ends
+MOST_STRUCTURES = 20  # that are told, where each record has keys of its own
+LARGE = 20e6  # bytes of files that take longer to read than QUIET
+QUIET, LINE_EVERY = 2, 5  # seconds before a bar is drawn; between lines where there is none
+STARTED = time.time()  # of this process, nearly
 HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would cost 400 s
 
 
@@ -49,19 +72,16 @@ HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would 
 
 def find(dataset: str) -> list[Path] | None:
     """The local files that `dataset` names, or None for a name on the hub. Raises UserError."""
+    if not dataset.strip():
+        raise UserError("DATASET is empty; name a file, a folder, a data set on the hub, or sample")
     if dataset == "sample":
         return [SAMPLE]
     path = expanded(dataset)
-    if path.is_dir():
-        if ready := [path / name for name in SPLIT if (path / name).is_file()]:
-            if missing := [name for name in ("train.bin", "val.bin") if path / name not in ready]:
-                raise UserError(f"DATASET {path} is a ready split but has no {missing[0]}")
-            return ready
-        files = sorted(f for f in path.rglob("*") if f.suffix in FILE_KINDS and f.is_file())
-        if not files:
-            raise UserError(f"DATASET {path} is a folder without {', '.join(FILE_KINDS)} files")
-        return files
-    if path.is_file():
+    kind = _kind(path)
+    if kind == stat.S_IFDIR:
+        return _ready_files(path) or _data_files(path)
+    if kind is not None:
+        _check_regular(path)
         if path.suffix not in FILE_KINDS:
             raise UserError(f"DATASET {path} ends in none of {', '.join(FILE_KINDS)}")
         return [path]
@@ -71,47 +91,138 @@ def find(dataset: str) -> list[Path] | None:
     return None
 
 
+def _kind(path: Path) -> int | None:
+    """What `stat` calls the kind of a file, or None where nothing is. Raises UserError."""
+    try:
+        str(path).encode()
+        return stat.S_IFMT(path.stat().st_mode)
+    except UnicodeEncodeError:
+        raise UserError(f"DATASET {path} has a name that is not UTF-8; rename it") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        if "\0" not in str(path) and path.is_symlink():
+            raise UserError(f"DATASET {path} is a link to a file that does not exist") from None
+        return None
+    except OSError as error:
+        _unreadable(error)
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"DATASET {error.filename} cannot be read: {error.strerror}") from None
+
+
+def _check_regular(file: Path) -> None:
+    """Raise UserError for a pipe, a socket or a device, which cannot be read twice."""
+    if _kind(file) != stat.S_IFREG:
+        raise UserError(f"DATASET {file} is no regular file; write what it gives to a file")
+
+
+def _ready_files(folder: Path) -> list[Path]:
+    """The files of a ready split, if the folder is one. Raises UserError."""
+    ready = [folder / name for name in SPLIT if _kind(folder / name) is not None]
+    for file in ready:
+        _check_regular(file)
+    missing = [name for name in ("train.bin", "val.bin") if folder / name not in ready]
+    if ready and missing:
+        raise UserError(f"DATASET {folder} is a ready split but has no {missing[0]}")
+    return ready
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The data files in a folder and its subfolders. Raises UserError.
+
+    Hidden files and folders are left out, and folders that this project writes: runs and prepared
+    data may lie beside the data.
+    """
+    files = []
+    for at, folders, names in os.walk(folder, onerror=_unreadable):
+        folders[:] = [f for f in folders if f[0] != "." and not _is_written_here(Path(at, f))]
+        files += [Path(at, n) for n in names if n[0] != "." and Path(n).suffix in FILE_KINDS]
+    for file in files:
+        _check_regular(file)
+    if not files:
+        raise UserError(f"DATASET {folder} is a folder without {', '.join(FILE_KINDS)} files")
+    return sorted(files)
+
+
+def _is_written_here(folder: Path) -> bool:
+    """Whether a folder is a CHECKPOINT_DIR, a run, a checkpoint or an exported model."""
+    there = os.path.exists  # Path's own raises for a folder that may not be entered
+    return any(all(there(folder / name) for name in mark) for mark in WRITTEN_HERE)
+
+
 def ready_split(dataset: str) -> list[Path]:
     """Its files, if that is what `dataset` names."""
     return [file for file in find(dataset) or [] if file.name in SPLIT]
 
 
 def read(dataset: str) -> Iterator[dict | str]:
-    """Every record of `dataset` in order; a str in place of a record says why one is unreadable."""
-    files = find(dataset)
+    """Every record of `dataset` in order; a str in place of a record says why one is unreadable.
+
+    What takes long shows a line, and a bar on a terminal.
+    """
+    files, what = find(dataset), f"reading DATASET {dataset}"
     if files is None:
-        yield from _read_hub(dataset)
-    for file in files or []:
-        yield from _read_file(file)
+        print(f"{what} ...", flush=True)
+    else:
+        _tell_large(what, files)
+    sources = map(_read_file, files) if files else [_read_hub(dataset)]
+    yield from shown(chain.from_iterable(sources), what)
+
+
+def _tell_large(what: str, files: list[Path], large: float = LARGE) -> None:
+    """Say what is being done with the files where it takes a while."""
+    size = sum(file.stat().st_size for file in files)
+    if size > large:
+        print(f"{what} ({size / 1e6:,.0f} MB) ...", flush=True)
+
+
+def shown(records: Iterable, what: str) -> Iterator:
+    """The records, with a bar on a terminal, and elsewhere a line every few seconds."""
+    bar = tqdm(records, what, disable=None, delay=QUIET, unit=" records")
+    told = time.monotonic()
+    for i, record in enumerate(bar, 1):
+        if bar.disable and time.monotonic() > told + LINE_EVERY:
+            told = time.monotonic()
+            print(f"{what}: {i:,} records ...", flush=True)
+        yield record
 
 
 def _read_file(file: Path) -> Iterator[dict | str]:
     try:
-        if file.suffix == ".jsonl":  # line by line: a bad one costs one, a large one itself thrice
-            with file.open(encoding="utf-8", errors="replace") as lines:
-                yield from map(_parse_line, lines)
-            return
-        from datasets import load_dataset  # imported late: it takes a second, a resume needs none
-
-        as_text = dict.fromkeys(range(100), str)  # no column of a CSV turns into numbers or NA
-        options = {
-            ".csv": ("csv", {"converters": as_text, "keep_default_na": False}),
-            ".json": ("json", {}),
-            ".parquet": ("parquet", {}),
-            ".txt": ("text", {"encoding_errors": "replace", "sample_by": "paragraph"}),
-        }
-        kind, extra = options[file.suffix]
-        rows = load_dataset(kind, data_files=str(file), split="train", streaming=True, **extra)
-        yield from rows
-    except Exception as error:  # datasets and its parsers raise errors of many kinds
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        if file.suffix == ".parquet":
+            yield from _parquet_rows(file)
+        else:
+            # bytes that are not UTF-8 come as lone surrogates, which no valid UTF-8 holds
+            how = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+            with file.open(newline="" if file.suffix == ".csv" else None, **how) as lines:
+                yield from PARSERS[file.suffix](lines)
+    except Exception as error:  # parsers raise errors of many kinds
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
         raise UserError(f"DATASET {file} cannot be read as {file.suffix}: {reason}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[dict]:
+    from pyarrow.parquet import ParquetFile  # imported late: a resume does without
+
+    with ParquetFile(file) as rows:
+        for batch in rows.iter_batches(1000):
+            yield from batch.to_pylist()
+
+
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not NOT_UTF8.search(text)
+
+
+def _parse_lines(lines: Iterable[str]) -> Iterator[dict | str]:
+    """The record of each line: a bad one costs one, a large one itself thrice."""
+    return map(_parse_line, lines)
 
 
 def _parse_line(line: str) -> dict | str:
     if not line.strip("\ufeff \t\r\n"):
         return "blank line"
-    if "\ufffd" in line:
+    if not _is_utf8(line):
         return "not valid UTF-8"
     try:
         record = json.loads(line.removeprefix("\ufeff"))
@@ -120,39 +231,114 @@ def _parse_line(line: str) -> dict | str:
     return record if isinstance(record, dict) else "not a JSON object"
 
 
-def _hub_answers(name: str) -> bool:
-    """Whether the hub says anything of `name` within HUB_SECONDS; an error is an answer, too."""
-    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/api/datasets/{name}"
+def _parse_document(lines: TextIO) -> Iterator[dict | str]:
+    """The records of a JSON list, of one object, or of a line each. Raises ValueError."""
+    first = lines.readline()
+    if isinstance(_parse_line(first), dict):
+        yield from _parse_lines(chain([first], lines))
+    elif text := (first + lines.read()).strip():
+        if not _is_utf8(text):
+            raise ValueError("it is not valid UTF-8; save it as UTF-8")
+        try:
+            found = json.loads(text)
+        except RecursionError:
+            raise ValueError("its brackets are nested too deep") from None
+        for record in found if isinstance(found, list) else [found]:
+            yield record if isinstance(record, dict) else "not a JSON object"
+
+
+def _parse_rows(lines: Iterable[str]) -> Iterator[dict | str]:
+    """The rows of a CSV, all values text. Raises csv.Error for quotes that do not end."""
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.DictReader(lines, restval="", strict=True)
+    if not _is_utf8("".join(rows.fieldnames or [])):
+        raise csv.Error("its first line is not valid UTF-8; save it as UTF-8")
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_SECONDS)
-    except urllib.error.HTTPError:
-        pass
-    except (OSError, ValueError):
-        return False
-    return True
+        for row in rows:
+            if None in row:
+                yield "more values than columns"
+            else:
+                yield row if _is_utf8("".join(row.values())) else "not valid UTF-8"
+    except csv.Error as error:
+        raise csv.Error(f"line {rows.reader.line_num:,}: {error}") from None
+
+
+def _parse_paragraphs(lines: Iterable[str]) -> Iterator[dict | str]:
+    """What stands between the blank lines of a text."""
+    for blank, some in groupby(lines, lambda line: line == "\n"):
+        if not blank:
+            text = "".join(some).removesuffix("\n")
+            yield {"text": text} if _is_utf8(text) else "not valid UTF-8"
+
+
+PARSERS = {
+    ".jsonl": _parse_lines,
+    ".json": _parse_document,
+    ".csv": _parse_rows,
+    ".txt": _parse_paragraphs,
+}
+
+
+def _hub_parts(dataset: str) -> tuple[str, str | None, str | None, str | None]:
+    """Name, config, revision and split of a name on the hub. Raises UserError."""
+    if match := HUB_NAME.fullmatch(dataset):
+        return match.groups()
+    raise UserError(
+        f"DATASET {dataset!r} is neither a file nor a hub name, which looks like user/name, "
+        f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
+    )
+
+
+def commit(dataset: str) -> str | None:
+    """The commit that a name on the hub means now, or None where the hub does not tell."""
+    name, _, revision, _ = _hub_parts(dataset)
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
+    return revision if is_commit else _ask_hub(name, revision)
+
+
+@lru_cache  # a run reads one commit, and a hub that hangs is asked once
+def _ask_hub(name: str, revision: str | None) -> str | None:
+    """The commit of a revision. A hub that does not answer is not asked again by this process."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=HUB_SECONDS).sha
+    except (HfHubHTTPError, ValueError):  # it answers: `load_dataset` tells what is wrong
+        return None
+    except Exception as error:  # several libraries have errors of their own
+        constants.HF_HUB_OFFLINE |= not _is_local(error)
+        return None
+
+
+def _is_local(error: Exception) -> bool:
+    """Whether it is of this machine's files, and not of the network."""
+    network = (ConnectionError, TimeoutError)
+    return isinstance(error, OSError) and bool(error.strerror) and not isinstance(error, network)
 
 
 def _read_hub(dataset: str) -> Iterator[dict]:
-    match = HUB_NAME.fullmatch(dataset)
-    if not match:
-        raise UserError(
-            f"DATASET {dataset!r} is neither a file nor a hub name, which looks like user/name, "
-            f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
-        )
-    name, config, revision, split = match.groups()
-    if not (offline := os.environ.get("HF_HUB_OFFLINE")) and not _hub_answers(name):
-        os.environ["HF_HUB_OFFLINE"] = offline = "1"  # read on import: the cache or a quick error
-        print("warning: the hub does not answer; looking in the cache of earlier downloads")
+    name, config, revision, split = _hub_parts(dataset)
+    sha = _ask_hub(name, revision) or revision
     import datasets
+    from huggingface_hub import constants
 
+    datasets.config.HF_HUB_OFFLINE = offline = constants.HF_HUB_OFFLINE
+    if offline and not os.environ.get("HF_HUB_OFFLINE"):
+        print("warning: the hub does not answer; looking in the cache of earlier downloads")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries, told as one error
     try:
-        yield from datasets.load_dataset(name, config, revision=revision, split=split or "train")
+        yield from datasets.load_dataset(name, config, revision=sha, split=split or "train")
     except datasets.exceptions.DatasetNotFoundError as error:
         unknown = "is no file or folder here, and not on the hub, or private there"
         what = "is gated" if "gated" in str(error) else unknown
         raise UserError(f"DATASET {name} {what}. {WAYS_ON}") from None
     except OSError as error:
+        if _is_local(error):
+            raise UserError(
+                f"DATASET {name}: {error.filename or 'what the hub sends'} cannot be written: "
+                f"{error.strerror}; set HF_HOME to a folder that can be"
+            ) from None
         reason = "it is not in the cache either" if offline else " ".join(str(error).split())[:200]
         raise UserError(
             f"DATASET {name} is no file or folder here, and the hub is out of reach ({reason}). "
@@ -166,12 +352,12 @@ def _read_hub(dataset: str) -> Iterator[dict]:
 # ----------------------------------------------------------------------------- what a record holds
 
 
-def detect(record: dict, questions: bool = False) -> tuple[str, list[dict]]:
+def detect(record: dict, questions: bool = False) -> tuple[str, list[dict | str]]:
     """Name of the record's structure, and its content under our field names.
 
-    A chat gives one entry per answer, each with the chat's system text, and with `questions` one
-    for a question that ends it; Alpaca's `input` continues its instruction. Values are passed on
-    unchecked.
+    A chat gives one entry per answer, each with the chat's system text, and one reason, a str, per
+    turn whose role is unknown. With `questions` it gives no reasons but an entry for a question
+    that ends it. Alpaca's `input` continues its instruction. Values are passed on unchecked.
     """
     for name in ("messages", "conversations"):
         if isinstance(record.get(name), list):
@@ -191,24 +377,30 @@ def detect(record: dict, questions: bool = False) -> tuple[str, list[dict]]:
     return "/".join(names), [fields]
 
 
-def _exchanges(turns: list, questions: bool) -> list[dict]:
+def _exchanges(turns: list, questions: bool) -> list[dict | str]:
+    turns = [turn if isinstance(turn, dict) else {} for turn in turns]
+    spoken = [
+        (FIELD_OF.get(str(t.get("role", t.get("from"))).lower()), t.get("content", t.get("value")))
+        for t in turns
+    ]
+    known = [turn for turn in spoken if turn[0]]
     said, exchanges = {}, []
-    for turn in turns:
-        turn = turn if isinstance(turn, dict) else {}
-        who = SPEAKERS.get(str(turn.get("role", turn.get("from"))))
-        said[who] = turn.get("content", turn.get("value"))
-        if who == "reply":
-            exchanges.append(_exchange(said))
-            said.pop("ask", None)
-    if questions and "ask" in said:
-        said.pop("reply", None)
-        exchanges.append(_exchange(said))
-    return exchanges or [{}]
+    for field, some in groupby(known, lambda turn: turn[0]):
+        said[field] = _joined([content for _, content in some])
+        if field == "response":
+            exchanges.append(said)
+            said = {"system": said["system"]} if "system" in said else {}
+    if questions and "instruction" in said:
+        exchanges.append(said)
+    unknown = [] if questions else [UNKNOWN_ROLE] * (len(spoken) - len(known))
+    return (exchanges or [{}]) + unknown
 
 
-def _exchange(said: dict) -> dict:
-    named = {"system": "system", "instruction": "ask", "response": "reply"}
-    return {field: said[who] for field, who in named.items() if who in said}
+def _joined(contents: list):
+    """What one speaker says in turns in a row; one that is no text is passed on in its place."""
+    contents = [c for c in contents if c is not None and c != ""] or contents[:1]
+    odd = [c for c in contents if not isinstance(c, str)]
+    return odd[0] if odd else "\n\n".join(contents)
 
 
 def fault(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
@@ -238,62 +430,118 @@ def sound(fields: dict | str) -> dict[str, str]:
 # ------------------------------------------------------------------------- prepared bytes, cached
 
 
+def _made_from(dataset: str, mode: str, val_share: float, seed: int) -> dict:
+    """What prepared bytes depend on beside the data's own, as data.json keeps it."""
+    how = {"split": "by record, validation shuffled", "text": "valid UTF-8, turns in a row joined"}
+    return {"dataset": dataset, "mode": mode, "val_share": val_share, "seed": seed} | how
+
+
 def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
-    """Name of the prepared bytes: changes with the files (path, size, time) or a setting."""
-    settings = {"mode": mode, "val_share": val_share, "seed": seed, "split": "by record"}
-    files = find(dataset)
-    source = files and [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = json.dumps([source or dataset, settings], sort_keys=True)
+    """Name of the prepared bytes: changes with the files (path, size, time), the commit on the hub
+    or a setting.
+    """
+    settings = _made_from(dataset, mode, val_share, seed)
+    if files := find(dataset):
+        settings["dataset"] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
+                               for f in files]  # fmt: skip
+    else:
+        name, config, revision, split = _hub_parts(dataset)
+        settings["dataset"] = [name, config, split, commit(dataset) or revision]
+    key = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def prepare(dataset: str, mode: str, val_share: float, seed: int, cache: Path) -> Path:
+def prepare(
+    dataset: str, mode: str, val_share: float, seed: int, cache: Path, refresh: bool = False
+) -> Path:
     """Folder with train.bin, val.bin (uint8) and data.json (the report), made once and then reused.
 
     train.fields and val.fields say which of FIELDS each byte belongs to. Raises UserError when
-    nothing can be trained on.
+    nothing can be trained on. `refresh` makes what was made before this process began anew.
 
     Held out is held out in every mode: the split is of records, drawn by their fields and not by
     the mode's text, so a record that validates in one mode trains in none. A text of the mode that
     records of both sides share is left out of validation, so that no text is on both sides.
+    The records of train.bin are in the order of the data, those of val.bin in a seeded one.
     """
-    folder = cache / fingerprint(dataset, mode, val_share, seed)
+    how = (dataset, mode, val_share, seed)
+    folder = cache / fingerprint(*how)
     with _held(cache):
-        if not intact(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            _make(folder, dataset, mode, val_share, seed)
+        if not refresh and find(dataset) is None and not commit(dataset):
+            folder = _newest(cache, _made_from(*how)) or folder
+        if not intact(folder) or (refresh and _made_at(folder) < STARTED):
+            _make(folder, *how)
         return folder
+
+
+def _made_at(folder: Path) -> float:
+    return (folder / "data.json").stat().st_mtime
+
+
+def _newest(cache: Path, made_from: dict) -> Path | None:
+    """The newest prepared data of a name on the hub, for when the hub does not tell its commit."""
+    for folder in sorted((f.parent for f in cache.glob("*/data.json")), key=_made_at, reverse=True):
+        if intact(folder):
+            report = json.loads((folder / "data.json").read_text())
+            if report.get("made_from") == made_from:
+                when = time.strftime("%Y-%m-%d", time.localtime(_made_at(folder)))
+                print(
+                    f"the hub does not tell of DATASET {report['dataset']}; taking what was "
+                    f"prepared on {when} of commit {report['commit'] or 'unknown'}"
+                )
+                return folder
+    return None
 
 
 @contextmanager
 def _held(cache: Path) -> Iterator[None]:
     """Hold the folder of prepared data, swept of what a killed process left. Raises UserError."""
-    try:
+    with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another trainer may be preparing the same data
+            _wait_for(lock, cache)
             for litter in cache.glob("*.tmp"):
                 shutil.rmtree(litter)
             yield
+
+
+def _wait_for(lock, cache: Path) -> None:
+    """Take the lock, which another trainer that prepares data may hold for long."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process that prepares data in {cache} ...")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tell an OSError of writing below `folder`, or of a file that is read there, as UserError."""
+    try:
+        yield
     except OSError as error:
-        file, full = error.filename or "the data", error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or Path(file).is_relative_to(cache):
-            raise UserError(f"{cache} cannot be written: {error.strerror}") from None
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        file = error.filename or folder  # a failed write names no file
+        reason = error.strerror or error
+        if full or Path(file).is_relative_to(folder):
+            raise UserError(f"{folder} cannot be written: {reason}") from None
+        raise UserError(f"{file} cannot be read: {reason}") from None
 
 
 def intact(folder: Path) -> bool:
     """Whether prepared data are whole: each side as long as, and the bytes that, data.json says."""
     try:
         report = json.loads((folder / "data.json").read_text())
+        _tell_large("checking the prepared data", [*folder.iterdir()], 50 * LARGE)
         if report.pop("sha256") != _sha256_of(report):
             return False
         for side in ("train", "val"):
             for kind, name in (("bin", "sha256"), ("fields", "fields_sha256")):
                 if sha256(folder / f"{side}.{kind}") != report[side][name]:
                     return False
-        if (known := report.get("in_val_sha256")) and sha256(folder / IN_VAL) != known:
-            return False
+        for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
+            if (known := report.get(name)) and sha256(folder / file) != known:
+                return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
@@ -311,10 +559,13 @@ def _make(folder, dataset, mode, val_share, seed):
             report = _copy_split(ready, dataset, mode, making)
         else:
             report = _split(dataset, mode, val_share, seed, making)
+        report["made_from"] = _made_from(dataset, mode, val_share, seed)
+        report["commit"] = None if find(dataset) else commit(dataset)
         sealed = report | {"sha256": _sha256_of(report)}
         (making / "data.json").write_text(json.dumps(sealed, indent=1))
         if fingerprint(dataset, mode, val_share, seed) != folder.name:
             raise UserError(f"DATASET {dataset} changed while it was read; start again")
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or to be made anew
         making.replace(folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
@@ -347,9 +598,13 @@ def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -
             "out: raise it, take more data or another mode"
         )
     validates = served & in_val & ~shared
+    # in a seeded order, so that the first EVAL_BYTES are of all files and not of the first alone
+    val = np.random.default_rng(seed).permutation(np.flatnonzero(validates))
     np.save(folder / IN_VAL, validates)
-    report["in_val_sha256"] = sha256(folder / IN_VAL)
-    return report | _write_split(folder, lengths, served & ~in_val, validates)
+    np.save(folder / VAL_ENDS, np.cumsum(lengths[val] + len(SEPARATOR)) - len(SEPARATOR))
+    for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
+        report[name] = sha256(folder / file)
+    return report | _write_split(folder, lengths, np.flatnonzero(served & ~in_val), val)
 
 
 def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dict:
@@ -358,6 +613,7 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
     Raises UserError where a .fields file does not fit its bytes.
     """
     sides = [file for file in files if file.suffix == ".bin"]
+    _tell_large(f"copying DATASET {dataset}", files, 10 * LARGE)
     report = {"dataset": dataset, "mode": mode, "records": None, "fields": {}, "skipped": {}}
     report |= {"structures": {"ready split": None}, "shared": 0}
     for file in sides:
@@ -393,7 +649,7 @@ def _format_all(dataset, mode, folder, wanted=None):
         for record in read(dataset):
             structure, contents = detect(record) if isinstance(record, dict) else ("bad", [record])
             structures[structure] += 1
-            exchanges += len(contents)
+            exchanges += sum(isinstance(fields, dict) for fields in contents)
             for fields in contents:
                 usable = sound(fields)
                 for name, value in usable.items():
@@ -423,7 +679,7 @@ def _format_all(dataset, mode, folder, wanted=None):
         "mode": mode,
         "records": structures.total(),
         "exchanges": exchanges,
-        "structures": dict(structures.most_common()),
+        "structures": dict(structures.most_common(MOST_STRUCTURES)),
         "fields": {f: {"records": n, "mean_length": size[f] / n} for f, n in count.items()},
         "skipped": dict(skipped.most_common()),
         "first_skipped": first,
@@ -454,12 +710,13 @@ def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.n
     Of a ready split it is the held out side. `folder` is for files on the way. Raises UserError
     when nothing of it has the fields of `mode`.
     """
-    if ready := ready_split(dataset):
-        held_out = [file for file in ready if file.stem == "val"]
-        report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
-    else:
-        report, lengths, _, _ = _format_all(dataset, mode, folder)
-        _write_split(folder, lengths, np.zeros(len(lengths), bool), lengths > 0)
+    with _writing(folder):
+        if ready := ready_split(dataset):
+            held_out = [file for file in ready if file.stem == "val"]
+            report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
+        else:
+            report, lengths, _, _ = _format_all(dataset, mode, folder)
+            _write_split(folder, lengths, np.array([], int), np.flatnonzero(lengths))
     stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
     return report, stream, fields
 
@@ -500,9 +757,9 @@ def _choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     for key, part in zip(keys, (share / 2, share / 2, share), strict=True):
         texts, which = np.unique(key, return_inverse=True)
         adds = np.bincount(which, ~in_val)
-        room = round(part * len(key)) - in_val.sum()
+        room = round(part * np.count_nonzero(key)) - in_val.sum()  # 0: without this field
         order = rng.permutation(len(texts))
-        order = order[(adds[order] <= room) & (texts[order] != 0)]  # 0: without this field
+        order = order[(adds[order] <= room) & (texts[order] != 0)]
         in_val |= np.isin(which, order[np.cumsum(adds[order]) <= room])
     if not in_val.any():  # few records: a share of them is none, but one text must be
         in_val = which == rng.integers(len(texts))
@@ -510,26 +767,49 @@ def _choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def _write_split(folder: Path, lengths: np.ndarray, train: np.ndarray, val: np.ndarray) -> dict:
-    """Deal the records out to train and val, in their order, joined by a blank line."""
-    report = {side: {"records": int(of.sum())} for side, of in (("train", train), ("val", val))}
-    dealt = np.where(train, "train", np.where(val, "val", "")).tolist()
+    """Write the records of these numbers to train and val, in their order, a blank line between."""
+    sides = {"train": train, "val": val}
+    report = {side: {"records": len(which)} for side, which in sides.items()}
+    begins = np.cumsum(lengths) - lengths
     for kind, separator in (("bin", SEPARATOR.encode()), ("fields", bytes(len(SEPARATOR)))):
-        sides = {side: (folder / f"{side}.{kind}").open("wb") for side in report}
-        sums = {side: hashlib.sha256() for side in sides}
         with (folder / f"all.{kind}").open("rb") as records:
-            for length, side in zip(lengths.tolist(), dealt, strict=True):
-                piece = records.read(length)
-                if not side:
-                    continue
-                piece = (separator if sides[side].tell() else b"") + piece
-                sides[side].write(piece)
-                sums[side].update(piece)
+            for side, which in sides.items():
+                parts = zip(begins[which].tolist(), lengths[which].tolist(), strict=True)
+                size, digest = _copy_parts(records, parts, separator, folder / f"{side}.{kind}")
+                name = "sha256" if kind == "bin" else "fields_sha256"
+                report[side] |= {"bytes": size, name: digest}
         (folder / f"all.{kind}").unlink()
-        for side, file in sides.items():
-            name = "sha256" if kind == "bin" else "fields_sha256"
-            report[side] |= {"bytes": file.tell(), name: sums[side].hexdigest()}
-            file.close()
     return report
+
+
+def _copy_parts(source, parts: Iterable, separator: bytes, target: Path) -> tuple[int, str]:
+    """Write the parts (begin, length) of `source` to a file; gives its size and its sha256."""
+    digest = hashlib.sha256()
+    with target.open("wb") as out:
+        for begin, length in shown(parts, f"writing {target.stem}"):
+            source.seek(begin)
+            piece = (separator if out.tell() else b"") + source.read(length)
+            out.write(piece)
+            digest.update(piece)
+        return out.tell(), digest.hexdigest()
+
+
+def bytes_to_evaluate(folder: Path, limit: int | None) -> int | None:
+    """Bytes of val.bin that an evaluation reads: whole records, at least one, else up to `limit`.
+
+    A ready split does not tell where its records end and is cut at `limit`.
+    """
+    if limit is None or not (folder / VAL_ENDS).is_file():
+        return limit
+    ends = np.load(folder / VAL_ENDS)
+    whole_ones = int(np.searchsorted(ends, limit, side="right"))
+    return int(ends[max(0, whole_ones - 1)])
+
+
+def has_field(fields: np.ndarray, name: str) -> bool:
+    """Whether any byte is of this field; `fields` may be larger than the memory."""
+    million, wanted = 10**6, FIELDS.index(name)
+    return any(wanted in fields[i : i + million] for i in range(0, len(fields), million))
 
 
 def differing(there: dict, here: dict) -> dict[str, str]:
@@ -538,12 +818,18 @@ def differing(there: dict, here: dict) -> dict[str, str]:
     for side in ("train", "val"):
         if there[side]["sha256"] != here[side]["sha256"]:
             one, other = (
-                f"{counted(of[side]['records'])}{of[side]['bytes']:,} bytes, {of['dataset']}"
+                f"{counted(of[side]['records'])}{of[side]['bytes']:,} bytes, {_named(of)}"
                 for of in (there, here)
             )
             said = f"there {one}, here {other}" if one != other else f"other bytes, as many: {one}"
             found[f"{side} data"] = f"{side} data: {said}"
     return found
+
+
+def _named(report: dict) -> str:
+    """The data set of a report, with its commit where it is on the hub."""
+    commit = report.get("commit")  # earlier versions lack it
+    return report["dataset"] + (f" (commit {commit})" if commit else "")
 
 
 def counted(records: int | None) -> str:
@@ -553,7 +839,7 @@ def counted(records: int | None) -> str:
 
 def describe(report: dict) -> str:
     """The report of `prepare` for people: structure, fields, what was skipped, the split."""
-    lines = [f"data: {report['dataset']}, {counted(report['records'])}mode {report['mode']}"]
+    lines = [f"data: {_named(report)}, {counted(report['records'])}mode {report['mode']}"]
     for structure, n in report["structures"].items():
         share = "" if n is None else f": {n / report['records']:.1%} of records"
         lines.append(f"  structure {structure}{share}")

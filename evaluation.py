@@ -4,6 +4,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -69,7 +70,8 @@ def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
     """A table of nats and bits per byte by field. Raises UserError."""
     if mode is None:
         raise UserError("the checkpoint names no training mode to format records in; give --mode")
-    with tempfile.TemporaryDirectory() as folder:
+    # the table alone is on stdout, not that large data are being read
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         about, stream, fields = data.whole(dataset, mode, Path(folder))
     if len(stream) < 2:
         raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")

@@ -4,7 +4,9 @@ The estimate adds what is kept from the forward pass for the backward one, what 
 while it is computed, and the parameters with their gradients and averages.
 """
 
+import math
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,16 +31,51 @@ def compute_for(config: BDHConfig, memory: str, dtype: str) -> Compute:
     return Compute(dtype, max(128, 2 * config.n_embd), rows, keep)
 
 
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_FILES = (  # by version: limit, what is used, which of memory.stat can be taken back
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
 def available() -> float:
-    """Bytes a run may take: a Mac's recommended working set, a card's memory, else free RAM."""
+    """Bytes a run may take: a Mac's recommended working set, a card's memory, else free RAM.
+
+    Free RAM is what the machine has and what a container or a service manager leaves of it.
+    """
     info = mx.device_info()
     if on_gpu():
         return info.get("max_recommended_working_set_size", 0.95 * info.get("total_memory", 0))
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return 0.9 * 1024 * int(fields["MemAvailable"].split()[0])
+        free = 1024 * int(fields["MemAvailable"].split()[0])
+        return 0.9 * max(0, min(free, *cgroup_rooms()))
     return 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cgroup_rooms(own: Path = Path("/proc/self/cgroup")) -> list[float]:
+    """Bytes that each limit on this process's control groups leaves; infinity first."""
+    rooms = [math.inf]
+    with suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)  # "0::/a/b" in version 2, "4:memory:/a/b" in 1
+            if not kinds or "memory" in kinds.split(","):
+                root = CGROUPS / ("memory" if kinds else "")
+                at = root / path.strip("/")  # the host's in some containers: only the root is there
+                groups = [group for group in (at, *at.parents) if group.is_relative_to(root)]
+                rooms += [_room(group, *CGROUP_FILES[bool(kinds)]) for group in groups]
+    return rooms
+
+
+def _room(group: Path, limit: str, used: str, cached: str) -> float:
+    """Bytes that a group's limit leaves; infinity without one. Page cache counts as free."""
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        most, now = (float((group / name).read_text()) for name in (limit, used))
+        return most - now + int(stat[cached])
+    except (OSError, ValueError, KeyError):  # ValueError: "max"
+        return math.inf
 
 
 # Fitted to measured peaks (LOG.md): how many copies of each are alive at the worst moment.

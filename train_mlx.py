@@ -65,6 +65,7 @@ PHASES: str | None = None  # a chain, mode:EPOCHS@LEARNING_RATE each: "system:3,
 ACTIONS = {
     "plan": "tell what the run would be and what is odd in its data, without training",
     "json": "log lines are JSON objects, alone on stdout; all else goes to stderr",
+    "refresh_data": "prepare the data anew, although they are prepared",
     "selfcheck": "check in seconds that model and trainer work on this machine: exit code 0 or 1",
 }
 
@@ -214,7 +215,8 @@ def loss_weights(fields: np.ndarray, micro: int, count: int, s: Settings) -> np.
 
 def prepared(s: Settings, mode: str) -> tuple[dict, tuple, tuple]:
     """What open_data gives, of any mode and unchecked. Raises UserError if the mode has no data."""
-    folder = data.prepare(s.DATASET, mode, s.VAL_SHARE, s.SEED, Path(s.CHECKPOINT_DIR) / ".data")
+    cache, refresh = Path(s.CHECKPOINT_DIR) / ".data", vars(s).get("refresh_data", False)
+    folder = data.prepare(s.DATASET, mode, s.VAL_SHARE, s.SEED, cache, refresh)
     report = json.loads((folder / "data.json").read_text())
     if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
         raise UserError(f"the {empty[0]} split of mode {mode} is empty; take more data")
@@ -222,7 +224,8 @@ def prepared(s: Settings, mode: str) -> tuple[dict, tuple, tuple]:
         [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
         for side in ("train", "val")
     )
-    return report, train, [array[: s.EVAL_BYTES] for array in val]
+    read = data.bytes_to_evaluate(folder, s.EVAL_BYTES)
+    return report, train, [array[:read] for array in val]
 
 
 def open_data(s: Settings) -> tuple[dict, tuple, tuple]:
@@ -237,11 +240,15 @@ def open_data(s: Settings) -> tuple[dict, tuple, tuple]:
                 f"the {side} split has {report[side]['bytes']:,} bytes and needs {least:,} "
                 f"(BLOCK_SIZE is {s.BLOCK_SIZE:,}): {cure} or take more data"
             )
-    if s.LOSS_ON != "all" and FIELDS.index(s.LOSS_ON) not in val[1]:
-        raise UserError(
-            f"LOSS_ON is {s.LOSS_ON!r}, and the {len(val[1]):,} validation bytes read have none of "
-            "it; raise EVAL_BYTES or set LOSS_ON to 'all'"
-        )
+    for side, (_, fields), cure in (
+        ("training bytes", train, "take other data"),
+        ("validation bytes read", val, "raise EVAL_BYTES"),
+    ):
+        if s.LOSS_ON != "all" and not data.has_field(fields, s.LOSS_ON):
+            raise UserError(
+                f"LOSS_ON is {s.LOSS_ON!r}, and the {len(fields):,} {side} have none of it; "
+                f"{cure} or set LOSS_ON to 'all'"
+            )
     return report, train, val
 
 

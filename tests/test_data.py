@@ -1,19 +1,30 @@
 """What is read, how it is detected, what is skipped, and which bytes are trained on."""
 
 import errno
+import fcntl
+import io
 import json
 import os
+import resource
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import ROOT
 
 import data
 import formats
+import train_mlx
 from bdh_mlx import UserError
 from formats import FIELDS
 from train_mlx import format_example
@@ -144,6 +155,45 @@ def test_a_long_chat_gives_one_entry_per_answer():
     ]
 
 
+def chat(*turns):
+    return {"messages": [{"role": who, "content": what} for who, what in turns]}
+
+
+def test_turns_in_a_row_are_one_by_a_blank_line():
+    said = [("user", "Here is my text"), ("user", ""), ("user", "Sum it up")]
+    every = [("system", "s"), ("developer", "t"), *said, ("assistant", "a"), ("assistant", "b")]
+    told = {"system": "s\n\nt", "instruction": "Here is my text\n\nSum it up"}
+    answered = told | {"response": "a\n\nb"}
+    assert data.detect(chat(*every)) == ("messages", [answered])
+    asked = data.detect(chat(*every, ("user", "c"), ("user", "d")), questions=True)[1]
+    assert asked == [answered, {"system": "s\n\nt", "instruction": "c\n\nd"}]
+    odd = data.detect(chat(("user", "q"), ("user", 5), ("assistant", "a")))[1]
+    assert odd == [{"instruction": 5, "response": "a"}]  # the reason is told of it
+    empty = data.detect(chat(("user", ""), ("user", None), ("assistant", "a")))[1]
+    assert data.fault(empty[0], ("instruction",)) == "instruction empty"
+
+
+@pytest.mark.parametrize("reply", ["assistant", "gpt", "chatgpt", "model", "bot", "ai", "Model"])
+@pytest.mark.parametrize("system", ["system", "developer", "System"])
+def test_roles_by_other_names(reply, system):
+    exchange = {"system": "s", "instruction": "q", "response": "a"}
+    assert data.detect(chat((system, "s"), ("User", "q"), (reply, "a")))[1] == [exchange]
+
+
+def test_turns_of_unknown_roles_are_counted_and_cost_themselves_alone(tmp_path):
+    tool = [("user", "price {}?"), ("assistant", None), ("tool", "{}"), ("assistant", "It is {}")]
+    chats = [chat(*((who, what and what.format(i)) for who, what in tool)) for i in range(20)]
+    exchange = {"instruction": "price 3?", "response": "It is 3"}
+    assert data.detect(chats[3])[1] == [exchange, data.UNKNOWN_ROLE]
+    assert data.detect(chats[3], questions=True)[1] == [exchange]
+    report, train, val = prepare(write_jsonl(tmp_path / "d.jsonl", chats), tmp_path / "cache")
+    assert report["skipped"] == {data.UNKNOWN_ROLE: 20} and report["exchanges"] == 20
+    assert (train + val).count(b"It is") == 20
+    strange = [chat(("narrator", "x"), ("hero", "y"))] * 3
+    with pytest.raises(UserError, match="skipped 6: turn of a role that is none of system, dev"):
+        prepare(write_jsonl(tmp_path / "d.jsonl", strange), tmp_path / "cache")
+
+
 def test_a_chat_may_end_with_a_question():
     record = {"messages": [{"role": "user", "content": "3"}]}
     assert data.detect(record)[1] == [{}]  # nothing to train on
@@ -199,6 +249,7 @@ def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
         "system empty": 1,
         "system with a lone surrogate": 1,
         "not valid UTF-8": 1,
+        data.UNKNOWN_ROLE: 1,
     }
     assert report["first_skipped"]["not a JSON object"] == 22
     texts = [format_example(r, "full").encode() for r in numbered(20)]
@@ -215,6 +266,147 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path):
     for kind in ("jsonl", "json", "csv", "parquet"):
         assert list(data.read(str(tmp_path / f"d.{kind}"))) == records, kind
     assert len(list(data.read(str(tmp_path)))) == 48  # the folder holds all four
+
+
+READ_TEXT = {  # a file of some records around `{}`, and the record that `{}` is part of
+    "d.jsonl": ('{{"text": "a"}}\n{{"text": "{}"}}\n{{"text": "b"}}\n', 1),
+    "d.csv": ('text,more\na,\n"{}",x\nb,\n', 1),
+    "d.txt": ("a\n\n{}\n\nb\n", 1),
+}
+
+
+@pytest.mark.parametrize("name", READ_TEXT)
+def test_valid_text_stays_as_it_is_and_what_is_not_utf8_costs_its_record(tmp_path, name):
+    text, at = READ_TEXT[name]
+    kept = "\ufffd \ufeff é 你 👍 \u2028 \x85 \u0000"
+    if name == "d.jsonl":
+        kept = kept.replace("\u0000", "")
+    for start in (b"", b"\xef\xbb\xbf"):  # the mark at the start of a file is no text of it
+        (tmp_path / name).write_bytes(start + text.format(kept).encode())
+        records = list(data.read(str(tmp_path / name)))
+        assert [r["text"] for r in records] == ["a", kept, "b"]
+    for bad in (b"\xff", b"caf\xe9", b"\xed\xa0\x80", b"\xc0\x80", b"\xf0\x9f\x91"):
+        (tmp_path / name).write_bytes(text.format("BAD").encode().replace(b"BAD", bad))
+        records = list(data.read(str(tmp_path / name)))
+        assert records[at] == "not valid UTF-8"
+        assert [r["text"] for i, r in enumerate(records) if i != at] == ["a", "b"]
+
+
+def test_a_json_file_keeps_u_fffd_and_is_refused_where_it_is_not_utf8(tmp_path):
+    text = json.dumps([{"text": "a"}, {"text": "\ufffd"}], ensure_ascii=False).encode()
+    (tmp_path / "d.json").write_bytes(text)
+    assert list(data.read(str(tmp_path / "d.json"))) == [{"text": "a"}, {"text": "\ufffd"}]
+    (tmp_path / "d.json").write_bytes(text.replace(b'"a"', b'"\xff"'))
+    with pytest.raises(UserError, match=r"cannot be read as \.json"):
+        list(data.read(str(tmp_path / "d.json")))
+
+
+def test_a_csv_that_is_not_one_is_told_by_its_line(tmp_path):
+    file = tmp_path / "d.csv"
+    file.write_text('instruction,response\na,b,c\na,"b,\nc"\na\n')
+    assert list(data.read(str(file))) == [
+        "more values than columns",
+        {"instruction": "a", "response": "b,\nc"},
+        {"instruction": "a", "response": ""},
+    ]
+    file.write_text('instruction,response\na,"b\na,b\n')
+    with pytest.raises(UserError, match=r"cannot be read as \.csv: line 3: unexpected end"):
+        list(data.read(str(file)))
+    file.write_text("instruction,response\na,b\n", encoding="utf-16")
+    with pytest.raises(UserError, match="its first line is not valid UTF-8"):
+        list(data.read(str(file)))
+    long = "x" * 10**6
+    file.write_text(f"text\n{long}\n")
+    assert list(data.read(str(file))) == [{"text": long}]
+    file.write_text("")
+    with pytest.raises(UserError, match="is empty: it has no record"):
+        prepare(file, tmp_path / "cache")
+
+
+ODD_JSON = {
+    "5": ["not a JSON object"],
+    "null": ["not a JSON object"],
+    '[{"text": "a"}, 5, [], null]': [{"text": "a"}, *["not a JSON object"] * 3],
+    '{"a": {"text": "b"}}': [{"a": {"text": "b"}}],
+    '\n[\n{"text": 1},\n{"text": "a"}]': [{"text": 1}, {"text": "a"}],
+    '{"text": "a"}\n{"text": "b", "c": null}\nnot': [
+        {"text": "a"}, {"text": "b", "c": None}, "not JSON",
+    ],
+    "[]": [],
+    " \n": [],
+    "[" * 100_000: "nested too deep",
+    '[{"text": "a"}': "Expecting ',' delimiter: line 1 column 15",
+    '[{"text": ' + "9" * 5000 + "}]": "Exceeds the limit",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_JSON, ids=lambda text: text[:12])
+def test_a_json_file_is_one_document_or_a_line_for_each_record(tmp_path, text):
+    (tmp_path / "d.json").write_text(text)
+    if isinstance(expected := ODD_JSON[text], list):
+        assert list(data.read(str(tmp_path / "d.json"))) == expected
+    else:
+        with pytest.raises(UserError, match=rf"d\.json cannot be read as \.json: .*{expected}"):
+            list(data.read(str(tmp_path / "d.json")))
+
+
+def test_a_parquet_file_keeps_its_values(tmp_path):
+    rows = [{"text": t, "n": i, "l": [{"a": i}]} for i, t in enumerate(["a\ufffd", None, "é"])]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    assert list(data.read(str(tmp_path / "d.parquet"))) == rows
+
+
+def test_structures_that_are_all_different_do_not_fill_the_screen(tmp_path):
+    records = numbered(20) + [{f"key {i}": 1} for i in range(500)]
+    report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "cache")
+    assert len(report["structures"]) == data.MOST_STRUCTURES and report["records"] == 520
+    assert data.describe(report).count("\n") < 30
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt"])
+def test_a_file_without_a_byte_is_one_line(tmp_path, kind):
+    (tmp_path / f"d.{kind}").touch()
+    with pytest.raises(UserError, match=rf"d\.{kind} (is empty|cannot be read as)") as error:
+        prepare(tmp_path / f"d.{kind}", tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
+    tmp_path, monkeypatch, capsys
+):
+    source = write_jsonl(tmp_path / "d.jsonl", numbered(20))
+    ready = data.prepare(str(source), "full", 0.1, 1, tmp_path / "cache")
+    assert capsys.readouterr() == ("", "")  # what is quick says nothing
+    for name, value in (("LARGE", 0), ("QUIET", 0), ("LINE_EVERY", -1)):
+        monkeypatch.setattr(data, name, value)
+    monkeypatch.setattr(data._tell_large, "__defaults__", (0,))
+    what = f"reading DATASET {source}"
+    data.prepare(str(source), "full", 0.1, 2, tmp_path / "cache")
+    out, err = capsys.readouterr()
+    assert f"{what} (0 MB) ...\n" in out and f"{what}: 20 records ...\n" in out
+    assert "writing train: 18 records ...\n" in out and err == ""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    data.prepare(str(source), "full", 0.1, 3, tmp_path / "cache")
+    assert f"{what}: 20 records" in sys.stderr.getvalue()
+    assert f"{what}: 20" not in capsys.readouterr().out
+    assert data.intact(ready) and "checking the prepared data" in capsys.readouterr().out
+    data.prepare(str(ready), "full", 0.1, 3, tmp_path / "cache")
+    assert f"copying DATASET {ready} (0 MB) ...\n" in capsys.readouterr().out
+
+
+def test_a_wait_for_another_process_is_told(tmp_path, capsys):
+    with (tmp_path / ".lock").open("a") as held, (tmp_path / ".lock").open("a") as lock:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        threading.Timer(0.2, lambda: fcntl.flock(held, fcntl.LOCK_UN)).start()
+        data._wait_for(lock, tmp_path)
+    assert (
+        f"waiting for another process that prepares data in {tmp_path}" in capsys.readouterr().out
+    )
 
 
 def test_a_csv_of_numbers_and_na_stays_text(tmp_path):
@@ -289,6 +481,47 @@ def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
     assert prepare(file, tmp_path / "cache")[0]["records"] == 21
 
 
+class Hub(BaseHTTPRequestHandler):
+    """A hub on 127.0.0.1 that knows the commit of one data set; `said`: a commit or a status."""
+
+    said, asked = "", []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        body = json.dumps({"id": "user/name", "sha": self.said}).encode()
+        self.send_response(self.said if isinstance(self.said, int) else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stub as the hub, as a process that starts finds it: call it to start another one."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(Hub, "asked", [])
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+    def begin(said, rows=20):
+        data._ask_hub.cache_clear()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", said == "offline")
+        monkeypatch.setattr(Hub, "said", said)
+        port = 9 if said == "silent" else server.server_port
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        load = lambda *a, revision, **k: [r | {"system": revision} for r in numbered(rows)]  # noqa: E731
+        monkeypatch.setattr(datasets, "load_dataset", load)
+
+    yield begin
+    data._ask_hub.cache_clear()
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
@@ -302,7 +535,7 @@ def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
     ],
 )
 def test_names_that_mean_nothing_are_refused_without_asking_the_hub(name, complaint, monkeypatch):
-    monkeypatch.setattr(data, "_hub_answers", lambda name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(data, "_ask_hub", lambda *name: pytest.fail("asked the hub"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=complaint):
         list(data.read(name))
@@ -322,6 +555,128 @@ def test_folders_and_files_of_no_use_are_refused(tmp_path):
         list(data.read(str(tmp_path / "bad.json")))
 
 
+def odd_path(folder, kind):
+    """Something in `folder` that is no data file although its name says so."""
+    path = folder / "d.jsonl"
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as at:
+            at.bind(str(path))
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to(os.devnull)
+    elif kind == "link in a circle":
+        path.symlink_to(path)
+    elif kind == "link to nothing":
+        path.symlink_to(folder / "gone")
+    elif kind == "name that is not UTF-8":
+        path = Path(os.fsdecode(os.fsencode(folder) + b"/\xff.jsonl"))
+        write_jsonl(path, numbered(20))
+    return path
+
+
+ODD = {
+    "socket": "is no regular file",
+    "fifo": "is no regular file",
+    "device": "is no regular file",
+    "link in a circle": "cannot be read: Too many levels of symbolic links",
+    "link to nothing": "is a link to a file that does not exist",
+    "name that is not UTF-8": "has a name that is not UTF-8",
+}
+
+
+@pytest.mark.parametrize(("kind", "complaint"), ODD.items())
+@pytest.mark.parametrize("where", ["alone", "in a folder", "in a ready split"])
+def test_what_is_no_data_file_is_told_and_never_waited_for(kind, complaint, where):
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path must be short
+        path = odd_path(Path(folder), kind)
+        write_jsonl(Path(folder) / "other.jsonl", numbered(20))
+        if where == "in a ready split" and kind != "name that is not UTF-8":
+            path = path.rename(path.with_name("train.bin"))
+            if kind == "link in a circle":
+                path.unlink()
+                path.symlink_to(path)
+        with pytest.raises(UserError, match=complaint):
+            prepare(path if where == "alone" else folder, Path(folder) / "cache")
+
+
+def test_nothing_is_no_name_of_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "d.jsonl", numbered(20))
+    for name in ("", " "):
+        with pytest.raises(UserError, match="DATASET is empty"):
+            prepare(name, tmp_path / "cache")
+
+
+@pytest.fixture
+def another_user():
+    """A folder of its own, and a user whom permissions bind: root is asked to be nobody."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        yield Path(folder)
+        if root:
+            os.seteuid(0)
+        for path in Path(folder).rglob("*"):
+            path.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.json", "d.txt", "d.parquet", "val.bin"])
+def test_a_file_that_may_not_be_read_is_named(another_user, name):
+    (another_user / "in").mkdir()
+    (another_user / "tmp").mkdir()
+    file = write_jsonl(another_user / "in" / name, numbered(3))
+    write_jsonl(another_user / "in" / ("train.bin" if name == "val.bin" else "a.jsonl"), [])
+    file.chmod(0)
+    for source in (another_user / "in", file)[: 1 if name == "val.bin" else 2]:
+        with pytest.raises(UserError, match=rf"{name} cannot be read.*Permission denied"):
+            prepare(source, another_user / "cache")
+        with pytest.raises(UserError, match=rf"{name} cannot be read.*Permission denied"):
+            data.whole(str(source), "full", another_user / "tmp")
+
+
+def test_a_folder_that_may_not_be_read_is_named(another_user):
+    write_jsonl(another_user / "d.jsonl", numbered(20))
+    (another_user / "sub").mkdir()
+    (another_user / "sub").chmod(0)
+    with pytest.raises(UserError, match="sub cannot be read: Permission denied"):
+        prepare(another_user, another_user / "cache")
+    with pytest.raises(UserError, match=r"sub/d\.jsonl cannot be read: Permission denied"):
+        prepare(another_user / "sub" / "d.jsonl", another_user / "cache")
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("name", ["checkpoints_mlx", "runs"])
+def test_runs_and_hidden_files_in_a_folder_are_no_data(tmp_path, monkeypatch, name, linked):
+    (here := tmp_path / "my data").mkdir()
+    write_jsonl(here / "d.jsonl", numbered(20))
+    (here / "sub").mkdir()
+    write_jsonl(here / "sub" / "e.jsonl", numbered(9, response="More."))
+    monkeypatch.chdir(here)
+    if linked:
+        (tmp_path / "elsewhere").mkdir()
+        (here / name).symlink_to(tmp_path / "elsewhere")
+    first = prepare(".", Path(name) / ".data")
+    assert first[0]["records"] == 29
+    for run, files in {
+        f"{name}/full": ("config.json", "metrics.jsonl", "modes.json"),
+        "copied run": ("config.json", "metrics.jsonl", "best.json"),
+        "copied run/step-000001": ("config.json", "manifest.json", "model.safetensors"),
+        "shared": ("config.json", "model.safetensors"),
+        ".git": ("a.json",),
+    }.items():
+        (here / run).mkdir()
+        for file in files:
+            (here / run / file).write_text('{"text": "no data"}\n')
+    write_jsonl(here / ".hidden.jsonl", numbered(40))
+    assert prepare(".", Path(name) / ".data") == first
+    monkeypatch.setattr(data, "_make", lambda *a: pytest.fail("prepared again"))
+    assert prepare(".", Path(name) / ".data") == first
+    assert data.whole(".", "full", tmp_path)[0]["records"] == 29  # for an evaluation
+
+
 @pytest.mark.parametrize(
     ("raised", "complaint"),
     [
@@ -334,7 +689,11 @@ def test_folders_and_files_of_no_use_are_refused(tmp_path):
         (ValueError('Unknown split "tset". Should be one of [train]'), "Unknown split"),
     ],
 )
-def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(monkeypatch, raised, complaint):
+def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(
+    hub, monkeypatch, raised, complaint
+):
+    hub("silent")
+
     def load_dataset(*args, **kwargs):
         raise raised
 
@@ -345,7 +704,8 @@ def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(monkeypatch, 
         assert way in str(error.value)
 
 
-def test_a_hub_name_carries_configuration_revision_and_split(monkeypatch):
+def test_a_hub_name_carries_configuration_revision_and_split(hub, monkeypatch):
+    hub("silent")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [RECORD])
     for name in ("user/name", "name:cfg", "user/name:cfg@v1.0#test[:10%]", "user/name@refs/pr/1"):
@@ -356,6 +716,135 @@ def test_a_hub_name_carries_configuration_revision_and_split(monkeypatch):
         ("user/name", "cfg", "v1.0", "test[:10%]"),
         ("user/name", None, "refs/pr/1", "train"),
     ]
+
+
+HOMES = {
+    "HOME=": {"HOME": ""},
+    "no HOME": {"HOME": None},
+    "HOME a file": {"HOME": os.devnull},
+    "HOME not to be made": {"HOME": "/proc"},
+}
+
+
+@pytest.mark.parametrize("variables", HOMES.values(), ids=HOMES)
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_local_files_need_no_home(tmp_path, variables, kind):
+    datasets.Dataset.from_list(numbered(20)).to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "d.json").write_text(json.dumps(numbered(20)))
+    script = f"import data; print(len(list(data.read({str(tmp_path / f'd.{kind}')!r}))))"
+    env = {k: v for k, v in (os.environ | variables).items() if v is not None}
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert (run.stdout, run.stderr) == ("20\n", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint"),
+    [
+        (OSError(errno.ENOTDIR, "Not a directory", "/x/hf"), "/x/hf cannot be written: Not a dir"),
+        (OSError(errno.ENOSPC, "No space left on device"), "sends cannot be written: No space"),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "the hub is out of reach"),
+    ],
+)
+def test_a_cache_of_downloads_that_cannot_be_written_is_no_silent_hub(
+    hub, monkeypatch, error, complaint
+):
+    hub(OLD)
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fails)
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(UserError, match=complaint) as told:
+        list(data.read("user/name"))
+    assert ("set HF_HOME" in str(told.value)) == ("written" in complaint)
+
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monkeypatch):
+    hub(OLD)
+    report, train, _ = prepare("user/name", tmp_path)
+    assert report["commit"] == OLD and OLD.encode() in train  # that commit is what is read
+    assert f"data: user/name (commit {OLD}), 20 records" in data.describe(report)
+    hub(NEW, rows=30)
+    report, train, _ = prepare("user/name", tmp_path)
+    assert (report["commit"], report["records"]) == (NEW, 30) and NEW.encode() in train
+    assert Hub.asked == ["/api/datasets/user/name"] * 2  # once by each process
+    monkeypatch.setattr(data, "_make", lambda *a: pytest.fail("prepared again"))
+    for said, there in ((OLD, OLD), (NEW, NEW)):
+        hub(said)
+        assert prepare("user/name", tmp_path)[0]["commit"] == there
+    hub("silent")
+    data.fingerprint("user/name@v1.0", "full", 0.1, 1)
+    hub(OLD)
+    data.fingerprint("user/name:cfg@v1.0#test", "full", 0.1, 1)
+    assert Hub.asked[-1] == "/api/datasets/user/name/revision/v1.0"
+
+
+@pytest.mark.parametrize("said", ["silent", "offline", 500, 404, 401, 429])
+def test_a_hub_that_does_not_tell_leaves_the_newest_prepared_data(hub, tmp_path, capsys, said):
+    for i, commit in enumerate((NEW, OLD)):
+        hub(commit)
+        folder = data.prepare("user/name", "full", 0.1, 1, tmp_path)
+        os.utime(folder / "data.json", (1e9 - i * 1e6,) * 2)
+        data.prepare("user/name", "full", 0.1, 2, tmp_path)  # of another seed
+        data.prepare("user/other", "full", 0.1, 1, tmp_path)
+    hub(said)
+    capsys.readouterr()
+    assert prepare("user/name", tmp_path)[0]["commit"] == NEW
+    assert capsys.readouterr().out == (
+        "the hub does not tell of DATASET user/name; taking what was prepared on 2001-09-09 of "
+        f"commit {NEW}\n"
+    )
+
+
+def test_a_commit_that_is_named_is_not_asked_for(hub, tmp_path, monkeypatch):
+    hub(OLD)
+    prepare("user/name", tmp_path)
+    hub(NEW)
+    monkeypatch.setattr(data, "_make", lambda *a: pytest.fail("prepared again"))
+    assert prepare(f"user/name@{OLD}", tmp_path)[0]["commit"] == OLD  # how to go back
+    hub("silent")
+    assert prepare(f"user/name@{OLD}", tmp_path)[0]["commit"] == OLD
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_refreshed_data_are_prepared_anew_once(hub, tmp_path, monkeypatch, local):
+    source = write_jsonl(tmp_path / "d.jsonl", numbered(20)) if local else "user/name"
+    hub(OLD)
+    how = (str(source), "full", 0.1, 1, tmp_path / "cache")
+    folder = data.prepare(*how)
+    made = folder.stat().st_ino
+    assert data.prepare(*how, refresh=True).stat().st_ino == made  # by this process itself
+    monkeypatch.setattr(data, "STARTED", time.time() + 9)
+    assert data.prepare(*how).stat().st_ino == made
+    read = data.read
+    monkeypatch.setattr(data, "read", lambda dataset: ["not JSON"])
+    with pytest.raises(UserError, match="no record"):
+        data.prepare(*how, refresh=True)
+    assert data.intact(folder)  # a failure costs nothing
+    calls = []
+    monkeypatch.setattr(data, "read", lambda dataset: calls.append(1) or read(dataset))
+    assert data.prepare(*how, refresh=True) == folder and calls and data.intact(folder)
+
+
+def test_the_flag_refreshes(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "d.jsonl", numbered(40))
+    args = ["--dataset", str(source), "--checkpoint-dir", str(tmp_path), "--block-size", "16"]
+    s = train_mlx.settings([*args, "--refresh-data"])
+    train_mlx.open_data(train_mlx.settings(args))
+    monkeypatch.setattr(data, "STARTED", time.time() + 9)
+    asked = []
+    make = data._make
+    monkeypatch.setattr(data, "_make", lambda *a: asked.append(a) or make(*a))
+    train_mlx.open_data(train_mlx.settings(args))
+    assert not asked
+    train_mlx.open_data(s)
+    assert len(asked) == 1 and "refresh_data" not in train_mlx.described(s)
 
 
 def test_without_a_network_the_script_says_so_and_exits_with_2(tmp_path):
@@ -427,10 +916,69 @@ def test_the_split_holds_out_its_share_and_whole_systems_where_they_fit(tmp_path
     assert val and len(train) + len(val) == 40
 
 
+def test_few_records_with_a_system_text_are_not_all_held_out(tmp_path):
+    """In data of which most is plain text or has no system text."""
+    few = numbered(40, system="Rule")
+    text = [{"text": f"Line {i}"} for i in range(2000)]
+    asked = [{"instruction": f"q{i}", "response": f"a{i}"} for i in range(2000)]
+    for others, mode in ((text, "full"), (asked, "both"), (text + asked, "system")):
+        file = write_jsonl(tmp_path / "d.jsonl", others + few)
+        _, train, val = prepare(file, tmp_path / "cache", mode=mode)
+        assert 25 <= train.count(b"Rule") < 40 and train.count(b"Rule") + val.count(b"Rule") == 40
+
+
 def test_a_mode_whose_texts_cannot_be_held_out_says_so(tmp_path):
     file = write_jsonl(tmp_path / "d.jsonl", many(3, 400))
     with pytest.raises(UserError, match=r"3 distinct texts in TRAINING_MODE 'system'.*VAL_SHARE"):
         prepare(file, tmp_path / "cache", mode="system")
+
+
+def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_path):
+    for name in "abc":
+        answers = [r | {"response": f"{name} {i}" * 9} for i, r in enumerate(numbered(200))]
+        write_jsonl(tmp_path / f"{name}.jsonl", [r | {"system": f"{name}{i}"}
+                                                 for i, r in enumerate(answers)])  # fmt: skip
+    orders = []
+    for cache, seed in (("one", 1), ("again", 1), ("other", 2)):
+        folder = data.prepare(str(tmp_path), "full", 0.3, seed, tmp_path / cache / ".data")
+        val = (folder / "val.bin").read_bytes()
+        read = data.bytes_to_evaluate(folder, len(val) // 2)
+        records = val[:read].split(b"\n---\n\n")
+        assert 0.48 * len(val) < read <= len(val) // 2 and val[:read].endswith(b"\n---")
+        assert val[read:].startswith(b"\n\n### System:\n")
+        files = [record.split(b"### Response:\n")[1][:1] for record in records]
+        assert all(20 < files.count(name) < 40 for name in (b"a", b"b", b"c"))
+        fields = np.fromfile(folder / "val.fields", np.uint8)
+        assert bytes(np.frombuffer(val, np.uint8)[fields == 2]).startswith(b"Greet. ")
+        assert val.count(b"Greet. ") * len(b"Greet. ") <= np.count_nonzero(fields == 2)
+        orders.append(records)
+        for limit, expected in ((2, 1), (len(records[0]) + 4, 1), (len(val), 180), (10**9, 180)):
+            read = data.bytes_to_evaluate(folder, limit)
+            assert len(val[:read].split(b"\n---\n\n")) == expected  # at least one, whole
+        assert data.bytes_to_evaluate(folder, None) is None
+        train = (folder / "train.bin").read_bytes()
+        told = [record.split(b"### Response:\n")[1][:1] for record in train.split(b"\n---\n\n")]
+        assert told == sorted(told)  # training stays in the order of the data
+    assert orders[0] == orders[1] != orders[2]
+    (folder / data.VAL_ENDS).write_bytes(b"damaged")
+    assert not data.intact(folder)
+
+
+def test_a_training_side_without_what_loss_on_counts_is_refused(tmp_path):
+    (split := tmp_path / "split").mkdir()
+    for side, fields in (("train", b"\1"), ("val", b"\1\3")):
+        (split / f"{side}.bin").write_bytes(b"x" * 9000)
+        (split / f"{side}.fields").write_bytes((fields * 9000)[:9000])
+    args = ["--dataset", str(split), "--checkpoint-dir", str(tmp_path / "ck")]
+    s = train_mlx.settings([*args, "--training-mode", "full", "--loss-on", "response"])
+    with pytest.raises(UserError, match="9,000 training bytes have none of it; take other data"):
+        train_mlx.open_data(s)
+    (split / "train.fields").write_bytes(b"\1" * 8999 + b"\3")
+    _, train, val = train_mlx.open_data(s)
+    assert len(train[0]) == len(val[0]) == 9000  # a ready split is in no other order
+    (split / "val.fields").write_bytes(b"\1" * 9000)
+    with pytest.raises(UserError, match="validation bytes read have none of it; raise EVAL_BYTES"):
+        train_mlx.open_data(s)
 
 
 def test_a_ready_split_is_taken_as_it_is(tmp_path):
@@ -453,3 +1001,20 @@ def test_a_ready_split_is_taken_as_it_is(tmp_path):
     (source / "val.fields").write_bytes(b"\1")
     with pytest.raises(UserError, match="a byte for each"):
         prepare(source, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("limit", [100, 3000, 9000])
+def test_a_disk_that_fills_while_data_are_prepared_leaves_nothing(tmp_path, limit):
+    source = write_jsonl(tmp_path / "d.jsonl", numbered(200))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises(UserError, match="cache cannot be written: File too large"):
+            prepare(source, tmp_path / "cache")
+        with pytest.raises(UserError, match="way cannot be written: File too large"):
+            (tmp_path / "way").mkdir()
+            data.whole(str(source), "full", tmp_path / "way")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert prepare(source, tmp_path / "cache")[0]["records"] == 200

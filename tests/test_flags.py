@@ -30,7 +30,7 @@ def test_help_shows_every_setting_under_its_heading(capsys):
     given = vars(train_mlx.settings([]))
     config = vars(given.pop("BDH_CONFIG"))
     wanted = {f"--{n.lower().replace('_', '-')}" for n in {**given, **config}}
-    assert shown == wanted - {f"--{name}" for name in train_mlx.ACTIONS}
+    assert shown == wanted - {f"--{name.replace('_', '-')}" for name in train_mlx.ACTIONS}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import files
 import neurons
 import report
 import train_mlx
-from advice import advise, counting, order_0
+from advice import advise, counting, first_counted, order_0
 from baselines import order_n
 from bdh_mlx import UserError
 from formats import FIELDS
@@ -95,7 +95,7 @@ def test_modes_without_responses_refuse_a_loss_on_them(tmp_path, mode):
 
 def test_data_without_responses_refuses_a_loss_on_them(tmp_path):
     (tmp_path / "d.txt").write_text("\n\n".join(f"{i} paragraph of plain text" for i in range(30)))
-    with pytest.raises(UserError, match=r"LOSS_ON is 'response'.*validation bytes"):
+    with pytest.raises(UserError, match=r"LOSS_ON is 'response'.*training bytes"):
         train(tmp_path, "--loss-on", "response", "--dataset", tmp_path / "d.txt")
 
 
@@ -515,3 +515,26 @@ def test_what_validation_means_cannot_change_within_a_run(tmp_path):
     for change in ("--loss-on response", "--eval-bytes 100", "--init-from full"):
         with pytest.raises(UserError):
             train(tmp_path, "--max-iters", 10, *change.split())
+
+
+def test_counting_reads_the_first_million_of_the_bytes_that_count():
+    """A book of more than a million bytes stands before the first response."""
+    book, answers = np.full(1_500_000, 65, np.uint8), np.frombuffer(b"abcabd" * 50, np.uint8)
+    stream = np.concatenate([book, answers])
+    fields = np.repeat(np.array([4, 3], np.uint8), [len(book), len(answers)])
+    side = (stream, fields)
+    expected = (order_0(answers), order_n(answers, answers, 1) * math.log(2))
+    assert counting("response", side, side) == expected
+    assert len(first_counted("response", np.tile(answers, 5000), np.full(1_500_000, 3))) == 10**6
+
+
+@pytest.mark.parametrize("n_train", [0, 1, 2, 3, 4, 50])
+@pytest.mark.parametrize("n_val", [0, 1, 2, 3, 4, 50])
+def test_streams_shorter_than_the_order_are_counted_too(n_train, n_val):
+    train, val = (np.arange(n, dtype=np.uint8) for n in (n_train, n_val))
+    for order in range(4):
+        bits = order_n(train, val, order)
+        assert math.isfinite(bits) and bits > 0
+        assert bits == 8 or (n_train and n_val > order), "what is unknown costs 8 bits"
+    labels = [np.full(n, 3) for n in (n_train, n_val)]
+    assert np.isfinite(counting("response", (train, labels[0]), (val, labels[1]))).all()

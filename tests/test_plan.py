@@ -14,9 +14,9 @@ TICK = "✓".encode().decode("mac_roman")
 MAC = "é".encode().decode("mac_roman")
 
 
-def told(tmp_path, capsys, records, *args):
+def told(tmp_path, capsys, records, *args, ascii=True):
     file = tmp_path / "data.jsonl"
-    text = "".join(json.dumps(r) + "\n" for r in records)
+    text = "".join(json.dumps(r, ensure_ascii=ascii) + "\n" for r in records)
     if not file.exists() or file.read_text() != text:
         file.write_text(text)
     folder = tmp_path / "ck"
@@ -54,6 +54,13 @@ def test_planted_faults_are_counted(tmp_path, capsys):
     assert (
         "b'### System:\\ns\\n\\n### Instruction:\\nquestion 0\\n\\n### Response:\\nr\\n---'" in out
     )
+
+
+def test_a_character_lost_before_is_found_where_it_stands_as_it_is(tmp_path, capsys):
+    records = [record(i) for i in range(20)] + [record(20, response="lost \ufffd")]
+    out = told(tmp_path, capsys, records, ascii=False)
+    assert "1 of 21 records: U+FFFD, a character lost before, in response" in out
+    assert "skipped" not in out
 
 
 def test_sound_text_is_not_called_mojibake():

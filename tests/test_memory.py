@@ -1,0 +1,69 @@
+"""What memory a run may take, in a container or a service with a limit of its own."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+import memory
+
+GB = 10**9
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """Makes a tree of control groups: of each folder limit, use and page cache; gives the rooms."""
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+
+    def make(own, version, tree):
+        (tmp_path / "own").write_text(own)
+        limit, used, cached = memory.CGROUP_FILES[version - 1 == 0]
+        for folder, (most, now, cache) in tree.items():
+            group = tmp_path / "cgroup" / folder
+            group.mkdir(parents=True, exist_ok=True)
+            (group / limit).write_text(f"{most}\n")
+            (group / used).write_text(f"{now}\n")
+            (group / "memory.stat").write_text(f"anon 5\n{cached} {cache}\nfile 7\n")
+        return memory.cgroup_rooms(tmp_path / "own")
+
+    return make
+
+
+def test_the_tightest_limit_on_the_way_up_counts(groups):
+    own = "0::/user.slice/job.scope\n"
+    tree = {
+        "user.slice/job.scope": ("max", 2 * GB, 0),
+        "user.slice": (5 * GB, 3 * GB, 0),
+        "user.slice/other.scope": (GB, GB, 0),  # of others
+        ".": (64 * GB, 9 * GB, 0),
+    }
+    assert min(groups(own, 2, tree)) == 2 * GB
+    tree["user.slice/job.scope"] = (4 * GB, 3 * GB, GB // 2)
+    assert min(groups(own, 2, tree)) == 1.5 * GB  # page cache is given back when asked for
+
+
+def test_version_1_and_a_container_that_sees_its_root_alone(groups):
+    own = "5:devices:/x\n4:cpu,memory:/docker/123\n0::/\n"
+    tree = {"memory": (4 * GB, GB, GB // 4)}  # no docker/123 below it
+    assert min(groups(own, 1, tree)) == 3.25 * GB
+    assert min(groups("5:devices:/x\n", 1, tree)) == math.inf
+
+
+@pytest.mark.parametrize("content", ["", "max", "x y", "-"])
+def test_what_cannot_be_read_is_no_limit(groups, tmp_path, content):
+    assert min(groups("0::/", 2, {".": (content, 5, 5)})) == math.inf
+    (tmp_path / "own").write_text("odd\n")
+    assert memory.cgroup_rooms(tmp_path / "none") == [math.inf]
+    assert memory.cgroup_rooms(tmp_path / "own") == [math.inf]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux tells its memory there")
+def test_available_is_what_the_limit_leaves(monkeypatch):
+    monkeypatch.setattr(memory, "on_gpu", lambda: False)
+    monkeypatch.setattr(memory, "cgroup_rooms", lambda: [math.inf])
+    free = memory.available()
+    assert 0 < free < math.inf
+    monkeypatch.setattr(memory, "cgroup_rooms", lambda: [math.inf, free / 2])
+    assert memory.available() == pytest.approx(0.9 * free / 2)
+    monkeypatch.setattr(memory, "cgroup_rooms", lambda: [math.inf, -5.0])
+    assert memory.available() == 0
