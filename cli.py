@@ -9,6 +9,7 @@ import signal
 import sys
 from importlib import import_module
 
+PATIENCE = 1.5  # seconds that Ctrl-C waits for the interpreter, which MLX may keep for longer
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as other programs end
 
 
@@ -89,8 +90,34 @@ def imported(script: str):
         return import_module(script)
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     module = import_module(script)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    hear_interrupts()
     return module
+
+
+def hear_interrupts() -> None:
+    """Raise KeyboardInterrupt at Ctrl-C, or end the process where that takes longer than PATIENCE:
+    Python calls no handler before a call of MLX returns.
+    """
+    from threading import Event, Thread
+
+    heard = Event()
+
+    def on_signal(number, frame):
+        heard.set()
+        raise KeyboardInterrupt
+
+    def watch():
+        while os.read(read, 1) == bytes([signal.SIGINT]):
+            if not heard.wait(PATIENCE):
+                os.write(2, b"stopped\n")
+                os._exit(INTERRUPTED)
+            heard.clear()
+
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    signal.signal(signal.SIGINT, on_signal)
+    Thread(target=watch, daemon=True).start()
 
 
 def explain(error: BaseException, script: str) -> int:
@@ -115,7 +142,7 @@ def explain(error: BaseException, script: str) -> int:
         text, code = f"error: {error.filename or 'the output'}: {error.strerror or error}", 2
     elif line := own_line(error, script):
         text, code = f"error: {script}.py line {line}: {type(error).__name__}: {error}", 2
-    elif isinstance(error, ImportError):
+    elif isinstance(error, ModuleNotFoundError):
         text, code = f"error: {error}; pip install -r requirements.txt", 2
     else:
         import traceback

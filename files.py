@@ -1,9 +1,13 @@
 """Paths, and files on which others rely: flushed, replaced at once, compared by their bytes."""
 
-import fcntl
 import hashlib
 import os
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    raise ImportError("BDH-MLX runs on macOS and Linux; on Windows it runs in WSL") from None
 
 from errors import UserError
 

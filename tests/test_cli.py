@@ -1,6 +1,7 @@
 """How the scripts start and end: interrupts, closed and full streams, encodings, exit codes."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -108,6 +109,36 @@ def test_a_temporary_folder_that_cannot_be_written_is_told_before_anything_is_ma
     done = script(*command, env={"TMPDIR": str(tmp_path / "none")})
     assert done.returncode == 2 and done.stderr.startswith("error: TMPDIR is ")
     assert done.stderr.count("\n") == 1 and not (run.parent / "other").exists()
+
+
+def test_ctrl_c_ends_a_script_within_a_call_that_does_not_return(run):
+    """A lock of C that is taken twice stands for MLX, which computes without the interpreter's."""
+    code = (
+        "import ctypes, sys, cli; sys.argv = sys.argv[1:]; import generate\n"
+        "c, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+        "c.pthread_mutex_lock(lock)\n"
+        "generate.read = lambda *_: (print('held', flush=True), c.pthread_mutex_lock(lock))\n"
+        "cli.run('generate')\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, commands(run)["generate"])]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert any("held" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=2)[1].endswith("stopped\n")
+    assert process.returncode == 130
+
+
+def test_on_windows_one_sentence_says_where_it_runs():
+    code = "import sys; sys.modules['fcntl'] = None; import bdh_mlx"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL"
+    )
+    code = "import sys; sys.platform = 'win32'; import cli; cli.run('train_mlx')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "error: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL\n"
 
 
 def test_an_error_of_this_project_keeps_its_traceback(tmp_path):
