@@ -277,9 +277,9 @@ def outlook(s: Settings, n_bytes: int) -> str:
 
 
 def described(s: Settings) -> dict:
-    """The settings as JSON holds them, the model's beside the others."""
+    """The settings as JSON holds them, the model's beside the others; what it cannot, as text."""
     own = {k: v for k, v in vars(s).items() if k.isupper() and k != "BDH_CONFIG"}
-    return own | asdict(s.BDH_CONFIG)
+    return json.loads(json.dumps(own | asdict(s.BDH_CONFIG), default=str))
 
 
 def fresh(s: Settings) -> tuple[BDH, optim.AdamW]:

@@ -204,7 +204,8 @@ def test_presets_and_flags_act_on_pasted_lines(tmp_path):
 OWN = """COOLDOWN_ITERS: int = 0  # updates at the end
 NOTE = "mine"
 RATE: float | None = None
-LISTED = [1, 2]
+LISTED = (1, 2)
+PLACES = {range(3)}
 FAST = True
 """
 
@@ -212,7 +213,7 @@ FAST = True
 def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
     trainer = copied(tmp_path, behind(OWN))
     s = trainer.settings(["--cooldown-iters", "5", "--rate", "0.5", "--no-fast"])
-    assert (s.COOLDOWN_ITERS, s.NOTE, s.RATE, s.LISTED, s.FAST) == (5, "mine", 0.5, [1, 2], False)
+    assert (s.COOLDOWN_ITERS, s.NOTE, s.RATE, s.LISTED, s.FAST) == (5, "mine", 0.5, (1, 2), False)
     with pytest.raises(SystemExit):
         trainer.settings(["--help"])
     shown = capsys.readouterr().out
@@ -222,6 +223,11 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
     (config,) = tmp_path.glob("*/step-000001/config.json")
     kept = json.loads(config.read_text())["settings"]
     assert kept["COOLDOWN_ITERS"] == 0 and kept["LISTED"] == [1, 2] and kept["RATE"] is None
+    assert kept["PLACES"] == "{range(0, 3)}"
+    again = [*args, "--max-iters", "2"]
+    assert trainer.main(again) == 0
+    start = next(line for line in capsys.readouterr().out.splitlines() if "start: " in line)
+    assert "LISTED" not in start and "PLACES" not in start  # they have not changed
 
 
 @pytest.mark.parametrize(
