@@ -7,16 +7,14 @@ under which `--help` shows them. Users edit the constants, so their types and na
 """
 
 import argparse
-import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from errors import UserError, visible
+from errors import UserError, nearest, visible
 
 CONSTANT = re.compile(r"^ *(\w+)(?:: (\w+)( \| None)?)? = .*?(?:  # (.*))?$", re.MULTILINE)
 
@@ -83,12 +81,6 @@ class Parser(argparse.ArgumentParser):
             message = f"unknown flag {unknown[1]}{nearest(unknown[1], known)}"
         message = visible(" ".join(message.split()))  # it repeats what was typed
         self.exit(2, f"{self.prog}: {message} (--help lists all)\n")
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """`; did you mean x?` of the name most like `word`; nothing where none is like it."""
-    found = difflib.get_close_matches(word, names, 1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _check(name: str, value, kind: str, optional: str) -> None:
