@@ -25,6 +25,7 @@ import data
 import formats
 import generate
 import train_mlx
+import writing
 from bdh_mlx import BDH, BDHConfig, UserError
 from errors import visible
 from sampling import NONE, Sampling, numbers
@@ -106,8 +107,8 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
 
 
 def test_bytes_of_a_longer_prompt_are_of_the_type_of_drawn_ones(monkeypatch):
-    step, types = BDH.read, []  # with another type a compiled step would be traced anew
-    monkeypatch.setattr(BDH, "read", lambda *of: types.append(of[1].dtype) or step(*of))
+    step, types = writing.read_on, []  # with another type a compiled step would be traced anew
+    monkeypatch.setattr(writing, "read_on", lambda *of: types.append(of[1].dtype) or step(*of))
     assert len(list(complete(random_model(), [b"a", b"hello"], GREEDY, KEY, [], 4))) == 2
     assert len(types) >= 8 and set(types) == {mx.uint32}  # 4 bytes given, 4 drawn
 
@@ -596,6 +597,20 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting, tmp_path):
         assert screen.ended() == 0
     text = (tmp_path / "said").read_bytes()
     assert text.startswith(b"### Instruction:\ngo\n\n### Response:\n\x0b\x0c") and len(text) > 80
+
+
+def test_the_end_of_input_ends_a_text_of_several_lines(monkeypatch):
+    lines = iter(['"""', "one", "two"])
+
+    def typed(_):
+        if line := next(lines, None):
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert chat.typed() == "one\ntwo"
+    with pytest.raises(EOFError):
+        chat.typed()
 
 
 def test_a_session_answers_as_its_whole_transcript_would(monkeypatch, capsys, chaos, tmp_path):
