@@ -424,12 +424,16 @@ def settings_of(weights: Path) -> dict:
     Those that others compute with are left out where they are of another type. Raises UserError
     where the file is there and damaged.
     """
-    return sound_settings(files.read_object(weights.with_name("config.json")).get("settings"))
+    file = weights.with_name("config.json")
+    settings = files.read_object(file).get("settings", {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} is damaged: its settings are no JSON object")
+    return sound_settings(settings)
 
 
-def sound_settings(settings) -> dict:
+def sound_settings(settings: dict) -> dict:
     """Settings from a config.json, which may hold anything, without those of a wrong type."""
-    settings = dict(settings) if isinstance(settings, dict) else {}
+    settings = dict(settings)
     for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "PROCESSES"):
         if name in settings and not (type(settings[name]) is int and 0 < settings[name] < 2**31):
             del settings[name]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from errors import UserError
 
+MADE_BY = "BDH-MLX"  # stands at the beginning of pictures and traces, which may be made anew
+
 
 def flush(path: Path) -> None:
     """Have the drive itself keep the file or folder; fsync alone stops at a Mac's drive cache."""
@@ -64,6 +66,19 @@ class NotWritten(UserError, OSError):
     """A file that cannot be written: an OSError, too, for those who clean up after one."""
 
 
+def check_replaceable(path: Path, name: str) -> None:
+    """Raise UserError where `path` is a file that is no picture or trace of this project; `name`
+    is the flag that names another.
+    """
+    if not os.path.isfile(path):  # noqa: PTH113  which raises nothing
+        return
+    with path.open("rb") as file:
+        start = file.read(200)
+    made = start.startswith((b"\x89PNG", b'{"made_by"')) and MADE_BY.encode() in start
+    if start and not made:
+        raise UserError(f"{path} exists and is none of BDH-MLX; name another file with {name}")
+
+
 @contextmanager
 def made_aside(path: Path) -> Iterator[Path]:
     """A path to write to, which then replaces `path`: a reader finds the old or the new content.
@@ -80,7 +95,8 @@ def made_aside(path: Path) -> Iterator[Path]:
         if not special:
             with suppress(OSError):
                 making.unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):  # RuntimeError: MLX could not write
+        known = isinstance(error, UserError)
+        if isinstance(error, OSError | RuntimeError) and not known:  # RuntimeError: MLX's
             reason = getattr(error, "strerror", None) or error
             raise NotWritten(f"{path} cannot be written: {reason}") from None
         raise
