@@ -19,9 +19,12 @@ fixed size. Reading a block at once, in chunks, or byte by byte is one function 
 
 import hashlib
 import json
+import math
 import os
+import platform
 import sys
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -40,10 +43,17 @@ from mlx.utils import tree_flatten
 
 import files
 import writing
-from errors import UserError
+from errors import UserError, check_number, nearest
 from fast_layer import Compute, dropout_mask, factor, layer, ln, rotate
 from sampling import Sampling
-from state import PARTS, State, fold, read
+from state import PARTS, State, check_state, checked, fold, read
+
+VERSION = f"BDH-MLX, mlx {mx.__version__}, python {platform.python_version()}"
+SIZES = (int, 1, 65536)  # least and largest
+LIMITS = {"n_layer": (int, 1, 1000), "n_embd": SIZES, "n_head": SIZES, "vocab_size": SIZES}
+LIMITS["mlp_internal_dim_multiplier"] = SIZES
+LIMITS["dropout"] = (float, 0, math.nextafter(1, 0), "a number of at least 0 and below 1")
+LIMITS["dropout_v"] = LIMITS["dropout"]
 
 
 @dataclass(frozen=True)
@@ -58,17 +68,20 @@ class BDHConfig:
     vocab_size: int = 256  # one entry per byte value
     dropout_v: float = 0.0  # share of the embedding, and of what a layer adds to v, silenced too
 
+    def __new__(cls, *args, **given):  # before the __init__ of a dataclass, which raises TypeError
+        for name in given:
+            if name not in (known := cls.__dataclass_fields__):
+                raise UserError(f"{name} is no field of BDHConfig{nearest(name, known)}")
+        return super().__new__(cls)
+
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if "dropout" not in field.name and (type(value) is not int or value < 1):
-                raise UserError(
-                    f"{field.name} is {value!r}; it must be a whole number of 1 or more"
-                )
-        for name in ("dropout", "dropout_v"):
-            if not 0 <= (rate := getattr(self, name)) < 1:
-                raise UserError(f"{name} is {rate!r}; it must be at least 0 and below 1")
+        for name, limits in LIMITS.items():
+            check_number(name, getattr(self, name), *limits)
         neurons = self.n_embd * self.mlp_internal_dim_multiplier
+        if neurons >= 2**31:  # a dimension of an array
+            raise UserError(
+                f"n_embd * mlp_internal_dim_multiplier is {neurons:,}; it must be below 2^31"
+            )
         if neurons % self.n_head:
             raise UserError(
                 f"n_head is {self.n_head}; it must divide the number of neurons, "
@@ -145,8 +158,11 @@ class BDH(nn.Module):
         return (logits, loss) if synapses is None else (logits, loss, after)
 
     def read(self, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
-        """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State. No dropout."""
-        return read(self, idx, state)
+        """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State. No dropout.
+
+        Raises UserError for an idx or a state that the model cannot read.
+        """
+        return read(self, checked(self, idx), state)
 
     def quadratic(self, idx: mx.array, targets=None):
         """The definition, layer by layer, the reference for all else: as __call__, no dropout."""
@@ -176,7 +192,8 @@ class BDH(nn.Module):
         """
         if key is None:
             key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-        sampling = Sampling(temperature=temperature, top_k=top_k)
+        check_number("max_new_tokens", max_new_tokens, int, 0, 10**12)
+        sampling, idx = Sampling(temperature=temperature, top_k=top_k), checked(self, idx)
         begun = writing.read(self, idx)
         written = writing.write(self, *begun, sampling, key, np.array(idx))
         new = (mx.array(token, idx.dtype) for token, _ in islice(written, max_new_tokens))
@@ -184,9 +201,17 @@ class BDH(nn.Module):
 
 
 def save_model(model: BDH, path: str | Path) -> None:
-    """Write the weights under their official names, the configuration into the header."""
-    header = {name: str(value) for name, value in asdict(model.config).items()}
-    mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())), metadata=header)
+    """Write the weights under their official names, the configuration into the header.
+
+    Raises UserError, with an earlier file untouched, where it cannot be written.
+    """
+    path = files.expanded(path, "the path of a model")
+    if path.suffix != ".safetensors":  # MLX would add it
+        raise UserError(f"{path} not saved: name a .safetensors file")
+    header = {name: json.dumps(value) for name, value in asdict(model.config).items()}
+    with files.made_aside(path) as making:
+        weights = dict(tree_flatten(model.parameters()))
+        mx.save_safetensors(str(making), weights, metadata=header)
 
 
 STATE_FORMAT = "bdh-mlx state 2"
@@ -207,7 +232,7 @@ def _digest(arrays: dict[str, mx.array], header: dict | None = None) -> str:
 
 def state_file(path: str | Path) -> Path:
     """`path`, if a state can be saved there, as far as can be told before. Raises UserError."""
-    if (path := Path(path)).suffix != ".safetensors":
+    if (path := files.expanded(path, "the path of a state")).suffix != ".safetensors":
         raise UserError(f"{path} not saved: name a .safetensors file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{path} not saved: {path.parent} is no folder that can be written to")
@@ -226,7 +251,11 @@ def _is_state(path: Path) -> bool:
 
 def save_state(path: str | Path, model: BDH, state: State) -> None:
     """Write `state` of `model` to a .safetensors file, whole or not at all. Raises UserError."""
-    path, state = state_file(path), fold(state)
+    path = state_file(path)
+    check_state(model, state)
+    if not state.position:
+        raise UserError(f"{path} not saved: the state is of no byte; read a text first")
+    state = fold(state)
     arrays = {f"synapses.{i}": S for i, S in enumerate(state.synapses)}
     for number, part in enumerate(state.parts):
         arrays |= {f"part.{number}.{i}": S for i, S in enumerate(part)}
@@ -234,33 +263,29 @@ def save_state(path: str | Path, model: BDH, state: State) -> None:
     header |= {"window": state.window, "parts": len(state.parts)}
     header |= {"sha256": _digest(arrays, header)}
     header = {name: json.dumps(value) for name, value in header.items()}
-    making = path.with_name(f".{path.name}.tmp.safetensors")
-    try:
+    with files.made_aside(path) as making:
         mx.save_safetensors(str(making), arrays, metadata=header)
-        making.replace(path)
-    except (OSError, RuntimeError) as error:
-        making.unlink(missing_ok=True)
-        raise UserError(f"{path} not saved: {error}") from None
 
 
 def load_state(path: str | Path, model: BDH) -> State:
     """The state that `save_state` wrote. Raises UserError if it is damaged or another model's."""
-    path = Path(path)
+    path = files.expanded(path, "the path of a state")
     if not path.is_file():
-        raise UserError(f"{path} cannot be read: there is no such file")
+        what = "it is a folder" if path.is_dir() else "there is no such file"
+        raise UserError(f"{path} cannot be read: {what}")
     arrays, header = read_arrays(path)
     try:
         header = {name: json.loads(value) for name, value in header.items()}
-    except ValueError:
+    except (ValueError, RecursionError):
         header = {}
     kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
     written = header.pop("sha256", None)
     whole = all(type(n) is int and n >= 0 for n in (position, window or 0))
     if kind != STATE_FORMAT or not whole or count not in range(PARTS + 1):
         raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
-    if (other := header.get("model", "none")) != (mine := fingerprint(model)):
+    if (other := header.get("model")) != (mine := fingerprint(model)):
         raise UserError(
-            f"{path} was read by another model (weights {other[:12]}, here {mine[:12]}); "
+            f"{path} was read by another model (weights {str(other)[:12]}, here {mine[:12]}); "
             "load it with that one, or read its text again"
         )
     H, D, N = model.encoder.shape
@@ -279,20 +304,26 @@ def load_state(path: str | Path, model: BDH) -> State:
 
 def find_weights(path: str | Path) -> Path:
     """The weights file that `path` means: itself, a checkpoint's, a run's best or last."""
-    path = files.expanded(path)
+    path = files.expanded(path, "the path of a model")
     if path.is_file():
         return path
     if (path / "model.safetensors").is_file():
         return path / "model.safetensors"
-    found = path.glob("step-*/model.safetensors")
-    steps = sorted(
-        (f for f in found if f.parent.name[5:].isdigit()), key=lambda f: int(f.parent.name[5:])
-    )
-    best = [f for f in steps if f.parent.name == _best_of(path)]
-    for weights in dict.fromkeys([*best, *reversed(steps)]):
-        if not _changed(weights):
-            return weights
-        print(f"warning: {weights} is damaged, taking the next", file=sys.stderr)
+    steps = [f for f in path.glob("step-*") if f.name[5:].isdigit()]
+    steps = sorted(steps, key=lambda f: int(f.name[5:]), reverse=True)
+    best = [f for f in steps if f.name == _best_of(path)]
+    faults = []
+    for step in dict.fromkeys([*best, *steps]):
+        if not (fault := _fault(step / "model.safetensors")):
+            if faults:
+                told = "; ".join(f"{f.name} {reason}" for f, reason in faults)
+                print(f"warning: in {path} {told}; taking {step.name}", file=sys.stderr)
+            return step / "model.safetensors"
+        faults.append((step, fault))
+    if faults:
+        raise UserError(f"{path} has no sound checkpoint: {faults[0][0].name} {faults[0][1]}")
+    if path.name.startswith("step-") and path.is_dir():
+        raise UserError(f"{path} lacks its model.safetensors; name its run folder for another one")
     what = (
         "has no checkpoint (step-000500/model.safetensors) in it"
         if path.exists()
@@ -304,21 +335,28 @@ def find_weights(path: str | Path) -> Path:
 def _best_of(run: Path) -> str | None:
     """Name of the checkpoint that a run's best.json names, None if there is no such file."""
     try:
-        return json.loads((run / "best.json").read_text())["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return files.read_object(run / "best.json").get("checkpoint")
+    except UserError:
         return None
+
+
+def _fault(weights: Path) -> str | None:
+    """Why a checkpoint's weights cannot be taken."""
+    if not weights.is_file():
+        return "lacks its model.safetensors"
+    return "is damaged" if _changed(weights) else None
 
 
 def _changed(weights: Path) -> bool:
     """Whether weights differ from the sha256 in the manifest beside them, if there is one."""
-    try:
-        manifest = json.loads(weights.with_name("manifest.json").read_text())
-        return manifest[weights.name]["sha256"] != files.sha256(weights)
-    except FileNotFoundError:
+    if not (manifest := weights.with_name("manifest.json")).exists():
         return False
+    try:
+        written = files.read_object(manifest)
+        return weights.name in written and written[weights.name]["sha256"] != files.sha256(weights)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return True
 
 
@@ -327,6 +365,8 @@ def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
     MLX accepts arrays that overlap or leave bytes unused; the format does not, nor does this.
     """
+    if not _is_safetensors(file):
+        raise UserError(f"{file} cannot be read: it is no .safetensors file, or cut short")
     try:
         arrays, header = mx.load(str(file), format="safetensors", return_metadata=True)
         mx.eval(arrays)  # mx.load is lazy: read now, or a later change of the file is read
@@ -340,6 +380,16 @@ def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if [*begins, file.stat().st_size - 8 - size] != [0, *ends]:
         raise UserError(f"{file} cannot be read: its arrays overlap or leave gaps")
     return arrays, header
+
+
+def _is_safetensors(file: Path) -> bool:
+    """Whether a file begins as the format does: the size of a JSON object, and the object."""
+    try:
+        with file.open("rb") as start:
+            size, brace = int.from_bytes(start.read(8), "little"), start.read(1)
+        return brace == b"{" and size <= file.stat().st_size - 8
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def load_model(path: str | Path) -> BDH:
@@ -363,37 +413,49 @@ def load_model(path: str | Path) -> BDH:
             raise UserError(f"{file}: `{name}` is {found}, a BDH of this shape needs {needed}")
     model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays.items()])
     mx.eval(model.parameters())
-    length = settings_of(file).get("BLOCK_SIZE")
-    model.trained_length = length if type(length) is int else None
+    with suppress(UserError):
+        model.trained_length = settings_of(file).get("BLOCK_SIZE")
     return model
 
 
 def settings_of(weights: Path) -> dict:
-    """The trainer's settings, from config.json beside the weights; {} where there are none."""
-    try:
-        return dict(json.loads(weights.with_name("config.json").read_text())["settings"])
-    except (OSError, ValueError, KeyError, TypeError):  # weights from elsewhere lack it
-        return {}
+    """The trainer's settings, from config.json beside the weights; {} where there are none.
+
+    Those that others compute with are left out where they are of another type. Raises UserError
+    where the file is there and damaged.
+    """
+    file = weights.with_name("config.json")
+    settings = files.read_object(file).get("settings", {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} is damaged: its settings are no JSON object")
+    return sound_settings(settings)
+
+
+def sound_settings(settings: dict) -> dict:
+    """Settings from a config.json, which may hold anything, without those of a wrong type."""
+    settings = dict(settings)
+    for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "PROCESSES"):
+        if name in settings and not (type(settings[name]) is int and 0 < settings[name] < 2**31):
+            del settings[name]
+    for name in ("TRAINING_MODE", "LOSS_ON", "DATASET"):
+        if not isinstance(settings.get(name, ""), str):
+            del settings[name]
+    return settings
 
 
 def _config_of(arrays: dict, header: dict, file: Path) -> BDHConfig:
-    if "encoder" not in arrays or "embed.weight" not in arrays or arrays["encoder"].ndim != 3:
+    embedding = arrays.get("embed.weight", mx.array(0))
+    if embedding.ndim != 2 or "encoder" not in arrays or arrays["encoder"].ndim != 3:
         raise UserError(f"{file} holds no BDH: it has {', '.join(sorted(arrays)) or 'no arrays'}")
     H, D, N = arrays["encoder"].shape
-    try:
-        n_layer = int(header.get("n_layer", BDHConfig.n_layer))
-        dropout = float(header.get("dropout", BDHConfig.dropout))
-    except ValueError:
-        raise UserError(f"{file}: n_layer or dropout in its header is not a number") from None
-    if n_layer > 1000:  # would take the memory and the time of whoever opens it
-        raise UserError(f"{file}: n_layer is {n_layer} in its header, at most 1,000 is believed")
     if 0 in (H, D, N):
         raise UserError(f"{file}: `encoder` is {(H, D, N)}; no dimension can be 0")
-    return BDHConfig(
-        n_layer=n_layer,
-        n_embd=D,
-        dropout=dropout,
-        n_head=H,
-        mlp_internal_dim_multiplier=H * N // D,
-        vocab_size=arrays["embed.weight"].shape[0],
-    )
+    shape = {"n_embd": D, "n_head": H, "mlp_internal_dim_multiplier": H * N // D}
+    shape["vocab_size"] = len(embedding)
+    try:
+        written = {name: json.loads(header[name]) for name in header.keys() & LIMITS.keys()}
+        return BDHConfig(**written | shape)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}: a number of the model in its header is none") from None

@@ -16,7 +16,7 @@ import mlx.core as mx
 import formats
 from bdh_mlx import BDH, save_state
 from errors import UserError, visible
-from files import expanded
+from files import expanded, made_aside
 from sampling import Sampling
 from state import State
 from writing import Stops, Terminal, outgrown, read, rows, write
@@ -57,8 +57,9 @@ def typed(prompt: str = "> ") -> str:
     if line.strip() != '"""':
         return line
     lines = []
-    while (line := input(". ")).strip() != '"""':
-        lines.append(line)
+    with suppress(EOFError):  # Ctrl-D ends the text, too
+        while (line := input(". ")).strip() != '"""':
+            lines.append(line)
     return "\n".join(lines)
 
 
@@ -132,16 +133,17 @@ class Session:
             print(f"forgotten: {len(self.text):,} bytes")
             self.reset()
         elif name == "/save":
-            self.save(expanded(argument.strip()))
+            self.save(argument.strip())
         elif name == "/help":
             print(HELP)
         else:
             raise UserError(f"{name} is no command; /help lists them")
 
-    def save(self, file: Path) -> None:
+    def save(self, name: str) -> None:
         """Write all that was said, or the state after it. Raises UserError."""
-        if file == Path():
+        if not name:
             raise UserError("/save: name a file")
+        file = expanded(name, "/save")
         if file.exists() and file not in self.saved:  # what this session saved it may save again
             raise UserError(f"/save: {file} exists; name another file, or remove it")
         if file.suffix == ".safetensors":
@@ -150,10 +152,8 @@ class Session:
             save_state(file, self.model, self.state)
             what = f"the state after {self.state.position:,} bytes"
         else:
-            try:
-                file.write_bytes(self.text)
-            except OSError as error:
-                raise UserError(f"/save {file}: {error.strerror}") from None
+            with made_aside(file) as making:
+                making.write_bytes(self.text)
             what = f"{len(self.text):,} bytes"
         self.saved.add(file)
         print(f"saved {what} in {file}")

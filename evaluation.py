@@ -18,6 +18,7 @@ import data
 from bdh_mlx import BDH
 from endure import at_once
 from errors import UserError
+from files import expanded
 from formats import FIELDS
 from processes import Processes
 
@@ -70,13 +71,16 @@ def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
     """A table of nats and bits per byte by field. Raises UserError."""
     if mode is None:
         raise UserError("the checkpoint names no training mode to format records in; give --mode")
+    path = expanded(dataset, "--evaluate")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # it would be read several times
+        raise UserError(f"--evaluate {path} is neither a file nor a folder; save it to a file")
+    print(f"reading {dataset}", file=sys.stderr)
     # the table alone is on stdout, not that large data are being read
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         about, stream, fields = data.whole(dataset, mode, Path(folder))
     if len(stream) < 2:
         raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
-    T, B = model.trained_length or BLOCK_SIZE, settings.get("BATCH_SIZE")
-    B = B if type(B) is int and B > 0 else 1  # a config.json from elsewhere may hold anything
+    T, B = model.trained_length or BLOCK_SIZE, settings.get("BATCH_SIZE", 1)
     print(f"evaluating {len(stream):,} bytes", file=sys.stderr)
     losses = mx.compile(partial(byte_losses, model))
     with at_once():

@@ -7,11 +7,14 @@ to fill in. `hf upload NAME FOLDER` puts it on the hub.
 import json
 import math
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import bdh_mlx
 import data
+import files
 from bdh_mlx import BDHConfig
 from errors import UserError, visible
 from formats import NEEDED
@@ -78,8 +81,8 @@ def command_of(settings: dict) -> str:
 def facts(checkpoint: Path) -> tuple[dict, dict]:
     """Facts for the card, and the settings, of a run's checkpoint; nothing for a bare file."""
     try:
-        about = json.loads((checkpoint / "config.json").read_text())
-        settings, step = about["settings"], about["step"]
+        about = files.read_object(checkpoint / "config.json")
+        settings, step = bdh_mlx.sound_settings(about["settings"]), about["step"]
         told = {
             "data": settings["DATASET"],
             "mode": settings["TRAINING_MODE"],
@@ -87,16 +90,35 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
             "training data": f"{data.counted(about['data']['train']['records'])}"
             f"{about['data']['train']['bytes']:,} bytes",
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError, TypeError):
         return {}, {}
-    try:
-        best = json.loads((checkpoint.parent / "best.json").read_text())
-        if best["step"] == step:
+    with suppress(UserError, KeyError, TypeError):
+        best = files.read_object(checkpoint.parent / "best.json")
+        if best["step"] == step and math.isfinite(best["judged"]):
             bits = best["judged"] / math.log(2)
             told["validation"] = f"{bits:.4f} bits per byte, of {settings['LOSS_ON']} bytes"
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     return told, settings
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder; on an error remove it and what was put into it. Raises UserError."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    before = set(folder.iterdir()) if folder.is_dir() else set()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            for path in set(folder.iterdir()) - before:
+                path.unlink()
+        for path in new:
+            with suppress(OSError):  # it was not made yet
+                path.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, UserError):
+            reason = f"cannot be written: {error.strerror}"
+            raise UserError(f"--export {folder} {reason}") from None
+        raise
 
 
 def tell(source: str, folder: Path) -> int:
@@ -107,22 +129,23 @@ def tell(source: str, folder: Path) -> int:
     told["shape"] = ", ".join(f"{k} {v}" for k, v in asdict(model.config).items())
     rows = (f"| {k} | {visible(str(v)).translate(CELL)} |" for k, v in told.items())
     card = CARD.format(
-        name=folder.resolve().name,
+        name=visible(files.absolute(folder).name),
         parameters=model.config.n_parameters,
         facts="\n".join(rows),
         command=command_of(settings) if settings else "unknown: exported from weights alone",
         config=official(model.config),
         mode=f" --mode {told['mode']}" if told.get("mode") in NEEDED else "",
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _made(folder):
         if any(folder.iterdir()):
             raise UserError(f"--export {folder} is not empty; name a new folder")
         bdh_mlx.save_model(model, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(official(model.config), indent=1))
-        (folder / "README.md").write_text(card, errors="backslashreplace")
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--export {folder} cannot be written: {error}") from None
+        for name, text in (
+            ("config.json", json.dumps(official(model.config), indent=1)),
+            ("README.md", card),
+        ):
+            with files.made_aside(folder / name) as making:
+                making.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"written: {folder}; fill in the licence in {folder / 'README.md'}, then, to share it:")
-    print(f"  hf upload YOUR_NAME/{shlex.join([folder.resolve().name, str(folder)])}")
+    print(f"  hf upload YOUR_NAME/{shlex.join([files.absolute(folder).name, str(folder)])}")
     return 0

@@ -70,8 +70,19 @@ def is_wanted() -> bool:
     except PackageNotFoundError:
         return False
     if "mlx.core" in sys.modules:
-        print("warning: slow matrix products; import bdh_mlx before mlx.core", file=sys.stderr)
+        early = _imported_too_early()
+        print(f"warning: slow matrix products; import bdh_mlx before {early}", file=sys.stderr)
     return "mlx.core" not in sys.modules
+
+
+def _imported_too_early() -> str:
+    """The module of this project that brought mlx.core in before bdh_mlx, else mlx.core itself."""
+    here, own = Path(__file__).parent, ("__main__", "bdh_mlx")
+    for name, module in reversed(list(sys.modules.items())):  # what imports comes after it
+        file = getattr(module, "__file__", None)
+        if file and Path(file).parent == here and name not in own and hasattr(module, "mx"):
+            return name
+    return "mlx.core"
 
 
 LOADED = load() if is_wanted() else None

@@ -8,18 +8,17 @@ above some as their heading.
 
 import argparse
 import ast
-import difflib
 import inspect
 import re
 import sys
 import tokenize
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple, get_args, get_type_hints
 
-from errors import UserError, visible
+from errors import UserError, nearest, visible
 
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 LARGEST = 2**31 - 1  # of a whole number: MLX's shapes are 32 bits
@@ -232,12 +231,6 @@ def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------- slips
-
-
-def nearest(word: str, names: Iterable[str], alike: float = 0.6) -> str:
-    """`; did you mean x?` of the name most like `word`; nothing where none is like it."""
-    found = difflib.get_close_matches(word, names, 1, alike)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def slips(script: ModuleType, rules: dict[str, Rule]) -> list[str]:

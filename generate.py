@@ -17,9 +17,11 @@ if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwh
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -37,11 +39,12 @@ import evaluation
 import export
 import formats
 import neurons
-from errors import UserError, visible
+from errors import UserError, check_number, visible
+from files import expanded
 from flags import Parser
 from memory import compute_for
-from sampling import WINDOW, Sampling
-from state import PARTS, State
+from sampling import LIMITS, WINDOW, Sampling
+from state import WINDOWS, State
 from writing import Stops, Terminal, as_text, complete, outgrown, read, rows, unescaped, write
 
 PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
@@ -53,7 +56,18 @@ LOAD = (
 DTYPES = ("bfloat16", "float32")
 PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so keep it near 1 (1)"
 
-ALONE = {"evaluate": ["mode", "dtype"], "trace": [], "export": []}  # what else acts beside these
+ALONE = {"evaluate": ["mode", "dtype"], "trace": ["out"], "export": []}  # what else acts on these
+MOST = 10**6  # texts of one command
+NUMBERS = LIMITS | {  # of each flag that takes one, as check_number takes it
+    "max_new_tokens": (int, 1, 10**12),
+    "samples": (int, 1, MOST),
+    "batch_size": (int, 1, 65536),
+    "window": WINDOWS,
+    "seed": (int, 0, 2**64 - 1),
+}
+PATHS = ("model", "prompt_file", "prompts", "export", "load_state", "save_state", "out")
+TEXTS = ("evaluate", "trace", "stop")  # an empty --prompt begins a record
+OUT = "file for the texts of --prompts (stdout); name of the picture and JSON of --trace (trace)"
 TRACE = "no text but what fires on TEXT (@FILE: on its lines); several times: what tells them apart"
 EXPORT = "no text but weights, config and a model card for others, in FOLDER"
 
@@ -67,19 +81,20 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
         return lambda flag, text, **how: of.add_argument(flag, help=text, **how)
 
     add = parser.add_argument
+    add("--version", action="version", version=bdh_mlx.VERSION)
     add("model", help="run folder, checkpoint folder or .safetensors file")
     add("--mode", choices=formats.NEEDED, help="training mode (the one the checkpoint names)")
 
     add = group("what to go on with (stdin where it is piped, a session on a terminal)", one=True)
     add("--prompt", r"text, \n in it a line break; an empty one starts a new record")
-    add("--prompt-file", "a file's bytes", type=Path, metavar="FILE")
-    add("--prompts", PROMPTS, type=Path, metavar="JSONL")
+    add("--prompt-file", "a file's bytes", metavar="FILE")
+    add("--prompts", PROMPTS, metavar="JSONL")
     add("--evaluate", "no text but the loss on a file or data set, by field", metavar="DATA")
     add("--trace", TRACE, action="append", metavar="TEXT")
-    add("--export", EXPORT, type=Path, metavar="FOLDER")
+    add("--export", EXPORT, metavar="FOLDER")
 
     add = group("what was read before it, and how much is remembered")
-    add("--load-state", LOAD, type=Path, metavar="FILE.safetensors")
+    add("--load-state", LOAD, metavar="FILE.safetensors")
     add("--window", "forget what is older than W bytes (all is remembered)", type=int, metavar="W")
     add("--dtype", "of the products (bfloat16 on a GPU, else float32)", choices=DTYPES)
 
@@ -92,8 +107,8 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", f"bytes at most ({budget})", type=int, default=budget, metavar="N")
     add("--samples", "texts for each prompt (1)", type=int, default=1, metavar="N")
     add("--batch-size", "texts written at once (8)", type=int, default=8, metavar="N")
-    add("--out", "file for the texts of --prompts (stdout)", type=Path, metavar="JSONL")
-    add("--save-state", "keep what was read and written", type=Path, metavar="FILE.safetensors")
+    add("--out", OUT, metavar="FILE")
+    add("--save-state", "keep what was read and written", metavar="FILE.safetensors")
     add("--raw", "bytes as they are, also those unsafe on a terminal", action="store_true")
 
     add = group("how a byte is drawn; these act in this order")
@@ -105,33 +120,49 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--min-p", "at least P times as likely as the likeliest", type=float, metavar="P")
     add("--seed", "same seed, same bytes, on one machine (random)", type=int)
 
-    args = parser.parse_args(argv)
-    for name, least in (
-        ("max_new_tokens", 1),
-        ("samples", 1),
-        ("batch_size", 1),
-        ("window", PARTS),
-    ):
-        if (value := getattr(args, name)) is not None and value < least:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is {value}; it must be at least {least}")
-    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    for alone in ALONE.keys() & given:
-        idle = [name for name in given if name not in ("model", alone, *ALONE[alone])]
-        if idle:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            raise UserError(f"{names}: no effect beside --{alone}; leave out what does not act")
-    if "batch_size" in given and not (args.prompts or args.samples > 1):
-        raise UserError("--batch-size: no effect on one text; give it with --prompts or --samples")
-    if args.save_state and (args.prompts or args.samples > 1):
-        raise UserError("--save-state keeps the state of one text; leave out what makes several")
-    if args.seed is not None and not 0 <= args.seed < 2**64:
-        raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^64")
-    if args.out and not args.prompts:
-        raise UserError("--out is for the texts of --prompts; give both")
-    if args.raw and (args.prompts or args.samples > 1):
-        raise UserError("--raw writes one text; leave out --prompts and --samples")
+    args, given = parsed(parser, argv)
+    for name, limits in NUMBERS.items():
+        if name in given:
+            check_number(flag_of(name), given[name], *limits)
+    for name in PATHS:
+        if name in given:
+            setattr(args, name, expanded(given[name], flag_of(name)))
+    for name in TEXTS:
+        texts = given.get(name, [])
+        if "" in (texts if isinstance(texts, list) else [texts]):
+            raise UserError(f"{flag_of(name)} is empty; it must have at least one character")
+    check_together(args, given)
     return args
+
+
+def parsed(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """What argparse makes of the flags, and of it what was given, be it a default's own value."""
+    args = parser.parse_args(argv)
+    absent = {name: None for name in vars(args)}
+    given = vars(parser.parse_args(argv, argparse.Namespace(**absent)))
+    return args, {name: value for name, value in given.items() if value is not None}
+
+
+def flag_of(name: str) -> str:
+    return name if name == "model" else "--" + name.replace("_", "-")
+
+
+def check_together(args: argparse.Namespace, given: dict) -> None:
+    """Raise UserError where a flag would have no effect beside the others."""
+    for alone in ALONE.keys() & given:
+        idle = [flag_of(name) for name in given if name not in ("model", alone, *ALONE[alone])]
+        if idle:
+            names = ", ".join(idle)
+            raise UserError(f"{names}: no effect beside --{alone}; leave out what does not act")
+    several = args.prompts or args.samples > 1
+    if "batch_size" in given and not several:
+        raise UserError("--batch-size: no effect on one text; give it with --prompts or --samples")
+    if args.save_state and several:
+        raise UserError("--save-state keeps the state of one text; leave out what makes several")
+    if args.out and not (args.prompts or args.trace):
+        raise UserError("--out is for the texts of --prompts and for --trace; give one of them")
+    if args.raw and several:
+        raise UserError("--raw writes one text; leave out --prompts and --samples")
 
 
 def read_prompt(args: argparse.Namespace) -> bytes:
@@ -154,8 +185,6 @@ def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
         return []
     if args.stop is None:
         return [f"{formats.STOP}\n".encode()] if mode == "full" else []
-    if "" in args.stop:
-        raise UserError("--stop is empty; it must have at least one character")
     return [unescaped(text) for text in args.stop]
 
 
@@ -181,15 +210,27 @@ def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = finite(json.loads(line))
             prompts = prompts_of(record, mode)
         except (ValueError, RecursionError) as error:
             reason = error if isinstance(error, UserError) else "not JSON"
             raise UserError(f"--prompts {file} line {number}: {reason}") from None
+        if len(jobs) + len(prompts) * samples > MOST:
+            asked = f"--prompts {file} with --samples {samples} asks"
+            raise UserError(f"{asked} for more than {MOST:,} texts; ask for fewer at once")
         jobs += [Job(number, i, record, p) for p in prompts for i in range(1, samples + 1)]
     if not jobs:
         raise UserError(f"--prompts {file} holds no prompt")
     return jobs
+
+
+def finite(record):
+    """What JSON can hold, for a line of results. Raises UserError; Python reads NaN, too."""
+    try:
+        json.dumps(record, allow_nan=False)
+    except ValueError:
+        raise UserError("it holds a number that JSON has not (NaN, Infinity)") from None
+    return record
 
 
 def prompts_of(record: dict, mode: str | None) -> list[bytes]:
@@ -224,33 +265,88 @@ def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
 
 
 def write_jobs(
-    jobs: list[Job], model, sampling, key, stops, args, state
+    jobs: list[Job], model, sampling, key, stops, args, state, left: list[Job] | None = None
 ) -> Iterator[tuple[Job, str, bool]]:
-    """Each job with its text and whether a stop string ended it, as they are done."""
+    """Each job with its text and whether a stop string ended it, as they are done.
+
+    Of the jobs only those that are `left`, in the batches and with the draws that all would have.
+    """
+    left = set(map(id, jobs if left is None else left))
     for batch in batches(jobs, args.batch_size, args.max_new_tokens):
         key, draw = mx.random.split(key)
+        if left.isdisjoint(map(id, batch)):
+            continue
         prompts = [job.prompt or formats.SEPARATOR.encode() for job in batch]
         done = complete(model, prompts, sampling, draw, stops, args.max_new_tokens, state)
         for row, text, stopped in done:
-            yield batch[row], as_text(text, whole=sampling.utf8), stopped
+            if id(batch[row]) in left:
+                yield batch[row], as_text(text, whole=sampling.utf8), stopped
 
 
-def write_file(jobs: list[Job], samples: int, out, texts) -> None:
-    """One JSON line per text: its record, `line`, `prompt`, `completion`, `stopped`.
+def line_of(job: Job, samples: int, text: str, stopped: bool) -> str:
+    """A line of JSON: the record of a job, `line`, `prompt`, `completion`, `stopped`.
 
     What the record had under these names itself is `given`.
     """
-    done = 0
+    which = {"line": job.line} | ({"sample": job.sample} if samples > 1 else {})
+    result = {"prompt": as_text(job.prompt), "completion": text, "stopped": stopped} | which
+    given = {k: job.record[k] for k in result if k in job.record and k != "prompt"}
+    return json.dumps(job.record | result | ({"given": given} if given else {}))
+
+
+def jobs_left(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
+    """The jobs whose texts --out does not hold yet. Raises UserError if it holds anything else.
+
+    A last line that was cut in half, as by a full disk, is taken off.
+    """
+    if not (args.out and os.path.isfile(args.out)):  # noqa: PTH113  which raises nothing
+        return jobs
+    *lines, cut = args.out.read_bytes().split(b"\n")
+    asked, left = {}, {id(job): job for job in jobs}
+    for job in jobs:
+        asked.setdefault(asked_in(line_of(job, args.samples, "", False)), []).append(job)
+    for number, line in enumerate(lines, 1):
+        try:
+            del left[id(asked[asked_in(line)].pop(0))]
+        except (ValueError, RecursionError, LookupError, TypeError):
+            raise UserError(
+                f"--out {args.out} exists, and its line {number} is no answer to these prompts; "
+                "name another file, or remove it"
+            ) from None
+    if cut:
+        begins = (line_of(job, args.samples, "", False).encode() for job in left.values())
+        begins = (begin[: begin.index(b'"completion": "') + 15] for begin in begins)
+        if not any(begin.startswith(cut) or cut.startswith(begin) for begin in begins):
+            raise UserError(f"--out {args.out} exists; name another file, or remove it")
+        os.truncate(args.out, sum(len(line) + 1 for line in lines))
+    return list(left.values())
+
+
+def asked_in(line: str | bytes) -> str:
+    """What a line of results answers. Raises an error where it is none."""
+    found = json.loads(line)
+    del found["completion"], found["stopped"]
+    return json.dumps(found, sort_keys=True)
+
+
+def write_file(jobs: list[Job], left: list[Job], args, texts) -> None:
+    """Write a line for each of the texts of the jobs that are left, as it is done."""
+    done = len(jobs) - len(left)
+    if done:
+        rest = "the others follow" if left else "none is left to write"
+        print(f"{args.out} holds {done} of {len(jobs)} texts; {rest}", file=sys.stderr)
     try:
-        for job, text, stopped in tqdm(texts, total=len(jobs), disable=None, unit="text"):
-            which = {"line": job.line} | ({"sample": job.sample} if samples > 1 else {})
-            result = {"prompt": as_text(job.prompt), "completion": text, "stopped": stopped} | which
-            given = {k: job.record[k] for k in result if k in job.record and k != "prompt"}
-            given = {"given": given} if given else {}
-            print(json.dumps(job.record | result | given), file=out, flush=True)
-            done += 1
+        with (
+            opened_out(args.out) as put,
+            tqdm(total=len(jobs), initial=done, disable=None, unit="text") as bar,
+        ):
+            for job, text, stopped in texts:
+                put(line_of(job, args.samples, text, stopped))
+                done += 1
+                bar.update()
     except KeyboardInterrupt:
-        print(f"stopped: {done} of {len(jobs)} texts are written", file=sys.stderr)
+        on = "; the same command goes on" if args.out else ""
+        print(f"stopped: {done} of {len(jobs)} texts are written{on}", file=sys.stderr)
         raise
 
 
@@ -295,14 +391,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.export:
         return export.tell(args.model, args.export)
     if args.trace:
-        return neurons.tell(bdh_mlx.load_model(args.model), args.trace)
+        model = bdh_mlx.load_model(args.model)
+        check_bytes(model, args.model)
+        return neurons.tell(model, args.trace, args.out)
     if args.save_state:
         bdh_mlx.state_file(args.save_state)  # now, not once all is written
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     weights = bdh_mlx.find_weights(args.model)
-    model, trained = bdh_mlx.load_model(weights), bdh_mlx.settings_of(weights)
-    if model.config.vocab_size != 256:
-        raise UserError(f"{weights} has a vocabulary of {model.config.vocab_size}; bytes are 256")
+    model, trained = bdh_mlx.load_model(weights), settings_of(weights)
+    check_bytes(model, weights)
     model.compute = compute_for(model.config, "small", args.dtype or "auto")
     mode = args.mode or trained.get("TRAINING_MODE")
     mode = mode if mode in formats.NEEDED else None
@@ -315,8 +412,8 @@ def main(argv: list[str] | None = None) -> int:
     elif args.prompts is not None:
         jobs = read_jobs(args.prompts, mode, args.samples)
         tell_outgrown(max(len(job.prompt) for job in jobs), model, state, args)
-        with open_out(args.out) as out:
-            write_file(jobs, args.samples, out, write_jobs(jobs, *how))
+        left = jobs_left(jobs, args)
+        write_file(jobs, left, args, write_jobs(jobs, *how, left))
     elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():
         if args.save_state or args.raw or args.samples > 1:
             raise UserError("a session takes no --save-state (type /save), --raw or --samples")
@@ -333,6 +430,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def check_bytes(model, weights: Path) -> None:
+    if model.config.vocab_size != 256:
+        raise UserError(f"{weights} has a vocabulary of {model.config.vocab_size}; bytes are 256")
+
+
+def settings_of(weights: Path) -> dict:
+    """The settings of the training, {} after a warning where their file is damaged."""
+    try:
+        return bdh_mlx.settings_of(weights)
+    except UserError as error:
+        print(f"warning: {error}; the settings of the training are unknown", file=sys.stderr)
+        return {}
+
+
 def tell_outgrown(prompt: int, model, state: State, args: argparse.Namespace) -> None:
     """Say on stderr when a text with a prompt of so many bytes may pass the trained blocks."""
     length = state.position + prompt + args.max_new_tokens
@@ -340,11 +451,29 @@ def tell_outgrown(prompt: int, model, state: State, args: argparse.Namespace) ->
         print(note, file=sys.stderr)
 
 
-def open_out(file: Path | None):
-    """The file to write, or stdout. Raises UserError."""
-    if file and file.is_file():
-        raise UserError(f"--out {file} exists; name another file, or remove it")
+@contextmanager
+def opened_out(file: Path | None) -> Iterator[Callable[[str], None]]:
+    """A function that writes a line to a file, behind those that it holds, or to stdout.
+
+    Raises UserError; a new file in which nothing was written is removed.
+    """
+    if not file:
+        yield lambda line: print(line, flush=True)
+        return
+    new = not os.path.exists(file)  # noqa: PTH110  which raises nothing
     try:
-        return open(file or sys.stdout.fileno(), "w", encoding="utf-8", closefd=file is not None)
+        with file.open("ab", buffering=0) as out:  # what a full disk does not take is not kept
+            yield lambda line: put_whole(out, line)
     except OSError as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"--out {file} cannot be written: {error.strerror}") from None
+    finally:
+        if new and os.path.isfile(file) and not file.stat().st_size:  # noqa: PTH113
+            file.unlink()
+
+
+def put_whole(out, line: str) -> None:
+    rest = f"{line}\n".encode()
+    while rest:
+        rest = rest[out.write(rest) :]

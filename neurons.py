@@ -24,6 +24,7 @@ import numpy as np
 import bdh_mlx
 from errors import UserError, visible
 from fast_layer import forward_segment, ln
+from files import MADE_BY, check_replaceable, expanded, made_aside
 from writing import as_text, unescaped
 
 LONGEST = 512  # bytes of a text that are traced; every neuron of each is held in memory
@@ -141,7 +142,7 @@ def selective(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]]:
 
 def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
     """Above, how many neurons fire on each byte by layer; below, the 40 that fire most."""
-    from report import INK, canvas, panel  # late: it imports this file
+    from report import INK, canvas, panel  # late: it takes a second
 
     most = np.argsort(-summed.sum(0))[:40]
     figure = canvas(max(7, min(24, 0.16 * len(text))), 8)
@@ -163,11 +164,28 @@ def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
     return figure
 
 
-def tell(model: bdh_mlx.BDH, texts: list[str], folder: Path = Path()) -> int:
-    """Trace the first text into trace.png and trace.json; of several also what tells them apart.
+def places(out: Path | None) -> tuple[Path, Path]:
+    """The picture and the JSON file to make: trace.png and trace.json, in `out` where that is a
+    folder, else under the name `out`. Raises UserError where another file would be replaced.
+    """
+    stem = out or Path()
+    if stem.is_dir():
+        stem = stem / "trace"
+    stem = stem.with_suffix("") if stem.suffix in (".png", ".json") else stem
+    found = [stem.with_name(stem.name + suffix) for suffix in (".png", ".json")]
+    if not stem.parent.is_dir():
+        raise UserError(f"--out {out}: {stem.parent} is no folder")
+    for path in found:
+        check_replaceable(path, "--out")
+    return tuple(found)
+
+
+def tell(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -> int:
+    """Trace the first text into a picture and a JSON file; of several also what tells them apart.
 
     A text @FILE stands for the lines of a file.
     """
+    drawing, listing = places(out)
     read = [line for text in texts for line in _lines(text)]
     if not read:
         raise UserError("--trace has no text; give at least one byte")
@@ -185,20 +203,19 @@ def tell(model: bdh_mlx.BDH, texts: list[str], folder: Path = Path()) -> int:
             print(f"only on {text[:40]!r}: {', '.join(names) or 'none'}")
     from report import drawn
 
-    try:
-        (folder / "trace.json").write_text(json.dumps(told))
-        figure = picture(read[0], shares, summed, model.config.neurons_per_head)
-        (folder / "trace.png").write_bytes(drawn(figure, "png"))
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
-    print(f"written: {folder / 'trace.png'}, {folder / 'trace.json'}")
+    figure = drawn(picture(read[0], shares, summed, model.config.neurons_per_head), "png")
+    with made_aside(drawing) as png, made_aside(listing) as text:
+        png.write_bytes(figure)
+        text.write_text(json.dumps({"made_by": MADE_BY} | told))
+    print(f"written: {drawing}, {listing}")
     return 0
 
 
 def _lines(text: str) -> list[bytes]:
     if text.startswith("@"):
         try:
-            return [line[:LONGEST] for line in Path(text[1:]).read_bytes().splitlines() if line]
+            lines = expanded(text[1:], "--trace @FILE").read_bytes().splitlines()
+            return [line[:LONGEST] for line in lines if line]
         except OSError as error:
             raise UserError(f"--trace {text}: {error.strerror}") from None
     return [unescaped(text)[:LONGEST]] if text else []

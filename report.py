@@ -13,13 +13,15 @@ if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwh
 
 import html
 import io
-import json
+import logging
 import math
-from contextlib import suppress
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
-import bdh_mlx  # noqa: F401  before any that imports mlx.core: it gives a fast BLAS
+import bdh_mlx  # before any that imports mlx.core: it gives a fast BLAS
 import data
+import files
 import flags
 import metrics
 from errors import UserError, visible
@@ -35,20 +37,82 @@ def read(run: Path) -> tuple[dict, list[dict]]:
     """config.json and the lines of metrics.jsonl of a run, evaluations of other validation bytes
     than the last ones aside. Raises UserError where there is none.
     """
-    lines = metrics.of_one_kind(metrics.read(run / "metrics.jsonl"))
+    try:
+        lines = metrics.of_one_kind(metrics.read(run / "metrics.jsonl"))
+    except RecursionError:  # JSON of too many brackets
+        raise UserError(f"{run / 'metrics.jsonl'} is damaged: it is no log of a run") from None
+    lines = [_sound(m) for m in lines if type(m["step"]) is int]
     if not lines:
-        raise UserError(f"{run} holds no metrics.jsonl; name the folder of a run")
-    config = {"settings": {}, "data": {}, "versions": {}}
-    with suppress(OSError, ValueError, TypeError):
-        config |= json.loads((run / "config.json").read_text())
-    return config, lines
+        raise UserError(_no_run(run))
+    return _config_of(run), lines
+
+
+def _no_run(run: Path) -> str:
+    if not run.exists():
+        return f"{run} does not exist; name the folder of a run"
+    runs = sorted(file.parent.name for file in run.glob("*/metrics.jsonl"))
+    which = f"one or more of the runs in it: {', '.join(runs)}" if runs else "the folder of a run"
+    return f"{run} holds no metrics.jsonl; name {which}"
+
+
+def _config_of(run: Path) -> dict:
+    """config.json, without what is not as the trainer writes it, of which a warning tells."""
+    config, damaged = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}, []
+    try:
+        found = files.read_object(run / "config.json")
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return config
+    for name, empty in config.items():
+        value = found.get(name, empty)
+        if type(value) is type(empty) and _is_described(name, value):
+            config[name] = value
+        else:
+            damaged.append(name)
+    if damaged:
+        what = f"{', '.join(damaged)} not as the trainer writes it"
+        print(f"warning: {run / 'config.json'} is damaged: {what}", file=sys.stderr)
+    return config | {"settings": bdh_mlx.sound_settings(config["settings"])}
+
+
+def _is_described(name: str, value) -> bool:
+    """Whether the page can tell of a part of config.json."""
+    if name == "data" and value:
+        try:
+            data.describe(value)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+            return False
+    return True
+
+
+def _sound(m: dict) -> dict:
+    """A line of the log without values of another type than the trainer writes."""
+    others = ("val_bpb_fields", "advice", "samples", "active_x", "active_y")
+    kept = {k: value for k, value in m.items() if k not in others and _is_number(value)}
+    fields, advice, samples, x, y = map(m.get, others)
+    if isinstance(fields, dict):
+        kept["val_bpb_fields"] = {f: bits for f, bits in fields.items() if _is_number(bits)}
+    if isinstance(advice, dict):
+        kept["advice"] = advice
+    if isinstance(samples, list):
+        kept["samples"] = [text for text in samples if isinstance(text, str)]
+    lists = isinstance(x, list) and isinstance(y, list) and len(x) == len(y)
+    return kept | ({"active_x": x, "active_y": y} if lists and all(map(_is_number, x + y)) else {})
+
+
+def _is_number(value) -> bool:
+    """Whether a value is a number that can be drawn."""
+    right = isinstance(value, int | float) and not isinstance(value, bool)
+    return right and abs(value) < 1e300
 
 
 def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the lines that have a finite number under `key`, thinned to POINTS."""
-    found = [(m["step"], m[key]) for m in lines if isinstance(m.get(key), int | float)]
-    found = [point for point in found if math.isfinite(point[1])]
-    thin = found[:: math.ceil(len(found) / POINTS) or 1]
+    """Steps and values of the lines that have a number under `key`, thinned to about POINTS; the
+    last one stays.
+    """
+    found = [(m["step"], m[key]) for m in lines if _is_number(m.get(key))]
+    step = math.ceil(len(found) / POINTS) or 1
+    thin = found[::step] + (found[-1:] if (len(found) - 1) % step else [])
     steps, values = zip(*thin, strict=True) if thin else ((), ())
     return list(steps), list(values)
 
@@ -74,6 +138,7 @@ def judges(config: dict) -> str:
 
 
 def canvas(width: float, height: float):
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # not that a HOME is lacking
     from matplotlib.figure import Figure  # imported late, and without pyplot: a run needs neither
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -86,6 +151,11 @@ def panel(axes, title: str) -> None:
     axes.margins(x=0.01)
     for side in axes.spines.values():
         side.set_visible(False)
+
+
+def label(name) -> str:
+    """A name as matplotlib shows it: a $ begins no formula, a _ at its begin hides nothing."""
+    return " " * str(name).startswith("_") + visible(str(name)).replace("$", r"\$")
 
 
 def legend(axes) -> None:
@@ -109,7 +179,7 @@ def curves(config: dict, lines: list[dict]):
     fields = sorted({f for m in lines for f in m.get("val_bpb_fields", ())})
     for color, field in zip(LINES[2:], fields, strict=False):
         of_field = [m | {field: m.get("val_bpb_fields", {}).get(field)} for m in lines if m["step"]]
-        loss.plot(*series(of_field, field), "--", color=color, linewidth=1, label=field)
+        loss.plot(*series(of_field, field), "--", color=color, linewidth=1, label=label(field))
     legend(loss)
     below = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("bytes_per_s", "bytes/s"))
     for i, (key, title) in enumerate(below):
@@ -127,6 +197,7 @@ def drawn(figure, kind: str) -> bytes:
     import matplotlib
 
     file, how = io.BytesIO(), {"dpi": 130, "facecolor": "white"}
+    how |= {"metadata": {"Software": files.MADE_BY}}
     if kind == "svg":
         how = {"transparent": True, "metadata": {"Date": None}}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bdh"}):
@@ -284,14 +355,14 @@ def write(run: Path) -> None:
     config, lines = read(run)
     figure = curves(config, lines)
     svg = drawn(figure, "svg").decode()
-    for name, content in (
-        ("samples.md", transcript(lines).encode(errors="backslashreplace")),
-        ("curves.png", drawn(figure, "png")),
-        ("report.html", page(run, config, lines, svg).encode(errors="backslashreplace")),
-    ):
-        making = run / f".{name}.tmp"  # a viewer finds the old or the new one
-        making.write_bytes(content)
-        making.replace(run / name)
+    made = {
+        "samples.md": transcript(lines).encode(errors="backslashreplace"),
+        "curves.png": drawn(figure, "png"),
+        "report.html": page(run, config, lines, svg).encode(errors="backslashreplace"),
+    }
+    with ExitStack() as stack:  # a viewer finds the old or the new ones
+        for name, content in made.items():
+            stack.enter_context(files.made_aside(run / name)).write_bytes(content)
 
 
 def redraw(run: Path) -> None:
@@ -306,6 +377,7 @@ def redraw(run: Path) -> None:
 
 def compare(runs: list[Path], out: Path) -> str:
     """Overlay the losses that judge runs, over the bytes trained on; a table of them."""
+    files.check_replaceable(out, "--out")
     figure = canvas(9, 4)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, title in zip(panels, ("validation", "training"), strict=True):
@@ -328,7 +400,7 @@ def compare(runs: list[Path], out: Path) -> str:
         for axes, key in zip(panels, ("judged_bpb", "bpb"), strict=True):
             steps, values = series([m for m in bits(lines) if m["step"]], key)
             style = {"color": LINES[i % len(LINES)], "linestyle": ("-", "--")[i // len(LINES) % 2]}
-            axes.plot([n * each for n in steps], values, label=str(run), linewidth=1.3, **style)
+            axes.plot([n * each for n in steps], values, label=label(run), linewidth=1.3, **style)
         speeds = sorted(series(lines, "bytes_per_s")[1]) or [0]
         rows.append(
             (str(run), f"{config.get('parameters', 0):,}", f"{lines[-1]['step']:,}",
@@ -336,7 +408,8 @@ def compare(runs: list[Path], out: Path) -> str:
              judges(config), f"{speeds[len(speeds) // 2]:,.0f}")
         )  # fmt: skip
     legend(panels[0])
-    out.write_bytes(drawn(figure, "png"))
+    with files.made_aside(out) as making:
+        making.write_bytes(drawn(figure, "png"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
     return visible("\n".join([*lines, f"picture: {out}"]))
@@ -344,12 +417,17 @@ def compare(runs: list[Path], out: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = flags.Parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="folder of a run")
-    parser.add_argument("--out", type=Path, default="compare.png", help="picture of a comparison")
+    parser.add_argument("runs", nargs="+", metavar="run", help="folder of a run")
+    parser.add_argument("--out", help="picture of a comparison (compare.png)", metavar="PNG")
+    parser.add_argument("--version", action="version", version=bdh_mlx.VERSION)
     args = parser.parse_args(argv)
-    if len(args.runs) > 1:
-        print(compare(args.runs, args.out))
+    runs = [files.expanded(run, "run") for run in args.runs]
+    out = files.expanded("compare.png" if args.out is None else args.out, "--out")
+    if len(runs) > 1:
+        print(compare(runs, out))
+    elif args.out is not None:
+        raise UserError("--out is for a comparison; name several runs, or leave it out")
     else:
-        write(run := args.runs[0].resolve())  # "." has no name
+        write(run := files.absolute(runs[0]))  # "." has no name
         print(f"report: {run / 'report.html'}")
     return 0

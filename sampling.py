@@ -11,11 +11,19 @@ from functools import lru_cache, partial
 import mlx.core as mx
 import numpy as np
 
-from errors import UserError
+from errors import UserError, check_number
 
 WINDOW = 256  # last bytes that the repetition penalty looks at
 NONE = -1  # in a past: no byte yet
 AT_ONCE = 64  # draws
+LIMITS = {  # kind, least and largest value, words for them, another value
+    "repetition_penalty": (float, 1e-6, 1e6, "above 0 and at most 1,000,000; 1: none"),
+    "temperature": (float, 1e-6, 1e6, "0 (the likeliest byte) or 0.000001 to 1,000,000", (0,)),
+    "top_k": (int, 1, 65536),
+    "top_p": (float, math.ulp(0), 1, "above 0 and at most 1"),
+    "min_p": (float, 0, 1, "between 0 and 1"),
+}
+LEAST = 2.0**-126  # a smaller share is 0 in float32
 
 
 @dataclass(frozen=True)
@@ -33,19 +41,11 @@ class Sampling:
     min_p: float | None = None  # bytes with at least this share of the likeliest one's probability
 
     def __post_init__(self):
-        for name, good, limits in (
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1: none"),
-            (
-                "temperature",
-                self.temperature == 0 or 1e-6 <= self.temperature < math.inf,
-                "0 (the likeliest byte) or at least 0.000001",
-            ),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
-        ):
-            if not good:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be {limits}")
+        for name, limits in LIMITS.items():
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, *limits)
+        if not isinstance(self.utf8, bool):
+            raise UserError(f"utf8 is {self.utf8!r}; it must be True or False")
 
     def past(self, seen: np.ndarray) -> mx.array | None:
         """What a draw must know of the bytes seen (B, T): the last (B, WINDOW), or nothing."""
@@ -117,12 +117,12 @@ def _filtered(s: Sampling, logits, number):
         return _choice(logits, number)
     order = mx.argsort(-logits, -1)
     logits = mx.take_along_axis(logits, order, -1)
-    if s.top_k is not None:
+    if s.top_k is not None and s.top_k < logits.shape[-1]:
         logits = mx.where(mx.arange(logits.shape[-1]) < s.top_k, logits, -math.inf)
     if s.top_p is not None and s.top_p < 1:
         p = mx.softmax(logits, -1)
         likelier = mx.cumsum(p, -1) - p  # probability of the bytes before this one
-        logits = mx.where(likelier < s.top_p, logits, -math.inf)
+        logits = mx.where(likelier < max(s.top_p, LEAST), logits, -math.inf)
     if s.min_p:
         logits = mx.where(logits >= logits[:, :1] + math.log(s.min_p), logits, -math.inf)
     choice = _choice(logits, number)

@@ -19,13 +19,16 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 import cpu_byte
 import cuda_byte
 import gpu_byte
+from errors import UserError, check_number
 from fast_layer import forward_segment, ln, on_gpu, turn
 
 PARTS = 4  # of a window
+WINDOWS = (int, PARTS, 2**40)  # what a window can be, as check_number takes it
 CPU_ROWS = 1024  # bytes * batch read at once, which bounds the memory
 GPU_ROWS = {48e9: 32768, 0: 4096}  # the same by the memory there is: more are faster (LOG.md)
 SHORT = 16  # bytes up to which a CPU reads one by one: its product of few rows is slow
@@ -59,7 +62,10 @@ class State(NamedTuple):
 
 
 def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
-    """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State."""
+    """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State.
+
+    It does not look at the values of idx, for which a GPU's host would wait at each byte.
+    """
     state, logits = _broadcast(model, idx, state), []
     for piece in _pieces(model, idx, state):
         out, state = _read_piece(model, piece, state)
@@ -68,7 +74,11 @@ def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, St
 
 
 def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
-    """Read idx (B, T >= 1), however long; gives the next byte's logits (B, V), the State."""
+    """Read idx (B, T >= 1), however long; gives the next byte's logits (B, V), the State.
+
+    Raises UserError for an idx or a state that the model cannot read.
+    """
+    idx = checked(model, idx)
     state = _broadcast(model, idx, state)
     for piece in _pieces(model, idx, state):
         out, state = _read_piece(model, piece, state)
@@ -76,10 +86,48 @@ def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array,
     return out[:, -1] @ model.lm_head, state
 
 
+def checked(model, idx) -> mx.array:
+    """idx, which holds at least a byte for each row, as an MLX array. Raises UserError."""
+    if not isinstance(idx, mx.array | np.ndarray):
+        raise UserError(
+            f"the prompt is of type {type(idx).__name__}; it must be an mx.array (B, T)"
+        )
+    if idx.ndim != 2 or 0 in idx.shape:
+        raise UserError(f"the prompt has shape {idx.shape}; it must be (B, T) with T at least 1")
+    if isinstance(idx, np.ndarray) and idx.dtype.kind not in "biuf":
+        raise UserError(f"the prompt is of type {idx.dtype}; it must be whole numbers")
+    idx = mx.array(idx) if isinstance(idx, np.ndarray) else idx
+    if not mx.issubdtype(idx.dtype, mx.integer):
+        raise UserError(f"the prompt is of type {idx.dtype}; it must be whole numbers")
+    for value in (idx.min().item(), idx.max().item()):
+        if not 0 <= value < model.config.vocab_size:
+            most = model.config.vocab_size - 1
+            raise UserError(f"the prompt holds {value}; it must be from 0 to {most}")
+    return idx
+
+
+def check_state(model, state: State) -> None:
+    """Raise UserError for what is no state, or was read by a model of another shape."""
+    if not isinstance(state, State):
+        raise UserError(f"the state is of type {type(state).__name__}; it must be a State")
+    if state.window is not None:
+        check_number("window", state.window, *WINDOWS)
+    H, D, N = model.encoder.shape
+    wanted, found = (model.config.n_layer, H, D, N), []
+    if state.synapses:
+        found.append((len(state.synapses), *(state.synapses[0].shape[i] for i in (0, 3, 2))))
+    if tail := state.tail:
+        found.append((len(tail.values), *tail.of.made_of[2].shape))
+    for shape in found:
+        if shape != wanted:
+            raise UserError(f"the state was read with (layers, H, D, N) = {shape}, here {wanted}")
+
+
 def _broadcast(model, idx: mx.array, state: State | None) -> State:
     state = state or State()
+    check_state(model, state)
     if state.batch not in (0, 1, idx.shape[0]):
-        raise ValueError(f"a state of batch {state.batch} cannot read {idx.shape[0]} rows")
+        raise UserError(f"the state has {state.batch} rows and cannot read {idx.shape[0]}")
     return state if state.batch in (0, idx.shape[0]) else fold(state)
 
 

@@ -797,7 +797,7 @@ def settings(argv: list[str] | None = None) -> Settings:
     refuse_idle(s, typed)
     for name in ("CHECKPOINT_DIR", "INIT_FROM"):  # no shell reads a constant
         if vars(s)[name]:
-            setattr(s, name, str(files.expanded(vars(s)[name])))
+            setattr(s, name, str(files.expanded(vars(s)[name], name)))
     s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(s.BDH_CONFIG)})
     for run in phases.chain(s):
         check(run)

@@ -17,6 +17,7 @@ import numpy as np
 from errors import UserError, visible
 from sampling import NONE, Sampling, after, numbers
 from state import State, ahead, prefill
+from state import read as read_on
 
 
 def rows(texts: Sequence[bytes]) -> np.ndarray:
@@ -32,9 +33,7 @@ def read(model, idx: np.ndarray | mx.array, state: State | None = None) -> tuple
 
     Raises UserError for an empty prompt, and where the model's numbers are not finite.
     """
-    if idx.ndim != 2 or idx.shape[1] < 1:
-        raise UserError(f"the prompt has shape {idx.shape}; it must be (B, T) with T at least 1")
-    logits, state = prefill(model, mx.array(idx), state)
+    logits, state = prefill(model, idx, state)
     if not mx.isfinite(logits).all().item():
         raise UserError("the model's numbers are not finite: its training diverged")
     return logits, state
@@ -63,7 +62,7 @@ def write(
                 own = mx.array(given[i])
                 token = mx.where(own == NONE, token, own.astype(token.dtype))  # not to int64
             past = after(past, token)
-            logits, state = model.read(token[:, None], state)
+            logits, state = read_on(model, token[:, None], state)
             logits = logits[:, -1]
             shown = _for_the_host(token)
             mx.async_eval(shown, logits, past, state)

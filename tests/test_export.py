@@ -1,10 +1,12 @@
 """An exported folder holds the official names, loads there, and says where it comes from."""
 
+import errno
 import json
 import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -60,6 +62,58 @@ def test_nothing_is_written_over(tmp_path):
     bdh_mlx.save_model(random_model(), tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="not empty"):
         generate.main([str(tmp_path / "model.safetensors"), "--export", str(tmp_path)])
+
+
+@pytest.mark.parametrize("fails", ["model.safetensors", "config.json", "README.md"])
+@pytest.mark.parametrize("there", [False, True])
+def test_an_export_that_fails_leaves_nothing_and_can_be_made_again(
+    fails, there, tmp_path, monkeypatch
+):
+    bdh_mlx.save_model(random_model(), tmp_path / "m.safetensors")
+    folder, replace = tmp_path / "new" / "ex", Path.replace
+    if there:
+        folder.mkdir(parents=True)
+
+    def full(self, to):
+        if to.name == fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, to)
+
+    command = [str(tmp_path / "m.safetensors"), "--export", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(UserError, match=f"{fails} cannot be written: No space left"):
+            generate.main(command)
+    left = [f.name for f in tmp_path.rglob("*")]
+    assert sorted(left) == (["ex", "m.safetensors", "new"] if there else ["m.safetensors"])
+    assert generate.main(command) == 0 and len([*folder.iterdir()]) == 3
+
+
+@pytest.mark.parametrize("name", ["file/ex", "loop/ex", "x" * 300, "new/" + "x" * 300])
+def test_a_folder_that_cannot_be_made_is_one_line(name, tmp_path):
+    bdh_mlx.save_model(random_model(), tmp_path / "m.safetensors")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises((UserError, OSError), match=name) as told:
+        generate.main([str(tmp_path / "m.safetensors"), "--export", str(tmp_path / name)])
+    assert "\n" not in str(told.value)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "loop", "m.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [b"\xff", b"[" * 10**5, b"null", b'{"settings": 5}', b'{"settings": {}, "step": [1]}',
+     b'{"settings": {"TRAINING_MODE": ["full"], "DATASET": 3}, "step": "x", "data": null}'],
+)  # fmt: skip
+@pytest.mark.parametrize("best", [b"[]", b'{"step": 5, "judged": NaN}', b"{" * 10**5])
+def test_a_model_of_a_damaged_run_is_exported(config, best, tmp_path):
+    step = tmp_path / "step-000005"
+    step.mkdir()
+    bdh_mlx.save_model(random_model(), step / "model.safetensors")
+    (step / "config.json").write_bytes(config)
+    (tmp_path / "best.json").write_bytes(best)
+    assert generate.main([str(tmp_path), "--export", str(tmp_path / "ex")]) == 0
+    assert "shape | n_layer 2" in (tmp_path / "ex" / "README.md").read_text()
 
 
 def test_a_hostile_data_name_stays_in_its_cell():

@@ -1,5 +1,7 @@
 """What a user of generate.py meets: prompts, stop strings, batches, a terminal, a session."""
 
+import errno
+import hashlib
 import json
 import os
 import pty
@@ -7,6 +9,7 @@ import random
 import re
 import readline
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +28,7 @@ import data
 import formats
 import generate
 import train_mlx
+import writing
 from bdh_mlx import BDH, BDHConfig, UserError
 from errors import visible
 from sampling import NONE, Sampling, numbers
@@ -106,8 +110,8 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
 
 
 def test_bytes_of_a_longer_prompt_are_of_the_type_of_drawn_ones(monkeypatch):
-    step, types = BDH.read, []  # with another type a compiled step would be traced anew
-    monkeypatch.setattr(BDH, "read", lambda *of: types.append(of[1].dtype) or step(*of))
+    step, types = writing.read_on, []  # with another type a compiled step would be traced anew
+    monkeypatch.setattr(writing, "read_on", lambda *of: types.append(of[1].dtype) or step(*of))
     assert len(list(complete(random_model(), [b"a", b"hello"], GREEDY, KEY, [], 4))) == 2
     assert len(types) >= 8 and set(types) == {mx.uint32}  # 4 bytes given, 4 drawn
 
@@ -273,12 +277,21 @@ def test_the_same_seed_writes_the_same_bytes(chaos, said):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--top-k", "0"], "top_k is 0"),
-        (["--temperature", "-1"], "temperature is -1"),
+        (["--top-k", "0"], "--top-k is 0; it must be a whole number of at least 1"),
+        (["--temperature", "-1"], "--temperature is -1"),
         (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--samples", "0"], "--samples is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--out", "x"], "--out is for the texts of --prompts"),
+        (["--batch-size", "8"], "--batch-size: no effect on one text"),  # the default
+        *(
+            ([flag, "9" * 25], f"{flag} is 9999")
+            for flag in ("--samples", "--max-new-tokens", "--batch-size", "--window", "--seed")
+        ),
+        *(([flag, "nan"], f"{flag} is nan") for flag in ("--temperature", "--top-p", "--min-p")),
+        (["--top-k", "9" * 25], "--top-k is 9999"),
+        (["--window", "3"], "--window is 3; it must be a whole number of at least 4"),
+        (["--repetition-penalty", "inf"], "--repetition-penalty is inf"),
         (["--raw", "--samples", "2"], "--raw writes one text"),
         (["--batch-size", "2"], "--batch-size: no effect on one text"),
     ],
@@ -308,7 +321,7 @@ def test_mistyped_flags_are_one_line(flags, complaint, counting, capsys):
 @pytest.mark.parametrize(
     ("flags", "idle"),
     [
-        ("--evaluate x --top-k 3 --dtype float32 --temperature 0", "--temperature, --top-k"),
+        ("--evaluate x --top-k 3 --dtype float32 --temperature 0.8", "--temperature, --top-k"),
         *(("--trace x --trace y --mode full", "--mode"), ("--export x --raw", "--raw")),
         ("--evaluate x --save-state s", "--save-state"),
     ],
@@ -321,17 +334,130 @@ def test_a_flag_without_an_effect_is_told(flags, idle, counting):
 def test_files_that_cannot_be_read_or_would_be_lost_are_named(counting, tmp_path):
     (tmp_path / "bad").write_bytes(b"\xff")
     (tmp_path / "in").write_text('{"prompt": "a"}')
+    (tmp_path / "loop").symlink_to("loop")
     for asked, out, complaint in (
         ("none", "out", "none: No such file or directory"),
-        ("", "out", "Is a directory"),
+        (".", "out", "Is a directory"),
         ("bad", "out", "bad is no UTF-8"),
         ("in", "in", "in exists; name another file"),
-        ("in", "", "cannot be written: Is a directory"),
+        ("loop", "out", "loop: Too many levels of symbolic links"),
+        ("in", "loop", "loop cannot be written: Too many levels"),
+        ("in", ".", "cannot be written: Is a directory"),
     ):
         names = ("--prompts", str(tmp_path / asked), "--out", str(tmp_path / out))
         with pytest.raises(UserError, match=complaint):
             generate.main([str(counting), *names])
     assert (tmp_path / "in").read_text() == '{"prompt": "a"}'
+
+
+PATH_FLAGS = ["--prompt-file", "--prompts", "--export", "--load-state", "--save-state", "--out"]
+
+
+@pytest.mark.parametrize("flag", [*PATH_FLAGS, "--evaluate", "--trace", "--stop"])
+def test_an_empty_string_is_no_value(flag, counting):
+    with pytest.raises(UserError, match=f"^{flag} is empty"):
+        generate.flags([str(counting), flag, ""])
+    with pytest.raises(UserError, match=r"^model is empty"):
+        generate.flags(["", "--prompt", "a"])
+
+
+@pytest.mark.parametrize("flag", PATH_FLAGS)
+def test_each_flag_that_takes_a_path_reads_it_alike(flag, counting, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of mine")
+    beside = {"--out": ["--prompts", "p"]}.get(flag, [])
+    args = generate.flags([str(counting), *beside, flag, "~/x.safetensors"])
+    path = vars(args)[flag[2:].replace("-", "_")]
+    assert str(path) == "/home/of mine/x.safetensors"
+    for wrong, complaint in (("w/\udcff", r"w/\\udcff: not UTF-8"), ("a\0b", "NUL")):
+        with pytest.raises(UserError, match=f"^{flag} is .*{complaint}"):
+            generate.flags([str(counting), flag, wrong])
+    with pytest.raises(UserError, match=r"^model is .*not UTF-8"):
+        generate.flags(["\udcff"])
+
+
+def test_the_version_is_a_line(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        generate.main(["--version"])
+    assert re.fullmatch(r"BDH-MLX, mlx [\d.]+, python [\d.]+\n", capsys.readouterr().out)
+
+
+def test_what_is_no_file_is_not_evaluated(chaos, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in (tmp_path / "pipe.jsonl", "/dev/null"):
+        with pytest.raises(UserError, match="is neither a file nor a folder"):
+            generate.main([str(chaos), "--evaluate", str(name)])
+
+
+def damaged_run(run, folder, config):
+    copied = folder / "copied"
+    shutil.copytree(run, copied)
+    (copied / "step-000001" / "config.json").write_bytes(config)
+    return copied
+
+
+@pytest.mark.parametrize(
+    "config",
+    [b"", b"\xff", b"[]", b"null", b"[" * 10**5, b'{"settings": 5}', b'{"settings": null}'],
+)
+def test_a_damaged_config_is_a_warning(config, chaos, tmp_path, capsys):
+    run = damaged_run(chaos, tmp_path, config)
+    assert generate.main([str(run), "--prompt", "a", "--max-new-tokens", "2"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "config.json is damaged" in said
+
+
+@pytest.mark.parametrize("wrong", ["2", None, True, 1.5, -1, [2], {"a": 1}, 10**30])
+def test_settings_of_a_wrong_type_are_unknown_to_evaluation(wrong, chaos, tmp_path, said):
+    names = ("BLOCK_SIZE", "BATCH_SIZE", "TRAINING_MODE")
+    config = json.dumps({"settings": dict.fromkeys(names, wrong)})
+    run = damaged_run(chaos, tmp_path, config.encode())
+    (tmp_path / "a.txt").write_text("one paragraph\n\nanother\n")
+    table = said(run, "--evaluate", tmp_path / "a.txt", "--mode", "full").decode()
+    assert "in blocks of 4,096" in table
+    assert said(run, "--prompt", "a", "--max-new-tokens", 1)
+
+
+def of_steps(model, folder, *steps):
+    run = folder / "steps"
+    for step in steps:
+        at = run / f"step-{step:06d}"
+        at.mkdir(parents=True)
+        bdh_mlx.save_model(model, at / "model.safetensors")
+        digest = hashlib.sha256((at / "model.safetensors").read_bytes()).hexdigest()
+        manifest = {"model.safetensors": {"sha256": digest}}
+        (at / "manifest.json").write_text(json.dumps(manifest))
+    return run
+
+
+def test_a_checkpoint_that_cannot_be_taken_is_told(tmp_path, capsys):
+    run = of_steps(random_model(), tmp_path, 1, 2, 3)
+    (run / "best.json").write_text('{"checkpoint": "step-000002"}')
+    assert bdh_mlx.find_weights(run).parent.name == "step-000002"
+    assert capsys.readouterr().err == ""
+    (run / "step-000002" / "model.safetensors").unlink()
+    assert bdh_mlx.find_weights(run).parent.name == "step-000003"
+    said = capsys.readouterr().err
+    assert "step-000002 lacks its model.safetensors; taking step-000003" in said
+    with pytest.raises(UserError, match=r"step-000002 lacks its model.safetensors"):
+        bdh_mlx.find_weights(run / "step-000002")
+    for step in (1, 3):
+        (run / f"step-{step:06d}" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="has no sound checkpoint: step-000002 lacks"):
+        bdh_mlx.find_weights(run)
+    assert capsys.readouterr().err == ""
+    for name in ("manifest.json", "../best.json"):
+        with pytest.raises(UserError, match=r"it is no .safetensors file"):
+            bdh_mlx.load_model(run / "step-000001" / name)
+
+
+@pytest.mark.parametrize("best", [b"[" * 10**5, b"[]", b'{"checkpoint": ["x"]}', b"\xff", b""])
+def test_a_damaged_best_means_the_last(best, tmp_path):
+    run = of_steps(random_model(), tmp_path, 1, 2)
+    (run / "best.json").write_bytes(best)
+    assert bdh_mlx.find_weights(run).parent.name == "step-000002"
+    (run / "best.json").unlink()
+    (run / "best.json").mkdir()
+    assert bdh_mlx.find_weights(run).parent.name == "step-000002"
 
 
 def test_other_vocabularies_are_refused(tmp_path):
@@ -396,6 +522,10 @@ def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, t
         ("{", "not JSON"),
         ("3", "not a JSON object"),
         ('{"prompt": 5}', "prompt is int, not text"),
+        ('{"prompt": "a", "n": NaN}', "it holds a number that JSON has not"),
+        ('{"prompt": "a", "n": [1e999]}', "it holds a number that JSON has not"),
+        ("[" * 10**5, "not JSON"),
+        ("\0", "not JSON"),
         ('{"system": "s"}', "instruction missing"),
         ('{"instruction": null}', "instruction is null, not text"),
         ('{"instruction": "i", "system": 5}', "system is int, not text"),
@@ -598,6 +728,20 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting, tmp_path):
     assert text.startswith(b"### Instruction:\ngo\n\n### Response:\n\x0b\x0c") and len(text) > 80
 
 
+def test_the_end_of_input_ends_a_text_of_several_lines(monkeypatch):
+    lines = iter(['"""', "one", "two"])
+
+    def typed(_):
+        if line := next(lines, None):
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert chat.typed() == "one\ntwo"
+    with pytest.raises(EOFError):
+        chat.typed()
+
+
 def test_a_session_answers_as_its_whole_transcript_would(monkeypatch, capsys, chaos, tmp_path):
     monkeypatch.setattr(chat, "HISTORY", tmp_path / "history")
     lines = iter(["first", "/system S", "second", f"/save {tmp_path / 'said'}", "/quit"])
@@ -724,6 +868,103 @@ def test_interrupted_prompts_tell_how_many_are_written_and_keep_them(
         generate.main([str(chaos), *flags.split()])
     assert "stopped: 2 of 3 texts are written" in capsys.readouterr().err
     assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == ["a", "b"]
+
+
+ASKED = ["one", "a longer one", "one", "four", "five"]
+
+
+@pytest.fixture
+def asked(tmp_path, chaos, said, capfdbinary):
+    """A function that writes the texts of ASKED to `out`; what was said on stderr."""
+    lines = ({"prompt": p, "line": i} for i, p in enumerate(ASKED))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    flags = f"--prompts {tmp_path / 'p.jsonl'} --seed 3 --batch-size 2 --max-new-tokens 9"
+
+    def run(*args, out=tmp_path / "out.jsonl"):
+        capfdbinary.readouterr()
+        generate.main([str(chaos), *flags.split(), "--out", str(out), *args])
+        return capfdbinary.readouterr().err.decode()
+
+    return run
+
+
+@pytest.mark.parametrize("samples", ["1", "3"])
+def test_interrupted_prompts_go_on_with_what_is_missing_and_end_in_the_same_bytes(
+    samples, asked, tmp_path
+):
+    out = tmp_path / "out.jsonl"
+    asked("--samples", samples)
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 5 * int(samples)
+    for kept in range(len(lines)):
+        for half in (b"", lines[kept][:1], lines[kept][: len(lines[kept]) // 2], lines[kept][:-1]):
+            out.write_bytes(b"".join(lines[:kept]) + half)
+            told = asked("--samples", samples)
+            assert out.read_bytes() == whole
+            assert (f"holds {kept} of {len(lines)} texts; the others follow" in told) == (kept > 0)
+    out.write_bytes(b"".join(lines[1::2]))  # in any order
+    asked("--samples", samples)
+    assert sorted(out.read_bytes().splitlines()) == sorted(whole.splitlines())
+    before = out.read_bytes()
+    assert "none is left to write" in asked("--samples", samples)
+    assert out.read_bytes() == before
+
+
+def test_a_file_that_is_no_output_of_these_prompts_is_refused_and_kept(asked, tmp_path):
+    asked()
+    out, lines = tmp_path / "out.jsonl", (tmp_path / "out.jsonl").read_bytes().splitlines(True)
+    other = json.dumps(json.loads(lines[0]) | {"prompt": "another"}).encode() + b"\n"
+    moved = json.dumps(json.loads(lines[0]) | {"line": 9}).encode() + b"\n"
+    for content in (
+        *(b"mine", b"mine\n", b"{}\n", b"[1]\n", b"3\n", b"\xff\n", b"[" * 10**5 + b"\n", b"\n"),
+        *(lines[0] * 2, lines[0] + other, moved, lines[0] + b"mine", lines[0] + b"\n" + lines[1]),
+    ):
+        out.write_bytes(content)
+        with pytest.raises(UserError, match="exists"):
+            asked()
+        assert out.read_bytes() == content
+    out.write_bytes(lines[0])
+    with pytest.raises(UserError, match="its line 1 is no answer to these prompts"):
+        asked("--samples", "2")
+
+
+def test_no_empty_file_is_left_and_a_full_disk_leaves_whole_lines(asked, tmp_path, monkeypatch):
+    out, write_of = tmp_path / "out.jsonl", generate.put_whole
+
+    def full(file, line):
+        if not file.tell() or "four" not in line:
+            return write_of(file, line)
+        file.write(line[:5].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "complete", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            asked()
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "put_whole", full)
+        with pytest.raises(UserError, match=r"out.jsonl cannot be written: No space left"):
+            asked()
+    assert len(out.read_bytes().splitlines()) == 1 + out.read_bytes().count(b"\n")
+    asked()
+    assert sorted(m["line"] for m in results(out)) == [1, 2, 3, 4, 5]
+
+
+def test_a_million_texts_are_the_most(chaos, tmp_path):
+    (tmp_path / "p").write_text('{"prompt": "a"}\n' * 3)
+    with pytest.raises(UserError, match="asks for more than 1,000,000 texts"):
+        generate.read_jobs(tmp_path / "p", None, 400_000)
+
+
+def test_prompts_of_another_editor_are_read(chaos, tmp_path, said):
+    (tmp_path / "p").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n')
+    out = said(chaos, "--prompts", tmp_path / "p", "--max-new-tokens", 2).splitlines()
+    assert [json.loads(line)["line"] for line in out] == [1, 3]
 
 
 def test_a_session_says_once_that_it_outgrew_the_blocks(monkeypatch, capsys, chaos, tmp_path):

@@ -1,19 +1,25 @@
 """The model is the official BDH: its numbers, its parameters, and one function in three forms."""
 
+import copy
+import json
 import math
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
 
 import bdh_mlx
+import fast_blas
 from bdh_mlx import BDH, BDHConfig, UserError
+from state import prefill
 
 GOLDEN = Path(__file__).parent / "golden_bdh.safetensors"  # computed with the official PyTorch code
 SMALL = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
@@ -172,11 +178,151 @@ def test_files_that_hold_no_bdh_are_refused(tmp_path):
         ("vocab_size", "256"),
         ("dropout", 1.0),
         ("dropout", -0.1),
+        ("dropout", "0.1"),
+        ("dropout", math.nan),
+        ("dropout_v", None),
+        ("n_layer", True),
+        ("n_embd", 4.0),
+        ("n_layer", 1001),
+        ("n_embd", 65537),
+        ("n_head", 65537),
+        ("vocab_size", 65537),
+        ("mlp_internal_dim_multiplier", 10**30),
     ],
 )
 def test_a_wrong_configuration_names_its_field(field, value):
     with pytest.raises(UserError, match=f"^{field} is"):
         BDHConfig(**{field: value})
+
+
+def test_more_neurons_than_an_array_has_places_are_refused():
+    with pytest.raises(UserError, match="2,147,483,648; it must be below 2"):
+        BDHConfig(n_embd=2**16, mlp_internal_dim_multiplier=2**15)
+    assert BDHConfig(n_embd=2**16, mlp_internal_dim_multiplier=2**14).n_embd == 2**16
+
+
+def test_an_unknown_field_is_named_with_the_one_that_is_meant():
+    with pytest.raises(UserError) as told:
+        BDHConfig(n_embd=64, layers=2)
+    assert str(told.value) == "layers is no field of BDHConfig; did you mean n_layer?"
+    assert copy.copy(replace(BDHConfig(), n_layer=2)) == BDHConfig(n_layer=2)
+
+
+def test_every_field_of_a_configuration_is_saved_and_loaded(tmp_path):
+    """Also one that is added later: no array shows it, so that the header must."""
+    other = {f.name: f.default * 2 if f.type is int else 0.25 for f in fields(BDHConfig)}
+    config = BDHConfig(**other | {"n_embd": 16, "mlp_internal_dim_multiplier": 8})
+    assert all(getattr(config, f.name) != f.default for f in fields(BDHConfig))
+    bdh_mlx.save_model(BDH(config), tmp_path / "m.safetensors")
+    assert bdh_mlx.load_model(tmp_path / "m.safetensors").config == config
+
+
+@pytest.mark.parametrize("name", ["m", "absent/m.safetensors", "folder.safetensors", "\udcff"])
+def test_a_model_that_cannot_be_saved_is_one_line_and_leaves_nothing(name, tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"name a .safetensors|cannot be written|not UTF-8"):
+        bdh_mlx.save_model(random_model(), f"{tmp_path}/{name}")
+    assert [f.name for f in tmp_path.iterdir()] == ["folder.safetensors"]
+
+
+def test_a_model_half_written_leaves_the_one_before(tmp_path, monkeypatch):
+    file = tmp_path / "m.safetensors"
+    bdh_mlx.save_model(random_model(), file)
+    before = file.read_bytes()
+
+    def full(path, *_, **__):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[write] Unable to write")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(UserError, match=r"m.safetensors cannot be written"):
+        bdh_mlx.save_model(random_model(seed=1), file)
+    assert file.read_bytes() == before and [*tmp_path.iterdir()] == [file]
+
+
+def header(about):
+    text = json.dumps(about).encode() if isinstance(about, dict) else about
+    return len(text).to_bytes(8, "little") + text
+
+
+BYTE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "no .safetensors file"),
+        (b"# A text\n" * 20, "no .safetensors file"),
+        (json.dumps({"checkpoint": "x"}).encode(), "no .safetensors file"),
+        (header({"a": BYTE})[:-1], "no .safetensors file"),
+        (header({"a": BYTE}), "cannot be read"),
+        (header(b"{" * 20000), "cannot be read"),
+        (header(b'{"a": \xff}'), "cannot be read"),
+        (header({"a": []}), "cannot be read"),
+        (header({"a": BYTE | {"shape": [-1]}}) + bytes(4), "cannot be read|no BDH"),
+        (header({"embed.weight": BYTE | {"shape": []}}) + bytes(4), "holds no BDH"),
+        (header({"a": BYTE | {"dtype": "NONE"}}) + bytes(4), "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_model_is_one_line(content, complaint, tmp_path):
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as told:
+        bdh_mlx.load_model(file)
+    assert str(file) in str(told.value)
+
+
+@pytest.mark.parametrize("scalar", ["embed.weight", "encoder"])
+def test_an_array_of_no_dimension_is_no_model(scalar, tmp_path):
+    file = tmp_path / "m.safetensors"
+    arrays = dict(tree_flatten(random_model().parameters())) | {scalar: mx.array(1.0)}
+    mx.save_safetensors(str(file), arrays)
+    with pytest.raises(UserError, match="holds no BDH"):
+        bdh_mlx.load_model(file)
+
+
+@pytest.mark.parametrize(
+    "told", [{"n_layer": "1001"}, {"n_layer": "two"}, {"dropout": "NaN"}, {"n_layer": "[" * 10**5}]
+)
+def test_a_header_with_an_impossible_number_names_the_file(told, tmp_path):
+    file = tmp_path / "m.safetensors"
+    mx.save_safetensors(str(file), dict(tree_flatten(random_model().parameters())), metadata=told)
+    with pytest.raises(UserError, match=r"m.safetensors: "):
+        bdh_mlx.load_model(file)
+
+
+PROMPTS = [
+    ([[1, 2]], "of type list"),
+    (b"ab", "of type bytes"),
+    (mx.array([1, 2]), r"shape \(2,\); it must be \(B, T\)"),
+    (mx.zeros((1, 0), mx.int32), r"shape \(1, 0\)"),
+    (mx.zeros((0, 2), mx.int32), r"shape \(0, 2\)"),
+    (mx.array([[1.0, 2.0]]), "float32; it must be whole numbers"),
+    (mx.array([[True]]), "bool; it must be whole numbers"),
+    (np.array([["a"]]), "it must be whole numbers"),
+    (np.array([[1.5]]), "it must be whole numbers"),
+    (mx.array([[5, 256]]), "holds 256; it must be from 0 to 255"),
+    (mx.array([[-1, 5]]), "holds -1"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "complaint"), PROMPTS)
+@pytest.mark.parametrize("how", ["read", "prefill", "generate"])
+def test_a_prompt_that_no_model_can_read_is_refused(how, prompt, complaint):
+    model = random_model()
+    calls = {
+        "read": model.read,
+        "prefill": lambda idx: prefill(model, idx),
+        "generate": lambda idx: model.generate(idx, 1),
+    }
+    with pytest.raises(UserError, match=complaint):
+        calls[how](prompt)
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, "8", True])
+def test_a_number_of_bytes_to_write_that_is_none_is_refused(count):
+    with pytest.raises(UserError, match="max_new_tokens is"):
+        random_model().generate(random_bytes(1, 3), count)
 
 
 def test_an_odd_number_of_neurons_per_head_is_refused():
@@ -191,6 +337,16 @@ def test_an_odd_number_of_neurons_per_head_is_refused():
 def test_what_a_program_begins_with_loads_the_fast_blas_before_mlx(first):
     tell = "m = list(sys.modules); print(m.index('fast_blas') < m.index('mlx.core'))"
     assert python(f"import sys, {first}; {tell}") == "True\n"
+
+
+@pytest.mark.skipif(not fast_blas.LOADED, reason="a Mac and CUDA need no BLAS")
+@pytest.mark.parametrize(
+    ("first", "named"), [("from state import State", "state"), ("import mlx.core", "mlx.core")]
+)
+def test_the_warning_of_a_late_import_names_what_was_imported(first, named):
+    code = f"import sys; sys.stderr = sys.stdout; {first}; import bdh_mlx"
+    said = f"warning: slow matrix products; import bdh_mlx before {named}\n"
+    assert python(code) == said
 
 
 def test_data_and_flags_need_no_mlx():

@@ -1,6 +1,8 @@
 """--trace shows what the model computes: its numbers are those of the model itself."""
 
+import errno
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -72,5 +74,56 @@ def test_trace_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert told["layers"][0]["fires"][0] == []  # the first byte has nothing to read
     assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
     assert "strongest synapses read" in capsys.readouterr().out
+    (tmp_path / "texts.txt").write_text("\n")
     with pytest.raises(UserError, match="no text"):
-        generate.main(["model.safetensors", "--trace", ""])
+        generate.main(["model.safetensors", "--trace", "@texts.txt"])
+    assert generate.main(["model.safetensors", "--trace", "again"]) == 0  # its own are made anew
+    assert json.loads((tmp_path / "trace.json").read_text())["text"] == "again"
+
+
+@pytest.mark.parametrize(
+    ("out", "made"),
+    [
+        ("other", "other"),
+        ("o.png", "o"),
+        ("o.json", "o"),
+        ("v1.2", "v1.2"),
+        ("folder", "folder/trace"),
+        ("~/home", "home"),
+    ],
+)
+def test_out_names_the_files_of_a_trace(out, made, tmp_path, monkeypatch):
+    bdh_mlx.save_model(random_model(), tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    assert generate.main(["model.safetensors", "--trace", "text", "--out", out]) == 0
+    found = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
+    assert found == {"model.safetensors", f"{made}.png", f"{made}.json"}
+
+
+@pytest.mark.parametrize("name", ["trace.png", "trace.json"])
+@pytest.mark.parametrize("content", [b"mine", b'{"text": 1}', b"\x89PNG of another", b"# BDH-MLX"])
+def test_a_trace_replaces_no_file_of_the_users(name, content, tmp_path, monkeypatch):
+    bdh_mlx.save_model(random_model(), tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} exists and is none of BDH-MLX; .* --out"):
+        generate.main(["model.safetensors", "--trace", "text"])
+    assert (tmp_path / name).read_bytes() == content and len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_trace_that_cannot_be_written_leaves_nothing_and_names_the_file(tmp_path, monkeypatch):
+    bdh_mlx.save_model(random_model(), tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+
+    def full(self, _):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"^trace.json cannot be written: No space left"):
+        generate.main(["model.safetensors", "--trace", "text"])
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+    with pytest.raises(UserError, match="--out none/x: none is no folder"):
+        generate.main(["model.safetensors", "--trace", "text", "--out", "none/x"])

@@ -1,9 +1,13 @@
 """What a run leaves to look at: made from its folder alone, escaped, never the end of a run."""
 
+import errno
 import json
 import math
+import os
 import re
+import stat
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from test_train import metrics, train
@@ -130,6 +134,116 @@ def test_runs_are_compared_in_one_picture(run, tmp_path, capsys):
     assert told.count("3.5000") == 2 and "1,234" in told
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"holds no metrics.jsonl"):
-        report.main([str(tmp_path)])
+def test_a_folder_without_a_run_is_named(tmp_path, run):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    for name, complaint in (
+        ("empty", "holds no metrics.jsonl; name the folder of a run"),
+        (".", "holds no metrics.jsonl; name one or more of the runs in it: run & co$"),
+        ("absent", "does not exist"),
+        ("loop", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            report.main([f"{tmp_path}/{name}"])
+    for args in ([""], [str(run), str(run), "--out", ""], ["\udcff"]):
+        with pytest.raises(UserError, match=r"is empty|not UTF-8"):
+            report.main(args)
+
+
+def test_a_curve_of_many_points_keeps_the_last():
+    for count in (1, 999, 1000, 1001, 1500, 2000, 2001, 12345):
+        lines = [{"step": step, "loss": float(step)} for step in range(count)]
+        steps, values = report.series(lines, "loss")
+        assert steps[-1] == count - 1 == values[-1] and len(steps) <= 1001
+        assert steps == sorted(set(steps))
+
+
+def test_a_comparison_replaces_its_own_picture_alone(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    twice = [str(run), str(run)]
+    assert report.main(twice) == report.main(twice) == 0
+    (tmp_path / "README.md").write_text("# BDH-MLX")
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG of another")
+    for name in ("README.md", "photo.png"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(UserError, match=f"{name} exists and is none of BDH-MLX"):
+            report.main([*twice, "--out", name])
+        assert (tmp_path / name).read_bytes() == before
+    with pytest.raises(UserError, match=r"none/x.png cannot be written: No such file"):
+        report.main([*twice, "--out", "none/x.png"])
+    with pytest.raises(UserError, match="--out is for a comparison"):
+        report.main([str(run), "--out", "only.png"])
+
+
+def test_a_device_is_written_to_and_not_replaced(run, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR)  # and not /dev/null, lest it be replaced
+    monkeypatch.setattr(report, "drawn", lambda *_: b"picture")
+    report.compare([run, run], tmp_path / "pipe")
+    assert os.read(pipe, 20) == b"picture" and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_full_disk_leaves_the_report_as_it_was(run, monkeypatch):
+    report.write(run)
+    before = {f.name: f.read_bytes() for f in run.iterdir()}
+    write = Path.write_bytes
+
+    def full(self, content):
+        write(self, content[:10])
+        if "report" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"report.html cannot be written: No space left"):
+        report.write(run)
+    assert {f.name: f.read_bytes() for f in run.iterdir()} == before
+
+
+CONFIGS = [
+    b"not json", b"\xff\xfe", b"[1]", b"null", b"{" * 10**5, b"[" * 10**5,
+    b'{"settings": 5, "data": null}', b'{"data": {"train": 3}}', b'{"data": [1]}',
+    b'{"parameters": "many", "versions": 3}', b'{"versions": ["x"]}', b'{"parameters": true}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_damaged_config_is_told_and_the_rest_shown(config, run, capsys):
+    (run / "config.json").write_bytes(config)
+    assert report.main([str(run)]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "config.json is damaged" in said
+
+
+@pytest.mark.parametrize("wrong", ["2", None, True, -1, [2], 10**400])
+def test_settings_of_a_wrong_type_are_taken_as_unknown(wrong, run, tmp_path):
+    names = ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "PROCESSES", "LOSS_ON", "DATASET")
+    settings = dict.fromkeys((*names, "TRAINING_MODE"), wrong)
+    (run / "config.json").write_text(json.dumps({"settings": settings}))
+    assert report.main([str(run), str(run), "--out", str(tmp_path / "c.png")]) == 0
+    assert report.main([str(run)]) == 0
+
+
+@pytest.mark.parametrize("wrong", ["2", None, True, [2], [], {}, {"a": "b"}, 10**400, -1])
+def test_a_log_with_values_of_a_wrong_type_is_shown_without_them(wrong, run, tmp_path):
+    known = json.loads((run / "metrics.jsonl").read_text().splitlines()[2]) | evaluation(1, 3)[0]
+    known |= {"samples": ["a"], "dead": 3, "step": 4}
+    lines = [known, *(known | {name: wrong} for name in known if name != "step")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    assert report.main([str(run)]) == 0
+    assert report.main([str(run), str(run), "--out", str(tmp_path / "c.png")]) == 0
+
+
+@pytest.mark.parametrize("line", ["[" * 10**5, '{"step": NaN}', '{"step": "1"}', "\0", "null"])
+def test_a_log_that_is_none_is_one_line(line, run):
+    (run / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl"):
+        report.main([str(run)])
+
+
+def test_names_are_no_formulas(run, tmp_path):
+    other = run.rename(tmp_path / r"_$\frac$ $x^$")
+    lines = evaluation(5, 3.0)
+    lines[0]["val_bpb_fields"] = {r"$\bad$": 1.0}
+    (other / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    assert report.main([str(other)]) == 0
+    assert report.main([str(other), str(other), "--out", str(tmp_path / "c.png")]) == 0

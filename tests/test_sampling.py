@@ -1,6 +1,7 @@
 """Each filter of a draw against a distribution worked out by hand, and UTF-8 byte by byte."""
 
 import math
+import re
 from itertools import islice
 
 import mlx.core as mx
@@ -39,6 +40,7 @@ def frequencies(s, seen=()):
         ({"top_k": 2}, [2 / 3, 1 / 3, 0, 0]),
         ({"top_k": 1000}, P),
         ({"top_p": 0.01}, [1, 0, 0, 0]),
+        ({"top_p": 1e-46}, [1, 0, 0, 0]),  # 0 in float32
         ({"top_p": 0.6}, [2 / 3, 1 / 3, 0, 0]),
         ({"top_p": 0.8}, [5 / 9, 2.5 / 9, 1.5 / 9, 0]),
         ({"top_p": 1}, P),
@@ -100,10 +102,11 @@ def test_the_same_key_draws_the_same_bytes():
     ("name", "value"),
     [("temperature", v) for v in (-1, 1e-9, math.inf, math.nan)]
     + [("top_k", 0), ("top_k", -5), ("top_p", 0), ("top_p", 1.5), ("top_p", math.nan)]
-    + [("min_p", -0.1), ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", math.inf)],
+    + [("min_p", -0.1), ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", math.inf)]
+    + [("top_k", 2.5), ("top_k", True), ("top_k", 10**20), ("repetition_penalty", 1e300)],
 )
 def test_an_impossible_setting_is_named(name, value):
-    with pytest.raises(UserError, match=f"^{name} is {value}; it must be"):
+    with pytest.raises(UserError, match=rf"^{name} is {re.escape(str(value))}; it must be"):
         Sampling(**{name: value})
 
 

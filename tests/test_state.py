@@ -146,7 +146,7 @@ def test_rows_of_a_batch_are_singles_and_share_a_state(step):
     more = random_bytes(3, 5, seed=3)
     texts = mx.concatenate([mx.repeat(prompt, 3, 0), idx, more], 1)
     assert close(model.read(more, after)[0], model.quadratic(texts)[0][:, -5:])
-    with pytest.raises(ValueError, match="batch 3"):
+    with pytest.raises(UserError, match="has 3 rows and cannot read 2"):
         model.read(idx[:2], after)
 
 
@@ -207,6 +207,16 @@ def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
         file.write_bytes(changed)
         with pytest.raises(UserError, match=said):
             bdh_mlx.load_state(file, model)
+    header |= {"position": "20"}
+    for name, wrong, said in (
+        ("model", "null", "another model"),
+        ("position", "[" * 10**5, "no state file"),
+        ("parts", "1e999", "no state file"),
+        ("window", "true", "no state file"),
+    ):
+        mx.save_safetensors(str(file), arrays, metadata=header | {name: wrong})
+        with pytest.raises(UserError, match=said):
+            bdh_mlx.load_state(file, model)
     bdh_mlx.save_model(model, file)
     with pytest.raises(UserError, match="no state file"):
         bdh_mlx.load_state(file, model)
@@ -215,6 +225,33 @@ def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
         bdh_mlx.load_state(file, model)
     with pytest.raises(UserError, match="not saved"):
         bdh_mlx.save_state(tmp_path / "absent" / "s.safetensors", model, state)
+
+
+@pytest.mark.parametrize("window", [-1, 0, 2, 1.5, "8", True, 2**41])
+def test_a_window_that_is_none_is_refused(window):
+    with pytest.raises(UserError, match=r"^window is .*at least 4 and at most"):
+        prefill(random_model(), random_bytes(1, 20), State(window=window))
+
+
+@pytest.mark.parametrize("length", [3, 40])  # read by bytes, with a tail; read at once, without
+def test_a_state_of_a_model_of_another_shape_is_refused(length, tmp_path):
+    small, other = random_model(), bdh_mlx.BDH(bdh_mlx.BDHConfig(1, 8, 0, 1, 4))
+    _, state = prefill(other, random_bytes(1, length))
+    shapes = r"\(layers, H, D, N\) = \(1, 1, 8, 32\), here \(2, 2, 16, 64\)"
+    with pytest.raises(UserError, match=shapes):
+        prefill(small, random_bytes(1, 3), state)
+    with pytest.raises(UserError, match=shapes):
+        bdh_mlx.save_state(tmp_path / "s.safetensors", small, state)
+    with pytest.raises(UserError, match="of type tuple; it must be a State"):
+        prefill(small, random_bytes(1, 3), (0, 0))
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_state_of_no_byte_is_not_saved_and_a_folder_not_loaded(tmp_path):
+    with pytest.raises(UserError, match="the state is of no byte"):
+        bdh_mlx.save_state(tmp_path / "s.safetensors", random_model(), State())
+    with pytest.raises(UserError, match="it is a folder"):
+        bdh_mlx.load_state(tmp_path, random_model())
 
 
 def test_position_a_million_is_as_exact_as_0(step):

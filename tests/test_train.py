@@ -417,7 +417,7 @@ def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys):
     assert command[1] == "generate.py"
     args = generate.flags(command[2:])
     assert args.prompt == "### Instruction:\nAnalyze the ethical implications".replace("\n", "\\n")
-    assert args.window == 64 and args.model == str(tmp_path / "full")
+    assert args.window == 64 and args.model == tmp_path / "full"
     assert "--window 4" in train_mlx.command(SimpleNamespace(BLOCK_SIZE=2), tmp_path, "a")  # PARTS
 
 

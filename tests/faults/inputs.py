@@ -546,8 +546,8 @@ def _(n):
     for args, word in (
         (("--prompt", "x", "--temperature", "-1"), "temperature"),
         (("--prompt", "x", "--temperature", "nan"), "temperature"),
-        (("--prompt", "x", "--top-k", "0"), "top_k"),
-        (("--prompt", "x", "--top-k", "-1"), "top_k"),
+        (("--prompt", "x", "--top-k", "0"), "--top-k"),
+        (("--prompt", "x", "--top-k", "-1"), "--top-k"),
         (("--prompt-file", box / "none"), "none"),
     ):
         yield refusal(*write(box, run, *args, *short), word), None
