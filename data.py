@@ -76,7 +76,7 @@ def find(dataset: str) -> list[Path] | None:
         raise UserError("DATASET is empty; name a file, a folder, a data set on the hub, or sample")
     if dataset == "sample":
         return [SAMPLE]
-    path = expanded(dataset)
+    path = expanded(dataset, "DATASET")
     kind = _kind(path)
     if kind == stat.S_IFDIR:
         return _ready_files(path) or _data_files(path)

@@ -581,7 +581,7 @@ ODD = {
     "device": "is no regular file",
     "link in a circle": "cannot be read: Too many levels of symbolic links",
     "link to nothing": "is a link to a file that does not exist",
-    "name that is not UTF-8": "has a name that is not UTF-8",
+    "name that is not UTF-8": "not UTF-8",
 }
 
 
