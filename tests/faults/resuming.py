@@ -144,6 +144,7 @@ def _(n):
             if phase == "data preparation":
                 shutil.rmtree(box / ".data")
             code, out = train(box, before=signalled(name, nth, number, owner))
+            code = 128 - code if code < 0 else code  # as a shell has it: MLX was tracing
             wrong = "" if code == 128 + number else f"{phase}: exit {code}: {out[-300:]}"
             yield (wrong, 0) if wrong else after(box)
 
@@ -288,7 +289,7 @@ def _(n):
         code, out = train(box, "--max-iters", 40, "--max-skips", 2, before=hurt)
         why = refusal(code, out, "16 bytes each from [", "Checkpoints are as they were", want=1)
         yield (why, 0) if why or max(sound(box)) != k else after(box)
-    wild = ("--learning-rate", 1e20, "--max-skips", 3, "--max-iters", 60)
+    wild = ("--learning-rate", 1000, "--weight-decay", 1000, "--max-skips", 3, "--max-iters", 60)
     yield refusal(*train(fresh(8), *wild), "Checkpoints are as they were", want=1), None
 
 
