@@ -15,12 +15,14 @@ import mlx.core as mx
 
 import formats
 from bdh_mlx import BDH, save_state
+from cli import Interrupts
 from errors import UserError, visible
 from files import expanded, made_aside
 from sampling import Sampling
 from state import State
 from writing import Stops, Terminal, outgrown, read, rows, write
 
+PIECE = 256  # bytes of a question that are read at once
 HISTORY = Path("~/.bdh_history").expanduser()
 HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
 /temp 0.7     temperature; 0: the likeliest byte
@@ -89,6 +91,7 @@ class Session:
     def run(self) -> None:
         """Take turns until Ctrl-D or /quit."""
         lines_edited()
+        Interrupts.end_the_process = False  # Ctrl-C ends an answer, not the session
         note = formats.EXPECT.get(self.mode, "no training mode is known: text is read as it is")
         print(f"note: {note}\n/help lists the commands")
         try:
@@ -164,8 +167,10 @@ class Session:
         asked, terminal = self.asked(line), Terminal()
         stop = Stops(self.stops, asked)
         try:
-            logits, self.state = read(self.model, rows([asked]), self.state)
-            self.text += asked
+            for begin in range(0, len(asked), PIECE):  # of which each lets Ctrl-C in
+                piece = asked[begin : begin + PIECE]
+                logits, self.state = read(self.model, rows([piece]), self.state)
+                self.text += piece
             seen = rows([self.text])
             written = write(self.model, logits, self.state, self.sampling, key, seen)
             for token, state in islice(written, self.budget):

@@ -7,10 +7,16 @@ import io
 import os
 import signal
 import sys
-from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 
 PATIENCE = 1.5  # seconds that Ctrl-C waits for the interpreter, which MLX may keep for longer
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as other programs end
+
+
+class Interrupts:
+    """Whether Ctrl-C that the interpreter cannot hear for PATIENCE ends the process."""
+
+    end_the_process = True
 
 
 class Output(io.TextIOWrapper):
@@ -22,14 +28,20 @@ class Output(io.TextIOWrapper):
     endures, error = False, None
 
     def write(self, text: str) -> int:
+        self._try(super().write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(super().flush)
+
+    def _try(self, act, *args) -> None:
         try:
-            return super().write(text)
+            act(*args)
         except OSError as error:
             if not self.endures:
                 self.error = error
                 raise
             discard(self.fileno())
-            return len(text)
 
 
 def endure() -> None:
@@ -39,8 +51,8 @@ def endure() -> None:
             stream.endures = True
 
 
-def run(script: str):
-    """Import the module `script`, call its main() and exit with the code that it returns.
+def run(file: str):
+    """Import the script `file`, call its main() and exit with the code that it returns.
 
     Codes besides: 2 for a mistake that the user can mend, 130 for Ctrl-C, 141 for a reader of the
     output that is gone.
@@ -50,14 +62,14 @@ def run(script: str):
     open_streams()
     try:
         try:
-            code = imported(script).main()
+            code = imported(file).main()
         except SystemExit as error:  # argparse's, after --help or a mistake
             code = error.code
         sys.stdout.flush()
         if sys.stdout.error:
             raise sys.stdout.error
     except (KeyboardInterrupt, Exception) as error:
-        code = explain(error, script)
+        code = explain(error, file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the interpreter's own end
     sys.exit(code)
 
@@ -82,22 +94,33 @@ def open_streams() -> None:
         setattr(sys, name, Output(raw, **how))
 
 
-def imported(script: str):
-    """The module `script`. Ctrl-C meanwhile ends the process at once: there is no work to lose, and
-    a library that is being imported may swallow the exception.
+def imported(file: str):
+    """The script as a module. Ctrl-C meanwhile ends the process at once: there is no work to lose,
+    and a library that is being imported may swallow the exception.
     """
     if signal.getsignal(signal.SIGINT) != signal.default_int_handler:  # ignored, as by nohup
-        return import_module(script)
+        return module_of(file)
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    module = import_module(script)
+    module = module_of(file)
     hear_interrupts()
+    return module
+
+
+def module_of(file: str):
+    """The module in a file, whatever its name is: users copy the trainer. Or one that is loaded."""
+    if file in sys.modules:
+        return sys.modules[file]
+    spec = spec_from_file_location("script", file)
+    module = sys.modules["script"] = module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
 def hear_interrupts() -> None:
     """Raise KeyboardInterrupt at Ctrl-C, or end the process where that takes longer than PATIENCE:
-    Python calls no handler before a call of MLX returns.
+    Python calls no handler before a call of MLX returns. Several in one call are one for Python.
     """
+    from select import select
     from threading import Event, Thread
 
     heard = Event()
@@ -107,10 +130,12 @@ def hear_interrupts() -> None:
         raise KeyboardInterrupt
 
     def watch():
-        while os.read(read, 1) == bytes([signal.SIGINT]):
-            if not heard.wait(PATIENCE):
+        while os.read(read, 4096):
+            if not heard.wait(PATIENCE) and Interrupts.end_the_process:
                 os.write(2, b"stopped\n")
                 os._exit(INTERRUPTED)
+            while select([read], [], [], 0)[0]:
+                os.read(read, 4096)
             heard.clear()
 
     read, write = os.pipe()
@@ -120,7 +145,7 @@ def hear_interrupts() -> None:
     Thread(target=watch, daemon=True).start()
 
 
-def explain(error: BaseException, script: str) -> int:
+def explain(error: BaseException, file: str) -> int:
     """Say on stderr in one line what ended the script; the exit code.
 
     An error that no user can mend keeps its traceback: it is a fault of this project.
@@ -136,14 +161,17 @@ def explain(error: BaseException, script: str) -> int:
         text, code = f"error: {error}", error.exit_code
     elif isinstance(error, MemoryError):
         text, code = f"error: memory is out: {error}", 2
+    elif error is sys.stdout.error:
+        discard(1)  # what waits in its buffer would fail again at the end
+        text, code = f"error: the output: {error.strerror or error}", 2
     elif isinstance(error, OSError):
-        if not error.filename:  # the output: what waits in its buffer would fail again at the end
-            discard(1)
-        text, code = f"error: {error.filename or 'the output'}: {error.strerror or error}", 2
-    elif line := own_line(error, script):
-        text, code = f"error: {script}.py line {line}: {type(error).__name__}: {error}", 2
+        where = f"{error.filename}: " if error.filename else ""
+        text, code = f"error: {where}{error.strerror or error}", 2
     elif isinstance(error, ModuleNotFoundError):
         text, code = f"error: {error}; pip install -r requirements.txt", 2
+    elif line := own_line(error, file):
+        name = file.rpartition("/")[2]
+        text, code = f"error: {name} line {line}: {type(error).__name__}: {error}", 2
     else:
         import traceback
 
@@ -157,13 +185,13 @@ def explain(error: BaseException, script: str) -> int:
     return code
 
 
-def own_line(error: BaseException, script: str) -> int | None:
+def own_line(error: BaseException, file: str) -> int | None:
     """The line of the script, outside its functions, that raised `error`: a setting, as a rule."""
     at = error.__traceback__
     while at.tb_next:
         at = at.tb_next
     code = at.tb_frame.f_code
-    is_top = code.co_name == "<module>" and code.co_filename.endswith(f"{script}.py")
+    is_top = code.co_name == "<module>" and code.co_filename == file
     return at.tb_lineno if is_top else None
 
 
