@@ -97,6 +97,9 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
         if best["step"] == step and math.isfinite(best["judged"]):
             bits = best["judged"] / math.log(2)
             told["validation"] = f"{bits:.4f} bits per byte, of {settings['LOSS_ON']} bytes"
+    own = about.get("own")
+    for name in own if isinstance(own, list) else []:  # no flag of another's trainer
+        settings.pop(name, None)
     return told, settings
 
 

@@ -9,14 +9,16 @@ above some as their heading.
 import argparse
 import ast
 import inspect
+import io
+import json
 import re
 import sys
 import tokenize
 from collections.abc import Callable, Collection
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import NamedTuple, get_args, get_type_hints
+from types import ModuleType, SimpleNamespace, UnionType
+from typing import NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from errors import UserError, nearest, visible
 
@@ -78,11 +80,11 @@ def parse(
     help. Raises UserError for a value that no rule admits; argparse reports an unknown flag.
     """
     argv = sys.argv[1:] if argv is None else argv
-    constants = {name: getattr(script, name) for name in names(script)}
+    constants, known = {name: getattr(script, name) for name in names(script)}, rules
     rules = {name: rules.get(name) or own_rule(script, name) for name in constants}
     for name, value in list(constants.items()):
         check(name, value, rules[name])
-        if is_dataclass(value):
+        if is_dataclass(value) and name in known:
             constants |= asdict(value)
             hints = get_type_hints(type(value))
             rules |= {field: Rule(hints[field]) for field in asdict(value)}
@@ -111,11 +113,23 @@ def own_rule(script: ModuleType, name: str) -> Rule:
         hint = get_type_hints(script).get(name)
     except Exception:  # a type that is no type is the user's own matter
         hint = None
-    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind in KINDS]
-    if not kinds:
-        kinds = [type(value)] if type(value) in KINDS else [str] if value is None else [None]
-    none = value is None or type(None) in get_args(hint)
-    return Rule(kinds[0], none, KINDS.get(kinds[0], ""))
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    none = value is None or type(None) in kinds
+    kinds = [kind for kind in kinds if kind is not type(None)]
+    if kinds == [None]:
+        kinds = [str if value is None else type(value)]
+    kind = next((k for k in KINDS if kinds == [k]), None)
+    return Rule(kind, none, KINDS.get(kind, ""))
+
+
+def described(value):
+    """A value as JSON holds it; what it cannot hold as text, the same in each process."""
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=repr)
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)
 
 
 def check(name: str, value, rule: Rule) -> None:
@@ -178,7 +192,8 @@ def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions
         if rules[name].kind not in KINDS:
             continue
         if (flag := flag_of(name)) in flags:
-            raise UserError(f"{name}: its flag {flag} is that of {flags[flag]}; rename it")
+            own, other = (name, flags[flag]) if name.isupper() else (flags[flag], name)
+            raise UserError(f"{own}: its flag {flag} is that of {other}; rename {own}")
         flags[flag] = name
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading or "Your own")
@@ -198,15 +213,14 @@ def comments(script: ModuleType) -> dict[str, tuple[str, str]]:
     """Of each constant, and each field of a dataclass among them, its heading and its comment."""
     found = _comments(Path(script.__file__).read_text(encoding="utf-8", errors="replace"))
     for name, value in list(vars(script).items()):
-        if is_dataclass(value) and name in found:
+        if is_dataclass(value) and name in found and not isinstance(value, type):
             fields = _comments(inspect.getsource(type(value)))
             found |= {field: (found[name][0], text) for field, (_, text) in fields.items()}
     return found
 
 
 def _comments(source: str) -> dict[str, tuple[str, str]]:
-    lines = iter(source.splitlines(keepends=True))
-    tokens = tokenize.generate_tokens(lambda: next(lines, ""))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     remarks = {t.start: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
     found, heading = {}, ""
     behind = {line: text for (line, column), text in remarks.items() if column}

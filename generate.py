@@ -13,9 +13,10 @@ each byte takes the same time, however long the text has become.
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
     import cli
 
-    cli.run("generate")
+    cli.run(__file__)
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -37,6 +38,7 @@ import cli
 import data
 import evaluation
 import export
+import files
 import formats
 import neurons
 from errors import UserError, check_number, visible
@@ -163,6 +165,10 @@ def check_together(args: argparse.Namespace, given: dict) -> None:
         raise UserError("--out is for the texts of --prompts and for --trace; give one of them")
     if args.raw and several:
         raise UserError("--raw writes one text; leave out --prompts and --samples")
+    if args.temperature == 0:
+        names = ("top_k", "top_p", "min_p", "seed")
+        if idle := ", ".join(flag_of(name) for name in names if name in given):
+            raise UserError(f"{idle}: no effect at --temperature 0, which takes the likeliest byte")
 
 
 def read_prompt(args: argparse.Namespace) -> bytes:
@@ -283,12 +289,14 @@ def write_jobs(
                 yield batch[row], as_text(text, whole=sampling.utf8), stopped
 
 
-def line_of(job: Job, samples: int, text: str, stopped: bool) -> str:
-    """A line of JSON: the record of a job, `line`, `prompt`, `completion`, `stopped`.
+def line_of(job: Job, args: argparse.Namespace, text: str, stopped: bool) -> str:
+    """A line of JSON: the record of a job, `line`, `prompt`, `completion`, `stopped`, and `by`,
+    which tells texts of this model and these flags from others.
 
     What the record had under these names itself is `given`.
     """
-    which = {"line": job.line} | ({"sample": job.sample} if samples > 1 else {})
+    which = {"line": job.line, "by": args.by}
+    which |= {"sample": job.sample} if args.samples > 1 else {}
     result = {"prompt": as_text(job.prompt), "completion": text, "stopped": stopped} | which
     given = {k: job.record[k] for k in result if k in job.record and k != "prompt"}
     return json.dumps(job.record | result | ({"given": given} if given else {}))
@@ -304,22 +312,31 @@ def jobs_left(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
     *lines, cut = args.out.read_bytes().split(b"\n")
     asked, left = {}, {id(job): job for job in jobs}
     for job in jobs:
-        asked.setdefault(asked_in(line_of(job, args.samples, "", False)), []).append(job)
+        asked.setdefault(asked_in(line_of(job, args, "", False)), []).append(job)
     for number, line in enumerate(lines, 1):
         try:
             del left[id(asked[asked_in(line)].pop(0))]
         except (ValueError, RecursionError, LookupError, TypeError):
             raise UserError(
-                f"--out {args.out} exists, and its line {number} is no answer to these prompts; "
-                "name another file, or remove it"
+                f"--out {args.out} exists, and its line {number} is no answer of this command to "
+                "these prompts; name another file, or remove it"
             ) from None
     if cut:
-        begins = (line_of(job, args.samples, "", False).encode() for job in left.values())
+        begins = (line_of(job, args, "", False).encode() for job in left.values())
         begins = (begin[: begin.index(b'"completion": "') + 15] for begin in begins)
         if not any(begin.startswith(cut) or cut.startswith(begin) for begin in begins):
             raise UserError(f"--out {args.out} exists; name another file, or remove it")
         os.truncate(args.out, sum(len(line) + 1 for line in lines))
     return list(left.values())
+
+
+def source_of_texts(weights: Path, args: argparse.Namespace, mode: str | None) -> str:
+    """A short digest of what the texts follow from: the weights, and the flags that act."""
+    acts = {
+        k: str(v) for k, v in vars(args).items() if k not in ("model", "prompts", "out", "mode")
+    }
+    told = json.dumps([files.sha256(weights), mode, acts])
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 def asked_in(line: str | bytes) -> str:
@@ -341,7 +358,7 @@ def write_file(jobs: list[Job], left: list[Job], args, texts) -> None:
             tqdm(total=len(jobs), initial=done, disable=None, unit="text") as bar,
         ):
             for job, text, stopped in texts:
-                put(line_of(job, args.samples, text, stopped))
+                put(line_of(job, args, text, stopped))
                 done += 1
                 bar.update()
     except KeyboardInterrupt:
@@ -412,6 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.prompts is not None:
         jobs = read_jobs(args.prompts, mode, args.samples)
         tell_outgrown(max(len(job.prompt) for job in jobs), model, state, args)
+        args.by = source_of_texts(weights, args, mode)
         left = jobs_left(jobs, args)
         write_file(jobs, left, args, write_jobs(jobs, *how, left))
     elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +21,6 @@ from tqdm import tqdm
 import data
 import memory
 import phases
-import train_mlx
 from endure import at_once
 from errors import UserError, visible
 from evaluation import QUIET_BAR
@@ -167,18 +166,18 @@ def peaks(s: SimpleNamespace) -> list[float]:
     return [(memory.estimate(*shape, compute) + besides) / 1e9 for compute in computes]
 
 
-def presets(sizes: dict[str, int]) -> str:
+def presets(trainer: ModuleType, sizes: dict[str, int]) -> str:
     """Each preset on so many bytes of each mode, its other settings as the constants say."""
     rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.SETTINGS, "fits")]
-    for name in train_mlx.PRESETS:
+    for name in trainer.PRESETS:
         try:
-            s = train_mlx.settings(["--preset", name])
+            s = trainer.settings(["--preset", name])
         except UserError:
             rows.append((name, "does not go with the constants", *[""] * (len(rows[0]) - 2)))
             continue
         n_bytes = sizes[s.TRAINING_MODE]
-        total = train_mlx.last_iteration(s, n_bytes) if n_bytes else 0
-        read = total * s.BLOCK_SIZE * train_mlx.sequences(s)
+        total = trainer.last_iteration(s, n_bytes) if n_bytes else 0
+        read = total * s.BLOCK_SIZE * trainer.sequences(s)
         gb = peaks(s)
         fits = [
             k for k, g in zip(memory.SETTINGS, gb, strict=True) if g * 1e9 <= memory.available()
@@ -191,18 +190,20 @@ def presets(sizes: dict[str, int]) -> str:
     return aligned(rows)
 
 
-def measure(s: SimpleNamespace, train_bytes: np.ndarray, compute) -> tuple[float, float]:
+def measure(
+    trainer: ModuleType, s: SimpleNamespace, train_bytes: np.ndarray, compute
+) -> tuple[float, float]:
     """Seconds of an update and of an evaluation's batch: the median of three after a first."""
-    model, optimizer = train_mlx.fresh(s)
+    model, optimizer = trainer.fresh(s)
     model.compute = compute
-    gradient, update, state = train_mlx.compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
-    losses_of = mx.compile(partial(train_mlx.byte_losses, model), inputs=[model.state])
+    gradient, update, state = trainer.compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
+    losses_of = mx.compile(partial(trainer.byte_losses, model), inputs=[model.state])
     B, T = s.BATCH_SIZE, s.BLOCK_SIZE
     weights = mx.full((B, T), 1 / (B * T))
     steps, evaluations = [], []
     print("\nmeasuring the speed over 4 updates")
     for i in tqdm(range(4), desc="speed", unit="update", **QUIET_BAR):
-        batch = train_mlx.get_batch(train_bytes, i * B, B, T, s.SEED)
+        batch = trainer.get_batch(train_bytes, i * B, B, T, s.SEED)
         tick = time.perf_counter()
         with at_once():
             loss, gradients = gradient(*batch, weights, mx.random.key(i))
@@ -216,13 +217,13 @@ def measure(s: SimpleNamespace, train_bytes: np.ndarray, compute) -> tuple[float
     return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
 
 
-def tell(given: SimpleNamespace) -> int:
+def tell(trainer: ModuleType, given: SimpleNamespace) -> int:
     """Print the plan, of each of PHASES in turn; 0. Raises UserError for unusable data."""
     for s in phases.chain(given):
         if s.PHASES:
             after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""
             print(f"\n=== phase {s.RUN_NAME}{after}\n")
-        tell_run(s)
+        tell_run(trainer, s)
     return 0
 
 
@@ -249,22 +250,22 @@ def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
     return dict.fromkeys(NEEDED, len(stream))
 
 
-def tell_run(s: SimpleNamespace) -> None:
+def tell_run(trainer: ModuleType, s: SimpleNamespace) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
-    about, train, (val, _) = train_mlx.open_data(s)
+    about, train, (val, _) = trainer.open_data(s)
     train_bytes = train[0]
     print(visible(data.describe(about)))
     sizes = tell_split(*train) if data.ready_split(s.DATASET) else tell_records(s)
     sizes[s.TRAINING_MODE] = len(train_bytes)
 
-    total = train_mlx.last_iteration(s, len(train_bytes))
-    per_iter = s.BLOCK_SIZE * train_mlx.sequences(s)
+    total = trainer.last_iteration(s, len(train_bytes))
+    per_iter = s.BLOCK_SIZE * trainer.sequences(s)
     n = s.BDH_CONFIG.n_parameters
     fits = memory.available() / 1e9
     estimates = zip(memory.SETTINGS, peaks(s), strict=True)
     each = 4 * n * (4 if s.EMA else 3)  # weights and their averages
     checkpoints = (s.KEEP + 2) * each  # the best, and one being written
-    print(f"\nrun: {train_mlx.outlook(s, len(train_bytes))}")
+    print(f"\nrun: {trainer.outlook(s, len(train_bytes))}")
     print(f"model: {n:,} parameters, on {mx.default_device()}")
     print(
         f"memory: {', '.join(f'{k} {gb:.2f} GB' for k, gb in estimates)}; {fits:.1f} GB to be had"
@@ -272,10 +273,11 @@ def tell_run(s: SimpleNamespace) -> None:
     prepared = 2 * (about["train"]["bytes"] + about["val"]["bytes"])  # bytes, and a field for each
     print(f"disk: checkpoints {checkpoints / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
     if not s.PHASES:
-        print(f"\npresets on these data (estimated memory of a step by MEMORY):\n{presets(sizes)}")
+        print("\npresets on these data (estimated memory of a step by MEMORY):")
+        print(presets(trainer, sizes))
 
     name, compute, _ = memory.choose(s)
-    step, evaluation = measure(s, train_bytes, compute)
+    step, evaluation = measure(trainer, s, train_bytes, compute)
     times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val) / (s.BATCH_SIZE * s.BLOCK_SIZE)
     print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY {name}, measured over 3 updates")

@@ -9,7 +9,7 @@ The trainer redraws them at each evaluation. Losses are in bits per byte.
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
     import cli
 
-    cli.run("report")
+    cli.run(__file__)
 
 import html
 import io

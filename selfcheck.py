@@ -10,6 +10,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +21,6 @@ from mlx.utils import tree_flatten
 import bdh_mlx
 import checkpoints
 import memory
-import train_mlx
 from errors import visible
 
 CONFIG = bdh_mlx.BDHConfig(n_layer=3, n_embd=32, n_head=2, mlp_internal_dim_multiplier=16)
@@ -45,8 +45,8 @@ def some_bytes(n: int) -> np.ndarray:
     return np.random.default_rng(SEED).integers(0, 256, n, dtype=np.uint8)
 
 
-def batch_number(step: int) -> tuple[mx.array, mx.array]:
-    return train_mlx.get_batch(some_bytes(1000), step * B, B, T, SEED)
+def batch_number(trainer: ModuleType, step: int) -> tuple[mx.array, mx.array]:
+    return trainer.get_batch(some_bytes(1000), step * B, B, T, SEED)
 
 
 def apart(one: mx.array, other: mx.array) -> float:
@@ -61,7 +61,7 @@ def tolerance() -> float:
 # ------------------------------------------------- the checks: (measured, tolerance) of each
 
 
-def five_arrays() -> tuple[float, float]:
+def five_arrays(trainer: ModuleType) -> tuple[float, float]:
     names = {name for name, _ in tree_flatten(bdh_mlx.BDH(CONFIG).trainable_parameters())}
     return len(names ^ FIVE), 0
 
@@ -71,9 +71,9 @@ def largest(differences) -> float:
     return float(np.max([*differences]))
 
 
-def defined() -> tuple[float, float]:
+def defined(trainer: ModuleType) -> tuple[float, float]:
     """Loss and gradients in chunks of several lengths, and by the definition."""
-    model, batch, found = a_model(), batch_number(0), []
+    model, batch, found = a_model(), batch_number(trainer, 0), []
     for chunk in (None, 7, 32, T):
         model.compute = replace(model.compute, chunk=chunk or T)
         call = model if chunk else model.quadratic
@@ -83,8 +83,8 @@ def defined() -> tuple[float, float]:
     return largest(apart(a, b) for a, b in pairs), tolerance()
 
 
-def byte_by_byte() -> tuple[float, float]:
-    model, (idx, _) = a_model(), batch_number(0)
+def byte_by_byte(trainer: ModuleType) -> tuple[float, float]:
+    model, (idx, _) = a_model(), batch_number(trainer, 0)
     state, logits = None, []
     for t in range(T):
         out, state = model.read(idx[:, t : t + 1], state)
@@ -93,38 +93,38 @@ def byte_by_byte() -> tuple[float, float]:
     return apart(model(idx)[0], mx.concatenate(logits, 1)), tolerance()
 
 
-def saved_and_loaded() -> tuple[float, float]:
+def saved_and_loaded(trainer: ModuleType) -> tuple[float, float]:
     model = a_model()
-    batch = batch_number(0)
+    batch = batch_number(trainer, 0)
     with tempfile.TemporaryDirectory() as folder:
         bdh_mlx.save_model(model, Path(folder) / "model.safetensors")
         loaded = bdh_mlx.load_model(Path(folder) / "model.safetensors")
     return abs(model(*batch)[1].item() - loaded(*batch)[1].item()), 0
 
 
-def resumed() -> tuple[float, float]:
+def resumed(trainer: ModuleType) -> tuple[float, float]:
     """Six updates at once, and three, a checkpoint, and three; the largest difference of a weight.
 
     0 on a CPU. A GPU adds up the gradient of the embedding in no fixed order, which Adam amplifies.
     """
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        straight = updated(Path(one), 0, 6)
-        updated(Path(other), 0, 3)
-        again = updated(Path(other), 3, 6)
+        straight = updated(trainer, Path(one), 0, 6)
+        updated(trainer, Path(other), 0, 3)
+        again = updated(trainer, Path(other), 3, 6)
     pairs = zip(tree_flatten(straight), tree_flatten(again), strict=True)
     return largest(apart(a, b) for (_, a), (_, b) in pairs), GPU if memory.on_gpu() else 0
 
 
-def updated(run: Path, first: int, last: int) -> dict:
+def updated(trainer: ModuleType, run: Path, first: int, last: int) -> dict:
     """Parameters after updates first .. last-1, from checkpoint `first`; leaves one of `last`."""
     mx.random.seed(SEED)
     model, optimizer = bdh_mlx.BDH(CONFIG), optim.AdamW(1e-3, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     if first:
         checkpoints.load(run, first, model, optimizer)
-    gradient, update, state = train_mlx.compiled_step(model, optimizer, 1.0)
+    gradient, update, state = trainer.compiled_step(model, optimizer, 1.0)
     for step in range(first, last):
-        batch = batch_number(step)
+        batch = batch_number(trainer, step)
         weights = mx.full((B, T), 1 / (B * T))
         mx.eval(update(*gradient(*batch, weights, mx.random.key(step))), state)
     checkpoints.save(run, last, model, optimizer, {})
@@ -136,7 +136,7 @@ def devices() -> tuple | None:
     return (mx.gpu, mx.cpu) if memory.on_gpu() else None
 
 
-def gpu_is_cpu() -> tuple[float, float]:
+def gpu_is_cpu(trainer: ModuleType) -> tuple[float, float]:
     """Loss and every gradient, dropout included, on both."""
     if not (both := devices()):
         raise Skipped("no GPU that MLX uses")
@@ -144,7 +144,7 @@ def gpu_is_cpu() -> tuple[float, float]:
     try:
         for device in both:
             mx.set_default_device(device)
-            model, batch = a_model(), batch_number(0)
+            model, batch = a_model(), batch_number(trainer, 0)
             gradient = nn.value_and_grad(model, lambda *a, model=model: model(*a)[1])
             found.append(tree_flatten(gradient(*batch, mx.random.key(SEED))))
             mx.eval(found)
@@ -163,14 +163,14 @@ CHECKS = {
 }
 
 
-def tell() -> int:
+def tell(trainer: ModuleType) -> int:
     """Print the table; 0 when every check that could be made holds."""
     os.environ["MLX_ENABLE_TF32"] = "0"  # CUDA: products of all bits; read at the first product
     print(f"{mx.default_device()}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     failed, began = 0, time.perf_counter()
     for name, check in CHECKS.items():
         try:
-            measured, allowed = check()
+            measured, allowed = check(trainer)
             good = measured <= allowed
             result = f"{'ok' if good else 'FAILED':<8}{measured:.1e} (at most {allowed:.0e})"
         except Skipped as reason:

@@ -12,7 +12,7 @@ metrics.jsonl, and report.html to look at.
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C and for a slip in it
     import cli
 
-    cli.run("train_mlx")
+    cli.run(__file__)
 
 import bdh_mlx
 from bdh_mlx import BDHConfig
@@ -115,6 +115,8 @@ import files
 import flags
 import memory
 import phases
+import plan
+import selfcheck
 from advice import advise, counting
 from bdh_mlx import BDH, load_model
 from endure import Stop, at_once
@@ -279,7 +281,7 @@ def outlook(s: Settings, n_bytes: int) -> str:
 def described(s: Settings) -> dict:
     """The settings as JSON holds them, the model's beside the others; what it cannot, as text."""
     own = {k: v for k, v in vars(s).items() if k.isupper() and k != "BDH_CONFIG"}
-    return json.loads(json.dumps(own | asdict(s.BDH_CONFIG), default=str))
+    return {name: flags.described(value) for name, value in (own | asdict(s.BDH_CONFIG)).items()}
 
 
 def fresh(s: Settings) -> tuple[BDH, optim.AdamW]:
@@ -459,13 +461,9 @@ def main(argv: list[str] | None = None) -> int:
     for slip in flags.slips(sys.modules[__name__], RULES):
         print(f"warning: {slip}", file=sys.stderr)
     if given.selfcheck:
-        import selfcheck  # these two late: they import this file
-
-        return selfcheck.tell()
+        return selfcheck.tell(sys.modules[__name__])
     if given.plan:
-        import plan
-
-        return plan.tell(given)
+        return plan.tell(sys.modules[__name__], given)
     cli.endure()
     together = Processes()
     if together.size > 1 and given.CARRY_STATE:
@@ -517,7 +515,8 @@ def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
     """From the data to the summary: 0 when finished, 128 + signal when stopped, 1 when diverged."""
     stop.can_wait = False  # also after an earlier phase
     report, (train_bytes, train_fields), val = open_data(s)
-    seen = together.gather(described(s) | {k: report[k]["sha256"] for k in ("train", "val")})
+    known = {k: v for k, v in described(s).items() if k in RULES or k in vars(s.BDH_CONFIG)}
+    seen = together.gather(known | {k: report[k]["sha256"] for k in ("train", "val")})
     if unlike := [k for k in seen[0] if any(one[k] != seen[0][k] for one in seen)]:
         raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
     print(visible(data.describe(report)))
@@ -560,6 +559,7 @@ def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
     info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
+    info["own"] = [name for name in info["settings"] if name.isupper() and name not in RULES]
     if together.first:
         there = len(checkpoints.steps(run))
         checkpoints.check_space(run, model, optimizer, max(1, s.KEEP + 2 - there))
@@ -796,8 +796,8 @@ def settings(argv: list[str] | None = None) -> Settings:
     s, typed = flags.parse(sys.modules[__name__], RULES, PRESETS, ACTIONS, argv)
     refuse_idle(s, typed)
     for name in ("CHECKPOINT_DIR", "INIT_FROM"):  # no shell reads a constant
-        if vars(s)[name]:
-            setattr(s, name, str(files.expanded(vars(s)[name], name)))
+        if getattr(s, name):
+            setattr(s, name, str(files.expanded(getattr(s, name), name)))
     s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(s.BDH_CONFIG)})
     for run in phases.chain(s):
         check(run)

@@ -497,7 +497,7 @@ def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_pat
     for record, result, prompt, number in zip(asked, found, read_as, range(1, 7), strict=True):
         written = greedy(model, prompt.encode() or b"\n\n", 12)
         expected = {"prompt": prompt, "completion": as_text(written), "stopped": False}
-        assert result == record | {"line": number} | expected
+        assert result == record | {"line": number, "by": result["by"]} | expected
     assert said(*ask).splitlines() != []  # without --out, to stdout
 
 
@@ -888,6 +888,25 @@ def asked(tmp_path, chaos, said, capfdbinary):
     return run
 
 
+@pytest.mark.parametrize("other", ["--temperature 0.5", "--seed 4", "--window 8", "--stop x"])
+def test_texts_of_another_command_do_not_count_as_done(other, asked, tmp_path):
+    asked()
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(UserError, match="its line 1 is no answer of this command"):
+        asked(*other.split())
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_texts_of_another_model_do_not_count_as_done(asked, chaos, tmp_path, monkeypatch):
+    asked()
+    real = generate.bdh_mlx.find_weights
+    other = tmp_path / "other.safetensors"
+    bdh_mlx.save_model(random_model(seed=5), other)
+    monkeypatch.setattr(generate.bdh_mlx, "find_weights", lambda path: real(other))
+    with pytest.raises(UserError, match="its line 1 is no answer of this command"):
+        asked()
+
+
 @pytest.mark.parametrize("samples", ["1", "3"])
 def test_interrupted_prompts_go_on_with_what_is_missing_and_end_in_the_same_bytes(
     samples, asked, tmp_path
@@ -925,7 +944,7 @@ def test_a_file_that_is_no_output_of_these_prompts_is_refused_and_kept(asked, tm
             asked()
         assert out.read_bytes() == content
     out.write_bytes(lines[0])
-    with pytest.raises(UserError, match="its line 1 is no answer to these prompts"):
+    with pytest.raises(UserError, match="its line 1 is no answer of this command to these prompts"):
         asked("--samples", "2")
 
 
