@@ -69,8 +69,10 @@ class BDHConfig:
     dropout_v: float = 0.0  # share of the embedding, and of what a layer adds to v, silenced too
 
     def __new__(cls, *args, **given):  # before the __init__ of a dataclass, which raises TypeError
+        if len(args) > len(known := cls.__dataclass_fields__):
+            raise UserError(f"BDHConfig has {len(known)} fields, not {len(args)}")
         for name in given:
-            if name not in (known := cls.__dataclass_fields__):
+            if name not in known:
                 raise UserError(f"{name} is no field of BDHConfig{nearest(name, known)}")
         return super().__new__(cls)
 

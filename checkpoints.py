@@ -201,7 +201,7 @@ def newest_valid(run: Path) -> int:
         print(f"warning: checkpoint {step} is damaged, kept as {aside.name}: {visible(reason)}")
     if found or any(run.glob("damaged-[0-9]*")):
         raise NoneValid(f"{run} has no sound checkpoint left; set RUN_NAME to start another run")
-    if (run / SAVED).exists() and (run / "metrics.jsonl").exists():
+    if (run / "metrics.jsonl").exists() and any((run / f).exists() for f in (SAVED, "best.json")):
         raise NoneValid(
             f"{run} had checkpoints, and they are gone. Put one back to go on; to start anew, set "
             f"RUN_NAME, or move {run / 'metrics.jsonl'} elsewhere, which would be replaced"

@@ -89,6 +89,7 @@ def made_aside(path: Path) -> Iterator[Path]:
 
     Raises NotWritten; on any error nothing is left of what was made.
     """
+    path = Path(os.path.realpath(path))
     special = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113  a device
     making = path if special else path.with_name(f".{path.name}.tmp{path.suffix}")
     try:

@@ -110,13 +110,17 @@ def check_state(model, state: State) -> None:
     """Raise UserError for what is no state, or was read by a model of another shape."""
     if not isinstance(state, State):
         raise UserError(f"the state is of type {type(state).__name__}; it must be a State")
+    check_number("position", state.position, int, 0, 2**62)
     if state.window is not None:
         check_number("window", state.window, *WINDOWS)
     H, D, N = model.encoder.shape
     wanted, found = (model.config.n_layer, H, D, N), []
-    if state.synapses:
-        found.append((len(state.synapses), *(state.synapses[0].shape[i] for i in (0, 3, 2))))
+    for layers in (state.synapses, *state.parts):
+        shapes = {tuple(S.shape[i] for i in (0, 3, 2)) if S.ndim == 4 else S.shape for S in layers}
+        found += [(len(layers), *shape) for shape in shapes]
     if tail := state.tail:
+        if not hasattr(tail, "values"):
+            raise UserError(f"the state's tail is of type {type(tail).__name__}; read a text anew")
         found.append((len(tail.values), *tail.of.made_of[2].shape))
     for shape in found:
         if shape != wanted:
@@ -124,7 +128,7 @@ def check_state(model, state: State) -> None:
 
 
 def _broadcast(model, idx: mx.array, state: State | None) -> State:
-    state = state or State()
+    state = State() if state is None else state
     check_state(model, state)
     if state.batch not in (0, 1, idx.shape[0]):
         raise UserError(f"the state has {state.batch} rows and cannot read {idx.shape[0]}")

@@ -247,6 +247,31 @@ def test_a_state_of_a_model_of_another_shape_is_refused(length, tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"position": "a"}, "position is 'a'"),
+        ({"position": -5}, "position is -5"),
+        ({"tail": 3}, "tail is of type int"),
+        ({"synapses": (mx.zeros((2, 1, 64)),) * 2}, r"= \(2, 2, 1, 64\), here"),
+        ({"synapses": (mx.zeros((2, 1, 64, 16)), mx.zeros((2, 1, 64, 8)))}, r"\(2, 2, 8, 64\)"),
+    ],
+)
+def test_a_state_made_by_hand_is_refused_in_one_line(broken, said):
+    with pytest.raises(UserError, match=said):
+        prefill(random_model(), random_bytes(1, 3), State(position=3)._replace(**broken))
+    with pytest.raises(UserError, match="of type tuple"):
+        prefill(random_model(), random_bytes(1, 3), ())
+
+
+def test_a_link_to_a_model_stays_a_link(tmp_path):
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "real.safetensors")
+    bdh_mlx.save_model(random_model(), tmp_path / "link.safetensors")
+    assert (tmp_path / "link.safetensors").is_symlink() and (
+        tmp_path / "real.safetensors"
+    ).is_file()
+
+
 def test_a_state_of_no_byte_is_not_saved_and_a_folder_not_loaded(tmp_path):
     with pytest.raises(UserError, match="the state is of no byte"):
         bdh_mlx.save_state(tmp_path / "s.safetensors", random_model(), State())
