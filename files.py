@@ -89,7 +89,7 @@ def made_aside(path: Path) -> Iterator[Path]:
 
     Raises NotWritten; on any error nothing is left of what was made.
     """
-    path = Path(os.path.realpath(path))
+    named, path = path, Path(os.path.realpath(path))
     special = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113  a device
     making = path if special else path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
@@ -103,7 +103,7 @@ def made_aside(path: Path) -> Iterator[Path]:
         known = isinstance(error, UserError)
         if isinstance(error, OSError | RuntimeError) and not known:  # RuntimeError: MLX's
             reason = getattr(error, "strerror", None) or error
-            raise NotWritten(f"{path} cannot be written: {reason}") from None
+            raise NotWritten(f"{named} cannot be written: {reason}") from None
         raise
 
 
