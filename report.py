@@ -32,10 +32,8 @@ _told = set()  # runs whose report failed
 
 
 def read(run: Path) -> tuple[dict, list[dict]]:
-    """config.json and the lines of metrics.jsonl of a run, evaluations of other validation bytes
-    than the last ones aside. Raises UserError where there is none.
-    """
-    lines = metrics.of_one_kind(metrics.read(run / "metrics.jsonl"))
+    """config.json and the lines of metrics.jsonl of a run. Raises UserError where there is none."""
+    lines = metrics.read(run / "metrics.jsonl")
     if not lines:
         raise UserError(f"{run} holds no metrics.jsonl; name the folder of a run")
     config = {"settings": {}, "data": {}, "versions": {}}

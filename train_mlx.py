@@ -55,7 +55,6 @@ SAVE_FREQ: int = 500  # updates between checkpoints
 KEEP: int = 3  # latest checkpoints kept, besides the best
 SAMPLE_BYTES: int = 200  # length of each sample
 # Runs
-ALLOW_DATA_CHANGE: bool = False  # continue a run although its training bytes are no longer the same
 CHECKPOINT_DIR: str = "checkpoints_mlx"  # holds one folder per run, and the prepared data
 RUN_NAME: str | None = None  # folder of this run; none: the training mode
 INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (phase 2)
@@ -277,9 +276,9 @@ def fresh(s: Settings) -> tuple[BDH, optim.AdamW]:
     return model, optimizer
 
 
-def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, list, str]:
-    """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached, the
-    weights that the run came from, and the validation bytes that it had.
+def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, list]:
+    """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached, and
+    the weights that the run came from.
     """
     origin = Path(s.CHECKPOINT_DIR, s.INIT_FROM or "")
     if s.INIT_FROM and not origin.exists():
@@ -299,7 +298,7 @@ def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, 
             if s.EMA:  # the average starts where the weights do
                 optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
-        return 0, phases.ancestry(origin) if s.INIT_FROM else [], val_data(report)
+        return 0, phases.ancestry(origin) if s.INIT_FROM else []
     before = checkpoints.read_info(run, done)
     new = described(s) | checkpoints.versions() | {UPDATE: sequences(s)}
     try:
@@ -308,16 +307,15 @@ def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, 
         changed = checkpoints.differing(old, new) | data.differing(before["data"], report)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
-    may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
-    if fixed := [k for k in changed if k in FIXED and k not in may]:
+    if fixed := [k for k in changed if k in FIXED]:
         of_data = [k for k in fixed if k.endswith(" data")]
         if "TRAINING_MODE" in fixed or "SEED" in fixed:  # which make the bytes others
             fixed = [k for k in fixed if k not in of_data]
         told = [*map(changed.get, fixed[:5]), *(["and others"] if len(fixed) > 5 else [])]
-        allow = ", or --allow-data-change to go on with these" if fixed == of_data else ""
+        of_run = f", with INIT_FROM {run.name} from these weights" if fixed == of_data else ""
         raise UserError(
             f"{run} holds a run with other settings ({'; '.join(told)}). Set them back to go on "
-            f"with it, or set RUN_NAME to start another{allow}"
+            f"with it, or set RUN_NAME to start another{of_run}"
         )
     ancestry = before.get("ancestry", [])
     if s.INIT_FROM and not ancestry:
@@ -337,7 +335,7 @@ def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, 
         checkpoints.load(run, done, model, optimizer)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
     tell_new_rate(before, s, done, report)
-    return done, ancestry, val_data(before["data"])
+    return done, ancestry
 
 
 def tell_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
@@ -349,11 +347,6 @@ def tell_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
     if abs(new - planned) > 0.01 * planned:
         last = learning_rate(done - 1, ends[0], old)
         print(f"learning rate: {last:.2e} at iteration {done}, {new:.2e} from here on")
-
-
-def val_data(report: dict) -> str:
-    """Name of the validation bytes: losses on others do not compare."""
-    return report["val"]["sha256"][:16]
 
 
 def noisy(idx: mx.array, share: float, key: mx.array) -> mx.array:
@@ -498,15 +491,12 @@ def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
     name, compute, peak = memory.choose(s)  # before the model takes any
     model, optimizer = fresh(s)
     found = start(run, s, report, model, optimizer) if together.first else None
-    step, ancestry, had = together.share(found)
+    step, ancestry = together.share(found)
     model.update(together.from_first(model.parameters()))  # before compiling
     optimizer.state = together.from_first(optimizer.state)
     first = saved = step
-    now = val_data(report)
-    log, history = open_log(run, step, (had, now), together, s.json_to)
-    named = best = together.share(checkpoints.read_best(run) if together.first else None)
-    if best.get("val_data", had) != now:  # it stays what best.json names until another is judged
-        best = {}
+    log, history = open_log(run, step, together, s.json_to)
+    best = together.share(checkpoints.read_best(run) if together.first else None)
     evaluated = max(evaluations(history), default=-1)
     if step and not best:
         evaluated = -1  # judged at once, if a validation is due
@@ -580,12 +570,12 @@ def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
             judged = nats.get(s.LOSS_ON, val_loss)  # of the bytes that train
             if step and judged < best.get("judged", math.inf):
                 save()
-                named = best = {"step": step, "judged": judged}
+                best = {"step": step, "judged": judged}
                 if together.first:
-                    checkpoints.write_best(run, step, judged, now)
+                    checkpoints.write_best(run, step, judged)
             last = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
             last["judged"] = judged  # in nats; by it go best.json, PATIENCE, advice and reports
-            last["val_data"], last["val_loss_fields"] = now, nats
+            last["val_loss_fields"] = nats
             last["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
             with averaged(model, optimizer):
                 last |= activity(model, val[0], s.BLOCK_SIZE)
@@ -601,7 +591,7 @@ def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
             if together.first:
                 redraw(run)
         if together.first:
-            checkpoints.prune(run, s.KEEP, named.get("step"))  # which best.json names
+            checkpoints.prune(run, s.KEEP, best.get("step"))
         if finished:
             break
 
@@ -747,7 +737,6 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
     "SAVE_FREQ": whole(1),
     "KEEP": whole(1),
     "SAMPLE_BYTES": whole(0, 10**6),
-    "ALLOW_DATA_CHANGE": switch(),
     "CHECKPOINT_DIR": text(),
     "RUN_NAME": text(none=True),
     "INIT_FROM": text(none=True),

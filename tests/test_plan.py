@@ -6,7 +6,6 @@ import re
 import pytest
 from test_train import ARGS
 
-import data
 import plan
 import train_mlx
 
@@ -91,20 +90,6 @@ def test_the_records_that_validate_are_known_however_alike_texts_are(tmp_path, c
         out = told(tmp_path, capsys, asked, "--training-mode", "instruction", "--seed", str(seed))
         validate = int(re.search(r"validation: (\d+) records", out)[1])
         assert f"0 of {validate} validation records are in the training split" in out
-
-
-def test_prepared_data_of_an_earlier_version_stay_as_they_are(tmp_path, capsys):
-    records = [record(i, response="word " * 20) for i in range(40)]
-    before = told(tmp_path, capsys, records)
-    (folder,) = (f for f in (tmp_path / "ck" / ".data").iterdir() if f.is_dir())
-    about = json.loads((folder / "data.json").read_text())
-    del about["in_val_sha256"], about["sha256"]
-    (folder / "in_val.npy").unlink()
-    (folder / "data.json").write_text(json.dumps(about | {"sha256": data._sha256_of(about)}))
-    files = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
-    again = told(tmp_path, capsys, records)
-    assert files == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
-    assert again.split("\nspeed")[0] == before.split("\nspeed")[0]
 
 
 def test_presets_that_do_not_go_with_the_constants_are_named(tmp_path, capsys, monkeypatch):
