@@ -135,29 +135,20 @@ class BDH(nn.Module):
         self.decoder = mx.random.normal((H * N, D)) * 0.02
         self.lm_head = mx.random.normal((D, config.vocab_size)) * 0.02
 
-    def __call__(self, idx, targets=None, key=None, synapses=None):
-        """See above; computed as `self.compute` says, by layers with a gradient of their own.
-
-        With `synapses`, what the bytes before idx left in each layer, (H, B, N, D) or zeros, it
-        gives a third value: what is left after idx, for the bytes that follow.
-        """
+    def __call__(self, idx, targets=None, key=None):
+        """See above; computed as `self.compute` says, by layers with a gradient of their own."""
         H, D = self.config.n_head, self.config.n_embd
         weights = (self.encoder, self.encoder_v, self.decoder.reshape(H, -1, D))
         v = ln(self.embed(idx))  # (B, T, D)
         L, rates = self.config.n_layer, (self.config.dropout, self.config.dropout_v)
         if key is not None and self.config.dropout_v:
             v = v * factor(dropout_mask(mx.random.split(key, L + 1)[L], rates[1], v.shape), v.dtype)
-        keys, after = [None] * L if key is None else mx.random.split(key, L), []
-        for i, key_l in enumerate(keys):
-            if synapses is None:
-                v = layer(v, *weights, self.compute, key_l, *rates)
-            else:
-                v, left = layer(v, *weights, self.compute, key_l, *rates, synapses[i])
-                after.append(left)
-        logits, loss = v @ self.lm_head, None
-        if targets is not None:
-            loss = nn.losses.cross_entropy(logits, targets, reduction="mean")
-        return (logits, loss) if synapses is None else (logits, loss, after)
+        for key_l in [None] * L if key is None else mx.random.split(key, L):
+            v = layer(v, *weights, self.compute, key_l, *rates)
+        logits = v @ self.lm_head
+        if targets is None:
+            return logits, None
+        return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
 
     def read(self, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
         """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State. No dropout.

@@ -83,18 +83,15 @@ def opened(run: Path) -> Iterator[None]:
                     shutil.rmtree(run)
 
 
-def write_best(run: Path, step: int, judged: float, val_data: str) -> None:
-    """Name the checkpoint of `step` the best, with the loss in nats that it is judged by, and on
-    which validation bytes.
-    """
+def write_best(run: Path, step: int, judged: float) -> None:
+    """Name the checkpoint of `step` the best, with the loss in nats that it is judged by."""
     best = {"checkpoint": folder(run, step).name, "step": step, "judged": judged}
-    best["val_data"] = val_data
     best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
     files.write_whole(run / "best.json", json.dumps(best))
 
 
 def read_best(run: Path) -> dict:
-    """The best evaluation so far (checkpoint, step, judged in nats, val_data); {} before any.
+    """The best evaluation so far (checkpoint, step, judged in nats); {} before any.
 
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
     evaluation is the best then.
@@ -104,9 +101,7 @@ def read_best(run: Path) -> dict:
         written = best.pop("sha256")
         if hashlib.sha256(repr(best).encode()).hexdigest() != written:
             raise ValueError
-        if "judged" not in best:
-            best["judged"] = best.pop("val_loss")  # its name in older trainers
-        reason = damage(folder(run, best["step"]))
+        reason = damage(folder(run, best["step"])) if "judged" in best else "it has no loss"
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -723,7 +723,7 @@ def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.n
 
 def skips(report: dict) -> list[str]:
     """How many records were skipped and why, most first; a line of a .jsonl file is a record."""
-    first = report.get("first_skipped", {})  # reports kept by earlier versions lack it
+    first = report.get("first_skipped", {})
     return [
         f"skipped {n:,}: {reason}" + (f" (first: record {first[reason]:,})" if first else "")
         for reason, n in report["skipped"].items()
@@ -828,7 +828,7 @@ def differing(there: dict, here: dict) -> dict[str, str]:
 
 def _named(report: dict) -> str:
     """The data set of a report, with its commit where it is on the hub."""
-    commit = report.get("commit")  # earlier versions lack it
+    commit = report.get("commit")
     return report["dataset"] + (f" (commit {commit})" if commit else "")
 
 
@@ -843,7 +843,7 @@ def describe(report: dict) -> str:
     for structure, n in report["structures"].items():
         share = "" if n is None else f": {n / report['records']:.1%} of records"
         lines.append(f"  structure {structure}{share}")
-    exchanges = report.get("exchanges", report["records"])  # earlier versions lack it
+    exchanges = report.get("exchanges", report["records"])  # a ready split has none
     if exchanges != report["records"]:
         lines.append(f"  {exchanges:,} exchanges in them, each a record from here on")
     for name, field in report["fields"].items():

@@ -66,7 +66,6 @@ def command_of(settings: dict) -> str:
             "CHECKPOINT_DIR",
             "RUN_NAME",
             "FORCE",
-            "ALLOW_DATA_CHANGE",
             "PROCESSES",
             "PHASES",
         ):

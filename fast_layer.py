@@ -294,14 +294,11 @@ def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def layer(
-    v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, rate_v=0.0, found=None
-):
+def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, rate_v=0.0):
     """v' (B, T, D) in float32 of v (B, T, D); encoder, encoder_v (H, D, N); decoder (H, N, D).
 
     Dropout of `rate` acts on y and of `rate_v` on ln(o) where `key` is given: the same key and
-    segments, the same masks. With `found`, the synapses (H, B, N, D) that earlier bytes left, it
-    gives those left after v as well; no gradient goes through them.
+    segments, the same masks.
     """
     (B, T, D), (H, _, N) = v.shape, encoder.shape
     parts, C = segments(B, T, compute), compute.chunk
@@ -316,7 +313,7 @@ def layer(
 
     @mx.custom_function
     def forward(v, *weights):
-        out, kept, S = [], [], found
+        out, kept, S = [], [], None
         weights = [w.astype(compute.dtype) for w in weights]
         for key_i, (begin, end) in zip(keys, parts, strict=True):
             # tied to the segment before, the mask too: it would be drawn for all of T at once
@@ -324,7 +321,7 @@ def layer(
             one, S, of_use = forward_segment(vs, S, weights, begin, C, masks(key_i, begin, end))
             out.append(one)
             kept += [mx.zeros(1) if each is None else each for each in of_use[:count]]
-        return mx.concatenate(out, 1), *kept, *([] if found is None else [turn(S, -T)])
+        return mx.concatenate(out, 1), *kept
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
@@ -341,5 +338,4 @@ def layer(
             dv.append(one)
         return *mx.depends([mx.concatenate(dv[::-1], 1)], list(dW)), *dW
 
-    outputs = forward(v, encoder, encoder_v, decoder)
-    return outputs[0] if found is None else (outputs[0], mx.stop_gradient(outputs[-1]))
+    return forward(v, encoder, encoder_v, decoder)[0]

@@ -101,13 +101,8 @@ def estimate(config: BDHConfig, B: int, T: int, compute: Compute) -> float:
 
 
 def kept_besides(s: SimpleNamespace) -> int:
-    """Bytes of the weights' average (EMA) and of synapses, old and new (CARRY_STATE)."""
-    c = s.BDH_CONFIG
-    neurons = c.n_head * c.neurons_per_head * c.n_embd
-    numbers = 2 * c.n_parameters if s.EMA else 0
-    if s.CARRY_STATE:
-        numbers += 3 * c.n_layer * s.BATCH_SIZE * neurons
-    return 4 * numbers
+    """Bytes of the weights' average (EMA), which an update holds twice."""
+    return 8 * s.BDH_CONFIG.n_parameters if s.EMA else 0
 
 
 def choose(s: SimpleNamespace) -> tuple[str, Compute, float]:

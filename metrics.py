@@ -48,32 +48,19 @@ def evaluations(history: list[dict]) -> list[int]:
     return [m["step"] for m in history if "val_loss" in m]
 
 
-def of_one_kind(lines: list[dict], val_data: str | None = None) -> list[dict]:
-    """The lines but for evaluations and samples before the last evaluation of other validation
-    bytes than `val_data` (those of the last one): losses on other bytes do not compare.
-    """
-    on = {i: m.get("val_data") for i, m in enumerate(lines) if "val_loss" in m}
-    val_data = val_data or on.get(max(on, default=None))
-    since = max((i for i, of in on.items() if of != val_data), default=-1)
-    return [m for i, m in enumerate(lines) if "loss" in m or i > since]
-
-
 def open_log(
-    run: Path, step: int, val_data: tuple[str, str], together: Processes, json_to=None
+    run: Path, step: int, together: Processes, json_to=None
 ) -> tuple[Callable, list[dict]]:
     """A function that logs to metrics.jsonl and the terminal, and all that was logged, a list to
     which it adds.
 
     The terminal gets them as text, or the file `json_to` as they are. Lines after `step`, of work
-    that was lost, are dropped, so that each step is told once. `val_data` names the validation
-    bytes of the run so far, for evaluations of earlier versions, which do not, and those of today.
+    that was lost, are dropped, so that each step is told once; all are where a run begins.
     """
-    path, (before, now) = run / "metrics.jsonl", val_data
-    kept = [m for m in read(path) if m["step"] <= step]
-    kept = together.share([{"val_data": before} | m if "val_loss" in m else m for m in kept])
+    path = run / "metrics.jsonl"
+    history = together.share([m for m in read(path) if step and m["step"] <= step])
     if together.first:
-        files.write_whole(path, "".join(map(sealed, kept)))
-    history = of_one_kind(kept, now)
+        files.write_whole(path, "".join(map(sealed, history)))
 
     def log(**m):
         for name, value in m.items():

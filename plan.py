@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 
 import mlx.core as mx
@@ -78,11 +77,7 @@ def examine(s: SimpleNamespace) -> Findings:
     cache = Path(s.CHECKPOINT_DIR) / ".data"
     folder = data.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
     has = json.loads((folder / "data.json").read_text())["fields"]
-    with TemporaryDirectory() as other:
-        if not (folder / data.IN_VAL).is_file():  # prepared by an earlier version: runs need it
-            how = (s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED)
-            folder = data.prepare(*how, Path(other))
-        in_val = iter(np.load(folder / data.IN_VAL).tolist())
+    in_val = iter(np.load(folder / data.IN_VAL).tolist())
     for record in data.read(s.DATASET):
         contents = data.detect(record)[1] if isinstance(record, dict) else []
         for content in filter(None, map(data.sound, contents)):

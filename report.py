@@ -34,11 +34,9 @@ _told = set()  # runs whose report failed
 
 
 def read(run: Path) -> tuple[dict, list[dict]]:
-    """config.json and the lines of metrics.jsonl of a run, evaluations of other validation bytes
-    than the last ones aside. Raises UserError where there is none.
-    """
+    """config.json and the lines of metrics.jsonl of a run. Raises UserError where there is none."""
     try:
-        lines = metrics.of_one_kind(metrics.read(run / "metrics.jsonl"))
+        lines = metrics.read(run / "metrics.jsonl")
     except RecursionError:  # JSON of too many brackets
         raise UserError(f"{run / 'metrics.jsonl'} is damaged: it is no log of a run") from None
     lines = [_sound(m) for m in lines if type(m["step"]) is int]

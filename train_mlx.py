@@ -37,7 +37,6 @@ WARMUP_ITERS: int = 100  # updates of linear rise, while Adam's averages fill
 LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
 WEIGHT_DECAY: float = 0.1  # AdamW's, as in the paper
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: as it comes
-CARRY_STATE: bool = False  # rows of the batch read on where they stopped, with their synapses
 EMA: float = 0.0  # share that an update keeps of the weights' average, the one judged; 0: none
 NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_SKIPS: int = 10  # updates in a row skipped for numbers that are not finite before the run stops
@@ -56,7 +55,6 @@ SAVE_FREQ: int = 500  # updates between checkpoints
 KEEP: int = 3  # latest checkpoints kept, besides the best
 SAMPLE_BYTES: int = 200  # length of each sample
 # Runs
-ALLOW_DATA_CHANGE: bool = False  # continue a run although its training bytes are no longer the same
 CHECKPOINT_DIR: str = "checkpoints_mlx"  # holds one folder per run, and the prepared data
 RUN_NAME: str | None = None  # folder of this run; none: the training mode
 INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (phase 2)
@@ -144,34 +142,19 @@ def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
     return rng.permutation(starts) % n_bytes
 
 
-def block_starts(
-    n_bytes: int, first: int, count: int, T: int, seed: int, rows: int | None = None
-) -> np.ndarray:
-    """First byte of the blocks number first .. first+count-1 of a run, over as many epochs.
-
-    With `rows` the blocks are in no random order: each of so many rows, which take blocks by turns,
-    reads on round the ring, from places spread evenly over it.
-    """
-    if rows:
-        turn, row = np.divmod(np.arange(first, first + count), rows)
-        start = np.random.default_rng(seed).integers(n_bytes)
-        return (start + row * n_bytes // rows + turn * T) % n_bytes
+def block_starts(n_bytes: int, first: int, count: int, T: int, seed: int) -> np.ndarray:
+    """First byte of the blocks number first .. first+count-1 of a run, over as many epochs."""
     where = [divmod(block, math.ceil(n_bytes / T)) for block in range(first, first + count)]
     return np.array([epoch_starts(n_bytes, T, seed, epoch)[i] for epoch, i in where])
 
 
-def carried_rows(s: Settings) -> int | None:
-    """Rows that read on and on, if CARRY_STATE has them."""
-    return s.BATCH_SIZE if s.CARRY_STATE else None
-
-
 def get_batch(
-    stream: np.ndarray, first: int, B: int, T: int, seed: int, rows: int | None = None
+    stream: np.ndarray, first: int, B: int, T: int, seed: int
 ) -> tuple[mx.array, mx.array]:
     """Blocks number first .. first+B-1 as idx and targets (B, T): a function of its arguments
     alone, so that a resumed run reads on where it stopped.
     """
-    starts = block_starts(len(stream), first, B, T, seed, rows)
+    starts = block_starts(len(stream), first, B, T, seed)
     blocks = stream[(starts[:, None] + np.arange(T + 1)) % len(stream)].astype(np.int32)
     return mx.array(blocks[:, :-1]), mx.array(blocks[:, 1:])
 
@@ -193,7 +176,7 @@ def counted(fields: np.ndarray, micro: int, s: Settings) -> np.ndarray:
     """Which targets (B, T) of a run's batch number `micro` count in its loss."""
     if s.LOSS_ON == "all":
         return np.ones((s.BATCH_SIZE, s.BLOCK_SIZE), bool)
-    read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED, carried_rows(s))
+    read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
     return np.array(get_batch(fields, *read)[1]) == FIELDS.index(s.LOSS_ON)
 
 
@@ -285,24 +268,19 @@ def described(s: Settings) -> dict:
 
 
 def fresh(s: Settings) -> tuple[BDH, optim.AdamW]:
-    """A model and its optimizer, in whose state also is what EMA and CARRY_STATE keep: it is saved
-    and goes on with it.
-    """
+    """A model and its optimizer, whose state also holds EMA's average: it is saved with it."""
     mx.random.seed(s.SEED)
-    model, c = BDH(s.BDH_CONFIG), s.BDH_CONFIG
+    model = BDH(s.BDH_CONFIG)
     optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     if s.EMA:  # of weights and their average the one that the model does not hold: see averaged
         optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
-    if s.CARRY_STATE:
-        nothing = mx.zeros((c.n_head, s.BATCH_SIZE, c.neurons_per_head, c.n_embd))
-        optimizer.state["synapses"] = [nothing] * c.n_layer
     return model, optimizer
 
 
-def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, list, str]:
-    """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached, the
-    weights that the run came from, and the validation bytes that it had.
+def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, list]:
+    """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached, and
+    the weights that the run came from.
     """
     origin = Path(s.CHECKPOINT_DIR, s.INIT_FROM or "")
     if s.INIT_FROM and not origin.exists():
@@ -322,7 +300,7 @@ def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, 
             if s.EMA:  # the average starts where the weights do
                 optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
-        return 0, phases.ancestry(origin) if s.INIT_FROM else [], val_data(report)
+        return 0, phases.ancestry(origin) if s.INIT_FROM else []
     before = checkpoints.read_info(run, done)
     new = described(s) | checkpoints.versions() | {UPDATE: sequences(s)}
     try:
@@ -331,17 +309,15 @@ def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, 
         changed = checkpoints.differing(old, new) | data.differing(before["data"], report)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
-    may = ["train data", "val data"] if s.ALLOW_DATA_CHANGE else []
-    fixed_here = [*FIXED, *(["BATCH_SIZE"] if s.CARRY_STATE else [])]
-    if fixed := [k for k in changed if k in fixed_here and k not in may]:
+    if fixed := [k for k in changed if k in FIXED]:
         of_data = [k for k in fixed if k.endswith(" data")]
         if "TRAINING_MODE" in fixed or "SEED" in fixed:  # which make the bytes others
             fixed = [k for k in fixed if k not in of_data]
         told = [*map(changed.get, fixed[:5]), *(["and others"] if len(fixed) > 5 else [])]
-        allow = ", or --allow-data-change to go on with these" if fixed == of_data else ""
+        of_run = f", with INIT_FROM {run.name} from these weights" if fixed == of_data else ""
         raise UserError(
             f"{run} holds a run with other settings ({'; '.join(told)}). Set them back to go on "
-            f"with it, or set RUN_NAME to start another{allow}"
+            f"with it, or set RUN_NAME to start another{of_run}"
         )
     ancestry = before.get("ancestry", [])
     if s.INIT_FROM and not ancestry:
@@ -361,7 +337,7 @@ def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, 
         checkpoints.load(run, done, model, optimizer)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
     tell_new_rate(before, s, done, report)
-    return done, ancestry, val_data(before["data"])
+    return done, ancestry
 
 
 def tell_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
@@ -373,11 +349,6 @@ def tell_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
     if abs(new - planned) > 0.01 * planned:
         last = learning_rate(done - 1, ends[0], old)
         print(f"learning rate: {last:.2e} at iteration {done}, {new:.2e} from here on")
-
-
-def val_data(report: dict) -> str:
-    """Name of the validation bytes: losses on others do not compare."""
-    return report["val"]["sha256"][:16]
 
 
 def noisy(idx: mx.array, share: float, key: mx.array) -> mx.array:
@@ -419,17 +390,11 @@ def compiled_step(
     def gradient(idx, targets, weights, key):
         idx = noisy(idx, noise, key) if noise else idx
 
-        found = optimizer.state.get("synapses")
-
         def loss():
-            logits, _, *left = model(idx, key=key, synapses=found)
-            return mx.sum(nn.losses.cross_entropy(logits, targets) * weights), left
+            logits, _ = model(idx, key=key)
+            return mx.sum(nn.losses.cross_entropy(logits, targets) * weights)
 
-        (value, left), gradients = nn.value_and_grad(model, loss)()
-        for synapses in left:  # from zero after a loss that is not finite
-            good = mx.isfinite(value)
-            optimizer.state["synapses"] = [mx.where(good, S, 0) for S in synapses]
-        return value, gradients
+        return nn.value_and_grad(model, loss)()
 
     @compiled
     def update(loss, gradients):
@@ -466,8 +431,6 @@ def main(argv: list[str] | None = None) -> int:
         return plan.tell(sys.modules[__name__], given)
     cli.endure()
     together = Processes()
-    if together.size > 1 and given.CARRY_STATE:
-        raise UserError("CARRY_STATE keeps the rows of one process; leave it out of several")
     given.json_to = sys.stdout if given.json else None  # where print goes no more from here on
     with printing(given.json_to, together), Stop(together) as stop:
         for s in phases.chain(given):
@@ -527,15 +490,12 @@ def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
     name, compute, peak = memory.choose(s)  # before the model takes any
     model, optimizer = fresh(s)
     found = start(run, s, report, model, optimizer) if together.first else None
-    step, ancestry, had = together.share(found)
+    step, ancestry = together.share(found)
     model.update(together.from_first(model.parameters()))  # before compiling
     optimizer.state = together.from_first(optimizer.state)
     first = saved = step
-    now = val_data(report)
-    log, history = open_log(run, step, (had, now), together, s.json_to)
-    named = best = together.share(checkpoints.read_best(run) if together.first else None)
-    if best.get("val_data", had) != now:  # it stays what best.json names until another is judged
-        best = {}
+    log, history = open_log(run, step, together, s.json_to)
+    best = together.share(checkpoints.read_best(run) if together.first else None)
     evaluated = max(evaluations(history), default=-1)
     if step and not best:
         evaluated = -1  # judged at once, if a validation is due
@@ -571,9 +531,7 @@ def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
 
     def where(step):
         count, shown = sequences(s), min(sequences(s), 64)
-        starts = block_starts(
-            len(train_bytes), step * count, shown, s.BLOCK_SIZE, s.SEED, carried_rows(s)
-        ).tolist()
+        starts = block_starts(len(train_bytes), step * count, shown, s.BLOCK_SIZE, s.SEED).tolist()
         more = f" and {count - shown:,} others" if count > shown else ""
         return f"{s.BLOCK_SIZE} bytes each from {starts}{more} of the training bytes"
 
@@ -612,12 +570,12 @@ def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
             judged = nats.get(s.LOSS_ON, val_loss)  # of the bytes that train
             if step and judged < best.get("judged", math.inf):
                 save()
-                named = best = {"step": step, "judged": judged}
+                best = {"step": step, "judged": judged}
                 if together.first:
-                    checkpoints.write_best(run, step, judged, now)
+                    checkpoints.write_best(run, step, judged)
             last = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
             last["judged"] = judged  # in nats; by it go best.json, PATIENCE, advice and reports
-            last["val_data"], last["val_loss_fields"] = now, nats
+            last["val_loss_fields"] = nats
             last["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
             with averaged(model, optimizer):
                 last |= activity(model, val[0], s.BLOCK_SIZE)
@@ -633,7 +591,7 @@ def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
             if together.first:
                 redraw(run)
         if together.first:
-            checkpoints.prune(run, s.KEEP, named.get("step"))  # which best.json names
+            checkpoints.prune(run, s.KEEP, best.get("step"))
         if finished:
             break
 
@@ -641,12 +599,11 @@ def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
         optimizer.learning_rate = rate = learning_rate(step, total, s)
         loss, gradients = 0.0, None
         batches, count = sequences(s) // s.BATCH_SIZE, count_targets(train_fields, step, s)
-        synapses = optimizer.state.get("synapses")
         if step == first:
             print("compiling the training step, once")
         for i in range(together.rank, batches, together.size):
             micro = step * batches + i
-            where_read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED, carried_rows(s))
+            where_read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
             batch = get_batch(train_bytes, *where_read)
             key = mx.random.key(s.SEED * 2**32 + micro)
             weights = mx.array(loss_weights(train_fields, micro, count, s))
@@ -658,8 +615,6 @@ def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
             if stop.number:
                 break
         if stop.number:  # saved as it was after the last update
-            if synapses:
-                optimizer.state["synapses"] = synapses
             continue
         loss, gradients = together.total((loss, gradients))
         norm = update(loss, gradients)
@@ -749,7 +704,7 @@ def command(s: Settings, run: Path, prompt: str) -> str:
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
 UPDATE = "BATCH_SIZE x GRAD_ACCUM x processes"
 FIXED = ["TRAINING_MODE", "BLOCK_SIZE", UPDATE, "SEED"]
-FIXED += ["LOSS_ON", "EVAL_BYTES", "EMA", "CARRY_STATE", "train data", "val data"]
+FIXED += ["LOSS_ON", "EVAL_BYTES", "EMA", "train data", "val data"]
 FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 RULES = {  # what each setting may be; one that is not here, a user's own, may be anything
     "TRAINING_MODE": choice(*NEEDED),
@@ -767,7 +722,6 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
     "LR_DECAY_ITERS": whole(1, none=True),
     "WEIGHT_DECAY": number("from 0 to 1,000", lambda x: 0 <= x <= 1000),
     "GRAD_CLIP": number("from 1e-12 to 1e12", lambda x: 1e-12 <= x <= 1e12, none=True),
-    "CARRY_STATE": switch(),
     "EMA": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
     "NOISE": number("at least 0 and below 1", lambda x: 0 <= x < 1),
     "MAX_SKIPS": whole(1),
@@ -783,7 +737,6 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
     "SAVE_FREQ": whole(1),
     "KEEP": whole(1),
     "SAMPLE_BYTES": whole(0, 10**6),
-    "ALLOW_DATA_CHANGE": switch(),
     "CHECKPOINT_DIR": text(),
     "RUN_NAME": text(none=True),
     "INIT_FROM": text(none=True),

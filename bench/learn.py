@@ -2,7 +2,6 @@
 
     python bench/learn.py parity --official bdh.py --text tinyshakespeare.txt
     python bench/learn.py recipe --text tinyshakespeare.txt
-    python bench/learn.py carry --text tinyshakespeare.txt
     python bench/learn.py guide --records instructions_5mb.jsonl
     python bench/learn.py parity recipe --official bdh.py --text ... --gpus 2 --minutes 8
     python bench/learn.py plot results.jsonl curves.png [parity]
@@ -90,8 +89,6 @@ ARMS = {  # name: phases of (mode, share of the updates, flags)
 }
 MODES = ("system", "instruction", "both", "full")
 
-# CARRY_STATE: flags over RECIPE's, short blocks, so that the synapses a row had matter.
-CARRY = "--block-size 256 --batch-size 32 --max-iters 1500"
 
 # --smoke: flags put after all others.
 TINY = "--n-layer 2 --n-embd 32 --n-head 2 --mlp-internal-dim-multiplier 8 --block-size 128 "
@@ -207,19 +204,7 @@ def guide_jobs(args) -> list[dict]:
     return found
 
 
-def carry_jobs(args) -> list[dict]:
-    data = split_text(args.text, args.work / "text")
-    found = []
-    for seed in range(min(args.seeds, 2)):
-        for name, flags in {"fresh": "", "carried": "--carry-state"}.items():
-            flags = f"{RECIPE} {QUIET} --dataset {data} {CARRY} {flags} --seed {seed}"
-            found.append({"in": "carry", "name": f"carry: {name}, seed {seed}", "of": name,
-                          "phases": [flags], "reach": 8,
-                          "seconds": seconds(flags) * (0.4 + 0.6 * args.per_gpu)})  # fmt: skip
-    return found
-
-
-JOBS = {"parity": parity_jobs, "recipe": recipe_jobs, "guide": guide_jobs, "carry": carry_jobs}
+JOBS = {"parity": parity_jobs, "recipe": recipe_jobs, "guide": guide_jobs}
 
 
 # ---------------------------------------------------------------------------------- inside of a job
@@ -253,9 +238,6 @@ def train(job: dict, work: Path) -> dict:
     result = curve_result(curve) | {"bytes": trained, "exit_code": code}
     result["bytes_per_s"] = round(statistics.median(speeds)) if speeds else None
     result["parameters"] = sum(p.size for _, p in tree_flatten(model.parameters()))
-    if "reach" in job:
-        val = np.fromfile(Path(s.DATASET, "val.bin"), np.uint8)
-        result["by_position"] = by_position(model, val, s.BLOCK_SIZE, job["reach"])
     if "judge" in job:
         result["bits"] = judge(model, Path(job["judge"]), s.BLOCK_SIZE)
     shutil.rmtree(runs)
@@ -284,23 +266,6 @@ def judge(model, folder: Path, T: int) -> dict:
         of = nats | {"all": mean}
         bits[mode] = {field: round(loss / math.log(2), 4) for field, loss in of.items()}
     return bits
-
-
-def by_position(model, val: np.ndarray, T: int, reach: int) -> list[float]:
-    """Mean nats of the bytes in each of `reach` blocks that follow each other, read on and on."""
-    import mlx.core as mx
-    import mlx.nn as nn
-
-    rows = (len(val) - 1) // (reach * T)
-    idx, targets = (
-        mx.array(val[i : rows * reach * T + i].astype(np.int32).reshape(rows, -1)) for i in (0, 1)
-    )
-    means, state = [], None
-    for at in range(0, reach * T, T):
-        logits, state = model.read(idx[:, at : at + T], state)
-        means.append(nn.losses.cross_entropy(logits, targets[:, at : at + T]).mean().item())
-        mx.eval(state.synapses)
-    return [round(mean, 4) for mean in means]
 
 
 def official(job: dict, path: str) -> dict:
@@ -411,15 +376,6 @@ def parity_says(rows: list[dict]) -> str:
         f"{len(steps)} steps."
     )
     return "\n".join(lines)
-
-
-def carry_says(rows: list[dict]) -> str:
-    """Validation nats by distance from where reading began, in blocks of the length trained on."""
-    rows = [row for row in rows if "by_position" in row]
-    lines = [
-        f"{row['name']:<24}{''.join(f'{x:>9.4f}' for x in row['by_position'])}" for row in rows
-    ]
-    return "\n".join(["validation nats in the 1st, 2nd, ... block after reading began", *lines])
 
 
 SHOWN = [("system", "system"), ("instruction", "instruction"), ("both", "instruction"),
@@ -541,8 +497,6 @@ def main() -> None:
     print(table([row for row in rows if row["name"] in names]))
     if "parity" in args.what:
         print(parity_says([r for r in rows if r["in"] == "parity" and "curve" in r]))
-    if "carry" in args.what:
-        print(carry_says([r for r in rows if r["in"] == "carry"]))
     if "guide" in args.what:
         print(guide_says([r for r in rows if r["in"] == "guide"], args.work / "records"))
 

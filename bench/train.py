@@ -90,7 +90,7 @@ def build(system: str, shape: dict, B: int, T: int, way=None, rate=1e-3):
     class Quadratic(bdh_mlx.BDH):
         """Scores T x T, gradients by MLX: what a plain port does."""
 
-        def __call__(self, idx, targets=None, key=None, synapses=None):
+        def __call__(self, idx, targets=None, key=None):
             return self.quadratic(idx, targets)
 
     mx.random.seed(0)

@@ -194,22 +194,3 @@ def test_running_out_of_memory_ends_in_the_planner_s_advice(text, tmp_path, monk
     monkeypatch.setattr(train_mlx, "train", fails)
     with pytest.raises(bdh_mlx.UserError, match=r"memory is out.*What fits"):
         train_mlx.main(["--checkpoint-dir", str(tmp_path)])
-
-
-@pytest.mark.parametrize("rows", [40, 10_000])
-@pytest.mark.parametrize("T", [24, 45])
-def test_carried_synapses_equal_the_form_that_reads_all_at_once(rows, T):
-    """Values over three blocks; the third's gradients with what the two before left held fixed."""
-    model, idx = random_model(), random_bytes(2, 3 * T + 1, seed=3)
-    model.compute = Compute(chunk=8, rows=rows)
-    blocks = [(idx[:, i : i + T], idx[:, i + 1 : i + T + 1]) for i in (0, T, 2 * T)]
-    synapses, read = [mx.zeros((H, 2, N, 16))] * SMALL.n_layer, []
-    for block, _ in blocks[:2]:
-        logits, _, synapses = model(block, synapses=synapses)
-        read.append(logits)
-    state = model.read(idx[:, : 2 * T])[1]
-    carried = loss_and_gradients(model, lambda x: model(x, synapses=synapses)[0], blocks[2])
-    whole = loss_and_gradients(model, lambda x: model.read(x, state)[0], blocks[2])
-    assert worst(carried, whole) < 2e-5
-    logits = mx.concatenate([*read, model(blocks[2][0], synapses=synapses)[0]], 1)
-    assert furthest(logits, model.read(idx[:, : 3 * T])[0]) < 2e-5 * mx.max(mx.abs(logits)).item()

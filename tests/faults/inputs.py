@@ -206,11 +206,12 @@ def _(n):
             None,
         )  # the same bytes elsewhere are the same
         yield (
-            refusal(*train(box, "--dataset", box / "d.jsonl"), "data", "--allow-data-change"),
+            refusal(*train(box, "--dataset", box / "d.jsonl"), "data", "INIT_FROM full"),
             None,
         )
-        code, out = train(box, "--dataset", box / "d.jsonl", "--allow-data-change")
-        yield "" if code == 0 and "data" in out else out[-300:], None
+        again = ("--run-name", "again", "--init-from", "full")
+        code, out = train(box, "--dataset", box / "d.jsonl", *again)
+        yield "" if code == 0 and "weights of full" in out else out[-300:], None
     yield refusal(*train(fresh(8), "--val-share", 0.2), "train data", "val data"), None
 
 
