@@ -129,18 +129,23 @@ def prune(run: Path, keep: int, best: int | None) -> None:
 # ----------------------------------------------------------------------------------- save and load
 
 
-def save(run: Path, step: int, model: BDH, optimizer, info: dict) -> None:
-    """Write the checkpoint of `step`, whole and durable. Raises UserError, the others untouched."""
+def save(run: Path, step: int, model: BDH, optimizer, info: dict, raw: dict | None = None) -> None:
+    """Write the checkpoint of `step`, whole and durable. Raises UserError, the others untouched.
+
+    raw: the weights that are trained, where those of the model are their average (EMA_DECAY).
+    """
     final = folder(run, step)
     making = run / f".{final.name}.tmp"
-    check_space(run, model, optimizer, 1)
-    if not _finite(tree_flatten([model.parameters(), optimizer.state])):
+    check_space(run, [model.parameters(), optimizer.state, raw or {}], 1)
+    if not _finite(tree_flatten([model.parameters(), optimizer.state, raw or {}])):
         raise UserError(f"{final} not saved: it holds numbers that are not finite")
     try:
         making.mkdir()
         save_model(model, making / "model.safetensors")
-        state = dict(sorted(tree_flatten(optimizer.state)))  # the same state, the same file
-        mx.save_safetensors(str(making / "optimizer.safetensors"), state)
+        for name, tree in (("optimizer", optimizer.state), ("raw", raw)):
+            if tree:  # sorted: the same state, the same file
+                arrays = dict(sorted(tree_flatten(tree)))
+                mx.save_safetensors(str(making / f"{name}.safetensors"), arrays)
         (making / "config.json").write_text(json.dumps({"step": step} | info, indent=1))
         for file in making.iterdir():
             files.flush(file)
@@ -204,10 +209,14 @@ def newest_valid(run: Path) -> int:
     return 0
 
 
-def load(run: Path, step: int, model: BDH, optimizer) -> None:
-    """Put checkpoint `step` into model and optimizer; call it before compiling the step."""
+def load(run: Path, step: int, model: BDH, optimizer, raw: dict | None = None) -> None:
+    """Put checkpoint `step` into model, optimizer and raw, as `save` had them; call it before
+    compiling the step.
+    """
     weights = _arrays_like(model.parameters(), folder(run, step) / "model.safetensors")
     optimizer.state = _arrays_like(optimizer.state, folder(run, step) / "optimizer.safetensors")
+    if raw:
+        raw.update(_arrays_like(raw, folder(run, step) / "raw.safetensors"))
     model.update(weights)
 
 
@@ -246,9 +255,9 @@ def differing(there: dict, here: dict) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------- disk
 
 
-def check_space(run: Path, model: BDH, optimizer, count: int) -> None:
-    """Raise UserError unless `count` checkpoints fit on the disk of `run`."""
-    one = sum(a.nbytes for _, a in tree_flatten([model.parameters(), optimizer.state]))
+def check_space(run: Path, trees: list, count: int) -> None:
+    """Raise UserError unless `count` checkpoints of these arrays fit on the disk of `run`."""
+    one = sum(array.nbytes for _, array in tree_flatten(trees))
     free = shutil.disk_usage(run).free
     if free < count * one * 1.05:
         raise UserError(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread
 
-from processes import Processes
+from processes import World
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -28,11 +28,11 @@ def at_once() -> Iterator[None]:
 class Stop:
     """On SIGINT, SIGTERM or SIGHUP: leave at the next safe point, with the work saved; on a second
     one, or before there is work to save, at once. `number` is the signal's, 0 before any. One of
-    several processes only notes it in `heard`: they leave together, at the next `agree`.
+    several processes only notes it in `heard`: they leave together, at the next `sync`.
     """
 
-    def __init__(self, processes: Processes):
-        self.number, self.heard, self.can_wait, self.processes = 0, 0, False, processes
+    def __init__(self, world: World):
+        self.number, self.heard, self.can_defer, self.world = 0, 0, False, world
 
     def __enter__(self):
         heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
@@ -51,7 +51,7 @@ class Stop:
 
     def on_signal(self, number, frame):
         self.heard = number
-        if self.processes.size == 1:
+        if self.world.size == 1:
             self.number = number
 
     def watch(self, read: int) -> None:
@@ -59,7 +59,7 @@ class Stop:
         heard = 0
         while number := os.read(read, 1):
             heard += 1
-            if heard > 1 or not self.can_wait:
+            if heard > 1 or not self.can_defer:
                 why = "at the second signal" if heard > 1 else "before there was work to save"
                 with suppress(OSError):  # nobody reads
                     os.write(2, f"stopped {why}\n".encode())
@@ -68,7 +68,7 @@ class Stop:
                 os.write(2, b"stopping, once the iteration is done and saved\n")
         os.close(read)
 
-    def agree(self):
+    def sync(self):
         """Take over what any process has heard; called by all of them at once."""
-        if self.processes.size > 1:
-            self.number = max(self.processes.gather(self.heard))
+        if self.world.size > 1:
+            self.number = max(self.world.all_gather_object(self.heard))

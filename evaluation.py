@@ -20,7 +20,7 @@ from endure import at_once
 from errors import UserError
 from files import expanded
 from formats import FIELDS
-from processes import Processes
+from processes import World
 
 # On a terminal, of what takes over a second; it leaves no line behind.
 QUIET_BAR = {"unit_scale": True, "leave": False, "delay": 1, "disable": None}
@@ -33,12 +33,12 @@ def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.ar
 
 
 def evaluate(
-    losses, val, fields, B: int, T: int, stop=None, together: Processes | None = None
+    losses, val, fields, B: int, T: int, stop=None, world: World | None = None
 ) -> tuple[float, dict[str, float]]:
     """Mean nats per byte of val, and of each field's bytes, in blocks of T (the last one shorter),
-    without dropout. `fields` tells each byte's place in FIELDS; processes `together` share this.
+    without dropout. `fields` tells each byte's place in FIELDS; the processes of `world` share it.
     """
-    rank, size = (together.rank, together.size) if together else (0, 1)
+    rank, size = (world.rank, world.size) if world else (0, 1)
     n = len(val) - 1
     nats, count = np.zeros(len(FIELDS)), np.bincount(fields[1:], minlength=len(FIELDS))
     parts = [*pairwise([*range(0, n - n % T, B * T), n - n % T, n])][rank::size]
@@ -51,8 +51,8 @@ def evaluate(
                 each = np.array(losses(mx.array(idx), mx.array(targets))).ravel()
                 nats += np.bincount(fields[begin + 1 : end + 1], each, len(FIELDS))
                 bar.update(end - begin)
-    if together:
-        nats = np.sum(together.gather(nats.tolist()), 0)
+    if world:
+        nats = np.sum(world.all_gather_object(nats.tolist()), 0)
     present = {name or "headers": i for i, name in enumerate(FIELDS) if count[i]}
     return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
 

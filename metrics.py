@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout, suppress
@@ -13,11 +14,12 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+import checkpoints
 import files
 from bdh_mlx import BDH
 from errors import UserError
 from fast_layer import forward_segment, ln
-from processes import Processes
+from processes import World
 
 WATCHED, PIECE = 4096, 256  # validation bytes whose neurons are counted; of them at once
 
@@ -48,39 +50,114 @@ def evaluations(history: list[dict]) -> list[int]:
     return [m["step"] for m in history if "val_loss" in m]
 
 
-def open_log(
-    run: Path, step: int, together: Processes, json_to=None
-) -> tuple[Callable, list[dict]]:
-    """A function that logs to metrics.jsonl and the terminal, and all that was logged, a list to
-    which it adds.
+class RunLog:
+    """What a run has logged: its lines in `history`, also in metrics.jsonl and on the terminal, and
+    its `best` evaluation (step, judged in nats), also in best.json; {} before any.
 
-    The terminal gets them as text, or the file `json_to` as they are. Lines after `step`, of work
-    that was lost, are dropped, so that each step is told once; all are where a run begins.
+    The terminal gets lines as text, or the file `json_to` gets them as they are. Lines after
+    `step`, of work that was lost, are dropped, so that each step is told once; all are where a run
+    begins.
     """
-    path = run / "metrics.jsonl"
-    history = together.share([m for m in read(path) if step and m["step"] <= step])
-    if together.first:
-        files.write_whole(path, "".join(map(sealed, history)))
 
-    def log(**m):
+    def __init__(self, run: Path, step: int, world: World, json_to=None):
+        self.run, self.world, self.json_to = run, world, json_to
+        self.path, self.last_saved = run / "metrics.jsonl", step
+        kept = [m for m in read(self.path) if step and m["step"] <= step]
+        self.history = world.broadcast_object(kept)
+        self.best = world.broadcast_object(checkpoints.read_best(run) if world.is_main else None)
+        if world.is_main:
+            files.write_whole(self.path, "".join(map(sealed, self.history)))
+
+    @property
+    def last_eval(self) -> int:
+        """The last step that was evaluated, -1 before any, or where the best one is lost."""
+        steps = evaluations(self.history)
+        return max(steps, default=-1) if self.best or steps == [0] else -1
+
+    def patience_exceeded(self, patience: int | None) -> bool:
+        """Whether so many evaluations came after the best one; a resumed run counts on."""
+        since = [e for e in evaluations(self.history) if e > self.best.get("step", math.inf)]
+        return patience is not None and len(since) >= patience
+
+    def save(self, step: int, write: Callable[[], None]) -> None:
+        """Let the main process write the checkpoint of `step`, and the others wait for it."""
+        if self.world.is_main:
+            write()
+        self.world.barrier()  # none goes on, or leaves, before it is on the disk
+        self.last_saved = step
+
+    def write_best(self, step: int, judged: float) -> None:
+        """Name the checkpoint of `step` the best one."""
+        self.best = {"step": step, "judged": judged}
+        if self.world.is_main:
+            checkpoints.write_best(self.run, **self.best)
+
+    def write(self, **m) -> None:
+        """Log a line. Raises UserError where metrics.jsonl cannot be written."""
         for name, value in m.items():
             if isinstance(value, float) and not math.isfinite(value):
                 m[name] = None  # JSON knows no NaN
-        history.append(m)
-        if not together.first:
+        self.history.append(m)
+        if not self.world.is_main:
             return
         try:
-            with path.open("a") as file:
+            with self.path.open("a") as file:
                 file.write(sealed(m))
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        if json_to:
-            print(sealed(m), end="", file=json_to, flush=True)
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
+        if self.json_to:
+            print(sealed(m), end="", file=self.json_to, flush=True)
         else:
             bold = "val_loss" in m and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
             tqdm.write(f"\x1b[1m{told(m)}\x1b[0m" if bold else told(m))
 
-    return log, history
+
+class Meter:
+    """The progress bar, and what the log tells of the updates since its last line."""
+
+    def __init__(self, step: int, n_steps: int, bytes_per_step: int):
+        self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
+        self.bar = tqdm(total=n_steps, initial=step, disable=None, unit="it")
+        self.skipped = self.consecutive_skips = 0  # updates whose numbers were not finite
+        self.start_time = time.perf_counter()
+        self.clear()
+
+    def clear(self) -> None:
+        self.losses, self.seconds, self.timed_bytes = [], 0.0, 0
+
+    def start(self) -> None:
+        """An update begins."""
+        self.step_start = time.perf_counter()
+
+    def stop(self, step: int, loss: float, norm: float, counts: bool) -> None:
+        """Update number `step` is done; `counts`: its loss says something. The first compiles."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.consecutive_skips = 0
+            self.losses += [loss] if counts else []
+        else:
+            self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
+            tqdm.write(f"iter {step:>6} | update skipped: loss {loss}, norm {norm}")
+        self.bar.update()
+        if step > self.first_step + 1:
+            self.seconds += time.perf_counter() - self.step_start
+            self.timed_bytes += self.bytes_per_step
+
+    def minutes(self) -> float:
+        """Since the first update began."""
+        return (time.perf_counter() - self.start_time) / 60
+
+    def read(self, step: int) -> dict:
+        """Mean loss, speed and time left after `step`, for the log; then all begins anew."""
+        elapsed, done = time.perf_counter() - self.start_time, step - self.first_step
+        values = {
+            "loss": sum(self.losses) / len(self.losses),
+            "skipped": self.skipped,
+            "bytes_per_s": self.timed_bytes / max(self.seconds, 1e-9),
+            "peak_gb": mx.get_peak_memory() / 1e9,
+            "seconds_left": elapsed / done * (self.n_steps - step),
+        }
+        self.clear()
+        return values
 
 
 def told(m: dict) -> str:
@@ -110,9 +187,9 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours < 72 else f"{hours // 24:,} days"
 
 
-def printing(json_to, together: Processes):
+def printing(json_to, world: World):
     """A context for print: to stderr beside lines of JSON, nowhere but in the first process."""
-    if not together.first:
+    if not world.is_main:
         return redirect_stdout(Path(os.devnull).open("w"))
     return redirect_stdout(sys.stderr) if json_to else nullcontext()
 

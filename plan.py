@@ -189,9 +189,10 @@ def measure(
     trainer: ModuleType, s: SimpleNamespace, train_bytes: np.ndarray, compute
 ) -> tuple[float, float]:
     """Seconds of an update and of an evaluation's batch: the median of three after a first."""
-    model, optimizer = trainer.fresh(s)
-    model.compute = compute
-    gradient, update, state = trainer.compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
+    model, optimizer, ema = trainer.init_model(s, compute)
+    micro_step, apply_update, state = trainer.compile_steps(
+        model, optimizer, ema, s.GRAD_CLIP, s.NOISE, s.EMA
+    )
     losses_of = mx.compile(partial(trainer.byte_losses, model), inputs=[model.state])
     B, T = s.BATCH_SIZE, s.BLOCK_SIZE
     weights = mx.full((B, T), 1 / (B * T))
@@ -201,8 +202,8 @@ def measure(
         batch = trainer.get_batch(train_bytes, i * B, B, T, s.SEED)
         tick = time.perf_counter()
         with at_once():
-            loss, gradients = gradient(*batch, weights, mx.random.key(i))
-        mx.eval(update(loss, gradients), state)
+            loss, gradients = micro_step(*batch, weights, mx.random.key(i))
+        mx.eval(apply_update(loss, gradients), state)
         tock = time.perf_counter()
         with at_once():
             losses = losses_of(*batch)

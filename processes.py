@@ -17,30 +17,30 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 LOST = ("[ring]", "[nccl]", "NCCL", "[mpi]", "[jaccl]")  # how the errors of a lost peer begin
 
 
-class Processes:
+class World:
     """Those of this run; without mlx.launch there is one, and each method returns what it got."""
 
     def __init__(self):
         self.group = mx.distributed.init()
         self.size, self.rank = self.group.size(), self.group.rank()
-        self.first = self.rank == 0
+        self.is_main = self.rank == 0  # it alone writes
 
-    def total(self, tree):
+    def all_reduce_sum(self, tree):
         """The sum of float32 arrays over the processes, in one buffer; not to be differentiated."""
         if self.size == 1:
             return tree
         return tree_map(lambda mean: mean * self.size, nn.average_gradients(tree, self.group))
 
-    def from_first(self, tree):
+    def broadcast(self, tree):
         """The first process's arrays; the others give arrays of the same shapes."""
         if self.size == 1:
             return tree
         named = sorted(tree_flatten(tree))  # a loaded tree has another order, and order is all here
         return tree_unflatten(
-            [(k, self._sum(a if self.first else mx.zeros_like(a))) for k, a in named]
+            [(k, self._sum(a if self.is_main else mx.zeros_like(a))) for k, a in named]
         )
 
-    def gather(self, value) -> list:
+    def all_gather_object(self, value) -> list:
         """What each process gave, in their order; anything that JSON holds, floats to the bit."""
         if self.size == 1:
             return [value]
@@ -53,13 +53,13 @@ class Processes:
         rows = np.array(self._sum(mx.array(rows)))
         return [json.loads(bytes(r[:n].tolist())) for r, n in zip(rows, lengths, strict=True)]
 
-    def share(self, value):
+    def broadcast_object(self, value):
         """What the first process gave."""
-        return self.gather(value if self.first else None)[0]
+        return self.all_gather_object(value if self.is_main else None)[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes have come here."""
-        self.gather(None)
+        self.all_gather_object(None)
 
     def _sum(self, array: mx.array) -> mx.array:
         summed = mx.distributed.all_sum(array, group=self.group)

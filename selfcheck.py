@@ -122,11 +122,11 @@ def updated(trainer: ModuleType, run: Path, first: int, last: int) -> dict:
     optimizer.init(model.trainable_parameters())
     if first:
         checkpoints.load(run, first, model, optimizer)
-    gradient, update, state = trainer.compiled_step(model, optimizer, 1.0)
+    micro_step, apply_update, state = trainer.compile_steps(model, optimizer, {}, 1.0)
     for step in range(first, last):
         batch = batch_number(trainer, step)
         weights = mx.full((B, T), 1 / (B * T))
-        mx.eval(update(*gradient(*batch, weights, mx.random.key(step))), state)
+        mx.eval(apply_update(*micro_step(*batch, weights, mx.random.key(step))), state)
     checkpoints.save(run, last, model, optimizer, {})
     return model.parameters()
 

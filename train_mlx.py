@@ -92,7 +92,6 @@ import json
 import math
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -104,7 +103,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
-from tqdm import tqdm
 
 import checkpoints
 import cli
@@ -123,8 +121,8 @@ from evaluation import byte_losses, evaluate, trace
 from flags import Rule, Settings, choice, number, switch, text, whole
 from formats import BUDGET, EXPECT, FIELDS, NEEDED, prompts
 from formats import format_example as format_example  # what a record becomes, for other scripts
-from metrics import activity, evaluations, open_log, printing
-from processes import Processes, is_lost
+from metrics import Meter, RunLog, activity, printing
+from processes import World, is_lost
 from report import redraw
 from state import PARTS
 from writing import samples
@@ -267,18 +265,22 @@ def described(s: Settings) -> dict:
     return {name: flags.described(value) for name, value in (own | asdict(s.BDH_CONFIG)).items()}
 
 
-def fresh(s: Settings) -> tuple[BDH, optim.AdamW]:
-    """A model and its optimizer, whose state also holds EMA's average: it is saved with it."""
+def init_model(s: Settings, compute: memory.Compute) -> tuple[BDH, optim.AdamW, dict]:
+    """A model with fresh weights, its optimizer, and the average of its weights, {} without EMA."""
     mx.random.seed(s.SEED)
     model = BDH(s.BDH_CONFIG)
+    model.compute = compute
     optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    if s.EMA:  # of weights and their average the one that the model does not hold: see averaged
-        optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
-    return model, optimizer
+    return model, optimizer, copied(model.parameters()) if s.EMA else {}
 
 
-def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, list]:
+def copied(tree: dict) -> dict:
+    """The same arrays in containers of their own."""
+    return tree_map(lambda array: array, tree)
+
+
+def resume_or_init(run: Path, s: Settings, report: dict, model, optimizer, ema) -> tuple[int, list]:
     """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached, and
     the weights that the run came from.
     """
@@ -297,8 +299,8 @@ def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, 
             if unlike := [text for name, text in unlike.items() if "dropout" not in name]:
                 raise UserError(f"INIT_FROM {s.INIT_FROM} is of another shape: {'; '.join(unlike)}")
             model.update(source.parameters())
-            if s.EMA:  # the average starts where the weights do
-                optimizer.state["other"] = tree_map(lambda a: a, model.parameters())
+            if ema:  # the average starts where the weights do
+                ema.update(copied(model.parameters()))
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
         return 0, phases.ancestry(origin) if s.INIT_FROM else []
     before = checkpoints.read_info(run, done)
@@ -333,8 +335,8 @@ def start(run: Path, s: Settings, report: dict, model, optimizer) -> tuple[int, 
             f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
             f"{s.INIT_FROM} are others now; set RUN_NAME to start another run from them"
         )
-    with averaged(model, optimizer):  # as it was saved
-        checkpoints.load(run, done, model, optimizer)
+    with ema_applied(model, ema):  # as it was saved
+        checkpoints.load(run, done, model, optimizer, ema)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
     tell_new_rate(before, s, done, report)
     return done, ancestry
@@ -351,7 +353,7 @@ def tell_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
         print(f"learning rate: {last:.2e} at iteration {done}, {new:.2e} from here on")
 
 
-def noisy(idx: mx.array, share: float, key: mx.array) -> mx.array:
+def corrupted(idx: mx.array, share: float, key: mx.array) -> mx.array:
     """idx with `share` of its bytes replaced by bytes from anywhere in it."""
     where, which = mx.random.split(mx.random.split(key, 2)[1])
     others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=which)]
@@ -359,14 +361,14 @@ def noisy(idx: mx.array, share: float, key: mx.array) -> mx.array:
 
 
 @contextmanager
-def averaged(model, optimizer) -> Iterator[None]:
-    """Put the average that EMA keeps in the place of the weights: it is evaluated and saved."""
+def ema_applied(model: BDH, ema: dict) -> Iterator[None]:
+    """Exchange the weights and their average, which is evaluated and saved; nothing without EMA."""
 
     def swap():
-        if "other" in optimizer.state:
-            weights = tree_map(lambda a: a, model.parameters())
-            model.update(optimizer.state["other"])
-            optimizer.state["other"] = weights
+        if ema:
+            weights = copied(model.parameters())
+            model.update(ema)
+            ema.update(weights)
 
     swap()
     try:
@@ -375,44 +377,44 @@ def averaged(model, optimizer) -> Iterator[None]:
         swap()
 
 
-def compiled_step(
-    model, optimizer, clip: float | None, noise: float = 0, ema: float = 0
+def compile_steps(
+    model: BDH, optimizer, ema: dict, clip: float | None, noise: float = 0, decay: float = 0
 ) -> tuple[Callable, Callable, list]:
-    """The halves of an iteration, and the state they change, to be evaluated after each update.
+    """The halves of an update, and the state they change, to be evaluated after each.
 
-    gradient(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
-    update(loss, gradients), each summed over the batches -> norm.
+    micro_step(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
+    apply_update(loss, gradients), each summed over the batches -> norm.
     """
-    state = [model.state, optimizer.state]
+    state = [model.state, optimizer.state, ema]
     compiled = partial(mx.compile, inputs=state, outputs=state)
 
     @compiled
-    def gradient(idx, targets, weights, key):
-        idx = noisy(idx, noise, key) if noise else idx
+    def micro_step(idx, targets, weights, key):
+        idx = corrupted(idx, noise, key) if noise else idx
 
         def loss():
-            logits, _ = model(idx, key=key)
-            return mx.sum(nn.losses.cross_entropy(logits, targets) * weights)
+            return mx.sum(byte_losses(model, idx, targets, key) * weights)
 
         return nn.value_and_grad(model, loss)()
 
     @compiled
-    def update(loss, gradients):
+    def apply_update(loss, gradients):
         """One step of AdamW; nothing changes where the loss or the gradient is not finite."""
         gradients, norm = optim.clip_grad_norm(gradients, clip or math.inf)
-        before = tree_map(lambda a: a, state)
+        before = copied(state)
         optimizer.update(model, gradients)
         if ema:  # a mean of all weights at first, since the start of the average is random
-            new = 1 - mx.minimum(ema, optimizer.step / (optimizer.step + 9))
-            move = lambda mean, weights: mean + new * (weights - mean)  # noqa: E731
-            optimizer.state["other"] = tree_map(move, optimizer.state["other"], model.parameters())
-        good = mx.isfinite(loss) & mx.isfinite(norm)
-        kept = tree_map(lambda new, old: mx.where(good, new, old), state, before)
-        model.update(kept[0])
-        optimizer.state.update(kept[1])
+            share = 1 - mx.minimum(decay, optimizer.step / (optimizer.step + 9))
+            move = lambda mean, weights: mean + share * (weights - mean)  # noqa: E731
+            ema.update(tree_map(move, ema, model.parameters()))
+        finite = mx.isfinite(loss) & mx.isfinite(norm)
+        after = tree_map(lambda new, old: mx.where(finite, new, old), state, before)
+        model.update(after[0])
+        optimizer.state.update(after[1])
+        ema.update(after[2])
         return norm
 
-    return gradient, update, state
+    return micro_step, apply_update, state
 
 
 class Diverged(Exception):
@@ -430,16 +432,16 @@ def main(argv: list[str] | None = None) -> int:
     if given.plan:
         return plan.tell(sys.modules[__name__], given)
     cli.endure()
-    together = Processes()
+    world = World()
     given.json_to = sys.stdout if given.json else None  # where print goes no more from here on
-    with printing(given.json_to, together), Stop(together) as stop:
+    with printing(given.json_to, world), Stop(world) as stop:
         for s in phases.chain(given):
-            s.PROCESSES = together.size
+            s.PROCESSES = world.size
             run = checkpoints.run_folder(s)
-            with checkpoints.opened(run) if together.first else nullcontext():
-                if code := attempt(s, run, stop, together):
+            with checkpoints.opened(run) if world.is_main else nullcontext():
+                if code := attempt(s, run, stop, world):
                     return code
-                if s.PHASES and together.first:
+                if s.PHASES and world.is_main:
                     told[run.name] = phases.held_out(s, run, stop, partial(loss_in, s, stop))
                     if stop.number:
                         return 128 + stop.number
@@ -447,15 +449,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def attempt(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
+def attempt(s: Settings, run: Path, stop: Stop, world: World) -> int:
     """Train, and put into a line what can end it."""
     try:
-        return train(s, run, stop, together)
+        return train(s, run, stop, world)
     except RuntimeError as error:
         if stop.heard:  # Ctrl-C also reaches the compiler that MLX runs, and MLX gives up
             return 128 + stop.heard
         if is_lost(error):
-            print(f"error: process {together.rank} lost another one: {error}. Checkpoints are as "
+            print(f"error: process {world.rank} lost another one: {error}. Checkpoints are as "
                   "they were; the same command goes on", file=sys.stderr)  # fmt: skip
             return 1
         if not memory.is_exhausted(error):
@@ -474,187 +476,217 @@ def loss_in(s: Settings, stop: Stop, model: BDH, mode: str) -> tuple[float, dict
     return evaluate(losses, *prepared(s, mode)[2], s.BATCH_SIZE, s.BLOCK_SIZE, stop)
 
 
-def train(s: Settings, run: Path, stop: Stop, together: Processes) -> int:
-    """From the data to the summary: 0 when finished, 128 + signal when stopped, 1 when diverged."""
-    stop.can_wait = False  # also after an earlier phase
-    report, (train_bytes, train_fields), val = open_data(s)
+def load_split(s: Settings, world: World) -> tuple[dict, tuple, tuple]:
+    """What open_data gives, printed. Raises UserError where the processes have other data."""
+    report, train, val = open_data(s)
     known = {k: v for k, v in described(s).items() if k in RULES or k in vars(s.BDH_CONFIG)}
-    seen = together.gather(known | {k: report[k]["sha256"] for k in ("train", "val")})
-    if unlike := [k for k in seen[0] if any(one[k] != seen[0][k] for one in seen)]:
+    sums = {side: report[side]["sha256"] for side in ("train", "val")}
+    every = world.all_gather_object(known | sums)
+    if unlike := [k for k in every[0] if any(one[k] != every[0][k] for one in every)]:
         raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
     print(visible(data.describe(report)))
-    total = last_iteration(s, len(train_bytes))
-    per_iter = s.BLOCK_SIZE * sequences(s)
-    print(f"plan: {outlook(s, len(train_bytes))}; an evaluation reads {len(val[0]):,} bytes")
+    print(f"plan: {outlook(s, len(train[0]))}; an evaluation reads {len(val[0]):,} bytes")
+    return report, train, val
 
-    name, compute, peak = memory.choose(s)  # before the model takes any
-    model, optimizer = fresh(s)
-    found = start(run, s, report, model, optimizer) if together.first else None
-    step, ancestry = together.share(found)
-    model.update(together.from_first(model.parameters()))  # before compiling
-    optimizer.state = together.from_first(optimizer.state)
-    first = saved = step
-    log, history = open_log(run, step, together, s.json_to)
-    best = together.share(checkpoints.read_best(run) if together.first else None)
-    evaluated = max(evaluations(history), default=-1)
-    if step and not best:
-        evaluated = -1  # judged at once, if a validation is due
 
-    def out_of_patience():  # a function of metrics.jsonl and best.json: a resumed run counts on
-        since = [e for e in evaluations(history) if e > best.get("step", math.inf)]
-        return s.PATIENCE is not None and len(since) >= s.PATIENCE
+def fields_in(fields: np.ndarray) -> set[str]:
+    return {FIELDS[i] for i in np.unique(fields)}
 
-    if evaluated == step and (step >= total or out_of_patience()):
-        print(f"finished: {why_finished(s, run, step, total, best)}")
-        return 0
-    model.compute = compute
-    memory.hold(peak)
-    print(f"model: {s.BDH_CONFIG.n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
-    dtype = str(model.compute.dtype).removeprefix("mlx.core.")
-    print(f"memory: {name}, {dtype}, estimated peak {peak / 1e9:.2f} GB")
-    has = {FIELDS[i] for i in np.unique(val[1])}
-    print(f"note: {EXPECT[s.TRAINING_MODE if has & {*NEEDED[s.TRAINING_MODE]} else 'text']}")
-    asked = prompts(s.TRAINING_MODE, has)
-    gradient, update, state = compiled_step(model, optimizer, s.GRAD_CLIP, s.NOISE, s.EMA)
-    losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
+
+def print_start(s: Settings, run: Path, val: tuple, mode: str, peak: float) -> None:
+    """Say what is trained, in which memory mode, and what to make of its samples."""
+    config, compute = s.BDH_CONFIG, memory.compute_for(s.BDH_CONFIG, mode, s.DTYPE)
+    print(f"model: {config.n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
+    dtype = str(compute.dtype).removeprefix("mlx.core.")
+    print(f"memory: {mode}, {dtype}, estimated peak {peak / 1e9:.2f} GB")
+    known = fields_in(val[1]) & {*NEEDED[s.TRAINING_MODE]}
+    print(f"note: {EXPECT[s.TRAINING_MODE if known else 'text']}")
+
+
+def begin_run(run: Path, s: Settings, report: dict, ancestry: list, trees: list, world) -> dict:
+    """Write config.json, if the checkpoints to come fit on the disk; what it and those of the
+    checkpoints hold. Raises UserError.
+    """
     info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
     info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
     info["own"] = [name for name in info["settings"] if name.isupper() and name not in RULES]
-    if together.first:
-        there = len(checkpoints.steps(run))
-        checkpoints.check_space(run, model, optimizer, max(1, s.KEEP + 2 - there))
+    if world.is_main:
+        lacking = s.KEEP + 2 - len(checkpoints.steps(run))  # the best, and one being written
+        checkpoints.check_space(run, trees, max(1, lacking))
         files.write_whole(run / "config.json", json.dumps(info, indent=1))
-    bar = tqdm(total=total, initial=step, disable=None, unit="it")
-    losses, seconds, timed, began = [], 0.0, 0, time.perf_counter()
-    skipped = in_a_row = 0
-    known = counting(s.LOSS_ON, (train_bytes, train_fields), val)
+    return info
 
-    def where(step):
-        count, shown = sequences(s), min(sequences(s), 64)
-        starts = block_starts(len(train_bytes), step * count, shown, s.BLOCK_SIZE, s.SEED).tolist()
-        more = f" and {count - shown:,} others" if count > shown else ""
-        return f"{s.BLOCK_SIZE} bytes each from {starts}{more} of the training bytes"
 
-    def save():
-        nonlocal saved
-        if saved < step:
-            if together.first:
-                with averaged(model, optimizer):
-                    checkpoints.save(run, step, model, optimizer, info)
-            together.wait()  # none goes on, or leaves, before it is on the disk
-            saved = step
+def micro_batches(s: Settings, step: int, world: World) -> range:
+    """Numbers, in the run, of this process's batches of an update."""
+    batches = sequences(s) // s.BATCH_SIZE
+    return range(step * batches + world.rank, (step + 1) * batches, world.size)
 
-    with at_once():
-        trace(losses_of, len(val[0]), s.BATCH_SIZE, s.BLOCK_SIZE)
-    if step % s.EVAL_FREQ == 0 and evaluated < step:
+
+def evaluation_results(s, step, model, eval_losses, val, stop, world) -> dict:
+    """Losses on the validation bytes, and the share of neurons at work, for the log.
+
+    `judged` (nats) is the loss on the bytes that LOSS_ON counts: by it go best.json, PATIENCE,
+    advice and reports. Raises Diverged.
+    """
+    if step == 0 or not stop.can_defer:
         print(f"evaluating {len(val[0]):,} bytes before iteration {step + 1}")
-    while True:
-        stop.agree()
-        finished = step >= total
-        if finished or stop.number or step % s.SAVE_FREQ == 0:
-            save()  # before the evaluation: one that dies must not cost the work
+    val_loss, nats = evaluate(eval_losses, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop, world)
+    if stop.number:
+        return {}
+    if not math.isfinite(val_loss):
+        raise Diverged(f"validation loss is {val_loss} at iteration {step}")
+    results = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
+    results["judged"] = nats.get(s.LOSS_ON, val_loss)
+    results["val_loss_fields"] = nats
+    results["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
+    return results | activity(model, val[0], s.BLOCK_SIZE)
+
+
+def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
+    """byte_losses of the model, compiled for the shapes that an evaluation of n_bytes reads."""
+    eval_losses = mx.compile(partial(byte_losses, model), inputs=[model.state])
+    with at_once():
+        trace(eval_losses, n_bytes, s.BATCH_SIZE, s.BLOCK_SIZE)
+    return eval_losses
+
+
+def broadcast_state(world: World, model: BDH, optimizer, ema: dict) -> None:
+    """Give all processes the first one's state; call it before compiling the step."""
+    model.update(world.broadcast(model.parameters()))
+    for tree in (optimizer.state, ema):
+        tree.update(world.broadcast(tree))
+
+
+def accumulate(s, step, micro_step, train_split, stop, world) -> tuple:
+    """Loss and gradients of an update, summed over its batches on all processes, and whether any
+    target counts; cut short by a signal where there is one process.
+    """
+    if not stop.can_defer:
+        print("compiling the training step, once")
+    (stream, fields), loss, gradients = train_split, 0.0, None
+    n_targets = count_targets(fields, step, s)
+    for i in micro_batches(s, step, world):
+        batch = get_batch(stream, i * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
+        weights = mx.array(loss_weights(fields, i, n_targets, s))
+        with nullcontext() if stop.can_defer else at_once():
+            part = micro_step(*batch, weights, mx.random.key(s.SEED * 2**32 + i))
+        loss = loss + part[0]
+        gradients = tree_map(mx.add, gradients, part[1]) if gradients else part[1]
+        mx.eval(loss, gradients)  # bounds the memory, and lets a signal in
         if stop.number:
-            bar.close()
-            print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
-            return 128 + stop.number
-        if (finished or step % s.EVAL_FREQ == 0) and evaluated < step:
-            with averaged(model, optimizer):
-                val_loss, nats = evaluate(
-                    losses_of, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop, together
-                )
-            if stop.number:
-                continue
-            if not math.isfinite(val_loss):
-                raise Diverged(f"validation loss is {val_loss} at iteration {step}")
-            evaluated = step
-            judged = nats.get(s.LOSS_ON, val_loss)  # of the bytes that train
-            if step and judged < best.get("judged", math.inf):
-                save()
-                best = {"step": step, "judged": judged}
-                if together.first:
-                    checkpoints.write_best(run, step, judged)
-            last = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
-            last["judged"] = judged  # in nats; by it go best.json, PATIENCE, advice and reports
-            last["val_loss_fields"] = nats
-            last["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
-            with averaged(model, optimizer):
-                last |= activity(model, val[0], s.BLOCK_SIZE)
-            last["advice"] = advise([*history, last], s, total, known)
-            log(**last)  # logged: all done
-            if together.first and (step or ancestry):  # random weights write noise
-                with averaged(model, optimizer):
-                    said = samples(model, asked, s.SAMPLE_BYTES, s.SEED + step, stop)
-                    log(step=step, samples=list(said))
-            if out_of_patience():
-                save()
-                finished = True
-            if together.first:
-                redraw(run)
-        if together.first:
-            checkpoints.prune(run, s.KEEP, best.get("step"))
-        if finished:
+            break
+    return world.all_reduce_sum((loss, gradients)), n_targets > 0
+
+
+def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: Stop) -> list[str]:
+    """What the model makes of the prompts of its mode."""
+    asked = prompts(s.TRAINING_MODE, fields_in(val[1]))
+    return list(samples(model, asked, s.SAMPLE_BYTES, s.SEED + step, stop))
+
+
+def batch_location(s: Settings, step: int, n_bytes: int) -> str:
+    """Which bytes an update read."""
+    count, shown = sequences(s), min(sequences(s), 64)
+    starts = block_starts(n_bytes, step * count, shown, s.BLOCK_SIZE, s.SEED).tolist()
+    more = f" and {count - shown:,} others" if count > shown else ""
+    return f"{s.BLOCK_SIZE} bytes each from {starts}{more} of the training bytes"
+
+
+def train(s: Settings, run: Path, stop: Stop, world: World) -> int:
+    """Train one run: 0 at its end, 128 + signal if stopped. Raises Diverged, UserError."""
+
+    # ---- data: bytes to train on and to evaluate on, and the field of each
+    stop.can_defer = False  # there is no work to save yet
+    report, train_split, val = load_split(s, world)
+    n_steps = last_iteration(s, len(train_split[0]))
+
+    # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh
+    memory_mode, compute, peak = memory.choose(s)  # before the model takes any
+    model, optimizer, ema = init_model(s, compute)
+    resumed = resume_or_init(run, s, report, model, optimizer, ema) if world.is_main else None
+    first_step, ancestry = world.broadcast_object(resumed)
+    broadcast_state(world, model, optimizer, ema)
+
+    # ---- what is written: metrics.jsonl and best.json, the terminal, config.json
+    log = RunLog(run, first_step, world, s.json_to)
+    if log.last_eval == first_step and (first_step >= n_steps or log.patience_exceeded(s.PATIENCE)):
+        print(f"finished: {why_finished(s, run, first_step, n_steps, log.best)}")
+        return 0
+    print_start(s, run, val, memory_mode, peak)
+    info = begin_run(run, s, report, ancestry, [model.parameters(), optimizer.state, ema], world)
+
+    # ---- compiled functions
+    micro_step, apply_update, state = compile_steps(
+        model, optimizer, ema, s.GRAD_CLIP, s.NOISE, s.EMA
+    )
+    eval_losses = compile_evaluation(model, len(val[0]), s)
+    memory.hold(peak)
+    baselines = counting(s.LOSS_ON, train_split, val)
+    meter = Meter(first_step, n_steps, s.BLOCK_SIZE * sequences(s))
+
+    def save(step):
+        if step > log.last_saved:
+            with ema_applied(model, ema):
+                log.save(step, partial(checkpoints.save, run, step, model, optimizer, info, ema))
+
+    for step in range(first_step, n_steps + 1):  # one more than updates: the end is evaluated too
+        last_step = step == n_steps
+        stop.sync()
+
+        # once in a while: save, before the evaluation, so that one that dies costs no work
+        if last_step or stop.number or step % s.SAVE_FREQ == 0:
+            save(step)
+        if stop.number:
             break
 
-        tick = time.perf_counter()
-        optimizer.learning_rate = rate = learning_rate(step, total, s)
-        loss, gradients = 0.0, None
-        batches, count = sequences(s) // s.BATCH_SIZE, count_targets(train_fields, step, s)
-        if step == first:
-            print("compiling the training step, once")
-        for i in range(together.rank, batches, together.size):
-            micro = step * batches + i
-            where_read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
-            batch = get_batch(train_bytes, *where_read)
-            key = mx.random.key(s.SEED * 2**32 + micro)
-            weights = mx.array(loss_weights(train_fields, micro, count, s))
-            with nullcontext() if stop.can_wait else at_once():
-                part, more = gradient(*batch, weights, key)
-            loss += part
-            gradients = tree_map(mx.add, gradients, more) if gradients else more
-            mx.eval(loss, gradients)
+        # once in a while: evaluate on the same bytes, keep the best, advise, write samples
+        if (last_step or step % s.EVAL_FREQ == 0) and log.last_eval < step:
+            with ema_applied(model, ema):
+                results = evaluation_results(s, step, model, eval_losses, val, stop, world)
             if stop.number:
+                save(step)
                 break
-        if stop.number:  # saved as it was after the last update
-            continue
-        loss, gradients = together.total((loss, gradients))
-        norm = update(loss, gradients)
+            if step and results["judged"] < log.best.get("judged", math.inf):
+                save(step)
+                log.write_best(step, results["judged"])
+            log.write(**results, advice=advise([*log.history, results], s, n_steps, baselines))
+            if world.is_main and (step or ancestry):  # random weights write noise
+                with ema_applied(model, ema):
+                    log.write(step=step, samples=write_samples(s, step, model, val, stop))
+            if log.patience_exceeded(s.PATIENCE):
+                last_step = True
+                save(step)
+            if world.is_main:
+                redraw(run)
+        if world.is_main:
+            checkpoints.prune(run, s.KEEP, log.best.get("step"))
+        if last_step:
+            break
+
+        # one update: micro-batches on each process, then one step of AdamW
+        meter.start()
+        optimizer.learning_rate = lr = learning_rate(step, n_steps, s)
+        (loss, gradients), counts = accumulate(s, step, micro_step, train_split, stop, world)
+        if stop.number:  # the update is not whole: the run is saved as it was after the last one
+            save(step)
+            break
+        norm = apply_update(loss, gradients)
         mx.eval(state, norm)
-        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
-            if count:  # without a counted byte the loss says nothing
-                losses.append(loss.item())
-            in_a_row = 0
-        else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            tqdm.write(
-                f"iter {step + 1:>6} | update skipped: loss {loss.item()}, norm {norm.item()}"
-            )
-            if in_a_row == s.MAX_SKIPS:
-                raise Diverged(
-                    f"no sound update in {in_a_row} iterations; last batch: {where(step)}"
-                )
-        step += 1
-        stop.can_wait = True  # from here on there is work to save
-        bar.update()
-        if step > first + 1:  # the first iteration compiles
-            seconds, timed = seconds + time.perf_counter() - tick, timed + per_iter
-        if step % s.LOG_FREQ == 0 and losses:
-            log(
-                step=step,
-                loss=sum(losses) / len(losses),
-                lr=rate,
-                grad_norm=norm.item(),
-                skipped=skipped,
-                bytes_per_s=timed / max(seconds, 1e-9),
-                peak_gb=mx.get_peak_memory() / 1e9,
-                seconds_left=(time.perf_counter() - began) / (step - first) * (total - step),
-            )
-            losses, seconds, timed = [], 0.0, 0
-    bar.close()
-    epochs, minutes = step * per_iter / len(train_bytes), (time.perf_counter() - began) / 60
-    told = {"epochs": f"{epochs:.2f}", "minutes": f"{minutes:.1f}"}
-    told |= {"peak_gb": f"{mx.get_peak_memory() / 1e9:.2f}"} | summary(s, run, total, last, best)
-    told["sample_it"] = command(s, run, asked[0])
-    print("\n".join(f"{key}: {value}" for key, value in told.items()))
+        stop.can_defer = True  # from here on there is work to save
+        meter.stop(step + 1, loss.item(), norm.item(), counts)
+        if meter.consecutive_skips == s.MAX_SKIPS:
+            raise Diverged(f"no sound update in {s.MAX_SKIPS} iterations; last batch: "
+                           f"{batch_location(s, step, len(train_split[0]))}")  # fmt: skip
+        if (step + 1) % s.LOG_FREQ == 0 and meter.losses:
+            log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **meter.read(step + 1))
+
+    meter.bar.close()
+    if stop.number:
+        print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
+        return 128 + stop.number
+    print_summary(s, run, n_steps, results, log.best, len(train_split[0]), meter.minutes())
+    print(f"sample_it: {command(s, run, prompts(s.TRAINING_MODE, fields_in(val[1]))[0])}")
     return 0
 
 
@@ -668,12 +700,16 @@ def why_finished(s: Settings, run: Path, step: int, total: int, best: dict) -> s
     )
 
 
-def summary(s: Settings, run: Path, total: int, last: dict, best: dict) -> dict:
-    """What is printed of a finished run, for people and grep; `last` is its last evaluation."""
+def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, n_bytes, minutes) -> None:
+    """Print what came of a finished run, for people and grep; `last` is its last evaluation."""
     ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
-    if last["step"] < total:
+    if last["step"] < n_steps:
         ended = f"early, {s.PATIENCE} validations without a better one"
-    return {
+    epochs = last["step"] * s.BLOCK_SIZE * sequences(s) / n_bytes
+    values = {
+        "epochs": f"{epochs:.2f}",
+        "minutes": f"{minutes:.1f}",
+        "peak_gb": f"{mx.get_peak_memory() / 1e9:.2f}",
         "run": run,
         "iterations": last["step"],
         "parameters": s.BDH_CONFIG.n_parameters,
@@ -687,6 +723,7 @@ def summary(s: Settings, run: Path, total: int, last: dict, best: dict) -> dict:
         "active_y": " ".join(f"{share:.1%}" for share in last["active_y"]),
         "look_at_it": run / "report.html",
     }
+    print("\n".join(f"{name}: {value}" for name, value in values.items()))
 
 
 def command(s: Settings, run: Path, prompt: str) -> str:

@@ -110,12 +110,12 @@ def build(system: str, shape: dict, B: int, T: int, way=None, rate=1e-3):
         mx.set_memory_limit(10**6) if way else memory.hold(peak)
     optimizer = optim.AdamW(rate, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    gradient, update, state = train_mlx.compiled_step(model, optimizer, 1.0)
+    micro_step, apply_update, state = train_mlx.compile_steps(model, optimizer, {}, 1.0)
 
     def step(idx, targets):
         weights = mx.full(idx.shape, 1 / idx.size)
-        loss, gradients = gradient(idx, targets, weights, mx.random.key(1))
-        mx.eval(state, update(loss, gradients))
+        loss, gradients = micro_step(idx, targets, weights, mx.random.key(1))
+        mx.eval(state, apply_update(loss, gradients))
         return loss.item()
 
     return step, peak

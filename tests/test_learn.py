@@ -137,7 +137,7 @@ def worse_after_6(monkeypatch):
     """Validation that is best after update 6, as a function of the training alone."""
     step = iter(())
 
-    def evaluate(losses, val, fields, B, T, stop=None, together=None):
+    def evaluate(losses, val, fields, B, T, stop=None, world=None):
         return next(step), {}
 
     def begin(first):

@@ -163,19 +163,19 @@ import math, sys
 sys.path.insert(0, {root!r})
 import bdh_mlx
 import mlx.core as mx
-from processes import Processes
-p = Processes()
-values = p.gather([p.rank, 0.1 + p.rank, "å" * (3 * p.rank)])
+from processes import World
+p = World()
+values = p.all_gather_object([p.rank, 0.1 + p.rank, "å" * (3 * p.rank)])
 assert values == [[0, 0.1, ""], [1, 1.1, "ååå"]], values
-assert p.share({{"first": p.rank}}) == {{"first": 0}}
-assert math.isinf(p.share(math.inf))
-total = p.total((mx.array(1.0 + p.rank), {{"a": mx.full((2, 3), 10.0 * p.rank)}}))
+assert p.broadcast_object({{"first": p.rank}}) == {{"first": 0}}
+assert math.isinf(p.broadcast_object(math.inf))
+total = p.all_reduce_sum((mx.array(1.0 + p.rank), {{"a": mx.full((2, 3), 10.0 * p.rank)}}))
 assert total[0].item() == 3 and mx.all(total[1]["a"] == 10).item()
-bad = p.total((mx.array(math.nan if p.rank else 1.0), mx.ones(3)))
+bad = p.all_reduce_sum((mx.array(math.nan if p.rank else 1.0), mx.ones(3)))
 assert math.isnan(bad[0].item())  # all skip an update that one cannot make
-state = p.from_first({{"step": mx.array(7 + p.rank, mx.uint64), "w": mx.ones(4) * p.rank}})
+state = p.broadcast({{"step": mx.array(7 + p.rank, mx.uint64), "w": mx.ones(4) * p.rank}})
 assert state["step"].item() == 7 and state["step"].dtype == mx.uint64 and not mx.any(state["w"])
-p.wait()
+p.barrier()
 print("agreed")
 """
 

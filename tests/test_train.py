@@ -149,7 +149,7 @@ def test_a_resume_that_loses_something_ends_elsewhere(tmp_path, straight, monkey
     if lost == "optimizer":
         load = checkpoints.load
 
-        def without_optimizer(run, step, model, optimizer):
+        def without_optimizer(run, step, model, optimizer, raw):
             state = optimizer.state
             load(run, step, model, optimizer)
             optimizer.state = state

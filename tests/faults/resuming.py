@@ -47,7 +47,7 @@ import writing
 # ------------------------------------------------------------------------- exact resume and signals
 
 
-def without_optimizer(run, step, model, optimizer):
+def without_optimizer(run, step, model, optimizer, raw=None):
     fresh_state = optimizer.state
     LOAD(run, step, model, optimizer)
     optimizer.state = fresh_state

@@ -48,7 +48,7 @@ import files
 import train_mlx
 
 
-def save_in_place(run, step, model, optimizer, info):
+def save_in_place(run, step, model, optimizer, info, raw=None):
     """Into the final folder, each file in turn, as most trainers do."""
     at = checkpoints.folder(run, step)
     at.mkdir(exist_ok=True)
