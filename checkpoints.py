@@ -156,8 +156,8 @@ def save(run: Path, step: int, model: BDH, optimizer, info: dict, raw: dict | No
         for path in (making / "manifest.json", making):
             files.flush(path)
         making.rename(final)
-        (run / SAVED).touch()
         files.flush(run)
+        (run / SAVED).touch()  # once the checkpoint is on the disk: without it the run is refused
     except (OSError, RuntimeError) as error:  # RuntimeError: MLX could not write
         shutil.rmtree(making, ignore_errors=True)
         raise UserError(f"{final} not saved: {error}; earlier ones are intact") from None
