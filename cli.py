@@ -186,13 +186,14 @@ def explain(error: BaseException, file: str) -> int:
 
 
 def own_line(error: BaseException, file: str) -> int | None:
-    """The line of the script, outside its functions, that raised `error`: a setting, as a rule."""
+    """The line of the script, outside its functions, that led to `error`: a setting, as a rule."""
     at = error.__traceback__
-    while at.tb_next:
+    while at:
+        code = at.tb_frame.f_code
+        if code.co_name == "<module>" and code.co_filename == file:
+            return at.tb_lineno
         at = at.tb_next
-    code = at.tb_frame.f_code
-    is_top = code.co_name == "<module>" and code.co_filename == file
-    return at.tb_lineno if is_top else None
+    return None
 
 
 def discard(number: int) -> None:

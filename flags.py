@@ -81,6 +81,8 @@ def parse(
     """
     argv = sys.argv[1:] if argv is None else argv
     constants, known = {name: getattr(script, name) for name in names(script)}, rules
+    for name in known:
+        getattr(Settings(**constants), name)  # raises UserError where its line is gone
     rules = {name: rules.get(name) or own_rule(script, name) for name in constants}
     for name, value in list(constants.items()):
         check(name, value, rules[name])
@@ -129,7 +131,14 @@ def described(value):
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
-        return repr(value)
+        return text_of(value)
+
+
+def text_of(value) -> str:
+    try:
+        return str(value)
+    except ValueError:  # Python refuses to write a number of more than 4,300 digits
+        return "a number of very many digits"
 
 
 def check(name: str, value, rule: Rule) -> None:
@@ -150,11 +159,12 @@ def read(name: str, value: str | bool, rule: Rule | None):
         return value
     if rule.none and value.lower() == "none":
         return None
+    also = " or none" if rule.none else ""
     try:
         converted = rule.kind(value)
     except ValueError:
         raise UserError(
-            f"{name} is {value!r}; it must be {rule.needs or KINDS[rule.kind]}"
+            f"{name} is {value!r}; it must be {rule.needs or KINDS[rule.kind]}{also}"
         ) from None
     check(name, converted, rule)
     return converted
@@ -200,7 +210,7 @@ def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions
         how = {"metavar": rules[name].kind.__name__, "default": argparse.SUPPRESS}
         if rules[name].kind is bool:
             how = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
-        shown = f"{comment} (now {value})".strip().replace("%", "%%")
+        shown = f"{comment} (now {text_of(value)})".strip().replace("%", "%%")
         groups[heading].add_argument(flag, dest=name, help=shown, **how)
     return parser
 
@@ -211,7 +221,7 @@ def flag_of(name: str) -> str:
 
 def comments(script: ModuleType) -> dict[str, tuple[str, str]]:
     """Of each constant, and each field of a dataclass among them, its heading and its comment."""
-    found = _comments(Path(script.__file__).read_text(encoding="utf-8", errors="replace"))
+    found = _comments(Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace"))
     for name, value in list(vars(script).items()):
         if is_dataclass(value) and name in found and not isinstance(value, type):
             fields = _comments(inspect.getsource(type(value)))
@@ -249,7 +259,7 @@ def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 
 def slips(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
     """A line for each name at the top that may be a slip: very like a setting's, or set twice."""
-    source = Path(script.__file__).read_text(encoding="utf-8", errors="replace")
+    source = Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
     lines, found = {}, []
     for node in assignments(source):
         for name in targets(node):

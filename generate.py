@@ -16,6 +16,7 @@ if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwh
     cli.run(__file__)
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -481,7 +482,10 @@ def opened_out(file: Path | None) -> Iterator[Callable[[str], None]]:
     new = not os.path.exists(file)  # noqa: PTH110  which raises nothing
     try:
         with file.open("ab", buffering=0) as out:  # what a full disk does not take is not kept
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield lambda line: put_whole(out, line)
+    except BlockingIOError:
+        raise UserError(f"--out {file} is being written by another process") from None
     except OSError as error:
         if isinstance(error, UserError):
             raise

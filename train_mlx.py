@@ -460,6 +460,8 @@ def attempt(s: Settings, run: Path, stop: Stop, world: World) -> int:
             print(f"error: process {world.rank} lost another one: {error}. Checkpoints are as "
                   "they were; the same command goes on", file=sys.stderr)  # fmt: skip
             return 1
+        if "shared library" in str(error):
+            raise UserError(f"MLX cannot compile: {error}; look at TMPDIR") from None
         if not memory.is_exhausted(error):
             raise
         raise UserError(f"memory is out: {memory.too_large(s, memory.available())}") from None
@@ -563,7 +565,7 @@ def accumulate(s, step, micro_step, train_split, stop, world) -> tuple:
     target counts; cut short by a signal where there is one process.
     """
     if not stop.can_defer:
-        print("compiling the training step, once")
+        print("compiling the training step, once (a minute or more on a new machine)")
     (stream, fields), loss, gradients = train_split, 0.0, None
     n_targets = count_targets(fields, step, s)
     for i in micro_batches(s, step, world):
@@ -582,6 +584,8 @@ def accumulate(s, step, micro_step, train_split, stop, world) -> tuple:
 def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: Stop) -> list[str]:
     """What the model makes of the prompts of its mode."""
     asked = prompts(s.TRAINING_MODE, fields_in(val[1]))
+    if s.SAMPLE_BYTES > 1000:
+        print(f"writing {len(asked)} samples of {s.SAMPLE_BYTES:,} bytes")
     return list(samples(model, asked, s.SAMPLE_BYTES, s.SEED + step, stop))
 
 

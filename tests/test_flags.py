@@ -211,6 +211,7 @@ TABLE = {(1, 2): 3}
 SIZES: list[int] = [3]
 EITHER: int | str = "a"
 MARK = float("nan")
+MANY = 10**5000
 SMALL_CONFIG = BDHConfig(n_layer=1, n_embd=64)
 FAST = True
 """
@@ -330,6 +331,12 @@ def test_flags_without_an_effect_together_are_refused(args, said):
     train_mlx.settings(["--preset", "tiny", "--phases", "full:1"])  # a preset was not typed
 
 
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    trainer = copied(tmp_path, lambda source: "\ufeff" + source)
+    assert vars(trainer.settings([])) == vars(train_mlx.settings([]))
+    assert flags.slips(trainer, trainer.RULES) == []
+
+
 def test_a_copy_of_the_trainer_runs_its_own_settings(tmp_path):
     file = tmp_path / "my-run.py"
     file.write_text(in_place("MAX_ITERS = 1")((ROOT / "train_mlx.py").read_text()))
@@ -347,6 +354,11 @@ def test_a_copy_of_the_trainer_runs_its_own_settings(tmp_path):
         ("BLOCK_SIZE = 40q", None),  # no Python: its own SyntaxError
         ("FORCE: bool = true", "error: train_mlx.py line \\d+: NameError: name 'true' is not"),
         ("BDH_CONFIG = bdh_mlx.BDHConfig(n_head=3)", "error: n_head is 3; it must divide"),
+        (
+            "BDH_CONFIG.n_layer = 1",
+            "error: train_mlx.py line \\d+: FrozenInstanceError: cannot assign",
+        ),
+        ("def f(): f()\nf()", "error: train_mlx.py line \\d+: RecursionError"),
         ("SEED = 1 / 0", "error: train_mlx.py line \\d+: ZeroDivisionError"),
         ("import no_such_module", "error: No module named 'no_such_module'; pip install"),
     ],

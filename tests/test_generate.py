@@ -1,6 +1,7 @@
 """What a user of generate.py meets: prompts, stop strings, batches, a terminal, a session."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -905,6 +906,18 @@ def test_texts_of_another_model_do_not_count_as_done(asked, chaos, tmp_path, mon
     monkeypatch.setattr(generate.bdh_mlx, "find_weights", lambda path: real(other))
     with pytest.raises(UserError, match="its line 1 is no answer of this command"):
         asked()
+
+
+def test_a_file_that_another_process_writes_is_refused(asked, tmp_path):
+    asked()
+    out = tmp_path / "out.jsonl"
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(lines[0])
+    with out.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being written by another process"):
+            asked()
+    assert out.read_bytes() == lines[0]
 
 
 @pytest.mark.parametrize("samples", ["1", "3"])
