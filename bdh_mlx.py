@@ -155,6 +155,7 @@ class BDH(nn.Module):
 
         Raises UserError for an idx or a state that the model cannot read.
         """
+        check_state(self, state)
         return read(self, checked(self, idx), state)
 
     def quadratic(self, idx: mx.array, targets=None):

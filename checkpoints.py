@@ -132,7 +132,7 @@ def prune(run: Path, keep: int, best: int | None) -> None:
 def save(run: Path, step: int, model: BDH, optimizer, info: dict, raw: dict | None = None) -> None:
     """Write the checkpoint of `step`, whole and durable. Raises UserError, the others untouched.
 
-    raw: the weights that are trained, where those of the model are their average (EMA_DECAY).
+    raw: the weights that are trained, where those of the model are their average (EMA).
     """
     final = folder(run, step)
     making = run / f".{final.name}.tmp"

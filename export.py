@@ -17,6 +17,7 @@ import data
 import files
 from bdh_mlx import BDHConfig
 from errors import UserError, visible
+from flags import flag_of
 from formats import NEEDED
 
 CARD = """---
@@ -69,11 +70,11 @@ def command_of(settings: dict) -> str:
             "PROCESSES",
             "PHASES",
         ):
-            flag = name.lower().replace("_", "-")
+            flag = flag_of(name)
             if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
+                words.append(flag if value else f"--no-{flag[2:]}")
             else:
-                words += [f"--{flag}", "none" if value is None else str(value)]
+                words += [flag, "none" if value is None else str(value)]
     return visible(shlex.join(words))
 
 

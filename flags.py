@@ -61,11 +61,6 @@ def choice(*choices: str) -> Rule:
 class Settings(SimpleNamespace):
     """The settings of a run by their names."""
 
-    def __getattr__(self, name: str):
-        if name.isupper():
-            raise UserError(f"{name} is not set; put its line back among the constants at the top")
-        raise AttributeError(name)
-
 
 def parse(
     script: ModuleType,
@@ -80,9 +75,10 @@ def parse(
     help. Raises UserError for a value that no rule admits; argparse reports an unknown flag.
     """
     argv = sys.argv[1:] if argv is None else argv
-    constants, known = {name: getattr(script, name) for name in names(script)}, rules
-    for name in known:
-        getattr(Settings(**constants), name)  # raises UserError where its line is gone
+    constants, known = {name: getattr(script, name) for name in names(script)}, rules.keys()
+    constants |= {name: vars(script)[name] for name in known if name in vars(script)}
+    for name in known - constants.keys():
+        raise UserError(f"{name} is not set; put its line back among the constants at the top")
     rules = {name: rules.get(name) or own_rule(script, name) for name in constants}
     for name, value in list(constants.items()):
         check(name, value, rules[name])

@@ -44,7 +44,7 @@ import formats
 import neurons
 from errors import UserError, check_number, visible
 from files import expanded
-from flags import Parser
+from flags import Parser, flag_of
 from memory import compute_for
 from sampling import LIMITS, WINDOW, Sampling
 from state import WINDOWS, State
@@ -126,14 +126,14 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     args, given = parsed(parser, argv)
     for name, limits in NUMBERS.items():
         if name in given:
-            check_number(flag_of(name), given[name], *limits)
+            check_number(name_of(name), given[name], *limits)
     for name in PATHS:
         if name in given:
-            setattr(args, name, expanded(given[name], flag_of(name)))
+            setattr(args, name, expanded(given[name], name_of(name)))
     for name in TEXTS:
         texts = given.get(name, [])
         if "" in (texts if isinstance(texts, list) else [texts]):
-            raise UserError(f"{flag_of(name)} is empty; it must have at least one character")
+            raise UserError(f"{name_of(name)} is empty; it must have at least one character")
     check_together(args, given)
     return args
 
@@ -146,14 +146,14 @@ def parsed(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, 
     return args, {name: value for name, value in given.items() if value is not None}
 
 
-def flag_of(name: str) -> str:
-    return name if name == "model" else "--" + name.replace("_", "-")
+def name_of(argument: str) -> str:
+    return argument if argument == "model" else flag_of(argument)
 
 
 def check_together(args: argparse.Namespace, given: dict) -> None:
     """Raise UserError where a flag would have no effect beside the others."""
     for alone in ALONE.keys() & given:
-        idle = [flag_of(name) for name in given if name not in ("model", alone, *ALONE[alone])]
+        idle = [name_of(name) for name in given if name not in ("model", alone, *ALONE[alone])]
         if idle:
             names = ", ".join(idle)
             raise UserError(f"{names}: no effect beside --{alone}; leave out what does not act")
@@ -168,7 +168,7 @@ def check_together(args: argparse.Namespace, given: dict) -> None:
         raise UserError("--raw writes one text; leave out --prompts and --samples")
     if args.temperature == 0:
         names = ("top_k", "top_p", "min_p", "seed")
-        if idle := ", ".join(flag_of(name) for name in names if name in given):
+        if idle := ", ".join(name_of(name) for name in names if name in given):
             raise UserError(f"{idle}: no effect at --temperature 0, which takes the likeliest byte")
 
 

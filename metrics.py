@@ -62,8 +62,8 @@ class RunLog:
     def __init__(self, run: Path, step: int, world: World, json_to=None):
         self.run, self.world, self.json_to = run, world, json_to
         self.path, self.last_saved = run / "metrics.jsonl", step
-        kept = [m for m in read(self.path) if step and m["step"] <= step]
-        self.history = world.broadcast_object(kept)
+        lines = read(self.path) if world.is_main else []
+        self.history = world.broadcast_object([m for m in lines if step and m["step"] <= step])
         self.best = world.broadcast_object(checkpoints.read_best(run) if world.is_main else None)
         if world.is_main:
             files.write_whole(self.path, "".join(map(sealed, self.history)))

@@ -64,7 +64,7 @@ class State(NamedTuple):
 def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
     """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State.
 
-    It does not look at the values of idx, for which a GPU's host would wait at each byte.
+    It checks neither idx nor state: it runs at each byte, and a GPU's host would wait for values.
     """
     state, logits = _broadcast(model, idx, state), []
     for piece in _pieces(model, idx, state):
@@ -79,6 +79,7 @@ def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array,
     Raises UserError for an idx or a state that the model cannot read.
     """
     idx = checked(model, idx)
+    check_state(model, state)
     state = _broadcast(model, idx, state)
     for piece in _pieces(model, idx, state):
         out, state = _read_piece(model, piece, state)
@@ -106,8 +107,10 @@ def checked(model, idx) -> mx.array:
     return idx
 
 
-def check_state(model, state: State) -> None:
+def check_state(model, state: State | None) -> None:
     """Raise UserError for what is no state, or was read by a model of another shape."""
+    if state is None:
+        return
     if not isinstance(state, State):
         raise UserError(f"the state is of type {type(state).__name__}; it must be a State")
     check_number("position", state.position, int, 0, 2**62)
@@ -129,7 +132,6 @@ def check_state(model, state: State) -> None:
 
 def _broadcast(model, idx: mx.array, state: State | None) -> State:
     state = State() if state is None else state
-    check_state(model, state)
     if state.batch not in (0, 1, idx.shape[0]):
         raise UserError(f"the state has {state.batch} rows and cannot read {idx.shape[0]}")
     return state if state.batch in (0, idx.shape[0]) else fold(state)

@@ -495,12 +495,12 @@ def fields_in(fields: np.ndarray) -> set[str]:
     return {FIELDS[i] for i in np.unique(fields)}
 
 
-def print_start(s: Settings, run: Path, val: tuple, mode: str, peak: float) -> None:
+def print_start(s: Settings, run: Path, val: tuple, mode: str, dtype, peak: float) -> None:
     """Say what is trained, in which memory mode, and what to make of its samples."""
-    config, compute = s.BDH_CONFIG, memory.compute_for(s.BDH_CONFIG, mode, s.DTYPE)
-    print(f"model: {config.n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
-    dtype = str(compute.dtype).removeprefix("mlx.core.")
-    print(f"memory: {mode}, {dtype}, estimated peak {peak / 1e9:.2f} GB")
+    n_parameters = s.BDH_CONFIG.n_parameters
+    print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
+    name = str(dtype).removeprefix("mlx.core.")
+    print(f"memory: {mode}, {name}, estimated peak {peak / 1e9:.2f} GB")
     known = fields_in(val[1]) & {*NEEDED[s.TRAINING_MODE]}
     print(f"note: {EXPECT[s.TRAINING_MODE if known else 'text']}")
 
@@ -617,7 +617,7 @@ def train(s: Settings, run: Path, stop: Stop, world: World) -> int:
     if log.last_eval == first_step and (first_step >= n_steps or log.patience_exceeded(s.PATIENCE)):
         print(f"finished: {why_finished(s, run, first_step, n_steps, log.best)}")
         return 0
-    print_start(s, run, val, memory_mode, peak)
+    print_start(s, run, val, memory_mode, compute.dtype, peak)
     info = begin_run(run, s, report, ancestry, [model.parameters(), optimizer.state, ema], world)
 
     # ---- compiled functions
