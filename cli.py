@@ -9,7 +9,8 @@ import signal
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 
-PATIENCE = 1.5  # seconds that Ctrl-C waits for the interpreter, which MLX may keep for longer
+PATIENCE = 1.0  # seconds that Ctrl-C waits for the interpreter, which MLX may keep for longer
+REQUIRED = ("mlx", "mlx.core", "numpy", "tqdm")  # what is imported before main()
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as other programs end
 
 
@@ -167,7 +168,7 @@ def explain(error: BaseException, file: str) -> int:
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         text, code = f"error: {where}{error.strerror or error}", 2
-    elif isinstance(error, ModuleNotFoundError):
+    elif isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
         text, code = f"error: {error}; pip install -r requirements.txt", 2
     elif line := own_line(error, file):
         name = file.rpartition("/")[2]

@@ -60,7 +60,7 @@ class Stop:
         while number := os.read(read, 1):
             heard += 1
             if heard > 1 or not self.can_defer:
-                why = "at the second signal" if heard > 1 else "before there was work to save"
+                why = "at the second signal" if heard > 1 else "before there was new work to save"
                 with suppress(OSError):  # nobody reads
                     os.write(2, f"stopped {why}\n".encode())
                 os._exit(128 + number[0])  # nothing saved can be lost by this

@@ -260,10 +260,16 @@ def slips(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
     for node in assignments(source):
         for name in targets(node):
             lines.setdefault(name, []).append(str(node.lineno))
+    models = [name for name in rules if is_dataclass(vars(script).get(name))]
+    of = {field: name for name in models for field in vars(vars(script)[name])}
     for name in list(lines)[: list(lines).index("ACTIONS")]:
         near = nearest(name.upper(), rules, ALIKE)
         if name in rules and len(lines[name]) > 1:
             found.append(f"{name} is set in lines {' and '.join(lines[name])}; the last one counts")
         elif name not in rules and near:
             found.append(f"{name} is no setting that the trainer reads{near}")
+        elif name.lower() in of:
+            found.append(
+                f"{name} is no setting that the trainer reads; set it in {of[name.lower()]}"
+            )
     return found

@@ -56,6 +56,7 @@ STOP = r"""end before this text, \n in it a line break; may be repeated (in mode
 LOAD = (
     "go on from a saved state, with a --prompt of a byte or more: an empty one starts a new record"
 )
+LONG = 1000  # bytes of a prompt that the default model reads in seconds on a CPU
 DTYPES = ("bfloat16", "float32")
 PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so keep it near 1 (1)"
 
@@ -430,6 +431,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.prompts is not None:
         jobs = read_jobs(args.prompts, mode, args.samples)
         tell_outgrown(max(len(job.prompt) for job in jobs), model, state, args)
+        tell_long(sum(len(job.prompt) for job in jobs))
         args.by = source_of_texts(weights, args, mode)
         left = jobs_left(jobs, args)
         write_file(jobs, left, args, write_jobs(jobs, *how, left))
@@ -440,6 +442,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         prompt = read_prompt(args)
         tell_outgrown(len(prompt), model, state, args)
+        tell_long(len(prompt))
         if args.samples == 1:
             stream(prompt, *how)
         else:
@@ -461,6 +464,12 @@ def settings_of(weights: Path) -> dict:
     except UserError as error:
         print(f"warning: {error}; the settings of the training are unknown", file=sys.stderr)
         return {}
+
+
+def tell_long(n_bytes: int) -> None:
+    """Say on stderr that a prompt is read where a CPU takes seconds for it."""
+    if n_bytes > LONG:
+        print(f"reading a prompt of {n_bytes:,} bytes", file=sys.stderr)
 
 
 def tell_outgrown(prompt: int, model, state: State, args: argparse.Namespace) -> None:

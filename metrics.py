@@ -62,11 +62,23 @@ class RunLog:
     def __init__(self, run: Path, step: int, world: World, json_to=None):
         self.run, self.world, self.json_to = run, world, json_to
         self.path, self.last_saved = run / "metrics.jsonl", step
-        lines = read(self.path) if world.is_main else []
+        lines = self.sound_lines(step) if world.is_main else []
         self.history = world.broadcast_object([m for m in lines if step and m["step"] <= step])
         self.best = world.broadcast_object(checkpoints.read_best(run) if world.is_main else None)
         if world.is_main:
             files.write_whole(self.path, "".join(map(sealed, self.history)))
+
+    def sound_lines(self, step: int) -> list[dict]:
+        """The lines as they were written. A log with others is set aside, with a warning; the last
+        one may be cut in half, as by a kill.
+        """
+        lines = read(self.path)
+        if step and not self.path.exists():
+            print(f"warning: {self.path} is gone; what it told up to iteration {step} is lost")
+        elif self.path.exists() and self.path.read_bytes().count(b"\n") > len(lines):
+            aside = self.path.rename(checkpoints.unused(self.run, "damaged-metrics.jsonl"))
+            print(f"warning: lines of {self.path} are not what was written; kept as {aside.name}")
+        return lines
 
     @property
     def last_eval(self) -> int:

@@ -15,14 +15,12 @@ from types import ModuleType, SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 import data
 import memory
 import phases
 from endure import at_once
 from errors import UserError, visible
-from evaluation import QUIET_BAR
 from formats import FIELDS, NEEDED, STOP, format_example, needed, pieces
 from metrics import duration
 
@@ -197,8 +195,8 @@ def measure(
     B, T = s.BATCH_SIZE, s.BLOCK_SIZE
     weights = mx.full((B, T), 1 / (B * T))
     steps, evaluations = [], []
-    print("\nmeasuring the speed over 4 updates")
-    for i in tqdm(range(4), desc="speed", unit="update", **QUIET_BAR):
+    print("\nmeasuring the speed: compiling, then 4 updates")
+    for i in range(4):
         batch = trainer.get_batch(train_bytes, i * B, B, T, s.SEED)
         tick = time.perf_counter()
         with at_once():
@@ -210,6 +208,7 @@ def measure(
         mx.eval(losses)
         steps.append((tock - tick) * s.GRAD_ACCUM)
         evaluations.append(time.perf_counter() - tock)
+        print(f"  update {i + 1} of 4: {tock - tick:.1f} s", flush=True)
     return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
 
 

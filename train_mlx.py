@@ -444,6 +444,7 @@ def main(argv: list[str] | None = None) -> int:
                 if s.PHASES and world.is_main:
                     told[run.name] = phases.held_out(s, run, stop, partial(loss_in, s, stop))
                     if stop.number:
+                        print(f"stopped after {run} was saved; the same command continues it")
                         return 128 + stop.number
                     print(phases.table(told))
     return 0
@@ -548,6 +549,7 @@ def evaluation_results(s, step, model, eval_losses, val, stop, world) -> dict:
 def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
     """byte_losses of the model, compiled for the shapes that an evaluation of n_bytes reads."""
     eval_losses = mx.compile(partial(byte_losses, model), inputs=[model.state])
+    print("compiling the evaluation, once (half a minute or more for very long blocks)")
     with at_once():
         trace(eval_losses, n_bytes, s.BATCH_SIZE, s.BLOCK_SIZE)
     return eval_losses

@@ -248,6 +248,7 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
             "BATCHSIZE is no setting that the trainer reads; did you mean BATCH_SIZE?",
         ),
         ("batch_size = 2", "batch_size is no setting .*; did you mean BATCH_SIZE?"),
+        ("n_layer = 4", "n_layer is no setting that the trainer reads; set it in BDH_CONFIG"),
         ("EPOCH = 2", "EPOCH is no setting .*; did you mean EPOCHS?"),
         ("KEEP = 4", r"KEEP is set in lines \d+ and \d+; the last one counts"),
     ],
@@ -273,6 +274,7 @@ def test_the_settings_as_they_stand_have_no_slip():
         ("FORCE = 1", "FORCE is 1; it must be True or False$"),
         ('DATASET = ""', "DATASET is ''; it must be text that is not empty$"),
         ('RUN_NAME = " "', "RUN_NAME is ' '; it must be text that is not empty or None$"),
+        ("BDH_CONFIG = BDHConfig", r"BDH_CONFIG is <class .*; it must be a BDHConfig\(...\)$"),
         ("BDH_CONFIG = {}", r"BDH_CONFIG is {}; it must be a BDHConfig\(...\)$"),
         ('TRAINING_MODE = "ful"', r"TRAINING_MODE is 'ful'; .*; did you mean full\?$"),
         ("LEARNING_RATE = float('nan')", "LEARNING_RATE is nan; it must be a number from 1e-12"),
@@ -360,7 +362,7 @@ def test_a_copy_of_the_trainer_runs_its_own_settings(tmp_path):
         ),
         ("def f(): f()\nf()", "error: train_mlx.py line \\d+: RecursionError"),
         ("SEED = 1 / 0", "error: train_mlx.py line \\d+: ZeroDivisionError"),
-        ("import no_such_module", "error: No module named 'no_such_module'; pip install"),
+        ("import no_such_module", r"error: train_mlx.py line \d+: ModuleNotFoundError"),
     ],
 )
 def test_a_line_that_python_refuses_is_one_line(tmp_path, line, said):

@@ -889,6 +889,14 @@ def asked(tmp_path, chaos, said, capfdbinary):
     return run
 
 
+@pytest.mark.parametrize(("n", "told"), [(1000, False), (1001, True)])
+def test_a_long_prompt_is_told_before_it_is_read(n, told, chaos, tmp_path, capfdbinary):
+    (tmp_path / "long").write_bytes(b"a" * n)
+    generate.main([str(chaos), "--prompt-file", str(tmp_path / "long"), "--max-new-tokens", "1"])
+    line = f"reading a prompt of {n:,} bytes".encode()
+    assert (line in capfdbinary.readouterr().err) == told
+
+
 @pytest.mark.parametrize("other", ["--temperature 0.5", "--seed 4", "--window 8", "--stop x"])
 def test_texts_of_another_command_do_not_count_as_done(other, asked, tmp_path):
     asked()

@@ -79,6 +79,7 @@ def test_sizes_agree_with_the_prepared_bytes_and_the_model(tmp_path, capsys):
     config = train_mlx.settings(ARGS).BDH_CONFIG
     assert f"{config.n_parameters:,} parameters" in out
     assert re.search(r"speed: [\d,]+ bytes/s .* measured over 3 updates", out)
+    assert re.findall(r"^  update (\d) of 4: [\d.]+ s$", out, re.M) == ["1", "2", "3", "4"]
     assert all(re.search(rf"^  {name} ", out, re.M) for name in train_mlx.PRESETS)
 
 
