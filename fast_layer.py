@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 ROPE_BASE = 2.0**16  # longest wavelength of the rotation, in units of 2 pi bytes
+MAX_SEGMENTS = 32  # mx.compile takes time cubic in their number: 17 s for 64, 2 s for 32
 
 
 @dataclass(frozen=True)
@@ -287,9 +288,12 @@ def _backward(vs, dout, R, dW, weights, kept, position, C, masks):
 
 
 def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
-    """(begin, end) of each: whole chunks, at most `rows` rows; what no chunk divides comes last."""
+    """(begin, end) of each: whole chunks, at most `rows` rows; what no chunk divides comes last.
+
+    Of a very long block they are larger, so that there are at most MAX_SEGMENTS.
+    """
     C = compute.chunk
-    length = max(C, compute.rows // B // C * C)
+    length = max(C, compute.rows // B // C * C, math.ceil(T / MAX_SEGMENTS / C) * C)
     cuts = sorted({*range(0, T, length), T - T % C, T})
     return list(pairwise(cuts))
 

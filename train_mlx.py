@@ -549,7 +549,7 @@ def evaluation_results(s, step, model, eval_losses, val, stop, world) -> dict:
 def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
     """byte_losses of the model, compiled for the shapes that an evaluation of n_bytes reads."""
     eval_losses = mx.compile(partial(byte_losses, model), inputs=[model.state])
-    print("compiling the evaluation, once (half a minute or more for very long blocks)")
+    print("compiling the evaluation, once")
     with at_once():
         trace(eval_losses, n_bytes, s.BATCH_SIZE, s.BLOCK_SIZE)
     return eval_losses

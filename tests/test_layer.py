@@ -136,6 +136,13 @@ def test_segments_cover_the_block_in_whole_chunks():
         assert all(B * (end - begin) <= max(rows, B * chunk) for begin, end in parts)
 
 
+def test_a_very_long_block_has_few_segments_since_compiling_takes_the_cube_of_them():
+    for B, T in ((1, 65_536), (4, 1_000_001)):
+        parts = fast_layer.segments(B, T, Compute(chunk=128, rows=1024))
+        assert len(parts) <= fast_layer.MAX_SEGMENTS + 1  # what no chunk divides
+        assert (parts[0][0], parts[-1][1]) == (0, T)
+
+
 @pytest.mark.parametrize("name", memory.SETTINGS)
 def test_the_planner_estimates_the_peak(name):
     """Within 20 % on a shape of some hundred MB; LOG.md has the table for a GPU."""
