@@ -28,12 +28,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-# CUDA: MLX counts the graphs it has met and gives up at 800 (its lru_cache.h); evaluating and
-# sampling between steps meet more.
-os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "4000")
-os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
-
-import fast_blas  # noqa: F401  before mlx.core: it replaces the slow BLAS of MLX on Linux
+import bdh_lib.compute  # noqa: F401  before mlx.core: it opens a fast BLAS on Linux
 
 # isort: split
 import mlx.core as mx
@@ -41,12 +36,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-import files
-import writing
-from errors import UserError, check_number, nearest
-from fast_layer import Compute, dropout_mask, factor, layer, ln, rotate
-from sampling import Sampling
-from state import PARTS, State, check_state, checked, fold, read
+from bdh_lib import files
+from bdh_lib.compute.layer import Compute, dropout_mask, factor, layer, ln, rotate
+from bdh_lib.compute.state import PARTS, State, check_state, checked, fold, read
+from bdh_lib.errors import UserError, check_number, nearest
+from bdh_lib.generation import decoding
+from bdh_lib.generation.sampling import Sampling
 
 VERSION = f"BDH-MLX, mlx {mx.__version__}, python {platform.python_version()}"
 SIZES = (int, 1, 65536)  # least and largest
@@ -188,8 +183,8 @@ class BDH(nn.Module):
             key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
         check_number("max_new_tokens", max_new_tokens, int, 0, 10**12)
         sampling, idx = Sampling(temperature=temperature, top_k=top_k), checked(self, idx)
-        begun = writing.read(self, idx)
-        written = writing.write(self, *begun, sampling, key, np.array(idx))
+        begun = decoding.read(self, idx)
+        written = decoding.write(self, *begun, sampling, key, np.array(idx))
         new = (mx.array(token, idx.dtype) for token, _ in islice(written, max_new_tokens))
         return mx.concatenate([idx, *(token[:, None] for token in new)], 1)
 

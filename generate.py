@@ -11,7 +11,7 @@ each byte takes the same time, however long the text has become.
 """
 
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
-    import cli
+    from bdh_lib import cli
 
     cli.run(__file__)
 
@@ -34,21 +34,27 @@ import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 import mlx.core as mx
 from tqdm import tqdm
 
-import chat
-import cli
-import data
-import evaluation
-import export
-import files
-import formats
-import neurons
-from errors import UserError, check_number, visible
-from files import expanded
-from flags import Parser, flag_of
-from memory import compute_for
-from sampling import LIMITS, WINDOW, Sampling
-from state import WINDOWS, State
-from writing import Stops, Terminal, as_text, complete, outgrown, read, rows, unescaped, write
+from bdh_lib import cli, files
+from bdh_lib.compute.memory import compute_for
+from bdh_lib.compute.state import WINDOWS, State
+from bdh_lib.data import formats, split
+from bdh_lib.errors import UserError, check_number, visible
+from bdh_lib.files import expanded
+from bdh_lib.flags import Parser, flag_of
+from bdh_lib.generation import chat, export, trace
+from bdh_lib.generation.decoding import (
+    Stops,
+    Terminal,
+    as_text,
+    complete,
+    outgrown,
+    read,
+    rows,
+    unescaped,
+    write,
+)
+from bdh_lib.generation.sampling import LIMITS, WINDOW, Sampling
+from bdh_lib.training import evaluation
 
 PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
 the mode"""
@@ -251,13 +257,13 @@ def prompts_of(record: dict, mode: str | None) -> list[bytes]:
         raise UserError(f"prompt is {type(record['prompt']).__name__}, not text")
     if mode is None:
         raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
-    structure, contents = data.detect(record, questions=True)
+    structure, contents = split.detect(record, questions=True)
     needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
     for content in contents:
         given = ("system",) if content.get("system") else ()
-        if reason := data.fault(content, (needed, *given)):
+        if reason := split.fault(content, (needed, *given)):
             raise UserError(reason)
-    return [formats.opening(data.sound(content), mode).encode() for content in contents]
+    return [formats.opening(split.sound(content), mode).encode() for content in contents]
 
 
 def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
@@ -412,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.trace:
         model = bdh_mlx.load_model(args.model)
         check_bytes(model, args.model)
-        return neurons.tell(model, args.trace, args.out)
+        return trace.tell(model, args.trace, args.out)
     if args.save_state:
         bdh_mlx.state_file(args.save_state)  # now, not once all is written
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})

@@ -10,7 +10,7 @@ metrics.jsonl, and report.html to look at.
 """
 
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C and for a slip in it
-    import cli
+    from bdh_lib import cli
 
     cli.run(__file__)
 
@@ -80,7 +80,7 @@ PRESETS = {
     "tiny": "--n-layer 3 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0.05 "
     "--training-mode full --block-size 256 --batch-size 8 --max-iters 350 --epochs none "
     "--learning-rate 4e-3 --warmup-iters 20 --log-freq 25 --eval-freq 175 --save-freq 175",
-    # The recipe that LOG.md measures on a megabyte of text, 6.4M parameters: against overfitting.
+    # The recipe that docs/log.md measures on a megabyte of text, 6.4M parameters
     "small-data": "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 --noise 0.05 "
     "--weight-decay 1 --ema 0.99 --block-size 512 --batch-size 32 --max-iters 2000 --epochs none "
     "--learning-rate 1e-3 --eval-freq 100",
@@ -104,28 +104,25 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
-import checkpoints
-import cli
-import data
-import files
-import flags
-import memory
-import phases
-import plan
-import selfcheck
-from advice import advise, counting
+from bdh_lib import cli, files, flags
+from bdh_lib.compute import memory
+from bdh_lib.compute.state import PARTS
+from bdh_lib.data import split
+from bdh_lib.data.formats import BUDGET, EXPECT, FIELDS, NEEDED, prompts
+from bdh_lib.data.formats import (
+    format_example as format_example,  # what a record becomes, for other scripts
+)
+from bdh_lib.errors import UserError, visible
+from bdh_lib.flags import Rule, Settings, choice, number, switch, text, whole
+from bdh_lib.generation.decoding import samples
+from bdh_lib.training import checkpoints, phases, plan, selfcheck
+from bdh_lib.training.advice import advise, counting
+from bdh_lib.training.distributed import World, is_lost
+from bdh_lib.training.evaluation import byte_losses, evaluate, trace
+from bdh_lib.training.report import redraw
+from bdh_lib.training.runlog import Meter, RunLog, activity, printing
+from bdh_lib.training.signals import Stop, at_once
 from bdh_mlx import BDH, load_model
-from endure import Stop, at_once
-from errors import UserError, visible
-from evaluation import byte_losses, evaluate, trace
-from flags import Rule, Settings, choice, number, switch, text, whole
-from formats import BUDGET, EXPECT, FIELDS, NEEDED, prompts
-from formats import format_example as format_example  # what a record becomes, for other scripts
-from metrics import Meter, RunLog, activity, printing
-from processes import World, is_lost
-from report import redraw
-from state import PARTS
-from writing import samples
 
 # -------------------------------------------------------------------------------------------- data
 
@@ -199,7 +196,7 @@ def loss_weights(fields: np.ndarray, micro: int, count: int, s: Settings) -> np.
 def prepared(s: Settings, mode: str) -> tuple[dict, tuple, tuple]:
     """What open_data gives, of any mode and unchecked. Raises UserError if the mode has no data."""
     cache, refresh = Path(s.CHECKPOINT_DIR) / ".data", vars(s).get("refresh_data", False)
-    folder = data.prepare(s.DATASET, mode, s.VAL_SHARE, s.SEED, cache, refresh)
+    folder = split.prepare(s.DATASET, mode, s.VAL_SHARE, s.SEED, cache, refresh)
     report = json.loads((folder / "data.json").read_text())
     if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
         raise UserError(f"the {empty[0]} split of mode {mode} is empty; take more data")
@@ -207,7 +204,7 @@ def prepared(s: Settings, mode: str) -> tuple[dict, tuple, tuple]:
         [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
         for side in ("train", "val")
     )
-    read = data.bytes_to_evaluate(folder, s.EVAL_BYTES)
+    read = split.bytes_to_evaluate(folder, s.EVAL_BYTES)
     return report, train, [array[:read] for array in val]
 
 
@@ -227,7 +224,7 @@ def open_data(s: Settings) -> tuple[dict, tuple, tuple]:
         ("training bytes", train, "take other data"),
         ("validation bytes read", val, "raise EVAL_BYTES"),
     ):
-        if s.LOSS_ON != "all" and not data.has_field(fields, s.LOSS_ON):
+        if s.LOSS_ON != "all" and not split.has_field(fields, s.LOSS_ON):
             raise UserError(
                 f"LOSS_ON is {s.LOSS_ON!r}, and the {len(fields):,} {side} have none of it; "
                 f"{cure} or set LOSS_ON to 'all'"
@@ -308,7 +305,7 @@ def resume_or_init(run: Path, s: Settings, report: dict, model, optimizer, ema) 
     try:
         old = before["settings"] | before["versions"]
         old[UPDATE] = sequences(Settings(**before["settings"]))
-        changed = checkpoints.differing(old, new) | data.differing(before["data"], report)
+        changed = checkpoints.differing(old, new) | split.differing(before["data"], report)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
     if fixed := [k for k in changed if k in FIXED]:
@@ -487,7 +484,7 @@ def load_split(s: Settings, world: World) -> tuple[dict, tuple, tuple]:
     every = world.all_gather_object(known | sums)
     if unlike := [k for k in every[0] if any(one[k] != every[0][k] for one in every)]:
         raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
-    print(visible(data.describe(report)))
+    print(visible(split.describe(report)))
     print(f"plan: {outlook(s, len(train[0]))}; an evaluation reads {len(val[0]):,} bytes")
     return report, train, val
 

@@ -1,4 +1,4 @@
-// Enough of CUDA to run cuda_byte.cu on a CPU: a block's threads are fibers that take turns, one
+// Enough of CUDA to run step_cuda.cu on a CPU: a block's threads are fibers that take turns, one
 // switching to the next wherever it must wait for others. Blocks run one after the other.
 #include <ucontext.h>
 

@@ -1,4 +1,4 @@
-"""What bench/learn.py stands on: the queue of jobs and the baselines."""
+"""What bench/experiments.py stands on: the queue of jobs and the baselines."""
 
 import json
 import math
@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import experiments
 import jobs
-import learn
 
-import baselines
+from bdh_lib.training import baselines
 
 TELL = "import json, sys, time; time.sleep({}); print(json.dumps({{'told': {}}})); sys.exit({})"
 
@@ -60,10 +60,10 @@ def test_the_order_3_model_is_a_distribution_and_knows_its_text():
 def test_the_records_held_out_are_the_same_in_each_mode(tmp_path):
     lines = [{"system": "s", "instruction": f"i{i % 40}", "response": f"r{i}"} for i in range(60)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    sides = learn.split_records(tmp_path / "d.jsonl", tmp_path / "out", share=0.25)
+    sides = experiments.split_records(tmp_path / "d.jsonl", tmp_path / "out", share=0.25)
     train, val = ({r["instruction"] for r in sides[side]} for side in ("train", "val"))
     assert len(val) == 10 and not train & val and len(train | val) == 40
-    for mode in learn.MODES:
+    for mode in experiments.MODES:
         text, fields = (
             (tmp_path / "out" / mode / f"val.{k}").read_bytes() for k in ("bin", "fields")
         )

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 import bdh_mlx
-import cli
+from bdh_lib import cli
 
 SMALL = "--preset tiny --n-layer 1 --n-embd 32 --block-size 64 --batch-size 1 --max-iters 2"
 SMALL = [*SMALL.split(), "--eval-bytes", "500", "--sample-bytes", "0", "--dataset", "sample"]
@@ -26,8 +26,8 @@ def run(tmp_path_factory):
 
 def script(name, *args, shell="", env=None, **how):
     """Run a script of the project through a shell, with redirections."""
-    command = ["sh", "-c", f'"$@" {shell}', "sh", sys.executable, str(ROOT / name)]
-    how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True} | how
+    command = ["sh", "-c", f'"$@" {shell}', "sh", sys.executable, name]
+    how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "cwd": ROOT} | how
     return subprocess.run([*command, *map(str, args)], env=os.environ | (env or {}), **how)
 
 
@@ -37,7 +37,7 @@ def commands(run):
         "plan": ("train_mlx.py", *SMALL, "--plan", "--checkpoint-dir", run.parent),
         "selfcheck": ("train_mlx.py", "--selfcheck"),
         "generate": ("generate.py", run, "--prompt", "Hi", "--max-new-tokens", 3),
-        "report": ("report.py", run),
+        "report": ("-m", "bdh_lib.training.report", run),
         "help": ("train_mlx.py", "--help"),
     }
 
@@ -73,19 +73,20 @@ def test_ctrl_c_while_a_script_is_imported_is_no_traceback(run, name):
         "    def find_spec(self, name, *_):\n"
         "        if name == 'mlx.core': os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
-        "sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "*module, sys.argv[0] = sys.argv[1:3] if sys.argv[1] == '-m' else sys.argv[1:2]\n"
+        "runner = runpy.run_module if module else runpy.run_path\n"
+        "runner(sys.argv[0], run_name='__main__')\n"
     )
-    file, *args = map(str, commands(run)[name])
-    command = [sys.executable, "-c", code, ROOT / file, *args]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *map(str, commands(run)[name])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 @pytest.mark.parametrize(("name", "module"), [("plan", "plan"), ("selfcheck", "selfcheck")])
 def test_ctrl_c_later_is_one_line(run, name, module):
     code = (
-        f"import os, signal, sys, cli; sys.argv = sys.argv[1:]; import train_mlx, {module}\n"
+        f"import os, signal, sys; sys.argv = sys.argv[1:]\n"
+        f"from bdh_lib import cli; import train_mlx; from bdh_lib.training import {module}\n"
         f"{module}.tell = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "cli.run('train_mlx')\n"
     )
@@ -114,7 +115,7 @@ def test_a_temporary_folder_that_cannot_be_written_is_told_before_anything_is_ma
 def test_ctrl_c_ends_a_script_within_a_call_that_does_not_return(run):
     """A lock of C that is taken twice stands for MLX, which computes without the interpreter's."""
     code = (
-        "import ctypes, sys, cli; sys.argv = sys.argv[1:]; import generate\n"
+        "import ctypes, sys; sys.argv = sys.argv[1:]; from bdh_lib import cli; import generate\n"
         "c, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
         "c.pthread_mutex_lock(lock); cli.PATIENCE = 0.2\n"
         "generate.read = lambda *_: (print('held', flush=True), c.pthread_mutex_lock(lock))\n"
@@ -140,7 +141,7 @@ def test_several_interrupts_within_one_call_are_one(tmp_path):
         "    except KeyboardInterrupt: pass\n"
         "    time.sleep(0.6); print('it goes on'); return 0\n"
     )
-    code = f"import cli; cli.PATIENCE = 0.1; cli.run({str(tmp_path / 'deaf.py')!r})"
+    code = f"from bdh_lib import cli; cli.PATIENCE = 0.1; cli.run({str(tmp_path / 'deaf.py')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "it goes on\n")
 
@@ -167,14 +168,14 @@ def test_on_windows_one_sentence_says_where_it_runs():
     assert done.stderr.splitlines()[-1] == (
         "ImportError: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL"
     )
-    code = "import sys; sys.platform = 'win32'; import cli; cli.run('train_mlx')"
+    code = "import sys; sys.platform = 'win32'; from bdh_lib import cli; cli.run('train_mlx')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr == "error: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL\n"
 
 
 def test_an_error_of_this_project_keeps_its_traceback(tmp_path):
     (tmp_path / "broken.py").write_text("def main(): return [][0]\n")
-    code = f"import cli; cli.run({str(tmp_path / 'broken.py')!r})"
+    code = f"from bdh_lib import cli; cli.run({str(tmp_path / 'broken.py')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "IndexError" in done.stderr
     assert bdh_mlx.UserError.exit_code == 2

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import cuda_byte
-import gpu_byte
+from bdh_lib.compute import step_cuda, step_mlx
 from bdh_mlx import BDH, BDHConfig
 
 COMPILER = shutil.which("g++")
@@ -24,12 +23,12 @@ pytestmark = pytest.mark.skipif(
 TYPES = {mx.float32: "float", mx.bfloat16: "bfloat16"}
 DIMS = (16, 32, 96, 256)
 NAMES = ("RECALL", "RECALL_ONE", "FIRE", "FIRE_ONE", "FOLD", "SHORTEN")
-KERNELS = [getattr(cuda_byte, k) for k in NAMES]
+KERNELS = [getattr(step_cuda, k) for k in NAMES]
 GROUPS = {
-    "recall": cuda_byte.PAIRS,
-    "recall_one": cuda_byte.PAIRS_ONE,
-    "fire": cuda_byte.NEURONS,
-    "fire_one": cuda_byte.NEURONS_ONE,
+    "recall": step_cuda.PAIRS,
+    "recall_one": step_cuda.PAIRS_ONE,
+    "fire": step_cuda.NEURONS,
+    "fire_one": step_cuda.NEURONS_ONE,
     "fold": 0,
     "shorten": 0,
 }
@@ -38,8 +37,8 @@ GUARD = 1 << 20  # bytes around an array that no kernel may touch
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    """All kernels for DIMS in both types, called as cuda_byte.step has MLX call them."""
-    source = '#include "cuda_on_cpu.h"\n' + f'#include "{ROOT / "cuda_byte.cu"}"\n'
+    """All kernels for DIMS in both types, called as step_cuda.step has MLX call them."""
+    source = '#include "cuda_on_cpu.h"\n' + f'#include "{ROOT / "bdh_lib/compute/step_cuda.cu"}"\n'
     for D, (dtype, T) in itertools.product(DIMS, TYPES.items()):
         for kernel in KERNELS:  # FOLD is for bfloat16
             source += entry(kernel, D, dtype, T)
@@ -61,14 +60,14 @@ def entry(kernel, D, dtype, T):
     kinds |= dict.fromkeys(floats, "float") | dict.fromkeys(("begin", "turns", "done"), "uint32_t")
     kinds |= {"count": "int32_t"}
     whole = 1 if name in ("fold", "shorten") else D
-    W = cuda_byte.THREADS // whole * whole // 32
+    W = step_cuda.THREADS // whole * whole // 32
     lines = [f"auto {a} = ({kinds[a]}*)at[{i}];" for i, a in enumerate((*inputs, *outputs))]
     lines += [f"auto {a}_shape = shapes[{i}];" for i, a in enumerate(inputs)]
     called = f"{name}_{D}_{T}(void** at, int (*shapes)[5], int P, int HB, int threads)"
     return (
         f'extern "C" void {called} {{ '
         f"using T = {T}; using Q = {Q}; constexpr int D = {D}, G = {GROUPS[name]}, "
-        f"K = {cuda_byte.TAIL}, W = {W}; {' '.join(lines)} "
+        f"K = {step_cuda.TAIL}, W = {W}; {' '.join(lines)} "
         f"launch({{unsigned(P), unsigned(HB)}}, threads, [&] {{ {call} }}); }}\n"
     )
 
@@ -118,9 +117,9 @@ def on_16(view):
 @pytest.fixture
 def kernels(library, monkeypatch):
     monkeypatch.setattr(mx, "compile", lambda step: step)
-    monkeypatch.setattr(gpu_byte, "TAIL", cuda_byte.TAIL)
+    monkeypatch.setattr(step_mlx, "TAIL", step_cuda.TAIL)
     monkeypatch.setattr(
-        cuda_byte, "_kernel", lambda name, inputs, *_: Kernel(library, name, inputs)
+        step_cuda, "_kernel", lambda name, inputs, *_: Kernel(library, name, inputs)
     )
 
 
@@ -142,7 +141,7 @@ def test_bytes_are_those_of_the_plain_step(kernels, D, B, dtype, count):
 def test_several_blocks_a_head_and_several_turns_of_each_leave_nothing_out(
     kernels, B, blocks, monkeypatch
 ):
-    monkeypatch.setattr(cuda_byte, "BLOCKS", blocks)
+    monkeypatch.setattr(step_cuda, "BLOCKS", blocks)
     same_as_the_plain_step(a_model(16, 160), B, mx.float32, 5)
 
 
@@ -165,7 +164,7 @@ def same_as_the_plain_step(model, B, dtype, count, rows=None):
     model.compute = replace(model.compute, dtype=dtype)
     (H, D, N), at = model.encoder.shape, 10**6
     S = tuple(mx.random.normal((H, rows or B, N, D), key=mx.random.key(7)) for _ in range(2))
-    ways = cuda_byte.Byte(model), gpu_byte.Byte(model)
+    ways = step_cuda.Byte(model), step_mlx.Byte(model)
     tails = [way.begun(at, S, B) for way in ways]
     fill(*tails, count)
     tails = [tail._replace(count=count) for tail in tails]
@@ -232,7 +231,7 @@ def test_a_nan_writes_nowhere_but_where_it_is(kernels, neuron):
     encoder = np.array(model.encoder)
     encoder[0, :, neuron] = np.nan
     model.encoder = mx.array(encoder)
-    way = cuda_byte.Byte(model)
+    way = step_cuda.Byte(model)
     v, tail = way.step(mx.array([[65]]), way.begun(3, (), 1))
     assert mx.all(mx.isnan(v)).item()
     keys = np.array(tail.waiting()[0][0])
@@ -242,10 +241,10 @@ def test_a_nan_writes_nowhere_but_where_it_is(kernels, neuron):
 
 def test_synapses_as_int8_are_off_by_half_a_step_and_keep_what_is_not_finite(kernels):
     S = mx.random.normal((2, 3, 10, 32)) * mx.repeat(mx.array([0.0, 1e-3, 1, 1e3, 1]), 2)[:, None]
-    low, scales = cuda_byte.shorten(S)
+    low, scales = step_cuda.shorten(S)
     off = mx.abs(low.view(mx.int8).astype(mx.float32) * scales[..., None] - S)
     assert mx.all(off <= 0.5001 * scales[..., None]).item()
     assert mx.allclose(scales, mx.max(mx.abs(S), -1) / 127).item()
     S[1, 2, 3, 4], S[0, 1, 9, 31] = math.nan, math.inf
-    spoilt = np.isnan(np.array(cuda_byte.shorten(S)[1]))
+    spoilt = np.isnan(np.array(step_cuda.shorten(S)[1]))
     assert np.argwhere(spoilt).tolist() == [[0, 1, 9], [1, 2, 3]]

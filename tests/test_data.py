@@ -22,18 +22,17 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import data
-import formats
 import train_mlx
+from bdh_lib.data import formats, split
+from bdh_lib.data.formats import FIELDS
 from bdh_mlx import UserError
-from formats import FIELDS
 from train_mlx import format_example
 
 RECORD = {"system": "Be kind.", "instruction": "Greet.", "response": "Hello, wörld"}
 
 
 def prepare(source, cache, mode="full", val_share=0.1, seed=1):
-    folder = data.prepare(str(source), mode, val_share, seed, cache)
+    folder = split.prepare(str(source), mode, val_share, seed, cache)
     sides = {side: (folder / f"{side}.bin").read_bytes() for side in ("train", "val")}
     return json.loads((folder / "data.json").read_text()), sides["train"], sides["val"]
 
@@ -68,7 +67,7 @@ def test_every_record_is_on_one_side_and_every_byte_is_kept(tmp_path):
 
 
 def test_each_byte_is_labelled_with_its_field(tmp_path):
-    folder = data.prepare(
+    folder = split.prepare(
         str(write_jsonl(tmp_path / "d.jsonl", numbered(30))), "full", 0.2, 1, tmp_path / "cache"
     )
     for side in ("train", "val"):
@@ -143,13 +142,13 @@ def test_the_split_follows_the_seed(tmp_path):
     ],
 )
 def test_structures_are_detected(record, structure, fields):
-    assert data.detect(record) == (structure, [fields])
+    assert split.detect(record) == (structure, [fields])
 
 
 def test_a_long_chat_gives_one_entry_per_answer():
     turns = [("system", "s"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
     record = {"messages": [{"role": who, "content": what} for who, what in turns]}
-    assert data.detect(record)[1] == [
+    assert split.detect(record)[1] == [
         {"system": "s", "instruction": "1", "response": "2"},
         {"system": "s", "instruction": "3", "response": "4"},
     ]
@@ -164,30 +163,30 @@ def test_turns_in_a_row_are_one_by_a_blank_line():
     every = [("system", "s"), ("developer", "t"), *said, ("assistant", "a"), ("assistant", "b")]
     told = {"system": "s\n\nt", "instruction": "Here is my text\n\nSum it up"}
     answered = told | {"response": "a\n\nb"}
-    assert data.detect(chat(*every)) == ("messages", [answered])
-    asked = data.detect(chat(*every, ("user", "c"), ("user", "d")), questions=True)[1]
+    assert split.detect(chat(*every)) == ("messages", [answered])
+    asked = split.detect(chat(*every, ("user", "c"), ("user", "d")), questions=True)[1]
     assert asked == [answered, {"system": "s\n\nt", "instruction": "c\n\nd"}]
-    odd = data.detect(chat(("user", "q"), ("user", 5), ("assistant", "a")))[1]
+    odd = split.detect(chat(("user", "q"), ("user", 5), ("assistant", "a")))[1]
     assert odd == [{"instruction": 5, "response": "a"}]  # the reason is told of it
-    empty = data.detect(chat(("user", ""), ("user", None), ("assistant", "a")))[1]
-    assert data.fault(empty[0], ("instruction",)) == "instruction empty"
+    empty = split.detect(chat(("user", ""), ("user", None), ("assistant", "a")))[1]
+    assert split.fault(empty[0], ("instruction",)) == "instruction empty"
 
 
 @pytest.mark.parametrize("reply", ["assistant", "gpt", "chatgpt", "model", "bot", "ai", "Model"])
 @pytest.mark.parametrize("system", ["system", "developer", "System"])
 def test_roles_by_other_names(reply, system):
     exchange = {"system": "s", "instruction": "q", "response": "a"}
-    assert data.detect(chat((system, "s"), ("User", "q"), (reply, "a")))[1] == [exchange]
+    assert split.detect(chat((system, "s"), ("User", "q"), (reply, "a")))[1] == [exchange]
 
 
 def test_turns_of_unknown_roles_are_counted_and_cost_themselves_alone(tmp_path):
     tool = [("user", "price {}?"), ("assistant", None), ("tool", "{}"), ("assistant", "It is {}")]
     chats = [chat(*((who, what and what.format(i)) for who, what in tool)) for i in range(20)]
     exchange = {"instruction": "price 3?", "response": "It is 3"}
-    assert data.detect(chats[3])[1] == [exchange, data.UNKNOWN_ROLE]
-    assert data.detect(chats[3], questions=True)[1] == [exchange]
+    assert split.detect(chats[3])[1] == [exchange, split.UNKNOWN_ROLE]
+    assert split.detect(chats[3], questions=True)[1] == [exchange]
     report, train, val = prepare(write_jsonl(tmp_path / "d.jsonl", chats), tmp_path / "cache")
-    assert report["skipped"] == {data.UNKNOWN_ROLE: 20} and report["exchanges"] == 20
+    assert report["skipped"] == {split.UNKNOWN_ROLE: 20} and report["exchanges"] == 20
     assert (train + val).count(b"It is") == 20
     strange = [chat(("narrator", "x"), ("hero", "y"))] * 3
     with pytest.raises(UserError, match="skipped 6: turn of a role that is none of system, dev"):
@@ -196,12 +195,12 @@ def test_turns_of_unknown_roles_are_counted_and_cost_themselves_alone(tmp_path):
 
 def test_a_chat_may_end_with_a_question():
     record = {"messages": [{"role": "user", "content": "3"}]}
-    assert data.detect(record)[1] == [{}]  # nothing to train on
-    assert data.detect(record, questions=True)[1] == [{"instruction": "3"}]
+    assert split.detect(record)[1] == [{}]  # nothing to train on
+    assert split.detect(record, questions=True)[1] == [{"instruction": "3"}]
     record["messages"] += [{"role": "assistant", "content": "4"}, {"role": "user", "content": "5"}]
     answered = {"instruction": "3", "response": "4"}
-    assert data.detect(record)[1] == [answered]
-    assert data.detect(record, questions=True)[1] == [answered, {"instruction": "5"}]
+    assert split.detect(record)[1] == [answered]
+    assert split.detect(record, questions=True)[1] == [answered, {"instruction": "5"}]
 
 
 def test_exchanges_are_told_beside_the_records_that_hold_them(tmp_path):
@@ -209,7 +208,7 @@ def test_exchanges_are_told_beside_the_records_that_hold_them(tmp_path):
     chats = [{"messages": [{"role": who, "content": f"{what}{i}"} for who, what in turns]}
              for i in range(10)]  # fmt: skip
     report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", chats), tmp_path / "cache")
-    told = data.describe(report)
+    told = split.describe(report)
     assert "10 records" in told and "20 exchanges in them" in told
     assert "field instruction: in 100.0% of records" in told
 
@@ -249,7 +248,7 @@ def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
         "system empty": 1,
         "system with a lone surrogate": 1,
         "not valid UTF-8": 1,
-        data.UNKNOWN_ROLE: 1,
+        split.UNKNOWN_ROLE: 1,
     }
     assert report["first_skipped"]["not a JSON object"] == 22
     texts = [format_example(r, "full").encode() for r in numbered(20)]
@@ -264,8 +263,8 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path):
     datasets.Dataset.from_list(records).to_csv(tmp_path / "d.csv")
     datasets.Dataset.from_list(records).to_parquet(tmp_path / "d.parquet")
     for kind in ("jsonl", "json", "csv", "parquet"):
-        assert list(data.read(str(tmp_path / f"d.{kind}"))) == records, kind
-    assert len(list(data.read(str(tmp_path)))) == 48  # the folder holds all four
+        assert list(split.read(str(tmp_path / f"d.{kind}"))) == records, kind
+    assert len(list(split.read(str(tmp_path)))) == 48  # the folder holds all four
 
 
 READ_TEXT = {  # a file of some records around `{}`, and the record that `{}` is part of
@@ -283,11 +282,11 @@ def test_valid_text_stays_as_it_is_and_what_is_not_utf8_costs_its_record(tmp_pat
         kept = kept.replace("\u0000", "")
     for start in (b"", b"\xef\xbb\xbf"):  # the mark at the start of a file is no text of it
         (tmp_path / name).write_bytes(start + text.format(kept).encode())
-        records = list(data.read(str(tmp_path / name)))
+        records = list(split.read(str(tmp_path / name)))
         assert [r["text"] for r in records] == ["a", kept, "b"]
     for bad in (b"\xff", b"caf\xe9", b"\xed\xa0\x80", b"\xc0\x80", b"\xf0\x9f\x91"):
         (tmp_path / name).write_bytes(text.format("BAD").encode().replace(b"BAD", bad))
-        records = list(data.read(str(tmp_path / name)))
+        records = list(split.read(str(tmp_path / name)))
         assert records[at] == "not valid UTF-8"
         assert [r["text"] for i, r in enumerate(records) if i != at] == ["a", "b"]
 
@@ -295,29 +294,29 @@ def test_valid_text_stays_as_it_is_and_what_is_not_utf8_costs_its_record(tmp_pat
 def test_a_json_file_keeps_u_fffd_and_is_refused_where_it_is_not_utf8(tmp_path):
     text = json.dumps([{"text": "a"}, {"text": "\ufffd"}], ensure_ascii=False).encode()
     (tmp_path / "d.json").write_bytes(text)
-    assert list(data.read(str(tmp_path / "d.json"))) == [{"text": "a"}, {"text": "\ufffd"}]
+    assert list(split.read(str(tmp_path / "d.json"))) == [{"text": "a"}, {"text": "\ufffd"}]
     (tmp_path / "d.json").write_bytes(text.replace(b'"a"', b'"\xff"'))
     with pytest.raises(UserError, match=r"cannot be read as \.json"):
-        list(data.read(str(tmp_path / "d.json")))
+        list(split.read(str(tmp_path / "d.json")))
 
 
 def test_a_csv_that_is_not_one_is_told_by_its_line(tmp_path):
     file = tmp_path / "d.csv"
     file.write_text('instruction,response\na,b,c\na,"b,\nc"\na\n')
-    assert list(data.read(str(file))) == [
+    assert list(split.read(str(file))) == [
         "more values than columns",
         {"instruction": "a", "response": "b,\nc"},
         {"instruction": "a", "response": ""},
     ]
     file.write_text('instruction,response\na,"b\na,b\n')
     with pytest.raises(UserError, match=r"cannot be read as \.csv: line 3: unexpected end"):
-        list(data.read(str(file)))
+        list(split.read(str(file)))
     file.write_text("instruction,response\na,b\n", encoding="utf-16")
     with pytest.raises(UserError, match="its first line is not valid UTF-8"):
-        list(data.read(str(file)))
+        list(split.read(str(file)))
     long = "x" * 10**6
     file.write_text(f"text\n{long}\n")
-    assert list(data.read(str(file))) == [{"text": long}]
+    assert list(split.read(str(file))) == [{"text": long}]
     file.write_text("")
     with pytest.raises(UserError, match="is empty: it has no record"):
         prepare(file, tmp_path / "cache")
@@ -344,23 +343,23 @@ ODD_JSON = {
 def test_a_json_file_is_one_document_or_a_line_for_each_record(tmp_path, text):
     (tmp_path / "d.json").write_text(text)
     if isinstance(expected := ODD_JSON[text], list):
-        assert list(data.read(str(tmp_path / "d.json"))) == expected
+        assert list(split.read(str(tmp_path / "d.json"))) == expected
     else:
         with pytest.raises(UserError, match=rf"d\.json cannot be read as \.json: .*{expected}"):
-            list(data.read(str(tmp_path / "d.json")))
+            list(split.read(str(tmp_path / "d.json")))
 
 
 def test_a_parquet_file_keeps_its_values(tmp_path):
     rows = [{"text": t, "n": i, "l": [{"a": i}]} for i, t in enumerate(["a\ufffd", None, "é"])]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
-    assert list(data.read(str(tmp_path / "d.parquet"))) == rows
+    assert list(split.read(str(tmp_path / "d.parquet"))) == rows
 
 
 def test_structures_that_are_all_different_do_not_fill_the_screen(tmp_path):
     records = numbered(20) + [{f"key {i}": 1} for i in range(500)]
     report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "cache")
-    assert len(report["structures"]) == data.MOST_STRUCTURES and report["records"] == 520
-    assert data.describe(report).count("\n") < 30
+    assert len(report["structures"]) == split.MOST_STRUCTURES and report["records"] == 520
+    assert split.describe(report).count("\n") < 30
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt"])
@@ -380,22 +379,22 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     tmp_path, monkeypatch, capsys
 ):
     source = write_jsonl(tmp_path / "d.jsonl", numbered(20))
-    ready = data.prepare(str(source), "full", 0.1, 1, tmp_path / "cache")
+    ready = split.prepare(str(source), "full", 0.1, 1, tmp_path / "cache")
     assert capsys.readouterr() == ("", "")  # what is quick says nothing
     for name, value in (("LARGE", 0), ("QUIET", 0), ("LINE_EVERY", -1)):
-        monkeypatch.setattr(data, name, value)
-    monkeypatch.setattr(data._tell_large, "__defaults__", (0,))
+        monkeypatch.setattr(split, name, value)
+    monkeypatch.setattr(split._tell_large, "__defaults__", (0,))
     what = f"reading DATASET {source}"
-    data.prepare(str(source), "full", 0.1, 2, tmp_path / "cache")
+    split.prepare(str(source), "full", 0.1, 2, tmp_path / "cache")
     out, err = capsys.readouterr()
     assert f"{what} (0 MB) ...\n" in out and f"{what}: 20 records ...\n" in out
     assert "writing train: 18 records ...\n" in out and err == ""
     monkeypatch.setattr(sys, "stderr", Terminal())
-    data.prepare(str(source), "full", 0.1, 3, tmp_path / "cache")
+    split.prepare(str(source), "full", 0.1, 3, tmp_path / "cache")
     assert f"{what}: 20 records" in sys.stderr.getvalue()
     assert f"{what}: 20" not in capsys.readouterr().out
-    assert data.intact(ready) and "checking the prepared data" in capsys.readouterr().out
-    data.prepare(str(ready), "full", 0.1, 3, tmp_path / "cache")
+    assert split.intact(ready) and "checking the prepared data" in capsys.readouterr().out
+    split.prepare(str(ready), "full", 0.1, 3, tmp_path / "cache")
     assert f"copying DATASET {ready} (0 MB) ...\n" in capsys.readouterr().out
 
 
@@ -403,7 +402,7 @@ def test_a_wait_for_another_process_is_told(tmp_path, capsys):
     with (tmp_path / ".lock").open("a") as held, (tmp_path / ".lock").open("a") as lock:
         fcntl.flock(held, fcntl.LOCK_EX)
         threading.Timer(0.2, lambda: fcntl.flock(held, fcntl.LOCK_UN)).start()
-        data._wait_for(lock, tmp_path)
+        split._wait_for(lock, tmp_path)
     assert (
         f"waiting for another process that prepares data in {tmp_path}" in capsys.readouterr().out
     )
@@ -411,7 +410,7 @@ def test_a_wait_for_another_process_is_told(tmp_path, capsys):
 
 def test_a_csv_of_numbers_and_na_stays_text(tmp_path):
     (tmp_path / "d.csv").write_text("instruction,response\n1,NA\n2,None\n")
-    assert [r["response"] for r in data.read(str(tmp_path / "d.csv"))] == ["NA", "None"]
+    assert [r["response"] for r in split.read(str(tmp_path / "d.csv"))] == ["NA", "None"]
 
 
 def test_a_text_file_is_split_at_blank_lines_and_keeps_its_bytes(tmp_path):
@@ -447,11 +446,11 @@ def test_full_leaves_out_a_section_that_no_record_has(tmp_path):
     found = b"".join(side + b"\n\n" for side in sides).decode()
     expected = [f"### Instruction:\nq{i}\n\n### Response:\na{i}\n---\n\n" for i in range(20)]
     assert sorted(found.split("---\n\n")) == sorted("".join(expected).split("---\n\n"))
-    assert "no record has a system text" in data.describe(report) and not report["skipped"]
+    assert "no record has a system text" in split.describe(report) and not report["skipped"]
     told = [r | {"system": "Be kind."} if i % 2 else r for i, r in enumerate(asked)]
     report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", told), tmp_path / "cache")
     assert report["skipped"] == {"system is null, not text": 10}
-    assert "no record has" not in data.describe(report)
+    assert "no record has" not in split.describe(report)
 
 
 def test_data_that_cannot_be_read_are_not_called_a_cache_that_cannot_be_written(
@@ -463,10 +462,10 @@ def test_data_that_cannot_be_read_are_not_called_a_cache_that_cannot_be_written(
     def copyfile(source, target, error=errno.EACCES):
         raise OSError(error, os.strerror(error), str(source), None, str(target))
 
-    monkeypatch.setattr(data.shutil, "copyfile", copyfile)
+    monkeypatch.setattr(split.shutil, "copyfile", copyfile)
     with pytest.raises(UserError, match=r"(train|val)\.bin cannot be read: Permission denied"):
         prepare(tmp_path, tmp_path / "cache")
-    monkeypatch.setattr(data.shutil, "copyfile", partial(copyfile, error=errno.ENOSPC))
+    monkeypatch.setattr(split.shutil, "copyfile", partial(copyfile, error=errno.ENOSPC))
     with pytest.raises(UserError, match="cache cannot be written: No space left"):
         prepare(tmp_path, tmp_path / "cache")
 
@@ -474,7 +473,7 @@ def test_data_that_cannot_be_read_are_not_called_a_cache_that_cannot_be_written(
 def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "d.jsonl", numbered(20))
     first = prepare(file, tmp_path / "cache")
-    monkeypatch.setattr(data, "read", lambda dataset: pytest.fail("read again"))
+    monkeypatch.setattr(split, "read", lambda dataset: pytest.fail("read again"))
     assert prepare(file, tmp_path / "cache") == first
     monkeypatch.undo()
     write_jsonl(file, numbered(21))
@@ -508,7 +507,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
     def begin(said, rows=20):
-        data._ask_hub.cache_clear()
+        split._ask_hub.cache_clear()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", said == "offline")
         monkeypatch.setattr(Hub, "said", said)
         port = 9 if said == "silent" else server.server_port
@@ -517,7 +516,7 @@ def hub(monkeypatch):
         monkeypatch.setattr(datasets, "load_dataset", load)
 
     yield begin
-    data._ask_hub.cache_clear()
+    split._ask_hub.cache_clear()
     server.shutdown()
     server.server_close()
 
@@ -535,24 +534,24 @@ def hub(monkeypatch):
     ],
 )
 def test_names_that_mean_nothing_are_refused_without_asking_the_hub(name, complaint, monkeypatch):
-    monkeypatch.setattr(data, "_ask_hub", lambda *name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(split, "_ask_hub", lambda *name: pytest.fail("asked the hub"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=complaint):
-        list(data.read(name))
+        list(split.read(name))
 
 
 def test_folders_and_files_of_no_use_are_refused(tmp_path):
     with pytest.raises(UserError, match="folder without"):
-        list(data.read(str(tmp_path)))
+        list(split.read(str(tmp_path)))
     (tmp_path / "d.doc").write_text("x")
     with pytest.raises(UserError, match="ends in none of"):
-        list(data.read(str(tmp_path / "d.doc")))
+        list(split.read(str(tmp_path / "d.doc")))
     write_jsonl(tmp_path / "one.jsonl", [RECORD] * 3)
     with pytest.raises(UserError, match="1 distinct record"):
         prepare(tmp_path / "one.jsonl", tmp_path / "cache")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match=r"bad\.json cannot be read"):
-        list(data.read(str(tmp_path / "bad.json")))
+        list(split.read(str(tmp_path / "bad.json")))
 
 
 def odd_path(folder, kind):
@@ -634,7 +633,7 @@ def test_a_file_that_may_not_be_read_is_named(another_user, name):
         with pytest.raises(UserError, match=rf"{name} cannot be read.*Permission denied"):
             prepare(source, another_user / "cache")
         with pytest.raises(UserError, match=rf"{name} cannot be read.*Permission denied"):
-            data.whole(str(source), "full", another_user / "tmp")
+            split.whole(str(source), "full", another_user / "tmp")
 
 
 def test_a_folder_that_may_not_be_read_is_named(another_user):
@@ -672,9 +671,9 @@ def test_runs_and_hidden_files_in_a_folder_are_no_data(tmp_path, monkeypatch, na
             (here / run / file).write_text('{"text": "no data"}\n')
     write_jsonl(here / ".hidden.jsonl", numbered(40))
     assert prepare(".", Path(name) / ".data") == first
-    monkeypatch.setattr(data, "_make", lambda *a: pytest.fail("prepared again"))
+    monkeypatch.setattr(split, "_make", lambda *a: pytest.fail("prepared again"))
     assert prepare(".", Path(name) / ".data") == first
-    assert data.whole(".", "full", tmp_path)[0]["records"] == 29  # for an evaluation
+    assert split.whole(".", "full", tmp_path)[0]["records"] == 29  # for an evaluation
 
 
 @pytest.mark.parametrize(
@@ -699,7 +698,7 @@ def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=complaint) as error:
-        list(data.read("user/name"))
+        list(split.read("user/name"))
     for way in ("hf auth login", "--dataset FILE", "--dataset sample"):
         assert way in str(error.value)
 
@@ -709,7 +708,7 @@ def test_a_hub_name_carries_configuration_revision_and_split(hub, monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [RECORD])
     for name in ("user/name", "name:cfg", "user/name:cfg@v1.0#test[:10%]", "user/name@refs/pr/1"):
-        assert list(data.read(name)) == [RECORD]
+        assert list(split.read(name)) == [RECORD]
     assert [(*a, k["revision"], k["split"]) for a, k in asked] == [
         ("user/name", None, None, "train"),
         ("name", "cfg", None, "train"),
@@ -731,7 +730,10 @@ HOMES = {
 def test_local_files_need_no_home(tmp_path, variables, kind):
     datasets.Dataset.from_list(numbered(20)).to_parquet(tmp_path / "d.parquet")
     (tmp_path / "d.json").write_text(json.dumps(numbered(20)))
-    script = f"import data; print(len(list(data.read({str(tmp_path / f'd.{kind}')!r}))))"
+    script = (
+        "from bdh_lib.data import split\n"
+        f"print(len(list(split.read({str(tmp_path / f'd.{kind}')!r}))))"
+    )
     env = {k: v for k, v in (os.environ | variables).items() if v is not None}
     run = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
@@ -758,7 +760,7 @@ def test_a_cache_of_downloads_that_cannot_be_written_is_no_silent_hub(
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fails)
     monkeypatch.setattr(datasets, "load_dataset", fails)
     with pytest.raises(UserError, match=complaint) as told:
-        list(data.read("user/name"))
+        list(split.read("user/name"))
     assert ("set HF_HOME" in str(told.value)) == ("written" in complaint)
 
 
@@ -769,19 +771,19 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
     hub(OLD)
     report, train, _ = prepare("user/name", tmp_path)
     assert report["commit"] == OLD and OLD.encode() in train  # that commit is what is read
-    assert f"data: user/name (commit {OLD}), 20 records" in data.describe(report)
+    assert f"data: user/name (commit {OLD}), 20 records" in split.describe(report)
     hub(NEW, rows=30)
     report, train, _ = prepare("user/name", tmp_path)
     assert (report["commit"], report["records"]) == (NEW, 30) and NEW.encode() in train
     assert Hub.asked == ["/api/datasets/user/name"] * 2  # once by each process
-    monkeypatch.setattr(data, "_make", lambda *a: pytest.fail("prepared again"))
+    monkeypatch.setattr(split, "_make", lambda *a: pytest.fail("prepared again"))
     for said, there in ((OLD, OLD), (NEW, NEW)):
         hub(said)
         assert prepare("user/name", tmp_path)[0]["commit"] == there
     hub("silent")
-    data.fingerprint("user/name@v1.0", "full", 0.1, 1)
+    split.fingerprint("user/name@v1.0", "full", 0.1, 1)
     hub(OLD)
-    data.fingerprint("user/name:cfg@v1.0#test", "full", 0.1, 1)
+    split.fingerprint("user/name:cfg@v1.0#test", "full", 0.1, 1)
     assert Hub.asked[-1] == "/api/datasets/user/name/revision/v1.0"
 
 
@@ -789,10 +791,10 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
 def test_a_hub_that_does_not_tell_leaves_the_newest_prepared_data(hub, tmp_path, capsys, said):
     for i, commit in enumerate((NEW, OLD)):
         hub(commit)
-        folder = data.prepare("user/name", "full", 0.1, 1, tmp_path)
+        folder = split.prepare("user/name", "full", 0.1, 1, tmp_path)
         os.utime(folder / "data.json", (1e9 - i * 1e6,) * 2)
-        data.prepare("user/name", "full", 0.1, 2, tmp_path)  # of another seed
-        data.prepare("user/other", "full", 0.1, 1, tmp_path)
+        split.prepare("user/name", "full", 0.1, 2, tmp_path)  # of another seed
+        split.prepare("user/other", "full", 0.1, 1, tmp_path)
     hub(said)
     capsys.readouterr()
     assert prepare("user/name", tmp_path)[0]["commit"] == NEW
@@ -806,7 +808,7 @@ def test_a_commit_that_is_named_is_not_asked_for(hub, tmp_path, monkeypatch):
     hub(OLD)
     prepare("user/name", tmp_path)
     hub(NEW)
-    monkeypatch.setattr(data, "_make", lambda *a: pytest.fail("prepared again"))
+    monkeypatch.setattr(split, "_make", lambda *a: pytest.fail("prepared again"))
     assert prepare(f"user/name@{OLD}", tmp_path)[0]["commit"] == OLD  # how to go back
     hub("silent")
     assert prepare(f"user/name@{OLD}", tmp_path)[0]["commit"] == OLD
@@ -817,19 +819,19 @@ def test_refreshed_data_are_prepared_anew_once(hub, tmp_path, monkeypatch, local
     source = write_jsonl(tmp_path / "d.jsonl", numbered(20)) if local else "user/name"
     hub(OLD)
     how = (str(source), "full", 0.1, 1, tmp_path / "cache")
-    folder = data.prepare(*how)
+    folder = split.prepare(*how)
     made = folder.stat().st_ino
-    assert data.prepare(*how, refresh=True).stat().st_ino == made  # by this process itself
-    monkeypatch.setattr(data, "STARTED", time.time() + 9)
-    assert data.prepare(*how).stat().st_ino == made
-    read = data.read
-    monkeypatch.setattr(data, "read", lambda dataset: ["not JSON"])
+    assert split.prepare(*how, refresh=True).stat().st_ino == made  # by this process itself
+    monkeypatch.setattr(split, "STARTED", time.time() + 9)
+    assert split.prepare(*how).stat().st_ino == made
+    read = split.read
+    monkeypatch.setattr(split, "read", lambda dataset: ["not JSON"])
     with pytest.raises(UserError, match="no record"):
-        data.prepare(*how, refresh=True)
-    assert data.intact(folder)  # a failure costs nothing
+        split.prepare(*how, refresh=True)
+    assert split.intact(folder)  # a failure costs nothing
     calls = []
-    monkeypatch.setattr(data, "read", lambda dataset: calls.append(1) or read(dataset))
-    assert data.prepare(*how, refresh=True) == folder and calls and data.intact(folder)
+    monkeypatch.setattr(split, "read", lambda dataset: calls.append(1) or read(dataset))
+    assert split.prepare(*how, refresh=True) == folder and calls and split.intact(folder)
 
 
 def test_the_flag_refreshes(tmp_path, monkeypatch):
@@ -837,10 +839,10 @@ def test_the_flag_refreshes(tmp_path, monkeypatch):
     args = ["--dataset", str(source), "--checkpoint-dir", str(tmp_path), "--block-size", "16"]
     s = train_mlx.settings([*args, "--refresh-data"])
     train_mlx.open_data(train_mlx.settings(args))
-    monkeypatch.setattr(data, "STARTED", time.time() + 9)
+    monkeypatch.setattr(split, "STARTED", time.time() + 9)
     asked = []
-    make = data._make
-    monkeypatch.setattr(data, "_make", lambda *a: asked.append(a) or make(*a))
+    make = split._make
+    monkeypatch.setattr(split, "_make", lambda *a: asked.append(a) or make(*a))
     train_mlx.open_data(train_mlx.settings(args))
     assert not asked
     train_mlx.open_data(s)
@@ -859,9 +861,9 @@ def test_without_a_network_the_script_says_so_and_exits_with_2(tmp_path):
 
 
 def test_the_embedded_sample_is_sound():
-    records = list(data.read("sample"))
+    records = list(split.read("sample"))
     assert 400 <= len(records) <= 700
-    assert all(data.fault(r, ("system", "instruction", "response")) is None for r in records)
+    assert all(split.fault(r, ("system", "instruction", "response")) is None for r in records)
     for field in RECORD:
         assert len({r[field] for r in records}) == len(records)
     assert np.mean([len(format_example(r, "full")) for r in records]) > 700
@@ -940,9 +942,9 @@ def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_pa
                                                  for i, r in enumerate(answers)])  # fmt: skip
     orders = []
     for cache, seed in (("one", 1), ("again", 1), ("other", 2)):
-        folder = data.prepare(str(tmp_path), "full", 0.3, seed, tmp_path / cache / ".data")
+        folder = split.prepare(str(tmp_path), "full", 0.3, seed, tmp_path / cache / ".data")
         val = (folder / "val.bin").read_bytes()
-        read = data.bytes_to_evaluate(folder, len(val) // 2)
+        read = split.bytes_to_evaluate(folder, len(val) // 2)
         records = val[:read].split(b"\n---\n\n")
         assert 0.48 * len(val) < read <= len(val) // 2 and val[:read].endswith(b"\n---")
         assert val[read:].startswith(b"\n\n### System:\n")
@@ -953,15 +955,15 @@ def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_pa
         assert val.count(b"Greet. ") * len(b"Greet. ") <= np.count_nonzero(fields == 2)
         orders.append(records)
         for limit, expected in ((2, 1), (len(records[0]) + 4, 1), (len(val), 180), (10**9, 180)):
-            read = data.bytes_to_evaluate(folder, limit)
+            read = split.bytes_to_evaluate(folder, limit)
             assert len(val[:read].split(b"\n---\n\n")) == expected  # at least one, whole
-        assert data.bytes_to_evaluate(folder, None) is None
+        assert split.bytes_to_evaluate(folder, None) is None
         train = (folder / "train.bin").read_bytes()
         told = [record.split(b"### Response:\n")[1][:1] for record in train.split(b"\n---\n\n")]
         assert told == sorted(told)  # training stays in the order of the data
     assert orders[0] == orders[1] != orders[2]
-    (folder / data.VAL_ENDS).write_bytes(b"damaged")
-    assert not data.intact(folder)
+    (folder / split.VAL_ENDS).write_bytes(b"damaged")
+    assert not split.intact(folder)
 
 
 def test_a_training_side_without_what_loss_on_counts_is_refused(tmp_path):
@@ -991,11 +993,11 @@ def test_a_ready_split_is_taken_as_it_is(tmp_path):
     assert (train, val) == (bytes(range(256)), b"held out")
     assert (report["train"]["bytes"], report["val"]["bytes"]) == (256, 8)
     (source / "val.fields").write_bytes(b"\1\1\1\1\2\2\2\2")
-    folder = data.prepare(str(source), "full", 0.1, 1, tmp_path / "cache")
+    folder = split.prepare(str(source), "full", 0.1, 1, tmp_path / "cache")
     assert (folder / "val.fields").read_bytes() == b"\1\1\1\1\2\2\2\2"
     assert (folder / "train.fields").read_bytes() == bytes([FIELDS.index("text")]) * 256
-    assert data.intact(folder)
-    report, stream, fields = data.whole(str(source), "full", tmp_path)  # for an evaluation
+    assert split.intact(folder)
+    report, stream, fields = split.whole(str(source), "full", tmp_path)  # for an evaluation
     assert (report["records"], stream.tobytes()) == (None, b"held out")
     assert fields[3:5].tolist() == [1, 2]
     (source / "val.fields").write_bytes(b"\1")
@@ -1013,7 +1015,7 @@ def test_a_disk_that_fills_while_data_are_prepared_leaves_nothing(tmp_path, limi
             prepare(source, tmp_path / "cache")
         with pytest.raises(UserError, match="way cannot be written: File too large"):
             (tmp_path / "way").mkdir()
-            data.whole(str(source), "full", tmp_path / "way")
+            split.whole(str(source), "full", tmp_path / "way")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [".lock"]

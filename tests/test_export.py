@@ -16,9 +16,9 @@ from test_model import GOLDEN, random_model
 from test_train import train
 
 import bdh_mlx
-import export
 import generate
 import train_mlx
+from bdh_lib.generation import export
 from bdh_mlx import UserError
 
 

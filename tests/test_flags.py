@@ -13,9 +13,9 @@ from conftest import ROOT
 from test_train import metrics, train
 
 import bdh_mlx
-import export
-import flags
 import train_mlx
+from bdh_lib import flags
+from bdh_lib.generation import export
 from bdh_mlx import UserError
 
 

@@ -24,16 +24,23 @@ import pytest
 from conftest import ROOT
 
 import bdh_mlx
-import chat
-import data
-import formats
 import generate
 import train_mlx
-import writing
+from bdh_lib.data import formats, split
+from bdh_lib.errors import visible
+from bdh_lib.generation import chat, decoding
+from bdh_lib.generation.decoding import (
+    Stops,
+    Terminal,
+    as_text,
+    complete,
+    read,
+    rows,
+    unescaped,
+    write,
+)
+from bdh_lib.generation.sampling import NONE, Sampling, numbers
 from bdh_mlx import BDH, BDHConfig, UserError
-from errors import visible
-from sampling import NONE, Sampling, numbers
-from writing import Stops, Terminal, as_text, complete, read, rows, unescaped, write
 
 SMALL = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
 GREEDY = Sampling(temperature=0)
@@ -111,8 +118,8 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
 
 
 def test_bytes_of_a_longer_prompt_are_of_the_type_of_drawn_ones(monkeypatch):
-    step, types = writing.read_on, []  # with another type a compiled step would be traced anew
-    monkeypatch.setattr(writing, "read_on", lambda *of: types.append(of[1].dtype) or step(*of))
+    step, types = decoding.read_on, []  # with another type a compiled step would be traced anew
+    monkeypatch.setattr(decoding, "read_on", lambda *of: types.append(of[1].dtype) or step(*of))
     assert len(list(complete(random_model(), [b"a", b"hello"], GREEDY, KEY, [], 4))) == 2
     assert len(types) >= 8 and set(types) == {mx.uint32}  # 4 bytes given, 4 drawn
 
@@ -771,13 +778,13 @@ def test_a_turn_begins_after_the_end_of_a_record(said, mode, missing):
 
 def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, said):
     some = tmp_path / "some.jsonl"
-    some.write_text("".join(data.SAMPLE.read_text().splitlines(keepends=True)[:20]))
+    some.write_text("".join(split.SAMPLE.read_text().splitlines(keepends=True)[:20]))
     args = f"--preset tiny --dataset {some} --n-layer 1 --n-embd 16 --max-iters 2 --sample-bytes 1"
     assert train_mlx.main([*args.split(), "--checkpoint-dir", str(tmp_path)]) == 0
     val = next((tmp_path / ".data").glob("*/val.bin")).read_bytes()
     held_out = tmp_path / "val.jsonl"
     with held_out.open("w") as file:
-        for record in data.read(str(some)):
+        for record in split.read(str(some)):
             if formats.format_example(record, "full").encode() in val:
                 file.write(json.dumps(record) + "\n")
     metrics = (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()

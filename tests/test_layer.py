@@ -9,9 +9,8 @@ from mlx.utils import tree_flatten
 from test_model import SMALL, furthest, random_bytes, random_model
 
 import bdh_mlx
-import fast_layer
-import memory
-from fast_layer import Compute
+from bdh_lib.compute import layer, memory
+from bdh_lib.compute.layer import Compute
 
 H, N = SMALL.n_head, SMALL.neurons_per_head
 
@@ -51,24 +50,24 @@ def test_dropout_has_one_mask_in_forward_and_recomputation(keep, compiled):
         (2, 45),
     )
     model = random_model()
-    v = fast_layer.ln(mx.random.normal((B, T, 16), key=key))
+    v = layer.ln(mx.random.normal((B, T, 16), key=key))
     weights = [model.encoder, model.encoder_v, model.decoder.reshape(H, N, -1)]
-    parts = fast_layer.segments(B, T, compute)
+    parts = layer.segments(B, T, compute)
     masks = []
     for key_i, (begin, end) in zip(mx.random.split(key, len(parts)), parts, strict=True):
-        mask = fast_layer.dropout_mask(key_i, rate, (H, B * (end - begin), N))
-        factor = fast_layer.factor(mask, mx.float32)
+        mask = layer.dropout_mask(key_i, rate, (H, B * (end - begin), N))
+        factor = layer.factor(mask, mx.float32)
         masks.append(factor.reshape(H, B, end - begin, N))
     mask = mx.concatenate(masks, 2)
 
     def quadratic(v, Dx, Dy, E):
         x = nn.relu(v[None] @ Dx[:, None])
-        a = bdh_mlx.attention_quadratic(fast_layer.rotate(x), v)
-        y = nn.relu(fast_layer.ln(a) @ Dy[:, None]) * x * mask
-        return (fast_layer.residual(v, (y @ E[:, None]).sum(0)) ** 3).sum()
+        a = bdh_mlx.attention_quadratic(layer.rotate(x), v)
+        y = nn.relu(layer.ln(a) @ Dy[:, None]) * x * mask
+        return (layer.residual(v, (y @ E[:, None]).sum(0)) ** 3).sum()
 
     def fast(*args):
-        return (fast_layer.layer(*args, compute, key, rate) ** 3).sum()
+        return (layer.layer(*args, compute, key, rate) ** 3).sum()
 
     gradient = mx.value_and_grad(fast, argnums=(0, 1, 2, 3))
     value, gradients = (mx.compile(gradient) if compiled else gradient)(v, *weights)
@@ -80,7 +79,7 @@ def test_dropout_has_one_mask_in_forward_and_recomputation(keep, compiled):
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
 def test_dropout_silences_at_its_rate_and_keeps_the_mean(rate):
     factors = [
-        fast_layer.factor(fast_layer.dropout_mask(k, rate, (4, 64, 65)), mx.float32)
+        layer.factor(layer.dropout_mask(k, rate, (4, 64, 65)), mx.float32)
         for k in mx.random.split(mx.random.key(0), 100)
     ]
     silenced = mx.mean(mx.stack(factors) == 0).item()
@@ -98,13 +97,13 @@ def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16
             w.astype(mx.bfloat16)
             for w in (model.encoder, model.encoder_v, model.decoder.reshape(H, N, -1))
         )
-        v = fast_layer.ln(model.embed(idx))
+        v = layer.ln(model.embed(idx))
         for _ in range(SMALL.n_layer):
             vb = v.astype(mx.bfloat16)
             x = nn.relu(vb[None] @ Dx[:, None])
-            a = bdh_mlx.attention_quadratic(fast_layer.rotate(x), vb).astype(mx.float32)
-            y = nn.relu(fast_layer.ln(a).astype(mx.bfloat16) @ Dy[:, None]) * x
-            v = fast_layer.residual(v, (y @ E[:, None]).astype(mx.float32).sum(0))
+            a = bdh_mlx.attention_quadratic(layer.rotate(x), vb).astype(mx.float32)
+            y = nn.relu(layer.ln(a).astype(mx.bfloat16) @ Dy[:, None]) * x
+            v = layer.residual(v, (y @ E[:, None]).astype(mx.float32).sum(0))
         return v @ model.lm_head
 
     def error(got):
@@ -120,16 +119,16 @@ def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16
 
 def test_the_rotation_undoes_itself_and_depends_on_the_position_alone():
     x = mx.random.normal((2, 1, 40, 8), key=mx.random.key(0))
-    turned = fast_layer.rotate(x, 5)
-    assert furthest(fast_layer.rotate(turned, 5, -1), x) < 1e-5
-    assert furthest(turned[:, :, 10:], fast_layer.rotate(x[:, :, 10:], 15)) < 1e-5
+    turned = layer.rotate(x, 5)
+    assert furthest(layer.rotate(turned, 5, -1), x) < 1e-5
+    assert furthest(turned[:, :, 10:], layer.rotate(x[:, :, 10:], 15)) < 1e-5
     rope = mx.fast.rope(x, 8, traditional=True, base=65536.0, scale=1.0, offset=5)
     assert furthest(turned, rope) < 1e-4
 
 
 def test_segments_cover_the_block_in_whole_chunks():
     for B, T, rows, chunk in ((1, 100, 30, 8), (3, 64, 1, 16), (2, 7, 100, 8), (2, 200, 64, 16)):
-        parts = fast_layer.segments(B, T, Compute(chunk=chunk, rows=rows))
+        parts = layer.segments(B, T, Compute(chunk=chunk, rows=rows))
         assert parts[0][0] == 0 and parts[-1][1] == T
         assert all(a[1] == b[0] for a, b in pairwise(parts))
         assert all((end - begin) % chunk == 0 for begin, end in parts[:-1])
@@ -138,14 +137,14 @@ def test_segments_cover_the_block_in_whole_chunks():
 
 def test_a_very_long_block_has_few_segments_since_compiling_takes_the_cube_of_them():
     for B, T in ((1, 65_536), (4, 1_000_001)):
-        parts = fast_layer.segments(B, T, Compute(chunk=128, rows=1024))
-        assert len(parts) <= fast_layer.MAX_SEGMENTS + 1  # what no chunk divides
+        parts = layer.segments(B, T, Compute(chunk=128, rows=1024))
+        assert len(parts) <= layer.MAX_SEGMENTS + 1  # what no chunk divides
         assert (parts[0][0], parts[-1][1]) == (0, T)
 
 
 @pytest.mark.parametrize("name", memory.SETTINGS)
 def test_the_planner_estimates_the_peak(name):
-    """Within 20 % on a shape of some hundred MB; LOG.md has the table for a GPU."""
+    """Within 20 % on a shape of some hundred MB; docs/log.md has the table for a GPU."""
     config = bdh_mlx.BDHConfig(2, 64, 0.0, 4, 32)
     compute = memory.compute_for(config, name, "float32")
     model, batch = random_model(config, scale=1), (random_bytes(1, 2048), random_bytes(1, 2048))

@@ -11,17 +11,15 @@ from conftest import ROOT
 from test_train import arrays, metrics, same, train
 
 import bdh_mlx
-import checkpoints
-import export
-import files
-import neurons
-import report
 import train_mlx
-from advice import advise, counting, first_counted, order_0
-from baselines import order_n
+from bdh_lib import files
+from bdh_lib.data.formats import FIELDS
+from bdh_lib.generation import export, trace
+from bdh_lib.training import checkpoints, report
+from bdh_lib.training.advice import advise, counting, first_counted, order_0
+from bdh_lib.training.baselines import order_n
+from bdh_lib.training.runlog import activity
 from bdh_mlx import UserError
-from formats import FIELDS
-from metrics import activity
 
 RESPONSE = FIELDS.index("response")
 
@@ -288,7 +286,7 @@ def test_a_phase_goes_on_without_the_checkpoints_of_its_parent(tmp_path):
 
 
 def test_the_table_tells_what_was_forgotten():
-    from phases import table
+    from bdh_lib.training.phases import table
 
     said = table({"a": {"x": 2.0, "y": 3.0}, "b": {"x": 2.5, "y": 1.0}, "c": {"x": 2.25, "y": 1.0}})
     lines = [line.split() for line in said.splitlines()[1:]]
@@ -333,7 +331,7 @@ def test_neurons_that_no_byte_excites_in_any_layer_are_dead():
     model = bdh_mlx.BDH(bdh_mlx.BDHConfig(3, 8, 0.5, 2, 4))
     val, ever, last, fired = np.frombuffer(b"dead?", np.uint8), False, False, False
     for begin in (0, 3):  # blocks of T
-        for layer in neurons.layers(model, val[begin : begin + 3].tobytes()):
+        for layer in trace.layers(model, val[begin : begin + 3].tobytes()):
             last = np.array(mx.any(layer.x > 0, 1))
             ever, fired = ever | last, fired | np.array(mx.any(layer.y > 0, 1))
     assert 0 < np.sum(~ever) < min(np.sum(~last), np.sum(~fired))
@@ -486,7 +484,7 @@ PROVOKE = (
 )
 def test_runs_made_to_show_a_sign_are_told_so(tmp_path, capsys, args, signs):
     few = tmp_path / "few.jsonl"
-    few.write_text("\n".join((ROOT / "data" / "sample.jsonl").read_text().splitlines()[:3]))
+    few.write_text("\n".join((ROOT / "bdh_lib/data/sample.jsonl").read_text().splitlines()[:3]))
     train(tmp_path, *PROVOKE.split(), *args.replace("few", str(few)).split())
     told = [m["advice"] for m in metrics(tmp_path) if "val_loss" in m]
     assert told[0] == {} and signs <= {sign for advice in told for sign in advice}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import memory
+from bdh_lib.compute import memory
 
 GB = 10**9
 

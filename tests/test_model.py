@@ -17,9 +17,9 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 
 import bdh_mlx
-import fast_blas
+from bdh_lib.compute import blas
+from bdh_lib.compute.state import prefill
 from bdh_mlx import BDH, BDHConfig, UserError
-from state import prefill
 
 GOLDEN = Path(__file__).parent / "golden_bdh.safetensors"  # computed with the official PyTorch code
 SMALL = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
@@ -333,24 +333,26 @@ def test_an_odd_number_of_neurons_per_head_is_refused():
 # --------------------------------------------------------------------------------- order of imports
 
 
-@pytest.mark.parametrize("first", ["bdh_mlx", "train_mlx", "generate", "report"])
+FIRST = ["bdh_mlx", "train_mlx", "generate", "bdh_lib.training.report", "bdh_lib.compute.state"]
+
+
+@pytest.mark.parametrize("first", FIRST)
 def test_what_a_program_begins_with_loads_the_fast_blas_before_mlx(first):
-    tell = "m = list(sys.modules); print(m.index('fast_blas') < m.index('mlx.core'))"
+    tell = "m = list(sys.modules); print(m.index('bdh_lib.compute.blas') < m.index('mlx.core'))"
     assert python(f"import sys, {first}; {tell}") == "True\n"
 
 
-@pytest.mark.skipif(not fast_blas.LOADED, reason="a Mac and CUDA need no BLAS")
-@pytest.mark.parametrize(
-    ("first", "named"), [("from state import State", "state"), ("import mlx.core", "mlx.core")]
-)
-def test_the_warning_of_a_late_import_names_what_was_imported(first, named):
-    code = f"import sys; sys.stderr = sys.stdout; {first}; import bdh_mlx"
-    said = f"warning: slow matrix products; import bdh_mlx before {named}\n"
-    assert python(code) == said
+@pytest.mark.skipif(not blas.is_wanted(), reason="a Mac and CUDA need no BLAS")
+def test_mlx_imported_before_the_model_is_a_warning():
+    code = "import sys; sys.stderr = sys.stdout; import mlx.core; import bdh_mlx"
+    assert python(code) == "warning: slow matrix products; import bdh_mlx before mlx.core\n"
 
 
 def test_data_and_flags_need_no_mlx():
-    assert python("import sys, data, flags; print('mlx.core' in sys.modules)") == "False\n"
+    assert (
+        python("import sys, bdh_lib.data.split, bdh_lib.flags; print('mlx.core' in sys.modules)")
+        == "False\n"
+    )
 
 
 def python(code):

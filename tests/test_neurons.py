@@ -11,7 +11,7 @@ from test_model import random_model
 
 import bdh_mlx
 import generate
-import neurons
+from bdh_lib.generation import trace
 from bdh_mlx import UserError
 
 TEXT = b"The king moves\n\xff\x00"
@@ -19,9 +19,9 @@ TEXT = b"The king moves\n\xff\x00"
 
 def test_the_layers_traced_are_those_of_the_model():
     model = random_model()
-    *_, last = neurons.layers(model, TEXT)
+    *_, last = trace.layers(model, TEXT)
     v = (last.y @ model.decoder.reshape(2, 64, 16)).sum(0)
-    logits = neurons.ln(last.v + neurons.ln(v)) @ model.lm_head
+    logits = trace.ln(last.v + trace.ln(v)) @ model.lm_head
     expected = model(mx.array([list(TEXT)]))[0][0]
     assert mx.max(mx.abs(logits - expected)).item() < 1e-4 * mx.max(mx.abs(expected)).item()
 
@@ -29,10 +29,10 @@ def test_the_layers_traced_are_those_of_the_model():
 def test_synapses_are_what_the_last_byte_reads():
     """The shares of pairs of neurons in the gate of a neuron that fired add up to the gate."""
     model = random_model()
-    layer = list(neurons.layers(model, TEXT))[1]
-    found = neurons.synapses(model, layer)["read"]
+    layer = list(trace.layers(model, TEXT))[1]
+    found = trace.synapses(model, layer)["read"]
     a = bdh_mlx.attention_quadratic(layer.q, layer.v)
-    gate = neurons.ln(a) @ model.encoder_v  # (H, T, N)
+    gate = trace.ln(a) @ model.encoder_v  # (H, T, N)
     h, j = found[0]["head"], found[0]["to"]
     assert layer.y[h, -1, j].item() > 0
     q, S = layer.q[h, -1], layer.q[h, :-1].T @ layer.v[:-1]
@@ -46,8 +46,8 @@ def test_synapses_are_what_the_last_byte_reads():
 
 def test_strength_written_does_not_turn_with_the_position_of_the_reader():
     model = random_model()
-    layer = next(neurons.layers(model, TEXT))
-    strongest = neurons.synapses(model, layer)["written"][0]
+    layer = next(trace.layers(model, TEXT))
+    strongest = trace.synapses(model, layer)["written"][0]
     h, pair, j = strongest["head"], strongest["from"], strongest["to"]
     for turned in (0, 5, 100):
         q = bdh_mlx.rotate(layer.x[:, None], turned)[:, 0]
@@ -57,7 +57,7 @@ def test_strength_written_does_not_turn_with_the_position_of_the_reader():
 
 def test_selective_neurons_fire_here_and_not_elsewhere():
     model = random_model()
-    one, two = neurons.selective(model, [b"aaaa aaaa", b"zzzz9zzzz"])
+    one, two = trace.selective(model, [b"aaaa aaaa", b"zzzz9zzzz"])
     assert one[0]["here"] > one[0]["elsewhere"] and two[0]["here"] > two[0]["elsewhere"]
     gaps = [n["here"] - n["elsewhere"] for n in one]
     assert gaps == sorted(gaps, reverse=True)

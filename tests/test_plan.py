@@ -6,8 +6,8 @@ import re
 import pytest
 from test_train import ARGS
 
-import plan
 import train_mlx
+from bdh_lib.training import plan
 
 TICK = "✓".encode().decode("mac_roman")
 MAC = "é".encode().decode("mac_roman")

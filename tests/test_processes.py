@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from test_train import ARGS, metrics, train
 
-import checkpoints
+from bdh_lib.training import checkpoints
 from bdh_mlx import UserError
 
 SCRIPT = [str(ROOT / "train_mlx.py"), *ARGS]
@@ -163,7 +163,7 @@ import math, sys
 sys.path.insert(0, {root!r})
 import bdh_mlx
 import mlx.core as mx
-from processes import World
+from bdh_lib.training.distributed import World
 p = World()
 values = p.all_gather_object([p.rank, 0.1 + p.rank, "å" * (3 * p.rank)])
 assert values == [[0, 0.1, ""], [1, 1.1, "ååå"]], values

@@ -1,5 +1,6 @@
 """The README's commands and the guide's snippet run as printed, on tiny settings."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -24,16 +25,17 @@ TINY = (
 
 def run(command, cwd):
     script, *args = shlex.split(command, comments=True)[1:]
-    command = [sys.executable, str(ROOT / script), *args]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, input="")
+    command = [sys.executable, script if script == "-m" else str(ROOT / script), *args]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, input="", env=env)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A working folder with data files of the user's, and a run of mode full."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "my_records.jsonl").write_text((ROOT / "data" / "sample.jsonl").read_text())
-    records = (ROOT / "data" / "sample.jsonl").read_text().splitlines(keepends=True)
+    (folder / "my_records.jsonl").write_text((ROOT / "bdh_lib/data/sample.jsonl").read_text())
+    records = (ROOT / "bdh_lib/data/sample.jsonl").read_text().splitlines(keepends=True)
     (folder / "held_out.jsonl").write_text("".join(records[:3]))
     (folder / "asked.jsonl").write_text('{"prompt": "a"}\n{"instruction": "b"}\n')
     assert run(f"python train_mlx.py --preset tiny --dataset sample {TINY}", folder).returncode == 0
@@ -55,7 +57,9 @@ def test_training_commands_run(line, folder):
     assert ("start: weights of system" in ran.stdout) == ("phase2" in line)
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("python report.py")])
+@pytest.mark.parametrize(
+    "line", [line for line in LINES if line.startswith("python -m bdh_lib.training.report")]
+)
 def test_report_commands_run(line, folder):
     ran = run(line.replace("checkpoints_mlx/both", "checkpoints_mlx/full"), folder)
     assert ran.returncode == 0, ran.stderr

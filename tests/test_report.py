@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_train import metrics, train
 
-import report
+from bdh_lib.training import report
 from bdh_mlx import UserError
 
 EVIL = '<script>alert("x")</script>\x1b[31m```\n# no heading'

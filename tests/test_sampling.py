@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import sampling
+from bdh_lib.generation import sampling
+from bdh_lib.generation.sampling import LEGAL, NEXT, Sampling, after, numbers
 from bdh_mlx import UserError
-from sampling import LEGAL, NEXT, Sampling, after, numbers
 
 P = [0.5, 0.25, 0.15, 0.1]  # of bytes 3, 0, 2, 1, so that the order is not that of the bytes
 BYTES = [3, 0, 2, 1]

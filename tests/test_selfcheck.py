@@ -6,9 +6,8 @@ import mlx.core as mx
 import pytest
 
 import bdh_mlx
-import checkpoints
-import selfcheck
 import train_mlx
+from bdh_lib.training import checkpoints, selfcheck
 
 
 def lines(capsys):

@@ -8,15 +8,12 @@ import pytest
 from test_model import GOLDEN, furthest, random_bytes, random_model
 
 import bdh_mlx
-import cpu_byte
-import cuda_byte
-import gpu_byte
-import state
+from bdh_lib.compute import state, step_cpu, step_cuda, step_mlx
+from bdh_lib.compute.state import PARTS, State, fold, prefill, turn
+from bdh_lib.compute.step_cpu import TAIL
+from bdh_lib.generation.decoding import read, write
+from bdh_lib.generation.sampling import Sampling
 from bdh_mlx import BDH, BDHConfig, UserError
-from cpu_byte import TAIL
-from sampling import Sampling
-from state import PARTS, State, fold, prefill, turn
-from writing import read, write
 
 
 @pytest.fixture(params=["numpy", "mlx", "in place"])
@@ -28,8 +25,8 @@ def step(request, monkeypatch):
     monkeypatch.setattr(state, "on_gpu", lambda: request.param != "numpy")
     if request.param == "in place":
         late, evaluate = Late(), mx.eval
-        monkeypatch.setattr(cuda_byte, "fits", lambda model: True)
-        monkeypatch.setattr(cuda_byte, "step", late.step)
+        monkeypatch.setattr(step_cuda, "fits", lambda model: True)
+        monkeypatch.setattr(step_cuda, "step", late.step)
         monkeypatch.setattr(mx, "eval", lambda *a: (evaluate(*a), [late.arrive(v) for v in a]))
 
 
@@ -45,7 +42,7 @@ class Late:
         weights = embed, encoder.swapaxes(-1, -2), encoder_v.swapaxes(-1, -2), decoder, turns
         (H, B, pairs, K, _), S = keys[0].shape, [S for S, _ in known]
         rows = [k.swapaxes(2, 3).reshape(H, B, K, 2 * pairs) for k in keys]
-        v, *after = gpu_byte.step(idx, weights, count, rows, values, begin, S)
+        v, *after = step_mlx.step(idx, weights, count, rows, values, begin, S)
         mx.eval(v, after)
         self.pending[id(v)] = v, count.item(), keys, values, *after
         return v
@@ -78,11 +75,11 @@ def read_by(model, idx, cuts, state=None):
 )
 def test_however_a_text_is_cut_the_logits_are_the_definition_s(step, cuts, sparse, monkeypatch):
     if sparse:
-        monkeypatch.setattr(cpu_byte, "GATHER", 1)
-        monkeypatch.setattr(cpu_byte, "GATHER_DY", 1)
+        monkeypatch.setattr(step_cpu, "GATHER", 1)
+        monkeypatch.setattr(step_cpu, "GATHER_DY", 1)
     else:
-        monkeypatch.setattr(cpu_byte, "GATHER", 0)
-        monkeypatch.setattr(cpu_byte, "GATHER_DY", 0)
+        monkeypatch.setattr(step_cpu, "GATHER", 0)
+        monkeypatch.setattr(step_cpu, "GATHER_DY", 0)
     model, idx = random_model(), random_bytes(2, 200)
     assert close(read_by(model, idx, cuts)[0], model.quadratic(idx)[0])
 

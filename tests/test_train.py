@@ -17,12 +17,11 @@ import pytest
 from conftest import ROOT
 
 import bdh_mlx
-import checkpoints
-import evaluation
-import export
-import flags
 import generate
 import train_mlx
+from bdh_lib import flags
+from bdh_lib.generation import export
+from bdh_lib.training import checkpoints, evaluation
 from bdh_mlx import UserError
 
 MODEL = "--n-layer 2 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 8 --dropout 0.2"
@@ -265,7 +264,7 @@ def test_a_finished_run_says_so_and_what_to_change(straight, capsys):
 
 
 def test_other_bytes_before_the_first_checkpoint_are_evaluated_too(tmp_path, monkeypatch):
-    records = (ROOT / "data" / "sample.jsonl").read_text().splitlines(keepends=True)
+    records = (ROOT / "bdh_lib/data/sample.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "d.jsonl").write_text("".join(records[:100]))
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
         broken.setattr(train_mlx, "loss_weights", lambda *_: 1 / 0)

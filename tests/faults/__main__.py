@@ -29,8 +29,8 @@ import mlx.core as mx
 import resuming  # noqa: F401
 import saving  # noqa: F401
 
-import checkpoints
 import train_mlx
+from bdh_lib.training import checkpoints
 
 
 @contextmanager

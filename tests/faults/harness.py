@@ -22,8 +22,8 @@ import bdh_mlx  # noqa: F401  before mlx.core: it loads the fast BLAS
 # isort: split
 import mlx.core as mx
 
-import cli
 import train_mlx
+from bdh_lib import cli
 
 train_mlx.redraw = lambda *_: None  # pictures would take most of the time
 MEMORY = Path("/dev/shm")  # where there is one; a disk's flushes would take most of the time

@@ -43,13 +43,13 @@ import mlx.core as mx
 import numpy as np
 
 import bdh_mlx
-import checkpoints
-import cli
-import data
 import generate
 import train_mlx
-import writing
-from sampling import Sampling
+from bdh_lib import cli
+from bdh_lib.data import split
+from bdh_lib.generation import decoding
+from bdh_lib.generation.sampling import Sampling
+from bdh_lib.training import checkpoints
 
 # ------------------------------------------------------------------------------------------ data
 
@@ -87,7 +87,7 @@ def lines(records):
     "bad records: 22 kinds among 1,000 good ones, exact counts and bytes",
     1,
     1,
-    believed=[(data, "fault", lambda fields, needed: None)],
+    believed=[(split, "fault", lambda fields, needed: None)],
 )
 def _(n):
     box, file = fresh(), ROOM / "bad.jsonl"
@@ -129,7 +129,7 @@ def as_list(line):
     )
 
 
-PARSE = data._parse_line
+PARSE = split._parse_line
 
 
 @fault("one record of 20 MB (--quick) or 100 MB: memory", 20, 100)
@@ -219,7 +219,7 @@ def _(n):
     "data file that shrinks: under the run, and while it is read",
     1,
     1,
-    not_looked_at_again=[(data, "fingerprint", lambda *a, **k: "f")],
+    not_looked_at_again=[(split, "fingerprint", lambda *a, **k: "f")],
 )
 def _(n):
     for where, nth in (("train_mlx.get_batch", 4), ("data.detect", 100)):
@@ -292,7 +292,7 @@ def unguarded_hub(name):
     "a hub that refuses, hangs, errs, is switched off; a resume without it",
     0,
     99,
-    not_caught=[(data, "_read_hub", unguarded_hub)],
+    not_caught=[(split, "_read_hub", unguarded_hub)],
 )
 def _(n):
     for what, (answer, word) in list(HUBS.items())[:n]:
@@ -315,7 +315,7 @@ def _(n):
             os.waitpid(pid, 0)
     records = [json.loads(line) for line in DATA.read_text().splitlines()]
     box = fresh()
-    known = lambda: setattr(data, "_read_hub", lambda name: iter(records))
+    known = lambda: setattr(split, "_read_hub", lambda name: iter(records))
     code, out = train(
         box, "--dataset", "user/name", before=lambda: (known(), signalled("get_batch", 6)())
     )
@@ -490,7 +490,7 @@ def all_bytes(sampling, logits, past, key):
     "control characters from model, prompt, data and names on a terminal",
     1,
     1,
-    shown_as_they_are=[(writing, "visible", lambda text: text)],
+    shown_as_they_are=[(decoding, "visible", lambda text: text)],
 )
 def _(n):
     def speak():

@@ -37,12 +37,11 @@ import mlx.core as mx
 import numpy as np
 
 import bdh_mlx
-import checkpoints
-import data
-import endure
-import files
 import train_mlx
-import writing
+from bdh_lib import files
+from bdh_lib.data import split
+from bdh_lib.generation import decoding
+from bdh_lib.training import checkpoints, signals
 
 # ------------------------------------------------------------------------- exact resume and signals
 
@@ -124,11 +123,11 @@ class Deaf:
 
 PHASES = {  # the call that starts it, and which
     "start": (checkpoints, "newest_valid", 1),
-    "data preparation": (data, "detect", 5),
+    "data preparation": (split, "detect", 5),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
     "step": (train_mlx, "get_batch", 6),
     "evaluation": (train_mlx, "evaluate", 3),
-    "sampling": (writing, "write", 5),
+    "sampling": (decoding, "write", 5),
     "save": (files, "flush", 10),
     "retention": (checkpoints, "prune", 8),
     "last evaluation": (train_mlx, "evaluate", 5),
@@ -169,10 +168,10 @@ WAITS = iter([0, 9])  # seconds
 TINY_PHASES = {
     "evaluation": (train_mlx, "evaluate", 2),
     "step": (train_mlx, "get_batch", 3),
-    "sampling": (writing, "write", 4),
+    "sampling": (decoding, "write", 4),
     "save": (files, "flush", 3),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
-    "data preparation": (data, "detect", 5),
+    "data preparation": (split, "detect", 5),
 }
 
 
@@ -205,7 +204,7 @@ def _(n):
     "a second signal, in a save and while MLX computes for long",
     1,
     5,
-    first_only=[(endure.Stop, "watch", lambda self, read: None)],
+    first_only=[(signals.Stop, "watch", lambda self, read: None)],
 )
 def _(n):
     def slow_save(w):

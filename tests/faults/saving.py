@@ -42,10 +42,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import bdh_mlx
-import checkpoints
-import data
-import files
 import train_mlx
+from bdh_lib import files
+from bdh_lib.data import split
+from bdh_lib.training import checkpoints
 
 
 def save_in_place(run, step, model, optimizer, info, raw=None):
@@ -208,7 +208,7 @@ def _(n):
     "one flipped bit in best.json, metrics.jsonl or the prepared data",
     1,
     50,
-    unchecked=[(data, "intact", lambda folder: True)],
+    unchecked=[(split, "intact", lambda folder: True)],
 )
 def _(n):
     long = ("--block-size", 2000)  # so that most of the training bytes are read

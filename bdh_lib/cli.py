@@ -1,0 +1,220 @@
+"""How a script starts and ends: its standard streams, its errors as one line, its exit code.
+
+This module imports nothing slow, so that a script is ready for Ctrl-C before it imports MLX.
+"""
+
+import io
+import os
+import signal
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+PATIENCE = 1.0  # seconds that Ctrl-C waits for the interpreter, which MLX may keep for longer
+REQUIRED = ("mlx", "mlx.core", "numpy", "tqdm")  # what is imported before main()
+INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as other programs end
+
+
+class Interrupts:
+    """Whether Ctrl-C that the interpreter cannot hear for PATIENCE ends the process."""
+
+    end_the_process = True
+
+
+class Output(io.TextIOWrapper):
+    """Standard output or error, which remembers an `error` of writing: argparse swallows it.
+
+    Once it `endures`, a reader that is gone no longer matters.
+    """
+
+    endures, error = False, None
+
+    def write(self, text: str) -> int:
+        self._try(super().write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(super().flush)
+
+    def _try(self, act, *args) -> None:
+        try:
+            act(*args)
+        except OSError as error:
+            if not self.endures:
+                self.error = error
+                raise
+            discard(self.fileno())
+
+
+def endure() -> None:
+    """Let the process outlive the readers of its output: training must not end with a terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Output):  # not one of a test or a notebook
+            stream.endures = True
+
+
+def run(file: str):
+    """Import the script `file`, call its main() and exit with the code that it returns.
+
+    Codes besides: 2 for a mistake that the user can mend, 130 for Ctrl-C, 141 for a reader of the
+    output that is gone.
+    """
+    if sys.platform == "win32":
+        sys.exit("error: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL")
+    open_streams()
+    try:
+        try:
+            code = imported(file).main()
+        except SystemExit as error:  # argparse's, after --help or a mistake
+            code = error.code
+        sys.stdout.flush()
+        if sys.stdout.error:
+            raise sys.stdout.error
+    except (KeyboardInterrupt, Exception) as error:
+        code = explain(error, file)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the interpreter's own end
+    sys.exit(code)
+
+
+def open_streams() -> None:
+    """Open the standard streams that are closed, and show any character on any terminal.
+
+    A closed one is /dev/null, and not writable where output would be lost: a file that is opened
+    later would get its number, which MLX takes for an error.
+    """
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, mode)  # takes the lowest number that is free: this one
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115  open to the end
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        raw = stream.detach() if stream else open(number, "wb", closefd=False)  # noqa: SIM115
+        encoding = stream.encoding if stream else "utf-8"
+        how = {"encoding": encoding, "errors": "backslashreplace", "line_buffering": True}
+        setattr(sys, name, Output(raw, **how))
+
+
+def imported(file: str):
+    """The script as a module. Ctrl-C meanwhile ends the process at once: there is no work to lose,
+    and a library that is being imported may swallow the exception.
+    """
+    if signal.getsignal(signal.SIGINT) != signal.default_int_handler:  # ignored, as by nohup
+        return module_of(file)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    module = module_of(file)
+    hear_interrupts()
+    return module
+
+
+def module_of(file: str):
+    """The module in a file, whatever its name is: users copy the trainer. Or one that is loaded."""
+    if file in sys.modules:
+        return sys.modules[file]
+    spec = spec_from_file_location("script", file)
+    module = sys.modules["script"] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def hear_interrupts() -> None:
+    """Raise KeyboardInterrupt at Ctrl-C, or end the process where that takes longer than PATIENCE:
+    Python calls no handler before a call of MLX returns. Several in one call are one for Python.
+    """
+    from select import select
+    from threading import Event, Thread
+
+    heard = Event()
+
+    def on_signal(number, frame):
+        heard.set()
+        raise KeyboardInterrupt
+
+    def watch():
+        while os.read(read, 4096):
+            if not heard.wait(PATIENCE) and Interrupts.end_the_process:
+                os.write(2, b"stopped\n")
+                os._exit(INTERRUPTED)
+            while select([read], [], [], 0)[0]:
+                os.read(read, 4096)
+            heard.clear()
+
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    signal.signal(signal.SIGINT, on_signal)
+    Thread(target=watch, daemon=True).start()
+
+
+def explain(error: BaseException, file: str) -> int:
+    """Say on stderr in one line what ended the script; the exit code.
+
+    An error that no user can mend keeps its traceback: it is a fault of this project.
+    """
+    from bdh_lib.errors import UserError, visible  # late, as all that a start need not wait for
+
+    if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has what it wanted
+        discard(1)
+        return READER_GONE
+    if isinstance(error, KeyboardInterrupt):
+        text, code = "stopped", INTERRUPTED
+    elif isinstance(error, UserError):
+        text, code = f"error: {error}", error.exit_code
+    elif isinstance(error, MemoryError):
+        text, code = f"error: memory is out: {error}", 2
+    elif error is sys.stdout.error:
+        discard(1)  # what waits in its buffer would fail again at the end
+        text, code = f"error: the output: {error.strerror or error}", 2
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        text, code = f"error: {where}{error.strerror or error}", 2
+    elif isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
+        text, code = f"error: {error}; pip install -r requirements.txt", 2
+    elif line := own_line(error, file):
+        name = file.rpartition("/")[2]
+        text, code = f"error: {name} line {line}: {type(error).__name__}: {error}", 2
+    else:
+        import traceback
+
+        text, code = traceback.format_exc(), 1
+    if code != 1:
+        text = visible(" ".join(text.split()))
+    try:
+        print(text, file=sys.stderr)
+    except OSError:  # nobody reads
+        discard(2)
+    return code
+
+
+def own_line(error: BaseException, file: str) -> int | None:
+    """The line of the script, outside its functions, that led to `error`: a setting, as a rule."""
+    at = error.__traceback__
+    while at:
+        code = at.tb_frame.f_code
+        if code.co_name == "<module>" and code.co_filename == file:
+            return at.tb_lineno
+        at = at.tb_next
+    return None
+
+
+def discard(number: int) -> None:
+    """Let what is written to a file descriptor vanish from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def check_temporary_folder() -> None:
+    """Raise UserError where MLX could not write what it compiles; it takes these names in turn."""
+    import tempfile
+
+    from bdh_lib.errors import UserError
+
+    names = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
+    name = next((name for name in names if os.environ.get(name)), None)
+    folder = os.environ.get(name, "/tmp") if name else "/tmp"
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        what = f"{name} is {folder}" if name else folder
+        raise UserError(
+            f"{what}, where nothing can be written ({error.strerror}); set TMPDIR to another folder"
+        ) from None

@@ -1,0 +1,78 @@
+"""Give MLX a fast matrix product on Linux CPUs; imported before `mlx.core`.
+
+MLX's CPU wheel for Linux links the reference BLAS, about 5 GFLOP/s. A library opened before it with
+RTLD_GLOBAL answers `cblas_sgemm` in its place, some 30 to 60 times faster (docs/log.md).
+"""
+
+import ctypes
+import os
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+
+def _open(library: str) -> None:
+    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+
+
+def _open_packaged_openblas() -> None:
+    """Open the OpenBLAS of the PyPI package ngsolve-openblas (x86-64).
+
+    It wants libgfortran.so.5, which a fresh machine lacks but MLX's wheel carries under a private
+    name. Links in a temporary folder bring them together: what a library needs is sought beside it.
+    """
+    openblas = next(
+        Path(distribution("ngsolve-openblas").locate_file("ngsolve_openblas")).glob("*.so")
+    )
+    carried = Path(distribution("mlx-cpu").locate_file("mlx_cpu.libs"))
+    with tempfile.TemporaryDirectory() as folder:
+        for lib in [openblas, *carried.glob("libgfortran*"), *carried.glob("libquadmath*")]:
+            name = "libgfortran.so.5" if lib.name.startswith("libgfortran") else lib.name
+            Path(folder, name).symlink_to(lib)
+        _open(f"{folder}/{openblas.name}")
+
+
+def load() -> str | None:
+    """Open the first BLAS that loads; its name, or None after one warning line on stderr."""
+    openers = {"ngsolve-openblas": _open_packaged_openblas}
+    for library in ("libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2"):
+        openers[library] = lambda library=library: _open(library)
+    for name, open_library in openers.items():
+        try:
+            open_library()
+        except (OSError, PackageNotFoundError, StopIteration):
+            continue
+        _warn_if_busy()
+        return name
+    print(
+        "warning: no fast BLAS, matrix products will be some 30 times slower. To cure it: "
+        "pip install ngsolve-openblas (x86-64) or apt install libopenblas0",
+        file=sys.stderr,
+    )
+
+
+def _warn_if_busy() -> None:
+    """Threads of OpenBLAS spin while they wait for one another, also for one that has no core."""
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    if load > cores and "OPENBLAS_NUM_THREADS" not in os.environ:
+        print(
+            f"warning: the machine is busy (load {load:.1f} on {cores} cores), where matrix "
+            "products can be 30 times slower; OPENBLAS_NUM_THREADS=1 helps",
+            file=sys.stderr,
+        )
+
+
+def is_wanted() -> bool:
+    """Only MLX's CPU wheel for Linux needs it; a Mac has Accelerate and CUDA its own library."""
+    try:
+        distribution("mlx-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+if is_wanted() and "mlx.core" in sys.modules:
+    print("warning: slow matrix products; import bdh_mlx before mlx.core", file=sys.stderr)
+elif is_wanted():
+    load()

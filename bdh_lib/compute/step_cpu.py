@@ -1,0 +1,126 @@
+"""One byte through the layers on a CPU, in NumPy.
+
+MLX multiplies a vector by GEMM there, NumPy by GEMV. S, 201 MB for the default model, is
+not rewritten at each byte: the rotated activations and values of the last TAIL bytes wait beside it
+(state.py). Neurons that are silent need not be read: rows of S, encoder_v and decoder are gathered
+where few are active.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from bdh_lib.compute.layer import phases
+
+TAIL = 64  # bytes that wait: reading them costs as much as adding them, at the default shape
+GATHER, GATHER_DY = 0.3, 0.15  # shares of rows up to which they are gathered (docs/log.md)
+
+
+class Tail(NamedTuple):
+    """The last `count` bytes, in no synapses yet; what follows them is not this state's own.
+
+    States share the arrays: the one that is `newest` writes the next byte behind its own, any other
+    copies them first.
+    """
+
+    count: int
+    keys: tuple[np.ndarray, ...]  # of each layer, rotated x: (H, B, TAIL, N)
+    values: tuple[np.ndarray, ...]  # (B, TAIL, D)
+    newest: list[int]  # how many bytes the arrays hold, over all that share them
+    begin: int  # position of the tail's first byte
+    known: list[np.ndarray]  # of each layer, the synapses; none before any byte was added to them
+    of: "Byte"  # what it is for
+
+    def waiting(self) -> list[tuple[mx.array, mx.array]]:
+        """Of each layer the keys (H, B, N, count) and values (B, count, D)."""
+        cut = [
+            (k[..., : self.count, :], v[:, : self.count]) for k, v in zip(*self[1:3], strict=True)
+        ]
+        return [(mx.array(k).swapaxes(-1, -2), mx.array(v)) for k, v in cut]
+
+
+class Byte:
+    """The model's weights as NumPy's, and the step that reads them."""
+
+    def __init__(self, model):
+        H, D, N = model.encoder.shape
+        self.shape = H, D, N, model.config.n_layer
+        rows = mx.contiguous(model.encoder_v.swapaxes(-1, -2)).reshape(H * N, D)
+        arrays = (model.embed.weight, model.encoder, model.encoder_v, rows, model.decoder)
+        self.weights = [np.array(array, copy=False) for array in arrays]
+        self.room = np.empty((H * N, D), np.float32)  # gathered rows
+
+    def begun(self, position: int, synapses: tuple[mx.array, ...], B: int) -> Tail:
+        """A tail of B rows without a byte."""
+        H, D, N, L = self.shape
+        shapes = [(H, B, TAIL, N), (B, TAIL, D)]
+        keys, values = (tuple(np.empty(s, np.float32) for _ in range(L)) for s in shapes)
+        known = [np.array(S, copy=False) for S in synapses]
+        return Tail(0, keys, values, [0], position, known, self)
+
+    def step(self, idx: mx.array, tail: Tail) -> tuple[mx.array, Tail]:
+        """v (B, 1, D) of one byte idx (B, 1), row by row: their neurons and synapses are their own,
+        and the tail with it.
+        """
+        if tail.newest[0] > tail.count:
+            keys, values = (tuple(map(np.copy, arrays)) for arrays in (tail.keys, tail.values))
+            tail = tail._replace(keys=keys, values=values, newest=[tail.count])
+        phase = phases(tail.begin + tail.count, self.shape[2])
+        rows = [self._row(byte, b, phase, tail) for b, byte in enumerate(np.array(idx)[:, 0])]
+        tail.newest[0] = tail.count + 1
+        return mx.array(np.stack(rows)[:, None]), tail._replace(count=tail.count + 1)
+
+    def _row(self, byte, b, phase, tail):
+        """v (D,) of one byte of row b, whose keys and values it writes into the tail."""
+        embed, encoder, encoder_v, encoder_v_rows, decoder = self.weights
+        (H, D, N, _), count = self.shape, tail.count
+        v = _ln(embed[byte])
+        for layer, (keys, values) in enumerate(zip(tail.keys, tail.values, strict=True)):
+            x = np.maximum(np.stack([v @ encoder[h] for h in range(H)]), 0)
+            q = (x.view(np.complex64) * phase).view(np.float32)
+            a = np.zeros((H, D), np.float32)
+            for h in range(H):
+                if tail.known:
+                    S = tail.known[layer][h, b if tail.known[layer].shape[1] > 1 else 0]
+                    a[h] = self._rows_by(q[h], S.reshape(N // 2, 2 * D), pairs=True)
+                a[h] += (keys[h, b, :count] @ q[h]) @ values[b, :count]
+            keys[:, b, count], values[b, count] = q, v
+            y = self._gated(x.reshape(-1), _ln(a), encoder_v, encoder_v_rows)
+            v = _ln(v + _ln(self._rows_by(y, decoder)))
+        return v
+
+    def _rows_by(self, q, rows, pairs=False):
+        """q (n,) @ rows (n, D), reading only the rows where q is not 0 if these are few.
+
+        `pairs`: rows holds two of them in one, as q's neurons rotate in pairs.
+        """
+        D = self.shape[1]
+        active = np.flatnonzero(q.view(np.complex64) if pairs else q)
+        if len(active) > GATHER * len(rows):
+            return q @ rows.reshape(-1, D)
+        room = self.room.reshape(-1, rows.shape[1])[: len(active)]
+        np.take(rows, active, 0, out=room, mode="clip")
+        q = q.view(np.complex64)[active].view(np.float32) if pairs else q[active]
+        return q @ room.reshape(-1, D)
+
+    def _gated(self, x, a, encoder_v, rows):
+        """y (H*N,) = relu(a Dy) * x, where x (H*N,) is not 0; a (H, D)."""
+        H, _, N, _ = self.shape
+        active = np.flatnonzero(x)
+        if len(active) > GATHER_DY * len(x):
+            g = np.concatenate([a[h] @ encoder_v[h] for h in range(H)])
+            return np.maximum(g, 0) * x
+        room, y = self.room[: len(active)], np.zeros_like(x)
+        np.take(rows, active, 0, out=room, mode="clip")
+        cuts = np.searchsorted(active, N * np.arange(H + 1))
+        g = [room[i:j] @ a[h] for h, (i, j) in enumerate(pairwise(cuts))]
+        y[active] = np.maximum(np.concatenate(g), 0) * x[active]
+        return y
+
+
+def _ln(x: np.ndarray) -> np.ndarray:
+    """layer.ln of NumPy arrays."""
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-5))

@@ -1,0 +1,266 @@
+"""One byte through the layers on a CUDA GPU: kernels that touch active neurons only.
+
+Of a trained model about a quarter of the neurons are active: most rows of encoder_v and of decoder
+and half of the synapses need not be read. MLX has no product that skips rows; `recall` and `fire`
+(step_cuda.cu) do. Where the products are bfloat16, synapses are read as int8 times a scale a row,
+whose error is a fifteenth of that of bfloat16 weights; they stay float32 in the state, and
+`fold` adds the bytes that wait and makes the int8 in one pass. In float32 all is exact but MLX's
+own products, TF32 on CUDA unless MLX_ENABLE_TF32=0.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from bdh_lib.compute.layer import ln, on_gpu, turns
+
+TAIL = 64  # bytes that wait; the kernels hold two scores a lane
+PAIRS, PAIRS_ONE = 32, 16  # that a warp takes at a time, at most; of one row it must find x first
+NEURONS, NEURONS_ONE = 128, 32  # the same of `fire`
+THREADS = 256  # of a block, at most
+BLOCKS = 2048  # of a launch; `fire` takes half as many, the others twice (docs/log.md)
+
+# name, inputs, outputs and call of each kernel; MLX adds the arguments that a call mentions
+READ = ("v", "S", "scales", "keys", "values", "begin", "turns", "count", "done", "before")
+WAITING = (
+    "(const Q*)S, scales, S_shape[1], (T*)keys, (T*)values, begin, turns, count[0], "
+    "(unsigned*)done, "
+)
+RECALL = (
+    "recall",
+    (*READ, "x"),
+    ("parts", "a"),
+    "bdh::recall<true, T, Q, D, W, G, K>(x, (T*)nullptr, v, (const T*)nullptr, "
+    + WAITING
+    + "x_shape[1], x_shape[2], parts, a);",
+)
+RECALL_ONE = (
+    "recall_one",
+    (*READ, "encoder"),
+    ("parts", "a", "x"),
+    "bdh::recall<false, T, Q, D, W, G, K>((const T*)nullptr, x, v, encoder, "
+    + WAITING
+    + "1, encoder_shape[1], parts, a);",
+)
+FIRE = (
+    "fire",
+    ("x", "g", "v", "decoder", "done"),
+    ("parts", "out", "low"),
+    "bdh::fire<true, T, D, W, G>(x, g, (const T*)nullptr, v, (const T*)nullptr, decoder, "
+    "(unsigned*)done, x_shape[0], x_shape[1], x_shape[2], parts, out, low);",
+)
+FIRE_ONE = (
+    "fire_one",
+    ("x", "a", "v", "encoder_v", "decoder", "done"),
+    ("parts", "out", "low"),
+    "bdh::fire<false, T, D, W, G>(x, (const T*)nullptr, a, v, encoder_v, decoder, "
+    "(unsigned*)done, x_shape[0], 1, x_shape[2], parts, out, low);",
+)
+FOLD = (
+    "fold",
+    ("S", "keys", "values", "before"),
+    ("after", "low", "scales"),
+    "bdh::fold<true, D, W, K>(S, S_shape[1], (const unsigned short*)keys, "
+    "(const unsigned short*)values, values_shape[0], S_shape[2], after, (int8_t*)low, scales);",
+)
+SHORTEN = (
+    "shorten",
+    ("S",),
+    ("low", "scales"),
+    "bdh::fold<false, D, W, K>(S, S_shape[1], nullptr, nullptr, S_shape[1], S_shape[2], nullptr, "
+    "(int8_t*)low, scales);",
+)
+
+
+class Tail(NamedTuple):
+    """The last `count` bytes, in no synapses yet; what follows them is not this state's own.
+
+    States share the arrays: the one that is `newest` writes the next byte behind its own, in place,
+    any other copies them first. No graph shows the change, so what follows a byte waits for its v.
+    """
+
+    count: int
+    keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, N/2, TAIL, 2)
+    values: tuple[mx.array, ...]  # (B, TAIL, D)
+    newest: list[int]  # how many bytes the arrays hold, over all that share them
+    begin: mx.array  # phases of the tail's first byte
+    known: tuple[tuple[mx.array, mx.array], ...]  # of each layer, the synapses and scales of rows
+    done: mx.array  # zeros, in which blocks count those that have ended
+    before: mx.array  # v of the byte before
+    of: "Byte"  # what it is for
+
+    def waiting(self) -> list[tuple[mx.array, mx.array]]:
+        """Of each layer the keys (H, B, N, count) and values (B, count, D), float32."""
+        mx.eval(self.before)
+        found, (H, B, pairs, *_) = [], self.keys[0].shape
+        for k, v in zip(self.keys, self.values, strict=True):
+            k = k[..., : self.count, :].swapaxes(-1, -2).astype(mx.float32)
+            found.append((k.reshape(H, B, 2 * pairs, -1), v[:, : self.count].astype(mx.float32)))
+        return found
+
+    @property
+    def short(self) -> bool:
+        """Whether the synapses are read as int8."""
+        return self.keys[0].dtype != mx.float32
+
+    def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "Tail"]:
+        """The synapses with the bytes that wait, and a tail without any; of a full, `short` one."""
+        given = zip(synapses, self.keys, self.values, strict=True)
+        found = [fold(*layer, self.before) for layer in given]
+        after, *known = zip(*found, strict=True)
+        return after, self.of.emptied(position, list(zip(*known, strict=True)), len(self.values[0]))
+
+
+@lru_cache
+def _count(n: int) -> mx.array:
+    """[n], in the GPU's memory: an array of its own of 8 bytes or less would lie in the host's."""
+    count = mx.arange(TAIL + 1)[n : n + 1]
+    mx.eval(count)
+    return count
+
+
+def fits(model) -> bool:
+    """Whether this machine and the model's shape suit the kernels."""
+    D = model.config.n_embd
+    return D % 16 == 0 and D <= 256 and THREADS // D * D % 32 == 0 and on_gpu() and _has_ampere()
+
+
+@lru_cache
+def _has_ampere() -> bool:
+    """A CUDA GPU of 2020 or later: asynchronous copies, products of bfloat16."""
+    return mx.cuda.is_available() and mx.device_info().get("compute_capability_major", 0) >= 8
+
+
+class Byte:
+    """The model's weights as rows of neurons, (H, N, D), and the step that reads them."""
+
+    def __init__(self, model):
+        self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
+        across = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
+        rows = [w.astype(self.dtype) for w in (*across, model.decoder.reshape(H, N, D))]
+        self.weights = [ln(model.embed.weight), *rows, mx.array(turns(1, N))]
+        self.shape = H, D, N, model.config.n_layer
+        self.compiled = mx.compile(step)
+        mx.eval(self.weights)
+
+    def begun(self, position: int, synapses: tuple[mx.array, ...], B: int) -> Tail:
+        """A tail of B rows without a byte."""
+        H, D, N, L = self.shape
+        synapses = synapses or [mx.zeros((H, 1, N, D))] * L
+        exact = self.dtype == mx.float32
+        return self.emptied(position, [(S, S) if exact else shorten(S) for S in synapses], B)
+
+    def emptied(self, position: int, known, B: int) -> Tail:
+        """The same, where what is read of the synapses is `known`."""
+        H, D, N, L = self.shape
+        keys = tuple(mx.zeros((H, B, N // 2, TAIL, 2), self.dtype) for _ in range(L))
+        values = tuple(mx.zeros((B, TAIL, D), self.dtype) for _ in range(L))
+        # arrays of up to 8 bytes lie in the host's memory, where blocks would count very slowly
+        begin, done = mx.array(turns(position, N)), mx.zeros(H * B + 2, mx.uint32)
+        tail = Tail(0, keys, values, [0], begin, tuple(known), done, mx.zeros((B, 1, D)), self)
+        mx.async_eval(tail)
+        return tail
+
+    def step(self, idx: mx.array, tail: Tail) -> tuple[mx.array, Tail]:
+        """v (B, 1, D) of one byte idx (B, 1), and the tail with it."""
+        if tail.newest[0] > tail.count:
+            tail = self._own(tail)
+        v = self.compiled(idx, self.weights, _count(tail.count), *tail[1:3], *tail[4:8])
+        tail.newest[0] += 1
+        return v, tail._replace(count=tail.count + 1, before=v)
+
+    def _own(self, tail: Tail) -> Tail:
+        """The tail with arrays of its own, without what others have written behind its bytes."""
+        mx.eval(tail.before)
+        own = mx.arange(TAIL)[:, None] < tail.count
+        keys, values = (
+            tuple(mx.where(own, a, mx.zeros((), a.dtype)) for a in some) for some in tail[1:3]
+        )
+        tail = tail._replace(keys=keys, values=values, newest=[tail.count])
+        tail = tail._replace(done=mx.zeros(tail.done.shape, mx.uint32))
+        mx.eval(tail)
+        return tail
+
+
+def step(idx, weights, count, keys, values, begin, known, done, before):
+    """v (B, 1, D) of one byte idx (B, 1), which joins keys and values in place.
+
+    These must be the caller's own. No graph shows that they change: `before`, v of the byte before,
+    makes this one wait, and whoever reads them otherwise must wait for v.
+    """
+    embed, encoder, encoder_v, decoder, turns = weights
+    (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
+    W, one = THREADS // D * D // 32, B == 1
+    kinds = [("T", dtype), ("Q", mx.float32 if dtype == mx.float32 else mx.int8)]
+    G, G_fire = (PAIRS_ONE, NEURONS_ONE) if one else (PAIRS, NEURONS)
+
+    def blocks(n, G, most):
+        """Of a row's head, for n pairs or neurons."""
+        return min(-(-most // (H * B)), -(-n // (W * G)))
+
+    def run(kernel, P, G, inputs, *outputs):
+        template = [*kinds, ("D", D), ("W", W), ("G", G), ("K", TAIL)]
+        return _run(kernel, template, (P, H * B), 32 * W, inputs, outputs)
+
+    P, P_fire = blocks(N // 2, G, 2 * BLOCKS), blocks(N, G_fire, BLOCKS // 2)
+    v = embed[idx].reshape(B, D)
+    low = v.astype(dtype)
+    for (S, scales), key, value in zip(known, keys, values, strict=True):
+        read = [v, S, scales, key, value, begin, turns, count, done, before]
+        found = ((P, H * B, D + TAIL), mx.float32), ((H, B, D), dtype)
+        left = ((P_fire * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)
+        if one:
+            _, a, x = run(RECALL_ONE, P, G, [*read, encoder], *found, ((H, B, N), dtype))
+            _, v, low = run(FIRE_ONE, P_fire, G_fire, [x, a, v, encoder_v, decoder, done], *left)
+        else:
+            x = low[None] @ encoder.swapaxes(-1, -2)
+            _, a = run(RECALL, P, G, [*read, x], *found)
+            g = a @ encoder_v.swapaxes(-1, -2)
+            _, v, low = run(FIRE, P_fire, G_fire, [x, g, v, decoder, done], *left)
+    return v[:, None]
+
+
+def shorten(S: mx.array) -> tuple[mx.array, mx.array]:
+    """S (H, B, N, D) as int8, and the scale of each row (H, B, N)."""
+    return _run_rows(SHORTEN, S, S.shape[1], [S], *_short(S.shape))
+
+
+def fold(S, keys, values, before):
+    """S (H, B or 1, N, D) with the bytes that wait in a full tail, and that in short."""
+    (H, _, N, D), B = S.shape, values.shape[0]
+    outputs = ((H, B, N, D), mx.float32), *_short((H, B, N, D))
+    return _run_rows(FOLD, S, B, [S, keys, values, before], *outputs)
+
+
+def _short(shape):
+    """int8 in eights: MLX submits its work after every 10^9 numbers read, whatever their size."""
+    *rows, D = shape
+    return ((*rows, D // 8), mx.uint64), (tuple(rows), mx.float32)
+
+
+def _run_rows(kernel, S, B, inputs, *outputs):
+    """A warp for 8 rows of S at a time."""
+    (H, _, N, D), W = S.shape, THREADS // 32
+    blocks = min(-(-2 * BLOCKS // (H * B)), -(-N // (8 * W)))
+    template = [("D", D), ("W", W), ("K", TAIL)]
+    return _run(kernel, template, (blocks, H * B), THREADS, inputs, outputs)
+
+
+def _run(kernel, template, blocks, threads, inputs, outputs):
+    shapes, kinds = zip(*outputs, strict=True)
+    return _kernel(*kernel)(
+        inputs=inputs,
+        output_shapes=shapes,
+        output_dtypes=kinds,
+        template=template,
+        grid=(blocks[0] * threads, blocks[1], 1),
+        threadgroup=(threads, 1, 1),
+    )
+
+
+@lru_cache
+def _kernel(name, inputs, outputs, call):
+    source = Path(__file__).with_suffix(".cu").read_text()
+    return mx.fast.cuda_kernel(name, list(inputs), list(outputs), call, source)

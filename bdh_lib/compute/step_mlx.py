@@ -1,0 +1,79 @@
+"""One byte through the layers on a GPU, in plain MLX operations: what Metal takes.
+
+S is not rewritten at each byte: the rotated activations and values of the last TAIL bytes wait
+beside it (state.py).
+"""
+
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from bdh_lib.compute.layer import ln, residual, turns
+
+TAIL = 24  # bytes that wait: their keys are read and written at each byte, S once in so many
+
+
+class Tail(NamedTuple):
+    """The last `count` bytes, in no synapses yet."""
+
+    count: int
+    keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, TAIL, N)
+    values: tuple[mx.array, ...]  # (B, TAIL, D)
+    begin: mx.array  # phases of the tail's first byte
+    known: tuple[mx.array, ...]  # of each layer, the synapses
+    of: "Byte"  # what it is for
+
+    def waiting(self) -> list[tuple[mx.array, mx.array]]:
+        """Of each layer the keys (H, B, N, count) and values (B, count, D), float32."""
+        cut = [
+            (k[..., : self.count, :], v[:, : self.count]) for k, v in zip(*self[1:3], strict=True)
+        ]
+        return [(k.swapaxes(-1, -2).astype(mx.float32), v) for k, v in cut]
+
+
+class Byte:
+    """The model's weights, and the step that reads them."""
+
+    def __init__(self, model):
+        self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
+        products = (model.encoder, model.encoder_v, model.decoder.reshape(H, N, D))
+        weights = [ln(model.embed.weight), *(w.astype(self.dtype) for w in products)]
+        self.weights = [*weights, mx.array(turns(1, N))]
+        self.shape = H, D, N, model.config.n_layer
+        self.compiled = mx.compile(step)
+        mx.eval(self.weights)
+
+    def begun(self, position: int, synapses: tuple[mx.array, ...], B: int) -> Tail:
+        """A tail of B rows without a byte."""
+        H, D, N, L = self.shape
+        keys = tuple(mx.zeros((H, B, TAIL, N), self.dtype) for _ in range(L))
+        values = tuple(mx.zeros((B, TAIL, D)) for _ in range(L))
+        known = tuple(synapses) or (mx.zeros((H, 1, N, D)),) * L
+        return Tail(0, keys, values, mx.array(turns(position, N)), known, self)
+
+    def step(self, idx: mx.array, tail: Tail) -> tuple[mx.array, Tail]:
+        """v (B, 1, D) of one byte idx (B, 1), and the tail with it."""
+        v, keys, values = self.compiled(idx, self.weights, mx.array(tail.count), *tail[1:5])
+        return v, tail._replace(count=tail.count + 1, keys=keys, values=values)
+
+
+def step(idx, weights, count, keys, values, begin, known):
+    """One byte idx (B, 1): v (B, 1, D), and keys and values with it."""
+    embed, encoder, encoder_v, decoder, turns = weights
+    (H, D, N), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
+    angles = (begin + count.astype(mx.uint32) * turns).view(mx.int32) * (math.pi / 2**31)
+    cos, sin, slot = mx.cos(angles), mx.sin(angles), mx.arange(keys[0].shape[2])
+    v, now, after = embed[idx], (slot == count)[:, None], []
+    for S, K, V in zip(known, keys, values, strict=True):
+        x = mx.maximum(v.astype(dtype).reshape(1, B, D) @ encoder, 0)  # (H, B, N)
+        x0, x1 = mx.split(x.astype(mx.float32).reshape(H, B, N // 2, 2), 2, -1)
+        x0, x1 = x0[..., 0], x1[..., 0]
+        q = mx.stack([x0 * cos - x1 * sin, x1 * cos + x0 * sin], -1).reshape(H, B, 1, N)
+        scores = mx.where(mx.less(slot, count), q.astype(dtype) @ K.swapaxes(-1, -2), 0)
+        a = (q @ S + scores.astype(mx.float32) @ V).reshape(H, B, D)
+        y = x * mx.maximum(ln(a).astype(dtype) @ encoder_v, 0)
+        o = (y @ decoder).astype(mx.float32).sum(0)
+        after.append((mx.where(now, q.astype(dtype), K), mx.where(now, v, V)))
+        v = residual(v, o.reshape(B, 1, D))
+    return v, *zip(*after, strict=True)

@@ -1,0 +1,1 @@
+"""From files and the hub to the bytes that a model trains on."""

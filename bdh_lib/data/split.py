@@ -1,0 +1,862 @@
+"""From a data set to two files of bytes: find it, read it, detect its fields, split it, cache it.
+
+Records are read one at a time (a .json that is one list is read whole), what is on the hub by the
+`datasets` library, and the prepared bytes are memory mapped, so a data set of many gigabytes needs
+little memory and a resumed run needs no network.
+"""
+
+import csv
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import chain, groupby
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from bdh_lib.data.formats import FIELDS, NEEDED, SEPARATOR, needed, pieces
+from bdh_lib.errors import UserError
+from bdh_lib.files import expanded, sha256
+
+SAMPLE = Path(__file__).with_name("sample.jsonl")
+FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # a byte as surrogateescape gives it
+HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?(?:#(.+))?")
+WAYS_ON = (
+    "Ways on: --dataset FILE for a local file, --dataset sample for the embedded one, "
+    "`hf auth login` for a private or gated data set"
+)
+SPLIT = ("train.bin", "val.bin", "train.fields", "val.fields")  # a folder with these is used as is
+COLUMNS = {  # our field: the columns that mean it, first found wins
+    "system": ("system",),
+    "instruction": ("instruction", "prompt", "question"),
+    "response": ("response", "output", "completion", "answer"),
+}
+SPEAKERS = {  # our field: the roles of a chat that speak it, in small letters
+    "system": ("system", "developer"),
+    "instruction": ("user", "human"),
+    "response": ("assistant", "gpt", "chatgpt", "model", "bot", "ai"),
+}
+FIELD_OF = {role: field for field, roles in SPEAKERS.items() for role in roles}
+UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
+WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
+    (".data/.lock",),
+    ("metrics.jsonl", "config.json"),
+    ("model.safetensors",),
+)
+IN_VAL = "in_val.npy"  # in prepared data: of each record with any field, whether it validates
+VAL_ENDS = "val_ends.npy"  # and where each record of val.bin ends
+MOST_STRUCTURES = 20  # that are told, where each record has keys of its own
+LARGE = 20e6  # bytes of files that take longer to read than QUIET
+QUIET, LINE_EVERY = 2, 5  # seconds before a bar is drawn; between lines where there is none
+STARTED = time.time()  # of this process, nearly
+HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would cost 400 s
+
+
+# -------------------------------------------------------------------------- where records come from
+
+
+def find(dataset: str) -> list[Path] | None:
+    """The local files that `dataset` names, or None for a name on the hub. Raises UserError."""
+    if not dataset.strip():
+        raise UserError("DATASET is empty; name a file, a folder, a data set on the hub, or sample")
+    if dataset == "sample":
+        return [SAMPLE]
+    path = expanded(dataset, "DATASET")
+    kind = _kind(path)
+    if kind == stat.S_IFDIR:
+        return _ready_files(path) or _data_files(path)
+    if kind is not None:
+        _check_regular(path)
+        if path.suffix not in FILE_KINDS:
+            raise UserError(f"DATASET {path} ends in none of {', '.join(FILE_KINDS)}")
+        return [path]
+    no_name = "/" in dataset and not HUB_NAME.fullmatch(dataset)
+    if no_name or path.suffix in FILE_KINDS or dataset.startswith((".", "/", "~")):
+        raise UserError(f"DATASET {path} does not exist (looked from {Path.cwd()})")
+    return None
+
+
+def _kind(path: Path) -> int | None:
+    """What `stat` calls the kind of a file, or None where nothing is. Raises UserError."""
+    try:
+        str(path).encode()
+        return stat.S_IFMT(path.stat().st_mode)
+    except UnicodeEncodeError:
+        raise UserError(f"DATASET {path} has a name that is not UTF-8; rename it") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        if "\0" not in str(path) and path.is_symlink():
+            raise UserError(f"DATASET {path} is a link to a file that does not exist") from None
+        return None
+    except OSError as error:
+        _unreadable(error)
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"DATASET {error.filename} cannot be read: {error.strerror}") from None
+
+
+def _check_regular(file: Path) -> None:
+    """Raise UserError for a pipe, a socket or a device, which cannot be read twice."""
+    if _kind(file) != stat.S_IFREG:
+        raise UserError(f"DATASET {file} is no regular file; write what it gives to a file")
+
+
+def _ready_files(folder: Path) -> list[Path]:
+    """The files of a ready split, if the folder is one. Raises UserError."""
+    ready = [folder / name for name in SPLIT if _kind(folder / name) is not None]
+    for file in ready:
+        _check_regular(file)
+    missing = [name for name in ("train.bin", "val.bin") if folder / name not in ready]
+    if ready and missing:
+        raise UserError(f"DATASET {folder} is a ready split but has no {missing[0]}")
+    return ready
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The data files in a folder and its subfolders. Raises UserError.
+
+    Hidden files and folders are left out, and folders that this project writes: runs and prepared
+    data may lie beside the data.
+    """
+    files = []
+    for at, folders, names in os.walk(folder, onerror=_unreadable):
+        folders[:] = [f for f in folders if f[0] != "." and not _is_written_here(Path(at, f))]
+        files += [Path(at, n) for n in names if n[0] != "." and Path(n).suffix in FILE_KINDS]
+    for file in files:
+        _check_regular(file)
+    if not files:
+        raise UserError(f"DATASET {folder} is a folder without {', '.join(FILE_KINDS)} files")
+    return sorted(files)
+
+
+def _is_written_here(folder: Path) -> bool:
+    """Whether a folder is a CHECKPOINT_DIR, a run, a checkpoint or an exported model."""
+    there = os.path.exists  # Path's own raises for a folder that may not be entered
+    return any(all(there(folder / name) for name in mark) for mark in WRITTEN_HERE)
+
+
+def ready_split(dataset: str) -> list[Path]:
+    """Its files, if that is what `dataset` names."""
+    return [file for file in find(dataset) or [] if file.name in SPLIT]
+
+
+def read(dataset: str) -> Iterator[dict | str]:
+    """Every record of `dataset` in order; a str in place of a record says why one is unreadable.
+
+    What takes long shows a line, and a bar on a terminal.
+    """
+    files, what = find(dataset), f"reading DATASET {dataset}"
+    if files is None:
+        print(f"{what} ...", flush=True)
+    else:
+        _tell_large(what, files)
+    sources = map(_read_file, files) if files else [_read_hub(dataset)]
+    yield from shown(chain.from_iterable(sources), what)
+
+
+def _tell_large(what: str, files: list[Path], large: float = LARGE) -> None:
+    """Say what is being done with the files where it takes a while."""
+    size = sum(file.stat().st_size for file in files)
+    if size > large:
+        print(f"{what} ({size / 1e6:,.0f} MB) ...", flush=True)
+
+
+def shown(records: Iterable, what: str) -> Iterator:
+    """The records, with a bar on a terminal, and elsewhere a line every few seconds."""
+    bar = tqdm(records, what, disable=None, delay=QUIET, unit=" records")
+    told = time.monotonic()
+    for i, record in enumerate(bar, 1):
+        if bar.disable and time.monotonic() > told + LINE_EVERY:
+            told = time.monotonic()
+            print(f"{what}: {i:,} records ...", flush=True)
+        yield record
+
+
+def _read_file(file: Path) -> Iterator[dict | str]:
+    try:
+        if file.suffix == ".parquet":
+            yield from _parquet_rows(file)
+        else:
+            # bytes that are not UTF-8 come as lone surrogates, which no valid UTF-8 holds
+            how = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+            with file.open(newline="" if file.suffix == ".csv" else None, **how) as lines:
+                yield from PARSERS[file.suffix](lines)
+    except Exception as error:  # parsers raise errors of many kinds
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
+        raise UserError(f"DATASET {file} cannot be read as {file.suffix}: {reason}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[dict]:
+    from pyarrow.parquet import ParquetFile  # imported late: a resume does without
+
+    with ParquetFile(file) as rows:
+        for batch in rows.iter_batches(1000):
+            yield from batch.to_pylist()
+
+
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not NOT_UTF8.search(text)
+
+
+def _parse_lines(lines: Iterable[str]) -> Iterator[dict | str]:
+    """The record of each line: a bad one costs one, a large one itself thrice."""
+    return map(_parse_line, lines)
+
+
+def _parse_line(line: str) -> dict | str:
+    if not line.strip("\ufeff \t\r\n"):
+        return "blank line"
+    if not _is_utf8(line):
+        return "not valid UTF-8"
+    try:
+        record = json.loads(line.removeprefix("\ufeff"))
+    except (ValueError, RecursionError):  # also a number of too many digits, brackets too deep
+        return "not JSON"
+    return record if isinstance(record, dict) else "not a JSON object"
+
+
+def _parse_document(lines: TextIO) -> Iterator[dict | str]:
+    """The records of a JSON list, of one object, or of a line each. Raises ValueError."""
+    first = lines.readline()
+    if isinstance(_parse_line(first), dict):
+        yield from _parse_lines(chain([first], lines))
+    elif text := (first + lines.read()).strip():
+        if not _is_utf8(text):
+            raise ValueError("it is not valid UTF-8; save it as UTF-8")
+        try:
+            found = json.loads(text)
+        except RecursionError:
+            raise ValueError("its brackets are nested too deep") from None
+        for record in found if isinstance(found, list) else [found]:
+            yield record if isinstance(record, dict) else "not a JSON object"
+
+
+def _parse_rows(lines: Iterable[str]) -> Iterator[dict | str]:
+    """The rows of a CSV, all values text. Raises csv.Error for quotes that do not end."""
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.DictReader(lines, restval="", strict=True)
+    if not _is_utf8("".join(rows.fieldnames or [])):
+        raise csv.Error("its first line is not valid UTF-8; save it as UTF-8")
+    try:
+        for row in rows:
+            if None in row:
+                yield "more values than columns"
+            else:
+                yield row if _is_utf8("".join(row.values())) else "not valid UTF-8"
+    except csv.Error as error:
+        raise csv.Error(f"line {rows.reader.line_num:,}: {error}") from None
+
+
+def _parse_paragraphs(lines: Iterable[str]) -> Iterator[dict | str]:
+    """What stands between the blank lines of a text."""
+    for blank, some in groupby(lines, lambda line: line == "\n"):
+        if not blank:
+            text = "".join(some).removesuffix("\n")
+            yield {"text": text} if _is_utf8(text) else "not valid UTF-8"
+
+
+PARSERS = {
+    ".jsonl": _parse_lines,
+    ".json": _parse_document,
+    ".csv": _parse_rows,
+    ".txt": _parse_paragraphs,
+}
+
+
+def _hub_parts(dataset: str) -> tuple[str, str | None, str | None, str | None]:
+    """Name, config, revision and split of a name on the hub. Raises UserError."""
+    if match := HUB_NAME.fullmatch(dataset):
+        return match.groups()
+    raise UserError(
+        f"DATASET {dataset!r} is neither a file nor a hub name, which looks like user/name, "
+        f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
+    )
+
+
+def commit(dataset: str) -> str | None:
+    """The commit that a name on the hub means now, or None where the hub does not tell."""
+    name, _, revision, _ = _hub_parts(dataset)
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
+    return revision if is_commit else _ask_hub(name, revision)
+
+
+@lru_cache  # a run reads one commit, and a hub that hangs is asked once
+def _ask_hub(name: str, revision: str | None) -> str | None:
+    """The commit of a revision. A hub that does not answer is not asked again by this process."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=HUB_SECONDS).sha
+    except (HfHubHTTPError, ValueError):  # it answers: `load_dataset` tells what is wrong
+        return None
+    except Exception as error:  # several libraries have errors of their own
+        constants.HF_HUB_OFFLINE |= not _is_local(error)
+        return None
+
+
+def _is_local(error: Exception) -> bool:
+    """Whether it is of this machine's files, and not of the network."""
+    network = (ConnectionError, TimeoutError)
+    return isinstance(error, OSError) and bool(error.strerror) and not isinstance(error, network)
+
+
+def _read_hub(dataset: str) -> Iterator[dict]:
+    name, config, revision, split = _hub_parts(dataset)
+    sha = _ask_hub(name, revision) or revision
+    import datasets
+    from huggingface_hub import constants
+
+    datasets.config.HF_HUB_OFFLINE = offline = constants.HF_HUB_OFFLINE
+    if offline and not os.environ.get("HF_HUB_OFFLINE"):
+        print("warning: the hub does not answer; looking in the cache of earlier downloads")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries, told as one error
+    try:
+        yield from datasets.load_dataset(name, config, revision=sha, split=split or "train")
+    except datasets.exceptions.DatasetNotFoundError as error:
+        unknown = "is no file or folder here, and not on the hub, or private there"
+        what = "is gated" if "gated" in str(error) else unknown
+        raise UserError(f"DATASET {name} {what}. {WAYS_ON}") from None
+    except OSError as error:
+        if _is_local(error):
+            raise UserError(
+                f"DATASET {name}: {error.filename or 'what the hub sends'} cannot be written: "
+                f"{error.strerror}; set HF_HOME to a folder that can be"
+            ) from None
+        reason = "it is not in the cache either" if offline else " ".join(str(error).split())[:200]
+        raise UserError(
+            f"DATASET {name} is no file or folder here, and the hub is out of reach ({reason}). "
+            f"{WAYS_ON}"
+        ) from None
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"DATASET {dataset}: {reason}. {WAYS_ON}") from None
+
+
+# ----------------------------------------------------------------------------- what a record holds
+
+
+def detect(record: dict, questions: bool = False) -> tuple[str, list[dict | str]]:
+    """Name of the record's structure, and its content under our field names.
+
+    A chat gives one entry per answer, each with the chat's system text, and one reason, a str, per
+    turn whose role is unknown. With `questions` it gives no reasons but an entry for a question
+    that ends it. Alpaca's `input` continues its instruction. Values are passed on unchecked.
+    """
+    for name in ("messages", "conversations"):
+        if isinstance(record.get(name), list):
+            return name, _exchanges(record[name], questions)
+    found = {f: next((c for c in cs if c in record), None) for f, cs in COLUMNS.items()}
+    fields = {field: record[column] for field, column in found.items() if column}
+    names = [column for column in found.values() if column]
+    if not names:
+        return (
+            ("text", [record])
+            if "text" in record
+            else (f"unknown ({', '.join(record)[:80]})", [{}])
+        )
+    if isinstance(extra := record.get("input"), str) and isinstance(fields.get("instruction"), str):
+        names.insert(names.index(found["instruction"]) + 1, "input")
+        fields["instruction"] += f"\n\n{extra}" if extra.strip() else ""
+    return "/".join(names), [fields]
+
+
+def _exchanges(turns: list, questions: bool) -> list[dict | str]:
+    turns = [turn if isinstance(turn, dict) else {} for turn in turns]
+    spoken = [
+        (FIELD_OF.get(str(t.get("role", t.get("from"))).lower()), t.get("content", t.get("value")))
+        for t in turns
+    ]
+    known = [turn for turn in spoken if turn[0]]
+    said, exchanges = {}, []
+    for field, some in groupby(known, lambda turn: turn[0]):
+        said[field] = _joined([content for _, content in some])
+        if field == "response":
+            exchanges.append(said)
+            said = {"system": said["system"]} if "system" in said else {}
+    if questions and "instruction" in said:
+        exchanges.append(said)
+    unknown = [] if questions else [UNKNOWN_ROLE] * (len(spoken) - len(known))
+    return (exchanges or [{}]) + unknown
+
+
+def _joined(contents: list):
+    """What one speaker says in turns in a row; one that is no text is passed on in its place."""
+    contents = [c for c in contents if c is not None and c != ""] or contents[:1]
+    odd = [c for c in contents if not isinstance(c, str)]
+    return odd[0] if odd else "\n\n".join(contents)
+
+
+def fault(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
+    """Why this content cannot be trained on, or None when every wanted field is sound text."""
+    if isinstance(fields, str):
+        return fields
+    for name in wanted:
+        value = fields.get(name)
+        if name not in fields:
+            return f"{name} missing"
+        if not isinstance(value, str):
+            return f"{name} is {'null' if value is None else type(value).__name__}, not text"
+        if not value.strip():
+            return f"{name} empty"
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"{name} with a lone surrogate"
+    return None
+
+
+def sound(fields: dict | str) -> dict[str, str]:
+    """What of this content can be trained on."""
+    return {f: fields[f] for f in (*COLUMNS, "text") if not fault(fields, (f,))}
+
+
+# ------------------------------------------------------------------------- prepared bytes, cached
+
+
+def _made_from(dataset: str, mode: str, val_share: float, seed: int) -> dict:
+    """What prepared bytes depend on beside the data's own, as data.json keeps it."""
+    how = {"split": "by record, validation shuffled", "text": "valid UTF-8, turns in a row joined"}
+    return {"dataset": dataset, "mode": mode, "val_share": val_share, "seed": seed} | how
+
+
+def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
+    """Name of the prepared bytes: changes with the files (path, size, time), the commit on the hub
+    or a setting.
+    """
+    settings = _made_from(dataset, mode, val_share, seed)
+    if files := find(dataset):
+        settings["dataset"] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
+                               for f in files]  # fmt: skip
+    else:
+        name, config, revision, split = _hub_parts(dataset)
+        settings["dataset"] = [name, config, split, commit(dataset) or revision]
+    key = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def prepare(
+    dataset: str, mode: str, val_share: float, seed: int, cache: Path, refresh: bool = False
+) -> Path:
+    """Folder with train.bin, val.bin (uint8) and data.json (the report), made once and then reused.
+
+    train.fields and val.fields say which of FIELDS each byte belongs to. Raises UserError when
+    nothing can be trained on. `refresh` makes what was made before this process began anew.
+
+    Held out is held out in every mode: the split is of records, drawn by their fields and not by
+    the mode's text, so a record that validates in one mode trains in none. A text of the mode that
+    records of both sides share is left out of validation, so that no text is on both sides.
+    The records of train.bin are in the order of the data, those of val.bin in a seeded one.
+    """
+    how = (dataset, mode, val_share, seed)
+    folder = cache / fingerprint(*how)
+    with _held(cache):
+        if not refresh and find(dataset) is None and not commit(dataset):
+            folder = _newest(cache, _made_from(*how)) or folder
+        if not intact(folder) or (refresh and _made_at(folder) < STARTED):
+            _make(folder, *how)
+        return folder
+
+
+def _made_at(folder: Path) -> float:
+    return (folder / "data.json").stat().st_mtime
+
+
+def _newest(cache: Path, made_from: dict) -> Path | None:
+    """The newest prepared data of a name on the hub, for when the hub does not tell its commit."""
+    for folder in sorted((f.parent for f in cache.glob("*/data.json")), key=_made_at, reverse=True):
+        if intact(folder):
+            report = json.loads((folder / "data.json").read_text())
+            if report.get("made_from") == made_from:
+                when = time.strftime("%Y-%m-%d", time.localtime(_made_at(folder)))
+                print(
+                    f"the hub does not tell of DATASET {report['dataset']}; taking what was "
+                    f"prepared on {when} of commit {report['commit'] or 'unknown'}"
+                )
+                return folder
+    return None
+
+
+@contextmanager
+def _held(cache: Path) -> Iterator[None]:
+    """Hold the folder of prepared data, swept of what a killed process left. Raises UserError."""
+    with _writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / ".lock").open("a") as lock:
+            _wait_for(lock, cache)
+            for litter in cache.glob("*.tmp"):
+                shutil.rmtree(litter)
+            yield
+
+
+def _wait_for(lock, cache: Path) -> None:
+    """Take the lock, which another trainer that prepares data may hold for long."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process that prepares data in {cache} ...")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tell an OSError of writing below `folder`, or of a file that is read there, as UserError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        file = error.filename or folder  # a failed write names no file
+        reason = error.strerror or error
+        if full or Path(file).is_relative_to(folder):
+            raise UserError(f"{folder} cannot be written: {reason}") from None
+        raise UserError(f"{file} cannot be read: {reason}") from None
+
+
+def intact(folder: Path) -> bool:
+    """Whether prepared data are whole: each side as long as, and the bytes that, data.json says."""
+    try:
+        report = json.loads((folder / "data.json").read_text())
+        _tell_large("checking the prepared data", [*folder.iterdir()], 50 * LARGE)
+        if report.pop("sha256") != _sha256_of(report):
+            return False
+        for side in ("train", "val"):
+            for kind, name in (("bin", "sha256"), ("fields", "fields_sha256")):
+                if sha256(folder / f"{side}.{kind}") != report[side][name]:
+                    return False
+        for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
+            if (known := report.get(name)) and sha256(folder / file) != known:
+                return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def _sha256_of(report: dict) -> str:
+    return hashlib.sha256(json.dumps(report).encode()).hexdigest()
+
+
+def _make(folder, dataset, mode, val_share, seed):
+    making = folder.with_name(f"{folder.name}.tmp")
+    making.mkdir()
+    try:
+        if ready := ready_split(dataset):
+            report = _copy_split(ready, dataset, mode, making)
+        else:
+            report = _split(dataset, mode, val_share, seed, making)
+        report["made_from"] = _made_from(dataset, mode, val_share, seed)
+        report["commit"] = None if find(dataset) else commit(dataset)
+        sealed = report | {"sha256": _sha256_of(report)}
+        (making / "data.json").write_text(json.dumps(sealed, indent=1))
+        if fingerprint(dataset, mode, val_share, seed) != folder.name:
+            raise UserError(f"DATASET {dataset} changed while it was read; start again")
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or to be made anew
+        making.replace(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -> dict:
+    """Read, format and deal out the records; the report. Raises UserError."""
+    report, lengths, texts, keys = _format_all(dataset, mode, folder)
+    if len(np.unique(keys[-1])) < 2:
+        raise UserError(
+            f"DATASET {report['dataset']} has 1 distinct record, a split needs at least 2; "
+            f"{'; '.join(skips(report)[:3]) or 'nothing skipped'}"
+            f"{'; a record of a .txt ends at a blank line' if '.txt' in dataset else ''}"
+        )
+    in_val = _choose_validation(keys, val_share, seed)
+    served = lengths > 0
+    for side, has in (("held out", in_val), ("left to train on", ~in_val)):
+        if not np.any(has & served):
+            raise UserError(
+                f"DATASET {dataset}: none of the {served.sum():,} records of TRAINING_MODE "
+                f"{mode!r} is {side}; change VAL_SHARE ({val_share}) or SEED, or take more data"
+                f"{'; '.join(['', *skips(report)[:3]])}"
+            )
+    shared = in_val & served & np.isin(texts, texts[served & ~in_val])
+    report["shared"] = int(shared.sum())
+    if np.all(shared >= (in_val & served)):
+        raise UserError(
+            f"DATASET {dataset} has {len(np.unique(texts[served]))} distinct texts in "
+            f"TRAINING_MODE {mode!r}, each of more records than VAL_SHARE ({val_share}) holds "
+            "out: raise it, take more data or another mode"
+        )
+    validates = served & in_val & ~shared
+    # in a seeded order, so that the first EVAL_BYTES are of all files and not of the first alone
+    val = np.random.default_rng(seed).permutation(np.flatnonzero(validates))
+    np.save(folder / IN_VAL, validates)
+    np.save(folder / VAL_ENDS, np.cumsum(lengths[val] + len(SEPARATOR)) - len(SEPARATOR))
+    for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
+        report[name] = sha256(folder / file)
+    return report | _write_split(folder, lengths, np.flatnonzero(served & ~in_val), val)
+
+
+def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dict:
+    """Take a split that is there, raw bytes; without .fields beside it, all is `text`. The report.
+
+    Raises UserError where a .fields file does not fit its bytes.
+    """
+    sides = [file for file in files if file.suffix == ".bin"]
+    _tell_large(f"copying DATASET {dataset}", files, 10 * LARGE)
+    report = {"dataset": dataset, "mode": mode, "records": None, "fields": {}, "skipped": {}}
+    report |= {"structures": {"ready split": None}, "shared": 0}
+    for file in sides:
+        side, labels = folder / file.name, file.with_suffix(".fields")
+        shutil.copyfile(file, side)
+        size = file.stat().st_size
+        if labels in files:
+            if labels.stat().st_size != size:
+                raise UserError(f"DATASET {labels} must have a byte for each of {file}'s {size:,}")
+            if size and np.fromfile(labels, np.uint8).max() >= len(FIELDS):
+                raise UserError(f"DATASET {labels} holds more than the {len(FIELDS)} FIELDS")
+            shutil.copyfile(labels, side.with_suffix(".fields"))
+        else:
+            text = np.full(size, FIELDS.index("text"), np.uint8)
+            text.tofile(side.with_suffix(".fields"))
+        sums = {"sha256": sha256(side)}
+        sums["fields_sha256"] = sha256(side.with_suffix(".fields"))
+        report[file.stem] = {"records": None, "bytes": size} | sums
+    return report
+
+
+def _format_all(dataset, mode, folder, wanted=None):
+    """Write the training text of every record that has one in this mode, with the fields `wanted`.
+
+    Gives a report and, of each record that has one in any mode, the length of its text in bytes (0:
+    none in this mode), the text's digest, and the digests of system, instruction and all fields.
+    """
+    wanted = wanted or NEEDED[mode]
+    structures, skipped, count, size = Counter(), Counter(), Counter(), Counter()
+    first, exchanges = {}, 0  # record skipped for each reason; a chat holds several exchanges
+    lengths, texts, keys = array("Q"), array("Q"), array("Q")
+    with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
+        for record in read(dataset):
+            structure, contents = detect(record) if isinstance(record, dict) else ("bad", [record])
+            structures[structure] += 1
+            exchanges += sum(isinstance(fields, dict) for fields in contents)
+            for fields in contents:
+                usable = sound(fields)
+                for name, value in usable.items():
+                    count[name] += 1
+                    size[name] += len(value)
+                if reason := fault(fields, ("text",) if structure == "text" else wanted):
+                    skipped[reason] += 1
+                    first.setdefault(reason, structures.total())
+                length, digest = 0, hashlib.blake2b(digest_size=8)
+                for field, text in [] if reason else pieces(usable, mode):
+                    part = text.encode()
+                    out.write(part)
+                    digest.update(part)
+                    n = len(part)
+                    del part  # a record may be large
+                    labels.write(bytes([FIELDS.index(field)]) * n)
+                    length += n
+                if usable:
+                    lengths.append(length)
+                    texts.append(int.from_bytes(digest.digest()))
+                    by = (usable.get("system"), usable.get("instruction"), sorted(usable.items()))
+                    keys.extend(_digest(key) if key else 0 for key in by)
+    if count.keys() != {"text"} and wanted != needed(mode, count):  # known after a pass
+        return _format_all(dataset, mode, folder, needed(mode, count))
+    report = {
+        "dataset": dataset,
+        "mode": mode,
+        "records": structures.total(),
+        "exchanges": exchanges,
+        "structures": dict(structures.most_common(MOST_STRUCTURES)),
+        "fields": {f: {"records": n, "mean_length": size[f] / n} for f, n in count.items()},
+        "skipped": dict(skipped.most_common()),
+        "first_skipped": first,
+    }
+    if not any(lengths):
+        raise UserError(_cannot_serve(report))
+    return report, np.array(lengths), np.array(texts), np.array(keys).reshape(-1, 3).T
+
+
+def _digest(key: str | list[tuple[str, str]]) -> int:
+    """Of json.dumps(key), a megabyte at a time: a record may be large."""
+    if isinstance(key, str):
+        texts, joints = [key], ['"', '"']
+    else:
+        texts = [text for pair in key for text in pair]
+        joints = ['[["', *(['", "', '"], ["'] * len(key))[:-1], '"]]']
+    digest = hashlib.blake2b(digest_size=8)
+    for joint, text in zip(joints, [*texts, ""], strict=True):
+        digest.update(joint.encode())
+        for i in range(0, len(text), 10**6):
+            digest.update(json.dumps(text[i : i + 10**6])[1:-1].encode())
+    return int.from_bytes(digest.digest())
+
+
+def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
+    """All of a data set as one side of a split: report, bytes, and the index in FIELDS of each.
+
+    Of a ready split it is the held out side. `folder` is for files on the way. Raises UserError
+    when nothing of it has the fields of `mode`.
+    """
+    with _writing(folder):
+        if ready := ready_split(dataset):
+            held_out = [file for file in ready if file.stem == "val"]
+            report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
+        else:
+            report, lengths, _, _ = _format_all(dataset, mode, folder)
+            _write_split(folder, lengths, np.array([], int), np.flatnonzero(lengths))
+    stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
+    return report, stream, fields
+
+
+def skips(report: dict) -> list[str]:
+    """How many records were skipped and why, most first; a line of a .jsonl file is a record."""
+    first = report.get("first_skipped", {})
+    return [
+        f"skipped {n:,}: {reason}" + (f" (first: record {first[reason]:,})" if first else "")
+        for reason, n in report["skipped"].items()
+    ]
+
+
+def _cannot_serve(report: dict) -> str:
+    mode, has = report["mode"], report["fields"]
+    if not report["records"]:
+        return f"DATASET {report['dataset']} is empty: it has no record"
+    wanted = needed(mode, has)
+    lacks = [f for f in wanted if f not in has]
+    works = [m for m in NEEDED if set(needed(m, has)) <= set(has)]
+    return (
+        f"DATASET {report['dataset']} has no record for TRAINING_MODE {mode!r}, which needs "
+        f"{', '.join(wanted)}: lacking {', '.join(lacks) or 'them together in one record'}. "
+        f"Structure: {', '.join(report['structures']) or 'no records'}; "
+        f"{'; '.join(skips(report)[:3]) or 'nothing skipped'}. "
+        f"Modes that would work: {', '.join(works) or 'none'}"
+    )
+
+
+def _choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """For each record, whether it validates: a seeded draw of about `share` of them.
+
+    Half are drawn by whole system texts (or instructions, where systems are too few or none), with
+    all their records, since modes that train on one field need texts of it seen nowhere else; the
+    rest by all fields. A text of more records than there is room for is never drawn.
+    """
+    rng, in_val = np.random.default_rng(seed), np.zeros(keys.shape[1], bool)
+    for key, part in zip(keys, (share / 2, share / 2, share), strict=True):
+        texts, which = np.unique(key, return_inverse=True)
+        adds = np.bincount(which, ~in_val)
+        room = round(part * np.count_nonzero(key)) - in_val.sum()  # 0: without this field
+        order = rng.permutation(len(texts))
+        order = order[(adds[order] <= room) & (texts[order] != 0)]
+        in_val |= np.isin(which, order[np.cumsum(adds[order]) <= room])
+    if not in_val.any():  # few records: a share of them is none, but one text must be
+        in_val = which == rng.integers(len(texts))
+    return in_val
+
+
+def _write_split(folder: Path, lengths: np.ndarray, train: np.ndarray, val: np.ndarray) -> dict:
+    """Write the records of these numbers to train and val, in their order, a blank line between."""
+    sides = {"train": train, "val": val}
+    report = {side: {"records": len(which)} for side, which in sides.items()}
+    begins = np.cumsum(lengths) - lengths
+    for kind, separator in (("bin", SEPARATOR.encode()), ("fields", bytes(len(SEPARATOR)))):
+        with (folder / f"all.{kind}").open("rb") as records:
+            for side, which in sides.items():
+                parts = zip(begins[which].tolist(), lengths[which].tolist(), strict=True)
+                size, digest = _copy_parts(records, parts, separator, folder / f"{side}.{kind}")
+                name = "sha256" if kind == "bin" else "fields_sha256"
+                report[side] |= {"bytes": size, name: digest}
+        (folder / f"all.{kind}").unlink()
+    return report
+
+
+def _copy_parts(source, parts: Iterable, separator: bytes, target: Path) -> tuple[int, str]:
+    """Write the parts (begin, length) of `source` to a file; gives its size and its sha256."""
+    digest = hashlib.sha256()
+    with target.open("wb") as out:
+        for begin, length in shown(parts, f"writing {target.stem}"):
+            source.seek(begin)
+            piece = (separator if out.tell() else b"") + source.read(length)
+            out.write(piece)
+            digest.update(piece)
+        return out.tell(), digest.hexdigest()
+
+
+def bytes_to_evaluate(folder: Path, limit: int | None) -> int | None:
+    """Bytes of val.bin that an evaluation reads: whole records, at least one, else up to `limit`.
+
+    A ready split does not tell where its records end and is cut at `limit`.
+    """
+    if limit is None or not (folder / VAL_ENDS).is_file():
+        return limit
+    ends = np.load(folder / VAL_ENDS)
+    whole_ones = int(np.searchsorted(ends, limit, side="right"))
+    return int(ends[max(0, whole_ones - 1)])
+
+
+def has_field(fields: np.ndarray, name: str) -> bool:
+    """Whether any byte is of this field; `fields` may be larger than the memory."""
+    million, wanted = 10**6, FIELDS.index(name)
+    return any(wanted in fields[i : i + million] for i in range(0, len(fields), million))
+
+
+def differing(there: dict, here: dict) -> dict[str, str]:
+    """How the bytes of two reports differ, under "train data" and "val data", where they do."""
+    found = {}
+    for side in ("train", "val"):
+        if there[side]["sha256"] != here[side]["sha256"]:
+            one, other = (
+                f"{counted(of[side]['records'])}{of[side]['bytes']:,} bytes, {_named(of)}"
+                for of in (there, here)
+            )
+            said = f"there {one}, here {other}" if one != other else f"other bytes, as many: {one}"
+            found[f"{side} data"] = f"{side} data: {said}"
+    return found
+
+
+def _named(report: dict) -> str:
+    """The data set of a report, with its commit where it is on the hub."""
+    commit = report.get("commit")
+    return report["dataset"] + (f" (commit {commit})" if commit else "")
+
+
+def counted(records: int | None) -> str:
+    """So many records, before what else is told of them; of a ready split, which has none, ""."""
+    return "" if records is None else f"{records:,} records, "
+
+
+def describe(report: dict) -> str:
+    """The report of `prepare` for people: structure, fields, what was skipped, the split."""
+    lines = [f"data: {_named(report)}, {counted(report['records'])}mode {report['mode']}"]
+    for structure, n in report["structures"].items():
+        share = "" if n is None else f": {n / report['records']:.1%} of records"
+        lines.append(f"  structure {structure}{share}")
+    exchanges = report.get("exchanges", report["records"])  # a ready split has none
+    if exchanges != report["records"]:
+        lines.append(f"  {exchanges:,} exchanges in them, each a record from here on")
+    for name, field in report["fields"].items():
+        share, mean = field["records"] / exchanges, field["mean_length"]
+        lines.append(
+            f"  field {name}: in {share:.1%} of records, mean length {mean:,.0f} characters"
+        )
+    has, mode = report["fields"], report["mode"]
+    if "response" in has and needed(mode, has) != NEEDED[mode]:
+        lines.append("  no record has a system text: full is trained without its section")
+    lines += [f"  {skip}" for skip in skips(report)]
+    if report["shared"]:
+        lines.append(f"  left out of validation {report['shared']:,}: text also in training")
+    for side, name in (("train", "training"), ("val", "validation")):
+        lines.append(f"  {name}: {counted(report[side]['records'])}{report[side]['bytes']:,} bytes")
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""Paths, and files on which others rely: flushed, replaced at once, compared by their bytes."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    raise ImportError("BDH-MLX runs on macOS and Linux; on Windows it runs in WSL") from None
+
+from bdh_lib.errors import UserError
+
+MADE_BY = "BDH-MLX"  # stands at the beginning of pictures and traces, which may be made anew
+
+
+def flush(path: Path) -> None:
+    """Have the drive itself keep the file or folder; fsync alone stops at a Mac's drive cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def expanded(path: str | Path, name: str = "the path") -> Path:
+    """The path with `~` replaced, where a user is known by that name: Path's own raises.
+
+    Every path of a user comes through here. Raises UserError, which calls it `name`, for an empty
+    one and for one that MLX, which takes UTF-8 alone, could not open.
+    """
+    text = str(path)
+    if not text:
+        raise UserError(f"{name} is empty; is a variable of the shell not set?")
+    shown = text.encode(errors="backslashreplace").decode()
+    if "\0" in text:
+        raise UserError(f"{name} is {shown!r}; a path holds no NUL byte")
+    if shown != text:  # bytes that Python could not decode are lone surrogates in it
+        raise UserError(f"{name} is {shown}: not UTF-8; rename it (or set LC_ALL=C.UTF-8)")
+    return Path(os.path.expanduser(text))  # noqa: PTH111
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root, without `..`: unlike resolve() it stands links in a circle."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file, {} without a file. Raises UserError for any other content."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return found
+
+
+class NotWritten(UserError, OSError):
+    """A file that cannot be written: an OSError, too, for those who clean up after one."""
+
+
+def check_replaceable(path: Path, name: str) -> None:
+    """Raise UserError where `path` is a file that is no picture or trace of this project; `name`
+    is the flag that names another.
+    """
+    if not os.path.isfile(path):  # noqa: PTH113  which raises nothing
+        return
+    with path.open("rb") as file:
+        start = file.read(200)
+    made = start.startswith((b"\x89PNG", b'{"made_by"')) and MADE_BY.encode() in start
+    if start and not made:
+        raise UserError(f"{path} exists and is none of BDH-MLX; name another file with {name}")
+
+
+@contextmanager
+def made_aside(path: Path) -> Iterator[Path]:
+    """A path to write to, which then replaces `path`: a reader finds the old or the new content.
+
+    Raises NotWritten; on any error nothing is left of what was made.
+    """
+    named, path = path, Path(os.path.realpath(path))
+    special = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113  a device
+    making = path if special else path.with_name(f".{path.name}.tmp{path.suffix}")
+    try:
+        yield making
+        if not special:
+            making.replace(path)
+    except BaseException as error:
+        if not special:
+            with suppress(OSError):
+                making.unlink(missing_ok=True)
+        known = isinstance(error, UserError)
+        if isinstance(error, OSError | RuntimeError) and not known:  # RuntimeError: MLX's
+            reason = getattr(error, "strerror", None) or error
+            raise NotWritten(f"{named} cannot be written: {reason}") from None
+        raise
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a small file at once: a reader finds the old or the new content, never a part."""
+    making = path.with_name(f".{path.name}.tmp")
+    try:
+        making.write_text(text)
+        flush(making)
+        making.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; it is as it was") from None

@@ -1,0 +1,275 @@
+"""Every constant at the top of a script is a setting, and a flag of the same name.
+
+What Python accepts there is a setting: with or without a type, over several lines, in any order;
+BLOCK_SIZE makes `--block-size`, and BDH_CONFIG, a dataclass, a flag for each of its fields. Only
+the texts of `--help` are read from the source: the comment behind a constant, and the comment line
+above some as their heading.
+"""
+
+import argparse
+import ast
+import inspect
+import io
+import json
+import re
+import sys
+import tokenize
+from collections.abc import Callable, Collection
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace, UnionType
+from typing import NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from bdh_lib.errors import UserError, nearest, visible
+
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+LARGEST = 2**31 - 1  # of a whole number: MLX's shapes are 32 bits
+ALIKE = 0.8  # share of two names that is the same where one is taken for a slip in the other
+
+
+class Rule(NamedTuple):
+    """What a setting may be."""
+
+    kind: type | None  # None: anything, and no flag
+    none: bool = False  # whether it may be None, which is `none` as a flag
+    needs: str = ""  # words for its limits
+    fits: Callable = lambda value: True
+    choices: Collection[str] = ()
+
+
+def whole(least: int, most: int = LARGEST, none: bool = False) -> Rule:
+    needs = f"a whole number from {least} to {most:,}"
+    return Rule(int, none, needs, lambda n: least <= n <= most)
+
+
+def number(needs: str, fits: Callable, none: bool = False) -> Rule:
+    return Rule(float, none, f"a number {needs}", fits)
+
+
+def text(none: bool = False) -> Rule:
+    return Rule(str, none, "text that is not empty", lambda value: value.strip())
+
+
+def switch() -> Rule:
+    return Rule(bool, False, KINDS[bool])
+
+
+def choice(*choices: str) -> Rule:
+    return Rule(str, False, f"one of {', '.join(choices)}", choices.__contains__, choices)
+
+
+class Settings(SimpleNamespace):
+    """The settings of a run by their names."""
+
+
+def parse(
+    script: ModuleType,
+    rules: dict[str, Rule],
+    presets: dict[str, str],
+    actions: dict[str, str],
+    argv: list[str] | None = None,
+) -> tuple[Settings, set[str]]:
+    """The script's constants, changed by --preset, changed by flags; and the flags typed, by name.
+
+    rules: of the settings that the script knows; actions: flags that are no settings, with their
+    help. Raises UserError for a value that no rule admits; argparse reports an unknown flag.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    constants, known = {name: getattr(script, name) for name in names(script)}, rules.keys()
+    constants |= {name: vars(script)[name] for name in known if name in vars(script)}
+    for name in known - constants.keys():
+        raise UserError(f"{name} is not set; put its line back among the constants at the top")
+    rules = {name: rules.get(name) or own_rule(script, name) for name in constants}
+    for name, value in list(constants.items()):
+        check(name, value, rules[name])
+        if is_dataclass(value) and name in known:
+            constants |= asdict(value)
+            hints = get_type_hints(type(value))
+            rules |= {field: Rule(hints[field]) for field in asdict(value)}
+    parser = parser_of(script, constants, rules, presets, actions)
+    typed = vars(parser.parse_args(argv))
+    if (preset := typed.pop("preset", None)) not in (None, *presets):
+        near = nearest(preset, presets)
+        parser.error(f"--preset {preset!r} is none of {', '.join(presets)}{near}")
+    given = vars(parser.parse_args(presets.get(preset, "").split())) | typed
+    given = {name: read(name, value, rules.get(name)) for name, value in given.items()}
+    s = Settings(**dict.fromkeys(actions, False) | constants | given)
+    return s, set(typed) | ({"preset"} if preset else set())
+
+
+def names(script: ModuleType) -> list[str]:
+    """The constants of the script, as far as its first table, ACTIONS."""
+    above = list(vars(script))[: list(vars(script)).index("ACTIONS")]
+    is_code = (type, ModuleType, Callable)
+    return [n for n in above if n.isupper() and not isinstance(vars(script)[n], is_code)]
+
+
+def own_rule(script: ModuleType, name: str) -> Rule:
+    """The rule of a setting that the user added: its type, else that of its value."""
+    value = getattr(script, name)
+    try:
+        hint = get_type_hints(script).get(name)
+    except Exception:  # a type that is no type is the user's own matter
+        hint = None
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    none = value is None or type(None) in kinds
+    kinds = [kind for kind in kinds if kind is not type(None)]
+    if kinds == [None]:
+        kinds = [str if value is None else type(value)]
+    kind = next((k for k in KINDS if kinds == [k]), None)
+    return Rule(kind, none, KINDS.get(kind, ""))
+
+
+def described(value):
+    """A value as JSON holds it; what it cannot hold as text, the same in each process."""
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=repr)
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return text_of(value)
+
+
+def text_of(value) -> str:
+    try:
+        return str(value)
+    except ValueError:  # Python refuses to write a number of more than 4,300 digits
+        return "a number of very many digits"
+
+
+def check(name: str, value, rule: Rule) -> None:
+    """Raise UserError with name, value and what fits, if `value` does not."""
+    if rule.kind is None or (rule.none and value is None):
+        return
+    kinds = (int, float) if rule.kind is float else (rule.kind,)
+    if type(value) in kinds and rule.fits(value):
+        return
+    also = " or None" if rule.none else ""
+    near = nearest(str(value), rule.choices)
+    raise UserError(f"{name} is {value!r}; it must be {rule.needs}{also}{near}")
+
+
+def read(name: str, value: str | bool, rule: Rule | None):
+    """The value of a flag. Raises UserError as check does."""
+    if rule is None or isinstance(value, bool):
+        return value
+    if rule.none and value.lower() == "none":
+        return None
+    also = " or none" if rule.none else ""
+    try:
+        converted = rule.kind(value)
+    except ValueError:
+        raise UserError(
+            f"{name} is {value!r}; it must be {rule.needs or KINDS[rule.kind]}{also}"
+        ) from None
+    check(name, converted, rule)
+    return converted
+
+
+# ---------------------------------------------------------------------------- flags and their help
+
+
+class Parser(argparse.ArgumentParser):
+    """For any script: its docstring heads --help; a mistake is one line, and exit code 2."""
+
+    def __init__(self, description: str):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str):
+        known = [flag for action in self._actions for flag in action.option_strings]
+        if unknown := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
+            message = f"unknown flag {unknown[1]}{nearest(unknown[1], known)}"
+        message = visible(" ".join(message.split()))  # it repeats what was typed
+        self.exit(2, f"{self.prog}: {message} (--help lists all)\n")
+
+
+def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions) -> Parser:
+    """A flag for each setting that a flag can hold, under its heading."""
+    parser, groups, about = Parser(script.__doc__), {}, comments(script)
+    parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}",
+                        default=argparse.SUPPRESS)  # fmt: skip
+    for name, use in actions.items():
+        parser.add_argument(flag_of(name), dest=name, action="store_true", help=use,
+                            default=argparse.SUPPRESS)  # fmt: skip
+    flags = dict.fromkeys((flag_of(name) for name in ("preset", "help", *actions)), "another flag")
+    for name, value in constants.items():
+        heading, comment = about.get(name, ("", ""))
+        if rules[name].kind not in KINDS:
+            continue
+        if (flag := flag_of(name)) in flags:
+            own, other = (name, flags[flag]) if name.isupper() else (flags[flag], name)
+            raise UserError(f"{own}: its flag {flag} is that of {other}; rename {own}")
+        flags[flag] = name
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading or "Your own")
+        how = {"metavar": rules[name].kind.__name__, "default": argparse.SUPPRESS}
+        if rules[name].kind is bool:
+            how = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
+        shown = f"{comment} (now {text_of(value)})".strip().replace("%", "%%")
+        groups[heading].add_argument(flag, dest=name, help=shown, **how)
+    return parser
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.lower().replace('_', '-')}"
+
+
+def comments(script: ModuleType) -> dict[str, tuple[str, str]]:
+    """Of each constant, and each field of a dataclass among them, its heading and its comment."""
+    found = _comments(Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace"))
+    for name, value in list(vars(script).items()):
+        if is_dataclass(value) and name in found and not isinstance(value, type):
+            fields = _comments(inspect.getsource(type(value)))
+            found |= {field: (found[name][0], text) for field, (_, text) in fields.items()}
+    return found
+
+
+def _comments(source: str) -> dict[str, tuple[str, str]]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    remarks = {t.start: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
+    found, heading = {}, ""
+    behind = {line: text for (line, column), text in remarks.items() if column}
+    for node in assignments(source):
+        heading = remarks.get((node.lineno - 1, 0), heading)
+        comment = behind.get(node.end_lineno, behind.get(node.lineno, ""))
+        found |= dict.fromkeys(targets(node), (heading, comment))
+    return found
+
+
+def assignments(source: str) -> list[ast.Assign | ast.AnnAssign]:
+    """The assignments of a module, or of the class that is all of it."""
+    body = ast.parse(source).body
+    body = body[0].body if len(body) == 1 and isinstance(body[0], ast.ClassDef) else body
+    return [node for node in body if isinstance(node, ast.Assign | ast.AnnAssign)]
+
+
+def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
+    """The plain names that it assigns."""
+    nodes = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [one.id for one in nodes if isinstance(one, ast.Name)]
+
+
+# ------------------------------------------------------------------------------------------- slips
+
+
+def slips(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
+    """A line for each name at the top that may be a slip: very like a setting's, or set twice."""
+    source = Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
+    lines, found = {}, []
+    for node in assignments(source):
+        for name in targets(node):
+            lines.setdefault(name, []).append(str(node.lineno))
+    models = [name for name in rules if is_dataclass(vars(script).get(name))]
+    of = {field: name for name in models for field in vars(vars(script)[name])}
+    for name in list(lines)[: list(lines).index("ACTIONS")]:
+        near = nearest(name.upper(), rules, ALIKE)
+        if name in rules and len(lines[name]) > 1:
+            found.append(f"{name} is set in lines {' and '.join(lines[name])}; the last one counts")
+        elif name not in rules and near:
+            found.append(f"{name} is no setting that the trainer reads{near}")
+        elif name.lower() in of:
+            found.append(
+                f"{name} is no setting that the trainer reads; set it in {of[name.lower()]}"
+            )
+    return found

@@ -1,0 +1,208 @@
+"""A session at the terminal: what is typed goes to the model in the format of its training mode.
+
+The model keeps its state between the turns: each is read after all that was said before, as records
+follow each other in training.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import mlx.core as mx
+
+from bdh_lib.cli import Interrupts
+from bdh_lib.compute.state import State
+from bdh_lib.data import formats
+from bdh_lib.errors import UserError, visible
+from bdh_lib.files import expanded, made_aside
+from bdh_lib.generation.decoding import Stops, Terminal, outgrown, read, rows, write
+from bdh_lib.generation.sampling import Sampling
+from bdh_mlx import BDH, save_state
+
+PIECE = 256  # bytes of a question that are read at once
+HISTORY = Path("~/.bdh_history").expanduser()
+HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
+/temp 0.7     temperature; 0: the likeliest byte
+/reset        forget all that was said, back to the state of --load-state if one was given
+/save FILE    all that was said, for --prompt-file; to a .safetensors file the state, --load-state
+/quit         leave, as Ctrl-D does; Ctrl-C stops an answer
+"""           on a line of its own begins and ends a text of several lines'''
+
+
+def lines_edited() -> None:
+    """Let input() edit its line, know earlier ones and take several pasted lines as one."""
+    with suppress(ImportError):  # some Pythons have no readline; input() works without
+        import readline
+
+        with suppress(OSError):
+            readline.read_history_file(HISTORY)
+        readline.set_history_length(1000)
+        if "libedit" not in readline.__doc__:  # which cannot: there, """ is the way
+            readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def lines_kept() -> None:
+    """Write the history, where there is one and it can be written."""
+    with suppress(ImportError, OSError):
+        import readline
+
+        os.close(os.open(HISTORY, os.O_CREAT | os.O_WRONLY, 0o600))  # for its owner alone
+        readline.write_history_file(HISTORY)
+
+
+def typed(prompt: str = "> ") -> str:
+    """A line, or the lines between two of triple quotes. Raises EOFError at the end of input."""
+    line = input(prompt)
+    if line.strip() != '"""':
+        return line
+    lines = []
+    with suppress(EOFError):  # Ctrl-D ends the text, too
+        while (line := input(". ")).strip() != '"""':
+            lines.append(line)
+    return "\n".join(lines)
+
+
+class Session:
+    """Turns with a model of one mode (None: what is typed is read as it is)."""
+
+    def __init__(
+        self,
+        model: BDH,
+        sampling: Sampling,
+        key: mx.array,
+        stops: Sequence[bytes],
+        budget: int,
+        mode: str | None,
+        state: State | None = None,
+    ):
+        self.start = state or State()  # what was read before the session
+        self.model, self.sampling, self.key = model, sampling, key
+        self.stops, self.budget, self.mode = stops, budget, mode
+        self.system, self.saved, self.noted = "", set(), False  # files; that it grew too long
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that was said."""
+        self.state, self.text = self.start, bytearray()  # what was read, and of it what was said
+
+    def run(self) -> None:
+        """Take turns until Ctrl-D or /quit."""
+        lines_edited()
+        Interrupts.end_the_process = False  # Ctrl-C ends an answer, not the session
+        note = formats.EXPECT.get(self.mode, "no training mode is known: text is read as it is")
+        print(f"note: {note}\n/help lists the commands")
+        try:
+            while (line := self.next_line()) is not None and line.strip() != "/quit":
+                try:
+                    if line.startswith("/"):
+                        name, *argument = line.split(None, 1)
+                        self.command(name, *argument or [""])
+                    elif line:
+                        self.turn(line)
+                except UserError as error:
+                    print(f"error: {visible(str(error))}")
+        finally:
+            lines_kept()
+
+    def next_line(self) -> str | None:
+        """What is typed; None at the end. Ctrl-C starts the line anew."""
+        while True:
+            try:
+                return typed()
+            except KeyboardInterrupt:
+                print()
+            except EOFError:
+                print()
+                return None
+
+    def command(self, name: str, argument: str) -> None:
+        """Do what a line that begins with / says. Raises UserError."""
+        if name == "/system":
+            if self.mode not in ("both", "full"):
+                raise UserError(f"/system: mode {self.mode} reads what is typed and no system text")
+            self.system = argument.strip()
+            print(f"system text: {visible(self.system) or 'none'}")
+        elif name == "/temp":
+            try:
+                self.sampling = replace(self.sampling, temperature=float(argument))
+            except (ValueError, UserError) as error:
+                reason = error if isinstance(error, UserError) else f"{argument!r} is no number"
+                raise UserError(f"/temp: {reason}") from None
+            print(f"temperature: {self.sampling.temperature:g}")
+        elif name == "/reset":
+            print(f"forgotten: {len(self.text):,} bytes")
+            self.reset()
+        elif name == "/save":
+            self.save(argument.strip())
+        elif name == "/help":
+            print(HELP)
+        else:
+            raise UserError(f"{name} is no command; /help lists them")
+
+    def save(self, name: str) -> None:
+        """Write all that was said, or the state after it. Raises UserError."""
+        if not name:
+            raise UserError("/save: name a file")
+        file = expanded(name, "/save")
+        if file.exists() and file not in self.saved:  # what this session saved it may save again
+            raise UserError(f"/save: {file} exists; name another file, or remove it")
+        if file.suffix == ".safetensors":
+            if not self.text:
+                raise UserError("/save: nothing was said yet")
+            save_state(file, self.model, self.state)
+            what = f"the state after {self.state.position:,} bytes"
+        else:
+            with made_aside(file) as making:
+                making.write_bytes(self.text)
+            what = f"{len(self.text):,} bytes"
+        self.saved.add(file)
+        print(f"saved {what} in {file}")
+
+    def turn(self, line: str) -> None:
+        """Read a line in its format and print the answer as it comes; Ctrl-C ends it."""
+        self.key, key = mx.random.split(self.key)
+        asked, terminal = self.asked(line), Terminal()
+        stop = Stops(self.stops, asked)
+        try:
+            for begin in range(0, len(asked), PIECE):  # of which each lets Ctrl-C in
+                piece = asked[begin : begin + PIECE]
+                logits, self.state = read(self.model, rows([piece]), self.state)
+                self.text += piece
+            seen = rows([self.text])
+            written = write(self.model, logits, self.state, self.sampling, key, seen)
+            for token, state in islice(written, self.budget):
+                self.state = state
+                self.text += bytes(token)
+                terminal.write(stop.feed(bytes(token)))
+                if stop.found:
+                    break
+        except KeyboardInterrupt:
+            pass
+        terminal.write(stop.end(), final=not self.sampling.utf8)
+        print()
+        loaded = self.start.position > 0
+        note = outgrown(self.model, self.state.window, self.state.position, loaded)
+        if note and not self.noted:
+            print(note)
+        self.noted = bool(note)
+
+    def asked(self, line: str) -> bytes:
+        """A line as the model reads it: in its mode's format, after what ends the record before."""
+        if self.mode is None:
+            return line.encode(errors="surrogateescape")
+        fields = {"system": self.system, "instruction": line}
+        if self.mode == "system":
+            fields["system"] = line
+        opening = formats.opening(fields, self.mode).encode(errors="surrogateescape")
+        return missing_end(self.text, self.mode) + opening
+
+
+def missing_end(text: bytes, mode: str) -> bytes:
+    """What of the end of a record, and of the blank line after it, `text` does not end in yet."""
+    if not text:
+        return b""
+    end = ((formats.STOP if mode == "full" else "") + formats.SEPARATOR).encode()
+    return end[max(n for n in range(len(end) + 1) if text.endswith(end[:n])) :]

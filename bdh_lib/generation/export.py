@@ -1,0 +1,154 @@
+"""`python generate.py RUN --export FOLDER`: a model for others, in the names of the official code.
+
+The folder holds model.safetensors, config.json and README.md, a model card whose licence is left
+to fill in. `hf upload NAME FOLDER` puts it on the hub.
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import bdh_mlx
+from bdh_lib import files
+from bdh_lib.data import split
+from bdh_lib.data.formats import NEEDED
+from bdh_lib.errors import UserError, visible
+from bdh_lib.flags import flag_of
+from bdh_mlx import BDHConfig
+
+CARD = """---
+license: other  # fill in: the licence you give, which that of the data must allow
+library_name: mlx
+tags: [bdh, byte-level]
+---
+
+# {name}
+
+A BDH ("Baby Dragon Hatchling", [arXiv 2509.26507](https://arxiv.org/abs/2509.26507)), a byte-level
+language model of {parameters:,} parameters, trained with BDH-MLX.
+
+| | |
+|---|---|
+{facts}
+
+```
+{command}
+```
+
+With BDH-MLX: `python generate.py model.safetensors{mode} --prompt "..."`. The official PyTorch code
+(pathwaycom/bdh) takes the weights as they are, but for `attn.freqs`, which it computes itself:
+
+```python
+import torch, bdh
+from safetensors.torch import load_file
+
+config = bdh.BDHConfig(**{config})
+model = bdh.BDH(config)
+model.load_state_dict(load_file("model.safetensors"), strict=False)
+```
+"""
+CELL = {ord("|"): r"\|", ord("\n"): " ", ord("<"): "&lt;"}  # text in a table
+
+
+def official(config: BDHConfig) -> dict:
+    """The fields that the official configuration has, too: dropout_v acts in training alone."""
+    return {name: value for name, value in asdict(config).items() if name != "dropout_v"}
+
+
+def command_of(settings: dict) -> str:
+    """The command that names each setting of the run but those of its place."""
+    words = ["python", "train_mlx.py"]
+    for name, value in settings.items():
+        if name not in (
+            "CHECKPOINT_DIR",
+            "RUN_NAME",
+            "FORCE",
+            "PROCESSES",
+            "PHASES",
+        ):
+            flag = flag_of(name)
+            if isinstance(value, bool):
+                words.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                words += [flag, "none" if value is None else str(value)]
+    return visible(shlex.join(words))
+
+
+def facts(checkpoint: Path) -> tuple[dict, dict]:
+    """Facts for the card, and the settings, of a run's checkpoint; nothing for a bare file."""
+    try:
+        about = files.read_object(checkpoint / "config.json")
+        settings, step = bdh_mlx.sound_settings(about["settings"]), about["step"]
+        told = {
+            "data": settings["DATASET"],
+            "mode": settings["TRAINING_MODE"],
+            "iterations": f"{step:,}",
+            "training data": f"{split.counted(about['data']['train']['records'])}"
+            f"{about['data']['train']['bytes']:,} bytes",
+        }
+    except (UserError, ValueError, KeyError, TypeError):
+        return {}, {}
+    with suppress(UserError, KeyError, TypeError):
+        best = files.read_object(checkpoint.parent / "best.json")
+        if best["step"] == step and math.isfinite(best["judged"]):
+            bits = best["judged"] / math.log(2)
+            told["validation"] = f"{bits:.4f} bits per byte, of {settings['LOSS_ON']} bytes"
+    own = about.get("own")
+    for name in own if isinstance(own, list) else []:  # no flag of another's trainer
+        settings.pop(name, None)
+    return told, settings
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder; on an error remove it and what was put into it. Raises UserError."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    before = set(folder.iterdir()) if folder.is_dir() else set()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            for path in set(folder.iterdir()) - before:
+                path.unlink()
+        for path in new:
+            with suppress(OSError):  # it was not made yet
+                path.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, UserError):
+            reason = f"cannot be written: {error.strerror}"
+            raise UserError(f"--export {folder} {reason}") from None
+        raise
+
+
+def tell(source: str, folder: Path) -> int:
+    """Export the model that `source` names. Raises UserError."""
+    weights = bdh_mlx.find_weights(source)
+    model = bdh_mlx.load_model(weights)
+    told, settings = facts(weights.parent)
+    told["shape"] = ", ".join(f"{k} {v}" for k, v in asdict(model.config).items())
+    rows = (f"| {k} | {visible(str(v)).translate(CELL)} |" for k, v in told.items())
+    card = CARD.format(
+        name=visible(files.absolute(folder).name),
+        parameters=model.config.n_parameters,
+        facts="\n".join(rows),
+        command=command_of(settings) if settings else "unknown: exported from weights alone",
+        config=official(model.config),
+        mode=f" --mode {told['mode']}" if told.get("mode") in NEEDED else "",
+    )
+    with _made(folder):
+        if any(folder.iterdir()):
+            raise UserError(f"--export {folder} is not empty; name a new folder")
+        bdh_mlx.save_model(model, folder / "model.safetensors")
+        for name, text in (
+            ("config.json", json.dumps(official(model.config), indent=1)),
+            ("README.md", card),
+        ):
+            with files.made_aside(folder / name) as making:
+                making.write_text(text, encoding="utf-8", errors="backslashreplace")
+    print(f"written: {folder}; fill in the licence in {folder / 'README.md'}, then, to share it:")
+    print(f"  hf upload YOUR_NAME/{shlex.join([files.absolute(folder).name, str(folder)])}")
+    return 0

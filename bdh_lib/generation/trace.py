@@ -1,0 +1,221 @@
+"""Look inside a BDH that reads: which neurons fire on a byte, which synapses are written and read.
+
+    python generate.py checkpoints_mlx/full --trace "The king moves"   # trace.png and trace.json
+    python generate.py checkpoints_mlx/full --trace "chess" --trace "bread"  # what tells them apart
+
+In a layer a byte excites neurons, x = relu(v Dx), and of those fire, y = x * relu(ln(a) Dy), which
+the memory a = q S agrees with (bdh_mlx.py has the equations). S, the sum over earlier bytes of the
+outer products q_s v_s^T, has neurons by n_embd numbers; what those numbers mean to the neurons is
+said by Dy. So a synapse is shown as an entry of S Dy, from a neuron excited earlier to a neuron
+that it makes fire. Rotation by position mixes the two neurons of a pair, so the first end is a pair
+of neurons, and its strength the length of its two entries: the most that any later byte can read.
+`read` is what the last byte did read of it: the pair's share of the sum ln(a) Dy of a neuron that
+fired. ln takes no mean off here, since each v has mean 0, and only divides.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+import bdh_mlx
+from bdh_lib.compute.layer import forward_segment, ln
+from bdh_lib.errors import UserError, visible
+from bdh_lib.files import MADE_BY, check_replaceable, expanded, made_aside
+from bdh_lib.generation.decoding import as_text, unescaped
+
+LONGEST = 512  # bytes of a text that are traced; every neuron of each is held in memory
+TOP = 10  # neurons and synapses listed
+
+
+class Traced(NamedTuple):
+    """One layer's reading of T bytes: x, y (H, T, N); q rotated x; v (T, D)."""
+
+    x: mx.array
+    y: mx.array
+    q: mx.array
+    v: mx.array
+
+
+def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[Traced]:
+    """What each layer computes for a text."""
+    v, (H, D, N) = ln(model.embed(mx.array([list(text)]))), model.encoder.shape
+    weights = (model.encoder, model.encoder_v, model.decoder.reshape(H, N, D))
+    for _ in range(model.config.n_layer):
+        after, _, kept = forward_segment(v, None, weights, 0, len(text))
+        x, q, y = kept[5], kept[7], kept[8]
+        yield Traced(x, y, q.reshape(x.shape), v[0])
+        v = after
+
+
+# ---------------------------------------------------------------------------------------- one text
+
+
+def strongest(values: mx.array, count: int = TOP) -> list[tuple[list[int], float]]:
+    """Place and value of the largest entries, largest first, those of 0 left out."""
+    flat = values.reshape(-1)
+    count = min(count, flat.size)
+    places = np.array(mx.argpartition(-flat, count - 1)[:count])
+    found = np.array(flat[mx.array(places)])
+    order = np.argsort(-found)
+    shaped = np.stack(np.unravel_index(places[order], values.shape), -1).tolist()
+    return [(p, f) for p, f in zip(shaped, found[order].tolist(), strict=True) if f > 0]
+
+
+def synapses(model: bdh_mlx.BDH, layer: Traced) -> dict[str, list[dict]]:
+    """The strongest synapses after the last byte, and of those before it the ones it read."""
+    written, read = [], []
+    for h in range(model.config.n_head):  # a head at a time: neurons by neurons is large
+        S = layer.q[h, :-1].T @ layer.v[:-1]
+        before = S @ model.encoder_v[h]  # (N, N)
+        last = layer.q[h, -1:].T @ layer.v[-1:] @ model.encoder_v[h]
+        pairs = mx.linalg.norm((before + last).reshape(-1, 2, last.shape[1]), axis=1)
+        written += [(h, place, value) for place, value in strongest(pairs)]
+        scale = mx.rsqrt(mx.var(layer.q[h, -1] @ S) + 1e-5)  # of ln
+        parts = (layer.q[h, -1][:, None] * before).reshape(-1, 2, last.shape[1]).sum(1) * scale
+        parts = mx.where(layer.y[h, -1] > 0, parts, 0)
+        read += [(h, place, value) for place, value in strongest(parts)]
+    told = {}
+    for name, found in (("written", written), ("read", read)):
+        found = sorted(found, key=lambda one: -one[2])[:TOP]
+        told[name] = [
+            {"head": h, "from": [2 * i, 2 * i + 1], "to": j, "strength": value}
+            for h, (i, j), value in found
+        ]
+    return told
+
+
+def trace(model: bdh_mlx.BDH, text: bytes) -> tuple[dict, np.ndarray, np.ndarray]:
+    """What JSON holds of a text; the share of neurons firing (L, T); y summed over layers (T, H*N).
+
+    A neuron is named by its head and its number in it: the layers share their neurons.
+    """
+    told, shares, summed = [], [], 0
+    for layer in layers(model, text):
+        fires = mx.mean(layer.y > 0, (0, 2))
+        shares.append(np.array(fires))
+        y = layer.y.swapaxes(0, 1)  # (T, H, N)
+        summed = summed + y.reshape(len(text), -1)
+        told.append(
+            {
+                "share_x": mx.mean(layer.x > 0).item(),
+                "share_y": mx.mean(layer.y > 0).item(),
+                "fires": [
+                    [{"head": h, "neuron": n, "y": value} for (h, n), value in strongest(row)]
+                    for row in y
+                ],
+                "synapses": synapses(model, layer),
+            }
+        )
+    return {"text": visible(as_text(text)), "layers": told}, np.array(shares), np.array(summed)
+
+
+# ----------------------------------------------------------------------------------- several texts
+
+
+def selective(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]]:
+    """For each text the neurons that fire on it and not on the others: how often in a byte of it,
+    over the layers, and on the other text where they fire most.
+    """
+    rates = []
+    for text in texts:
+        each = [mx.mean(layer.y > 0, 1) for layer in layers(model, text)]
+        rates.append(np.array(sum(each) / len(each)))  # (H, N)
+    found = []
+    for i, own in enumerate(rates):
+        other = np.max([r for j, r in enumerate(rates) if j != i], 0)
+        best = strongest(mx.array(own - other))
+        found.append(
+            [
+                {"head": h, "neuron": n, "here": float(own[h, n]), "elsewhere": float(other[h, n])}
+                for (h, n), _ in best
+            ]
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------ what is made
+
+
+def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
+    """Above, how many neurons fire on each byte by layer; below, the 40 that fire most."""
+    from bdh_lib.training.report import INK, canvas, panel  # late: it takes a second
+
+    most = np.argsort(-summed.sum(0))[:40]
+    figure = canvas(max(7, min(24, 0.16 * len(text))), 8)
+    above, below = figure.subplots(2, 1, height_ratios=[1, 3.2], sharex=True)
+    panel(above, "share of neurons that fire (y > 0), by layer")
+    bar = figure.colorbar(above.imshow(shares * 100, aspect="auto", cmap="Blues"), ax=above)
+    bar.set_label("%", color=INK)
+    panel(below, "the neurons that fire most: y over the layers, by head.neuron")
+    shown = summed[:, most].T
+    bar = figure.colorbar(below.imshow(shown, aspect="auto", cmap="Oranges"), ax=below)
+    for one in figure.axes:
+        one.grid(False)
+        one.tick_params(colors=INK, labelsize=7)
+    above.set_yticks(range(len(shares)))
+    below.set_yticks(range(len(most)), [f"{n // N}.{n % N}" for n in most.tolist()])
+    if len(text) <= 160:
+        letters = [chr(b) if 32 <= b < 127 else f"{b:02x}" for b in text]
+        below.set_xticks(range(len(text)), [s.replace("$", r"\$") for s in letters], fontsize=7)
+    return figure
+
+
+def places(out: Path | None) -> tuple[Path, Path]:
+    """The picture and the JSON file to make: trace.png and trace.json, in `out` where that is a
+    folder, else under the name `out`. Raises UserError where another file would be replaced.
+    """
+    stem = out or Path()
+    if stem.is_dir():
+        stem = stem / "trace"
+    stem = stem.with_suffix("") if stem.suffix in (".png", ".json") else stem
+    found = [stem.with_name(stem.name + suffix) for suffix in (".png", ".json")]
+    if not stem.parent.is_dir():
+        raise UserError(f"--out {out}: {stem.parent} is no folder")
+    for path in found:
+        check_replaceable(path, "--out")
+    return tuple(found)
+
+
+def tell(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -> int:
+    """Trace the first text into a picture and a JSON file; of several also what tells them apart.
+
+    A text @FILE stands for the lines of a file.
+    """
+    drawing, listing = places(out)
+    read = [line for text in texts for line in _lines(text)]
+    if not read:
+        raise UserError("--trace has no text; give at least one byte")
+    told, shares, summed = trace(model, read[0])
+    for i, layer in enumerate(told["layers"]):
+        print(f"layer {i}: x {layer['share_x']:.1%}, y {layer['share_y']:.1%} of neurons active")
+        for name, found in layer["synapses"].items():
+            ends = (f"{s['head']}.{s['from'][0]}+1 -> {s['head']}.{s['to']}" for s in found[:3])
+            print(f"  strongest synapses {name}: {', '.join(ends) or 'none'}")
+    if len(read) > 1:
+        told["texts"] = [visible(as_text(text)) for text in read]
+        told["selective"] = selective(model, read)
+        for text, found in zip(told["texts"], told["selective"], strict=True):
+            names = (f"{n['head']}.{n['neuron']} ({n['here']:.0%})" for n in found[:5])
+            print(f"only on {text[:40]!r}: {', '.join(names) or 'none'}")
+    from bdh_lib.training.report import drawn
+
+    figure = drawn(picture(read[0], shares, summed, model.config.neurons_per_head), "png")
+    with made_aside(drawing) as png, made_aside(listing) as text:
+        png.write_bytes(figure)
+        text.write_text(json.dumps({"made_by": MADE_BY} | told))
+    print(f"written: {drawing}, {listing}")
+    return 0
+
+
+def _lines(text: str) -> list[bytes]:
+    if text.startswith("@"):
+        try:
+            lines = expanded(text[1:], "--trace @FILE").read_bytes().splitlines()
+            return [line[:LONGEST] for line in lines if line]
+        except OSError as error:
+            raise UserError(f"--trace {text}: {error.strerror}") from None
+    return [unescaped(text)[:LONGEST]] if text else []

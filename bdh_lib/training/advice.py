@@ -1,0 +1,173 @@
+"""The guide's warning signs as checks on a run's metrics: what is seen and which setting to change.
+
+After an evaluation that shows a sign there is one line, of the first sign that explains what is
+seen; a healthy run gets none.
+"""
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+
+from bdh_lib.data.formats import FIELDS
+from bdh_lib.training.baselines import order_n
+
+RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
+JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ updates, to the next
+HARD = 10  # gradient norm, in GRAD_CLIPs, beyond which the clipping alone sets the step
+NOISE = 0.9  # share of the order-0 entropy above which text is noise
+LATE = 0.25  # share of a run by which it should know more than which byte follows which
+MILLION = 10**6  # bytes that are counted, for the time it takes
+RATE = 1e-3  # of the official training, and of the best of docs/log.md's runs
+
+
+def order_0(data: np.ndarray) -> float:
+    """Nats per byte of a model that knows only how often each byte occurs in `data`.
+
+    Without any data that is the uniform model.
+    """
+    if not len(data):
+        return math.log(256)
+    share = np.bincount(data, minlength=256) / len(data)
+    return float(-np.sum(share[share > 0] * np.log(share[share > 0])))
+
+
+def counting(loss_on: str, train: tuple, val: tuple) -> tuple[float, float]:
+    """Nats per byte, of the first million of each (bytes, fields) that LOSS_ON counts: order_0 of
+    val, and a model that counted in train which byte follows which.
+    """
+    known, judged = (first_counted(loss_on, *side) for side in (train, val))
+    return order_0(judged), order_n(known, judged, order=1) * math.log(2)
+
+
+def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.ndarray:
+    """The first MILLION bytes of `stream` that LOSS_ON counts, wherever they stand."""
+    if loss_on == "all":
+        return np.array(stream[:MILLION])
+    parts, found = [np.empty(0, np.uint8)], 0
+    for begin in range(0, len(stream), MILLION):  # the stream may be larger than the memory
+        counted = fields[begin : begin + MILLION] == FIELDS.index(loss_on)
+        parts.append(stream[begin : begin + MILLION][counted])
+        found += len(parts[-1])
+        if found >= MILLION:
+            break
+    return np.concatenate(parts)[:MILLION]
+
+
+def advise(
+    history: list[dict], s: SimpleNamespace, total: int, known: tuple[float, float]
+) -> dict[str, str]:
+    """Advice by the name of its sign, for the evaluation that ends `history` (metrics.jsonl).
+
+    total: updates of the whole run; known: what `counting` gives.
+    """
+    val = {m["step"]: m["judged"] for m in history if "judged" in m}
+    lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]
+             for a, b in pairwise([0, *(step for step in val if step)])}  # fmt: skip
+    if len(val) < 2 or not all(lines.values()):  # LOG_FREQ above EVAL_FREQ tells too little
+        return {}
+    run = SimpleNamespace(
+        val=val,
+        start=next(iter(val)),
+        now=list(val)[-1],
+        before=list(val)[-2],
+        best=min(list(val)[1:], key=val.get),
+        loss={b: float(np.mean([m["loss"] for m in lines[a, b]])) for a, b in lines},
+        lines=list(lines.values()),
+        total=total,
+        order_0=known[0],
+        order_1=known[1],
+    )
+    for sign in (overfitting, too_high, stuck, not_coherent, slow):
+        if said := sign(run, s):
+            return {sign.__name__: said}
+    return {}
+
+
+def lower(s: SimpleNamespace) -> str:
+    return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE / 3:.1g}"
+
+
+def higher(s: SimpleNamespace) -> str:
+    return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * 3:.1g}"
+
+
+def moved(run: SimpleNamespace, then: int) -> str:
+    """How both losses went from the evaluation at `then` to the last one."""
+    text = f"from iteration {then} to {run.now} validation went from {run.val[then]:.4f} to "
+    text += f"{run.val[run.now]:.4f}"
+    if then:
+        text += f" and the training loss from {run.loss[then]:.4f} to {run.loss[run.now]:.4f}"
+    return text
+
+
+def risen(run: SimpleNamespace, then: int) -> bool:
+    return run.val[run.now] > (1 + RISE) * run.val[then]
+
+
+def overfitting(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+    if risen(run, run.best) and run.loss[run.now] < run.loss[run.best]:
+        dropout = s.BDH_CONFIG.dropout
+        return (
+            f"overfitting: {moved(run, run.best)}. The best checkpoint is kept; for a better one "
+            f"raise dropout from {dropout:g} to {min(0.5, dropout + 0.2):g}, take more data, or "
+            f"lower {lower(s)}"
+        )
+
+
+def too_high(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+    lines, seen = run.lines[-1], []
+    norms = [math.inf if m["grad_norm"] is None else m["grad_norm"] for m in lines]
+    norm = float(np.median(norms))
+    skipped = lines[-1]["skipped"] - (run.lines[-2][-1]["skipped"] if len(run.lines) > 1 else 0)
+    jumps = [f"{a['loss']:.4f} to {b['loss']:.4f}" for a, b in pairwise(lines)
+             if b["loss"] > (1 + JUMP) * a["loss"]]  # fmt: skip
+    if skipped > 0:
+        seen.append(f"{skipped} updates were skipped")
+    if jumps:
+        seen.append(f"the training loss jumped from {', '.join(jumps)}")
+    if s.GRAD_CLIP and norm > HARD * s.GRAD_CLIP:
+        seen.append(f"the gradient's norm is {norm:.3g}, and GRAD_CLIP {s.GRAD_CLIP:g}")
+    if risen(run, run.best) or risen(run, run.start):
+        seen.append(moved(run, run.best if risen(run, run.best) else run.start))
+    if seen:
+        return f"learning rate too high: {'; '.join(seen)}. Lower {lower(s)}"
+
+
+def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+    """The rest of the run at this pace would not leave noise, or gain a RISE."""
+    if run.before < max(1, s.WARMUP_ITERS) or run.lines[-1][-1]["lr"] < s.LEARNING_RATE / 2:
+        return None  # slow for another reason
+    intervals = min(20, (run.total - run.now) / (run.now - run.before))
+    now, gain = run.val[run.now], (run.val[run.before] - run.val[run.now]) * intervals
+    above = now - NOISE * run.order_0
+    still = run.loss[run.now] > (1 - RISE) * run.loss[run.before]
+    if intervals > 0 and (gain < above or (gain < RISE * now and still)):
+        return (
+            f"stuck: {moved(run, run.before)}; at this pace the run ends near "
+            f"{min(now, now - gain):.2f}. Raise {higher(s)}; if that does not help, look at the "
+            f"data, or raise n_embd from {s.BDH_CONFIG.n_embd} to {2 * s.BDH_CONFIG.n_embd}"
+        )
+
+
+def not_coherent(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+    if run.val[run.now] > NOISE * run.order_0:
+        bits, known = (nats / math.log(2) for nats in (run.val[run.now], run.order_0))
+        end = "MAX_ITERS" if run.total == s.MAX_ITERS else "EPOCHS"
+        return (
+            f"not yet coherent: {bits:.2f} bits per byte, and to know only how often each byte "
+            f"occurs gives {known:.2f}: samples are noise. "
+            + ("Go on" if run.now < run.total else f"Double {end} ({vars(s)[end]:g})")
+        )
+
+
+def slow(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+    late = run.now >= max(LATE * run.total, 2 * s.WARMUP_ITERS)
+    if late and s.LEARNING_RATE < RATE and run.val[run.now] > run.order_1:
+        bits, known = (nats / math.log(2) for nats in (run.val[run.now], run.order_1))
+        return (
+            f"slow: {bits:.2f} bits per byte after {run.now} of {run.total} iterations; to know "
+            f"only which byte follows which gives {known:.2f}. Raise LEARNING_RATE from "
+            f"{s.LEARNING_RATE:g} to {RATE:g}"
+        )

@@ -1,0 +1,276 @@
+"""Checkpoints on disk. run/step-000500 is complete or absent; run/best.json names the best.
+
+A save writes aside, flushes to the disk, lists each file's size and sha256 in manifest.json, and
+only then renames: killed at any moment, it leaves the old checkpoints whole and at most a `.tmp`
+folder, which the next start removes. MLX alone would neither flush nor notice a flipped bit.
+"""
+
+import fcntl
+import hashlib
+import json
+import platform
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from bdh_lib import files
+from bdh_lib.errors import UserError, visible
+from bdh_mlx import BDH, read_arrays, save_model
+
+SAVED = ".saved"  # says that the run had a checkpoint, should they all be deleted
+
+
+class NoneValid(UserError):
+    """The run has no checkpoint that can be trusted, though it had one."""
+
+    exit_code = 3
+
+
+# ---------------------------------------------------------------------------------- the run folder
+
+
+def run_folder(s: SimpleNamespace) -> Path:
+    """Where the run of these settings is. Raises UserError for a name that could leave there."""
+    name = s.TRAINING_MODE if s.RUN_NAME is None else s.RUN_NAME
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
+        raise UserError(f"RUN_NAME is {name!r}; it must be 1 to 64 of the characters A-Za-z0-9._-")
+    return Path(s.CHECKPOINT_DIR, name)
+
+
+def folder(run: Path, step: int) -> Path:
+    return run / f"step-{step:06d}"
+
+
+def steps(run: Path) -> list[int]:
+    """Steps with a checkpoint in `run`, ascending."""
+    names = [f.name[5:] for f in run.glob("step-*") if f.is_dir() and not f.is_symlink()]
+    return sorted(int(n) for n in names if n.isdigit() and folder(run, int(n)).name[5:] == n)
+
+
+@contextmanager
+def opened(run: Path) -> Iterator[None]:
+    """Hold `run` for one trainer, swept of what a killed one left. Raises UserError."""
+    is_new = not run.exists()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"{run} cannot be written: {error.strerror}; see CHECKPOINT_DIR") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run} is being trained by another process; set RUN_NAME") from None
+        for litter in run.glob(".step-*.tmp"):
+            if litter.is_symlink():
+                litter.unlink()
+            else:
+                shutil.rmtree(litter, ignore_errors=True)
+        for name in ("best.json", "metrics.jsonl", "modes.json", "config.json"):
+            (run / f".{name}.tmp").unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # another one comes in, or it is gone
+                begun = {".lock", "metrics.jsonl"}
+                if is_new and {f.name for f in run.iterdir()} <= begun:  # refused before it trained
+                    shutil.rmtree(run)
+
+
+def write_best(run: Path, step: int, judged: float) -> None:
+    """Name the checkpoint of `step` the best, with the loss in nats that it is judged by."""
+    best = {"checkpoint": folder(run, step).name, "step": step, "judged": judged}
+    best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
+    files.write_whole(run / "best.json", json.dumps(best))
+
+
+def read_best(run: Path) -> dict:
+    """The best evaluation so far (checkpoint, step, judged in nats); {} before any.
+
+    A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
+    evaluation is the best then.
+    """
+    try:
+        best = json.loads((run / "best.json").read_text())
+        written = best.pop("sha256")
+        if hashlib.sha256(repr(best).encode()).hexdigest() != written:
+            raise ValueError
+        reason = damage(folder(run, best["step"])) if "judged" in best else "it has no loss"
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        reason = "best.json is not what was written"
+    if not reason:
+        return best
+    print(f"warning: no checkpoint is the best until the next validation: {visible(reason)}")
+    (run / "best.json").rename(unused(run, "damaged-best.json"))
+    return {}
+
+
+def unused(run: Path, name: str) -> Path:
+    """`name` with the first number behind it that no file has yet."""
+    return next(p for i in range(10**6) if not (p := run / f"{name}-{i}").exists())
+
+
+def prune(run: Path, keep: int, best: int | None) -> None:
+    """Delete all checkpoints but the last `keep` and that of step `best`, each at once."""
+    for step in steps(run)[:-keep]:
+        if step != best:
+            gone = folder(run, step).rename(run / f".{folder(run, step).name}.tmp")
+            shutil.rmtree(gone, ignore_errors=True)  # what a crash leaves, the next start sweeps
+
+
+# ----------------------------------------------------------------------------------- save and load
+
+
+def save(run: Path, step: int, model: BDH, optimizer, info: dict, raw: dict | None = None) -> None:
+    """Write the checkpoint of `step`, whole and durable. Raises UserError, the others untouched.
+
+    raw: the weights that are trained, where those of the model are their average (EMA).
+    """
+    final = folder(run, step)
+    making = run / f".{final.name}.tmp"
+    check_space(run, [model.parameters(), optimizer.state, raw or {}], 1)
+    if not _finite(tree_flatten([model.parameters(), optimizer.state, raw or {}])):
+        raise UserError(f"{final} not saved: it holds numbers that are not finite")
+    try:
+        making.mkdir()
+        save_model(model, making / "model.safetensors")
+        for name, tree in (("optimizer", optimizer.state), ("raw", raw)):
+            if tree:  # sorted: the same state, the same file
+                arrays = dict(sorted(tree_flatten(tree)))
+                mx.save_safetensors(str(making / f"{name}.safetensors"), arrays)
+        (making / "config.json").write_text(json.dumps({"step": step} | info, indent=1))
+        for file in making.iterdir():
+            files.flush(file)
+        manifest = {
+            f.name: {"bytes": f.stat().st_size, "sha256": files.sha256(f)} for f in making.iterdir()
+        }
+        (making / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in (making / "manifest.json", making):
+            files.flush(path)
+        making.rename(final)
+        files.flush(run)
+        (run / SAVED).touch()  # once the checkpoint is on the disk: without it the run is refused
+    except (OSError, RuntimeError) as error:  # RuntimeError: MLX could not write
+        shutil.rmtree(making, ignore_errors=True)
+        raise UserError(f"{final} not saved: {error}; earlier ones are intact") from None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why the checkpoint cannot be trusted, or None when each file is as it was written."""
+    if not checkpoint.is_dir():
+        return f"{checkpoint.name} is not there"
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name, written in manifest.items():
+            if (checkpoint / name).stat().st_size != written["bytes"]:
+                return f"{name} is not of the {written['bytes']:,} bytes written"
+            if files.sha256(checkpoint / name) != written["sha256"]:
+                return f"{name} has changed since it was written (sha256)"
+        if json.loads((checkpoint / "config.json").read_text())["step"] != int(checkpoint.name[5:]):
+            return "config.json tells another step"
+        if (
+            missing := {"model.safetensors", "optimizer.safetensors", "config.json"}
+            - manifest.keys()
+        ):
+            return f"manifest.json lacks {', '.join(sorted(missing))}"
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "manifest.json or config.json is not what was written"
+
+
+def newest_valid(run: Path) -> int:
+    """Step of the newest sound checkpoint, 0 if there is none at all; damaged ones are set aside.
+
+    Raises NoneValid when there are checkpoints but no sound one, or when there were some: never a
+    silent start from nothing.
+    """
+    found = steps(run)
+    for step in reversed(found):
+        if not (reason := damage(folder(run, step))):
+            return step
+        aside = folder(run, step).rename(unused(run, f"damaged-{step:06d}"))
+        print(f"warning: checkpoint {step} is damaged, kept as {aside.name}: {visible(reason)}")
+    if found or any(run.glob("damaged-[0-9]*")):
+        raise NoneValid(f"{run} has no sound checkpoint left; set RUN_NAME to start another run")
+    if (run / "metrics.jsonl").exists() and any((run / f).exists() for f in (SAVED, "best.json")):
+        raise NoneValid(
+            f"{run} had checkpoints, and they are gone. Put one back to go on; to start anew, set "
+            f"RUN_NAME, or move {run / 'metrics.jsonl'} elsewhere, which would be replaced"
+        )
+    return 0
+
+
+def load(run: Path, step: int, model: BDH, optimizer, raw: dict | None = None) -> None:
+    """Put checkpoint `step` into model, optimizer and raw, as `save` had them; call it before
+    compiling the step.
+    """
+    weights = _arrays_like(model.parameters(), folder(run, step) / "model.safetensors")
+    optimizer.state = _arrays_like(optimizer.state, folder(run, step) / "optimizer.safetensors")
+    if raw:
+        raw.update(_arrays_like(raw, folder(run, step) / "raw.safetensors"))
+    model.update(weights)
+
+
+def _arrays_like(tree, file: Path):
+    """The file's arrays as such a tree. Raises UserError naming each one that differs."""
+    found, wanted = read_arrays(file)[0], dict(tree_flatten(tree))
+    differ = []
+    for name in sorted(wanted.keys() | found.keys()):
+        have, need = (
+            f"{d[name].shape} {str(d[name].dtype)[9:]}" if name in d else "absent"
+            for d in (found, wanted)
+        )
+        if have != need:
+            differ.append(f"`{name}` is {have}, must be {need}")
+    if differ:
+        raise UserError(f"{file} is not this model's: {'; '.join(differ)}")
+    if not _finite(found.items()):
+        raise UserError(f"{file} holds numbers that are not finite")
+    return tree_unflatten(list(found.items()))
+
+
+def _finite(named: Iterable[tuple[str, mx.array]]) -> bool:
+    return all(mx.all(mx.isfinite(array)).item() for _, array in named)
+
+
+def read_info(run: Path, step: int) -> dict:
+    """config.json of a checkpoint: step, settings, data, versions."""
+    return json.loads((folder(run, step) / "config.json").read_text())
+
+
+def differing(there: dict, here: dict) -> dict[str, str]:
+    """What is not the same in both, by its name: "SEED: there 1, here 2"."""
+    return {k: f"{k}: there {there.get(k)}, here {v}" for k, v in here.items() if there.get(k) != v}
+
+
+# ------------------------------------------------------------------------------------------- disk
+
+
+def check_space(run: Path, trees: list, count: int) -> None:
+    """Raise UserError unless `count` checkpoints of these arrays fit on the disk of `run`."""
+    one = sum(array.nbytes for _, array in tree_flatten(trees))
+    free = shutil.disk_usage(run).free
+    if free < count * one * 1.05:
+        raise UserError(
+            f"{run}: {free / 1e6:,.0f} MB free on its disk; {count} checkpoints of "
+            f"{one / 1e6:,.0f} MB do not fit; lower KEEP or make room"
+        )
+
+
+def versions() -> dict:
+    """What a run is bitwise repeatable on: the same of each."""
+    return {
+        "mlx": mx.__version__,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "device": str(mx.default_device()),
+    }

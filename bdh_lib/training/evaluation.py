@@ -1,0 +1,102 @@
+"""The loss of a model on held out bytes, whole and by the field that each byte belongs to."""
+
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tqdm import tqdm
+
+from bdh_lib.data import split
+from bdh_lib.data.formats import FIELDS
+from bdh_lib.errors import UserError
+from bdh_lib.files import expanded
+from bdh_lib.training.distributed import World
+from bdh_lib.training.signals import at_once
+from bdh_mlx import BDH
+
+# On a terminal, of what takes over a second; it leaves no line behind.
+QUIET_BAR = {"unit_scale": True, "leave": False, "delay": 1, "disable": None}
+BLOCK_SIZE = 4096  # bytes read at once, where the checkpoint does not say what it was trained on
+
+
+def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
+    """Nats that each target costs, (B, T)."""
+    return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
+
+
+def evaluate(
+    losses, val, fields, B: int, T: int, stop=None, world: World | None = None
+) -> tuple[float, dict[str, float]]:
+    """Mean nats per byte of val, and of each field's bytes, in blocks of T (the last one shorter),
+    without dropout. `fields` tells each byte's place in FIELDS; the processes of `world` share it.
+    """
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    n = len(val) - 1
+    nats, count = np.zeros(len(FIELDS)), np.bincount(fields[1:], minlength=len(FIELDS))
+    parts = [*pairwise([*range(0, n - n % T, B * T), n - n % T, n])][rank::size]
+    with tqdm(total=n // size, desc="evaluation", unit="B", **QUIET_BAR) as bar:
+        for begin, end in parts:
+            if end > begin and not (stop and stop.number):
+                rows = (max(1, (end - begin) // T), -1)
+                idx, targets = (val[begin + i : end + i].astype(np.int32).reshape(rows)
+                                for i in (0, 1))  # fmt: skip
+                each = np.array(losses(mx.array(idx), mx.array(targets))).ravel()
+                nats += np.bincount(fields[begin + 1 : end + 1], each, len(FIELDS))
+                bar.update(end - begin)
+    if world:
+        nats = np.sum(world.all_gather_object(nats.tolist()), 0)
+    present = {name or "headers": i for i, name in enumerate(FIELDS) if count[i]}
+    return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
+
+
+def trace(losses: Callable, n_bytes: int, B: int, T: int) -> None:
+    """Let mx.compile see `losses` with each shape that evaluate reads; nothing is computed."""
+    n = n_bytes - 1
+    rows = n // T
+    for shape in {(B, T) if rows >= B else (0, T), (rows % B, T), (1, n % T)}:
+        if 0 not in shape:
+            zeros = mx.zeros(shape, mx.int32)
+            losses(zeros, zeros)
+
+
+def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
+    """A table of nats and bits per byte by field. Raises UserError."""
+    if mode is None:
+        raise UserError("the checkpoint names no training mode to format records in; give --mode")
+    path = expanded(dataset, "--evaluate")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # it would be read several times
+        raise UserError(f"--evaluate {path} is neither a file nor a folder; save it to a file")
+    print(f"reading {dataset}", file=sys.stderr)
+    # the table alone is on stdout, not that large data are being read
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        about, stream, fields = split.whole(dataset, mode, Path(folder))
+    if len(stream) < 2:
+        raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
+    T, B = model.trained_length or BLOCK_SIZE, settings.get("BATCH_SIZE", 1)
+    print(f"evaluating {len(stream):,} bytes", file=sys.stderr)
+    losses = mx.compile(partial(byte_losses, model))
+    with at_once():
+        trace(losses, len(stream), B, T)
+    whole, means = evaluate(losses, stream, fields, B, T)
+    count = np.bincount(fields[1:], minlength=len(FIELDS)).tolist()
+    counts = {name or "headers": n for name, n in zip(FIELDS, count, strict=True)}
+    n_bytes = len(stream) - 1
+    lines = [
+        f"{about['dataset']}: {split.counted(about['records'])}mode {mode}, {len(stream):,} bytes "
+        f"in blocks of {T:,}, as the trainer validates",
+        *(f"  {skip}" for skip in split.skips(about)),
+        f"{'field':11} {'bytes':>12} {'share':>7} {'nats/byte':>10} {'bits/byte':>10}",
+    ]
+    for name, mean in (means | {"whole": whole}).items():
+        n = counts.get(name, n_bytes)
+        bits = mean / math.log(2)
+        lines.append(f"{name:11} {n:12,} {n / n_bytes:7.1%} {mean:10.4f} {bits:10.4f}")
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""A chain of runs, each from the best weights of the one before, and what it makes them forget."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from bdh_lib import files
+from bdh_lib.compute import memory
+from bdh_lib.data import split
+from bdh_lib.data.formats import NEEDED
+from bdh_lib.errors import UserError
+from bdh_lib.flags import Settings
+from bdh_lib.training.signals import Stop
+from bdh_mlx import find_weights, load_model
+
+PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")
+
+
+def chain(s: Settings) -> list[Settings]:
+    """The settings of each run that PHASES names; without it, `s` alone. Raises UserError.
+
+    Run i of RUN_NAME r is r-1-system, r-2-instruction and so on, its INIT_FROM the run before.
+    """
+    if s.PHASES is None:
+        return [s]
+    runs = []
+    for i, phase in enumerate(s.PHASES.split(","), 1):
+        try:
+            mode, epochs, rate = PHASE.fullmatch(phase).groups()
+            own = {
+                "TRAINING_MODE": mode,
+                "EPOCHS": None if epochs == "none" else float(epochs),
+                "LEARNING_RATE": s.LEARNING_RATE if rate is None else float(rate),
+            }
+        except (AttributeError, ValueError):
+            raise UserError(
+                f"PHASES has {phase!r}; it must be mode:epochs or mode:epochs@learning_rate, "
+                'joined by commas: "system:3,instruction:3@2e-5"'
+            ) from None
+        own["RUN_NAME"] = f"{s.RUN_NAME or 'phases'}-{i}-{mode}"
+        own["INIT_FROM"] = runs[-1].RUN_NAME if runs else s.INIT_FROM
+        runs.append(Settings(**vars(s) | own))
+    return runs
+
+
+def ancestry(source: Path) -> list[dict]:
+    """The weights file that `source` means and those it came from, the eldest first, by sha256."""
+    file = find_weights(source)
+    try:
+        before = json.loads(file.with_name("config.json").read_text()).get("ancestry", [])
+    except (OSError, ValueError, AttributeError):  # a bare file of weights, or another's
+        before = []
+    return [*before, {"weights": str(file), "sha256": files.sha256(file)}]
+
+
+def held_out(s: Settings, run: Path, stop: Stop, loss_in: Callable) -> dict[str, float]:
+    """Bits per byte of the run's best weights on the validation bytes of every mode that the data
+    serve; kept in modes.json, by field too. loss_in(model, mode) -> nats, nats by field.
+    """
+    told = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
+    told["data"] = split.fingerprint(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED)
+    file = run / "modes.json"
+    with suppress(OSError, ValueError):
+        known = json.loads(file.read_text())
+        if told.items() <= known.items():
+            return known["val_bpb"]
+    model = load_model(run)
+    model.compute = memory.choose(s)[1]
+    bpb, fields = {}, {}
+    for mode in NEEDED:
+        with suppress(UserError):  # a mode without data
+            loss, nats = loss_in(model, mode)
+            bpb[mode] = loss / math.log(2)
+            fields[mode] = {field: of / math.log(2) for field, of in nats.items()}
+    if not stop.number:
+        told |= {"val_bpb": bpb, "val_bpb_fields": fields}
+        files.write_whole(file, json.dumps(told, indent=1))
+    return bpb
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Bits per byte of every mode's held-out bytes after each run; (+0.31) has been forgotten since
+    an earlier one.
+    """
+    modes = list(next(iter(rows.values())))
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"{mode:>19}" for mode in modes)]
+    lowest = {}
+    for name, bpb in rows.items():
+        lost = {mode: bpb[mode] - lowest.get(mode, bpb[mode]) for mode in modes}
+        cells = [f"{bpb[m]:.4f}" + (f" (+{lost[m]:.4f})" if lost[m] > 0 else "") for m in modes]
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>19}" for cell in cells))
+        lowest = {mode: min(bpb[mode], lowest.get(mode, bpb[mode])) for mode in modes}
+    return "held out, bits per byte:\n" + "\n".join(lines)

@@ -1,0 +1,280 @@
+"""`python train_mlx.py --plan`: what a run would be, and what is odd in its data, without training.
+
+A byte model learns every fault of its data literally, so the data come first.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+
+from bdh_lib.compute import memory
+from bdh_lib.data import split
+from bdh_lib.data.formats import FIELDS, NEEDED, STOP, format_example, needed, pieces
+from bdh_lib.errors import UserError, visible
+from bdh_lib.training import phases
+from bdh_lib.training.runlog import duration
+from bdh_lib.training.signals import at_once
+
+HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
+UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
+    rb"[\xc2-\xc5][\x80-\xbf]|\xe2[\x80-\xbf]{2}|\xf0[\x90-\xbf][\x80-\xbf]{2}"
+)
+NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
+SHOWN = 600  # bytes of the record that is printed
+
+# ------------------------------------------------------------------------------------- data doctor
+
+
+@dataclass
+class Findings:
+    """What one pass over all records found; counts of records where nothing else is said."""
+
+    odd: Counter = field(default_factory=Counter)
+    of_mode: dict = field(default_factory=lambda: {mode: Counter() for mode in NEEDED})  # bytes
+    usable: Counter = field(default_factory=Counter)  # by mode
+    digests: list = field(default_factory=list)  # of each training text of the run's own mode
+    fields: dict = field(default_factory=dict)  # of each such record, the digest of each field
+    in_val: list = field(default_factory=list)  # whether it validates, of each such record
+    example: str = ""
+
+
+def digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _bytes_under(codec: str) -> dict[int, int]:
+    """Byte by character of an 8-bit codec; a byte that it leaves undefined stands for itself."""
+    decoded = {b: bytes([b]).decode(codec, "ignore") or chr(b) for b in range(128, 256)}
+    return {ord(character): b for b, character in decoded.items()}
+
+
+CODECS = [_bytes_under(codec) for codec in ("cp1252", "latin1", "mac_roman")]
+
+
+def mojibake(text: str) -> str | None:
+    """The first UTF-8 of `text` that was read as Windows or Mac text, such as `â€™`, if any."""
+    for found in NOT_ASCII.finditer(text):
+        for codec in CODECS:
+            if sequence := UTF_8.search(bytes(codec.get(ord(c), 0) for c in found[0])):
+                return found[0][slice(*sequence.span())]
+    return None
+
+
+def examine(s: SimpleNamespace) -> Findings:
+    """Read every record once more; note what is odd in it and which side of the split has it."""
+    found = Findings()
+    cache = Path(s.CHECKPOINT_DIR) / ".data"
+    folder = split.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
+    has = json.loads((folder / "data.json").read_text())["fields"]
+    in_val = iter(np.load(folder / split.IN_VAL).tolist())
+    for record in split.read(s.DATASET):
+        contents = split.detect(record)[1] if isinstance(record, dict) else []
+        for content in filter(None, map(split.sound, contents)):
+            validates = next(in_val, False)  # a set on the hub may have grown since
+            serves = [m for m in NEEDED if "text" in content or {*needed(m, has)} <= {*content}]
+            for mode in serves:
+                found.usable[mode] += 1
+                for name, text in pieces(content, mode):
+                    found.of_mode[mode][name] += len(text.encode())
+            if s.TRAINING_MODE in serves:
+                _note(found, content, format_example(content, s.TRAINING_MODE), s)
+                found.in_val.append(validates)
+    return found
+
+
+def _note(found: Findings, content: dict, text: str, s: SimpleNamespace) -> None:
+    used = {name: content[name] for name in ("text", *NEEDED[s.TRAINING_MODE]) if name in content}
+    found.example = found.example or text
+    found.digests.append(digest(text))
+    for name, value in used.items():
+        found.fields.setdefault(name, []).append(digest(" ".join(value.split()).lower()))
+    if len(text.encode()) > s.BLOCK_SIZE:
+        found.odd["longer than BLOCK_SIZE"] += 1
+    for name, value in used.items():
+        if header := HEADER.search(value):
+            found.odd[f"`{header[0]}` inside {name}"] += 1
+        if name == "response" and STOP in value:
+            found.odd["the end mark `---` inside response"] += 1
+        if wrong := mojibake(value):
+            found.odd[f"mojibake in {name}, such as `{wrong}`"[:60]] += 1
+        if "\ufffd" in value:
+            found.odd[f"U+FFFD, a character lost before, in {name}"] += 1
+
+
+def oddities(found: Findings) -> list[str]:
+    """The findings as lines; mojibake is summed up by its field."""
+    n = len(found.digests)
+    odd = Counter()
+    for name, count in found.odd.items():
+        kind = name.split(", such as")[0]
+        odd[next((k for k in odd if k.split(", such as")[0] == kind), name)] += count
+    odd["with the same text as an earlier one"] = n - len(set(found.digests))
+    lines = [f"  {count:,} of {n:,} records: {name}" for name, count in odd.items() if count]
+    in_val = np.array(found.in_val)
+    train_texts = {d for d, val in zip(found.digests, in_val, strict=True) if not val}
+    both = sum(d in train_texts for d, val in zip(found.digests, in_val, strict=True) if val)
+    lines.append(f"  {both:,} of {in_val.sum():,} validation records are in the training split")
+    for name, digests in found.fields.items():
+        if len(digests) == n:
+            known = {d for d, val in zip(digests, in_val, strict=True) if not val}
+            same = sum(d in known for d, val in zip(digests, in_val, strict=True) if val)
+            lines.append(
+                f"  {same:,} of {in_val.sum():,} share their {name} with a training record"
+            )
+    return lines
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+def aligned(rows: list[tuple]) -> str:
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    cells = [[str(c).ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  " + "  ".join(row).rstrip() for row in cells)
+
+
+def modes(found: Findings) -> str:
+    """Records and bytes of each mode, by field."""
+    rows = [("mode", "records", "bytes", "bytes by field")]
+    for mode, sizes in found.of_mode.items():
+        parts = ", ".join(f"{name or 'headers'} {size:,}" for name, size in sizes.items())
+        rows.append((mode, f"{found.usable[mode]:,}", f"{sizes.total():,}", parts))
+    return aligned(rows)
+
+
+def peaks(s: SimpleNamespace) -> list[float]:
+    """Estimated peak memory of a step in GB, for each setting of MEMORY."""
+    shape = (s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE)
+    computes = [memory.compute_for(s.BDH_CONFIG, name, s.DTYPE) for name in memory.SETTINGS]
+    besides = memory.kept_besides(s)
+    return [(memory.estimate(*shape, compute) + besides) / 1e9 for compute in computes]
+
+
+def presets(trainer: ModuleType, sizes: dict[str, int]) -> str:
+    """Each preset on so many bytes of each mode, its other settings as the constants say."""
+    rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.SETTINGS, "fits")]
+    for name in trainer.PRESETS:
+        try:
+            s = trainer.settings(["--preset", name])
+        except UserError:
+            rows.append((name, "does not go with the constants", *[""] * (len(rows[0]) - 2)))
+            continue
+        n_bytes = sizes[s.TRAINING_MODE]
+        total = trainer.last_iteration(s, n_bytes) if n_bytes else 0
+        read = total * s.BLOCK_SIZE * trainer.sequences(s)
+        gb = peaks(s)
+        fits = [
+            k for k, g in zip(memory.SETTINGS, gb, strict=True) if g * 1e9 <= memory.available()
+        ]
+        rows.append(
+            (name, s.TRAINING_MODE, f"{s.BDH_CONFIG.n_parameters / 1e6:.1f}M", f"{total:,}",
+             f"{read / n_bytes:.2f}" if n_bytes else "no data", *(f"{g:.2f} GB" for g in gb),
+             fits[0] if fits else "no")
+        )  # fmt: skip
+    return aligned(rows)
+
+
+def measure(
+    trainer: ModuleType, s: SimpleNamespace, train_bytes: np.ndarray, compute
+) -> tuple[float, float]:
+    """Seconds of an update and of an evaluation's batch: the median of three after a first."""
+    model, optimizer, ema = trainer.init_model(s, compute)
+    micro_step, apply_update, state = trainer.compile_steps(
+        model, optimizer, ema, s.GRAD_CLIP, s.NOISE, s.EMA
+    )
+    losses_of = mx.compile(partial(trainer.byte_losses, model), inputs=[model.state])
+    B, T = s.BATCH_SIZE, s.BLOCK_SIZE
+    weights = mx.full((B, T), 1 / (B * T))
+    steps, evaluations = [], []
+    print("\nmeasuring the speed: compiling, then 4 updates")
+    for i in range(4):
+        batch = trainer.get_batch(train_bytes, i * B, B, T, s.SEED)
+        tick = time.perf_counter()
+        with at_once():
+            loss, gradients = micro_step(*batch, weights, mx.random.key(i))
+        mx.eval(apply_update(loss, gradients), state)
+        tock = time.perf_counter()
+        with at_once():
+            losses = losses_of(*batch)
+        mx.eval(losses)
+        steps.append((tock - tick) * s.GRAD_ACCUM)
+        evaluations.append(time.perf_counter() - tock)
+        print(f"  update {i + 1} of 4: {tock - tick:.1f} s", flush=True)
+    return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
+
+
+def tell(trainer: ModuleType, given: SimpleNamespace) -> int:
+    """Print the plan, of each of PHASES in turn; 0. Raises UserError for unusable data."""
+    for s in phases.chain(given):
+        if s.PHASES:
+            after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""
+            print(f"\n=== phase {s.RUN_NAME}{after}\n")
+        tell_run(trainer, s)
+    return 0
+
+
+def tell_records(s: SimpleNamespace) -> dict[str, int]:
+    """Print what the records hold; gives the training bytes of each mode."""
+    found = examine(s)
+    print("\nthe records that this mode trains on, what is odd in them and what validation shares:")
+    print(visible("\n".join(oddities(found))))
+    print(f"\nrecords and bytes by mode:\n{modes(found)}")
+    raw = found.example.encode()
+    print(f"\nthe first record as trained on, {len(raw):,} bytes, of which up to {SHOWN}:")
+    print(f"  {raw[:SHOWN]!r}")
+    return {mode: round(n.total() * (1 - s.VAL_SHARE)) for mode, n in found.of_mode.items()}
+
+
+def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
+    """The same of the training side of a ready split, which has no records to look at."""
+    rows = [("field", "training bytes")]
+    for i, name in enumerate(FIELDS):
+        if n := np.count_nonzero(fields == i):
+            rows.append((name or "headers", f"{n:,}"))
+    print(f"\na ready split, the same in every mode, without records to look at:\n{aligned(rows)}")
+    print(f"\nthe first {min(SHOWN, len(stream)):,} bytes:\n  {stream[:SHOWN].tobytes()!r}")
+    return dict.fromkeys(NEEDED, len(stream))
+
+
+def tell_run(trainer: ModuleType, s: SimpleNamespace) -> None:
+    """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
+    about, train, (val, _) = trainer.open_data(s)
+    train_bytes = train[0]
+    print(visible(split.describe(about)))
+    sizes = tell_split(*train) if split.ready_split(s.DATASET) else tell_records(s)
+    sizes[s.TRAINING_MODE] = len(train_bytes)
+
+    total = trainer.last_iteration(s, len(train_bytes))
+    per_iter = s.BLOCK_SIZE * trainer.sequences(s)
+    n = s.BDH_CONFIG.n_parameters
+    fits = memory.available() / 1e9
+    estimates = zip(memory.SETTINGS, peaks(s), strict=True)
+    each = 4 * n * (4 if s.EMA else 3)  # weights and their averages
+    checkpoints = (s.KEEP + 2) * each  # the best, and one being written
+    print(f"\nrun: {trainer.outlook(s, len(train_bytes))}")
+    print(f"model: {n:,} parameters, on {mx.default_device()}")
+    print(
+        f"memory: {', '.join(f'{k} {gb:.2f} GB' for k, gb in estimates)}; {fits:.1f} GB to be had"
+    )
+    prepared = 2 * (about["train"]["bytes"] + about["val"]["bytes"])  # bytes, and a field for each
+    print(f"disk: checkpoints {checkpoints / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
+    if not s.PHASES:
+        print("\npresets on these data (estimated memory of a step by MEMORY):")
+        print(presets(trainer, sizes))
+
+    name, compute, _ = memory.choose(s)
+    step, evaluation = measure(trainer, s, train_bytes, compute)
+    times = total // s.EVAL_FREQ + 1
+    evaluating = times * evaluation * len(val) / (s.BATCH_SIZE * s.BLOCK_SIZE)
+    print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY {name}, measured over 3 updates")
+    whole = duration(total * step + evaluating)
+    print(f"time to the end: {whole}, {duration(evaluating)} of it {times} evaluations; no samples")

@@ -1,0 +1,430 @@
+"""What a run tells: samples.md, curves.png and report.html, from its folder alone.
+
+    python -m bdh_lib.training.report RUN      # (re)draws the three in the run's folder
+    python -m bdh_lib.training.report RUN RUN  # compares runs: a table and compare.png
+
+The trainer redraws them at each evaluation. Losses are in bits per byte.
+"""
+
+if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
+    from bdh_lib import cli
+
+    cli.run(__file__)
+
+import html
+import io
+import logging
+import math
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import bdh_mlx
+from bdh_lib import files, flags
+from bdh_lib.data import split
+from bdh_lib.errors import UserError, visible
+from bdh_lib.training import runlog
+
+INK, LINES = "#808080", ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", "#d1495b"]
+POINTS = 1000  # of a curve, at most
+_told = set()  # runs whose report failed
+
+# ------------------------------------------------------------------------------------------- a run
+
+
+def read(run: Path) -> tuple[dict, list[dict]]:
+    """config.json and the lines of metrics.jsonl of a run. Raises UserError where there is none."""
+    try:
+        lines = runlog.read(run / "metrics.jsonl")
+    except RecursionError:  # JSON of too many brackets
+        raise UserError(f"{run / 'metrics.jsonl'} is damaged: it is no log of a run") from None
+    lines = [_sound(m) for m in lines if type(m["step"]) is int]
+    if not lines:
+        raise UserError(_no_run(run))
+    return _config_of(run), lines
+
+
+def _no_run(run: Path) -> str:
+    if not run.exists():
+        return f"{run} does not exist; name the folder of a run"
+    runs = sorted(file.parent.name for file in run.glob("*/metrics.jsonl"))
+    which = f"one or more of the runs in it: {', '.join(runs)}" if runs else "the folder of a run"
+    return f"{run} holds no metrics.jsonl; name {which}"
+
+
+def _config_of(run: Path) -> dict:
+    """config.json, without what is not as the trainer writes it, of which a warning tells."""
+    config, damaged = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}, []
+    try:
+        found = files.read_object(run / "config.json")
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return config
+    for name, empty in config.items():
+        value = found.get(name, empty)
+        if type(value) is type(empty) and _is_described(name, value):
+            config[name] = value
+        else:
+            damaged.append(name)
+    if damaged:
+        what = f"{', '.join(damaged)} not as the trainer writes it"
+        print(f"warning: {run / 'config.json'} is damaged: {what}", file=sys.stderr)
+    return config | {"settings": bdh_mlx.sound_settings(config["settings"])}
+
+
+def _is_described(name: str, value) -> bool:
+    """Whether the page can tell of a part of config.json."""
+    if name == "data" and value:
+        try:
+            split.describe(value)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+            return False
+    return True
+
+
+def _sound(m: dict) -> dict:
+    """A line of the log without values of another type than the trainer writes."""
+    others = ("val_bpb_fields", "advice", "samples", "active_x", "active_y")
+    kept = {k: value for k, value in m.items() if k not in others and _is_number(value)}
+    fields, advice, samples, x, y = map(m.get, others)
+    if isinstance(fields, dict):
+        kept["val_bpb_fields"] = {f: bits for f, bits in fields.items() if _is_number(bits)}
+    if isinstance(advice, dict):
+        kept["advice"] = advice
+    if isinstance(samples, list):
+        kept["samples"] = [text for text in samples if isinstance(text, str)]
+    lists = isinstance(x, list) and isinstance(y, list) and len(x) == len(y)
+    return kept | ({"active_x": x, "active_y": y} if lists and all(map(_is_number, x + y)) else {})
+
+
+def _is_number(value) -> bool:
+    """Whether a value is a number that can be drawn."""
+    right = isinstance(value, int | float) and not isinstance(value, bool)
+    return right and abs(value) < 1e300
+
+
+def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the lines that have a number under `key`, thinned to about POINTS; the
+    last one stays.
+    """
+    found = [(m["step"], m[key]) for m in lines if _is_number(m.get(key))]
+    step = math.ceil(len(found) / POINTS) or 1
+    thin = found[::step] + (found[-1:] if (len(found) - 1) % step else [])
+    steps, values = zip(*thin, strict=True) if thin else ((), ())
+    return list(steps), list(values)
+
+
+def bits(lines: list[dict]) -> list[dict]:
+    """The lines with the training loss, and the one that judges, in bits per byte too."""
+    names = (("loss", "bpb"), ("judged", "judged_bpb"))
+    return [m | {b: m[a] / math.log(2) for a, b in names if a in m} for m in lines]
+
+
+def best(lines: list[dict]) -> dict:
+    """The evaluation that judges the run best, that of the untrained model aside."""
+    evaluated = [m for m in bits(lines) if "judged" in m and m["step"]]
+    return min(evaluated, key=lambda m: m["judged"], default={})
+
+
+def judges(config: dict) -> str:
+    """Which bytes judge a run: "all bytes" or "response bytes"."""
+    return f"{config['settings'].get('LOSS_ON', 'all')} bytes"
+
+
+# ------------------------------------------------------------------------------------------ curves
+
+
+def canvas(width: float, height: float):
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # not that a HOME is lacking
+    from matplotlib.figure import Figure  # imported late, and without pyplot: a run needs neither
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def panel(axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=9, color=INK)
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.grid(color=INK, alpha=0.2, linewidth=0.6)
+    axes.margins(x=0.01)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def label(name) -> str:
+    """A name as matplotlib shows it: a $ begins no formula, a _ at its begin hides nothing."""
+    return " " * str(name).startswith("_") + visible(str(name)).replace("$", r"\$")
+
+
+def legend(axes) -> None:
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def curves(config: dict, lines: list[dict]):
+    """Loss above; learning rate, gradient norm and speed below; a matplotlib figure."""
+    figure = canvas(9, 5.4)
+    grid = figure.add_gridspec(2, 3, height_ratios=[1.7, 1])
+    loss = figure.add_subplot(grid[0, :])
+    panel(loss, "bits per byte")
+    of, known = judges(config), bits(lines)
+    loss.plot(
+        *series(known, "bpb"), color=LINES[0], linewidth=1, alpha=0.7, label=f"training, {of}"
+    )
+    steps, values = series([m for m in known if m["step"]] or known, "judged_bpb")
+    lowest = f", best {best(lines)['judged_bpb']:.3f}" if best(lines) else ""
+    loss.plot(steps, values, color=LINES[1], linewidth=2, marker="o", markersize=3,
+              label=f"validation, {of}{lowest}")  # fmt: skip
+    fields = sorted({f for m in lines for f in m.get("val_bpb_fields", ())})
+    for color, field in zip(LINES[2:], fields, strict=False):
+        of_field = [m | {field: m.get("val_bpb_fields", {}).get(field)} for m in lines if m["step"]]
+        loss.plot(*series(of_field, field), "--", color=color, linewidth=1, label=label(field))
+    legend(loss)
+    below = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("bytes_per_s", "bytes/s"))
+    for i, (key, title) in enumerate(below):
+        axes = figure.add_subplot(grid[1, i])
+        panel(axes, title)
+        axes.plot(*series(lines, key), color=LINES[0], linewidth=1)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axes.yaxis.get_offset_text().set(color=INK, fontsize=7)
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def drawn(figure, kind: str) -> bytes:
+    """The figure as a PNG on white, or as an SVG on nothing, whose text takes the page's font."""
+    import matplotlib
+
+    file, how = io.BytesIO(), {"dpi": 130, "facecolor": "white"}
+    how |= {"metadata": {"Software": files.MADE_BY}}
+    if kind == "svg":
+        how = {"transparent": True, "metadata": {"Date": None}}
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bdh"}):
+        figure.savefig(file, format=kind, **how)
+    return file.getvalue()
+
+
+# -------------------------------------------------------------------------------------------- page
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #222; --dim: #6b7280; --line: #e3e5e8; --back: #fff;
+  --box: #f6f7f8 }
+@media (prefers-color-scheme: dark) { :root { --ink: #d8dade; --dim: #8d949e; --line: #33373d;
+  --back: #16181b; --box: #1e2125 } }
+body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; color: var(--ink);
+  background: var(--back); font: 15px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 2.5rem 0 .6rem }
+p { margin: .3rem 0 } .dim { color: var(--dim) } svg { width: 100%; height: auto }
+svg text { font-family: inherit !important }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem;
+  margin: 1.4rem 0 }
+.tiles div { background: var(--box); border-radius: .5rem; padding: .6rem .9rem }
+.tiles b { display: block; font-size: 1.25rem; font-weight: 600 }
+pre { background: var(--box); border-radius: .5rem; padding: .8rem 1rem; margin: .5rem 0;
+  font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th { text-align: left; font-weight: 500; color: var(--dim) }
+td, th { border-bottom: 1px solid var(--line); padding: .25rem .8rem .25rem 0;
+  overflow-wrap: anywhere }
+summary { cursor: pointer; padding: .3rem 0; border-bottom: 1px solid var(--line) }
+.two tr { display: inline-flex; width: 50% } .two td { flex: 1 }
+.bar { background: #3b7dd8; height: .5rem; border-radius: .25rem; min-width: 1px }
+.note { border-left: 3px solid #e07b39; padding-left: .8rem; margin: .5rem 0 }
+"""
+
+
+def text(value) -> str:
+    """Any value as safe HTML text."""
+    if isinstance(value, float):
+        value = f"{value:.4g}"
+    if type(value) is int:
+        value = f"{value:,}"
+    return html.escape(visible(str(value)))
+
+
+def table(rows: list, head: tuple = (), kind: str = "") -> str:
+    cells = [f"<tr>{''.join(f'<th>{text(c)}</th>' for c in head)}</tr>"] if head else []
+    for row in rows:
+        cells.append("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>")
+    return f'<table class="{kind}">{"".join(cells)}</table>'
+
+
+def tiles(config: dict, lines: list[dict]) -> str:
+    """The figures to see first."""
+    last, lowest = lines[-1], best(lines)
+    speeds = sorted(series(lines, "bytes_per_s")[1])
+    facts = [
+        ("iterations", last["step"]),
+        (f"best bits per byte, {judges(config)}",
+         f"{lowest['judged_bpb']:.3f}" if lowest else "none yet"),
+        ("at iteration", lowest.get("step", "none yet")),
+        ("parameters", f"{config.get('parameters', 0) / 1e6:.1f} M"),
+        ("bytes/s, median", round(speeds[len(speeds) // 2]) if speeds else "none yet"),
+        ("peak memory", f"{max(series(lines, 'peak_gb')[1], default=0):.2f} GB"),
+    ]  # fmt: skip
+    boxes = (f'<div><span class="dim">{text(k)}</span><b>{text(v)}</b></div>' for k, v in facts)
+    return f'<div class="tiles">{"".join(boxes)}</div>'
+
+
+def samples_of(lines: list[dict]) -> list[tuple[int, list[str]]]:
+    return [(m["step"], m["samples"]) for m in lines if m.get("samples")]
+
+
+def activity(lines: list[dict]) -> str:
+    """Share of neurons that fire per layer, and how many never did in the best model."""
+    found = [(m["active_x"], m["active_y"]) for m in lines if "active_y" in m]
+    rows = ""
+    if found:
+        for i, (x, y) in enumerate(zip(*found[-1], strict=True)):
+            bars = "".join(
+                f'<td>{share:.1%}</td><td style="width:33%"><div class="bar" '
+                f'style="width:{min(1, share):.1%}"></div></td>'
+                for share in (float(x), float(y))
+            )
+            rows += f"<tr><td>layer {i}</td>{bars}</tr>"
+        what = ("x: excited by the byte", "y: fire, given the memory")
+        head = "<tr><th>" + "".join(f'<th colspan="2">{name}' for name in what)
+        rows = f"<table>{head}{rows}</table>"
+    if "dead" in (lowest := best(lines)):
+        rows += (
+            f'<p class="dim">{text(lowest["dead"])} neurons are dead at iteration '
+            f"{text(lowest['step'])}, the best: no validation byte of up to {runlog.WATCHED:,} "
+            "excited them in any layer.</p>"
+        )
+    return rows
+
+
+def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
+    """report.html: one page that needs no other file."""
+    settings, about = config["settings"], config["data"]
+    evaluated = [m for m in lines if m.get("val_bpb_fields")]
+    fields = list(evaluated[-1]["val_bpb_fields"].items()) if evaluated else []
+    advice = [
+        f"iteration {m['step']}: {note}"
+        for m in lines[::-1]
+        for note in (m.get("advice") or {}).values()
+    ]
+    said = samples_of(lines)[::-1]
+    parts = {
+        "Curves": svg[svg.index("<svg") :] if svg else "",
+        "Advice": "".join(f'<p class="note">{text(n)}</p>' for n in dict.fromkeys(advice)),
+        "Validation by field": table(fields, ("field", "bits per byte")) if fields else "",
+        "Activity": activity(lines),
+        "Samples": "".join(
+            f"<details {'open' if i == 0 else ''}><summary>iteration {text(step)}</summary>"
+            + "".join(f"<pre>{text(sample)}</pre>" for sample in texts)
+            + "</details>"
+            for i, (step, texts) in enumerate(said)
+        ),
+        "Data": f"<pre>{text(split.describe(about))}</pre>" if about else "",
+        "Settings": f'<div class="two">{table(list(settings.items()))}</div>',
+        "Machine": table(list(config["versions"].items())),
+    }
+    body = "".join(f"<h2>{name}</h2>{part}" for name, part in parts.items() if part)
+    what = f"mode {settings.get('TRAINING_MODE')}, data {settings.get('DATASET')}"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{text(run.name)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<style>{STYLE}</style><h1>{text(run.name)}</h1><p class="dim">{text(what)}</p>'
+        f"{tiles(config, lines)}{body}</html>\n"
+    )
+
+
+def transcript(lines: list[dict]) -> str:
+    """samples.md: what the model said at each evaluation, the newest last."""
+    at = {m["step"]: m["val_bpb"] for m in lines if "val_bpb" in m}
+    parts = ["# Samples\n"]
+    for step, texts in samples_of(lines):
+        loss = f", validation {at[step]:.4f} bits per byte" if step in at else ""
+        parts.append(f"## Iteration {step:,}{loss}\n")
+        for sample in map(visible, texts):
+            fence = "```"
+            while fence in sample:
+                fence += "`"
+            parts.append(f"{fence}text\n{sample}\n{fence}\n")
+    return "\n".join(parts)
+
+
+# ------------------------------------------------------------------------------------ what is made
+
+
+def write(run: Path) -> None:
+    """Make samples.md, curves.png and report.html of a run anew. Raises UserError."""
+    config, lines = read(run)
+    figure = curves(config, lines)
+    svg = drawn(figure, "svg").decode()
+    made = {
+        "samples.md": transcript(lines).encode(errors="backslashreplace"),
+        "curves.png": drawn(figure, "png"),
+        "report.html": page(run, config, lines, svg).encode(errors="backslashreplace"),
+    }
+    with ExitStack() as stack:  # a viewer finds the old or the new ones
+        for name, content in made.items():
+            stack.enter_context(files.made_aside(run / name)).write_bytes(content)
+
+
+def redraw(run: Path) -> None:
+    """`write` for the trainer: what goes wrong here is told once, and does not end a run."""
+    try:
+        write(run)
+    except Exception as error:
+        if run not in _told:
+            print(f"warning: no report in {run}: {visible(' '.join(str(error).split()))[:200]}")
+        _told.add(run)
+
+
+def compare(runs: list[Path], out: Path) -> str:
+    """Overlay the losses that judge runs, over the bytes trained on; a table of them."""
+    files.check_replaceable(out, "--out")
+    figure = canvas(9, 4)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, title in zip(panels, ("validation", "training"), strict=True):
+        panel(axes, f"{title}, bits per byte, over millions of bytes trained on")
+    rows = [
+        (
+            "run",
+            "parameters",
+            "iterations",
+            "million bytes",
+            "best bits/byte",
+            "judged on",
+            "bytes/s",
+        )
+    ]
+    for i, run in enumerate(runs):
+        config, lines = read(run)
+        s = {"BLOCK_SIZE": 1, "BATCH_SIZE": 1, "GRAD_ACCUM": 1, "PROCESSES": 1} | config["settings"]
+        each = s["BLOCK_SIZE"] * s["BATCH_SIZE"] * s["GRAD_ACCUM"] * s["PROCESSES"] / 1e6
+        for axes, key in zip(panels, ("judged_bpb", "bpb"), strict=True):
+            steps, values = series([m for m in bits(lines) if m["step"]], key)
+            style = {"color": LINES[i % len(LINES)], "linestyle": ("-", "--")[i // len(LINES) % 2]}
+            axes.plot([n * each for n in steps], values, label=label(run), linewidth=1.3, **style)
+        speeds = sorted(series(lines, "bytes_per_s")[1]) or [0]
+        rows.append(
+            (str(run), f"{config.get('parameters', 0):,}", f"{lines[-1]['step']:,}",
+             f"{lines[-1]['step'] * each:.2f}", f"{best(lines).get('judged_bpb', math.nan):.4f}",
+             judges(config), f"{speeds[len(speeds) // 2]:,.0f}")
+        )  # fmt: skip
+    legend(panels[0])
+    with files.made_aside(out) as making:
+        making.write_bytes(drawn(figure, "png"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+    return visible("\n".join([*lines, f"picture: {out}"]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = flags.Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="run", help="folder of a run")
+    parser.add_argument("--out", help="picture of a comparison (compare.png)", metavar="PNG")
+    parser.add_argument("--version", action="version", version=bdh_mlx.VERSION)
+    args = parser.parse_args(argv)
+    runs = [files.expanded(run, "run") for run in args.runs]
+    out = files.expanded("compare.png" if args.out is None else args.out, "--out")
+    if len(runs) > 1:
+        print(compare(runs, out))
+    elif args.out is not None:
+        raise UserError("--out is for a comparison; name several runs, or leave it out")
+    else:
+        write(run := files.absolute(runs[0]))  # "." has no name
+        print(f"report: {run / 'report.html'}")
+    return 0

@@ -1,0 +1,228 @@
+"""A run's metrics.jsonl, one JSON object per line that the trainer prints; which neurons fire."""
+
+import json
+import math
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout, suppress
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from bdh_lib import files
+from bdh_lib.compute.layer import forward_segment, ln
+from bdh_lib.errors import UserError
+from bdh_lib.training import checkpoints
+from bdh_lib.training.distributed import World
+from bdh_mlx import BDH
+
+WATCHED, PIECE = 4096, 256  # validation bytes whose neurons are counted; of them at once
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl that are as they were written; none without a file."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            m = json.loads(line)
+            if m.pop("crc32", crc32(m)) == crc32(m) and m["step"] >= 0:
+                lines.append(m)
+    return lines
+
+
+def crc32(m: dict) -> int:
+    """Of a line without it: a flipped bit may leave JSON that means something else."""
+    m = {name: value for name, value in m.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(m).encode())
+
+
+def sealed(m: dict) -> str:
+    return json.dumps(m | {"crc32": crc32(m)}) + "\n"
+
+
+def evaluations(history: list[dict]) -> list[int]:
+    """The steps that were evaluated, in order."""
+    return [m["step"] for m in history if "val_loss" in m]
+
+
+class RunLog:
+    """What a run has logged: its lines in `history`, also in metrics.jsonl and on the terminal, and
+    its `best` evaluation (step, judged in nats), also in best.json; {} before any.
+
+    The terminal gets lines as text, or the file `json_to` gets them as they are. Lines after
+    `step`, of work that was lost, are dropped, so that each step is told once; all are where a run
+    begins.
+    """
+
+    def __init__(self, run: Path, step: int, world: World, json_to=None):
+        self.run, self.world, self.json_to = run, world, json_to
+        self.path, self.last_saved = run / "metrics.jsonl", step
+        lines = self.sound_lines(step) if world.is_main else []
+        self.history = world.broadcast_object([m for m in lines if step and m["step"] <= step])
+        self.best = world.broadcast_object(checkpoints.read_best(run) if world.is_main else None)
+        if world.is_main:
+            files.write_whole(self.path, "".join(map(sealed, self.history)))
+
+    def sound_lines(self, step: int) -> list[dict]:
+        """The lines as they were written. A log with others is set aside, with a warning; the last
+        one may be cut in half, as by a kill.
+        """
+        lines = read(self.path)
+        if step and not self.path.exists():
+            print(f"warning: {self.path} is gone; what it told up to iteration {step} is lost")
+        elif self.path.exists() and self.path.read_bytes().count(b"\n") > len(lines):
+            aside = self.path.rename(checkpoints.unused(self.run, "damaged-metrics.jsonl"))
+            print(f"warning: lines of {self.path} are not what was written; kept as {aside.name}")
+        return lines
+
+    @property
+    def last_eval(self) -> int:
+        """The last step that was evaluated, -1 before any, or where the best one is lost."""
+        steps = evaluations(self.history)
+        return max(steps, default=-1) if self.best or steps == [0] else -1
+
+    def patience_exceeded(self, patience: int | None) -> bool:
+        """Whether so many evaluations came after the best one; a resumed run counts on."""
+        since = [e for e in evaluations(self.history) if e > self.best.get("step", math.inf)]
+        return patience is not None and len(since) >= patience
+
+    def save(self, step: int, write: Callable[[], None]) -> None:
+        """Let the main process write the checkpoint of `step`, and the others wait for it."""
+        if self.world.is_main:
+            write()
+        self.world.barrier()  # none goes on, or leaves, before it is on the disk
+        self.last_saved = step
+
+    def write_best(self, step: int, judged: float) -> None:
+        """Name the checkpoint of `step` the best one."""
+        self.best = {"step": step, "judged": judged}
+        if self.world.is_main:
+            checkpoints.write_best(self.run, **self.best)
+
+    def write(self, **m) -> None:
+        """Log a line. Raises UserError where metrics.jsonl cannot be written."""
+        for name, value in m.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                m[name] = None  # JSON knows no NaN
+        self.history.append(m)
+        if not self.world.is_main:
+            return
+        try:
+            with self.path.open("a") as file:
+                file.write(sealed(m))
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
+        if self.json_to:
+            print(sealed(m), end="", file=self.json_to, flush=True)
+        else:
+            bold = "val_loss" in m and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            tqdm.write(f"\x1b[1m{told(m)}\x1b[0m" if bold else told(m))
+
+
+class Meter:
+    """The progress bar, and what the log tells of the updates since its last line."""
+
+    def __init__(self, step: int, n_steps: int, bytes_per_step: int):
+        self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
+        self.bar = tqdm(total=n_steps, initial=step, disable=None, unit="it")
+        self.skipped = self.consecutive_skips = 0  # updates whose numbers were not finite
+        self.start_time = time.perf_counter()
+        self.clear()
+
+    def clear(self) -> None:
+        self.losses, self.seconds, self.timed_bytes = [], 0.0, 0
+
+    def start(self) -> None:
+        """An update begins."""
+        self.step_start = time.perf_counter()
+
+    def stop(self, step: int, loss: float, norm: float, counts: bool) -> None:
+        """Update number `step` is done; `counts`: its loss says something. The first compiles."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.consecutive_skips = 0
+            self.losses += [loss] if counts else []
+        else:
+            self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
+            tqdm.write(f"iter {step:>6} | update skipped: loss {loss}, norm {norm}")
+        self.bar.update()
+        if step > self.first_step + 1:
+            self.seconds += time.perf_counter() - self.step_start
+            self.timed_bytes += self.bytes_per_step
+
+    def minutes(self) -> float:
+        """Since the first update began."""
+        return (time.perf_counter() - self.start_time) / 60
+
+    def read(self, step: int) -> dict:
+        """Mean loss, speed and time left after `step`, for the log; then all begins anew."""
+        elapsed, done = time.perf_counter() - self.start_time, step - self.first_step
+        values = {
+            "loss": sum(self.losses) / len(self.losses),
+            "skipped": self.skipped,
+            "bytes_per_s": self.timed_bytes / max(self.seconds, 1e-9),
+            "peak_gb": mx.get_peak_memory() / 1e9,
+            "seconds_left": elapsed / done * (self.n_steps - step),
+        }
+        self.clear()
+        return values
+
+
+def told(m: dict) -> str:
+    """A line of metrics.jsonl as the terminal shows it."""
+    if "samples" in m:
+        return "\n".join(f"--- sample at iteration {m['step']}\n{text}" for text in m["samples"])
+    if "val_loss" in m:
+        fields = ", ".join(f"{k} {v:.2f}" for k, v in m["val_bpb_fields"].items())
+        loss = f"validation {m['val_loss']:.4f} | bits/byte {m['val_bpb']:.4f} ({fields})"
+        return "\n".join(
+            [f"iter {m['step']:>6} | {loss}", *map("advice: {}".format, m["advice"].values())]
+        )
+    norm = math.nan if m["grad_norm"] is None else m["grad_norm"]
+    return (
+        f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | norm {norm:.2f} | "
+        f"{m['bytes_per_s']:,.0f} bytes/s | peak {m['peak_gb']:.2f} GB | "
+        f"{duration(m['seconds_left'])} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    """In minutes, hours or days."""
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{seconds / 60:.1f} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 72 else f"{hours // 24:,} days"
+
+
+def printing(json_to, world: World):
+    """A context for print: to stderr beside lines of JSON, nowhere but in the first process."""
+    if not world.is_main:
+        return redirect_stdout(Path(os.devnull).open("w"))
+    return redirect_stdout(sys.stderr) if json_to else nullcontext()
+
+
+def activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int]:
+    """Share of the neurons that are not 0 in each layer, `active_x` and `active_y`, and how many
+    are `dead`, excited in no layer: over the first WATCHED bytes of val in blocks of T, without
+    dropout. The paper names 5 % for x, less for y.
+    """
+    watched, L = val[:WATCHED].astype(np.int32), model.config.n_layer
+    weights = (model.encoder, model.encoder_v, model.decoder.reshape(*model.encoder.shape[::2], -1))
+    active, excited = np.zeros((2, L)), mx.array(False)
+    for begin in range(0, len(watched), T):
+        block, S = watched[begin : begin + T], [None] * L
+        for position in range(0, len(block), PIECE):
+            v = ln(model.embed(mx.array(block[None, position : position + PIECE])))
+            for i in range(L):
+                v, S[i], kept = forward_segment(v, S[i], weights, position, PIECE)
+                x, y = kept[5], kept[8]
+                active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
+                excited = excited | mx.any(x > 0, -2)
+            mx.eval(excited)  # or each x would be kept to the end
+    x, y = (active / len(watched)).tolist()
+    return {"active_x": x, "active_y": y, "dead": excited.size - excited.sum().item()}

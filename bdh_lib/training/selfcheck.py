@@ -1,0 +1,189 @@
+"""`python train_mlx.py --selfcheck`: do model and trainer what they must, here and on this backend?
+
+In seconds; a table, and exit code 0 or 1.
+
+Tolerances are shares of the largest number compared; a GPU adds up in another order than a CPU.
+"""
+
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+
+import bdh_mlx
+from bdh_lib.compute import memory
+from bdh_lib.errors import visible
+from bdh_lib.training import checkpoints
+
+CONFIG = bdh_mlx.BDHConfig(n_layer=3, n_embd=32, n_head=2, mlp_internal_dim_multiplier=16)
+B, T, SEED = 2, 96, 1
+FIVE = {"embed.weight", "encoder", "encoder_v", "decoder", "lm_head"}
+CPU, GPU = 1e-4, 2e-2  # tolerances
+
+
+class Skipped(Exception):
+    """A check that this machine cannot make."""
+
+
+def a_model() -> bdh_mlx.BDH:
+    """Weights larger than at initialisation, so that logits are far from uniform."""
+    mx.random.seed(SEED)
+    model = bdh_mlx.BDH(CONFIG)
+    model.update({k: 8 * v for k, v in model.parameters().items() if isinstance(v, mx.array)})
+    return model
+
+
+def some_bytes(n: int) -> np.ndarray:
+    return np.random.default_rng(SEED).integers(0, 256, n, dtype=np.uint8)
+
+
+def batch_number(trainer: ModuleType, step: int) -> tuple[mx.array, mx.array]:
+    return trainer.get_batch(some_bytes(1000), step * B, B, T, SEED)
+
+
+def apart(one: mx.array, other: mx.array) -> float:
+    """Largest difference, as a share of the largest number."""
+    return (mx.max(mx.abs(one - other)) / mx.max(mx.abs(one))).item()
+
+
+def tolerance() -> float:
+    return GPU if memory.on_gpu() else CPU
+
+
+# ------------------------------------------------- the checks: (measured, tolerance) of each
+
+
+def five_arrays(trainer: ModuleType) -> tuple[float, float]:
+    names = {name for name, _ in tree_flatten(bdh_mlx.BDH(CONFIG).trainable_parameters())}
+    return len(names ^ FIVE), 0
+
+
+def largest(differences) -> float:
+    """Python's max would drop a NaN."""
+    return float(np.max([*differences]))
+
+
+def defined(trainer: ModuleType) -> tuple[float, float]:
+    """Loss and gradients in chunks of several lengths, and by the definition."""
+    model, batch, found = a_model(), batch_number(trainer, 0), []
+    for chunk in (None, 7, 32, T):
+        model.compute = replace(model.compute, chunk=chunk or T)
+        call = model if chunk else model.quadratic
+        gradient = nn.value_and_grad(model, lambda *a, call=call: call(*a)[1])
+        found.append([array for _, array in tree_flatten(gradient(*batch))])
+    pairs = (pair for other in found[1:] for pair in zip(found[0], other, strict=True))
+    return largest(apart(a, b) for a, b in pairs), tolerance()
+
+
+def byte_by_byte(trainer: ModuleType) -> tuple[float, float]:
+    model, (idx, _) = a_model(), batch_number(trainer, 0)
+    state, logits = None, []
+    for t in range(T):
+        out, state = model.read(idx[:, t : t + 1], state)
+        mx.eval(out)
+        logits.append(out)
+    return apart(model(idx)[0], mx.concatenate(logits, 1)), tolerance()
+
+
+def saved_and_loaded(trainer: ModuleType) -> tuple[float, float]:
+    model = a_model()
+    batch = batch_number(trainer, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        bdh_mlx.save_model(model, Path(folder) / "model.safetensors")
+        loaded = bdh_mlx.load_model(Path(folder) / "model.safetensors")
+    return abs(model(*batch)[1].item() - loaded(*batch)[1].item()), 0
+
+
+def resumed(trainer: ModuleType) -> tuple[float, float]:
+    """Six updates at once, and three, a checkpoint, and three; the largest difference of a weight.
+
+    0 on a CPU. A GPU adds up the gradient of the embedding in no fixed order, which Adam amplifies.
+    """
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        straight = updated(trainer, Path(one), 0, 6)
+        updated(trainer, Path(other), 0, 3)
+        again = updated(trainer, Path(other), 3, 6)
+    pairs = zip(tree_flatten(straight), tree_flatten(again), strict=True)
+    return largest(apart(a, b) for (_, a), (_, b) in pairs), GPU if memory.on_gpu() else 0
+
+
+def updated(trainer: ModuleType, run: Path, first: int, last: int) -> dict:
+    """Parameters after updates first .. last-1, from checkpoint `first`; leaves one of `last`."""
+    mx.random.seed(SEED)
+    model, optimizer = bdh_mlx.BDH(CONFIG), optim.AdamW(1e-3, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    if first:
+        checkpoints.load(run, first, model, optimizer)
+    micro_step, apply_update, state = trainer.compile_steps(model, optimizer, {}, 1.0)
+    for step in range(first, last):
+        batch = batch_number(trainer, step)
+        weights = mx.full((B, T), 1 / (B * T))
+        mx.eval(apply_update(*micro_step(*batch, weights, mx.random.key(step))), state)
+    checkpoints.save(run, last, model, optimizer, {})
+    return model.parameters()
+
+
+def devices() -> tuple | None:
+    """The GPU and the CPU, None where there is no GPU."""
+    return (mx.gpu, mx.cpu) if memory.on_gpu() else None
+
+
+def gpu_is_cpu(trainer: ModuleType) -> tuple[float, float]:
+    """Loss and every gradient, dropout included, on both."""
+    if not (both := devices()):
+        raise Skipped("no GPU that MLX uses")
+    before, found = mx.default_device(), []
+    try:
+        for device in both:
+            mx.set_default_device(device)
+            model, batch = a_model(), batch_number(trainer, 0)
+            gradient = nn.value_and_grad(model, lambda *a, model=model: model(*a)[1])
+            found.append(tree_flatten(gradient(*batch, mx.random.key(SEED))))
+            mx.eval(found)
+    finally:
+        mx.set_default_device(before)
+    return largest(apart(b, a) for (_, a), (_, b) in zip(*found, strict=True)), GPU
+
+
+CHECKS = {
+    "exactly five trainable arrays": five_arrays,
+    "in chunks = the definition": defined,
+    "read byte by byte = at once": byte_by_byte,
+    "saved and loaded: the same loss": saved_and_loaded,
+    "stopped and resumed = straight": resumed,
+    "GPU = CPU": gpu_is_cpu,
+}
+
+
+def tell(trainer: ModuleType) -> int:
+    """Print the table; 0 when every check that could be made holds."""
+    os.environ["MLX_ENABLE_TF32"] = "0"  # CUDA: products of all bits; read at the first product
+    print(f"{mx.default_device()}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
+    failed, began = 0, time.perf_counter()
+    for name, check in CHECKS.items():
+        try:
+            measured, allowed = check(trainer)
+            good = measured <= allowed
+            result = f"{'ok' if good else 'FAILED':<8}{measured:.1e} (at most {allowed:.0e})"
+        except Skipped as reason:
+            good, result = True, f"skipped {reason}"
+        except Exception as error:  # a check that breaks has failed, whatever the error
+            good, result = False, f"FAILED  {type(error).__name__}: {visible(str(error))}"
+        failed += not good
+        print(f"{name:<34}{result}")
+    verdict = f"{failed} of {len(CHECKS)} FAILED" if failed else "all hold"
+    print(f"{verdict}, in {time.perf_counter() - began:.1f} s")
+    return int(failed > 0)
+
+
+def versions() -> dict:
+    found = checkpoints.versions()
+    return {k: found[k] for k in ("mlx", "python", "machine")}

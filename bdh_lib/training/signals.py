@@ -1,0 +1,74 @@
+"""What lets a run outlive signals."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Thread
+
+from bdh_lib.training.distributed import World
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Let the system end the process at a signal: MLX traces the graph of a long block or a deep
+    model in one call of many seconds, and Python hears no signal before it returns.
+    """
+    heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stop:
+    """On SIGINT, SIGTERM or SIGHUP: leave at the next safe point, with the work saved; on a second
+    one, or before there is work to save, at once. `number` is the signal's, 0 before any. One of
+    several processes only notes it in `heard`: they leave together, at the next `sync`.
+    """
+
+    def __init__(self, world: World):
+        self.number, self.heard, self.can_defer, self.world = 0, 0, False, world
+
+    def __enter__(self):
+        heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+        self.before = {n: signal.signal(n, self.on_signal) for n in heard}
+        read, self.write = os.pipe()
+        os.set_blocking(self.write, False)
+        signal.set_wakeup_fd(self.write)
+        Thread(target=self.watch, args=(read,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self.write)
+
+    def on_signal(self, number, frame):
+        self.heard = number
+        if self.world.size == 1:
+            self.number = number
+
+    def watch(self, read: int) -> None:
+        """In a thread, since Python calls no handler while MLX computes or compiles in C++."""
+        heard = 0
+        while number := os.read(read, 1):
+            heard += 1
+            if heard > 1 or not self.can_defer:
+                why = "at the second signal" if heard > 1 else "before there was new work to save"
+                with suppress(OSError):  # nobody reads
+                    os.write(2, f"stopped {why}\n".encode())
+                os._exit(128 + number[0])  # nothing saved can be lost by this
+            with suppress(OSError):
+                os.write(2, b"stopping, once the iteration is done and saved\n")
+        os.close(read)
+
+    def sync(self):
+        """Take over what any process has heard; called by all of them at once."""
+        if self.world.size > 1:
+            self.number = max(self.world.all_gather_object(self.heard))

@@ -1,0 +1,505 @@
+"""Does it learn? Curves beside the official model, recipes, and the guide's question, measured.
+
+    python bench/experiments.py parity --official bdh.py --text tinyshakespeare.txt
+    python bench/experiments.py recipe --text tinyshakespeare.txt
+    python bench/experiments.py guide --records instructions_5mb.jsonl
+    python bench/experiments.py parity recipe --official bdh.py --text ... --gpus 2 --minutes 8
+    python bench/experiments.py plot results.jsonl curves.png [parity]
+
+Each job trains in a process of its own, ours with the trainer itself; rows go to --out, a JSON
+line a job, and a second call goes on with the jobs not done. --smoke: tiny models, on a CPU.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import shutil
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import jobs as queue  # noqa: E402
+
+from bdh_lib.training.baselines import bits_per_byte  # noqa: E402
+
+SEEDS = 3
+QUIET = "--sample-bytes 0 --save-freq 1000000 --keep 1 --eval-bytes none --epochs none"
+
+# Parity: what the official train.py does, and every byte block the same on both sides. No
+# schedule, no clipping; validation every 100 updates over all validation bytes.
+PARITY = (
+    "--block-size 512 --batch-size 32 --max-iters 700 --learning-rate 1e-3 --weight-decay 0.1 "
+    "--dropout 0.1 --warmup-iters 0 --min-learning-rate 1 --grad-clip none --eval-freq 100 "
+    "--patience none"
+)
+
+# The recipe: flags of a job over RECIPE's. The order is that of importance.
+RECIPE = (
+    "--mlp-internal-dim-multiplier 32 --dropout 0.5 --weight-decay 0.3 --block-size 512 "
+    "--batch-size 32 --max-iters 1500 --learning-rate 1e-3 --min-learning-rate 0.1 "
+    "--warmup-iters 100 --grad-clip 1 --eval-freq 100 --patience 3"
+)
+SWEEP = {
+    "base": "",
+    "noise": "--noise 0.1",
+    "dropout v": "--dropout-v 0.1",
+    "decay 1": "--weight-decay 1",
+    "average": "--ema 0.99",
+    "average, decay 1": "--weight-decay 1 --ema 0.99 --max-iters 2000",
+    "small-data": "--noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema 0.99 --max-iters 2000",
+    "dropout 0.7": "--dropout 0.7",
+    "width 384": "--n-embd 384 --dropout 0.6",
+    "layers 8": "--n-layer 8",
+    "blocks of 1024": "--block-size 1024 --batch-size 16",
+    "blocks of 256": "--block-size 256 --batch-size 64",
+    "dropout v 0.2, noise": "--dropout-v 0.2 --noise 0.1",
+    "multiplier 64": "--mlp-internal-dim-multiplier 64 --dropout 0.65",
+    "batch 16": "--batch-size 16 --max-iters 2500",
+    "layers 4": "--n-layer 4",
+    "rate 2e-3": "--learning-rate 2e-3",
+    "multiplier 16": "--mlp-internal-dim-multiplier 16 --dropout 0.4",
+}
+
+# The guide: its modes at equal bytes, the default model, one rate for all; then its Options at
+# their own settings, three epochs each.
+GUIDE = "--block-size 4096 --batch-size 2 --eval-freq 250"
+RATE = "--learning-rate 1e-3"
+OWN = "--epochs 3 --warmup-iters 100 --max-iters"
+ARMS = {  # name: phases of (mode, share of the updates, flags)
+    "both": [("both", 1, RATE)],
+    "phased": [("system", 0.13, RATE), ("instruction", 0.87, RATE)],
+    "full": [("full", 1, RATE)],
+    "full, loss on response": [("full", 1, f"{RATE} --loss-on response")],
+    "full, then on response": [("full", 0.7, RATE), ("full", 0.3, f"{RATE} --loss-on response")],
+    "instruction": [("instruction", 1, RATE)],
+    "Option 1": [("both", 1, f"{OWN} 5000 --learning-rate 5e-5")],
+    "Option 2": [("full", 1, f"{OWN} 8000 --learning-rate 3e-5")],
+    "Option 3": [
+        ("system", 0.5, f"{OWN} 3000 --learning-rate 1e-4"),
+        ("instruction", 0.5, f"{OWN} 3000 --learning-rate 5e-5"),
+    ],
+}
+MODES = ("system", "instruction", "both", "full")
+
+
+# --smoke: flags put after all others.
+TINY = "--n-layer 2 --n-embd 32 --n-head 2 --mlp-internal-dim-multiplier 8 --block-size 128 "
+TINY += "--batch-size 4 --eval-freq 10 --eval-bytes 20000"
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+def split_text(text: Path, folder: Path) -> Path:
+    """A ready split by bytes: the first 90 % to train on, the rest to validate."""
+    stream = np.fromfile(text, np.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    cut = int(0.9 * len(stream))
+    stream[:cut].tofile(folder / "train.bin")
+    stream[cut:].tofile(folder / "val.bin")
+    return folder
+
+
+def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, list]:
+    """A ready split for each mode, folder/MODE, the same records held out in all; the two sides.
+
+    Records of the same instruction go to the same side, so that no held-out one was trained on.
+    """
+    from bdh_lib.data import split
+    from bdh_lib.data.formats import FIELDS, SEPARATOR, pieces
+
+    lines = file.read_text(errors="replace").split("\n")
+    records = [split.detect(split._parse_line(line))[1][0] for line in lines if line.strip()]
+    records = [r for r in records if not split.fault(r, ("system", "instruction", "response"))]
+    asked = list(dict.fromkeys(r["instruction"] for r in records))
+    order = np.random.default_rng(0).permutation(len(asked))
+    held_out = {asked[i] for i in order[: round(share * len(asked))]}
+    sides = {side: [r for r in records if (r["instruction"] in held_out) == (side == "val")]
+             for side in ("train", "val")}  # fmt: skip
+    for mode in MODES:
+        (folder / mode).mkdir(parents=True, exist_ok=True)
+        for side, some in sides.items():
+            found = []
+            for record in some:
+                found += [("", SEPARATOR)] * bool(found) + pieces(record, mode)
+            parts = [(FIELDS.index(field), text.encode()) for field, text in found]
+            (folder / mode / f"{side}.bin").write_bytes(b"".join(text for _, text in parts))
+            labels = b"".join(bytes([field]) * len(text) for field, text in parts)
+            (folder / mode / f"{side}.fields").write_bytes(labels)
+    return sides
+
+
+# -------------------------------------------------------------------------------------------- jobs
+
+
+def seconds(flags: str) -> float:
+    """What a training run takes on an H100, roughly: 0.1 s for 16,384 bytes of 25.3M parameters."""
+    import train_mlx
+
+    s = train_mlx.settings(flags.split())
+    c, B, T = s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE
+    size = c.n_embd**2 * c.mlp_internal_dim_multiplier / 256 / 32768 * c.n_layer / 6
+    epoch = Path(s.DATASET, "train.bin").stat().st_size / (B * T)
+    iters = min(s.MAX_ITERS, (s.EPOCHS or math.inf) * epoch)
+    return 25 + iters * (0.008 + (0.1 if T <= 512 else 0.15) * size * B * T / 16384)
+
+
+def parity_jobs(args) -> list[dict]:
+    data = split_text(args.text, args.work / "text")
+    found = []
+    for seed in range(args.seeds):
+        flags = f"{PARITY} {QUIET} --dataset {data} --seed {seed}"
+        time = seconds(flags)
+        if args.official:
+            found.append({"name": f"official, seed {seed}", "of": "official", "do": "official",
+                          "phases": [flags], "seconds": 1.25 * time + 45})  # fmt: skip
+        found.append({"name": f"ours, seed {seed}", "of": "ours", "phases": [flags],
+                      "seconds": time})  # fmt: skip
+    return [job | {"in": "parity", "large": True} for job in found]
+
+
+def recipe_jobs(args) -> list[dict]:
+    data = split_text(args.text, args.work / "text")
+    found = []
+    for name, flags in SWEEP.items():
+        if args.only and name not in args.only:
+            continue
+        for seed in range(args.seeds if args.only else 1):
+            flags_of = f"{RECIPE} {QUIET} --dataset {data} {flags} --seed {seed}"
+            found.append({"in": "recipe", "name": f"recipe: {name}, seed {seed}", "of": name,
+                          "phases": [flags_of],
+                          "seconds": seconds(flags_of) * (0.4 + 0.6 * args.per_gpu)})  # fmt: skip
+    return found
+
+
+def guide_jobs(args) -> list[dict]:
+    folder = args.work / "records"
+    sides = split_records(args.records, folder)
+    print(f"guide: {', '.join(f'{len(some):,} {side} records' for side, some in sides.items())}")
+    found = []
+    for seed in range(min(args.seeds, 2)):
+        for name, arm in ARMS.items():
+            if (args.only and name not in args.only) or (seed and "Option" in name):
+                continue
+            phases = []
+            for mode, share, flags in arm:
+                iters = max(1, round(share * args.iterations))
+                phases.append(
+                    f"{GUIDE} {QUIET} --dataset {folder / mode} --training-mode {mode} "
+                    f"--max-iters {iters} --warmup-iters {min(100, iters // 5)} {flags} "
+                    f"--seed {seed}"
+                )
+            time = sum(seconds(phase) for phase in phases) + 15
+            job = {"in": "guide", "name": f"guide: {name}, seed {seed}", "of": name}
+            job |= {"phases": phases, "judge": str(folder), "large": True, "seconds": time}
+            found.append(job)
+    return found
+
+
+JOBS = {"parity": parity_jobs, "recipe": recipe_jobs, "guide": guide_jobs}
+
+
+# ---------------------------------------------------------------------------------- inside of a job
+
+
+def train(job: dict, work: Path) -> dict:
+    """The trainer, phase after phase; the curve of validation nats by update over all phases."""
+    from mlx.utils import tree_flatten
+
+    import bdh_mlx
+    import train_mlx
+
+    runs = work / "runs" / queue.slug(job["name"])
+    shutil.rmtree(runs, ignore_errors=True)
+    curve, speeds, before, trained = [], [], 0, 0
+    for i, flags in enumerate(job["phases"]):
+        argv = [*flags.split(), "--checkpoint-dir", str(runs), "--run-name", f"phase{i}"]
+        argv += ["--init-from", f"phase{i - 1}"] if i else []
+        s = train_mlx.settings(argv)
+        with contextlib.redirect_stdout(sys.stderr):
+            code = train_mlx.main(argv)
+        lines = (runs / f"phase{i}" / "metrics.jsonl").read_text().splitlines()
+        metrics = [json.loads(line) for line in lines]
+        curve += [(before + m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
+        speeds += [m["bytes_per_s"] for m in metrics if "bytes_per_s" in m]
+        before = before + metrics[-1]["step"]
+        trained += metrics[-1]["step"] * s.BATCH_SIZE * s.GRAD_ACCUM * s.BLOCK_SIZE
+        if code:
+            break
+    model = bdh_mlx.load_model(runs / f"phase{i}")
+    result = curve_result(curve) | {"bytes": trained, "exit_code": code}
+    result["bytes_per_s"] = round(statistics.median(speeds)) if speeds else None
+    result["parameters"] = sum(p.size for _, p in tree_flatten(model.parameters()))
+    if "judge" in job:
+        result["bits"] = judge(model, Path(job["judge"]), s.BLOCK_SIZE)
+    shutil.rmtree(runs)
+    return result
+
+
+def curve_result(curve: list) -> dict:
+    """The row's part that says how it went: the curve and its lowest point, the last phase's."""
+    start = max(i for i in range(len(curve)) if i == 0 or curve[i][0] <= curve[i - 1][0])
+    step, best = min(curve[start:], key=lambda point: point[1])
+    return {"curve": [(s, round(v, 4)) for s, v in curve], "best": round(best, 4), "at": step}
+
+
+def judge(model, folder: Path, T: int) -> dict:
+    """Bits per byte of the held-out records in each mode's format, by field."""
+    from functools import partial
+
+    import train_mlx
+    from bdh_lib.compute import memory
+
+    model.compute = memory.compute_for(model.config, "fast", "auto")
+    bits = {}
+    for mode in MODES:
+        val = [np.fromfile(folder / mode / f"val.{kind}", np.uint8) for kind in ("bin", "fields")]
+        mean, nats = train_mlx.evaluate(partial(train_mlx.byte_losses, model), *val, 4, T)
+        of = nats | {"all": mean}
+        bits[mode] = {field: round(loss / math.log(2), 4) for field, loss in of.items()}
+    return bits
+
+
+def official(job: dict, path: str) -> dict:
+    """The official model in PyTorch: bf16 autocast, torch.compile, and our order of the blocks."""
+    import torch
+
+    import train_mlx
+
+    spec = importlib.util.spec_from_file_location("official_bdh", path)
+    official = importlib.util.module_from_spec(spec)
+    sys.modules["official_bdh"] = official
+    spec.loader.exec_module(official)
+    s = train_mlx.settings(job["phases"][0].split())
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    train, val = (
+        np.fromfile(Path(s.DATASET, f"{side}.bin"), np.uint8) for side in ("train", "val")
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(s.SEED)
+    torch.set_float32_matmul_precision("high")
+    shape = {k: v for k, v in vars(s.BDH_CONFIG).items() if k != "dropout_v"}
+    model = official.BDH(official.BDHConfig(**shape)).to(device)
+    step_model = torch.compile(model) if device == "cuda" else model
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY
+    )
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
+
+    def blocks(stream, starts, length):
+        rows = stream[(starts[:, None] + np.arange(length + 1)) % len(stream)].astype(np.int64)
+        rows = torch.from_numpy(rows).to(device)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        model.eval()
+        n, T, nats = len(val) - 1, s.BLOCK_SIZE, 0.0
+        starts = T * np.arange(n // T)
+        groups = [(starts[i : i + s.BATCH_SIZE], T) for i in range(0, len(starts), s.BATCH_SIZE)]
+        for where, length in [*groups, (np.array([n - n % T]), n % T)]:
+            if length:
+                idx, targets = blocks(val, where, length)
+                with autocast:
+                    nats += model(idx, targets)[1].item() * targets.numel()
+        model.train()
+        return nats / n
+
+    curve, ticks = [], []
+    for step in range(s.MAX_ITERS + 1):
+        if step % s.EVAL_FREQ == 0 or step == s.MAX_ITERS:
+            curve.append((step, evaluate()))
+        if step == s.MAX_ITERS or stop:
+            break
+        tick = time.perf_counter()
+        where = train_mlx.block_starts(
+            len(train), step * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED
+        )
+        with autocast:
+            loss = step_model(*blocks(train, where, s.BLOCK_SIZE))[1]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        ticks.append(time.perf_counter() - tick)
+    bytes_per_s = s.BATCH_SIZE * s.BLOCK_SIZE / statistics.median(ticks)
+    parameters = sum(p.numel() for p in model.parameters())
+    return curve_result(curve) | {"bytes_per_s": round(bytes_per_s), "parameters": parameters}
+
+
+# ------------------------------------------------------------------------------------------ results
+
+
+def table(rows: list[dict]) -> str:
+    """A line for each kind of job, over its seeds: the lowest validation loss and where it was."""
+    kinds = list(dict.fromkeys((row["in"], row["of"]) for row in rows if "best" in row))
+    lines = [f"{'':<34}{'seeds':>6}{'best nats':>11}{'spread':>8}  at step        parameters  s"]
+    for kind in kinds:
+        some = [row for row in rows if (row["in"], row["of"]) == kind and "best" in row]
+        best = [row["best"] for row in some]
+        lines.append(
+            f"{': '.join(kind):<34}{len(some):>6}{statistics.mean(best):>11.4f}"
+            f"{max(best) - min(best):>8.4f}  {', '.join(str(r['at']) for r in some):<14} "
+            f"{some[0]['parameters']:>10,}  {statistics.mean(r['seconds'] for r in some):.0f}"
+            + (" cut off" if any(r["cut"] for r in some) else "")
+        )
+    lines += [f"{row['name']}: {row['failed']}" for row in rows if "failed" in row]
+    return "\n".join(lines)
+
+
+def parity_says(rows: list[dict]) -> str:
+    """Whether the two curves agree within the seeds: means by step, and the spread of each."""
+    curves = {of: [dict(r["curve"]) for r in rows if r["of"] == of] for of in ("official", "ours")}
+    if not all(curves.values()):
+        return "parity: one side is missing"
+    steps = sorted(set.intersection(*(set(c) for side in curves.values() for c in side)))
+    lines, apart = [f"{'step':>6}{'official':>18}{'ours':>18}{'difference':>12}"], {}
+    for step in steps:
+        values = {of: [c[step] for c in side] for of, side in curves.items()}
+        mean = {of: statistics.mean(v) for of, v in values.items()}
+        spread = {of: max(v) - min(v) for of, v in values.items()}
+        apart[step] = abs(mean["ours"] - mean["official"]) <= max(spread.values())
+        shown = "".join(f"{mean[of]:>10.4f} ±{spread[of] / 2:.4f}" for of in curves)
+        lines.append(f"{step:>6}{shown}{mean['ours'] - mean['official']:>12.4f}")
+    agree = sum(apart.values())
+    lines.append(
+        f"The means differ by no more than the larger spread of the seeds at {agree} of "
+        f"{len(steps)} steps."
+    )
+    return "\n".join(lines)
+
+
+SHOWN = [("system", "system"), ("instruction", "instruction"), ("both", "instruction"),
+         ("both", "system"), ("full", "system"), ("full", "instruction"),
+         ("full", "response")]  # fmt: skip
+
+
+def guide_says(rows: list[dict], folder: Path) -> str:
+    """Bits per byte by field and format of each arm, over its seeds, beside the baselines."""
+    title = "".join(f"{f'{field[:6]}/{mode[:6]}':>16}" for mode, field in SHOWN)
+    lines = [
+        "bits per byte of a field / in the format of a mode, held-out records",
+        " " * 24 + title,
+    ]
+    means = {}
+    for of in dict.fromkeys(row["of"] for row in rows if "bits" in row):
+        some = [row["bits"] for row in rows if row["of"] == of and "bits" in row]
+        line = f"{of:<24}"
+        for mode, field in SHOWN:
+            bits = [b[mode][field] for b in some]
+            means[of, mode, field] = statistics.mean(bits)
+            line += f"{means[of, mode, field]:>9.3f}" + (
+                f" ±{(max(bits) - min(bits)) / 2:.3f}" if len(bits) > 1 else " " * 7
+            )
+        lines.append(line)
+    read = {}
+    for field, mode in (("system", "system"), ("instruction", "instruction"), ("response", "full")):
+        sides = {}
+        for side in ("train", "val"):
+            stream = np.fromfile(folder / mode / f"{side}.bin", np.uint8)
+            from bdh_lib.data.formats import FIELDS
+
+            labels = np.fromfile(folder / mode / f"{side}.fields", np.uint8)
+            sides[side] = stream[labels == FIELDS.index(field)].tobytes()
+        read[field] = bits_per_byte(sides["train"], sides["val"])
+    for name in read["system"]:
+        line = "".join(f"{read[field][name]:>9.3f}       " for _, field in SHOWN)
+        lines.append(f"{name:<24}{line}")
+    pairs = [
+        ("both", "phased", "both", "instruction"),
+        ("both", "phased", "instruction", "instruction"),
+        ("full, loss on response", "full", "full", "response"),
+    ]
+    for one, other, mode, field in pairs:
+        if (one, mode, field) in means and (other, mode, field) in means:
+            a, b = means[one, mode, field], means[other, mode, field]
+            lines.append(f"`{one}` against `{other}`: {field} in the format of {mode} takes "
+                         f"{a:.3f} against {b:.3f} bits per byte, {(a - b) / b:+.1%}.")  # fmt: skip
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], file: str, experiment: str | None = None) -> None:
+    """Validation curves as a picture: a line for each job, a colour for each kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in rows if "curve" in r and (not experiment or r["in"] == experiment)]
+    kinds = list(dict.fromkeys(r["of"] for r in rows))
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for row in rows:
+        steps, values = zip(*[p for p in row["curve"] if p[0]], strict=True)
+        kind = kinds.index(row["of"])
+        first = next(r for r in rows if r["of"] == row["of"]) is row
+        axes.plot(steps, values, color=f"C{kind % 10}", label=row["of"] if first else None)
+    axes.set(xlabel="update", ylabel="validation loss, nats per byte")
+    low = min(v for r in rows for _, v in r["curve"])
+    axes.set_ylim(low - 0.03, low + 0.6)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", nargs="+", help=f"of {', '.join(JOBS)}; or: plot ROWS PICTURE [ONE]"
+    )
+    parser.add_argument("--text", type=Path, help="tinyshakespeare.txt")
+    parser.add_argument("--records", type=Path, help="a .jsonl of instruction records")
+    parser.add_argument("--official", help="path of pathwaycom/bdh's bdh.py; needs PyTorch")
+    parser.add_argument("--out", type=Path, default=Path("learn.jsonl"), help="file of the rows")
+    parser.add_argument("--work", type=Path, default=Path("learn.work"), help="data and runs")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs to spread over (0: a CPU)")
+    parser.add_argument("--per-gpu", type=int, default=1, help="jobs at once on each (1)")
+    parser.add_argument("--minutes", type=float, default=600, help="when the last job must be over")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of a job ({SEEDS})")
+    parser.add_argument("--iterations", type=int, default=1000, help="updates of a guide arm")
+    parser.add_argument("--only", action="append", help="these recipes or arms, all seeds")
+    parser.add_argument("--smoke", type=int, nargs="?", const=20, help="tiny models, 20 updates")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.what[0] == "plot":
+        return plot(queue.rows(Path(args.what[1])), args.what[2], *args.what[3:])
+    if args.job:
+        is_official = args.job.get("do") == "official"
+        result = official(args.job, args.official) if is_official else train(args.job, args.work)
+        print("\n" + json.dumps(result))
+        return
+    jobs = [job for what in args.what for job in JOBS[what](args)]
+    if args.smoke:
+        for job in jobs:
+            job["phases"] = [f"{phase} {TINY} --max-iters {args.smoke}" for phase in job["phases"]]
+            job["seconds"] = 5
+    print(f"{len(jobs)} jobs, about {sum(job['seconds'] for job in jobs):.0f} s of one GPU")
+
+    def command(job):
+        rest = ["--work", str(args.work), *(["--official", args.official] if args.official else [])]
+        return [sys.executable, __file__, "job", "--job", json.dumps(job), *rest]
+
+    names = {job["name"] for job in jobs}
+    rows = queue.spread(jobs, command, args.gpus, args.per_gpu, args.minutes, args.out)
+    print(table([row for row in rows if row["name"] in names]))
+    if "parity" in args.what:
+        print(parity_says([r for r in rows if r["in"] == "parity" and "curve" in r]))
+    if "guide" in args.what:
+        print(guide_says([r for r in rows if r["in"] == "guide"], args.work / "records"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Training speed and peak memory: ours, the quadratic form, and the official PyTorch model.
+
+    python bench/train_speed.py                        # shapes for a CPU, about 3 minutes
+    python bench/train_speed.py --official bdh.py      # beside pathwaycom/bdh; needs PyTorch
+    python bench/train_speed.py --gpu --official bdh.py
+    python bench/train_speed.py --gpu --memory         # measured and estimated peaks
+    python bench/train_speed.py --curve text.txt       # fast and quadratic losses over a training
+
+Each case is a full training step (loss, gradients, clipping, AdamW) on random bytes in a process of
+its own, one after the other on one machine: warm-up steps, then the median of timed ones. Prints
+one JSON line per case, then a table; `ratio` is bytes/s divided by those of the shape's first row,
+`growth` the time per byte divided by that of the same system at its smallest T.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = (
+    {"n_layer": 4, "n_embd": 64, "n_head": 4, "mlp_internal_dim_multiplier": 32},
+    [(1, 1024), (1, 4096), (1, 16384)],  # B, T
+)
+GPU = (
+    {"n_layer": 6, "n_embd": 256, "n_head": 4, "mlp_internal_dim_multiplier": 128},
+    [(2, 4096), (1, 16384), (32, 512), (1, 65536)],
+)
+WAYS = [  # chunk, rows, keep of layer.Compute, on the first three shapes of a GPU
+    (512, 32768, 4),
+    (512, 32768, 2),
+    (512, 8192, 1),
+    (512, 8192, 0),
+    (512, 4096, 0),
+]
+
+
+def cases(args: argparse.Namespace) -> list[dict]:
+    """Every system on every shape that it can do in the time and the memory there are."""
+    model, shapes = GPU if args.gpu else CPU
+    if args.memory:
+        shared = {"system": "ours", "model": model | {"dropout": 0.0}}
+        return [shared | {"B": B, "T": T, "way": way} for B, T in shapes[:3] for way in WAYS]
+    most_official, most_quadratic = (
+        (16384, 4096) if args.gpu else (4096, 1024)
+    )  # cost grows with T^2
+    found = []
+    for B, T in shapes:
+        official = ["official compiled" if args.gpu else "official eager"]
+        systems = official if args.official and most_official >= T else []
+        ours = ["fast"] if most_official >= T else ["balanced" if args.gpu else "fast"]
+        ours += ["fast, dropout 0.1", "balanced", "small"] if T == 4096 else []
+        systems = systems + [f"ours, {name}" for name in ours]
+        systems += ["quadratic"] if most_quadratic >= T and T in (1024, 4096) else []
+        for system in systems:
+            dropout = 0.1 if "dropout" in system else 0.0
+            found.append({"system": system, "B": B, "T": T, "model": model | {"dropout": dropout}})
+    return sorted(found, key=lambda case: case["system"] == "quadratic")  # the slowest last
+
+
+def timed(step, synchronize, steps: int) -> float:
+    """Median seconds of a step, after two that warm up."""
+    seconds = []
+    for _ in range(steps + 2):
+        began = time.perf_counter()
+        step()
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[2:])
+
+
+def build(system: str, shape: dict, B: int, T: int, way=None, rate=1e-3):
+    """The trainer's compiled step for a model computed as `system` says, and its estimated peak.
+
+    A `way` to compute, (chunk, rows, keep), is held from running ahead: its peak is what it needs.
+    """
+    sys.path.insert(0, str(ROOT))
+    import bdh_mlx  # isort: skip
+    import mlx.core as mx
+    import mlx.optimizers as optim
+
+    import train_mlx
+    from bdh_lib.compute import memory
+
+    class Quadratic(bdh_mlx.BDH):
+        """Scores T x T, gradients by MLX: what a plain port does."""
+
+        def __call__(self, idx, targets=None, key=None):
+            return self.quadratic(idx, targets)
+
+    mx.random.seed(0)
+    is_quadratic = system.startswith("quadratic")
+    model = (Quadratic if is_quadratic else bdh_mlx.BDH)(bdh_mlx.BDHConfig(**shape))
+    if "nudged" in system:
+        model.encoder = model.encoder * (1 + 2**-23)
+    peak = None
+    if not is_quadratic:
+        name = "fast" if way else system.split(", ")[1]
+        model.compute = memory.compute_for(model.config, name, "auto")
+        if way:
+            model.compute = replace(
+                model.compute, **dict(zip(("chunk", "rows", "keep"), way, strict=True))
+            )
+        peak = memory.estimate(model.config, B, T, model.compute)
+        mx.set_memory_limit(10**6) if way else memory.hold(peak)
+    optimizer = optim.AdamW(rate, weight_decay=0.1, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    micro_step, apply_update, state = train_mlx.compile_steps(model, optimizer, {}, 1.0)
+
+    def step(idx, targets):
+        weights = mx.full(idx.shape, 1 / idx.size)
+        loss, gradients = micro_step(idx, targets, weights, mx.random.key(1))
+        mx.eval(state, apply_update(loss, gradients))
+        return loss.item()
+
+    return step, peak
+
+
+def run_ours(case: dict, steps: int) -> dict:
+    step, estimate = build(*(case.get(k) for k in ("system", "model", "B", "T", "way")))
+    import mlx.core as mx
+
+    batch = mx.random.randint(0, 256, (2, case["B"], case["T"]))
+    began = time.perf_counter()
+    step(*batch)  # compiles
+    first = time.perf_counter() - began
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    seconds = timed(lambda: step(*batch), mx.synchronize, steps)
+    peak = mx.get_peak_memory() / 1e9
+    estimate = estimate and estimate / 1e9
+    device = str(mx.default_device())
+    result = {"seconds": seconds, "first_seconds": first, "peak_gb": peak}
+    return result | {"estimate_gb": estimate, "device": device}
+
+
+def curve(file: str, rate: float, steps: int = 200, B: int = 2, T: int = 512) -> str:
+    """Train the fast and the quadratic form on the same bytes; how far their losses part.
+
+    The yardstick is the quadratic form once more, its weights off by a rounding error: Adam makes
+    as much of a gradient that is all rounding as of a large one.
+    """
+    shape = CPU[0] | {"dropout": 0.0}
+    systems = ("quadratic", "ours, fast", "quadratic, nudged")
+    runs = {system: build(system, shape, B, T, rate=rate)[0] for system in systems}
+    import numpy as np
+
+    import train_mlx
+
+    stream, apart = np.fromfile(file, np.uint8), {system: [] for system in systems}
+    for i in range(steps):
+        batch = train_mlx.get_batch(stream, i * B, B, T, 0)
+        losses = {system: step(*batch) for system, step in runs.items()}
+        for system in systems:
+            apart[system].append(abs(losses[system] - losses["quadratic"]))
+    return "\n".join(
+        f"{system}, rate {rate:g}: loss {losses[system]:.4f} after {steps} steps, at most "
+        f"{max(apart[system][:50]):.1e} from the quadratic form in the first 50, "
+        f"{max(apart[system]):.1e} in all"
+        for system in systems
+    )
+
+
+def run_official(case: dict, steps: int, path: str) -> dict:
+    import torch
+
+    spec = importlib.util.spec_from_file_location("official_bdh", path)
+    official = importlib.util.module_from_spec(spec)
+    sys.modules["official_bdh"] = official
+    spec.loader.exec_module(official)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = official.BDH(official.BDHConfig(**case["model"])).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    if "compiled" in case["system"]:
+        model = torch.compile(model)
+    batch = torch.randint(0, 256, (2, case["B"], case["T"]), device=device)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            loss = model(*batch)[1]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds = timed(step, synchronize, steps)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+    return {"seconds": seconds, "peak_gb": peak, "device": device}
+
+
+def run(case: dict, args: argparse.Namespace) -> dict:
+    """One case in a process of its own: a peer that runs out of memory costs its row only."""
+    command = [sys.executable, __file__, "--case", json.dumps(case), "--steps", str(args.steps)]
+    command += ["--official", args.official] if args.official else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+        result = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        result = {"failed": f"over {args.timeout} s"}
+    except (IndexError, ValueError):
+        result = {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1][:200]}
+    return case | result
+
+
+def speed(result: dict) -> float:
+    """Bytes trained on per second."""
+    return result["B"] * result["T"] / result["seconds"]
+
+
+def table(results: list[dict]) -> str:
+    rows = [
+        f"{'system':<24}{'B':>4}{'T':>7}{'bytes/s':>10}{'ms':>9}{'peak GB':>9}{'estimate':>9}"
+        f"{'ratio':>7}{'growth':>8}"
+    ]
+    for r in results:
+        if "failed" in r:
+            rows.append(f"{r['system']:<24}{r['B']:>4}{r['T']:>7}  {r['failed']}")
+            continue
+        done = [p for p in results if "seconds" in p]
+        peer = next(p for p in done if (p["B"], p["T"]) == (r["B"], r["T"]))
+        first = min((p for p in done if p["system"] == r["system"]), key=lambda p: p["T"])
+        gb = ["" if r.get(k) is None else f"{r[k]:.2f}" for k in ("peak_gb", "estimate_gb")]
+        name = r["system"] + (f", {r['way']}" if "way" in r else "")
+        rows.append(
+            f"{name:<24}{r['B']:>4}{r['T']:>7}{speed(r):>10,.0f}{r['seconds'] * 1e3:>9,.1f}"
+            f"{gb[0]:>9}{gb[1]:>9}{speed(r) / speed(peer):>7.2f}{speed(first) / speed(r):>8.2f}"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--official", help="path of pathwaycom/bdh's bdh.py; needs PyTorch")
+    parser.add_argument("--gpu", action="store_true", help="the default model at GPU shapes")
+    parser.add_argument("--memory", action="store_true", help="peaks, measured and estimated")
+    parser.add_argument("--only", metavar="TEXT", help="systems whose name has TEXT in it")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a case (3)")
+    parser.add_argument("--timeout", type=int, default=180, help="seconds a case may take (180)")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--curve", metavar="FILE", help="compare 200 steps of training on its bytes"
+    )
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of --curve (1e-3)")
+    args = parser.parse_args()
+    if args.curve:
+        return print(curve(args.curve, args.rate))
+    if args.case:
+        official = args.case["system"].startswith("official")
+        done = (
+            run_official(args.case, args.steps, args.official)
+            if official
+            else run_ours(args.case, args.steps)
+        )
+        print(json.dumps(done))
+        return
+    results = []
+    for case in (case for case in cases(args) if (args.only or "") in case["system"]):
+        results.append(run(case, args))
+        print(json.dumps(results[-1]), flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
