@@ -11,21 +11,16 @@ One layer, the same weights in each; ln is LayerNorm without parameters, R_t rot
     v_t = ln(v_t + ln(sum over heads of y_t E))       back to D numbers
 
 No softmax, so a_t = (R_t x_t) S_t with synapses S_t = sum over s < t of (R_s x_s) v_s^T, a state of
-fixed size. Reading a block at once, in chunks, or byte by byte is one function (state.py).
+fixed size. Reading a block at once, in chunks, or byte by byte is one function
+(bdh_lib/compute/state.py).
 
     B batch   T bytes   D n_embd   H heads   N neurons per head   L layers   V vocabulary
     paper's Dx, Dy: `encoder`, `encoder_v` (H, D, N)   paper's E: `decoder` (H*N, D)
 """
 
-import hashlib
 import json
-import math
-import os
-import platform
-import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 
 import bdh_lib.compute  # noqa: F401  before mlx.core: it opens a fast BLAS on Linux
@@ -33,22 +28,20 @@ import bdh_lib.compute  # noqa: F401  before mlx.core: it opens a fast BLAS on L
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
-from bdh_lib import files
-from bdh_lib.compute.layer import Compute, dropout_mask, factor, layer, ln, rotate
-from bdh_lib.compute.state import PARTS, State, check_state, checked, fold, read
-from bdh_lib.errors import UserError, check_number, nearest
-from bdh_lib.generation import decoding
-from bdh_lib.generation.sampling import Sampling
+from bdh_lib import files, runs
+from bdh_lib.compute.arrays import read_arrays
+from bdh_lib.compute.layer import Compute, default_chunk, dropout_mask, factor, layer, ln
+from bdh_lib.compute.rope import rotate
+from bdh_lib.compute.state import State, check_state, checked, prefill, read
+from bdh_lib.errors import UserError, check, nearest, number, whole
 
-VERSION = f"BDH-MLX, mlx {mx.__version__}, python {platform.python_version()}"
-SIZES = (int, 1, 65536)  # least and largest
-LIMITS = {"n_layer": (int, 1, 1000), "n_embd": SIZES, "n_head": SIZES, "vocab_size": SIZES}
-LIMITS["mlp_internal_dim_multiplier"] = SIZES
-LIMITS["dropout"] = (float, 0, math.nextafter(1, 0), "a number of at least 0 and below 1")
-LIMITS["dropout_v"] = LIMITS["dropout"]
+SIZE, SHARE = whole(1, 65536), number("of at least 0 and below 1", lambda x: 0 <= x < 1)
+FIELDS = {"n_layer": whole(1, 1000), "n_embd": SIZE, "dropout": SHARE, "n_head": SIZE}
+FIELDS |= {"mlp_internal_dim_multiplier": SIZE, "vocab_size": SIZE, "dropout_v": SHARE}
+TEMPERATURE = number("that is 0 or 0.000001 to 1,000,000", lambda x: x == 0 or 1e-6 <= x <= 1e6)
+TOP_K = whole(1, 65536, none=True)
 
 
 @dataclass(frozen=True)
@@ -72,8 +65,8 @@ class BDHConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
-        for name, limits in LIMITS.items():
-            check_number(name, getattr(self, name), *limits)
+        for name, rule in FIELDS.items():
+            check(name, getattr(self, name), rule)
         neurons = self.n_embd * self.mlp_internal_dim_multiplier
         if neurons >= 2**31:  # a dimension of an array
             raise UserError(
@@ -121,7 +114,7 @@ class BDH(nn.Module):
         super().__init__()
         D, H, N = config.n_embd, config.n_head, config.neurons_per_head
         self.config = config
-        self.compute = Compute(chunk=max(128, 2 * D))
+        self.compute = Compute(chunk=default_chunk(D))
         self.trained_length: int | None = None  # BLOCK_SIZE of its training, where that is known
         self.embed = nn.Embedding(config.vocab_size, D)
         self.embed.weight = mx.random.normal((config.vocab_size, D)) * 0.02
@@ -130,16 +123,19 @@ class BDH(nn.Module):
         self.decoder = mx.random.normal((H * N, D)) * 0.02
         self.lm_head = mx.random.normal((D, config.vocab_size)) * 0.02
 
+    def weights(self) -> tuple[mx.array, mx.array, mx.array]:
+        """The paper's Dx, Dy (H, D, N) and E (H, N, D), which every layer shares."""
+        H, D, N = self.encoder.shape
+        return self.encoder, self.encoder_v, self.decoder.reshape(H, N, D)
+
     def __call__(self, idx, targets=None, key=None):
         """See above; computed as `self.compute` says, by layers with a gradient of their own."""
-        H, D = self.config.n_head, self.config.n_embd
-        weights = (self.encoder, self.encoder_v, self.decoder.reshape(H, -1, D))
         v = ln(self.embed(idx))  # (B, T, D)
         L, rates = self.config.n_layer, (self.config.dropout, self.config.dropout_v)
         if key is not None and self.config.dropout_v:
             v = v * factor(dropout_mask(mx.random.split(key, L + 1)[L], rates[1], v.shape), v.dtype)
         for key_l in [None] * L if key is None else mx.random.split(key, L):
-            v = layer(v, *weights, self.compute, key_l, *rates)
+            v = layer(v, *self.weights(), self.compute, key_l, *rates)
         logits = v @ self.lm_head
         if targets is None:
             return logits, None
@@ -157,20 +153,21 @@ class BDH(nn.Module):
         """The definition, layer by layer, the reference for all else: as __call__, no dropout."""
         v = ln(self.embed(idx))  # (B, T, D)
         for _ in range(self.config.n_layer):
-            v = self.layer(v)
+            v = self.quadratic_layer(v)
         logits = v @ self.lm_head
         if targets is None:
             return logits, None
         return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
 
-    def layer(self, v: mx.array) -> mx.array:
+    def quadratic_layer(self, v: mx.array) -> mx.array:
         """v (B, T, D) through the equations above; the batch is folded into the GEMMs' rows."""
         B, T, D = v.shape
+        Dx, Dy, E = self.weights()
         H, N = self.config.n_head, self.config.neurons_per_head
-        x = nn.relu(v.reshape(1, B * T, D) @ self.encoder)  # (H, B*T, N)
+        x = nn.relu(v.reshape(1, B * T, D) @ Dx)  # (H, B*T, N)
         a = attention_quadratic(rotate(x.reshape(H, B, T, N)), v)
-        y = nn.relu(ln(a).reshape(H, B * T, D) @ self.encoder_v) * x  # (H, B*T, N)
-        out = (y @ self.decoder.reshape(H, N, D)).sum(0)  # (B*T, D)
+        y = nn.relu(ln(a).reshape(H, B * T, D) @ Dy) * x  # (H, B*T, N)
+        out = (y @ E).sum(0)  # (B*T, D)
         return ln(v + ln(out).reshape(B, T, D))
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None) -> mx.array:
@@ -179,14 +176,23 @@ class BDH(nn.Module):
         temperature 0 takes the likeliest byte; top_k draws among the k likeliest. Without `key` the
         draws follow mx.random.seed. Raises UserError for an empty prompt or impossible settings.
         """
-        if key is None:
-            key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-        check_number("max_new_tokens", max_new_tokens, int, 0, 10**12)
-        sampling, idx = Sampling(temperature=temperature, top_k=top_k), checked(self, idx)
-        begun = decoding.read(self, idx)
-        written = decoding.write(self, *begun, sampling, key, np.array(idx))
-        new = (mx.array(token, idx.dtype) for token, _ in islice(written, max_new_tokens))
-        return mx.concatenate([idx, *(token[:, None] for token in new)], 1)
+        check("max_new_tokens", max_new_tokens, whole(0, 10**12))
+        check("temperature", temperature, TEMPERATURE)
+        check("top_k", top_k, TOP_K)
+        key = mx.random.key(mx.random.randint(0, 2**31 - 1).item()) if key is None else key
+        logits, state = prefill(self, idx)  # (B, V)
+        for _ in range(max_new_tokens):
+            if top_k is not None and top_k < logits.shape[1]:
+                least = mx.topk(logits, top_k).min(1, keepdims=True)
+                logits = mx.where(logits < least, -mx.inf, logits)
+            key, key_t = mx.random.split(key)
+            token = mx.argmax(logits, 1)
+            if temperature:
+                token = mx.random.categorical(logits / temperature, key=key_t)
+            idx = mx.concatenate([idx, token[:, None].astype(idx.dtype)], 1)
+            logits, state = read(self, token[:, None], state)
+            logits = logits[:, -1]
+        return idx
 
 
 def save_model(model: BDH, path: str | Path) -> None:
@@ -197,12 +203,6 @@ def save_model(model: BDH, path: str | Path) -> None:
     path = files.expanded(path, "the path of a model")
     if path.suffix != ".safetensors":  # MLX would add it
         raise UserError(f"{path} not saved: name a .safetensors file")
-    header = {name: json.dumps(value) for name, value in asdict(model.config).items()}
-    with files.made_aside(path) as making:
-        weights = dict(tree_flatten(model.parameters()))
-        mx.save_safetensors(str(making), weights, metadata=header)
-
-
 STATE_FORMAT = "bdh-mlx state 2"
 
 
@@ -381,6 +381,12 @@ def _is_safetensors(file: Path) -> bool:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
 
+    header = {name: json.dumps(value) for name, value in asdict(model.config).items()}
+    with files.made_aside(path) as making:
+        weights = dict(tree_flatten(model.parameters()))
+        mx.save_safetensors(str(making), weights, metadata=header)
+
+
 def load_model(path: str | Path) -> BDH:
     """The model saved at `path`: a .safetensors file, a checkpoint folder or a run folder.
 
@@ -388,8 +394,8 @@ def load_model(path: str | Path) -> BDH:
     come from the arrays, the number of layers, which no array shows, from the header, else it is 6.
     Raises UserError for a missing or damaged file and for arrays that are not a BDH's.
     """
-    file = find_weights(path)
-    if _changed(file):
+    file = runs.find_weights(path)
+    if runs.is_changed(file):
         raise UserError(f"{file} has changed since it was written (sha256 in manifest.json)")
     arrays, header = read_arrays(file)
     arrays = {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
@@ -403,33 +409,8 @@ def load_model(path: str | Path) -> BDH:
     model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays.items()])
     mx.eval(model.parameters())
     with suppress(UserError):
-        model.trained_length = settings_of(file).get("BLOCK_SIZE")
+        model.trained_length = runs.settings_of(file).get("BLOCK_SIZE")
     return model
-
-
-def settings_of(weights: Path) -> dict:
-    """The trainer's settings, from config.json beside the weights; {} where there are none.
-
-    Those that others compute with are left out where they are of another type. Raises UserError
-    where the file is there and damaged.
-    """
-    file = weights.with_name("config.json")
-    settings = files.read_object(file).get("settings", {})
-    if not isinstance(settings, dict):
-        raise UserError(f"{file} is damaged: its settings are no JSON object")
-    return sound_settings(settings)
-
-
-def sound_settings(settings: dict) -> dict:
-    """Settings from a config.json, which may hold anything, without those of a wrong type."""
-    settings = dict(settings)
-    for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "PROCESSES"):
-        if name in settings and not (type(settings[name]) is int and 0 < settings[name] < 2**31):
-            del settings[name]
-    for name in ("TRAINING_MODE", "LOSS_ON", "DATASET"):
-        if not isinstance(settings.get(name, ""), str):
-            del settings[name]
-    return settings
 
 
 def _config_of(arrays: dict, header: dict, file: Path) -> BDHConfig:

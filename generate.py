@@ -34,14 +34,15 @@ import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 import mlx.core as mx
 from tqdm import tqdm
 
-from bdh_lib import cli, files
+from bdh_lib import cli, files, runs
 from bdh_lib.compute.memory import compute_for
-from bdh_lib.compute.state import WINDOWS, State
-from bdh_lib.data import formats, split
-from bdh_lib.errors import UserError, check_number, visible
+from bdh_lib.compute.state import WINDOW as STATE_WINDOW
+from bdh_lib.compute.state import State
+from bdh_lib.data import columns, formats
+from bdh_lib.errors import UserError, check, visible, whole
 from bdh_lib.files import expanded
 from bdh_lib.flags import Parser, flag_of
-from bdh_lib.generation import chat, export, trace
+from bdh_lib.generation import chat, export, states, trace
 from bdh_lib.generation.decoding import (
     Stops,
     Terminal,
@@ -68,12 +69,12 @@ PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so 
 
 ALONE = {"evaluate": ["mode", "dtype"], "trace": ["out"], "export": []}  # what else acts on these
 MOST = 10**6  # texts of one command
-NUMBERS = LIMITS | {  # of each flag that takes one, as check_number takes it
-    "max_new_tokens": (int, 1, 10**12),
-    "samples": (int, 1, MOST),
-    "batch_size": (int, 1, 65536),
-    "window": WINDOWS,
-    "seed": (int, 0, 2**64 - 1),
+NUMBERS = LIMITS | {  # of each flag that takes one
+    "max_new_tokens": whole(1, 10**12),
+    "samples": whole(1, MOST),
+    "batch_size": whole(1, 65536),
+    "window": STATE_WINDOW,
+    "seed": whole(0, 2**64 - 1),
 }
 PATHS = ("model", "prompt_file", "prompts", "export", "load_state", "save_state", "out")
 TEXTS = ("evaluate", "trace", "stop")  # an empty --prompt begins a record
@@ -91,7 +92,7 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
         return lambda flag, text, **how: of.add_argument(flag, help=text, **how)
 
     add = parser.add_argument
-    add("--version", action="version", version=bdh_mlx.VERSION)
+    add("--version", action="version", version=cli.version())
     add("model", help="run folder, checkpoint folder or .safetensors file")
     add("--mode", choices=formats.NEEDED, help="training mode (the one the checkpoint names)")
 
@@ -131,9 +132,9 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", "same seed, same bytes, on one machine (random)", type=int)
 
     args, given = parsed(parser, argv)
-    for name, limits in NUMBERS.items():
+    for name, rule in NUMBERS.items():
         if name in given:
-            check_number(name_of(name), given[name], *limits)
+            check(name_of(name), given[name], rule._replace(none=False))
     for name in PATHS:
         if name in given:
             setattr(args, name, expanded(given[name], name_of(name)))
@@ -257,13 +258,13 @@ def prompts_of(record: dict, mode: str | None) -> list[bytes]:
         raise UserError(f"prompt is {type(record['prompt']).__name__}, not text")
     if mode is None:
         raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
-    structure, contents = split.detect(record, questions=True)
+    structure, contents = columns.detect(record, questions=True)
     needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
     for content in contents:
         given = ("system",) if content.get("system") else ()
-        if reason := split.fault(content, (needed, *given)):
+        if reason := columns.fault(content, (needed, *given)):
             raise UserError(reason)
-    return [formats.opening(split.sound(content), mode).encode() for content in contents]
+    return [formats.opening(columns.sound(content), mode).encode() for content in contents]
 
 
 def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
@@ -391,14 +392,14 @@ def stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:
             print()
     finally:  # after Ctrl-C, too
         if args.save_state:
-            bdh_mlx.save_state(args.save_state, model, state)
+            states.save_state(args.save_state, model, state)
 
 
 def start(model, args: argparse.Namespace) -> State:
     """What was read before: --load-state, else nothing; with --window. Raises UserError."""
     if not args.load_state:
         return State(window=args.window)
-    state = bdh_mlx.load_state(args.load_state, model)
+    state = states.load_state(args.load_state, model)
     if state.batch > 1:
         raise UserError(f"{args.load_state} holds {state.batch} texts; --load-state takes one")
     if args.window and args.window != state.window:
@@ -420,9 +421,9 @@ def main(argv: list[str] | None = None) -> int:
         check_bytes(model, args.model)
         return trace.tell(model, args.trace, args.out)
     if args.save_state:
-        bdh_mlx.state_file(args.save_state)  # now, not once all is written
+        states.state_file(args.save_state)  # now, not once all is written
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
-    weights = bdh_mlx.find_weights(args.model)
+    weights = runs.find_weights(args.model)
     model, trained = bdh_mlx.load_model(weights), settings_of(weights)
     check_bytes(model, weights)
     model.compute = compute_for(model.config, "small", args.dtype or "auto")
@@ -466,7 +467,7 @@ def check_bytes(model, weights: Path) -> None:
 def settings_of(weights: Path) -> dict:
     """The settings of the training, {} after a warning where their file is damaged."""
     try:
-        return bdh_mlx.settings_of(weights)
+        return runs.settings_of(weights)
     except UserError as error:
         print(f"warning: {error}; the settings of the training are unknown", file=sys.stderr)
         return {}

@@ -112,8 +112,8 @@ from bdh_lib.data.formats import BUDGET, EXPECT, FIELDS, NEEDED, prompts
 from bdh_lib.data.formats import (
     format_example as format_example,  # what a record becomes, for other scripts
 )
-from bdh_lib.errors import UserError, visible
-from bdh_lib.flags import Rule, Settings, choice, number, switch, text, whole
+from bdh_lib.errors import Rule, UserError, check, choice, number, switch, text, visible, whole
+from bdh_lib.flags import Settings
 from bdh_lib.generation.decoding import samples
 from bdh_lib.training import checkpoints, phases, plan, selfcheck
 from bdh_lib.training.advice import advise, counting
@@ -793,7 +793,7 @@ def settings(argv: list[str] | None = None) -> Settings:
             setattr(s, name, str(files.expanded(getattr(s, name), name)))
     s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(s.BDH_CONFIG)})
     for run in phases.chain(s):
-        check(run)
+        check_together(run)
     return s
 
 
@@ -812,10 +812,10 @@ def refuse_idle(s: Settings, typed: set[str]) -> None:
             raise UserError(f"{told}: no effect beside {beside}; leave it out")
 
 
-def check(s: Settings) -> None:
+def check_together(s: Settings) -> None:
     """Raise UserError for the settings of a run that do not go together."""
     for name, rule in RULES.items():  # PHASES may have put other values in
-        flags.check(name, getattr(s, name), rule)
+        check(name, getattr(s, name), rule)
     checkpoints.run_folder(s)  # RUN_NAME
     if s.LOSS_ON not in ("all", *NEEDED[s.TRAINING_MODE]):
         raise UserError(

@@ -202,6 +202,13 @@ def discard(number: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
+def version() -> str:
+    """What --version prints."""
+    import mlx.core as mx  # late, as all that a start need not wait for
+
+    return f"BDH-MLX, mlx {mx.__version__}, python {sys.version.split()[0]}"
+
+
 def check_temporary_folder() -> None:
     """Raise UserError where MLX could not write what it compiles; it takes these names in turn."""
     import tempfile

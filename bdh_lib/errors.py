@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
 
 
 class UserError(ValueError):
@@ -28,15 +29,52 @@ def nearest(word: str, names: Iterable[str], alike: float = 0.6) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def check_number(name: str, value, kind: type, least, most, words: str = "", also: tuple = ()):
-    """Raise UserError for a value that is neither a number from least to most nor in `also`.
+# ---------------------------------------------------------------------------- what a value may be
 
-    `words` say what fits where the two limits would not.
-    """
-    kinds = int if kind is int else (int, float)
-    right = isinstance(value, kinds) and not isinstance(value, bool)
-    if right and (least <= value <= most or value in also):
+
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+LARGEST = 2**31 - 1  # of a whole number: MLX's shapes are 32 bits
+
+
+class Rule(NamedTuple):
+    """What a setting, or a number that a function is given, may be."""
+
+    kind: type | None  # None: anything, and no flag
+    none: bool = False  # whether it may be None, which is `none` as a flag
+    needs: str = ""  # words for its limits
+    fits: Callable = lambda value: True
+    choices: Collection[str] = ()
+
+
+def whole(least: int, most: int = LARGEST, none: bool = False) -> Rule:
+    needs = f"a whole number from {least:,} to {most:,}"
+    return Rule(int, none, needs, lambda n: least <= n <= most)
+
+
+def number(needs: str, fits: Callable, none: bool = False) -> Rule:
+    return Rule(float, none, f"a number {needs}", fits)
+
+
+def text(none: bool = False) -> Rule:
+    return Rule(str, none, "text that is not empty", lambda value: value.strip())
+
+
+def switch() -> Rule:
+    return Rule(bool, False, KINDS[bool])
+
+
+def choice(*choices: str) -> Rule:
+    return Rule(str, False, f"one of {', '.join(choices)}", choices.__contains__, choices)
+
+
+def check(name: str, value, rule: Rule) -> None:
+    """Raise UserError with name, value and what fits, if `value` does not."""
+    if rule.kind is None or (rule.none and value is None):
         return
-    what = "a whole number" if kind is int else "a number"
-    fits = words or f"{what} of at least {least:,} and at most {most:,}"
-    raise UserError(f"{name} is {value!r}; it must be {fits}")
+    kinds = (int, float) if rule.kind is float else (rule.kind,)
+    right = isinstance(value, kinds) and (rule.kind is bool or not isinstance(value, bool))
+    if right and rule.fits(value):
+        return
+    also = " or None" if rule.none else ""
+    near = nearest(str(value), rule.choices)
+    raise UserError(f"{name} is {value!r}; it must be {rule.needs}{also}{near}")

@@ -113,12 +113,8 @@ def sha256(path: Path) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a small file at once: a reader finds the old or the new content, never a part."""
-    making = path.with_name(f".{path.name}.tmp")
-    try:
+    """Replace a small file by `text`, on the disk itself. Raises NotWritten."""
+    with made_aside(path) as making:
         making.write_text(text)
         flush(making)
-        making.replace(path)
-        flush(path.parent)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; it is as it was") from None
+    flush(path.parent)

@@ -14,48 +14,15 @@ import json
 import re
 import sys
 import tokenize
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace, UnionType
-from typing import NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Union, get_args, get_origin, get_type_hints
 
-from bdh_lib.errors import UserError, nearest, visible
+from bdh_lib.errors import KINDS, Rule, UserError, check, nearest, visible
 
-KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
-LARGEST = 2**31 - 1  # of a whole number: MLX's shapes are 32 bits
 ALIKE = 0.8  # share of two names that is the same where one is taken for a slip in the other
-
-
-class Rule(NamedTuple):
-    """What a setting may be."""
-
-    kind: type | None  # None: anything, and no flag
-    none: bool = False  # whether it may be None, which is `none` as a flag
-    needs: str = ""  # words for its limits
-    fits: Callable = lambda value: True
-    choices: Collection[str] = ()
-
-
-def whole(least: int, most: int = LARGEST, none: bool = False) -> Rule:
-    needs = f"a whole number from {least} to {most:,}"
-    return Rule(int, none, needs, lambda n: least <= n <= most)
-
-
-def number(needs: str, fits: Callable, none: bool = False) -> Rule:
-    return Rule(float, none, f"a number {needs}", fits)
-
-
-def text(none: bool = False) -> Rule:
-    return Rule(str, none, "text that is not empty", lambda value: value.strip())
-
-
-def switch() -> Rule:
-    return Rule(bool, False, KINDS[bool])
-
-
-def choice(*choices: str) -> Rule:
-    return Rule(str, False, f"one of {', '.join(choices)}", choices.__contains__, choices)
 
 
 class Settings(SimpleNamespace):
@@ -135,18 +102,6 @@ def text_of(value) -> str:
         return str(value)
     except ValueError:  # Python refuses to write a number of more than 4,300 digits
         return "a number of very many digits"
-
-
-def check(name: str, value, rule: Rule) -> None:
-    """Raise UserError with name, value and what fits, if `value` does not."""
-    if rule.kind is None or (rule.none and value is None):
-        return
-    kinds = (int, float) if rule.kind is float else (rule.kind,)
-    if type(value) in kinds and rule.fits(value):
-        return
-    also = " or None" if rule.none else ""
-    near = nearest(str(value), rule.choices)
-    raise UserError(f"{name} is {value!r}; it must be {rule.needs}{also}{near}")
 
 
 def read(name: str, value: str | bool, rule: Rule | None):

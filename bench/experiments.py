@@ -12,8 +12,10 @@ line a job, and a second call goes on with the jobs not done. --smoke: tiny mode
 
 import argparse
 import contextlib
+import gzip
 import importlib.util
 import json
+import lzma
 import math
 import shutil
 import signal
@@ -28,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import jobs as queue  # noqa: E402
 
-from bdh_lib.training.baselines import bits_per_byte  # noqa: E402
+from bdh_lib.training.advice import order_n  # noqa: E402
 
 SEEDS = 3
 QUIET = "--sample-bytes 0 --save-freq 1000000 --keep 1 --eval-bytes none --epochs none"
@@ -113,12 +115,12 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
 
     Records of the same instruction go to the same side, so that no held-out one was trained on.
     """
-    from bdh_lib.data import split
+    from bdh_lib.data import columns, sources
     from bdh_lib.data.formats import FIELDS, SEPARATOR, pieces
 
     lines = file.read_text(errors="replace").split("\n")
-    records = [split.detect(split._parse_line(line))[1][0] for line in lines if line.strip()]
-    records = [r for r in records if not split.fault(r, ("system", "instruction", "response"))]
+    records = [columns.detect(sources._parse_line(line))[1][0] for line in lines if line.strip()]
+    records = [r for r in records if not columns.fault(r, ("system", "instruction", "response"))]
     asked = list(dict.fromkeys(r["instruction"] for r in records))
     order = np.random.default_rng(0).permutation(len(asked))
     held_out = {asked[i] for i in order[: round(share * len(asked))]}
@@ -381,6 +383,17 @@ def parity_says(rows: list[dict]) -> str:
 SHOWN = [("system", "system"), ("instruction", "instruction"), ("both", "instruction"),
          ("both", "system"), ("full", "system"), ("full", "instruction"),
          ("full", "response")]  # fmt: skip
+
+
+def bits_per_byte(train: bytes, val: bytes) -> dict[str, float]:
+    """Of each baseline on val; `xz after train` is what val adds to the packed train."""
+    bits = {"gzip": 8 * len(gzip.compress(val, 9)) / len(val), "xz": 8 * _xz(val) / len(val)}
+    bits["xz after train"] = 8 * (_xz(train + val) - _xz(train)) / len(val)
+    return bits | {"order 3": order_n(*(np.frombuffer(side, np.uint8) for side in (train, val)))}
+
+
+def _xz(data: bytes) -> int:
+    return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
 
 def guide_says(rows: list[dict], folder: Path) -> str:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import experiments
 import jobs
 
-from bdh_lib.training import baselines
+from bdh_lib.training import advice
 
 TELL = "import json, sys, time; time.sleep({}); print(json.dumps({{'told': {}}})); sys.exit({})"
 
@@ -51,10 +51,10 @@ def test_a_job_that_cannot_end_in_time_is_left_out_and_a_slow_one_stopped(tmp_pa
 def test_the_order_3_model_is_a_distribution_and_knows_its_text():
     train = np.frombuffer(b"abracadabra, said the magician, abracadabra" * 20, np.uint8)
     context = np.frombuffer(b"cad", np.uint8)
-    bits = [baselines.order_n(train, np.append(context, b).astype(np.uint8)) for b in range(256)]
+    bits = [advice.order_n(train, np.append(context, b).astype(np.uint8)) for b in range(256)]
     assert sum(2.0**-b for b in bits) == pytest.approx(1)
     assert bits[ord("a")] == min(bits) < 0.5
-    assert 8 < baselines.order_n(train, np.full(9, 200, np.uint8)) < 20  # unseen, not impossible
+    assert 8 < advice.order_n(train, np.full(9, 200, np.uint8)) < 20  # unseen, not impossible
 
 
 def test_the_records_held_out_are_the_same_in_each_mode(tmp_path):
@@ -74,5 +74,5 @@ def test_the_records_held_out_are_the_same_in_each_mode(tmp_path):
 def test_a_flat_model_costs_eight_bits_a_byte():
     rng = np.random.default_rng(0)
     train, val = rng.integers(0, 256, (2, 20_000), dtype=np.uint8)
-    assert baselines.order_n(train, val, 0) == pytest.approx(8, abs=0.05)
-    assert math.isclose(baselines.bits_per_byte(bytes(val), bytes(val))["xz"], 8, rel_tol=0.02)
+    assert advice.order_n(train, val, 0) == pytest.approx(8, abs=0.05)
+    assert math.isclose(experiments.bits_per_byte(bytes(val), bytes(val))["xz"], 8, rel_tol=0.02)

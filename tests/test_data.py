@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT
 
 import train_mlx
-from bdh_lib.data import formats, split
+from bdh_lib.data import columns, formats, sources, split
 from bdh_lib.data.formats import FIELDS
 from bdh_mlx import UserError
 from train_mlx import format_example
@@ -142,13 +142,13 @@ def test_the_split_follows_the_seed(tmp_path):
     ],
 )
 def test_structures_are_detected(record, structure, fields):
-    assert split.detect(record) == (structure, [fields])
+    assert columns.detect(record) == (structure, [fields])
 
 
 def test_a_long_chat_gives_one_entry_per_answer():
     turns = [("system", "s"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
     record = {"messages": [{"role": who, "content": what} for who, what in turns]}
-    assert split.detect(record)[1] == [
+    assert columns.detect(record)[1] == [
         {"system": "s", "instruction": "1", "response": "2"},
         {"system": "s", "instruction": "3", "response": "4"},
     ]
@@ -163,30 +163,30 @@ def test_turns_in_a_row_are_one_by_a_blank_line():
     every = [("system", "s"), ("developer", "t"), *said, ("assistant", "a"), ("assistant", "b")]
     told = {"system": "s\n\nt", "instruction": "Here is my text\n\nSum it up"}
     answered = told | {"response": "a\n\nb"}
-    assert split.detect(chat(*every)) == ("messages", [answered])
-    asked = split.detect(chat(*every, ("user", "c"), ("user", "d")), questions=True)[1]
+    assert columns.detect(chat(*every)) == ("messages", [answered])
+    asked = columns.detect(chat(*every, ("user", "c"), ("user", "d")), questions=True)[1]
     assert asked == [answered, {"system": "s\n\nt", "instruction": "c\n\nd"}]
-    odd = split.detect(chat(("user", "q"), ("user", 5), ("assistant", "a")))[1]
+    odd = columns.detect(chat(("user", "q"), ("user", 5), ("assistant", "a")))[1]
     assert odd == [{"instruction": 5, "response": "a"}]  # the reason is told of it
-    empty = split.detect(chat(("user", ""), ("user", None), ("assistant", "a")))[1]
-    assert split.fault(empty[0], ("instruction",)) == "instruction empty"
+    empty = columns.detect(chat(("user", ""), ("user", None), ("assistant", "a")))[1]
+    assert columns.fault(empty[0], ("instruction",)) == "instruction empty"
 
 
 @pytest.mark.parametrize("reply", ["assistant", "gpt", "chatgpt", "model", "bot", "ai", "Model"])
 @pytest.mark.parametrize("system", ["system", "developer", "System"])
 def test_roles_by_other_names(reply, system):
     exchange = {"system": "s", "instruction": "q", "response": "a"}
-    assert split.detect(chat((system, "s"), ("User", "q"), (reply, "a")))[1] == [exchange]
+    assert columns.detect(chat((system, "s"), ("User", "q"), (reply, "a")))[1] == [exchange]
 
 
 def test_turns_of_unknown_roles_are_counted_and_cost_themselves_alone(tmp_path):
     tool = [("user", "price {}?"), ("assistant", None), ("tool", "{}"), ("assistant", "It is {}")]
     chats = [chat(*((who, what and what.format(i)) for who, what in tool)) for i in range(20)]
     exchange = {"instruction": "price 3?", "response": "It is 3"}
-    assert split.detect(chats[3])[1] == [exchange, split.UNKNOWN_ROLE]
-    assert split.detect(chats[3], questions=True)[1] == [exchange]
+    assert columns.detect(chats[3])[1] == [exchange, columns.UNKNOWN_ROLE]
+    assert columns.detect(chats[3], questions=True)[1] == [exchange]
     report, train, val = prepare(write_jsonl(tmp_path / "d.jsonl", chats), tmp_path / "cache")
-    assert report["skipped"] == {split.UNKNOWN_ROLE: 20} and report["exchanges"] == 20
+    assert report["skipped"] == {columns.UNKNOWN_ROLE: 20} and report["exchanges"] == 20
     assert (train + val).count(b"It is") == 20
     strange = [chat(("narrator", "x"), ("hero", "y"))] * 3
     with pytest.raises(UserError, match="skipped 6: turn of a role that is none of system, dev"):
@@ -195,12 +195,12 @@ def test_turns_of_unknown_roles_are_counted_and_cost_themselves_alone(tmp_path):
 
 def test_a_chat_may_end_with_a_question():
     record = {"messages": [{"role": "user", "content": "3"}]}
-    assert split.detect(record)[1] == [{}]  # nothing to train on
-    assert split.detect(record, questions=True)[1] == [{"instruction": "3"}]
+    assert columns.detect(record)[1] == [{}]  # nothing to train on
+    assert columns.detect(record, questions=True)[1] == [{"instruction": "3"}]
     record["messages"] += [{"role": "assistant", "content": "4"}, {"role": "user", "content": "5"}]
     answered = {"instruction": "3", "response": "4"}
-    assert split.detect(record)[1] == [answered]
-    assert split.detect(record, questions=True)[1] == [answered, {"instruction": "5"}]
+    assert columns.detect(record)[1] == [answered]
+    assert columns.detect(record, questions=True)[1] == [answered, {"instruction": "5"}]
 
 
 def test_exchanges_are_told_beside_the_records_that_hold_them(tmp_path):
@@ -248,7 +248,7 @@ def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
         "system empty": 1,
         "system with a lone surrogate": 1,
         "not valid UTF-8": 1,
-        split.UNKNOWN_ROLE: 1,
+        columns.UNKNOWN_ROLE: 1,
     }
     assert report["first_skipped"]["not a JSON object"] == 22
     texts = [format_example(r, "full").encode() for r in numbered(20)]
@@ -263,8 +263,8 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path):
     datasets.Dataset.from_list(records).to_csv(tmp_path / "d.csv")
     datasets.Dataset.from_list(records).to_parquet(tmp_path / "d.parquet")
     for kind in ("jsonl", "json", "csv", "parquet"):
-        assert list(split.read(str(tmp_path / f"d.{kind}"))) == records, kind
-    assert len(list(split.read(str(tmp_path)))) == 48  # the folder holds all four
+        assert list(sources.read(str(tmp_path / f"d.{kind}"))) == records, kind
+    assert len(list(sources.read(str(tmp_path)))) == 48  # the folder holds all four
 
 
 READ_TEXT = {  # a file of some records around `{}`, and the record that `{}` is part of
@@ -282,11 +282,11 @@ def test_valid_text_stays_as_it_is_and_what_is_not_utf8_costs_its_record(tmp_pat
         kept = kept.replace("\u0000", "")
     for start in (b"", b"\xef\xbb\xbf"):  # the mark at the start of a file is no text of it
         (tmp_path / name).write_bytes(start + text.format(kept).encode())
-        records = list(split.read(str(tmp_path / name)))
+        records = list(sources.read(str(tmp_path / name)))
         assert [r["text"] for r in records] == ["a", kept, "b"]
     for bad in (b"\xff", b"caf\xe9", b"\xed\xa0\x80", b"\xc0\x80", b"\xf0\x9f\x91"):
         (tmp_path / name).write_bytes(text.format("BAD").encode().replace(b"BAD", bad))
-        records = list(split.read(str(tmp_path / name)))
+        records = list(sources.read(str(tmp_path / name)))
         assert records[at] == "not valid UTF-8"
         assert [r["text"] for i, r in enumerate(records) if i != at] == ["a", "b"]
 
@@ -294,29 +294,29 @@ def test_valid_text_stays_as_it_is_and_what_is_not_utf8_costs_its_record(tmp_pat
 def test_a_json_file_keeps_u_fffd_and_is_refused_where_it_is_not_utf8(tmp_path):
     text = json.dumps([{"text": "a"}, {"text": "\ufffd"}], ensure_ascii=False).encode()
     (tmp_path / "d.json").write_bytes(text)
-    assert list(split.read(str(tmp_path / "d.json"))) == [{"text": "a"}, {"text": "\ufffd"}]
+    assert list(sources.read(str(tmp_path / "d.json"))) == [{"text": "a"}, {"text": "\ufffd"}]
     (tmp_path / "d.json").write_bytes(text.replace(b'"a"', b'"\xff"'))
     with pytest.raises(UserError, match=r"cannot be read as \.json"):
-        list(split.read(str(tmp_path / "d.json")))
+        list(sources.read(str(tmp_path / "d.json")))
 
 
 def test_a_csv_that_is_not_one_is_told_by_its_line(tmp_path):
     file = tmp_path / "d.csv"
     file.write_text('instruction,response\na,b,c\na,"b,\nc"\na\n')
-    assert list(split.read(str(file))) == [
+    assert list(sources.read(str(file))) == [
         "more values than columns",
         {"instruction": "a", "response": "b,\nc"},
         {"instruction": "a", "response": ""},
     ]
     file.write_text('instruction,response\na,"b\na,b\n')
     with pytest.raises(UserError, match=r"cannot be read as \.csv: line 3: unexpected end"):
-        list(split.read(str(file)))
+        list(sources.read(str(file)))
     file.write_text("instruction,response\na,b\n", encoding="utf-16")
     with pytest.raises(UserError, match="its first line is not valid UTF-8"):
-        list(split.read(str(file)))
+        list(sources.read(str(file)))
     long = "x" * 10**6
     file.write_text(f"text\n{long}\n")
-    assert list(split.read(str(file))) == [{"text": long}]
+    assert list(sources.read(str(file))) == [{"text": long}]
     file.write_text("")
     with pytest.raises(UserError, match="is empty: it has no record"):
         prepare(file, tmp_path / "cache")
@@ -343,16 +343,16 @@ ODD_JSON = {
 def test_a_json_file_is_one_document_or_a_line_for_each_record(tmp_path, text):
     (tmp_path / "d.json").write_text(text)
     if isinstance(expected := ODD_JSON[text], list):
-        assert list(split.read(str(tmp_path / "d.json"))) == expected
+        assert list(sources.read(str(tmp_path / "d.json"))) == expected
     else:
         with pytest.raises(UserError, match=rf"d\.json cannot be read as \.json: .*{expected}"):
-            list(split.read(str(tmp_path / "d.json")))
+            list(sources.read(str(tmp_path / "d.json")))
 
 
 def test_a_parquet_file_keeps_its_values(tmp_path):
     rows = [{"text": t, "n": i, "l": [{"a": i}]} for i, t in enumerate(["a\ufffd", None, "é"])]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
-    assert list(split.read(str(tmp_path / "d.parquet"))) == rows
+    assert list(sources.read(str(tmp_path / "d.parquet"))) == rows
 
 
 def test_structures_that_are_all_different_do_not_fill_the_screen(tmp_path):
@@ -382,8 +382,8 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     ready = split.prepare(str(source), "full", 0.1, 1, tmp_path / "cache")
     assert capsys.readouterr() == ("", "")  # what is quick says nothing
     for name, value in (("LARGE", 0), ("QUIET", 0), ("LINE_EVERY", -1)):
-        monkeypatch.setattr(split, name, value)
-    monkeypatch.setattr(split._tell_large, "__defaults__", (0,))
+        monkeypatch.setattr(sources, name, value)
+    monkeypatch.setattr(sources._tell_large, "__defaults__", (0,))
     what = f"reading DATASET {source}"
     split.prepare(str(source), "full", 0.1, 2, tmp_path / "cache")
     out, err = capsys.readouterr()
@@ -410,7 +410,7 @@ def test_a_wait_for_another_process_is_told(tmp_path, capsys):
 
 def test_a_csv_of_numbers_and_na_stays_text(tmp_path):
     (tmp_path / "d.csv").write_text("instruction,response\n1,NA\n2,None\n")
-    assert [r["response"] for r in split.read(str(tmp_path / "d.csv"))] == ["NA", "None"]
+    assert [r["response"] for r in sources.read(str(tmp_path / "d.csv"))] == ["NA", "None"]
 
 
 def test_a_text_file_is_split_at_blank_lines_and_keeps_its_bytes(tmp_path):
@@ -473,7 +473,7 @@ def test_data_that_cannot_be_read_are_not_called_a_cache_that_cannot_be_written(
 def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "d.jsonl", numbered(20))
     first = prepare(file, tmp_path / "cache")
-    monkeypatch.setattr(split, "read", lambda dataset: pytest.fail("read again"))
+    monkeypatch.setattr(sources, "read", lambda dataset: pytest.fail("read again"))
     assert prepare(file, tmp_path / "cache") == first
     monkeypatch.undo()
     write_jsonl(file, numbered(21))
@@ -507,7 +507,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
     def begin(said, rows=20):
-        split._ask_hub.cache_clear()
+        sources._ask_hub.cache_clear()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", said == "offline")
         monkeypatch.setattr(Hub, "said", said)
         port = 9 if said == "silent" else server.server_port
@@ -516,7 +516,7 @@ def hub(monkeypatch):
         monkeypatch.setattr(datasets, "load_dataset", load)
 
     yield begin
-    split._ask_hub.cache_clear()
+    sources._ask_hub.cache_clear()
     server.shutdown()
     server.server_close()
 
@@ -534,24 +534,24 @@ def hub(monkeypatch):
     ],
 )
 def test_names_that_mean_nothing_are_refused_without_asking_the_hub(name, complaint, monkeypatch):
-    monkeypatch.setattr(split, "_ask_hub", lambda *name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(sources, "_ask_hub", lambda *name: pytest.fail("asked the hub"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=complaint):
-        list(split.read(name))
+        list(sources.read(name))
 
 
 def test_folders_and_files_of_no_use_are_refused(tmp_path):
     with pytest.raises(UserError, match="folder without"):
-        list(split.read(str(tmp_path)))
+        list(sources.read(str(tmp_path)))
     (tmp_path / "d.doc").write_text("x")
     with pytest.raises(UserError, match="ends in none of"):
-        list(split.read(str(tmp_path / "d.doc")))
+        list(sources.read(str(tmp_path / "d.doc")))
     write_jsonl(tmp_path / "one.jsonl", [RECORD] * 3)
     with pytest.raises(UserError, match="1 distinct record"):
         prepare(tmp_path / "one.jsonl", tmp_path / "cache")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match=r"bad\.json cannot be read"):
-        list(split.read(str(tmp_path / "bad.json")))
+        list(sources.read(str(tmp_path / "bad.json")))
 
 
 def odd_path(folder, kind):
@@ -698,7 +698,7 @@ def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=complaint) as error:
-        list(split.read("user/name"))
+        list(sources.read("user/name"))
     for way in ("hf auth login", "--dataset FILE", "--dataset sample"):
         assert way in str(error.value)
 
@@ -708,7 +708,7 @@ def test_a_hub_name_carries_configuration_revision_and_split(hub, monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [RECORD])
     for name in ("user/name", "name:cfg", "user/name:cfg@v1.0#test[:10%]", "user/name@refs/pr/1"):
-        assert list(split.read(name)) == [RECORD]
+        assert list(sources.read(name)) == [RECORD]
     assert [(*a, k["revision"], k["split"]) for a, k in asked] == [
         ("user/name", None, None, "train"),
         ("name", "cfg", None, "train"),
@@ -731,8 +731,8 @@ def test_local_files_need_no_home(tmp_path, variables, kind):
     datasets.Dataset.from_list(numbered(20)).to_parquet(tmp_path / "d.parquet")
     (tmp_path / "d.json").write_text(json.dumps(numbered(20)))
     script = (
-        "from bdh_lib.data import split\n"
-        f"print(len(list(split.read({str(tmp_path / f'd.{kind}')!r}))))"
+        "from bdh_lib.data import sources\n"
+        f"print(len(list(sources.read({str(tmp_path / f'd.{kind}')!r}))))"
     )
     env = {k: v for k, v in (os.environ | variables).items() if v is not None}
     run = subprocess.run(
@@ -760,7 +760,7 @@ def test_a_cache_of_downloads_that_cannot_be_written_is_no_silent_hub(
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fails)
     monkeypatch.setattr(datasets, "load_dataset", fails)
     with pytest.raises(UserError, match=complaint) as told:
-        list(split.read("user/name"))
+        list(sources.read("user/name"))
     assert ("set HF_HOME" in str(told.value)) == ("written" in complaint)
 
 
@@ -824,13 +824,13 @@ def test_refreshed_data_are_prepared_anew_once(hub, tmp_path, monkeypatch, local
     assert split.prepare(*how, refresh=True).stat().st_ino == made  # by this process itself
     monkeypatch.setattr(split, "STARTED", time.time() + 9)
     assert split.prepare(*how).stat().st_ino == made
-    read = split.read
-    monkeypatch.setattr(split, "read", lambda dataset: ["not JSON"])
+    read = sources.read
+    monkeypatch.setattr(sources, "read", lambda dataset: ["not JSON"])
     with pytest.raises(UserError, match="no record"):
         split.prepare(*how, refresh=True)
     assert split.intact(folder)  # a failure costs nothing
     calls = []
-    monkeypatch.setattr(split, "read", lambda dataset: calls.append(1) or read(dataset))
+    monkeypatch.setattr(sources, "read", lambda dataset: calls.append(1) or read(dataset))
     assert split.prepare(*how, refresh=True) == folder and calls and split.intact(folder)
 
 
@@ -861,9 +861,9 @@ def test_without_a_network_the_script_says_so_and_exits_with_2(tmp_path):
 
 
 def test_the_embedded_sample_is_sound():
-    records = list(split.read("sample"))
+    records = list(sources.read("sample"))
     assert 400 <= len(records) <= 700
-    assert all(split.fault(r, ("system", "instruction", "response")) is None for r in records)
+    assert all(columns.fault(r, ("system", "instruction", "response")) is None for r in records)
     for field in RECORD:
         assert len({r[field] for r in records}) == len(records)
     assert np.mean([len(format_example(r, "full")) for r in records]) > 700

@@ -26,9 +26,10 @@ from conftest import ROOT
 import bdh_mlx
 import generate
 import train_mlx
-from bdh_lib.data import formats, split
+from bdh_lib import runs
+from bdh_lib.data import formats, sources
 from bdh_lib.errors import visible
-from bdh_lib.generation import chat, decoding
+from bdh_lib.generation import chat, decoding, states
 from bdh_lib.generation.decoding import (
     Stops,
     Terminal,
@@ -285,7 +286,7 @@ def test_the_same_seed_writes_the_same_bytes(chaos, said):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--top-k", "0"], "--top-k is 0; it must be a whole number of at least 1"),
+        (["--top-k", "0"], "--top-k is 0; it must be a whole number from 1"),
         (["--temperature", "-1"], "--temperature is -1"),
         (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--samples", "0"], "--samples is 0"),
@@ -298,7 +299,7 @@ def test_the_same_seed_writes_the_same_bytes(chaos, said):
         ),
         *(([flag, "nan"], f"{flag} is nan") for flag in ("--temperature", "--top-p", "--min-p")),
         (["--top-k", "9" * 25], "--top-k is 9999"),
-        (["--window", "3"], "--window is 3; it must be a whole number of at least 4"),
+        (["--window", "3"], "--window is 3; it must be a whole number from 4"),
         (["--repetition-penalty", "inf"], "--repetition-penalty is inf"),
         (["--raw", "--samples", "2"], "--raw writes one text"),
         (["--batch-size", "2"], "--batch-size: no effect on one text"),
@@ -440,18 +441,18 @@ def of_steps(model, folder, *steps):
 def test_a_checkpoint_that_cannot_be_taken_is_told(tmp_path, capsys):
     run = of_steps(random_model(), tmp_path, 1, 2, 3)
     (run / "best.json").write_text('{"checkpoint": "step-000002"}')
-    assert bdh_mlx.find_weights(run).parent.name == "step-000002"
+    assert runs.find_weights(run).parent.name == "step-000002"
     assert capsys.readouterr().err == ""
     (run / "step-000002" / "model.safetensors").unlink()
-    assert bdh_mlx.find_weights(run).parent.name == "step-000003"
+    assert runs.find_weights(run).parent.name == "step-000003"
     said = capsys.readouterr().err
     assert "step-000002 lacks its model.safetensors; taking step-000003" in said
     with pytest.raises(UserError, match=r"step-000002 lacks its model.safetensors"):
-        bdh_mlx.find_weights(run / "step-000002")
+        runs.find_weights(run / "step-000002")
     for step in (1, 3):
         (run / f"step-{step:06d}" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="has no sound checkpoint: step-000002 lacks"):
-        bdh_mlx.find_weights(run)
+        runs.find_weights(run)
     assert capsys.readouterr().err == ""
     for name in ("manifest.json", "../best.json"):
         with pytest.raises(UserError, match=r"it is no .safetensors file"):
@@ -462,10 +463,10 @@ def test_a_checkpoint_that_cannot_be_taken_is_told(tmp_path, capsys):
 def test_a_damaged_best_means_the_last(best, tmp_path):
     run = of_steps(random_model(), tmp_path, 1, 2)
     (run / "best.json").write_bytes(best)
-    assert bdh_mlx.find_weights(run).parent.name == "step-000002"
+    assert runs.find_weights(run).parent.name == "step-000002"
     (run / "best.json").unlink()
     (run / "best.json").mkdir()
-    assert bdh_mlx.find_weights(run).parent.name == "step-000002"
+    assert runs.find_weights(run).parent.name == "step-000002"
 
 
 def test_other_vocabularies_are_refused(tmp_path):
@@ -778,13 +779,13 @@ def test_a_turn_begins_after_the_end_of_a_record(said, mode, missing):
 
 def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, said):
     some = tmp_path / "some.jsonl"
-    some.write_text("".join(split.SAMPLE.read_text().splitlines(keepends=True)[:20]))
+    some.write_text("".join(sources.SAMPLE.read_text().splitlines(keepends=True)[:20]))
     args = f"--preset tiny --dataset {some} --n-layer 1 --n-embd 16 --max-iters 2 --sample-bytes 1"
     assert train_mlx.main([*args.split(), "--checkpoint-dir", str(tmp_path)]) == 0
     val = next((tmp_path / ".data").glob("*/val.bin")).read_bytes()
     held_out = tmp_path / "val.jsonl"
     with held_out.open("w") as file:
-        for record in split.read(str(some)):
+        for record in sources.read(str(some)):
             if formats.format_example(record, "full").encode() in val:
                 file.write(json.dumps(record) + "\n")
     metrics = (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()
@@ -855,7 +856,7 @@ def test_an_interrupted_text_saves_its_state_too(chaos, tmp_path, monkeypatch, c
     file = tmp_path / "s.safetensors"
     with pytest.raises(KeyboardInterrupt):
         generate.main([*f"{chaos} --prompt abc --max-new-tokens 5 --save-state {file}".split()])
-    assert bdh_mlx.load_state(file, bdh_mlx.load_model(chaos)).position == 8
+    assert states.load_state(file, bdh_mlx.load_model(chaos)).position == 8
 
 
 def test_interrupted_prompts_tell_how_many_are_written_and_keep_them(
@@ -915,10 +916,10 @@ def test_texts_of_another_command_do_not_count_as_done(other, asked, tmp_path):
 
 def test_texts_of_another_model_do_not_count_as_done(asked, chaos, tmp_path, monkeypatch):
     asked()
-    real = generate.bdh_mlx.find_weights
+    real = runs.find_weights
     other = tmp_path / "other.safetensors"
     bdh_mlx.save_model(random_model(seed=5), other)
-    monkeypatch.setattr(generate.bdh_mlx, "find_weights", lambda path: real(other))
+    monkeypatch.setattr(generate.runs, "find_weights", lambda path: real(other))
     with pytest.raises(UserError, match="its line 1 is no answer of this command"):
         asked()
 

@@ -11,6 +11,7 @@ from test_model import SMALL, furthest, random_bytes, random_model
 import bdh_mlx
 from bdh_lib.compute import layer, memory
 from bdh_lib.compute.layer import Compute
+from bdh_lib.compute.rope import rotate
 
 H, N = SMALL.n_head, SMALL.neurons_per_head
 
@@ -62,7 +63,7 @@ def test_dropout_has_one_mask_in_forward_and_recomputation(keep, compiled):
 
     def quadratic(v, Dx, Dy, E):
         x = nn.relu(v[None] @ Dx[:, None])
-        a = bdh_mlx.attention_quadratic(layer.rotate(x), v)
+        a = bdh_mlx.attention_quadratic(rotate(x), v)
         y = nn.relu(layer.ln(a) @ Dy[:, None]) * x * mask
         return (layer.residual(v, (y @ E[:, None]).sum(0)) ** 3).sum()
 
@@ -101,7 +102,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16
         for _ in range(SMALL.n_layer):
             vb = v.astype(mx.bfloat16)
             x = nn.relu(vb[None] @ Dx[:, None])
-            a = bdh_mlx.attention_quadratic(layer.rotate(x), vb).astype(mx.float32)
+            a = bdh_mlx.attention_quadratic(rotate(x), vb).astype(mx.float32)
             y = nn.relu(layer.ln(a).astype(mx.bfloat16) @ Dy[:, None]) * x
             v = layer.residual(v, (y @ E[:, None]).astype(mx.float32).sum(0))
         return v @ model.lm_head
@@ -119,9 +120,9 @@ def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16
 
 def test_the_rotation_undoes_itself_and_depends_on_the_position_alone():
     x = mx.random.normal((2, 1, 40, 8), key=mx.random.key(0))
-    turned = layer.rotate(x, 5)
-    assert furthest(layer.rotate(turned, 5, -1), x) < 1e-5
-    assert furthest(turned[:, :, 10:], layer.rotate(x[:, :, 10:], 15)) < 1e-5
+    turned = rotate(x, 5)
+    assert furthest(rotate(turned, 5, -1), x) < 1e-5
+    assert furthest(turned[:, :, 10:], rotate(x[:, :, 10:], 15)) < 1e-5
     rope = mx.fast.rope(x, 8, traditional=True, base=65536.0, scale=1.0, offset=5)
     assert furthest(turned, rope) < 1e-4
 

@@ -12,12 +12,13 @@ from test_train import arrays, metrics, same, train
 
 import bdh_mlx
 import train_mlx
-from bdh_lib import files
+from bdh_lib import files, runs
+from bdh_lib.compute.layer import ln
+from bdh_lib.compute.rope import rotate
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.generation import export, trace
 from bdh_lib.training import checkpoints, report
-from bdh_lib.training.advice import advise, counting, first_counted, order_0
-from bdh_lib.training.baselines import order_n
+from bdh_lib.training.advice import advise, counting, first_counted, order_0, order_n
 from bdh_lib.training.runlog import activity
 from bdh_mlx import UserError
 
@@ -215,7 +216,7 @@ def test_a_chain_starts_each_phase_from_the_best_weights_before_and_keeps_the_an
         assert found["ancestry"] == ancestors
         assert found["settings"]["TRAINING_MODE"] == mode
         assert found["settings"]["LEARNING_RATE"] == rate
-        file = bdh_mlx.find_weights(chained / run)
+        file = runs.find_weights(chained / run)
         ancestors = [*ancestors, {"weights": str(file), "sha256": files.sha256(file)}]
     assert len(ancestors) == 3
 
@@ -291,7 +292,7 @@ def test_the_table_tells_what_was_forgotten():
     said = table({"a": {"x": 2.0, "y": 3.0}, "b": {"x": 2.5, "y": 1.0}, "c": {"x": 2.25, "y": 1.0}})
     lines = [line.split() for line in said.splitlines()[1:]]
     assert lines == [
-        ["x", "y"],
+        ["run", "x", "y"],
         ["a", "2.0000", "3.0000"],
         ["b", "2.5000", "(+0.5000)", "1.0000"],
         ["c", "2.2500", "(+0.2500)", "1.0000"],
@@ -314,13 +315,13 @@ def test_activity_is_the_share_of_neurons_not_zero_in_each_layer(T):
     val = np.random.default_rng(0).integers(0, 256, 600, dtype=np.uint8)
     counts = np.zeros((2, 3))
     for begin in range(0, 600, T):  # each block at once, by the equations of the model's docstring
-        v = bdh_mlx.ln(model.embed(mx.array(val[None, begin : begin + T].astype(np.int32))))
+        v = ln(model.embed(mx.array(val[None, begin : begin + T].astype(np.int32))))
         for i in range(3):
             x = mx.maximum(v @ model.encoder, 0)  # (H, T, N)
-            a = bdh_mlx.attention_quadratic(bdh_mlx.rotate(x[:, None]), v)[:, 0]
-            y = mx.maximum(bdh_mlx.ln(a) @ model.encoder_v, 0) * x
+            a = bdh_mlx.attention_quadratic(rotate(x[:, None]), v)[:, 0]
+            y = mx.maximum(ln(a) @ model.encoder_v, 0) * x
             counts[:, i] += [mx.sum(x > 0).item(), mx.sum(y > 0).item()]
-            v = model.layer(v)
+            v = model.quadratic_layer(v)
     shares = counts / (600 * 32)
     found = activity(model, val, T)
     np.testing.assert_allclose([found["active_x"], found["active_y"]], shares, atol=2e-4)

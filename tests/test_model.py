@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +20,8 @@ from mlx.utils import tree_flatten
 import bdh_mlx
 from bdh_lib.compute import blas
 from bdh_lib.compute.state import prefill
+from bdh_lib.generation import decoding
+from bdh_lib.generation.sampling import Sampling
 from bdh_mlx import BDH, BDHConfig, UserError
 
 GOLDEN = Path(__file__).parent / "golden_bdh.safetensors"  # computed with the official PyTorch code
@@ -289,6 +292,25 @@ def test_a_header_with_an_impossible_number_names_the_file(told, tmp_path):
     mx.save_safetensors(str(file), dict(tree_flatten(random_model().parameters())), metadata=told)
     with pytest.raises(UserError, match=r"m.safetensors: "):
         bdh_mlx.load_model(file)
+
+
+def test_generate_writes_the_bytes_of_the_fast_writer():
+    model, idx = random_model(scale=1), np.array(random_bytes(3, 20))
+    begun = decoding.read(model, idx)
+    written = decoding.write(model, *begun, Sampling(temperature=0), mx.random.key(0), idx)
+    fast = np.array([token for token, _ in islice(written, 80)]).T
+    plain = model.generate(mx.array(idx), 80, temperature=0)
+    assert plain.tolist() == np.concatenate([idx, fast], 1).tolist()
+
+
+def test_generate_draws_among_the_likeliest_by_their_probability():
+    model, idx, n = random_model(scale=1), random_bytes(1, 20), 4000
+    logits = model.read(idx)[0][0, -1] / 2
+    p = np.array(mx.softmax(mx.where(logits < mx.topk(logits, 5).min(), -mx.inf, logits)))
+    drawn = model.generate(mx.repeat(idx, n, 0), 1, 2.0, 5, mx.random.key(0))[:, -1]
+    share = np.bincount(np.array(drawn), minlength=256) / n
+    assert set(share.nonzero()[0]) == set(p.nonzero()[0])
+    assert np.abs(share - p).max() < 4 * math.sqrt(0.25 / n)  # four standard deviations
 
 
 PROMPTS = [

@@ -11,6 +11,7 @@ from test_model import random_model
 
 import bdh_mlx
 import generate
+from bdh_lib.compute.rope import rotate
 from bdh_lib.generation import trace
 from bdh_mlx import UserError
 
@@ -50,7 +51,7 @@ def test_strength_written_does_not_turn_with_the_position_of_the_reader():
     strongest = trace.synapses(model, layer)["written"][0]
     h, pair, j = strongest["head"], strongest["from"], strongest["to"]
     for turned in (0, 5, 100):
-        q = bdh_mlx.rotate(layer.x[:, None], turned)[:, 0]
+        q = rotate(layer.x[:, None], turned)[:, 0]
         ends = ((q[h].T @ layer.v) @ model.encoder_v[h])[np.array(pair).tolist(), j]
         assert mx.linalg.norm(ends).item() == pytest.approx(strongest["strength"], rel=1e-3)
 

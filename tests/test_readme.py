@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-import bdh_mlx
 import train_mlx
+from bdh_lib.generation import states
 
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
@@ -90,7 +90,7 @@ def test_python_runs(code, folder, monkeypatch):
     assert names["model"].config.n_embd == 16
     if "save_state" in code:
         assert names["logits"].shape == (1, 256) and names["after"].batch == 2
-        assert bdh_mlx.load_state("manual.safetensors", names["model"]).position == 1100
+        assert states.load_state("manual.safetensors", names["model"]).position == 1100
         assert names["state"].window == 512
 
 

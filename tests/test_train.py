@@ -19,7 +19,7 @@ from conftest import ROOT
 import bdh_mlx
 import generate
 import train_mlx
-from bdh_lib import flags
+from bdh_lib import flags, runs
 from bdh_lib.generation import export
 from bdh_lib.training import checkpoints, evaluation
 from bdh_mlx import UserError
@@ -449,7 +449,7 @@ def test_what_a_run_leaves(straight):
     config = json.loads((run / "step-000012" / "config.json").read_text())
     assert config["step"] == 12 and config["settings"]["BLOCK_SIZE"] == 64
     assert sorted(f.name for f in run.iterdir() if f.name.startswith(".")) == [".lock", ".saved"]
-    assert bdh_mlx.find_weights(run) == run / best["checkpoint"] / "model.safetensors"
+    assert runs.find_weights(run) == run / best["checkpoint"] / "model.safetensors"
 
 
 def test_a_checkpoint_is_written_before_the_evaluation_of_its_step(tmp_path, monkeypatch):

@@ -13,22 +13,22 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 
-from bdh_lib.compute.layer import Compute, on_gpu, segments
+from bdh_lib.compute.layer import Compute, default_chunk, segments
+from bdh_lib.compute.rope import on_gpu
 from bdh_lib.errors import UserError
-from bdh_mlx import BDHConfig
 
 SETTINGS = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, keep: Compute
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
 CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
 
 
-def compute_for(config: BDHConfig, memory: str, dtype: str) -> Compute:
+def compute_for(config, memory: str, dtype: str) -> Compute:
     """MEMORY and DTYPE as the layer takes them; dtype "auto" is bfloat16 on a GPU, else float32."""
     rows, keep = SETTINGS[memory]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
     bound = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
     rows = min(rows, bound if on_gpu() else CPU_ROWS)
-    return Compute(dtype, max(128, 2 * config.n_embd), rows, keep)
+    return Compute(dtype, default_chunk(config.n_embd), rows, keep)
 
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -83,7 +83,7 @@ PARAMETERS, SEGMENT, STATES = 13.4, 5.7, 3.55
 CPU_AHEAD = 1.2  # MLX allocates on a CPU before it computes, and nothing holds it back there
 
 
-def estimate(config: BDHConfig, B: int, T: int, compute: Compute) -> float:
+def estimate(config, B: int, T: int, compute: Compute) -> float:
     """Peak bytes of a training step on blocks (B, T), within 20 % of those in docs/log.md."""
     D, H, N = config.n_embd, config.n_head, config.neurons_per_head
     V, L, e, C, rows = config.vocab_size, config.n_layer, compute.dtype.size, compute.chunk, B * T

@@ -22,11 +22,12 @@ import mlx.core as mx
 import numpy as np
 
 from bdh_lib.compute import step_cpu, step_cuda, step_mlx
-from bdh_lib.compute.layer import forward_segment, ln, on_gpu, turn
-from bdh_lib.errors import UserError, check_number
+from bdh_lib.compute.layer import forward_segment, ln
+from bdh_lib.compute.rope import on_gpu, turn
+from bdh_lib.errors import UserError, check, whole
 
 PARTS = 4  # of a window
-WINDOWS = (int, PARTS, 2**40)  # what a window can be, as check_number takes it
+WINDOW = whole(PARTS, 2**40, none=True)  # what a window can be
 CPU_ROWS = 1024  # bytes * batch read at once, which bounds the memory
 GPU_ROWS = {48e9: 32768, 0: 4096}  # the same by the memory there is: more are faster (docs/log.md)
 SHORT = 16  # bytes up to which a CPU reads one by one: its product of few rows is slow
@@ -111,9 +112,8 @@ def check_state(model, state: State | None) -> None:
         return
     if not isinstance(state, State):
         raise UserError(f"the state is of type {type(state).__name__}; it must be a State")
-    check_number("position", state.position, int, 0, 2**62)
-    if state.window is not None:
-        check_number("window", state.window, *WINDOWS)
+    check("position", state.position, whole(0, 2**62))
+    check("window", state.window, WINDOW)
     H, D, N = model.encoder.shape
     wanted, found = (model.config.n_layer, H, D, N), []
     for layers in (state.synapses, *state.parts):
@@ -176,8 +176,7 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
         return mx.concatenate(out, 1), state
     state = fold(state)
     c, v = model.compute, ln(model.embed(idx))
-    weights = (model.encoder, model.encoder_v, model.decoder.reshape(*model.encoder.shape[::2], -1))
-    weights = [w.astype(c.dtype) for w in weights]
+    weights = [w.astype(c.dtype) for w in model.weights()]
     written = []
     for S in state.synapses or [None] * model.config.n_layer:
         found, total = None if S is None else turn(S, -state.position), []

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from bdh_lib.compute.layer import phases
+from bdh_lib.compute.rope import phases
 
 TAIL = 64  # bytes that wait: reading them costs as much as adding them, at the default shape
 GATHER, GATHER_DY = 0.3, 0.15  # shares of rows up to which they are gathered (docs/log.md)

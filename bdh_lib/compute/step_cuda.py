@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from bdh_lib.compute.layer import ln, on_gpu, turns
+from bdh_lib.compute.layer import ln
+from bdh_lib.compute.rope import on_gpu, turns
 
 TAIL = 64  # bytes that wait; the kernels hold two scores a lane
 PAIRS, PAIRS_ONE = 32, 16  # that a warp takes at a time, at most; of one row it must find x first
@@ -139,7 +140,7 @@ class Byte:
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
         across = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
-        rows = [w.astype(self.dtype) for w in (*across, model.decoder.reshape(H, N, D))]
+        rows = [w.astype(self.dtype) for w in (*across, model.weights()[2])]
         self.weights = [ln(model.embed.weight), *rows, mx.array(turns(1, N))]
         self.shape = H, D, N, model.config.n_layer
         self.compiled = mx.compile(step)

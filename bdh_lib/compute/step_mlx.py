@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from bdh_lib.compute.layer import ln, residual, turns
+from bdh_lib.compute.layer import ln, residual
+from bdh_lib.compute.rope import turns
 
 TAIL = 24  # bytes that wait: their keys are read and written at each byte, S once in so many
 
@@ -37,8 +38,7 @@ class Byte:
 
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
-        products = (model.encoder, model.encoder_v, model.decoder.reshape(H, N, D))
-        weights = [ln(model.embed.weight), *(w.astype(self.dtype) for w in products)]
+        weights = [ln(model.embed.weight), *(w.astype(self.dtype) for w in model.weights())]
         self.weights = [*weights, mx.array(turns(1, N))]
         self.shape = H, D, N, model.config.n_layer
         self.compiled = mx.compile(step)

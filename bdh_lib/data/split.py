@@ -1,33 +1,25 @@
-"""From a data set to two files of bytes: find it, read it, detect its fields, split it, cache it.
+"""From a data set to two files of bytes: its records are split, formatted, written and cached.
 
 Records are read one at a time (a .json that is one list is read whole), what is on the hub by the
 `datasets` library, and the prepared bytes are memory mapped, so a data set of many gigabytes needs
 little memory and a resumed run needs no network.
 """
 
-import csv
 import errno
 import fcntl
 import hashlib
 import json
-import logging
-import os
-import re
 import shutil
-import stat
 import time
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from itertools import chain, groupby
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
-from tqdm import tqdm
 
+from bdh_lib.data import columns, sources
 from bdh_lib.data.formats import FIELDS, NEEDED, SEPARATOR, needed, pieces
 from bdh_lib.errors import UserError
 from bdh_lib.files import expanded, sha256
@@ -61,9 +53,17 @@ WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
 IN_VAL = "in_val.npy"  # in prepared data: of each record with any field, whether it validates
 VAL_ENDS = "val_ends.npy"  # and where each record of val.bin ends
 MOST_STRUCTURES = 20  # that are told, where each record has keys of its own
-LARGE = 20e6  # bytes of files that take longer to read than QUIET
-QUIET, LINE_EVERY = 2, 5  # seconds before a bar is drawn; between lines where there is none
 STARTED = time.time()  # of this process, nearly
+
+
+def _made_from(dataset: str, mode: str, val_share: float, seed: int) -> dict:
+    """What prepared bytes depend on beside the data's own, as data.json keeps it."""
+    how = {"split": "by record, validation shuffled", "text": "valid UTF-8, turns in a row joined"}
+    return {"dataset": dataset, "mode": mode, "val_share": val_share, "seed": seed} | how
+
+
+def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
+    """Name of the prepared bytes: changes with the files (path, size, time), the commit on the hub
 HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would cost 400 s
 
 
@@ -428,25 +428,15 @@ def sound(fields: dict | str) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------- prepared bytes, cached
-
-
-def _made_from(dataset: str, mode: str, val_share: float, seed: int) -> dict:
-    """What prepared bytes depend on beside the data's own, as data.json keeps it."""
-    how = {"split": "by record, validation shuffled", "text": "valid UTF-8, turns in a row joined"}
-    return {"dataset": dataset, "mode": mode, "val_share": val_share, "seed": seed} | how
-
-
-def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
-    """Name of the prepared bytes: changes with the files (path, size, time), the commit on the hub
     or a setting.
     """
     settings = _made_from(dataset, mode, val_share, seed)
-    if files := find(dataset):
+    if files := sources.find(dataset):
         settings["dataset"] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
                                for f in files]  # fmt: skip
     else:
-        name, config, revision, split = _hub_parts(dataset)
-        settings["dataset"] = [name, config, split, commit(dataset) or revision]
+        name, config, revision, split = sources._hub_parts(dataset)
+        settings["dataset"] = [name, config, split, sources.commit(dataset) or revision]
     key = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
@@ -467,7 +457,7 @@ def prepare(
     how = (dataset, mode, val_share, seed)
     folder = cache / fingerprint(*how)
     with _held(cache):
-        if not refresh and find(dataset) is None and not commit(dataset):
+        if not refresh and sources.find(dataset) is None and not sources.commit(dataset):
             folder = _newest(cache, _made_from(*how)) or folder
         if not intact(folder) or (refresh and _made_at(folder) < STARTED):
             _make(folder, *how)
@@ -555,12 +545,12 @@ def _make(folder, dataset, mode, val_share, seed):
     making = folder.with_name(f"{folder.name}.tmp")
     making.mkdir()
     try:
-        if ready := ready_split(dataset):
+        if ready := sources.ready_split(dataset):
             report = _copy_split(ready, dataset, mode, making)
         else:
             report = _split(dataset, mode, val_share, seed, making)
         report["made_from"] = _made_from(dataset, mode, val_share, seed)
-        report["commit"] = None if find(dataset) else commit(dataset)
+        report["commit"] = None if sources.find(dataset) else sources.commit(dataset)
         sealed = report | {"sha256": _sha256_of(report)}
         (making / "data.json").write_text(json.dumps(sealed, indent=1))
         if fingerprint(dataset, mode, val_share, seed) != folder.name:
@@ -613,7 +603,7 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
     Raises UserError where a .fields file does not fit its bytes.
     """
     sides = [file for file in files if file.suffix == ".bin"]
-    _tell_large(f"copying DATASET {dataset}", files, 10 * LARGE)
+    sources._tell_large(f"copying DATASET {dataset}", files, 10 * sources.LARGE)
     report = {"dataset": dataset, "mode": mode, "records": None, "fields": {}, "skipped": {}}
     report |= {"structures": {"ready split": None}, "shared": 0}
     for file in sides:
@@ -646,16 +636,18 @@ def _format_all(dataset, mode, folder, wanted=None):
     first, exchanges = {}, 0  # record skipped for each reason; a chat holds several exchanges
     lengths, texts, keys = array("Q"), array("Q"), array("Q")
     with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
-        for record in read(dataset):
-            structure, contents = detect(record) if isinstance(record, dict) else ("bad", [record])
+        for record in sources.read(dataset):
+            structure, contents = (
+                columns.detect(record) if isinstance(record, dict) else ("bad", [record])
+            )
             structures[structure] += 1
             exchanges += sum(isinstance(fields, dict) for fields in contents)
             for fields in contents:
-                usable = sound(fields)
+                usable = columns.sound(fields)
                 for name, value in usable.items():
                     count[name] += 1
                     size[name] += len(value)
-                if reason := fault(fields, ("text",) if structure == "text" else wanted):
+                if reason := columns.fault(fields, ("text",) if structure == "text" else wanted):
                     skipped[reason] += 1
                     first.setdefault(reason, structures.total())
                 length, digest = 0, hashlib.blake2b(digest_size=8)
@@ -711,7 +703,7 @@ def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.n
     when nothing of it has the fields of `mode`.
     """
     with _writing(folder):
-        if ready := ready_split(dataset):
+        if ready := sources.ready_split(dataset):
             held_out = [file for file in ready if file.stem == "val"]
             report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
         else:
@@ -786,7 +778,7 @@ def _copy_parts(source, parts: Iterable, separator: bytes, target: Path) -> tupl
     """Write the parts (begin, length) of `source` to a file; gives its size and its sha256."""
     digest = hashlib.sha256()
     with target.open("wb") as out:
-        for begin, length in shown(parts, f"writing {target.stem}"):
+        for begin, length in sources.shown(parts, f"writing {target.stem}"):
             source.seek(begin)
             piece = (separator if out.tell() else b"") + source.read(length)
             out.write(piece)

@@ -20,7 +20,8 @@ from bdh_lib.errors import UserError, visible
 from bdh_lib.files import expanded, made_aside
 from bdh_lib.generation.decoding import Stops, Terminal, outgrown, read, rows, write
 from bdh_lib.generation.sampling import Sampling
-from bdh_mlx import BDH, save_state
+from bdh_lib.generation.states import save_state
+from bdh_mlx import BDH
 
 PIECE = 256  # bytes of a question that are read at once
 HISTORY = Path("~/.bdh_history").expanduser()

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import bdh_mlx
-from bdh_lib import files
+from bdh_lib import files, runs
 from bdh_lib.data import split
 from bdh_lib.data.formats import NEEDED
 from bdh_lib.errors import UserError, visible
@@ -82,7 +82,7 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
     """Facts for the card, and the settings, of a run's checkpoint; nothing for a bare file."""
     try:
         about = files.read_object(checkpoint / "config.json")
-        settings, step = bdh_mlx.sound_settings(about["settings"]), about["step"]
+        settings, step = runs.sound_settings(about["settings"]), about["step"]
         told = {
             "data": settings["DATASET"],
             "mode": settings["TRAINING_MODE"],
@@ -126,7 +126,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 def tell(source: str, folder: Path) -> int:
     """Export the model that `source` names. Raises UserError."""
-    weights = bdh_mlx.find_weights(source)
+    weights = runs.find_weights(source)
     model = bdh_mlx.load_model(weights)
     told, settings = facts(weights.parent)
     told["shape"] = ", ".join(f"{k} {v}" for k, v in asdict(model.config).items())

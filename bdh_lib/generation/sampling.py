@@ -11,17 +11,18 @@ from functools import lru_cache, partial
 import mlx.core as mx
 import numpy as np
 
-from bdh_lib.errors import UserError, check_number
+from bdh_lib.errors import UserError, check, number
+from bdh_mlx import TEMPERATURE, TOP_K
 
 WINDOW = 256  # last bytes that the repetition penalty looks at
 NONE = -1  # in a past: no byte yet
 AT_ONCE = 64  # draws
-LIMITS = {  # kind, least and largest value, words for them, another value
-    "repetition_penalty": (float, 1e-6, 1e6, "above 0 and at most 1,000,000; 1: none"),
-    "temperature": (float, 1e-6, 1e6, "0 (the likeliest byte) or 0.000001 to 1,000,000", (0,)),
-    "top_k": (int, 1, 65536),
-    "top_p": (float, math.ulp(0), 1, "above 0 and at most 1"),
-    "min_p": (float, 0, 1, "between 0 and 1"),
+LIMITS = {
+    "repetition_penalty": number("from 0.000001 to 1,000,000; 1: none", lambda x: 1e-6 <= x <= 1e6),
+    "temperature": TEMPERATURE,
+    "top_k": TOP_K,
+    "top_p": number("above 0 and at most 1", lambda x: 0 < x <= 1, none=True),
+    "min_p": number("from 0 to 1", lambda x: 0 <= x <= 1, none=True),
 }
 LEAST = 2.0**-126  # a smaller share is 0 in float32
 
@@ -41,9 +42,8 @@ class Sampling:
     min_p: float | None = None  # bytes with at least this share of the likeliest one's probability
 
     def __post_init__(self):
-        for name, limits in LIMITS.items():
-            if (value := getattr(self, name)) is not None:
-                check_number(name, value, *limits)
+        for name, rule in LIMITS.items():
+            check(name, getattr(self, name), rule)
         if not isinstance(self.utf8, bool):
             raise UserError(f"utf8 is {self.utf8!r}; it must be True or False")
 

@@ -42,10 +42,9 @@ class Traced(NamedTuple):
 
 def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[Traced]:
     """What each layer computes for a text."""
-    v, (H, D, N) = ln(model.embed(mx.array([list(text)]))), model.encoder.shape
-    weights = (model.encoder, model.encoder_v, model.decoder.reshape(H, N, D))
+    v = ln(model.embed(mx.array([list(text)])))
     for _ in range(model.config.n_layer):
-        after, _, kept = forward_segment(v, None, weights, 0, len(text))
+        after, _, kept = forward_segment(v, None, model.weights(), 0, len(text))
         x, q, y = kept[5], kept[7], kept[8]
         yield Traced(x, y, q.reshape(x.shape), v[0])
         v = after
@@ -142,7 +141,7 @@ def selective(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]]:
 
 def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
     """Above, how many neurons fire on each byte by layer; below, the 40 that fire most."""
-    from bdh_lib.training.report import INK, canvas, panel  # late: it takes a second
+    from bdh_lib.plots import INK, canvas, panel  # late: it takes a second
 
     most = np.argsort(-summed.sum(0))[:40]
     figure = canvas(max(7, min(24, 0.16 * len(text))), 8)
@@ -201,7 +200,7 @@ def tell(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -> int:
         for text, found in zip(told["texts"], told["selective"], strict=True):
             names = (f"{n['head']}.{n['neuron']} ({n['here']:.0%})" for n in found[:5])
             print(f"only on {text[:40]!r}: {', '.join(names) or 'none'}")
-    from bdh_lib.training.report import drawn
+    from bdh_lib.plots import drawn
 
     figure = drawn(picture(read[0], shares, summed, model.config.neurons_per_head), "png")
     with made_aside(drawing) as png, made_aside(listing) as text:

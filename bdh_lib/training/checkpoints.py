@@ -20,8 +20,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from bdh_lib import files
+from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.errors import UserError, visible
-from bdh_mlx import BDH, read_arrays, save_model
+from bdh_mlx import BDH, save_model
 
 SAVED = ".saved"  # says that the run had a checkpoint, should they all be deleted
 

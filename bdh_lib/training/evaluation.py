@@ -18,6 +18,7 @@ from bdh_lib.data import split
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.errors import UserError
 from bdh_lib.files import expanded
+from bdh_lib.tables import format_table
 from bdh_lib.training.distributed import World
 from bdh_lib.training.signals import at_once
 from bdh_mlx import BDH
@@ -93,10 +94,10 @@ def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
         f"{about['dataset']}: {split.counted(about['records'])}mode {mode}, {len(stream):,} bytes "
         f"in blocks of {T:,}, as the trainer validates",
         *(f"  {skip}" for skip in split.skips(about)),
-        f"{'field':11} {'bytes':>12} {'share':>7} {'nats/byte':>10} {'bits/byte':>10}",
     ]
+    rows = [("field", "bytes", "share", "nats/byte", "bits/byte")]
     for name, mean in (means | {"whole": whole}).items():
         n = counts.get(name, n_bytes)
         bits = mean / math.log(2)
-        lines.append(f"{name:11} {n:12,} {n / n_bytes:7.1%} {mean:10.4f} {bits:10.4f}")
-    return "\n".join(lines)
+        rows.append((name, f"{n:,}", f"{n / n_bytes:.1%}", f"{mean:.4f}", f"{bits:.4f}"))
+    return "\n".join([*lines, format_table(rows)])

@@ -13,8 +13,10 @@ from bdh_lib.data import split
 from bdh_lib.data.formats import NEEDED
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings
+from bdh_lib.runs import find_weights
+from bdh_lib.tables import format_table
 from bdh_lib.training.signals import Stop
-from bdh_mlx import find_weights, load_model
+from bdh_mlx import load_model
 
 PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")
 
@@ -86,12 +88,10 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     an earlier one.
     """
     modes = list(next(iter(rows.values())))
-    width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{mode:>19}" for mode in modes)]
-    lowest = {}
+    table, lowest = [("run", *modes)], {}
     for name, bpb in rows.items():
         lost = {mode: bpb[mode] - lowest.get(mode, bpb[mode]) for mode in modes}
         cells = [f"{bpb[m]:.4f}" + (f" (+{lost[m]:.4f})" if lost[m] > 0 else "") for m in modes]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>19}" for cell in cells))
+        table.append((name, *cells))
         lowest = {mode: min(bpb[mode], lowest.get(mode, bpb[mode])) for mode in modes}
-    return "held out, bits per byte:\n" + "\n".join(lines)
+    return f"held out, bits per byte:\n{format_table(table)}"

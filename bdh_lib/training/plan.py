@@ -17,9 +17,10 @@ import mlx.core as mx
 import numpy as np
 
 from bdh_lib.compute import memory
-from bdh_lib.data import split
+from bdh_lib.data import columns, sources, split
 from bdh_lib.data.formats import FIELDS, NEEDED, STOP, format_example, needed, pieces
 from bdh_lib.errors import UserError, visible
+from bdh_lib.tables import format_table
 from bdh_lib.training import phases
 from bdh_lib.training.runlog import duration
 from bdh_lib.training.signals import at_once
@@ -76,9 +77,9 @@ def examine(s: SimpleNamespace) -> Findings:
     folder = split.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
     has = json.loads((folder / "data.json").read_text())["fields"]
     in_val = iter(np.load(folder / split.IN_VAL).tolist())
-    for record in split.read(s.DATASET):
-        contents = split.detect(record)[1] if isinstance(record, dict) else []
-        for content in filter(None, map(split.sound, contents)):
+    for record in sources.read(s.DATASET):
+        contents = columns.detect(record)[1] if isinstance(record, dict) else []
+        for content in filter(None, map(columns.sound, contents)):
             validates = next(in_val, False)  # a set on the hub may have grown since
             serves = [m for m in NEEDED if "text" in content or {*needed(m, has)} <= {*content}]
             for mode in serves:
@@ -136,19 +137,13 @@ def oddities(found: Findings) -> list[str]:
 # ----------------------------------------------------------------------------------------- the run
 
 
-def aligned(rows: list[tuple]) -> str:
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    cells = [[str(c).ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  " + "  ".join(row).rstrip() for row in cells)
-
-
 def modes(found: Findings) -> str:
     """Records and bytes of each mode, by field."""
     rows = [("mode", "records", "bytes", "bytes by field")]
     for mode, sizes in found.of_mode.items():
         parts = ", ".join(f"{name or 'headers'} {size:,}" for name, size in sizes.items())
         rows.append((mode, f"{found.usable[mode]:,}", f"{sizes.total():,}", parts))
-    return aligned(rows)
+    return format_table(rows, "  ")
 
 
 def peaks(s: SimpleNamespace) -> list[float]:
@@ -180,7 +175,7 @@ def presets(trainer: ModuleType, sizes: dict[str, int]) -> str:
              f"{read / n_bytes:.2f}" if n_bytes else "no data", *(f"{g:.2f} GB" for g in gb),
              fits[0] if fits else "no")
         )  # fmt: skip
-    return aligned(rows)
+    return format_table(rows, "  ")
 
 
 def measure(
@@ -240,7 +235,8 @@ def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
     for i, name in enumerate(FIELDS):
         if n := np.count_nonzero(fields == i):
             rows.append((name or "headers", f"{n:,}"))
-    print(f"\na ready split, the same in every mode, without records to look at:\n{aligned(rows)}")
+    print("\na ready split, the same in every mode, without records to look at:")
+    print(format_table(rows, "  "))
     print(f"\nthe first {min(SHOWN, len(stream)):,} bytes:\n  {stream[:SHOWN].tobytes()!r}")
     return dict.fromkeys(NEEDED, len(stream))
 
@@ -250,7 +246,7 @@ def tell_run(trainer: ModuleType, s: SimpleNamespace) -> None:
     about, train, (val, _) = trainer.open_data(s)
     train_bytes = train[0]
     print(visible(split.describe(about)))
-    sizes = tell_split(*train) if split.ready_split(s.DATASET) else tell_records(s)
+    sizes = tell_split(*train) if sources.ready_split(s.DATASET) else tell_records(s)
     sizes[s.TRAINING_MODE] = len(train_bytes)
 
     total = trainer.last_iteration(s, len(train_bytes))

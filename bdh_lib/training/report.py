@@ -12,20 +12,18 @@ if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwh
     cli.run(__file__)
 
 import html
-import io
-import logging
 import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-import bdh_mlx
-from bdh_lib import files, flags
+from bdh_lib import cli, files, flags, runs
 from bdh_lib.data import split
 from bdh_lib.errors import UserError, visible
+from bdh_lib.plots import INK, LINES, canvas, drawn, label, legend, panel
+from bdh_lib.tables import format_table
 from bdh_lib.training import runlog
 
-INK, LINES = "#808080", ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", "#d1495b"]
 POINTS = 1000  # of a curve, at most
 _told = set()  # runs whose report failed
 
@@ -69,7 +67,7 @@ def _config_of(run: Path) -> dict:
     if damaged:
         what = f"{', '.join(damaged)} not as the trainer writes it"
         print(f"warning: {run / 'config.json'} is damaged: {what}", file=sys.stderr)
-    return config | {"settings": bdh_mlx.sound_settings(config["settings"])}
+    return config | {"settings": runs.sound_settings(config["settings"])}
 
 
 def _is_described(name: str, value) -> bool:
@@ -134,31 +132,6 @@ def judges(config: dict) -> str:
 # ------------------------------------------------------------------------------------------ curves
 
 
-def canvas(width: float, height: float):
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # not that a HOME is lacking
-    from matplotlib.figure import Figure  # imported late, and without pyplot: a run needs neither
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def panel(axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=9, color=INK)
-    axes.tick_params(colors=INK, labelsize=8, length=0)
-    axes.grid(color=INK, alpha=0.2, linewidth=0.6)
-    axes.margins(x=0.01)
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
-def label(name) -> str:
-    """A name as matplotlib shows it: a $ begins no formula, a _ at its begin hides nothing."""
-    return " " * str(name).startswith("_") + visible(str(name)).replace("$", r"\$")
-
-
-def legend(axes) -> None:
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-
-
 def curves(config: dict, lines: list[dict]):
     """Loss above; learning rate, gradient norm and speed below; a matplotlib figure."""
     figure = canvas(9, 5.4)
@@ -187,19 +160,6 @@ def curves(config: dict, lines: list[dict]):
         axes.yaxis.get_offset_text().set(color=INK, fontsize=7)
         axes.set_ylim(bottom=0)
     return figure
-
-
-def drawn(figure, kind: str) -> bytes:
-    """The figure as a PNG on white, or as an SVG on nothing, whose text takes the page's font."""
-    import matplotlib
-
-    file, how = io.BytesIO(), {"dpi": 130, "facecolor": "white"}
-    how |= {"metadata": {"Software": files.MADE_BY}}
-    if kind == "svg":
-        how = {"transparent": True, "metadata": {"Date": None}}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bdh"}):
-        figure.savefig(file, format=kind, **how)
-    return file.getvalue()
 
 
 # -------------------------------------------------------------------------------------------- page
@@ -407,16 +367,14 @@ def compare(runs: list[Path], out: Path) -> str:
     legend(panels[0])
     with files.made_aside(out) as making:
         making.write_bytes(drawn(figure, "png"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
-    return visible("\n".join([*lines, f"picture: {out}"]))
+    return visible(f"{format_table(rows)}\npicture: {out}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = flags.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="run", help="folder of a run")
     parser.add_argument("--out", help="picture of a comparison (compare.png)", metavar="PNG")
-    parser.add_argument("--version", action="version", version=bdh_mlx.VERSION)
+    parser.add_argument("--version", action="version", version=cli.version())
     args = parser.parse_args(argv)
     runs = [files.expanded(run, "run") for run in args.runs]
     out = files.expanded("compare.png" if args.out is None else args.out, "--out")

@@ -212,14 +212,13 @@ def activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int
     dropout. The paper names 5 % for x, less for y.
     """
     watched, L = val[:WATCHED].astype(np.int32), model.config.n_layer
-    weights = (model.encoder, model.encoder_v, model.decoder.reshape(*model.encoder.shape[::2], -1))
     active, excited = np.zeros((2, L)), mx.array(False)
     for begin in range(0, len(watched), T):
         block, S = watched[begin : begin + T], [None] * L
         for position in range(0, len(block), PIECE):
             v = ln(model.embed(mx.array(block[None, position : position + PIECE])))
             for i in range(L):
-                v, S[i], kept = forward_segment(v, S[i], weights, position, PIECE)
+                v, S[i], kept = forward_segment(v, S[i], model.weights(), position, PIECE)
                 x, y = kept[5], kept[8]
                 active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
                 excited = excited | mx.any(x > 0, -2)

@@ -46,7 +46,7 @@ import bdh_mlx
 import generate
 import train_mlx
 from bdh_lib import cli
-from bdh_lib.data import split
+from bdh_lib.data import columns, sources, split
 from bdh_lib.generation import decoding
 from bdh_lib.generation.sampling import Sampling
 from bdh_lib.training import checkpoints
@@ -87,7 +87,7 @@ def lines(records):
     "bad records: 22 kinds among 1,000 good ones, exact counts and bytes",
     1,
     1,
-    believed=[(split, "fault", lambda fields, needed: None)],
+    believed=[(columns, "fault", lambda fields, needed: None)],
 )
 def _(n):
     box, file = fresh(), ROOM / "bad.jsonl"
@@ -129,7 +129,7 @@ def as_list(line):
     )
 
 
-PARSE = split._parse_line
+PARSE = sources._parse_line
 
 
 @fault("one record of 20 MB (--quick) or 100 MB: memory", 20, 100)
@@ -222,7 +222,7 @@ def _(n):
     not_looked_at_again=[(split, "fingerprint", lambda *a, **k: "f")],
 )
 def _(n):
-    for where, nth in (("train_mlx.get_batch", 4), ("data.detect", 100)):
+    for where, nth in (("train_mlx.get_batch", 4), ("columns.detect", 100)):
         owner, name = where.split(".")
         box = fresh()
         (box / "d.jsonl").write_bytes(DATA.read_bytes())
@@ -233,7 +233,7 @@ def _(n):
             box / "d.jsonl",
             before=lambda: at_call(globals()[owner], name, nth, shrink),
         )
-        if owner == "data":
+        if owner == "columns":
             yield refusal(*tried, "changed while it was read"), None
         else:
             yield "" if tried[0] == 0 and state(box, LAST) == reference() else tried[1][-300:], None
@@ -292,7 +292,7 @@ def unguarded_hub(name):
     "a hub that refuses, hangs, errs, is switched off; a resume without it",
     0,
     99,
-    not_caught=[(split, "_read_hub", unguarded_hub)],
+    not_caught=[(sources, "_read_hub", unguarded_hub)],
 )
 def _(n):
     for what, (answer, word) in list(HUBS.items())[:n]:
@@ -315,7 +315,7 @@ def _(n):
             os.waitpid(pid, 0)
     records = [json.loads(line) for line in DATA.read_text().splitlines()]
     box = fresh()
-    known = lambda: setattr(split, "_read_hub", lambda name: iter(records))
+    known = lambda: setattr(sources, "_read_hub", lambda name: iter(records))
     code, out = train(
         box, "--dataset", "user/name", before=lambda: (known(), signalled("get_batch", 6)())
     )

@@ -39,7 +39,7 @@ import numpy as np
 import bdh_mlx
 import train_mlx
 from bdh_lib import files
-from bdh_lib.data import split
+from bdh_lib.data import columns
 from bdh_lib.generation import decoding
 from bdh_lib.training import checkpoints, signals
 
@@ -123,7 +123,7 @@ class Deaf:
 
 PHASES = {  # the call that starts it, and which
     "start": (checkpoints, "newest_valid", 1),
-    "data preparation": (split, "detect", 5),
+    "data preparation": (columns, "detect", 5),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
     "step": (train_mlx, "get_batch", 6),
     "evaluation": (train_mlx, "evaluate", 3),
@@ -171,7 +171,7 @@ TINY_PHASES = {
     "sampling": (decoding, "write", 4),
     "save": (files, "flush", 3),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
-    "data preparation": (split, "detect", 5),
+    "data preparation": (columns, "detect", 5),
 }
 
 

@@ -1,0 +1,91 @@
+"""What a record holds: which of its columns, or of its turns, are which field."""
+
+from itertools import groupby
+
+COLUMNS = {  # our field: the columns that mean it, first found wins
+    "system": ("system",),
+    "instruction": ("instruction", "prompt", "question"),
+    "response": ("response", "output", "completion", "answer"),
+}
+SPEAKERS = {  # our field: the roles of a chat that speak it, in small letters
+    "system": ("system", "developer"),
+    "instruction": ("user", "human"),
+    "response": ("assistant", "gpt", "chatgpt", "model", "bot", "ai"),
+}
+FIELD_OF = {role: field for field, roles in SPEAKERS.items() for role in roles}
+UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
+
+
+def detect(record: dict, questions: bool = False) -> tuple[str, list[dict | str]]:
+    """Name of the record's structure, and its content under our field names.
+
+    A chat gives one entry per answer, each with the chat's system text, and one reason, a str, per
+    turn whose role is unknown. With `questions` it gives no reasons but an entry for a question
+    that ends it. Alpaca's `input` continues its instruction. Values are passed on unchecked.
+    """
+    for name in ("messages", "conversations"):
+        if isinstance(record.get(name), list):
+            return name, _exchanges(record[name], questions)
+    found = {f: next((c for c in cs if c in record), None) for f, cs in COLUMNS.items()}
+    fields = {field: record[column] for field, column in found.items() if column}
+    names = [column for column in found.values() if column]
+    if not names:
+        return (
+            ("text", [record])
+            if "text" in record
+            else (f"unknown ({', '.join(record)[:80]})", [{}])
+        )
+    if isinstance(extra := record.get("input"), str) and isinstance(fields.get("instruction"), str):
+        names.insert(names.index(found["instruction"]) + 1, "input")
+        fields["instruction"] += f"\n\n{extra}" if extra.strip() else ""
+    return "/".join(names), [fields]
+
+
+def _exchanges(turns: list, questions: bool) -> list[dict | str]:
+    turns = [turn if isinstance(turn, dict) else {} for turn in turns]
+    spoken = [
+        (FIELD_OF.get(str(t.get("role", t.get("from"))).lower()), t.get("content", t.get("value")))
+        for t in turns
+    ]
+    known = [turn for turn in spoken if turn[0]]
+    said, exchanges = {}, []
+    for field, some in groupby(known, lambda turn: turn[0]):
+        said[field] = _joined([content for _, content in some])
+        if field == "response":
+            exchanges.append(said)
+            said = {"system": said["system"]} if "system" in said else {}
+    if questions and "instruction" in said:
+        exchanges.append(said)
+    unknown = [] if questions else [UNKNOWN_ROLE] * (len(spoken) - len(known))
+    return (exchanges or [{}]) + unknown
+
+
+def _joined(contents: list):
+    """What one speaker says in turns in a row; one that is no text is passed on in its place."""
+    contents = [c for c in contents if c is not None and c != ""] or contents[:1]
+    odd = [c for c in contents if not isinstance(c, str)]
+    return odd[0] if odd else "\n\n".join(contents)
+
+
+def fault(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
+    """Why this content cannot be trained on, or None when every wanted field is sound text."""
+    if isinstance(fields, str):
+        return fields
+    for name in wanted:
+        value = fields.get(name)
+        if name not in fields:
+            return f"{name} missing"
+        if not isinstance(value, str):
+            return f"{name} is {'null' if value is None else type(value).__name__}, not text"
+        if not value.strip():
+            return f"{name} empty"
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"{name} with a lone surrogate"
+    return None
+
+
+def sound(fields: dict | str) -> dict[str, str]:
+    """What of this content can be trained on."""
+    return {f: fields[f] for f in (*COLUMNS, "text") if not fault(fields, (f,))}

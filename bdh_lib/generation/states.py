@@ -1,0 +1,94 @@
+"""States in files: what a model has read, kept to go on from later."""
+
+import json
+import os
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from bdh_lib import files
+from bdh_lib.compute.arrays import read_arrays
+from bdh_lib.compute.arrays import sha256 as arrays_sha256
+from bdh_lib.compute.state import PARTS, State, check_state, fold
+from bdh_lib.errors import UserError
+from bdh_mlx import BDH
+
+STATE_FORMAT = "bdh-mlx state 2"
+
+
+def fingerprint(model: BDH) -> str:
+    """sha256 of the weights, which says whose state a state is."""
+    return arrays_sha256(dict(tree_flatten(model.parameters())))
+
+
+def state_file(path: str | Path) -> Path:
+    """`path`, if a state can be saved there, as far as can be told before. Raises UserError."""
+    if (path := files.expanded(path, "the path of a state")).suffix != ".safetensors":
+        raise UserError(f"{path} not saved: name a .safetensors file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} not saved: {path.parent} is no folder that can be written to")
+    if path.exists() and not _is_state(path):  # weights, say
+        raise UserError(f"{path} not saved: it exists and holds no state; name another file")
+    return path
+
+
+def _is_state(path: Path) -> bool:
+    try:  # reads no arrays
+        _, header = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (RuntimeError, ValueError):
+        return False
+    return header.get("format") == json.dumps(STATE_FORMAT)
+
+
+def save_state(path: str | Path, model: BDH, state: State) -> None:
+    """Write `state` of `model` to a .safetensors file, whole or not at all. Raises UserError."""
+    path = state_file(path)
+    check_state(model, state)
+    if not state.position:
+        raise UserError(f"{path} not saved: the state is of no byte; read a text first")
+    state = fold(state)
+    arrays = {f"synapses.{i}": S for i, S in enumerate(state.synapses)}
+    for number, part in enumerate(state.parts):
+        arrays |= {f"part.{number}.{i}": S for i, S in enumerate(part)}
+    header = {"format": STATE_FORMAT, "model": fingerprint(model), "position": state.position}
+    header |= {"window": state.window, "parts": len(state.parts)}
+    header |= {"sha256": arrays_sha256(arrays, header)}
+    header = {name: json.dumps(value) for name, value in header.items()}
+    with files.made_aside(path) as making:
+        mx.save_safetensors(str(making), arrays, metadata=header)
+
+
+def load_state(path: str | Path, model: BDH) -> State:
+    """The state that `save_state` wrote. Raises UserError if it is damaged or another model's."""
+    path = files.expanded(path, "the path of a state")
+    if not path.is_file():
+        what = "it is a folder" if path.is_dir() else "there is no such file"
+        raise UserError(f"{path} cannot be read: {what}")
+    arrays, header = read_arrays(path)
+    try:
+        header = {name: files.parse_json(value) for name, value in header.items()}
+    except ValueError:
+        header = {}
+    kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
+    written = header.pop("sha256", None)
+    whole = all(type(n) is int and n >= 0 for n in (position, window or 0))
+    if kind != STATE_FORMAT or not whole or count not in range(PARTS + 1):
+        raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
+    if (other := header.get("model")) != (mine := fingerprint(model)):
+        raise UserError(
+            f"{path} was read by another model (weights {str(other)[:12]}, here {mine[:12]}); "
+            "load it with that one, or read its text again"
+        )
+    H, D, N = model.encoder.shape
+    prefixes = ["synapses", *(f"part.{number}" for number in range(count))]
+    names = [[f"{prefix}.{i}" for i in range(model.config.n_layer)] for prefix in prefixes]
+    known = [of for of in names if of[0] in arrays or of is names[0]]  # a new part is empty
+    if {name for of in known for name in of} != arrays.keys() or any(
+        (S.shape[0], *S.shape[2:], S.dtype) != (H, N, D, mx.float32) for S in arrays.values()
+    ):
+        raise UserError(f"{path} is damaged: arrays of ({H}, B, {N}, {D}) are missing in it")
+    if arrays_sha256(arrays, header) != written:
+        raise UserError(f"{path} is damaged: it has changed since it was written (sha256)")
+    synapses, *parts = (tuple(arrays[n] for n in of if n in arrays) for of in names)
+    return State(position, window, synapses, tuple(parts))

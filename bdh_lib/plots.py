@@ -1,0 +1,47 @@
+"""Pictures that matplotlib draws. It is imported late and without pyplot: a run needs neither."""
+
+import io
+import logging
+
+from bdh_lib import files
+from bdh_lib.errors import visible
+
+INK, LINES = "#808080", ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", "#d1495b"]
+
+
+def canvas(width: float, height: float):
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # not that a HOME is lacking
+    from matplotlib.figure import Figure  # imported late, and without pyplot: a run needs neither
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def panel(axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=9, color=INK)
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.grid(color=INK, alpha=0.2, linewidth=0.6)
+    axes.margins(x=0.01)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def label(name) -> str:
+    """A name as matplotlib shows it: a $ begins no formula, a _ at its begin hides nothing."""
+    return " " * str(name).startswith("_") + visible(str(name)).replace("$", r"\$")
+
+
+def legend(axes) -> None:
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def drawn(figure, kind: str) -> bytes:
+    """The figure as a PNG on white, or as an SVG on nothing, whose text takes the page's font."""
+    import matplotlib
+
+    file, how = io.BytesIO(), {"dpi": 130, "facecolor": "white"}
+    how |= {"metadata": {"Software": files.MADE_BY}}
+    if kind == "svg":
+        how = {"transparent": True, "metadata": {"Date": None}}
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bdh"}):
+        figure.savefig(file, format=kind, **how)
+    return file.getvalue()

@@ -1,0 +1,90 @@
+"""What lies in a run folder, as far as it is told without MLX: its weights and its settings."""
+
+import sys
+from pathlib import Path
+
+from bdh_lib import files
+from bdh_lib.errors import UserError
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file that `path` means: itself, a checkpoint's, a run's best or last."""
+    path = files.expanded(path, "the path of a model")
+    if path.is_file():
+        return path
+    if (path / "model.safetensors").is_file():
+        return path / "model.safetensors"
+    steps = [f for f in path.glob("step-*") if f.name[5:].isdigit()]
+    steps = sorted(steps, key=lambda f: int(f.name[5:]), reverse=True)
+    best = [f for f in steps if f.name == _best_of(path)]
+    faults = []
+    for step in dict.fromkeys([*best, *steps]):
+        if not (fault := _fault(step / "model.safetensors")):
+            if faults:
+                told = "; ".join(f"{f.name} {reason}" for f, reason in faults)
+                print(f"warning: in {path} {told}; taking {step.name}", file=sys.stderr)
+            return step / "model.safetensors"
+        faults.append((step, fault))
+    if faults:
+        raise UserError(f"{path} has no sound checkpoint: {faults[0][0].name} {faults[0][1]}")
+    if path.name.startswith("step-") and path.is_dir():
+        raise UserError(f"{path} lacks its model.safetensors; name its run folder for another one")
+    what = "does not exist"
+    if path.exists():
+        what = "has no checkpoint (step-000500/model.safetensors) in it"
+    elif path.is_symlink():
+        what = "is a link that leads to nothing"
+    raise UserError(f"{path} {what}; name a run folder, a checkpoint or a .safetensors file")
+
+
+def _best_of(run: Path) -> str | None:
+    """Name of the checkpoint that a run's best.json names, None if there is no such file."""
+    try:
+        return files.read_object(run / "best.json").get("checkpoint")
+    except UserError:
+        return None
+
+
+def _fault(weights: Path) -> str | None:
+    """Why a checkpoint's weights cannot be taken."""
+    if not weights.is_file():
+        return "lacks its model.safetensors"
+    return "is damaged" if is_changed(weights) else None
+
+
+def is_changed(weights: Path) -> bool:
+    """Whether weights differ from the sha256 in the manifest beside them, if there is one."""
+    if not (manifest := weights.with_name("manifest.json")).exists():
+        return False
+    try:
+        written = files.read_object(manifest)
+        return weights.name in written and written[weights.name]["sha256"] != files.sha256(weights)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    except (UserError, KeyError, TypeError):
+        return True
+
+
+def settings_of(weights: Path) -> dict:
+    """The trainer's settings, from config.json beside the weights; {} where there are none.
+
+    Those that others compute with are left out where they are of another type. Raises UserError
+    where the file is there and damaged.
+    """
+    file = weights.with_name("config.json")
+    settings = files.read_object(file).get("settings", {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} is damaged: its settings are no JSON object")
+    return sound_settings(settings)
+
+
+def sound_settings(settings: dict) -> dict:
+    """Settings from a config.json, which may hold anything, without those of a wrong type."""
+    settings = dict(settings)
+    for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "PROCESSES"):
+        if name in settings and not (type(settings[name]) is int and 0 < settings[name] < 2**31):
+            del settings[name]
+    for name in ("TRAINING_MODE", "LOSS_ON", "DATASET"):
+        if not isinstance(settings.get(name, ""), str):
+            del settings[name]
+    return settings

@@ -1,0 +1,61 @@
+"""Imports point down: scripts, training and generation, the model and data, compute, the base."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+BASE = {"bdh_lib"}  # errors, files, flags, cli, runs
+LOWER = BASE | {"bdh_lib.compute", "bdh_lib.data", "bdh_mlx"}
+MAY_IMPORT = {
+    "bdh_lib": BASE,
+    "bdh_lib.compute": BASE | {"bdh_lib.compute"},
+    "bdh_lib.data": BASE | {"bdh_lib.data"},
+    "bdh_mlx": BASE | {"bdh_lib.compute"},
+    "bdh_lib.training": LOWER | {"bdh_lib.training"},
+    "bdh_lib.generation": LOWER | {"bdh_lib.generation"},
+    "train_mlx": LOWER | {"bdh_lib.training", "bdh_lib.generation"},
+    "generate": LOWER | {"bdh_lib.training", "bdh_lib.generation"},
+}
+FILES = [*ROOT.glob("*.py"), *(ROOT / "bdh_lib").rglob("*.py")]
+MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in FILES}
+
+
+def folder(module: str) -> str:
+    """The package that a module lies in; of a script its own name."""
+    return ".".join(module.split(".")[:-1]) or module
+
+
+def imported(module: str) -> set[str]:
+    """This project's modules that a module imports, at its top or later."""
+    names = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & MODULES.keys()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.endswith("__init__")])
+def test_imports_point_down(module):
+    assert {folder(name) for name in imported(module)} <= MAY_IMPORT[folder(module)]
+
+
+def test_no_imports_go_in_a_circle():
+    done = set()
+
+    def walk(module, path=()):
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for name in imported(module):
+                walk(name, (*path, module))
+        done.add(module)
+
+    for module in MODULES:
+        walk(module)
+
+
+def test_no_script_of_bench_has_the_name_of_another_module():
+    names = [f.stem for f in [*ROOT.glob("*.py"), *(ROOT / "bench").glob("*.py")]]
+    assert len(names) == len(set(names))
