@@ -11,6 +11,10 @@ each byte takes the same time, however long the text has become.
 """
 
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
     from bdh_lib import cli
 
     cli.run(__file__)
@@ -225,9 +229,9 @@ def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
         if not line.strip():
             continue
         try:
-            record = finite(json.loads(line))
+            record = finite(files.parse_json(line))
             prompts = prompts_of(record, mode)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             reason = error if isinstance(error, UserError) else "not JSON"
             raise UserError(f"--prompts {file} line {number}: {reason}") from None
         if len(jobs) + len(prompts) * samples > MOST:
@@ -243,8 +247,10 @@ def finite(record):
     """What JSON can hold, for a line of results. Raises UserError; Python reads NaN, too."""
     try:
         json.dumps(record, allow_nan=False)
+    except RecursionError:
+        raise UserError("its brackets are nested too deep") from None
     except ValueError:
-        raise UserError("it holds a number that JSON has not (NaN, Infinity)") from None
+        raise UserError("it holds a number that JSON cannot (NaN, or above 1.8e308)") from None
     return record
 
 
@@ -350,7 +356,7 @@ def source_of_texts(weights: Path, args: argparse.Namespace, mode: str | None) -
 
 def asked_in(line: str | bytes) -> str:
     """What a line of results answers. Raises an error where it is none."""
-    found = json.loads(line)
+    found = files.parse_json(line)
     del found["completion"], found["stopped"]
     return json.dumps(found, sort_keys=True)
 

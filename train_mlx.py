@@ -10,6 +10,10 @@ metrics.jsonl, and report.html to look at.
 """
 
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C and for a slip in it
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
     from bdh_lib import cli
 
     cli.run(__file__)
@@ -341,7 +345,7 @@ def resume_or_init(run: Path, s: Settings, report: dict, model, optimizer, ema) 
 
 def tell_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
     """Say when a resumed run goes on with another learning rate than it would have had."""
-    old = Settings(**before["settings"])
+    old = Settings(**vars(s) | before["settings"])  # settings of the user's own may be new
     ends = [last_iteration(of, data["train"]["bytes"])
             for of, data in ((old, before["data"]), (s, report))]  # fmt: skip
     planned, new = learning_rate(done, ends[0], old), learning_rate(done, ends[1], s)

@@ -99,7 +99,7 @@ def imported(file: str):
     """The script as a module. Ctrl-C meanwhile ends the process at once: there is no work to lose,
     and a library that is being imported may swallow the exception.
     """
-    if signal.getsignal(signal.SIGINT) != signal.default_int_handler:  # ignored, as by nohup
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as by nohup
         return module_of(file)
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     module = module_of(file)

@@ -51,15 +51,23 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
+def parse_json(text: str | bytes):
+    """What json.loads gives. Raises ValueError for text that is nested too deep, too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
+
+
 def read_object(path: Path) -> dict:
     """The object in a JSON file, {} without a file. Raises UserError for any other content."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")

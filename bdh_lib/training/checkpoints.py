@@ -98,14 +98,14 @@ def read_best(run: Path) -> dict:
     evaluation is the best then.
     """
     try:
-        best = json.loads((run / "best.json").read_text())
+        best = files.parse_json((run / "best.json").read_text())
         written = best.pop("sha256")
         if hashlib.sha256(repr(best).encode()).hexdigest() != written:
             raise ValueError
         reason = damage(folder(run, best["step"])) if "judged" in best else "it has no loss"
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         reason = "best.json is not what was written"
     if not reason:
         return best
@@ -169,13 +169,14 @@ def damage(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return f"{checkpoint.name} is not there"
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest = files.parse_json((checkpoint / "manifest.json").read_text())
         for name, written in manifest.items():
             if (checkpoint / name).stat().st_size != written["bytes"]:
                 return f"{name} is not of the {written['bytes']:,} bytes written"
             if files.sha256(checkpoint / name) != written["sha256"]:
                 return f"{name} has changed since it was written (sha256)"
-        if json.loads((checkpoint / "config.json").read_text())["step"] != int(checkpoint.name[5:]):
+        step = files.parse_json((checkpoint / "config.json").read_text())["step"]
+        if step != int(checkpoint.name[5:]):
             return "config.json tells another step"
         if (
             missing := {"model.safetensors", "optimizer.safetensors", "config.json"}
@@ -184,7 +185,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"manifest.json lacks {', '.join(sorted(missing))}"
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json or config.json is not what was written"
 
 
@@ -245,7 +246,7 @@ def _finite(named: Iterable[tuple[str, mx.array]]) -> bool:
 
 def read_info(run: Path, step: int) -> dict:
     """config.json of a checkpoint: step, settings, data, versions."""
-    return json.loads((folder(run, step) / "config.json").read_text())
+    return files.parse_json((folder(run, step) / "config.json").read_text())
 
 
 def differing(there: dict, here: dict) -> dict[str, str]:

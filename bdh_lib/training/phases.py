@@ -52,7 +52,7 @@ def ancestry(source: Path) -> list[dict]:
     """The weights file that `source` means and those it came from, the eldest first, by sha256."""
     file = find_weights(source)
     try:
-        before = json.loads(file.with_name("config.json").read_text()).get("ancestry", [])
+        before = files.parse_json(file.with_name("config.json").read_text()).get("ancestry", [])
     except (OSError, ValueError, AttributeError):  # a bare file of weights, or another's
         before = []
     return [*before, {"weights": str(file), "sha256": files.sha256(file)}]
@@ -66,7 +66,7 @@ def held_out(s: Settings, run: Path, stop: Stop, loss_in: Callable) -> dict[str,
     told["data"] = split.fingerprint(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED)
     file = run / "modes.json"
     with suppress(OSError, ValueError):
-        known = json.loads(file.read_text())
+        known = files.parse_json(file.read_text())
         if told.items() <= known.items():
             return known["val_bpb"]
     model = load_model(run)

@@ -7,6 +7,10 @@ The trainer redraws them at each evaluation. Losses are in bits per byte.
 """
 
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
     from bdh_lib import cli
 
     cli.run(__file__)
@@ -32,11 +36,7 @@ _told = set()  # runs whose report failed
 
 def read(run: Path) -> tuple[dict, list[dict]]:
     """config.json and the lines of metrics.jsonl of a run. Raises UserError where there is none."""
-    try:
-        lines = runlog.read(run / "metrics.jsonl")
-    except RecursionError:  # JSON of too many brackets
-        raise UserError(f"{run / 'metrics.jsonl'} is damaged: it is no log of a run") from None
-    lines = [_sound(m) for m in lines if type(m["step"]) is int]
+    lines = [_sound(m) for m in runlog.read(run / "metrics.jsonl") if type(m["step"]) is int]
     if not lines:
         raise UserError(_no_run(run))
     return _config_of(run), lines
@@ -45,6 +45,8 @@ def read(run: Path) -> tuple[dict, list[dict]]:
 def _no_run(run: Path) -> str:
     if not run.exists():
         return f"{run} does not exist; name the folder of a run"
+    if (run / "metrics.jsonl").exists():
+        return f"{run / 'metrics.jsonl'} is damaged: it is no log of a run"
     runs = sorted(file.parent.name for file in run.glob("*/metrics.jsonl"))
     which = f"one or more of the runs in it: {', '.join(runs)}" if runs else "the folder of a run"
     return f"{run} holds no metrics.jsonl; name {which}"

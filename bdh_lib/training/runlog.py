@@ -28,8 +28,8 @@ def read(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl that are as they were written; none without a file."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError, AttributeError):
-            m = json.loads(line)
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            m = files.parse_json(line)
             if m.pop("crc32", crc32(m)) == crc32(m) and m["step"] >= 0:
                 lines.append(m)
     return lines
