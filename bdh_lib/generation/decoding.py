@@ -179,9 +179,9 @@ def outgrown(model, window: int | None, length: int, loaded: bool = False) -> st
     trained = model.trained_length
     if not trained or length <= trained or window:
         return None
-    way = f"--window {trained} forgets older bytes (README, States)"
+    way = f"--window {trained} forgets older bytes (docs/generating.md)"
     if loaded:
-        way = f"a state read anew with --window {trained} forgets older bytes (README, States)"
+        way = f"a state read anew with --window {trained} forgets older bytes (docs/generating.md)"
     return (
         f"note: a text of up to {length:,} bytes, and the model was trained on blocks of "
         f"{trained:,}: what it writes gets worse past them. {way}"
