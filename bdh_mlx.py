@@ -34,8 +34,8 @@ from bdh_lib import files, runs
 from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.compute.layer import Compute, default_chunk, dropout_mask, factor, layer, ln
 from bdh_lib.compute.rope import rotate
-from bdh_lib.compute.state import State, check_state, checked, prefill, read
-from bdh_lib.errors import UserError, check, nearest, number, whole
+from bdh_lib.compute.state import State, check_prompt, check_state, prefill, read
+from bdh_lib.errors import UserError, check, did_you_mean, number, whole
 
 SIZE, SHARE = whole(1, 65536), number("of at least 0 and below 1", lambda x: 0 <= x < 1)
 FIELDS = {"n_layer": whole(1, 1000), "n_embd": SIZE, "dropout": SHARE, "n_head": SIZE}
@@ -61,7 +61,7 @@ class BDHConfig:
             raise UserError(f"BDHConfig has {len(known)} fields, not {len(args)}")
         for name in given:
             if name not in known:
-                raise UserError(f"{name} is no field of BDHConfig{nearest(name, known)}")
+                raise UserError(f"{name} is no field of BDHConfig{did_you_mean(name, known)}")
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -147,7 +147,7 @@ class BDH(nn.Module):
         Raises UserError for an idx or a state that the model cannot read.
         """
         check_state(self, state)
-        return read(self, checked(self, idx), state)
+        return read(self, check_prompt(self, idx), state)
 
     def quadratic(self, idx: mx.array, targets=None):
         """The definition, layer by layer, the reference for all else: as __call__, no dropout."""
@@ -200,11 +200,11 @@ def save_model(model: BDH, path: str | Path) -> None:
 
     Raises UserError, with an earlier file untouched, where it cannot be written.
     """
-    path = files.expanded(path, "the path of a model")
+    path = files.expand_user(path, "the path of a model")
     if path.suffix != ".safetensors":  # MLX would add it
         raise UserError(f"{path} not saved: name a .safetensors file")
     header = {name: json.dumps(value) for name, value in asdict(model.config).items()}
-    with files.made_aside(path) as making:
+    with files.atomic_writer(path) as making:
         weights = dict(tree_flatten(model.parameters()))
         mx.save_safetensors(str(making), weights, metadata=header)
 

@@ -43,20 +43,20 @@ from bdh_lib.compute.memory import compute_for
 from bdh_lib.compute.state import WINDOW as STATE_WINDOW
 from bdh_lib.compute.state import State
 from bdh_lib.data import columns, formats
-from bdh_lib.errors import UserError, check, visible, whole
-from bdh_lib.files import expanded
+from bdh_lib.errors import UserError, check, escape_controls, whole
+from bdh_lib.files import expand_user
 from bdh_lib.flags import Parser, flag_of
 from bdh_lib.generation import chat, export, states, trace
 from bdh_lib.generation.decoding import (
-    Stops,
+    StopMatcher,
     Terminal,
-    as_text,
-    complete,
-    outgrown,
-    read,
-    rows,
-    unescaped,
-    write,
+    context_length_warning,
+    decode_text,
+    generate_batch,
+    pad_batch,
+    parse_escapes,
+    read_prompt,
+    stream,
 )
 from bdh_lib.generation.sampling import LIMITS, WINDOW, Sampling
 from bdh_lib.training import evaluation
@@ -98,7 +98,11 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--version", action="version", version=cli.version())
     add("model", help="run folder, checkpoint folder or .safetensors file")
-    add("--mode", choices=formats.NEEDED, help="training mode (the one the checkpoint names)")
+    add(
+        "--mode",
+        choices=formats.REQUIRED_FIELDS,
+        help="training mode (the one the checkpoint names)",
+    )
 
     add = group("what to go on with (stdin where it is piped, a session on a terminal)", one=True)
     add("--prompt", r"text, \n in it a line break; an empty one starts a new record")
@@ -118,7 +122,7 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--no-stop", "end at --max-new-tokens alone", action="store_true")
 
     add = group("what comes out")
-    budget = formats.BUDGET
+    budget = formats.MAX_NEW_TOKENS
     add("--max-new-tokens", f"bytes at most ({budget})", type=int, default=budget, metavar="N")
     add("--samples", "texts for each prompt (1)", type=int, default=1, metavar="N")
     add("--batch-size", "texts written at once (8)", type=int, default=8, metavar="N")
@@ -141,7 +145,7 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
             check(name_of(name), given[name], rule._replace(none=False))
     for name in PATHS:
         if name in given:
-            setattr(args, name, expanded(given[name], name_of(name)))
+            setattr(args, name, expand_user(given[name], name_of(name)))
     for name in TEXTS:
         texts = given.get(name, [])
         if "" in (texts if isinstance(texts, list) else [texts]):
@@ -184,10 +188,10 @@ def check_together(args: argparse.Namespace, given: dict) -> None:
             raise UserError(f"{idle}: no effect at --temperature 0, which takes the likeliest byte")
 
 
-def read_prompt(args: argparse.Namespace) -> bytes:
+def prompt_of(args: argparse.Namespace) -> bytes:
     """The prompt as bytes, from --prompt, --prompt-file or stdin. Raises UserError."""
     if args.prompt is not None:
-        return unescaped(args.prompt)
+        return parse_escapes(args.prompt)
     if args.prompt_file is None:
         if sys.stdin.isatty():  # as stdout is not: a session would have begun
             print("the prompt is what is typed here, up to Ctrl-D", file=sys.stderr)
@@ -204,7 +208,7 @@ def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
         return []
     if args.stop is None:
         return [f"{formats.STOP}\n".encode()] if mode == "full" else []
-    return [unescaped(text) for text in args.stop]
+    return [parse_escapes(text) for text in args.stop]
 
 
 class Job(NamedTuple):
@@ -268,9 +272,11 @@ def prompts_of(record: dict, mode: str | None) -> list[bytes]:
     needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
     for content in contents:
         given = ("system",) if content.get("system") else ()
-        if reason := columns.fault(content, (needed, *given)):
+        if reason := columns.invalid_reason(content, (needed, *given)):
             raise UserError(reason)
-    return [formats.opening(columns.sound(content), mode).encode() for content in contents]
+    return [
+        formats.format_prompt(columns.valid_fields(content), mode).encode() for content in contents
+    ]
 
 
 def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
@@ -298,10 +304,10 @@ def write_jobs(
         if left.isdisjoint(map(id, batch)):
             continue
         prompts = [job.prompt or formats.SEPARATOR.encode() for job in batch]
-        done = complete(model, prompts, sampling, draw, stops, args.max_new_tokens, state)
+        done = generate_batch(model, prompts, sampling, draw, stops, args.max_new_tokens, state)
         for row, text, stopped in done:
             if id(batch[row]) in left:
-                yield batch[row], as_text(text, whole=sampling.utf8), stopped
+                yield batch[row], decode_text(text, whole=sampling.utf8), stopped
 
 
 def line_of(job: Job, args: argparse.Namespace, text: str, stopped: bool) -> str:
@@ -312,7 +318,7 @@ def line_of(job: Job, args: argparse.Namespace, text: str, stopped: bool) -> str
     """
     which = {"line": job.line, "by": args.by}
     which |= {"sample": job.sample} if args.samples > 1 else {}
-    result = {"prompt": as_text(job.prompt), "completion": text, "stopped": stopped} | which
+    result = {"prompt": decode_text(job.prompt), "completion": text, "stopped": stopped} | which
     given = {k: job.record[k] for k in result if k in job.record and k != "prompt"}
     return json.dumps(job.record | result | ({"given": given} if given else {}))
 
@@ -382,12 +388,12 @@ def write_file(jobs: list[Job], left: list[Job], args, texts) -> None:
         raise
 
 
-def stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:
+def print_stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:
     """Print the prompt, and what the model makes of it as it comes."""
-    terminal, stop = Terminal(args.raw), Stops(stops, prompt)
+    terminal, stop = Terminal(args.raw), StopMatcher(stops, prompt)
     terminal.write(prompt)
-    idx = rows([prompt or formats.SEPARATOR.encode()])
-    written = write(model, *read(model, idx, state), sampling, key, idx)
+    idx = pad_batch([prompt or formats.SEPARATOR.encode()])
+    written = stream(model, *read_prompt(model, idx, state), sampling, key, idx)
     try:
         for i, (token, state) in enumerate(written, 1):  # noqa: B007  the last state is saved
             terminal.write(stop.feed(bytes(token)))
@@ -421,26 +427,26 @@ def main(argv: list[str] | None = None) -> int:
     args = flags(argv)
     cli.check_temporary_folder()
     if args.export:
-        return export.tell(args.model, args.export)
+        return export.export_model(args.model, args.export)
     if args.trace:
         model = bdh_mlx.load_model(args.model)
         check_bytes(model, args.model)
-        return trace.tell(model, args.trace, args.out)
+        return trace.trace_texts(model, args.trace, args.out)
     if args.save_state:
-        states.state_file(args.save_state)  # now, not once all is written
+        states.check_state_file(args.save_state)  # now, not once all is written
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     weights = runs.find_weights(args.model)
     model, trained = bdh_mlx.load_model(weights), settings_of(weights)
     check_bytes(model, weights)
     model.compute = compute_for(model.config, "small", args.dtype or "auto")
     mode = args.mode or trained.get("TRAINING_MODE")
-    mode = mode if mode in formats.NEEDED else None
+    mode = mode if mode in formats.REQUIRED_FIELDS else None
     key = mx.random.key(time.time_ns() if args.seed is None else args.seed)
     stops = stop_strings(args, mode)
     state = start(model, args)
     how = (model, sampling, key, stops, args, state)
     if args.evaluate is not None:
-        print(evaluation.report(model, args.evaluate, mode, trained))
+        print(evaluation.evaluation_table(model, args.evaluate, mode, trained))
     elif args.prompts is not None:
         jobs = read_jobs(args.prompts, mode, args.samples)
         tell_outgrown(max(len(job.prompt) for job in jobs), model, state, args)
@@ -453,15 +459,15 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("a session takes no --save-state (type /save), --raw or --samples")
         chat.Session(model, sampling, key, stops, args.max_new_tokens, mode, state).run()
     else:
-        prompt = read_prompt(args)
+        prompt = prompt_of(args)
         tell_outgrown(len(prompt), model, state, args)
         tell_long(len(prompt))
         if args.samples == 1:
-            stream(prompt, *how)
+            print_stream(prompt, *how)
         else:
             jobs = [Job(1, i, {}, prompt) for i in range(1, args.samples + 1)]
             for job, text, _ in write_jobs(jobs, *how):
-                print(f"--- sample {job.sample}\n{visible(as_text(prompt) + text)}")
+                print(f"--- sample {job.sample}\n{escape_controls(decode_text(prompt) + text)}")
     return 0
 
 
@@ -488,7 +494,7 @@ def tell_long(n_bytes: int) -> None:
 def tell_outgrown(prompt: int, model, state: State, args: argparse.Namespace) -> None:
     """Say on stderr when a text with a prompt of so many bytes may pass the trained blocks."""
     length = state.position + prompt + args.max_new_tokens
-    if note := outgrown(model, state.window, length, args.load_state is not None):
+    if note := context_length_warning(model, state.window, length, args.load_state is not None):
         print(note, file=sys.stderr)
 
 

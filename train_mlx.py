@@ -36,27 +36,27 @@ MAX_ITERS: int | None = 5000  # updates; the run ends here or after EPOCHS, whic
 EPOCHS: float | None = 3  # passes over the training bytes; none: as many as MAX_ITERS takes
 PATIENCE: int | None = 5  # validations in a row without a new best that end the run; none: no end
 LEARNING_RATE: float = 5e-5  # at the end of the warm-up
-MIN_LEARNING_RATE: float = 0.1  # at the end of the cosine, as a share of LEARNING_RATE
+MIN_LR_RATIO: float = 0.1  # at the end of the cosine, as a share of LEARNING_RATE
 WARMUP_ITERS: int = 100  # updates of linear rise, while Adam's averages fill
 LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
 WEIGHT_DECAY: float = 0.1  # AdamW's, as in the paper
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: as it comes
-EMA: float = 0.0  # share that an update keeps of the weights' average, the one judged; 0: none
-NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
-MAX_SKIPS: int = 10  # updates in a row skipped for numbers that are not finite before the run stops
+EMA_DECAY: float = 0.0  # share of the weights' average that an update keeps; 0: no average
+BYTE_NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
+MAX_CONSECUTIVE_SKIPS: int = 10  # updates in a row that are not finite before the run stops
 # Model, and how it is computed
 BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer=6, n_embd=256, n_head=4, dropout=0.1: 25.3M parameters
 DTYPE: str = "auto"  # of the products: "bfloat16", "float32"; auto: bfloat16 on a GPU alone
-MEMORY: str = "auto"  # "fast", "balanced" or "small" (each slower than the last); auto: what fits
-FORCE: bool = False  # start although the estimated memory cannot be had
+MEMORY_MODE: str = "auto"  # "fast", "balanced" or "small", from fast to slow; auto: what fits
+IGNORE_MEMORY_CHECK: bool = False  # start although the estimated memory cannot be had
 # Evaluation, log and checkpoints
 SEED: int = 1337  # of weights, split, data order, dropout and samples
-VAL_SHARE: float = 0.1  # of the records, held out
+VAL_FRACTION: float = 0.1  # of the records, held out
 EVAL_BYTES: int | None = 1_000_000  # validation bytes read at most, always the same; none: all
 LOG_FREQ: int = 50  # updates between lines
 EVAL_FREQ: int = 250  # updates between validations and samples
 SAVE_FREQ: int = 500  # updates between checkpoints
-KEEP: int = 3  # latest checkpoints kept, besides the best
+KEEP_CHECKPOINTS: int = 3  # latest checkpoints kept, besides the best
 SAMPLE_BYTES: int = 200  # length of each sample
 # Runs
 CHECKPOINT_DIR: str = "checkpoints_mlx"  # holds one folder per run, and the prepared data
@@ -85,9 +85,9 @@ PRESETS = {
     "--training-mode full --block-size 256 --batch-size 8 --max-iters 350 --epochs none "
     "--learning-rate 4e-3 --warmup-iters 20 --log-freq 25 --eval-freq 175 --save-freq 175",
     # The recipe that docs/log.md measures on a megabyte of text, 6.4M parameters
-    "small-data": "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 --noise 0.05 "
-    "--weight-decay 1 --ema 0.99 --block-size 512 --batch-size 32 --max-iters 2000 --epochs none "
-    "--learning-rate 1e-3 --eval-freq 100",
+    "small-data": "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 "
+    "--byte-noise 0.05 --weight-decay 1 --ema-decay 0.99 --block-size 512 --batch-size 32 "
+    "--max-iters 2000 --epochs none --learning-rate 1e-3 --eval-freq 100",
 }
 
 # The imports stand below what users come to this file to edit.
@@ -112,20 +112,36 @@ from bdh_lib import cli, files, flags
 from bdh_lib.compute import memory
 from bdh_lib.compute.state import PARTS
 from bdh_lib.data import split
-from bdh_lib.data.formats import BUDGET, EXPECT, FIELDS, NEEDED, prompts
+from bdh_lib.data.formats import (
+    FIELDS,
+    MAX_NEW_TOKENS,
+    REQUIRED_FIELDS,
+    SAMPLE_NOTES,
+    sample_prompts,
+)
 from bdh_lib.data.formats import (
     format_example as format_example,  # what a record becomes, for other scripts
 )
-from bdh_lib.errors import Rule, UserError, check, choice, number, switch, text, visible, whole
+from bdh_lib.errors import (
+    Rule,
+    UserError,
+    check,
+    choice,
+    escape_controls,
+    number,
+    switch,
+    text,
+    whole,
+)
 from bdh_lib.flags import Settings
-from bdh_lib.generation.decoding import samples
+from bdh_lib.generation.decoding import complete_prompts
 from bdh_lib.training import checkpoints, phases, plan, selfcheck
-from bdh_lib.training.advice import advise, counting
+from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.distributed import World, is_lost
-from bdh_lib.training.evaluation import byte_losses, evaluate, trace
+from bdh_lib.training.evaluation import byte_losses, evaluate, trace_shapes
 from bdh_lib.training.report import redraw
-from bdh_lib.training.runlog import Meter, RunLog, activity, printing
-from bdh_lib.training.signals import Stop, at_once
+from bdh_lib.training.runlog import Meter, RunLog, main_process_prints, neuron_activity
+from bdh_lib.training.signals import StopSignal, default_signals
 from bdh_mlx import BDH, load_model
 
 # -------------------------------------------------------------------------------------------- data
@@ -167,11 +183,11 @@ def learning_rate(step: int, total: int, s: Settings) -> float:
         return s.LEARNING_RATE * (step + 1) / s.WARMUP_ITERS
     end = s.LR_DECAY_ITERS or total
     done = min(1.0, (step - s.WARMUP_ITERS) / max(1, end - s.WARMUP_ITERS))
-    low = s.MIN_LEARNING_RATE
+    low = s.MIN_LR_RATIO
     return s.LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def counted(fields: np.ndarray, micro: int, s: Settings) -> np.ndarray:
+def counted_targets(fields: np.ndarray, micro: int, s: Settings) -> np.ndarray:
     """Which targets (B, T) of a run's batch number `micro` count in its loss."""
     if s.LOSS_ON == "all":
         return np.ones((s.BATCH_SIZE, s.BLOCK_SIZE), bool)
@@ -181,26 +197,26 @@ def counted(fields: np.ndarray, micro: int, s: Settings) -> np.ndarray:
 
 def count_targets(fields: np.ndarray, step: int, s: Settings) -> int:
     """How many targets count in the loss of update number `step`, over all its batches."""
-    batches = sequences(s) // s.BATCH_SIZE
+    batches = blocks_per_update(s) // s.BATCH_SIZE
     if s.LOSS_ON == "all":
-        return sequences(s) * s.BLOCK_SIZE
-    return sum(int(counted(fields, step * batches + i, s).sum()) for i in range(batches))
+        return blocks_per_update(s) * s.BLOCK_SIZE
+    return sum(int(counted_targets(fields, step * batches + i, s).sum()) for i in range(batches))
 
 
 def loss_weights(fields: np.ndarray, micro: int, count: int, s: Settings) -> np.ndarray:
     """Weight in the loss of each target (B, T) of a batch: the loss of an update is the mean over
     the `count` targets that count in all its batches. All 0 where no byte counts.
     """
-    return counted(fields, micro, s).astype(np.float32) / np.float32(max(1, count))
+    return counted_targets(fields, micro, s).astype(np.float32) / np.float32(max(1, count))
 
 
 # ---------------------------------------------------------------------------------------- training
 
 
-def prepared(s: Settings, mode: str) -> tuple[dict, tuple, tuple]:
+def load_prepared(s: Settings, mode: str) -> tuple[dict, tuple, tuple]:
     """What open_data gives, of any mode and unchecked. Raises UserError if the mode has no data."""
     cache, refresh = Path(s.CHECKPOINT_DIR) / ".data", vars(s).get("refresh_data", False)
-    folder = split.prepare(s.DATASET, mode, s.VAL_SHARE, s.SEED, cache, refresh)
+    folder = split.prepare(s.DATASET, mode, s.VAL_FRACTION, s.SEED, cache, refresh)
     report = json.loads((folder / "data.json").read_text())
     if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
         raise UserError(f"the {empty[0]} split of mode {mode} is empty; take more data")
@@ -212,12 +228,12 @@ def prepared(s: Settings, mode: str) -> tuple[dict, tuple, tuple]:
     return report, train, [array[:read] for array in val]
 
 
-def open_data(s: Settings) -> tuple[dict, tuple, tuple]:
+def open_split(s: Settings) -> tuple[dict, tuple, tuple]:
     """The data's report, then bytes and fields to train on, and those that evaluations read."""
-    report, train, val = prepared(s, s.TRAINING_MODE)
+    report, train, val = load_prepared(s, s.TRAINING_MODE)
     for side, least, cure in (
         ("train", s.BLOCK_SIZE + 1, "lower BLOCK_SIZE"),
-        ("val", 2, "raise VAL_SHARE"),
+        ("val", 2, "raise VAL_FRACTION"),
     ):
         if report[side]["bytes"] < least:
             raise UserError(
@@ -236,21 +252,21 @@ def open_data(s: Settings) -> tuple[dict, tuple, tuple]:
     return report, train, val
 
 
-def sequences(s: Settings) -> int:
+def blocks_per_update(s: Settings) -> int:
     """Blocks that an update reads, over all processes (one unless settings say how many)."""
     return s.BATCH_SIZE * s.GRAD_ACCUM * vars(s).get("PROCESSES", 1)
 
 
-def last_iteration(s: Settings, n_bytes: int) -> int:
+def total_steps(s: Settings, n_bytes: int) -> int:
     """Update at which the run ends: MAX_ITERS or the end of EPOCHS, one of which is set."""
     blocks = math.ceil(n_bytes / s.BLOCK_SIZE)
-    by_epochs = math.ceil(s.EPOCHS * blocks / sequences(s)) if s.EPOCHS else math.inf
+    by_epochs = math.ceil(s.EPOCHS * blocks / blocks_per_update(s)) if s.EPOCHS else math.inf
     return min(s.MAX_ITERS or math.inf, by_epochs)
 
 
-def outlook(s: Settings, n_bytes: int) -> str:
+def schedule_summary(s: Settings, n_bytes: int) -> str:
     """How long the run is, and which of MAX_ITERS and EPOCHS cuts the other short."""
-    total, each = last_iteration(s, n_bytes), s.BLOCK_SIZE * sequences(s)
+    total, each = total_steps(s, n_bytes), s.BLOCK_SIZE * blocks_per_update(s)
     epochs, cut = total * each / n_bytes, ""
     if epochs < (s.EPOCHS or 0):
         cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:g})"
@@ -260,23 +276,23 @@ def outlook(s: Settings, n_bytes: int) -> str:
     return f"{total:,} iterations of {each:,} bytes are {read}{cut}"
 
 
-def described(s: Settings) -> dict:
+def settings_dict(s: Settings) -> dict:
     """The settings as JSON holds them, the model's beside the others; what it cannot, as text."""
     own = {k: v for k, v in vars(s).items() if k.isupper() and k != "BDH_CONFIG"}
-    return {name: flags.described(value) for name, value in (own | asdict(s.BDH_CONFIG)).items()}
+    return {name: flags.as_json(value) for name, value in (own | asdict(s.BDH_CONFIG)).items()}
 
 
 def init_model(s: Settings, compute: memory.Compute) -> tuple[BDH, optim.AdamW, dict]:
-    """A model with fresh weights, its optimizer, and the average of its weights, {} without EMA."""
+    """A model with fresh weights, its optimizer, and the average of its weights ({}: none)."""
     mx.random.seed(s.SEED)
     model = BDH(s.BDH_CONFIG)
     model.compute = compute
     optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    return model, optimizer, copied(model.parameters()) if s.EMA else {}
+    return model, optimizer, copy_tree(model.parameters()) if s.EMA_DECAY else {}
 
 
-def copied(tree: dict) -> dict:
+def copy_tree(tree: dict) -> dict:
     """The same arrays in containers of their own."""
     return tree_map(lambda array: array, tree)
 
@@ -296,23 +312,30 @@ def resume_or_init(run: Path, s: Settings, report: dict, model, optimizer, ema) 
             )
         if s.INIT_FROM:
             source = load_model(origin)
-            unlike = checkpoints.differing(asdict(source.config), asdict(s.BDH_CONFIG))
+            unlike = checkpoints.settings_changes(asdict(source.config), asdict(s.BDH_CONFIG))
             if unlike := [text for name, text in unlike.items() if "dropout" not in name]:
                 raise UserError(f"INIT_FROM {s.INIT_FROM} is of another shape: {'; '.join(unlike)}")
             model.update(source.parameters())
             if ema:  # the average starts where the weights do
-                ema.update(copied(model.parameters()))
+                ema.update(copy_tree(model.parameters()))
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
         return 0, phases.ancestry(origin) if s.INIT_FROM else []
     before = checkpoints.read_info(run, done)
-    new = described(s) | checkpoints.versions() | {UPDATE: sequences(s)}
+    if lacking := RULES.keys() - {"BDH_CONFIG"} - before.get("settings", {}).keys():
+        raise UserError(
+            f"{run} was begun by another version of this trainer: it has no {min(lacking)}. Set "
+            f"RUN_NAME to start another run, with INIT_FROM {run.name} from these weights"
+        )
+    new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_update(s)}
     try:
         old = before["settings"] | before["versions"]
-        old[UPDATE] = sequences(Settings(**before["settings"]))
-        changed = checkpoints.differing(old, new) | split.differing(before["data"], report)
+        old[GLOBAL_BATCH] = blocks_per_update(Settings(**before["settings"]))
+        changed = checkpoints.settings_changes(old, new) | split.data_changes(
+            before["data"], report
+        )
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
-    if fixed := [k for k in changed if k in FIXED]:
+    if fixed := [k for k in changed if k in FIXED_ON_RESUME]:
         of_data = [k for k in fixed if k.endswith(" data")]
         if "TRAINING_MODE" in fixed or "SEED" in fixed:  # which make the bytes others
             fixed = [k for k in fixed if k not in of_data]
@@ -339,14 +362,14 @@ def resume_or_init(run: Path, s: Settings, report: dict, model, optimizer, ema) 
     with ema_applied(model, ema):  # as it was saved
         checkpoints.load(run, done, model, optimizer, ema)
     print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
-    tell_new_rate(before, s, done, report)
+    print_new_rate(before, s, done, report)
     return done, ancestry
 
 
-def tell_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
+def print_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
     """Say when a resumed run goes on with another learning rate than it would have had."""
     old = Settings(**vars(s) | before["settings"])  # settings of the user's own may be new
-    ends = [last_iteration(of, data["train"]["bytes"])
+    ends = [total_steps(of, data["train"]["bytes"])
             for of, data in ((old, before["data"]), (s, report))]  # fmt: skip
     planned, new = learning_rate(done, ends[0], old), learning_rate(done, ends[1], s)
     if abs(new - planned) > 0.01 * planned:
@@ -354,7 +377,7 @@ def tell_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
         print(f"learning rate: {last:.2e} at iteration {done}, {new:.2e} from here on")
 
 
-def corrupted(idx: mx.array, share: float, key: mx.array) -> mx.array:
+def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
     """idx with `share` of its bytes replaced by bytes from anywhere in it."""
     where, which = mx.random.split(mx.random.split(key, 2)[1])
     others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=which)]
@@ -363,11 +386,11 @@ def corrupted(idx: mx.array, share: float, key: mx.array) -> mx.array:
 
 @contextmanager
 def ema_applied(model: BDH, ema: dict) -> Iterator[None]:
-    """Exchange the weights and their average, which is evaluated and saved; nothing without EMA."""
+    """Exchange the weights and their average, which is evaluated and saved, if there is one."""
 
     def swap():
         if ema:
-            weights = copied(model.parameters())
+            weights = copy_tree(model.parameters())
             model.update(ema)
             ema.update(weights)
 
@@ -391,7 +414,7 @@ def compile_steps(
 
     @compiled
     def micro_step(idx, targets, weights, key):
-        idx = corrupted(idx, noise, key) if noise else idx
+        idx = corrupt_bytes(idx, noise, key) if noise else idx
 
         def loss():
             return mx.sum(byte_losses(model, idx, targets, key) * weights)
@@ -402,7 +425,7 @@ def compile_steps(
     def apply_update(loss, gradients):
         """One step of AdamW; nothing changes where the loss or the gradient is not finite."""
         gradients, norm = optim.clip_grad_norm(gradients, clip or math.inf)
-        before = copied(state)
+        before = copy_tree(state)
         optimizer.update(model, gradients)
         if ema:  # a mean of all weights at first, since the start of the average is random
             share = 1 - mx.minimum(decay, optimizer.step / (optimizer.step + 9))
@@ -429,29 +452,31 @@ def main(argv: list[str] | None = None) -> int:
     for slip in flags.slips(sys.modules[__name__], RULES):
         print(f"warning: {slip}", file=sys.stderr)
     if given.selfcheck:
-        return selfcheck.tell(sys.modules[__name__])
+        return selfcheck.run_checks(sys.modules[__name__])
     if given.plan:
-        return plan.tell(sys.modules[__name__], given)
+        return plan.print_plan(sys.modules[__name__], given)
     cli.endure()
     world = World()
     given.json_to = sys.stdout if given.json else None  # where print goes no more from here on
-    with printing(given.json_to, world), Stop(world) as stop:
+    with main_process_prints(given.json_to, world), StopSignal(world) as stop:
         for s in phases.chain(given):
             s.PROCESSES = world.size
             run = checkpoints.run_folder(s)
-            with checkpoints.opened(run) if world.is_main else nullcontext():
-                if code := attempt(s, run, stop, world):
+            with checkpoints.lock_run(run) if world.is_main else nullcontext():
+                if code := train_guarded(s, run, stop, world):
                     return code
                 if s.PHASES and world.is_main:
-                    told[run.name] = phases.held_out(s, run, stop, partial(loss_in, s, stop))
+                    told[run.name] = phases.evaluate_modes(
+                        s, run, stop, partial(evaluate_mode, s, stop)
+                    )
                     if stop.number:
                         print(f"stopped after {run} was saved; the same command continues it")
                         return 128 + stop.number
-                    print(phases.table(told))
+                    print(phases.forgetting_table(told))
     return 0
 
 
-def attempt(s: Settings, run: Path, stop: Stop, world: World) -> int:
+def train_guarded(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     """Train, and put into a line what can end it."""
     try:
         return train(s, run, stop, world)
@@ -466,7 +491,7 @@ def attempt(s: Settings, run: Path, stop: Stop, world: World) -> int:
             raise UserError(f"MLX cannot compile: {error}; look at TMPDIR") from None
         if not memory.is_exhausted(error):
             raise
-        raise UserError(f"memory is out: {memory.too_large(s, memory.available())}") from None
+        raise UserError(f"memory is out: {memory.oom_advice(s, memory.available())}") from None
     except Diverged as reason:
         last = max(checkpoints.steps(run), default="none")
         print(f"error: {reason}. Checkpoints are as they were, the last of iteration {last}; "
@@ -474,22 +499,22 @@ def attempt(s: Settings, run: Path, stop: Stop, world: World) -> int:
         return 1
 
 
-def loss_in(s: Settings, stop: Stop, model: BDH, mode: str) -> tuple[float, dict]:
+def evaluate_mode(s: Settings, stop: StopSignal, model: BDH, mode: str) -> tuple[float, dict]:
     """What `evaluate` gives on the validation bytes of any mode. Raises UserError without data."""
     losses = mx.compile(partial(byte_losses, model))
-    return evaluate(losses, *prepared(s, mode)[2], s.BATCH_SIZE, s.BLOCK_SIZE, stop)
+    return evaluate(losses, *load_prepared(s, mode)[2], s.BATCH_SIZE, s.BLOCK_SIZE, stop)
 
 
 def load_split(s: Settings, world: World) -> tuple[dict, tuple, tuple]:
     """What open_data gives, printed. Raises UserError where the processes have other data."""
-    report, train, val = open_data(s)
-    known = {k: v for k, v in described(s).items() if k in RULES or k in vars(s.BDH_CONFIG)}
+    report, train, val = open_split(s)
+    known = {k: v for k, v in settings_dict(s).items() if k in RULES or k in vars(s.BDH_CONFIG)}
     sums = {side: report[side]["sha256"] for side in ("train", "val")}
     every = world.all_gather_object(known | sums)
     if unlike := [k for k in every[0] if any(one[k] != every[0][k] for one in every)]:
         raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
-    print(visible(split.describe(report)))
-    print(f"plan: {outlook(s, len(train[0]))}; an evaluation reads {len(val[0]):,} bytes")
+    print(escape_controls(split.describe(report)))
+    print(f"plan: {schedule_summary(s, len(train[0]))}; an evaluation reads {len(val[0]):,} bytes")
     return report, train, val
 
 
@@ -503,35 +528,37 @@ def print_start(s: Settings, run: Path, val: tuple, mode: str, dtype, peak: floa
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     name = str(dtype).removeprefix("mlx.core.")
     print(f"memory: {mode}, {name}, estimated peak {peak / 1e9:.2f} GB")
-    known = fields_in(val[1]) & {*NEEDED[s.TRAINING_MODE]}
-    print(f"note: {EXPECT[s.TRAINING_MODE if known else 'text']}")
+    known = fields_in(val[1]) & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
+    print(f"note: {SAMPLE_NOTES[s.TRAINING_MODE if known else 'text']}")
 
 
 def begin_run(run: Path, s: Settings, report: dict, ancestry: list, trees: list, world) -> dict:
     """Write config.json, if the checkpoints to come fit on the disk; what it and those of the
     checkpoints hold. Raises UserError.
     """
-    info = {"settings": described(s), "data": report, "versions": checkpoints.versions()}
+    info = {"settings": settings_dict(s), "data": report, "versions": checkpoints.versions()}
     info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
     info["own"] = [name for name in info["settings"] if name.isupper() and name not in RULES]
     if world.is_main:
-        lacking = s.KEEP + 2 - len(checkpoints.steps(run))  # the best, and one being written
+        lacking = (
+            s.KEEP_CHECKPOINTS + 2 - len(checkpoints.steps(run))
+        )  # the best, and one being written
         checkpoints.check_space(run, trees, max(1, lacking))
-        files.write_whole(run / "config.json", json.dumps(info, indent=1))
+        files.atomic_write_text(run / "config.json", json.dumps(info, indent=1))
     return info
 
 
 def micro_batches(s: Settings, step: int, world: World) -> range:
     """Numbers, in the run, of this process's batches of an update."""
-    batches = sequences(s) // s.BATCH_SIZE
+    batches = blocks_per_update(s) // s.BATCH_SIZE
     return range(step * batches + world.rank, (step + 1) * batches, world.size)
 
 
 def evaluation_results(s, step, model, eval_losses, val, stop, world) -> dict:
     """Losses on the validation bytes, and the share of neurons at work, for the log.
 
-    `judged` (nats) is the loss on the bytes that LOSS_ON counts: by it go best.json, PATIENCE,
-    advice and reports. Raises Diverged.
+    `monitored_loss` (nats) is the loss on the bytes that LOSS_ON counts. best.json, PATIENCE,
+    advice and reports go by it. Raises Diverged.
     """
     if step == 0 or not stop.can_defer:
         print(f"evaluating {len(val[0]):,} bytes before iteration {step + 1}")
@@ -541,18 +568,18 @@ def evaluation_results(s, step, model, eval_losses, val, stop, world) -> dict:
     if not math.isfinite(val_loss):
         raise Diverged(f"validation loss is {val_loss} at iteration {step}")
     results = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
-    results["judged"] = nats.get(s.LOSS_ON, val_loss)
+    results["monitored_loss"] = nats.get(s.LOSS_ON, val_loss)
     results["val_loss_fields"] = nats
     results["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
-    return results | activity(model, val[0], s.BLOCK_SIZE)
+    return results | neuron_activity(model, val[0], s.BLOCK_SIZE)
 
 
 def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
     """byte_losses of the model, compiled for the shapes that an evaluation of n_bytes reads."""
     eval_losses = mx.compile(partial(byte_losses, model), inputs=[model.state])
     print("compiling the evaluation, once")
-    with at_once():
-        trace(eval_losses, n_bytes, s.BATCH_SIZE, s.BLOCK_SIZE)
+    with default_signals():
+        trace_shapes(eval_losses, n_bytes, s.BATCH_SIZE, s.BLOCK_SIZE)
     return eval_losses
 
 
@@ -574,7 +601,7 @@ def accumulate(s, step, micro_step, train_split, stop, world) -> tuple:
     for i in micro_batches(s, step, world):
         batch = get_batch(stream, i * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
         weights = mx.array(loss_weights(fields, i, n_targets, s))
-        with nullcontext() if stop.can_defer else at_once():
+        with nullcontext() if stop.can_defer else default_signals():
             part = micro_step(*batch, weights, mx.random.key(s.SEED * 2**32 + i))
         loss = loss + part[0]
         gradients = tree_map(mx.add, gradients, part[1]) if gradients else part[1]
@@ -584,32 +611,32 @@ def accumulate(s, step, micro_step, train_split, stop, world) -> tuple:
     return world.all_reduce_sum((loss, gradients)), n_targets > 0
 
 
-def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: Stop) -> list[str]:
+def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: StopSignal) -> list[str]:
     """What the model makes of the prompts of its mode."""
-    asked = prompts(s.TRAINING_MODE, fields_in(val[1]))
+    asked = sample_prompts(s.TRAINING_MODE, fields_in(val[1]))
     if s.SAMPLE_BYTES > 1000:
         print(f"writing {len(asked)} samples of {s.SAMPLE_BYTES:,} bytes")
-    return list(samples(model, asked, s.SAMPLE_BYTES, s.SEED + step, stop))
+    return list(complete_prompts(model, asked, s.SAMPLE_BYTES, s.SEED + step, stop))
 
 
 def batch_location(s: Settings, step: int, n_bytes: int) -> str:
     """Which bytes an update read."""
-    count, shown = sequences(s), min(sequences(s), 64)
+    count, shown = blocks_per_update(s), min(blocks_per_update(s), 64)
     starts = block_starts(n_bytes, step * count, shown, s.BLOCK_SIZE, s.SEED).tolist()
     more = f" and {count - shown:,} others" if count > shown else ""
     return f"{s.BLOCK_SIZE} bytes each from {starts}{more} of the training bytes"
 
 
-def train(s: Settings, run: Path, stop: Stop, world: World) -> int:
+def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     """Train one run: 0 at its end, 128 + signal if stopped. Raises Diverged, UserError."""
 
     # ---- data: bytes to train on and to evaluate on, and the field of each
     stop.can_defer = False  # there is no work to save yet
     report, train_split, val = load_split(s, world)
-    n_steps = last_iteration(s, len(train_split[0]))
+    n_steps = total_steps(s, len(train_split[0]))
 
     # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh
-    memory_mode, compute, peak = memory.choose(s)  # before the model takes any
+    memory_mode, compute, peak = memory.select_mode(s)  # before the model takes any
     model, optimizer, ema = init_model(s, compute)
     resumed = resume_or_init(run, s, report, model, optimizer, ema) if world.is_main else None
     first_step, ancestry = world.broadcast_object(resumed)
@@ -625,12 +652,12 @@ def train(s: Settings, run: Path, stop: Stop, world: World) -> int:
 
     # ---- compiled functions
     micro_step, apply_update, state = compile_steps(
-        model, optimizer, ema, s.GRAD_CLIP, s.NOISE, s.EMA
+        model, optimizer, ema, s.GRAD_CLIP, s.BYTE_NOISE, s.EMA_DECAY
     )
     eval_losses = compile_evaluation(model, len(val[0]), s)
-    memory.hold(peak)
-    baselines = counting(s.LOSS_ON, train_split, val)
-    meter = Meter(first_step, n_steps, s.BLOCK_SIZE * sequences(s))
+    memory.set_limit(peak)
+    baselines = byte_baselines(s.LOSS_ON, train_split, val)
+    meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_update(s))
 
     def save(step):
         if step > log.last_saved:
@@ -654,9 +681,9 @@ def train(s: Settings, run: Path, stop: Stop, world: World) -> int:
             if stop.number:
                 save(step)
                 break
-            if step and results["judged"] < log.best.get("judged", math.inf):
+            if step and results["monitored_loss"] < log.best.get("monitored_loss", math.inf):
                 save(step)
-                log.write_best(step, results["judged"])
+                log.write_best(step, results["monitored_loss"])
             log.write(**results, advice=advise([*log.history, results], s, n_steps, baselines))
             if world.is_main and (step or ancestry):  # random weights write noise
                 with ema_applied(model, ema):
@@ -667,7 +694,7 @@ def train(s: Settings, run: Path, stop: Stop, world: World) -> int:
             if world.is_main:
                 redraw(run)
         if world.is_main:
-            checkpoints.prune(run, s.KEEP, log.best.get("step"))
+            checkpoints.prune(run, s.KEEP_CHECKPOINTS, log.best.get("step"))
         if last_step:
             break
 
@@ -682,8 +709,8 @@ def train(s: Settings, run: Path, stop: Stop, world: World) -> int:
         mx.eval(state, norm)
         stop.can_defer = True  # from here on there is work to save
         meter.stop(step + 1, loss.item(), norm.item(), counts)
-        if meter.consecutive_skips == s.MAX_SKIPS:
-            raise Diverged(f"no sound update in {s.MAX_SKIPS} iterations; last batch: "
+        if meter.consecutive_skips == s.MAX_CONSECUTIVE_SKIPS:
+            raise Diverged(f"no sound update in {s.MAX_CONSECUTIVE_SKIPS} iterations; last batch: "
                            f"{batch_location(s, step, len(train_split[0]))}")  # fmt: skip
         if (step + 1) % s.LOG_FREQ == 0 and meter.losses:
             log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **meter.read(step + 1))
@@ -693,7 +720,7 @@ def train(s: Settings, run: Path, stop: Stop, world: World) -> int:
         print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
         return 128 + stop.number
     print_summary(s, run, n_steps, results, log.best, len(train_split[0]), meter.minutes())
-    print(f"sample_it: {command(s, run, prompts(s.TRAINING_MODE, fields_in(val[1]))[0])}")
+    print(f"sample_it: {command(s, run, sample_prompts(s.TRAINING_MODE, fields_in(val[1]))[0])}")
     return 0
 
 
@@ -712,7 +739,7 @@ def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, n_bytes, m
     ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
     if last["step"] < n_steps:
         ended = f"early, {s.PATIENCE} validations without a better one"
-    epochs = last["step"] * s.BLOCK_SIZE * sequences(s) / n_bytes
+    epochs = last["step"] * s.BLOCK_SIZE * blocks_per_update(s) / n_bytes
     values = {
         "epochs": f"{epochs:.2f}",
         "minutes": f"{minutes:.1f}",
@@ -722,8 +749,8 @@ def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, n_bytes, m
         "parameters": s.BDH_CONFIG.n_parameters,
         "val_loss": f"{last['val_loss']:.4f}",
         "val_bpb": f"{last['val_bpb']:.4f}",
-        "judged_on": f"{s.LOSS_ON} bytes",
-        "best_judged": f"{best['judged']:.4f}",
+        "monitored_on": f"{s.LOSS_ON} bytes",
+        "best_monitored": f"{best['monitored_loss']:.4f}",
         "best_step": best["step"],
         "ended": ended,
         "active_x": " ".join(f"{share:.1%}" for share in last["active_x"]),  # layer by layer
@@ -738,7 +765,7 @@ def command(s: Settings, run: Path, prompt: str) -> str:
     python = Path(sys.executable)  # of make's .venv, which the user's shell may not know
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     words = [python, "generate.py", run, "--prompt", prompt.replace("\n", "\\n")]
-    if len(prompt) + BUDGET > s.BLOCK_SIZE:
+    if len(prompt) + MAX_NEW_TOKENS > s.BLOCK_SIZE:
         words += ["--window", max(s.BLOCK_SIZE, PARTS)]
     return shlex.join(map(str, words))
 
@@ -746,12 +773,12 @@ def command(s: Settings, run: Path, prompt: str) -> str:
 # ------------------------------------------------------------------------------------------- flags
 
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
-UPDATE = "BATCH_SIZE x GRAD_ACCUM x processes"
-FIXED = ["TRAINING_MODE", "BLOCK_SIZE", UPDATE, "SEED"]
-FIXED += ["LOSS_ON", "EVAL_BYTES", "EMA", "train data", "val data"]
-FIXED += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
+GLOBAL_BATCH = "BATCH_SIZE x GRAD_ACCUM x processes"
+FIXED_ON_RESUME = ["TRAINING_MODE", "BLOCK_SIZE", GLOBAL_BATCH, "SEED"]
+FIXED_ON_RESUME += ["LOSS_ON", "EVAL_BYTES", "EMA_DECAY", "train data", "val data"]
+FIXED_ON_RESUME += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 RULES = {  # what each setting may be; one that is not here, a user's own, may be anything
-    "TRAINING_MODE": choice(*NEEDED),
+    "TRAINING_MODE": choice(*REQUIRED_FIELDS),
     "LOSS_ON": choice("all", "response"),
     "DATASET": text(),
     "BLOCK_SIZE": whole(1),
@@ -761,25 +788,25 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
     "EPOCHS": number("above 0 and at most 1,000,000", lambda x: 0 < x <= 1e6, none=True),
     "PATIENCE": whole(1, none=True),
     "LEARNING_RATE": number("from 1e-12 to 1,000", lambda x: 1e-12 <= x <= 1000),
-    "MIN_LEARNING_RATE": number("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "MIN_LR_RATIO": number("above 0 and at most 1", lambda x: 0 < x <= 1),
     "WARMUP_ITERS": whole(0),
     "LR_DECAY_ITERS": whole(1, none=True),
     "WEIGHT_DECAY": number("from 0 to 1,000", lambda x: 0 <= x <= 1000),
     "GRAD_CLIP": number("from 1e-12 to 1e12", lambda x: 1e-12 <= x <= 1e12, none=True),
-    "EMA": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
-    "NOISE": number("at least 0 and below 1", lambda x: 0 <= x < 1),
-    "MAX_SKIPS": whole(1),
+    "EMA_DECAY": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
+    "BYTE_NOISE": number("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "MAX_CONSECUTIVE_SKIPS": whole(1),
     "BDH_CONFIG": Rule(BDHConfig, needs="a BDHConfig(...)"),
     "DTYPE": choice("auto", "bfloat16", "float32"),
-    "MEMORY": choice("auto", *memory.SETTINGS),
-    "FORCE": switch(),
+    "MEMORY_MODE": choice("auto", *memory.MODES),
+    "IGNORE_MEMORY_CHECK": switch(),
     "SEED": whole(0, 2**32 - 1),  # it makes a key of 64 bits with the number of a batch
-    "VAL_SHARE": number("above 0 and below 1", lambda x: 0 < x < 1),
+    "VAL_FRACTION": number("above 0 and below 1", lambda x: 0 < x < 1),
     "EVAL_BYTES": whole(2, 2**62, none=True),
     "LOG_FREQ": whole(1),
     "EVAL_FREQ": whole(1),
     "SAVE_FREQ": whole(1),
-    "KEEP": whole(1),
+    "KEEP_CHECKPOINTS": whole(1),
     "SAMPLE_BYTES": whole(0, 10**6),
     "CHECKPOINT_DIR": text(),
     "RUN_NAME": text(none=True),
@@ -794,7 +821,7 @@ def settings(argv: list[str] | None = None) -> Settings:
     refuse_idle(s, typed)
     for name in ("CHECKPOINT_DIR", "INIT_FROM"):  # no shell reads a constant
         if getattr(s, name):
-            setattr(s, name, str(files.expanded(getattr(s, name), name)))
+            setattr(s, name, str(files.expand_user(getattr(s, name), name)))
     s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(s.BDH_CONFIG)})
     for run in phases.chain(s):
         check_together(run)
@@ -821,7 +848,7 @@ def check_together(s: Settings) -> None:
     for name, rule in RULES.items():  # PHASES may have put other values in
         check(name, getattr(s, name), rule)
     checkpoints.run_folder(s)  # RUN_NAME
-    if s.LOSS_ON not in ("all", *NEEDED[s.TRAINING_MODE]):
+    if s.LOSS_ON not in ("all", *REQUIRED_FIELDS[s.TRAINING_MODE]):
         raise UserError(
             f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "
             "set TRAINING_MODE to 'full' or LOSS_ON to 'all'"

@@ -151,7 +151,10 @@ def explain(error: BaseException, file: str) -> int:
 
     An error that no user can mend keeps its traceback: it is a fault of this project.
     """
-    from bdh_lib.errors import UserError, visible  # late, as all that a start need not wait for
+    from bdh_lib.errors import (  # late, as all that a start need not wait for
+        UserError,
+        escape_controls,
+    )
 
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has what it wanted
         discard(1)
@@ -178,7 +181,7 @@ def explain(error: BaseException, file: str) -> int:
 
         text, code = traceback.format_exc(), 1
     if code != 1:
-        text = visible(" ".join(text.split()))
+        text = escape_controls(" ".join(text.split()))
     try:
         print(text, file=sys.stderr)
     except OSError:  # nobody reads

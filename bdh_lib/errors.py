@@ -12,7 +12,7 @@ class UserError(ValueError):
     exit_code = 2
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Text that is safe on a terminal: control characters but newline and tab as \\x1b.
 
     So are lone surrogates, which cannot be printed, and marks that turn the direction of writing.
@@ -23,7 +23,7 @@ def visible(text: str) -> str:
     return re.sub(unsafe, lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
-def nearest(word: str, names: Iterable[str], alike: float = 0.6) -> str:
+def did_you_mean(word: str, names: Iterable[str], alike: float = 0.6) -> str:
     """`; did you mean x?` of the name most like `word`; nothing where none is like it."""
     found = difflib.get_close_matches(word, names, 1, alike)
     return f"; did you mean {found[0]}?" if found else ""
@@ -76,5 +76,5 @@ def check(name: str, value, rule: Rule) -> None:
     if right and rule.fits(value):
         return
     also = " or None" if rule.none else ""
-    near = nearest(str(value), rule.choices)
+    near = did_you_mean(str(value), rule.choices)
     raise UserError(f"{name} is {value!r}; it must be {rule.needs}{also}{near}")

@@ -29,7 +29,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def expanded(path: str | Path, name: str = "the path") -> Path:
+def expand_user(path: str | Path, name: str = "the path") -> Path:
     """The path with `~` replaced, where a user is known by that name: Path's own raises.
 
     Every path of a user comes through here. Raises UserError, which calls it `name`, for an empty
@@ -59,7 +59,7 @@ def parse_json(text: str | bytes):
         raise ValueError("its brackets are nested too deep") from None
 
 
-def read_object(path: Path) -> dict:
+def read_json_object(path: Path) -> dict:
     """The object in a JSON file, {} without a file. Raises UserError for any other content."""
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
@@ -92,7 +92,7 @@ def check_replaceable(path: Path, name: str) -> None:
 
 
 @contextmanager
-def made_aside(path: Path) -> Iterator[Path]:
+def atomic_writer(path: Path) -> Iterator[Path]:
     """A path to write to, which then replaces `path`: a reader finds the old or the new content.
 
     Raises NotWritten; on any error nothing is left of what was made.
@@ -120,9 +120,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Replace a small file by `text`, on the disk itself. Raises NotWritten."""
-    with made_aside(path) as making:
+    with atomic_writer(path) as making:
         making.write_text(text)
         flush(making)
     flush(path.parent)

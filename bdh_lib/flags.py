@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
-from bdh_lib.errors import KINDS, Rule, UserError, check, nearest, visible
+from bdh_lib.errors import KINDS, Rule, UserError, check, did_you_mean, escape_controls
 
 ALIKE = 0.8  # share of two names that is the same where one is taken for a slip in the other
 
@@ -42,7 +42,7 @@ def parse(
     help. Raises UserError for a value that no rule admits; argparse reports an unknown flag.
     """
     argv = sys.argv[1:] if argv is None else argv
-    constants, known = {name: getattr(script, name) for name in names(script)}, rules.keys()
+    constants, known = {name: getattr(script, name) for name in setting_names(script)}, rules.keys()
     constants |= {name: vars(script)[name] for name in known if name in vars(script)}
     for name in known - constants.keys():
         raise UserError(f"{name} is not set; put its line back among the constants at the top")
@@ -56,15 +56,15 @@ def parse(
     parser = parser_of(script, constants, rules, presets, actions)
     typed = vars(parser.parse_args(argv))
     if (preset := typed.pop("preset", None)) not in (None, *presets):
-        near = nearest(preset, presets)
+        near = did_you_mean(preset, presets)
         parser.error(f"--preset {preset!r} is none of {', '.join(presets)}{near}")
     given = vars(parser.parse_args(presets.get(preset, "").split())) | typed
-    given = {name: read(name, value, rules.get(name)) for name, value in given.items()}
+    given = {name: parse_value(name, value, rules.get(name)) for name, value in given.items()}
     s = Settings(**dict.fromkeys(actions, False) | constants | given)
     return s, set(typed) | ({"preset"} if preset else set())
 
 
-def names(script: ModuleType) -> list[str]:
+def setting_names(script: ModuleType) -> list[str]:
     """The constants of the script, as far as its first table, ACTIONS."""
     above = list(vars(script))[: list(vars(script)).index("ACTIONS")]
     is_code = (type, ModuleType, Callable)
@@ -87,24 +87,24 @@ def own_rule(script: ModuleType, name: str) -> Rule:
     return Rule(kind, none, KINDS.get(kind, ""))
 
 
-def described(value):
+def as_json(value):
     """A value as JSON holds it; what it cannot hold as text, the same in each process."""
     if isinstance(value, set | frozenset):
         value = sorted(value, key=repr)
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
-        return text_of(value)
+        return as_text(value)
 
 
-def text_of(value) -> str:
+def as_text(value) -> str:
     try:
         return str(value)
     except ValueError:  # Python refuses to write a number of more than 4,300 digits
         return "a number of very many digits"
 
 
-def read(name: str, value: str | bool, rule: Rule | None):
+def parse_value(name: str, value: str | bool, rule: Rule | None):
     """The value of a flag. Raises UserError as check does."""
     if rule is None or isinstance(value, bool):
         return value
@@ -134,8 +134,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         known = [flag for action in self._actions for flag in action.option_strings]
         if unknown := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
-            message = f"unknown flag {unknown[1]}{nearest(unknown[1], known)}"
-        message = visible(" ".join(message.split()))  # it repeats what was typed
+            message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1], known)}"
+        message = escape_controls(" ".join(message.split()))  # it repeats what was typed
         self.exit(2, f"{self.prog}: {message} (--help lists all)\n")
 
 
@@ -161,7 +161,7 @@ def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions
         how = {"metavar": rules[name].kind.__name__, "default": argparse.SUPPRESS}
         if rules[name].kind is bool:
             how = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
-        shown = f"{comment} (now {text_of(value)})".strip().replace("%", "%%")
+        shown = f"{comment} (now {as_text(value)})".strip().replace("%", "%%")
         groups[heading].add_argument(flag, dest=name, help=shown, **how)
     return parser
 
@@ -218,7 +218,7 @@ def slips(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
     models = [name for name in rules if is_dataclass(vars(script).get(name))]
     of = {field: name for name in models for field in vars(vars(script)[name])}
     for name in list(lines)[: list(lines).index("ACTIONS")]:
-        near = nearest(name.upper(), rules, ALIKE)
+        near = did_you_mean(name.upper(), rules, ALIKE)
         if name in rules and len(lines[name]) > 1:
             found.append(f"{name} is set in lines {' and '.join(lines[name])}; the last one counts")
         elif name not in rules and near:

@@ -4,7 +4,7 @@ import io
 import logging
 
 from bdh_lib import files
-from bdh_lib.errors import visible
+from bdh_lib.errors import escape_controls
 
 INK, LINES = "#808080", ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", "#d1495b"]
 
@@ -27,7 +27,7 @@ def panel(axes, title: str) -> None:
 
 def label(name) -> str:
     """A name as matplotlib shows it: a $ begins no formula, a _ at its begin hides nothing."""
-    return " " * str(name).startswith("_") + visible(str(name)).replace("$", r"\$")
+    return " " * str(name).startswith("_") + escape_controls(str(name)).replace("$", r"\$")
 
 
 def legend(axes) -> None:

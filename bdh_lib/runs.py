@@ -9,7 +9,7 @@ from bdh_lib.errors import UserError
 
 def find_weights(path: str | Path) -> Path:
     """The weights file that `path` means: itself, a checkpoint's, a run's best or last."""
-    path = files.expanded(path, "the path of a model")
+    path = files.expand_user(path, "the path of a model")
     if path.is_file():
         return path
     if (path / "model.safetensors").is_file():
@@ -40,7 +40,7 @@ def find_weights(path: str | Path) -> Path:
 def _best_of(run: Path) -> str | None:
     """Name of the checkpoint that a run's best.json names, None if there is no such file."""
     try:
-        return files.read_object(run / "best.json").get("checkpoint")
+        return files.read_json_object(run / "best.json").get("checkpoint")
     except UserError:
         return None
 
@@ -57,7 +57,7 @@ def is_changed(weights: Path) -> bool:
     if not (manifest := weights.with_name("manifest.json")).exists():
         return False
     try:
-        written = files.read_object(manifest)
+        written = files.read_json_object(manifest)
         return weights.name in written and written[weights.name]["sha256"] != files.sha256(weights)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
@@ -72,7 +72,7 @@ def settings_of(weights: Path) -> dict:
     where the file is there and damaged.
     """
     file = weights.with_name("config.json")
-    settings = files.read_object(file).get("settings", {})
+    settings = files.read_json_object(file).get("settings", {})
     if not isinstance(settings, dict):
         raise UserError(f"{file} is damaged: its settings are no JSON object")
     return sound_settings(settings)

@@ -33,36 +33,37 @@ import jobs as queue  # noqa: E402
 from bdh_lib.training.advice import order_n  # noqa: E402
 
 SEEDS = 3
-QUIET = "--sample-bytes 0 --save-freq 1000000 --keep 1 --eval-bytes none --epochs none"
+QUIET = "--sample-bytes 0 --save-freq 1000000 --keep-checkpoints 1 --eval-bytes none --epochs none"
 
 # Parity: what the official train.py does, and every byte block the same on both sides. No
 # schedule, no clipping; validation every 100 updates over all validation bytes.
 PARITY = (
     "--block-size 512 --batch-size 32 --max-iters 700 --learning-rate 1e-3 --weight-decay 0.1 "
-    "--dropout 0.1 --warmup-iters 0 --min-learning-rate 1 --grad-clip none --eval-freq 100 "
+    "--dropout 0.1 --warmup-iters 0 --min-lr-ratio 1 --grad-clip none --eval-freq 100 "
     "--patience none"
 )
 
 # The recipe: flags of a job over RECIPE's. The order is that of importance.
 RECIPE = (
     "--mlp-internal-dim-multiplier 32 --dropout 0.5 --weight-decay 0.3 --block-size 512 "
-    "--batch-size 32 --max-iters 1500 --learning-rate 1e-3 --min-learning-rate 0.1 "
+    "--batch-size 32 --max-iters 1500 --learning-rate 1e-3 --min-lr-ratio 0.1 "
     "--warmup-iters 100 --grad-clip 1 --eval-freq 100 --patience 3"
 )
 SWEEP = {
     "base": "",
-    "noise": "--noise 0.1",
+    "noise": "--byte-noise 0.1",
     "dropout v": "--dropout-v 0.1",
     "decay 1": "--weight-decay 1",
-    "average": "--ema 0.99",
-    "average, decay 1": "--weight-decay 1 --ema 0.99 --max-iters 2000",
-    "small-data": "--noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema 0.99 --max-iters 2000",
+    "average": "--ema-decay 0.99",
+    "average, decay 1": "--weight-decay 1 --ema-decay 0.99 --max-iters 2000",
+    "small-data": "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema-decay 0.99 "
+    "--max-iters 2000",
     "dropout 0.7": "--dropout 0.7",
     "width 384": "--n-embd 384 --dropout 0.6",
     "layers 8": "--n-layer 8",
     "blocks of 1024": "--block-size 1024 --batch-size 16",
     "blocks of 256": "--block-size 256 --batch-size 64",
-    "dropout v 0.2, noise": "--dropout-v 0.2 --noise 0.1",
+    "dropout v 0.2, noise": "--dropout-v 0.2 --byte-noise 0.1",
     "multiplier 64": "--mlp-internal-dim-multiplier 64 --dropout 0.65",
     "batch 16": "--batch-size 16 --max-iters 2500",
     "layers 4": "--n-layer 4",
@@ -116,11 +117,13 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
     Records of the same instruction go to the same side, so that no held-out one was trained on.
     """
     from bdh_lib.data import columns, sources
-    from bdh_lib.data.formats import FIELDS, SEPARATOR, pieces
+    from bdh_lib.data.formats import FIELDS, SEPARATOR, field_segments
 
     lines = file.read_text(errors="replace").split("\n")
     records = [columns.detect(sources._parse_line(line))[1][0] for line in lines if line.strip()]
-    records = [r for r in records if not columns.fault(r, ("system", "instruction", "response"))]
+    records = [
+        r for r in records if not columns.invalid_reason(r, ("system", "instruction", "response"))
+    ]
     asked = list(dict.fromkeys(r["instruction"] for r in records))
     order = np.random.default_rng(0).permutation(len(asked))
     held_out = {asked[i] for i in order[: round(share * len(asked))]}
@@ -131,7 +134,7 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
         for side, some in sides.items():
             found = []
             for record in some:
-                found += [("", SEPARATOR)] * bool(found) + pieces(record, mode)
+                found += [("", SEPARATOR)] * bool(found) + field_segments(record, mode)
             parts = [(FIELDS.index(field), text.encode()) for field, text in found]
             (folder / mode / f"{side}.bin").write_bytes(b"".join(text for _, text in parts))
             labels = b"".join(bytes([field]) * len(text) for field, text in parts)

@@ -27,19 +27,19 @@ def spread(jobs: list[dict], command, gpus: int, per_gpu: int, minutes: float, o
     logs = out.parent / f"{out.stem}.logs"
     logs.mkdir(parents=True, exist_ok=True)
     done = {row["name"] for row in rows(out) if not row.get("cut") and "failed" not in row}
-    waiting = [job for job in jobs if job["name"] not in done]
+    pending = [job for job in jobs if job["name"] not in done]
     free, working, left_out = [per_gpu] * max(1, gpus), [], []
-    while waiting or working:
+    while pending or working:
         left = end - time.monotonic()
-        for job in list(waiting):
+        for job in list(pending):
             gpu, needs = free.index(max(free)), per_gpu if job.get("large") else 1
             if job["seconds"] > left:
                 left_out.append(job["name"])
-                waiting.remove(job)
+                pending.remove(job)
                 continue
             if free[gpu] < needs:
                 break
-            waiting.remove(job)
+            pending.remove(job)
             free[gpu] -= needs
             print(f"{job['name']}: started on {gpu}, about {job['seconds']:.0f} s", flush=True)
             process = _start(job, command(job), gpu, gpus, logs)

@@ -3,7 +3,7 @@
     python bench/train_speed.py                        # shapes for a CPU, about 3 minutes
     python bench/train_speed.py --official bdh.py      # beside pathwaycom/bdh; needs PyTorch
     python bench/train_speed.py --gpu --official bdh.py
-    python bench/train_speed.py --gpu --memory         # measured and estimated peaks
+    python bench/train_speed.py --gpu --memory-mode         # measured and estimated peaks
     python bench/train_speed.py --curve text.txt       # fast and quadratic losses over a training
 
 Each case is a full training step (loss, gradients, clipping, AdamW) on random bytes in a process of
@@ -107,7 +107,7 @@ def build(system: str, shape: dict, B: int, T: int, way=None, rate=1e-3):
                 model.compute, **dict(zip(("chunk", "rows", "keep"), way, strict=True))
             )
         peak = memory.estimate(model.config, B, T, model.compute)
-        mx.set_memory_limit(10**6) if way else memory.hold(peak)
+        mx.set_memory_limit(10**6) if way else memory.set_limit(peak)
     optimizer = optim.AdamW(rate, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     micro_step, apply_update, state = train_mlx.compile_steps(model, optimizer, {}, 1.0)
@@ -241,7 +241,7 @@ def main() -> None:
     )
     parser.add_argument("--official", help="path of pathwaycom/bdh's bdh.py; needs PyTorch")
     parser.add_argument("--gpu", action="store_true", help="the default model at GPU shapes")
-    parser.add_argument("--memory", action="store_true", help="peaks, measured and estimated")
+    parser.add_argument("--memory-mode", action="store_true", help="peaks, measured and estimated")
     parser.add_argument("--only", metavar="TEXT", help="systems whose name has TEXT in it")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a case (3)")
     parser.add_argument("--timeout", type=int, default=180, help="seconds a case may take (180)")

@@ -17,7 +17,7 @@ from bdh_lib.training import advice
 TELL = "import json, sys, time; time.sleep({}); print(json.dumps({{'told': {}}})); sys.exit({})"
 
 
-def spread(tmp_path, waiting, minutes=1.0, gpus=2, per_gpu=1):
+def spread(tmp_path, pending, minutes=1.0, gpus=2, per_gpu=1):
     def command(job):
         return [
             sys.executable,
@@ -25,25 +25,25 @@ def spread(tmp_path, waiting, minutes=1.0, gpus=2, per_gpu=1):
             TELL.format(job.get("sleep", 0), job["tell"], job.get("rc", 0)),
         ]
 
-    return jobs.spread(waiting, command, gpus, per_gpu, minutes, tmp_path / "rows.jsonl")
+    return jobs.spread(pending, command, gpus, per_gpu, minutes, tmp_path / "rows.jsonl")
 
 
 def test_jobs_leave_a_row_each_and_are_not_done_twice(tmp_path):
-    waiting = [{"name": f"job: {i}", "seconds": 1, "tell": i, "rc": i % 2} for i in range(4)]
-    rows = spread(tmp_path, waiting)
+    pending = [{"name": f"job: {i}", "seconds": 1, "tell": i, "rc": i % 2} for i in range(4)]
+    rows = spread(tmp_path, pending)
     assert {row["name"]: row["told"] for row in rows} == {f"job: {i}": i for i in range(4)}
     assert [row["name"] for row in rows if "failed" in row] == ["job: 1", "job: 3"]
     assert {row["gpu"] for row in rows} == {0, 1}
-    spread(tmp_path, [job | {"rc": 0} for job in waiting])
+    spread(tmp_path, [job | {"rc": 0} for job in pending])
     lines = [json.loads(x) for x in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(lines) == 6  # the two that failed ran again
     assert not [row for row in jobs.rows(tmp_path / "rows.jsonl") if "failed" in row]
 
 
 def test_a_job_that_cannot_end_in_time_is_left_out_and_a_slow_one_stopped(tmp_path, capsys):
-    waiting = [{"name": "slow", "seconds": 0.5, "tell": 1, "sleep": 60},
+    pending = [{"name": "slow", "seconds": 0.5, "tell": 1, "sleep": 60},
                {"name": "long", "seconds": 100, "tell": 2}]  # fmt: skip
-    rows = spread(tmp_path, waiting, minutes=(jobs.GRACE + 2) / 60)
+    rows = spread(tmp_path, pending, minutes=(jobs.GRACE + 2) / 60)
     assert "the time was up: long" in capsys.readouterr().out
     assert [(row["name"], row["cut"], "failed" in row) for row in rows] == [("slow", True, True)]
 

@@ -82,12 +82,12 @@ def test_ctrl_c_while_a_script_is_imported_is_no_traceback(run, name):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-@pytest.mark.parametrize(("name", "module"), [("plan", "plan"), ("selfcheck", "selfcheck")])
-def test_ctrl_c_later_is_one_line(run, name, module):
+@pytest.mark.parametrize(("name", "called"), [("plan", "print_plan"), ("selfcheck", "run_checks")])
+def test_ctrl_c_later_is_one_line(run, name, called):
     code = (
         f"import os, signal, sys; sys.argv = sys.argv[1:]\n"
-        f"from bdh_lib import cli; import train_mlx; from bdh_lib.training import {module}\n"
-        f"{module}.tell = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"from bdh_lib import cli; import train_mlx; from bdh_lib.training import {name}\n"
+        f"{name}.{called} = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "cli.run('train_mlx')\n"
     )
     command = [sys.executable, "-c", code, *map(str, commands(run)[name])]
@@ -118,7 +118,8 @@ def test_ctrl_c_ends_a_script_within_a_call_that_does_not_return(run):
         "import ctypes, sys; sys.argv = sys.argv[1:]; from bdh_lib import cli; import generate\n"
         "c, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
         "c.pthread_mutex_lock(lock); cli.PATIENCE = 0.2\n"
-        "generate.read = lambda *_: (print('held', flush=True), c.pthread_mutex_lock(lock))\n"
+        "hold = lambda *_: (print('held', flush=True), c.pthread_mutex_lock(lock))\n"
+        "generate.read_prompt = hold\n"
         "cli.run('generate')\n"
     )
     command = [sys.executable, "-c", code, *map(str, commands(run)["generate"])]

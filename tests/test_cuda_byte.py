@@ -67,7 +67,7 @@ def entry(kernel, D, dtype, T):
     return (
         f'extern "C" void {called} {{ '
         f"using T = {T}; using Q = {Q}; constexpr int D = {D}, G = {GROUPS[name]}, "
-        f"K = {step_cuda.TAIL}, W = {W}; {' '.join(lines)} "
+        f"K = {step_cuda.BUFFER_BYTES}, W = {W}; {' '.join(lines)} "
         f"launch({{unsigned(P), unsigned(HB)}}, threads, [&] {{ {call} }}); }}\n"
     )
 
@@ -117,7 +117,7 @@ def on_16(view):
 @pytest.fixture
 def kernels(library, monkeypatch):
     monkeypatch.setattr(mx, "compile", lambda step: step)
-    monkeypatch.setattr(step_mlx, "TAIL", step_cuda.TAIL)
+    monkeypatch.setattr(step_mlx, "BUFFER_BYTES", step_cuda.BUFFER_BYTES)
     monkeypatch.setattr(
         step_cuda, "_kernel", lambda name, inputs, *_: Kernel(library, name, inputs)
     )
@@ -164,8 +164,8 @@ def same_as_the_plain_step(model, B, dtype, count, rows=None):
     model.compute = replace(model.compute, dtype=dtype)
     (H, D, N), at = model.encoder.shape, 10**6
     S = tuple(mx.random.normal((H, rows or B, N, D), key=mx.random.key(7)) for _ in range(2))
-    ways = step_cuda.Byte(model), step_mlx.Byte(model)
-    tails = [way.begun(at, S, B) for way in ways]
+    ways = step_cuda.DecodeStep(model), step_mlx.DecodeStep(model)
+    tails = [way.new_buffer(at, S, B) for way in ways]
     fill(*tails, count)
     tails = [tail._replace(count=count) for tail in tails]
     near = 2e-4 if dtype == mx.float32 else 4e-2
@@ -176,26 +176,26 @@ def same_as_the_plain_step(model, B, dtype, count, rows=None):
             ways[0].step(idx + 1, tails[0])
         (v, own), (expected, plain) = (way.step(idx, t) for way, t in zip(ways, tails, strict=True))
         assert mx.max(mx.abs(v - expected)) < near and mx.mean(mx.abs(v - expected)) < near / 4
-        for pairs in zip(own.waiting(), plain.waiting(), strict=True):
+        for pairs in zip(own.pending(), plain.pending(), strict=True):
             for found, wanted in zip(*pairs, strict=True):
                 assert mx.max(mx.abs(found - wanted)) < near * mx.max(mx.abs(wanted))
         return own, plain
 
     for i in range(3):
         tails = step(tails, i)
-    given = [[np.array(a, np.float64) for a in pair] for pair in tails[0].waiting()]
+    given = [[np.array(a, np.float64) for a in pair] for pair in tails[0].pending()]
     exact = [np.array(s, np.float64) + keys @ v for s, (keys, v) in zip(S, given, strict=True)]
     at += count + 3
     if dtype == mx.float32:
         after = tuple(mx.array(s.astype(np.float32)) for s in exact)
-        tail = ways[0].begun(at, after, B)
+        tail = ways[0].new_buffer(at, after, B)
     else:
         after, tail = tails[0].folded(S, at)
         for found, wanted, (low, scales) in zip(after, exact, tail.known, strict=True):
             assert np.abs(np.array(found) - wanted).max() < 1e-5 * np.abs(wanted).max()
             off = mx.abs(low.view(mx.int8).astype(mx.float32) * scales[..., None] - found)
             assert mx.all(off <= 0.5001 * scales[..., None]).item()
-    step((tail, ways[1].begun(at, after, B)), 3)
+    step((tail, ways[1].new_buffer(at, after, B)), 3)
 
 
 def fill(own, plain, count):
@@ -212,7 +212,7 @@ def fill(own, plain, count):
             np.array(bits(to), copy=False)[...] = np.array(bits(given))
         plain.keys[i][...] = some.swapaxes(2, 3).reshape(H, B, K, 2 * pairs)
         plain.values[i][...] = v.astype(mx.float32)
-    own.newest[0] = count
+    own.shared_length[0] = count
 
 
 def a_model(D, multiplier=3, heads=2):
@@ -231,10 +231,10 @@ def test_a_nan_writes_nowhere_but_where_it_is(kernels, neuron):
     encoder = np.array(model.encoder)
     encoder[0, :, neuron] = np.nan
     model.encoder = mx.array(encoder)
-    way = step_cuda.Byte(model)
-    v, tail = way.step(mx.array([[65]]), way.begun(3, (), 1))
+    way = step_cuda.DecodeStep(model)
+    v, tail = way.step(mx.array([[65]]), way.new_buffer(3, (), 1))
     assert mx.all(mx.isnan(v)).item()
-    keys = np.array(tail.waiting()[0][0])
+    keys = np.array(tail.pending()[0][0])
     assert np.isnan(keys[0, 0, -2:]).all() and np.isfinite(keys[0, 0, :-2]).all()
     assert np.isfinite(keys[1]).all()
 

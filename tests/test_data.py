@@ -169,7 +169,7 @@ def test_turns_in_a_row_are_one_by_a_blank_line():
     odd = columns.detect(chat(("user", "q"), ("user", 5), ("assistant", "a")))[1]
     assert odd == [{"instruction": 5, "response": "a"}]  # the reason is told of it
     empty = columns.detect(chat(("user", ""), ("user", None), ("assistant", "a")))[1]
-    assert columns.fault(empty[0], ("instruction",)) == "instruction empty"
+    assert columns.invalid_reason(empty[0], ("instruction",)) == "instruction empty"
 
 
 @pytest.mark.parametrize("reply", ["assistant", "gpt", "chatgpt", "model", "bot", "ai", "Model"])
@@ -215,9 +215,13 @@ def test_exchanges_are_told_beside_the_records_that_hold_them(tmp_path):
 
 def test_prompts_leave_out_sections_that_the_data_do_not_have():
     every = formats.PROMPTS["full"]
-    assert formats.prompts("full", {"system", "instruction", "response"}) == every
-    assert formats.prompts("full", {"", "instruction", "response"}) == every[1:]
-    assert formats.prompts("both", {"text"}) == formats.prompts("full", {"text"}) == ["\n\n"]
+    assert formats.sample_prompts("full", {"system", "instruction", "response"}) == every
+    assert formats.sample_prompts("full", {"", "instruction", "response"}) == every[1:]
+    assert (
+        formats.sample_prompts("both", {"text"})
+        == formats.sample_prompts("full", {"text"})
+        == ["\n\n"]
+    )
 
 
 def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
@@ -263,8 +267,8 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path):
     datasets.Dataset.from_list(records).to_csv(tmp_path / "d.csv")
     datasets.Dataset.from_list(records).to_parquet(tmp_path / "d.parquet")
     for kind in ("jsonl", "json", "csv", "parquet"):
-        assert list(sources.read(str(tmp_path / f"d.{kind}"))) == records, kind
-    assert len(list(sources.read(str(tmp_path)))) == 48  # the folder holds all four
+        assert list(sources.read_records(str(tmp_path / f"d.{kind}"))) == records, kind
+    assert len(list(sources.read_records(str(tmp_path)))) == 48  # the folder holds all four
 
 
 READ_TEXT = {  # a file of some records around `{}`, and the record that `{}` is part of
@@ -282,11 +286,11 @@ def test_valid_text_stays_as_it_is_and_what_is_not_utf8_costs_its_record(tmp_pat
         kept = kept.replace("\u0000", "")
     for start in (b"", b"\xef\xbb\xbf"):  # the mark at the start of a file is no text of it
         (tmp_path / name).write_bytes(start + text.format(kept).encode())
-        records = list(sources.read(str(tmp_path / name)))
+        records = list(sources.read_records(str(tmp_path / name)))
         assert [r["text"] for r in records] == ["a", kept, "b"]
     for bad in (b"\xff", b"caf\xe9", b"\xed\xa0\x80", b"\xc0\x80", b"\xf0\x9f\x91"):
         (tmp_path / name).write_bytes(text.format("BAD").encode().replace(b"BAD", bad))
-        records = list(sources.read(str(tmp_path / name)))
+        records = list(sources.read_records(str(tmp_path / name)))
         assert records[at] == "not valid UTF-8"
         assert [r["text"] for i, r in enumerate(records) if i != at] == ["a", "b"]
 
@@ -294,29 +298,32 @@ def test_valid_text_stays_as_it_is_and_what_is_not_utf8_costs_its_record(tmp_pat
 def test_a_json_file_keeps_u_fffd_and_is_refused_where_it_is_not_utf8(tmp_path):
     text = json.dumps([{"text": "a"}, {"text": "\ufffd"}], ensure_ascii=False).encode()
     (tmp_path / "d.json").write_bytes(text)
-    assert list(sources.read(str(tmp_path / "d.json"))) == [{"text": "a"}, {"text": "\ufffd"}]
+    assert list(sources.read_records(str(tmp_path / "d.json"))) == [
+        {"text": "a"},
+        {"text": "\ufffd"},
+    ]
     (tmp_path / "d.json").write_bytes(text.replace(b'"a"', b'"\xff"'))
     with pytest.raises(UserError, match=r"cannot be read as \.json"):
-        list(sources.read(str(tmp_path / "d.json")))
+        list(sources.read_records(str(tmp_path / "d.json")))
 
 
 def test_a_csv_that_is_not_one_is_told_by_its_line(tmp_path):
     file = tmp_path / "d.csv"
     file.write_text('instruction,response\na,b,c\na,"b,\nc"\na\n')
-    assert list(sources.read(str(file))) == [
+    assert list(sources.read_records(str(file))) == [
         "more values than columns",
         {"instruction": "a", "response": "b,\nc"},
         {"instruction": "a", "response": ""},
     ]
     file.write_text('instruction,response\na,"b\na,b\n')
     with pytest.raises(UserError, match=r"cannot be read as \.csv: line 3: unexpected end"):
-        list(sources.read(str(file)))
+        list(sources.read_records(str(file)))
     file.write_text("instruction,response\na,b\n", encoding="utf-16")
     with pytest.raises(UserError, match="its first line is not valid UTF-8"):
-        list(sources.read(str(file)))
+        list(sources.read_records(str(file)))
     long = "x" * 10**6
     file.write_text(f"text\n{long}\n")
-    assert list(sources.read(str(file))) == [{"text": long}]
+    assert list(sources.read_records(str(file))) == [{"text": long}]
     file.write_text("")
     with pytest.raises(UserError, match="is empty: it has no record"):
         prepare(file, tmp_path / "cache")
@@ -343,16 +350,16 @@ ODD_JSON = {
 def test_a_json_file_is_one_document_or_a_line_for_each_record(tmp_path, text):
     (tmp_path / "d.json").write_text(text)
     if isinstance(expected := ODD_JSON[text], list):
-        assert list(sources.read(str(tmp_path / "d.json"))) == expected
+        assert list(sources.read_records(str(tmp_path / "d.json"))) == expected
     else:
         with pytest.raises(UserError, match=rf"d\.json cannot be read as \.json: .*{expected}"):
-            list(sources.read(str(tmp_path / "d.json")))
+            list(sources.read_records(str(tmp_path / "d.json")))
 
 
 def test_a_parquet_file_keeps_its_values(tmp_path):
     rows = [{"text": t, "n": i, "l": [{"a": i}]} for i, t in enumerate(["a\ufffd", None, "é"])]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
-    assert list(sources.read(str(tmp_path / "d.parquet"))) == rows
+    assert list(sources.read_records(str(tmp_path / "d.parquet"))) == rows
 
 
 def test_structures_that_are_all_different_do_not_fill_the_screen(tmp_path):
@@ -393,7 +400,7 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     split.prepare(str(source), "full", 0.1, 3, tmp_path / "cache")
     assert f"{what}: 20 records" in sys.stderr.getvalue()
     assert f"{what}: 20" not in capsys.readouterr().out
-    assert split.intact(ready) and "checking the prepared data" in capsys.readouterr().out
+    assert split.is_intact(ready) and "checking the prepared data" in capsys.readouterr().out
     split.prepare(str(ready), "full", 0.1, 3, tmp_path / "cache")
     assert f"copying DATASET {ready} (0 MB) ...\n" in capsys.readouterr().out
 
@@ -410,7 +417,7 @@ def test_a_wait_for_another_process_is_told(tmp_path, capsys):
 
 def test_a_csv_of_numbers_and_na_stays_text(tmp_path):
     (tmp_path / "d.csv").write_text("instruction,response\n1,NA\n2,None\n")
-    assert [r["response"] for r in sources.read(str(tmp_path / "d.csv"))] == ["NA", "None"]
+    assert [r["response"] for r in sources.read_records(str(tmp_path / "d.csv"))] == ["NA", "None"]
 
 
 def test_a_text_file_is_split_at_blank_lines_and_keeps_its_bytes(tmp_path):
@@ -473,7 +480,7 @@ def test_data_that_cannot_be_read_are_not_called_a_cache_that_cannot_be_written(
 def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "d.jsonl", numbered(20))
     first = prepare(file, tmp_path / "cache")
-    monkeypatch.setattr(sources, "read", lambda dataset: pytest.fail("read again"))
+    monkeypatch.setattr(sources, "read_records", lambda dataset: pytest.fail("read again"))
     assert prepare(file, tmp_path / "cache") == first
     monkeypatch.undo()
     write_jsonl(file, numbered(21))
@@ -537,21 +544,21 @@ def test_names_that_mean_nothing_are_refused_without_asking_the_hub(name, compla
     monkeypatch.setattr(sources, "_ask_hub", lambda *name: pytest.fail("asked the hub"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=complaint):
-        list(sources.read(name))
+        list(sources.read_records(name))
 
 
 def test_folders_and_files_of_no_use_are_refused(tmp_path):
     with pytest.raises(UserError, match="folder without"):
-        list(sources.read(str(tmp_path)))
+        list(sources.read_records(str(tmp_path)))
     (tmp_path / "d.doc").write_text("x")
     with pytest.raises(UserError, match="ends in none of"):
-        list(sources.read(str(tmp_path / "d.doc")))
+        list(sources.read_records(str(tmp_path / "d.doc")))
     write_jsonl(tmp_path / "one.jsonl", [RECORD] * 3)
     with pytest.raises(UserError, match="1 distinct record"):
         prepare(tmp_path / "one.jsonl", tmp_path / "cache")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match=r"bad\.json cannot be read"):
-        list(sources.read(str(tmp_path / "bad.json")))
+        list(sources.read_records(str(tmp_path / "bad.json")))
 
 
 def odd_path(folder, kind):
@@ -633,7 +640,7 @@ def test_a_file_that_may_not_be_read_is_named(another_user, name):
         with pytest.raises(UserError, match=rf"{name} cannot be read.*Permission denied"):
             prepare(source, another_user / "cache")
         with pytest.raises(UserError, match=rf"{name} cannot be read.*Permission denied"):
-            split.whole(str(source), "full", another_user / "tmp")
+            split.load_unsplit(str(source), "full", another_user / "tmp")
 
 
 def test_a_folder_that_may_not_be_read_is_named(another_user):
@@ -673,7 +680,7 @@ def test_runs_and_hidden_files_in_a_folder_are_no_data(tmp_path, monkeypatch, na
     assert prepare(".", Path(name) / ".data") == first
     monkeypatch.setattr(split, "_make", lambda *a: pytest.fail("prepared again"))
     assert prepare(".", Path(name) / ".data") == first
-    assert split.whole(".", "full", tmp_path)[0]["records"] == 29  # for an evaluation
+    assert split.load_unsplit(".", "full", tmp_path)[0]["records"] == 29  # for an evaluation
 
 
 @pytest.mark.parametrize(
@@ -698,7 +705,7 @@ def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=complaint) as error:
-        list(sources.read("user/name"))
+        list(sources.read_records("user/name"))
     for way in ("hf auth login", "--dataset FILE", "--dataset sample"):
         assert way in str(error.value)
 
@@ -708,7 +715,7 @@ def test_a_hub_name_carries_configuration_revision_and_split(hub, monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [RECORD])
     for name in ("user/name", "name:cfg", "user/name:cfg@v1.0#test[:10%]", "user/name@refs/pr/1"):
-        assert list(sources.read(name)) == [RECORD]
+        assert list(sources.read_records(name)) == [RECORD]
     assert [(*a, k["revision"], k["split"]) for a, k in asked] == [
         ("user/name", None, None, "train"),
         ("name", "cfg", None, "train"),
@@ -732,7 +739,7 @@ def test_local_files_need_no_home(tmp_path, variables, kind):
     (tmp_path / "d.json").write_text(json.dumps(numbered(20)))
     script = (
         "from bdh_lib.data import sources\n"
-        f"print(len(list(sources.read({str(tmp_path / f'd.{kind}')!r}))))"
+        f"print(len(list(sources.read_records({str(tmp_path / f'd.{kind}')!r}))))"
     )
     env = {k: v for k, v in (os.environ | variables).items() if v is not None}
     run = subprocess.run(
@@ -760,7 +767,7 @@ def test_a_cache_of_downloads_that_cannot_be_written_is_no_silent_hub(
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fails)
     monkeypatch.setattr(datasets, "load_dataset", fails)
     with pytest.raises(UserError, match=complaint) as told:
-        list(sources.read("user/name"))
+        list(sources.read_records("user/name"))
     assert ("set HF_HOME" in str(told.value)) == ("written" in complaint)
 
 
@@ -781,9 +788,9 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
         hub(said)
         assert prepare("user/name", tmp_path)[0]["commit"] == there
     hub("silent")
-    split.fingerprint("user/name@v1.0", "full", 0.1, 1)
+    split.cache_key("user/name@v1.0", "full", 0.1, 1)
     hub(OLD)
-    split.fingerprint("user/name:cfg@v1.0#test", "full", 0.1, 1)
+    split.cache_key("user/name:cfg@v1.0#test", "full", 0.1, 1)
     assert Hub.asked[-1] == "/api/datasets/user/name/revision/v1.0"
 
 
@@ -824,29 +831,29 @@ def test_refreshed_data_are_prepared_anew_once(hub, tmp_path, monkeypatch, local
     assert split.prepare(*how, refresh=True).stat().st_ino == made  # by this process itself
     monkeypatch.setattr(split, "STARTED", time.time() + 9)
     assert split.prepare(*how).stat().st_ino == made
-    read = sources.read
-    monkeypatch.setattr(sources, "read", lambda dataset: ["not JSON"])
+    read = sources.read_records
+    monkeypatch.setattr(sources, "read_records", lambda dataset: ["not JSON"])
     with pytest.raises(UserError, match="no record"):
         split.prepare(*how, refresh=True)
-    assert split.intact(folder)  # a failure costs nothing
+    assert split.is_intact(folder)  # a failure costs nothing
     calls = []
-    monkeypatch.setattr(sources, "read", lambda dataset: calls.append(1) or read(dataset))
-    assert split.prepare(*how, refresh=True) == folder and calls and split.intact(folder)
+    monkeypatch.setattr(sources, "read_records", lambda dataset: calls.append(1) or read(dataset))
+    assert split.prepare(*how, refresh=True) == folder and calls and split.is_intact(folder)
 
 
 def test_the_flag_refreshes(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "d.jsonl", numbered(40))
     args = ["--dataset", str(source), "--checkpoint-dir", str(tmp_path), "--block-size", "16"]
     s = train_mlx.settings([*args, "--refresh-data"])
-    train_mlx.open_data(train_mlx.settings(args))
+    train_mlx.open_split(train_mlx.settings(args))
     monkeypatch.setattr(split, "STARTED", time.time() + 9)
     asked = []
     make = split._make
     monkeypatch.setattr(split, "_make", lambda *a: asked.append(a) or make(*a))
-    train_mlx.open_data(train_mlx.settings(args))
+    train_mlx.open_split(train_mlx.settings(args))
     assert not asked
-    train_mlx.open_data(s)
-    assert len(asked) == 1 and "refresh_data" not in train_mlx.described(s)
+    train_mlx.open_split(s)
+    assert len(asked) == 1 and "refresh_data" not in train_mlx.settings_dict(s)
 
 
 def test_without_a_network_the_script_says_so_and_exits_with_2(tmp_path):
@@ -861,9 +868,11 @@ def test_without_a_network_the_script_says_so_and_exits_with_2(tmp_path):
 
 
 def test_the_embedded_sample_is_sound():
-    records = list(sources.read("sample"))
+    records = list(sources.read_records("sample"))
     assert 400 <= len(records) <= 700
-    assert all(columns.fault(r, ("system", "instruction", "response")) is None for r in records)
+    assert all(
+        columns.invalid_reason(r, ("system", "instruction", "response")) is None for r in records
+    )
     for field in RECORD:
         assert len({r[field] for r in records}) == len(records)
     assert np.mean([len(format_example(r, "full")) for r in records]) > 700
@@ -931,7 +940,9 @@ def test_few_records_with_a_system_text_are_not_all_held_out(tmp_path):
 
 def test_a_mode_whose_texts_cannot_be_held_out_says_so(tmp_path):
     file = write_jsonl(tmp_path / "d.jsonl", many(3, 400))
-    with pytest.raises(UserError, match=r"3 distinct texts in TRAINING_MODE 'system'.*VAL_SHARE"):
+    with pytest.raises(
+        UserError, match=r"3 distinct texts in TRAINING_MODE 'system'.*VAL_FRACTION"
+    ):
         prepare(file, tmp_path / "cache", mode="system")
 
 
@@ -963,7 +974,7 @@ def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_pa
         assert told == sorted(told)  # training stays in the order of the data
     assert orders[0] == orders[1] != orders[2]
     (folder / split.VAL_ENDS).write_bytes(b"damaged")
-    assert not split.intact(folder)
+    assert not split.is_intact(folder)
 
 
 def test_a_training_side_without_what_loss_on_counts_is_refused(tmp_path):
@@ -974,13 +985,13 @@ def test_a_training_side_without_what_loss_on_counts_is_refused(tmp_path):
     args = ["--dataset", str(split), "--checkpoint-dir", str(tmp_path / "ck")]
     s = train_mlx.settings([*args, "--training-mode", "full", "--loss-on", "response"])
     with pytest.raises(UserError, match="9,000 training bytes have none of it; take other data"):
-        train_mlx.open_data(s)
+        train_mlx.open_split(s)
     (split / "train.fields").write_bytes(b"\1" * 8999 + b"\3")
-    _, train, val = train_mlx.open_data(s)
+    _, train, val = train_mlx.open_split(s)
     assert len(train[0]) == len(val[0]) == 9000  # a ready split is in no other order
     (split / "val.fields").write_bytes(b"\1" * 9000)
     with pytest.raises(UserError, match="validation bytes read have none of it; raise EVAL_BYTES"):
-        train_mlx.open_data(s)
+        train_mlx.open_split(s)
 
 
 def test_a_ready_split_is_taken_as_it_is(tmp_path):
@@ -996,8 +1007,8 @@ def test_a_ready_split_is_taken_as_it_is(tmp_path):
     folder = split.prepare(str(source), "full", 0.1, 1, tmp_path / "cache")
     assert (folder / "val.fields").read_bytes() == b"\1\1\1\1\2\2\2\2"
     assert (folder / "train.fields").read_bytes() == bytes([FIELDS.index("text")]) * 256
-    assert split.intact(folder)
-    report, stream, fields = split.whole(str(source), "full", tmp_path)  # for an evaluation
+    assert split.is_intact(folder)
+    report, stream, fields = split.load_unsplit(str(source), "full", tmp_path)  # for an evaluation
     assert (report["records"], stream.tobytes()) == (None, b"held out")
     assert fields[3:5].tolist() == [1, 2]
     (source / "val.fields").write_bytes(b"\1")
@@ -1015,7 +1026,7 @@ def test_a_disk_that_fills_while_data_are_prepared_leaves_nothing(tmp_path, limi
             prepare(source, tmp_path / "cache")
         with pytest.raises(UserError, match="way cannot be written: File too large"):
             (tmp_path / "way").mkdir()
-            split.whole(str(source), "full", tmp_path / "way")
+            split.load_unsplit(str(source), "full", tmp_path / "way")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [".lock"]

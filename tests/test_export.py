@@ -41,7 +41,7 @@ def test_the_card_tells_where_a_run_comes_from(tmp_path):
     best = json.loads((tmp_path / "full" / "best.json").read_text())
     for needed in (
         "license: other", "| data | sample |", "| mode | full |", "| iterations | 5 |",
-        f"| validation | {best['judged'] / 0.693147:.4f} bits per byte, of all bytes |",
+        f"| validation | {best['monitored_loss'] / 0.693147:.4f} bits per byte, of all bytes |",
         "14,336 parameters", "generate.py model.safetensors --mode full --prompt",
     ):  # fmt: skip
         assert needed in card, needed
@@ -105,7 +105,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(name, tmp_path):
     [b"\xff", b"[" * 10**5, b"null", b'{"settings": 5}', b'{"settings": {}, "step": [1]}',
      b'{"settings": {"TRAINING_MODE": ["full"], "DATASET": 3}, "step": "x", "data": null}'],
 )  # fmt: skip
-@pytest.mark.parametrize("best", [b"[]", b'{"step": 5, "judged": NaN}', b"{" * 10**5])
+@pytest.mark.parametrize("best", [b"[]", b'{"step": 5, "monitored_loss": NaN}', b"{" * 10**5])
 def test_a_model_of_a_damaged_run_is_exported(config, best, tmp_path):
     step = tmp_path / "step-000005"
     step.mkdir()

@@ -250,7 +250,10 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
         ("batch_size = 2", "batch_size is no setting .*; did you mean BATCH_SIZE?"),
         ("n_layer = 4", "n_layer is no setting that the trainer reads; set it in BDH_CONFIG"),
         ("EPOCH = 2", "EPOCH is no setting .*; did you mean EPOCHS?"),
-        ("KEEP = 4", r"KEEP is set in lines \d+ and \d+; the last one counts"),
+        (
+            "KEEP_CHECKPOINTS = 4",
+            r"KEEP_CHECKPOINTS is set in lines \d+ and \d+; the last one counts",
+        ),
     ],
 )
 def test_a_name_that_may_be_a_slip_is_one_warning(tmp_path, block, said):
@@ -269,9 +272,9 @@ def test_the_settings_as_they_stand_have_no_slip():
         ('BLOCK_SIZE = "256"', "BLOCK_SIZE is '256'; it must be a whole number from 1"),
         ("SEED: int = 1.5", "SEED is 1.5; it must be a whole number"),
         ("BATCH_SIZE = None", "BATCH_SIZE is None; it must be a whole number"),
-        ("KEEP = True", "KEEP is True; it must be a whole number"),
+        ("KEEP_CHECKPOINTS = True", "KEEP_CHECKPOINTS is True; it must be a whole number"),
         ('EPOCHS = "none"', "EPOCHS is 'none'; it must be a number above 0 .* or None$"),
-        ("FORCE = 1", "FORCE is 1; it must be True or False$"),
+        ("IGNORE_MEMORY_CHECK = 1", "IGNORE_MEMORY_CHECK is 1; it must be True or False$"),
         ('DATASET = ""', "DATASET is ''; it must be text that is not empty$"),
         ('RUN_NAME = " "', "RUN_NAME is ' '; it must be text that is not empty or None$"),
         ("BDH_CONFIG = BDHConfig", r"BDH_CONFIG is <class .*; it must be a BDHConfig\(...\)$"),
@@ -354,7 +357,10 @@ def test_a_copy_of_the_trainer_runs_its_own_settings(tmp_path):
     ("line", "said"),
     [
         ("BLOCK_SIZE = 40q", None),  # no Python: its own SyntaxError
-        ("FORCE: bool = true", "error: train_mlx.py line \\d+: NameError: name 'true' is not"),
+        (
+            "IGNORE_MEMORY_CHECK: bool = true",
+            "error: train_mlx.py line \\d+: NameError: name 'true' is not",
+        ),
         ("BDH_CONFIG = bdh_mlx.BDHConfig(n_head=3)", "error: n_head is 3; it must divide"),
         (
             "BDH_CONFIG.n_layer = 1",

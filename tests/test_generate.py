@@ -28,19 +28,19 @@ import generate
 import train_mlx
 from bdh_lib import runs
 from bdh_lib.data import formats, sources
-from bdh_lib.errors import visible
+from bdh_lib.errors import escape_controls
 from bdh_lib.generation import chat, decoding, states
 from bdh_lib.generation.decoding import (
-    Stops,
+    StopMatcher,
     Terminal,
-    as_text,
-    complete,
-    read,
-    rows,
-    unescaped,
-    write,
+    decode_text,
+    generate_batch,
+    pad_batch,
+    parse_escapes,
+    read_prompt,
+    stream,
 )
-from bdh_lib.generation.sampling import NONE, Sampling, numbers
+from bdh_lib.generation.sampling import NONE, Sampling, uniforms
 from bdh_mlx import BDH, BDHConfig, UserError
 
 SMALL = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
@@ -105,7 +105,7 @@ def said(capfdbinary):
 
 
 def greedy(model, prompt, n):
-    return next(complete(model, [prompt], GREEDY, KEY, [], n))[1]
+    return next(generate_batch(model, [prompt], GREEDY, KEY, [], n))[1]
 
 
 @pytest.mark.parametrize("alike", [False, True])
@@ -114,26 +114,26 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
     prompts = [b"a", b"hello world", b"\xff\xfe", b"x" * 30, b"hello"]
     if alike:
         prompts = [b"all the same", *(b"all " + prompt for prompt in prompts), b"all "]
-    found = {row: text for row, text, _ in complete(model, prompts, GREEDY, KEY, [], 20)}
+    found = {row: text for row, text, _ in generate_batch(model, prompts, GREEDY, KEY, [], 20)}
     assert found == {row: greedy(model, prompt, 20) for row, prompt in enumerate(prompts)}
 
 
 def test_bytes_of_a_longer_prompt_are_of_the_type_of_drawn_ones(monkeypatch):
     step, types = decoding.read_on, []  # with another type a compiled step would be traced anew
     monkeypatch.setattr(decoding, "read_on", lambda *of: types.append(of[1].dtype) or step(*of))
-    assert len(list(complete(random_model(), [b"a", b"hello"], GREEDY, KEY, [], 4))) == 2
+    assert len(list(generate_batch(random_model(), [b"a", b"hello"], GREEDY, KEY, [], 4))) == 2
     assert len(types) >= 8 and set(types) == {mx.uint32}  # 4 bytes given, 4 drawn
 
 
 def test_a_prompt_read_in_pieces_is_the_same_place_and_can_be_gone_on_from_twice():
-    model, idx, state = random_model(), rows([bytes(range(200))]), None
-    whole = read(model, idx)
+    model, idx, state = random_model(), pad_batch([bytes(range(200))]), None
+    whole = read_prompt(model, idx)
     for piece in (idx[:, :1], idx[:, 1:90], idx[:, 90:]):
-        place = logits, state = read(model, piece, state)
+        place = logits, state = read_prompt(model, piece, state)
     assert mx.max(mx.abs(logits - whole[0])).item() < 2e-5 * mx.max(mx.abs(whole[0])).item()
 
     def bytes_from(place, n=10):
-        going = write(model, *place, GREEDY, KEY, idx)
+        going = stream(model, *place, GREEDY, KEY, idx)
         return [next(going)[0] for _ in range(n)]
 
     assert bytes_from(whole) == bytes_from(place) == bytes_from(whole)
@@ -152,13 +152,13 @@ def test_a_prompt_read_in_pieces_is_the_same_place_and_can_be_gone_on_from_twice
 def test_the_loop_draws_what_a_draw_with_all_that_was_seen_gives(settings, looks_back):
     """And where no draw looks back, nothing is carried from byte to byte."""
     model, s = random_model(), Sampling(**settings)
-    seen = rows([b"caf\xc3", b"\xf0\x9f\x98a"])
-    assert (s.past(seen) is not None) == looks_back
-    going = write(model, *read(model, seen), s, KEY, seen, [b"", b"given"])
-    for i, number in enumerate(islice(numbers(KEY, 2), 100)):
+    seen = pad_batch([b"caf\xc3", b"\xf0\x9f\x98a"])
+    assert (s.recent(seen) is not None) == looks_back
+    going = stream(model, *read_prompt(model, seen), s, KEY, seen, [b"", b"given"])
+    for i, number in enumerate(islice(uniforms(KEY, 2), 100)):
         past = np.full((2, 256), NONE)
         past[:, -seen.shape[1] :] = seen
-        token = s.draw(read(model, seen)[0], mx.array(past, mx.int32), number)
+        token = s.draw(read_prompt(model, seen)[0], mx.array(past, mx.int32), number)
         token = [token[0].item(), b"given"[i] if i < 5 else token[1].item()]
         assert next(going)[0] == token
         seen = np.append(seen, np.array(token)[:, None], 1)
@@ -168,7 +168,7 @@ def test_numbers_that_are_not_finite_are_refused():
     model = random_model()
     model.lm_head = model.lm_head * float("nan")
     with pytest.raises(UserError, match="not finite"):
-        read(model, rows([b"a"]))
+        read_prompt(model, pad_batch([b"a"]))
 
 
 # ------------------------------------------------------------------------------------- stop strings
@@ -194,7 +194,7 @@ def test_a_stop_string_shows_no_part_of_itself_however_the_text_is_cut():
             bytes(rng.choices(b"ab-\n", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 3))
         ]
         new = rng.randint(0, min(5, len(text)))
-        stop, shown, at = Stops(stops, text[:new]), b"", new
+        stop, shown, at = StopMatcher(stops, text[:new]), b"", new
         while at < len(text):
             step = rng.randint(1, 4)
             shown += stop.feed(text[at : at + step])
@@ -259,7 +259,7 @@ def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(counting, s
     ask = (counting, "--prompt-file", tmp_path / "p", "--max-new-tokens", 1)
     assert said(*ask) == b"a\\xff\\x1b\\x1c\n"
     assert said(*ask, "--raw") == b"a\xff\x1b\x1c"
-    assert unescaped("a\udcff\\n") == b"a\xff\n"
+    assert parse_escapes("a\udcff\\n") == b"a\xff\n"
 
 
 def test_a_megabyte_of_prompt(tmp_path, said):
@@ -505,7 +505,7 @@ def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_pat
     model = random_model()
     for record, result, prompt, number in zip(asked, found, read_as, range(1, 7), strict=True):
         written = greedy(model, prompt.encode() or b"\n\n", 12)
-        expected = {"prompt": prompt, "completion": as_text(written), "stopped": False}
+        expected = {"prompt": prompt, "completion": decode_text(written), "stopped": False}
         assert result == record | {"line": number, "by": result["by"]} | expected
     assert said(*ask).splitlines() != []  # without --out, to stdout
 
@@ -575,13 +575,13 @@ def test_batches_hold_prompts_of_similar_length_each_once():
     assert found == [[1, 2, 5], [6, 7], [900, 905]]
 
 
-@pytest.mark.parametrize("mode", formats.NEEDED)
+@pytest.mark.parametrize("mode", formats.REQUIRED_FIELDS)
 def test_an_opening_is_the_beginning_of_the_training_text(mode):
     record = {"system": "sys", "instruction": "ask", "response": "reply"}
     text = formats.format_example(record, mode)
-    opening = formats.opening(record, mode)
+    opening = formats.format_prompt(record, mode)
     assert text == opening + ("reply\n---" if mode == "full" else "")
-    assert formats.opening({"text": "plain"}, mode) == "plain"
+    assert formats.format_prompt({"text": "plain"}, mode) == "plain"
 
 
 # ---------------------------------------------------------------------------- text and the terminal
@@ -590,10 +590,10 @@ def test_an_opening_is_the_beginning_of_the_training_text(mode):
 def test_utf8_is_always_valid_text(chaos):
     model, s = bdh_mlx.load_model(chaos), Sampling(utf8=True)
     prompts = [b"a", b"caf\xc3", b"\xf0\x9f", b"\xff\xfe", "日本".encode()] * 4
-    for row, written, _ in complete(model, prompts, s, KEY, [], 50):
-        begun = {1: b"\xc3", 2: b"\xf0\x9f"}.get(row % 5, b"")
-        text = as_text(begun + written, whole=True).encode()
-        assert (begun + written).startswith(text) and len(begun + written) - len(text) < 4
+    for row, written, _ in generate_batch(model, prompts, s, KEY, [], 50):
+        partial = {1: b"\xc3", 2: b"\xf0\x9f"}.get(row % 5, b"")
+        text = decode_text(partial + written, whole=True).encode()
+        assert (partial + written).startswith(text) and len(partial + written) - len(text) < 4
         assert text.decode()
 
 
@@ -689,7 +689,7 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
         assert b"'x' is no number" in line(b"/temp x")
         assert b"temperature: 0.5" in line(b"/temp 0.5")
         answer = bytes((11 + i) % 256 for i in range(300))  # after the \n of the header
-        shown = visible(answer.decode(errors="backslashreplace"))
+        shown = escape_controls(answer.decode(errors="backslashreplace"))
         assert shown.replace("\n", "\r\n").encode() in line(b"hello")
         one = b"### Instruction:\nhello\n\n### Response:\n" + answer
         assert transcript() == one
@@ -785,7 +785,7 @@ def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, said):
     val = next((tmp_path / ".data").glob("*/val.bin")).read_bytes()
     held_out = tmp_path / "val.jsonl"
     with held_out.open("w") as file:
-        for record in sources.read(str(some)):
+        for record in sources.read_records(str(some)):
             if formats.format_example(record, "full").encode() in val:
                 file.write(json.dumps(record) + "\n")
     metrics = (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()
@@ -852,7 +852,7 @@ def test_an_interrupted_text_saves_its_state_too(chaos, tmp_path, monkeypatch, c
     def interrupt(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Stops, "end", interrupt)
+    monkeypatch.setattr(StopMatcher, "end", interrupt)
     file = tmp_path / "s.safetensors"
     with pytest.raises(KeyboardInterrupt):
         generate.main([*f"{chaos} --prompt abc --max-new-tokens 5 --save-state {file}".split()])
@@ -864,14 +864,14 @@ def test_interrupted_prompts_tell_how_many_are_written_and_keep_them(
 ):
     prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
     prompts.write_text("".join(f'{{"prompt": "{p}"}}\n' for p in "abc"))
-    of_model = generate.complete
+    of_model = generate.generate_batch
 
     def interrupted(model, prompts, *rest):
         if prompts == [b"c"]:
             raise KeyboardInterrupt
         return of_model(model, prompts, *rest)
 
-    monkeypatch.setattr(generate, "complete", interrupted)
+    monkeypatch.setattr(generate, "generate_batch", interrupted)
     flags = f"--prompts {prompts} --out {out} --batch-size 1 --max-new-tokens 5"
     with pytest.raises(KeyboardInterrupt):
         generate.main([str(chaos), *flags.split()])
@@ -990,7 +990,7 @@ def test_no_empty_file_is_left_and_a_full_disk_leaves_whole_lines(asked, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "complete", interrupted)
+        patch.setattr(generate, "generate_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             asked()
     assert not out.exists()

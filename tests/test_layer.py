@@ -143,7 +143,7 @@ def test_a_very_long_block_has_few_segments_since_compiling_takes_the_cube_of_th
         assert (parts[0][0], parts[-1][1]) == (0, T)
 
 
-@pytest.mark.parametrize("name", memory.SETTINGS)
+@pytest.mark.parametrize("name", memory.MODES)
 def test_the_planner_estimates_the_peak(name):
     """Within 20 % on a shape of some hundred MB; docs/log.md has the table for a GPU."""
     config = bdh_mlx.BDHConfig(2, 64, 0.0, 4, 32)
@@ -173,13 +173,13 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
     s = train_mlx.settings([])
     monkeypatch.setattr(memory, "available", lambda: 2.4e9)
     with pytest.raises(bdh_mlx.UserError) as error:
-        memory.choose(s)
-    for word in ("2.4 GB can be had", "n_embd 128", "BLOCK_SIZE", "--force"):
+        memory.select_mode(s)
+    for word in ("2.4 GB can be had", "n_embd 128", "BLOCK_SIZE", "--ignore-memory-check"):
         assert word in str(error.value)
-    s.FORCE = True
-    assert memory.choose(s)[0] == "small"
+    s.IGNORE_MEMORY_CHECK = True
+    assert memory.select_mode(s)[0] == "small"
     monkeypatch.setattr(memory, "available", lambda: 200e9)
-    assert memory.choose(s)[0] == "fast"
+    assert memory.select_mode(s)[0] == "fast"
 
 
 @pytest.mark.parametrize(

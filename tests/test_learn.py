@@ -18,8 +18,8 @@ from bdh_lib.compute.rope import rotate
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.generation import export, trace
 from bdh_lib.training import checkpoints, report
-from bdh_lib.training.advice import advise, counting, first_counted, order_0, order_n
-from bdh_lib.training.runlog import activity
+from bdh_lib.training.advice import advise, byte_baselines, first_counted, order_0, order_n
+from bdh_lib.training.runlog import neuron_activity
 from bdh_mlx import UserError
 
 RESPONSE = FIELDS.index("response")
@@ -60,8 +60,10 @@ def test_accumulated_batches_of_unequal_counts_equal_one_large_batch(tmp_path):
 
 
 def test_an_update_without_a_counted_byte_is_no_nan(tmp_path, monkeypatch):
-    real = train_mlx.counted
-    monkeypatch.setattr(train_mlx, "counted", lambda f, micro, s: real(f, micro, s) & (micro != 1))
+    real = train_mlx.counted_targets
+    monkeypatch.setattr(
+        train_mlx, "counted_targets", lambda f, micro, s: real(f, micro, s) & (micro != 1)
+    )
     assert train(tmp_path, "--loss-on", "response", "--max-iters", 3) == 0
     assert [m["step"] for m in metrics(tmp_path) if "loss" in m] == [1, 3]
     assert all(np.all(np.isfinite(a)) for a in arrays(tmp_path, 3).values())
@@ -79,9 +81,14 @@ def test_training_on_responses_learns_responses_alone(tmp_path):
     assert of["response"]["response"] < of["all"]["response"] + 0.15
     best = checkpoints.read_best(tmp_path / "response" / "full")
     last = metrics(tmp_path / "response")[-2]
-    assert best["judged"] == last["judged"] == of["response"]["response"] != last["val_loss"]
-    shown = best["judged"] / math.log(2)  # in the report and on the card as well
-    assert report.best(metrics(tmp_path / "response"))["judged_bpb"] == shown
+    assert (
+        best["monitored_loss"]
+        == last["monitored_loss"]
+        == of["response"]["response"]
+        != last["val_loss"]
+    )
+    shown = best["monitored_loss"] / math.log(2)  # in the report and on the card as well
+    assert report.best(metrics(tmp_path / "response"))["monitored_bpb"] == shown
     told, _ = export.facts(tmp_path / "response" / "full" / best["checkpoint"])
     assert told["validation"] == f"{shown:.4f} bits per byte, of response bytes"
 
@@ -231,10 +238,14 @@ def test_a_phase_that_max_iters_cuts_short_says_so(tmp_path, capsys):
 def test_each_phase_is_judged_on_every_mode(chained):
     for run in RUNS:
         modes = json.loads((chained / run / "modes.json").read_text())
-        assert modes["val_bpb"].keys() == modes["val_bpb_fields"].keys() == train_mlx.NEEDED.keys()
+        assert (
+            modes["val_bpb"].keys()
+            == modes["val_bpb_fields"].keys()
+            == train_mlx.REQUIRED_FIELDS.keys()
+        )
         best = checkpoints.read_best(chained / run)
         own = modes["val_bpb"][run.split("-")[-1]]
-        assert own == pytest.approx(best["judged"] / math.log(2), rel=1e-5)
+        assert own == pytest.approx(best["monitored_loss"] / math.log(2), rel=1e-5)
 
 
 def test_a_finished_chain_is_skipped_and_tells_the_same_table(chained, capsys, monkeypatch):
@@ -287,9 +298,11 @@ def test_a_phase_goes_on_without_the_checkpoints_of_its_parent(tmp_path):
 
 
 def test_the_table_tells_what_was_forgotten():
-    from bdh_lib.training.phases import table
+    from bdh_lib.training.phases import forgetting_table
 
-    said = table({"a": {"x": 2.0, "y": 3.0}, "b": {"x": 2.5, "y": 1.0}, "c": {"x": 2.25, "y": 1.0}})
+    said = forgetting_table(
+        {"a": {"x": 2.0, "y": 3.0}, "b": {"x": 2.5, "y": 1.0}, "c": {"x": 2.25, "y": 1.0}}
+    )
     lines = [line.split() for line in said.splitlines()[1:]]
     assert lines == [
         ["run", "x", "y"],
@@ -323,7 +336,7 @@ def test_activity_is_the_share_of_neurons_not_zero_in_each_layer(T):
             counts[:, i] += [mx.sum(x > 0).item(), mx.sum(y > 0).item()]
             v = model.quadratic_layer(v)
     shares = counts / (600 * 32)
-    found = activity(model, val, T)
+    found = neuron_activity(model, val, T)
     np.testing.assert_allclose([found["active_x"], found["active_y"]], shares, atol=2e-4)
     assert np.all(shares[0] > shares[1]) and np.all(shares > 0)
 
@@ -336,7 +349,7 @@ def test_neurons_that_no_byte_excites_in_any_layer_are_dead():
             last = np.array(mx.any(layer.x > 0, 1))
             ever, fired = ever | last, fired | np.array(mx.any(layer.y > 0, 1))
     assert 0 < np.sum(~ever) < min(np.sum(~last), np.sum(~fired))
-    assert activity(model, val, 3)["dead"] == np.sum(~ever)
+    assert neuron_activity(model, val, 3)["dead"] == np.sum(~ever)
 
 
 def test_activity_takes_no_more_memory_for_more_bytes():
@@ -344,7 +357,7 @@ def test_activity_takes_no_more_memory_for_more_bytes():
     val, peaks = np.arange(4096, dtype=np.uint8), []
     for n in (512, 4096):
         mx.reset_peak_memory()
-        activity(model, val[:n], 256)
+        neuron_activity(model, val[:n], 256)
         peaks.append(mx.get_peak_memory())
     assert peaks[1] < 1.2 * peaks[0]
 
@@ -362,13 +375,13 @@ def test_activity_is_logged_at_each_evaluation_and_summed_up(tmp_path, capsys):
 
 def series(val, loss, start=5.6, **of_lines):
     """Metrics of evaluations every 20 updates, four logged losses between two of them."""
-    history = [{"step": 0, "judged": start}]
+    history = [{"step": 0, "monitored_loss": start}]
     for i, (v, interval) in enumerate(zip(val, loss, strict=True)):
         line = {"grad_norm": 0.5, "skipped": 0, "lr": 1e-3} | of_lines
         history += [
             {"step": 20 * i + 5 * (j + 1), "loss": x} | line for j, x in enumerate(interval)
         ]
-        history.append({"step": 20 * (i + 1), "judged": v})
+        history.append({"step": 20 * (i + 1), "monitored_loss": v})
     return history
 
 
@@ -447,12 +460,14 @@ def test_to_know_no_more_than_pairs_of_bytes_late_in_a_run_is_slow():
 def test_what_counting_knows_is_that_of_the_bytes_that_count():
     train = np.array([1, 2, 1, 3] * 5000, np.uint8)  # after 1 two bytes are as likely
     fields = np.tile(np.array([0, 3], np.uint8), 10000)
-    every, answers = (counting(on, (train, fields), (train, fields)) for on in ("all", "response"))
+    every, answers = (
+        byte_baselines(on, (train, fields), (train, fields)) for on in ("all", "response")
+    )
     assert every[1] == pytest.approx(math.log(2) / 2, abs=0.01)
     assert every == (order_0(train), order_n(train, train, 1) * math.log(2))
     assert answers == (order_0(train[1::2]), order_n(train[1::2], train[1::2], 1) * math.log(2))
     never_seen = np.array([1, 9], np.uint8), fields[:2]
-    assert counting("all", (train, fields), never_seen)[1] > 10
+    assert byte_baselines("all", (train, fields), never_seen)[1] > 10
 
 
 def test_the_order_0_entropy_is_that_of_the_byte_frequencies():
@@ -503,7 +518,7 @@ def test_without_clipping_the_advice_still_comes(tmp_path):
 
 def test_an_average_starts_at_the_weights_of_another_run(tmp_path):
     train(tmp_path, "--max-iters", 10, "--run-name", "base")
-    for name, extra in (("plain", ()), ("averaged", ("--ema", 0.9))):
+    for name, extra in (("plain", ()), ("averaged", ("--ema-decay", 0.9))):
         train(tmp_path, "--max-iters", 1, "--run-name", name, "--init-from", "base", *extra)
     first = [metrics(tmp_path, name)[0]["val_loss"] for name in ("plain", "averaged")]
     assert first[0] == first[1]
@@ -523,7 +538,7 @@ def test_counting_reads_the_first_million_of_the_bytes_that_count():
     fields = np.repeat(np.array([4, 3], np.uint8), [len(book), len(answers)])
     side = (stream, fields)
     expected = (order_0(answers), order_n(answers, answers, 1) * math.log(2))
-    assert counting("response", side, side) == expected
+    assert byte_baselines("response", side, side) == expected
     assert len(first_counted("response", np.tile(answers, 5000), np.full(1_500_000, 3))) == 10**6
 
 
@@ -536,4 +551,4 @@ def test_streams_shorter_than_the_order_are_counted_too(n_train, n_val):
         assert math.isfinite(bits) and bits > 0
         assert bits == 8 or (n_train and n_val > order), "what is unknown costs 8 bits"
     labels = [np.full(n, 3) for n in (n_train, n_val)]
-    assert np.isfinite(counting("response", (train, labels[0]), (val, labels[1]))).all()
+    assert np.isfinite(byte_baselines("response", (train, labels[0]), (val, labels[1]))).all()

@@ -58,7 +58,7 @@ def test_strength_written_does_not_turn_with_the_position_of_the_reader():
 
 def test_selective_neurons_fire_here_and_not_elsewhere():
     model = random_model()
-    one, two = trace.selective(model, [b"aaaa aaaa", b"zzzz9zzzz"])
+    one, two = trace.selective_neurons(model, [b"aaaa aaaa", b"zzzz9zzzz"])
     assert one[0]["here"] > one[0]["elsewhere"] and two[0]["here"] > two[0]["elsewhere"]
     gaps = [n["here"] - n["elsewhere"] for n in one]
     assert gaps == sorted(gaps, reverse=True)

@@ -116,7 +116,16 @@ def test_a_ready_split_is_planned_as_it_would_train(tmp_path, capsys):
 
 
 def test_what_a_recipe_keeps_beside_the_weights_is_planned(tmp_path, capsys):
-    recipe = ["--ema", "0.9", "--noise", "0.1", "--keep", "1", "--n-embd", "128"]
+    recipe = [
+        "--ema-decay",
+        "0.9",
+        "--byte-noise",
+        "0.1",
+        "--keep-checkpoints",
+        "1",
+        "--n-embd",
+        "128",
+    ]
     out = told(tmp_path, capsys, [record(i, response="word " * 20) for i in range(40)], *recipe)
     kept, plain = (train_mlx.settings([*ARGS, *args]) for args in (recipe, recipe[-2:]))
     n = kept.BDH_CONFIG.n_parameters

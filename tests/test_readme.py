@@ -140,7 +140,7 @@ def test_the_readme_is_short():
 
 def test_the_readme_names_every_preset_and_mode():
     text = README.read_text()
-    for name in [*train_mlx.PRESETS, *train_mlx.NEEDED]:
+    for name in [*train_mlx.PRESETS, *train_mlx.REQUIRED_FIELDS]:
         assert f"`{name}`" in text, name
 
 

@@ -21,9 +21,9 @@ EVIL = '<script>alert("x")</script>\x1b[31m```\n# no heading'
 LN2 = math.log(2)
 
 
-def evaluation(step, bpb, judged=None):
+def evaluation(step, bpb, loss=None):
     return [
-        {"step": step, "val_loss": bpb * LN2, "val_bpb": bpb, "judged": (judged or bpb) * LN2,
+        {"step": step, "val_loss": bpb * LN2, "val_bpb": bpb, "monitored_loss": (loss or bpb) * LN2,
          "advice": {"sign": EVIL},
          "val_bpb_fields": {"headers": bpb / 2, "system": bpb},
          "active_x": [0.4], "active_y": [0.1]},
@@ -63,7 +63,7 @@ class Tags(HTMLParser):
 
 
 def test_the_page_shows_everything_and_runs_nothing(run):
-    report.write(run)
+    report.write_report(run)
     page = (run / "report.html").read_text()
     seen = Tags(page)
     assert "script" not in seen.names and "svg" in seen.names and "\x1b" not in page
@@ -77,7 +77,7 @@ def test_the_page_shows_everything_and_runs_nothing(run):
 
 
 def test_samples_stand_under_their_iteration_in_fences_they_cannot_leave(run):
-    report.write(run)
+    report.write_report(run)
     text = (run / "samples.md").read_text()
     assert re.findall(r"^## Iteration (\S+),.*?(\d\.\d+) bits", text, re.M) == [
         ("0", "8.0000"), ("2,000", "3.5000"), ("3,000", "3.6000")
@@ -86,7 +86,9 @@ def test_samples_stand_under_their_iteration_in_fences_they_cannot_leave(run):
 
 
 def test_best_leaves_the_untrained_model_aside():
-    lines = [{"step": s, "judged": v} for s, v in ((0, 1.0), (5, 3.0), (10, 2.0), (15, 2.5))]
+    lines = [
+        {"step": s, "monitored_loss": v} for s, v in ((0, 1.0), (5, 3.0), (10, 2.0), (15, 2.5))
+    ]
     assert report.best(lines)["step"] == 10
     assert report.best(lines[:1]) == {}
 
@@ -96,7 +98,7 @@ def test_the_best_is_that_of_the_bytes_which_judge_and_the_report_says_which(run
     (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
     settings = {"settings": {"LOSS_ON": "response"}}
     (run / "config.json").write_text(json.dumps(settings))
-    report.write(run)
+    report.write_report(run)
     words = " ".join(Tags((run / "report.html").read_text()).text)
     assert "best bits per byte, response bytes 4.125 at iteration 10" in words
     assert "validation, response bytes, best 4.125" in words
@@ -184,7 +186,7 @@ def test_a_device_is_written_to_and_not_replaced(run, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_report_as_it_was(run, monkeypatch):
-    report.write(run)
+    report.write_report(run)
     before = {f.name: f.read_bytes() for f in run.iterdir()}
     write = Path.write_bytes
 
@@ -195,7 +197,7 @@ def test_a_full_disk_leaves_the_report_as_it_was(run, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=r"report.html cannot be written: No space left"):
-        report.write(run)
+        report.write_report(run)
     assert {f.name: f.read_bytes() for f in run.iterdir()} == before
 
 

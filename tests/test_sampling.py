@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bdh_lib.generation import sampling
-from bdh_lib.generation.sampling import LEGAL, NEXT, Sampling, after, numbers
+from bdh_lib.generation.sampling import LEGAL, NEXT, Sampling, append_token, uniforms
 from bdh_mlx import UserError
 
 P = [0.5, 0.25, 0.15, 0.1]  # of bytes 3, 0, 2, 1, so that the order is not that of the bytes
@@ -25,7 +25,7 @@ def frequencies(s, seen=()):
     logits[BYTES] = np.log(P)
     logits = mx.array(np.tile(logits, (DRAWS, 1)).astype(np.float32))
     idx = np.tile(np.array(seen, np.int32), (DRAWS, 1))
-    token = s.draw(logits, s.past(idx), next(numbers(mx.random.key(7), DRAWS)))
+    token = s.draw(logits, s.recent(idx), next(uniforms(mx.random.key(7), DRAWS)))
     return np.bincount(np.array(token), minlength=4)[BYTES] / DRAWS
 
 
@@ -68,10 +68,10 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits(
     )
     logits = mx.array([[2.0, 1.9, -1.0]])
     s = Sampling(repetition_penalty=1.1, temperature=0)
-    past = s.past(np.array([[0]]))
+    past = s.recent(np.array([[0]]))
     token = s.draw(logits, past, HALF)
     assert token.item() == 1  # 2 / 1.1 < 1.9
-    token = s.draw(logits, after(past, token), HALF)
+    token = s.draw(logits, append_token(past, token), HALF)
     assert token.item() == 0  # both are seen now
 
 
@@ -81,9 +81,9 @@ def test_the_penalty_forgets_what_is_older_than_its_window_and_each_row_has_its_
         Sampling(repetition_penalty=1.1, temperature=0),
     )
     filler = [7] * (sampling.WINDOW - 1)
-    past = s.past(np.array([[0, *filler], [7, *filler]]))
+    past = s.recent(np.array([[0, *filler], [7, *filler]]))
     assert s.draw(logits, past, HALF).tolist() == [1, 0]
-    past = after(past, mx.array([7, 7]))
+    past = append_token(past, mx.array([7, 7]))
     assert s.draw(logits, past, HALF).tolist() == [0, 0]
 
 
@@ -91,7 +91,7 @@ def test_the_same_key_draws_the_same_bytes():
     logits = mx.random.normal((8, 256), key=mx.random.key(1))
 
     def draws(seed):
-        s, own = Sampling(top_k=50, top_p=0.9), numbers(mx.random.key(seed), 8)
+        s, own = Sampling(top_k=50, top_p=0.9), uniforms(mx.random.key(seed), 8)
         return [s.draw(logits, None, number).tolist() for number in islice(own, 100)]
 
     assert draws(1) == draws(1) != draws(2)
@@ -146,11 +146,11 @@ def test_the_automaton_allows_the_beginnings_of_all_characters_and_no_others():
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_k": 3}, {"min_p": 0.5}])
 def test_random_logits_give_valid_text_with_utf8_and_rows_do_not_mix(settings):
     s, B = Sampling(utf8=True, **settings), 16
-    past, rows = s.past(np.full((B, 3), 65)), []
-    for i, number in enumerate(islice(numbers(mx.random.key(3), B), 60)):
+    past, rows = s.recent(np.full((B, 3), 65)), []
+    for i, number in enumerate(islice(uniforms(mx.random.key(3), B), 60)):
         logits = 3 * mx.random.normal((B, 256), key=mx.random.key(i))
         token = s.draw(logits, past, number)
-        past = after(past, token)
+        past = append_token(past, token)
         rows.append(token.tolist())
     for row in zip(*rows, strict=True):
         assert completes(bytes(row))
@@ -166,8 +166,8 @@ def test_random_logits_give_valid_text_with_utf8_and_rows_do_not_mix(settings):
 )
 def test_the_first_byte_goes_on_with_the_character_that_the_prompt_began(prompt, begun):
     s = Sampling(utf8=True)
-    for number in islice(numbers(mx.random.key(0), 1), 30):
-        token = s.draw(mx.zeros((1, 256)), s.past(np.array([list(prompt)])), number)
+    for number in islice(uniforms(mx.random.key(0), 1), 30):
+        token = s.draw(mx.zeros((1, 256)), s.recent(np.array([list(prompt)])), number)
         assert completes(begun + bytes(token.tolist()))
 
 

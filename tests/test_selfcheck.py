@@ -102,5 +102,5 @@ def test_the_gpu_check_holds_for_one_device_twice(monkeypatch):
 
 def test_a_check_that_breaks_has_failed(monkeypatch, capsys):
     monkeypatch.setattr(selfcheck, "CHECKS", {"divides": lambda _: 1 / 0})
-    assert selfcheck.tell(train_mlx) == 1
+    assert selfcheck.run_checks(train_mlx) == 1
     assert "FAILED  ZeroDivisionError" in capsys.readouterr().out

@@ -9,10 +9,10 @@ from test_model import GOLDEN, furthest, random_bytes, random_model
 
 import bdh_mlx
 from bdh_lib.compute import state, step_cpu, step_cuda, step_mlx
-from bdh_lib.compute.state import PARTS, State, fold, prefill, turn
-from bdh_lib.compute.step_cpu import TAIL
+from bdh_lib.compute.state import PARTS, State, flush_pending, prefill, rotate_state
+from bdh_lib.compute.step_cpu import BUFFER_BYTES
 from bdh_lib.generation import states
-from bdh_lib.generation.decoding import read, write
+from bdh_lib.generation.decoding import read_prompt, stream
 from bdh_lib.generation.sampling import Sampling
 from bdh_mlx import BDH, BDHConfig, UserError
 
@@ -103,7 +103,7 @@ def test_logits_of_every_byte_and_greedy_bytes_equal_recomputation_on_trained_we
     assert model.generate(idx[:, :32], 40, temperature=0).tolist() == out.tolist()
 
 
-@pytest.mark.parametrize("cut", [30, 100 + TAIL])
+@pytest.mark.parametrize("cut", [30, 100 + BUFFER_BYTES])
 def test_a_kept_state_is_not_changed_by_going_on_from_it(step, cut):
     model, idx = random_model(), random_bytes(1, cut + 80)
     _, state = read_by(model, idx[:, :cut], list(range(cut - 10, cut)))
@@ -119,7 +119,7 @@ def test_a_kept_state_is_not_changed_by_going_on_from_it(step, cut):
 def test_a_folded_state_is_not_changed_by_going_on_from_what_it_was(step, cut):
     model, idx, other = random_model(), random_bytes(1, 20), random_bytes(1, 20, seed=7)
     _, state = read_by(model, idx[:, :cut], list(range(1, cut)))
-    folded = fold(state)
+    folded = flush_pending(state)
     mx.eval(read_by(model, other, [1, 2], state)[0])
     assert close(model.read(idx[:, cut:], folded)[0], model.quadratic(idx)[0][:, cut:])
 
@@ -127,8 +127,8 @@ def test_a_folded_state_is_not_changed_by_going_on_from_what_it_was(step, cut):
 def test_a_stream_is_gone_on_from_where_it_stopped(step):
     """The state that is given with a byte, when the next has been computed already."""
     model, prompt = random_model(), np.array(random_bytes(2, 9))
-    stream = write(model, *read(model, prompt), Sampling(), mx.random.key(1), prompt)
-    written = [next(stream) for _ in range(60)]
+    steps = stream(model, *read_prompt(model, prompt), Sampling(), mx.random.key(1), prompt)
+    written = [next(steps) for _ in range(60)]
     drawn, more = mx.array([tokens for tokens, _ in written]).T, random_bytes(2, 5)
     text = mx.concatenate([mx.array(prompt), drawn, more], 1)
     assert close(model.read(more, written[-1][1])[0], model.quadratic(text)[0][:, -5:])
@@ -173,7 +173,9 @@ def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
     states.save_state(file, model, state)
     loaded = states.load_state(file, model)
     assert (loaded.position, loaded.window) == (100, window)
-    there, here = (read_by(model, idx[:, 100:], [1, 2], s)[0] for s in (loaded, fold(state)))
+    there, here = (
+        read_by(model, idx[:, 100:], [1, 2], s)[0] for s in (loaded, flush_pending(state))
+    )
     assert furthest(there, here) == 0
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
 
@@ -283,7 +285,7 @@ def test_position_a_million_is_as_exact_as_0(step):
     pairs = np.array(S, np.float64).reshape(2, 1, 32, 2, 3)
     z = (pairs[..., 0, :] + 1j * pairs[..., 1, :]) * np.exp(1j * angles)[:, None]
     turned = np.stack([z.real, z.imag], -2).reshape(S.shape)
-    assert np.abs(np.array(turn(S, 10**6)) - turned).max() < 1e-6
+    assert np.abs(np.array(rotate_state(S, 10**6)) - turned).max() < 1e-6
 
     model, idx = random_model(), random_bytes(1, 200)
     far, _ = read_by(model, idx, [100, 101, 102], State(position=10**6))
@@ -310,9 +312,9 @@ def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(monkeypatch):
     model, told = random_model(), []
     for on_gpu in (False, True):
         monkeypatch.setattr(state, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
-        model.laid_out = None
+        model.decode_step = None
         idx = np.array(random_bytes(2, 9))
-        going = write(model, *read(model, idx), Sampling(), mx.random.key(1), idx)
+        going = stream(model, *read_prompt(model, idx), Sampling(), mx.random.key(1), idx)
         told.append([next(going)[0] for _ in range(20)])
     assert told[0] == told[1]
 

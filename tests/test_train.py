@@ -90,7 +90,7 @@ def test_batches_are_a_function_of_their_number_across_epochs():
 
 
 def test_the_learning_rate_rises_then_falls_to_its_share():
-    s = SimpleNamespace(WARMUP_ITERS=10, LEARNING_RATE=1.0, MIN_LEARNING_RATE=0.1)
+    s = SimpleNamespace(WARMUP_ITERS=10, LEARNING_RATE=1.0, MIN_LR_RATIO=0.1)
     s.LR_DECAY_ITERS = None
     rates = [train_mlx.learning_rate(i, 100, s) for i in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
@@ -100,15 +100,17 @@ def test_the_learning_rate_rises_then_falls_to_its_share():
 
 def test_the_run_ends_at_the_sooner_of_iterations_and_epochs():
     s = SimpleNamespace(BLOCK_SIZE=10, BATCH_SIZE=2, GRAD_ACCUM=1, MAX_ITERS=7, EPOCHS=3.0)
-    assert train_mlx.last_iteration(s, 95) == 7
+    assert train_mlx.total_steps(s, 95) == 7
     s.MAX_ITERS = None
-    assert train_mlx.last_iteration(s, 95) == 15
-    assert "MAX_ITERS" not in train_mlx.outlook(s, 95)
+    assert train_mlx.total_steps(s, 95) == 15
+    assert "MAX_ITERS" not in train_mlx.schedule_summary(s, 95)
     s.MAX_ITERS = 14
-    assert "14 iterations of 20 bytes are 280 bytes or 2.95" in train_mlx.outlook(s, 95)
-    assert train_mlx.outlook(s, 95).endswith("; MAX_ITERS ends it before EPOCHS (3)")
+    assert "14 iterations of 20 bytes are 280 bytes or 2.95" in train_mlx.schedule_summary(s, 95)
+    assert train_mlx.schedule_summary(s, 95).endswith("; MAX_ITERS ends it before EPOCHS (3)")
     s.EPOCHS = None
-    assert train_mlx.last_iteration(s, 95) == 14 and train_mlx.outlook(s, 95).endswith("epochs")
+    assert train_mlx.total_steps(s, 95) == 14 and train_mlx.schedule_summary(s, 95).endswith(
+        "epochs"
+    )
 
 
 @pytest.mark.parametrize("n", [2, 7, 9, 50, 81])
@@ -284,7 +286,7 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_log(tmp_path, also):
     log = (run / "metrics.jsonl").read_bytes()
     for name in ("step-000004", *also):
         (run / name).rename(tmp_path / name)
-    with pytest.raises(checkpoints.NoneValid, match=r"are gone.*RUN_NAME.*metrics\.jsonl"):
+    with pytest.raises(checkpoints.NoValidCheckpoint, match=r"are gone.*RUN_NAME.*metrics\.jsonl"):
         train(tmp_path, "--max-iters", 8)
     assert (run / "metrics.jsonl").read_bytes() == log
     (run / "metrics.jsonl").rename(run / "earlier.jsonl")  # as the line says
@@ -459,7 +461,7 @@ def test_what_a_run_leaves(straight):
     best = json.loads((run / "best.json").read_text())
     evaluations = {m["step"]: m["val_loss"] for m in metrics(straight) if "val_loss" in m}
     assert list(evaluations) == [0, 5, 10, 12]
-    assert best["judged"] == min(v for k, v in evaluations.items() if k)
+    assert best["monitored_loss"] == min(v for k, v in evaluations.items() if k)
     assert {f"step-{n:06d}" for n in checkpoints.steps(run)} >= {best["checkpoint"], "step-000012"}
     config = json.loads((run / "step-000012" / "config.json").read_text())
     assert config["step"] == 12 and config["settings"]["BLOCK_SIZE"] == 64
@@ -481,7 +483,7 @@ def test_a_checkpoint_is_written_before_the_evaluation_of_its_step(tmp_path, mon
 def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
     losses = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
     monkeypatch.setattr(train_mlx, "evaluate", lambda *args: (next(losses), {}))
-    train(tmp_path, "--max-iters", 12, "--eval-freq", 2, "--save-freq", 2, "--keep", 2)
+    train(tmp_path, "--max-iters", 12, "--eval-freq", 2, "--save-freq", 2, "--keep-checkpoints", 2)
     assert checkpoints.steps(tmp_path / "full") == [4, 10, 12]
     assert checkpoints.read_best(tmp_path / "full")["step"] == 4
 
@@ -493,7 +495,7 @@ def rewrite_best(run, **best):
 
 def test_a_best_json_of_a_checkpoint_that_is_gone_is_dropped(tmp_path, capsys):
     train(tmp_path, "--max-iters", 4)
-    rewrite_best(tmp_path / "full", checkpoint="step-000006", step=6, judged=1.0)
+    rewrite_best(tmp_path / "full", checkpoint="step-000006", step=6, monitored_loss=1.0)
     assert checkpoints.read_best(tmp_path / "full") == {}
     assert "the best until the next validation: step-000006 is not" in capsys.readouterr().out
 
@@ -544,7 +546,9 @@ def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path, capsys):
     assert train(tmp_path, "--max-iters", 3, "--dataset", split) == 0
     loss = [m["val_loss"] for m in metrics(tmp_path) if "val_loss" in m][-1]
     settings = {"BLOCK_SIZE": 64, "BATCH_SIZE": 2}
-    table = evaluation.report(bdh_mlx.load_model(tmp_path / "full"), str(split), "full", settings)
+    table = evaluation.evaluation_table(
+        bdh_mlx.load_model(tmp_path / "full"), str(split), "full", settings
+    )
     assert "split, held out side: mode full, 288 bytes" in table
     assert re.search(rf"^whole +287 +100.0% +{loss:.4f} ", table, re.M)
     told = capsys.readouterr().out
@@ -616,11 +620,11 @@ def test_the_presets_are_those_of_the_guide():
         ("--weight-decay nan", "WEIGHT_DECAY is nan; it must be a number from 0 to 1,000"),
         ("--seed -1", "SEED is -1"),
         (
-            "--min-learning-rate 2",
-            "MIN_LEARNING_RATE is 2.0; .* above 0 and at most 1",
+            "--min-lr-ratio 2",
+            "MIN_LR_RATIO is 2.0; .* above 0 and at most 1",
         ),
         ("--run-name ../x", "RUN_NAME is '../x'"),
-        ("--val-share 2", "VAL_SHARE is 2"),
+        ("--val-fraction 2", "VAL_FRACTION is 2"),
         ("--n-head 3", "n_head is 3"),
         ("--block-size 900000", "BLOCK_SIZE is 900,000"),
         ("--dataset /no/such/file.jsonl", "does not exist"),
@@ -642,14 +646,14 @@ def test_wrong_flags_exit_with_2(args):
 
 
 def test_every_setting_has_a_rule_and_a_reason():
-    assert set(flags.names(train_mlx)) == set(train_mlx.RULES)
+    assert set(flags.setting_names(train_mlx)) == set(train_mlx.RULES)
     reasons = flags.comments(train_mlx)
     assert all(all(reasons[name]) for name in train_mlx.RULES)
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["--ema 0.9 --grad-accum 2", "--noise 0.2 --dropout-v 0.1"],
+    ["--ema-decay 0.9 --grad-accum 2", "--byte-noise 0.2 --dropout-v 0.1"],
 )
 def test_a_recipe_resumes_in_the_same_bits(tmp_path, kind):
     for folder, ends in (("once", [6]), ("twice", [4, 6])):

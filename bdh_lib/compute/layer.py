@@ -111,7 +111,7 @@ def _chunked(a, B, C):
     return a.reshape(a.shape[0], B, -1, min(C, a.shape[1] // B), a.shape[-1])
 
 
-def _states(S, k, v, reverse=False):
+def _chunk_states(S, k, v, reverse=False):
     """What each chunk finds written by those before it (reverse: after it), and the sum of all.
 
     k, v (H or 1, B, n, C, N or D); gives (H, B, n, N, D) in k's dtype, None where nothing is
@@ -119,7 +119,7 @@ def _states(S, k, v, reverse=False):
     """
     n, dtype = k.shape[2], k.dtype
     written = _t(mx.moveaxis(k, 2, 0)) @ mx.moveaxis(v, 2, 0)
-    found, total = (_sums if n < 8 else _sums_by_product)(written, reverse)
+    found, total = (_prefix_sum if n < 8 else _prefix_sum_matmul)(written, reverse)
     total = total.reshape(total.shape[1:])
     if S is not None:
         found = S.astype(dtype)[None] if found is None else found + S.astype(dtype)
@@ -127,7 +127,7 @@ def _states(S, k, v, reverse=False):
     return (None if found is None else mx.moveaxis(found, 0, 2)), total
 
 
-def _sums(written, reverse):
+def _prefix_sum(written, reverse):
     """Exclusive running sums of (n, ...), None for n = 1, and the sum (1, ...), one by one."""
     steps = mx.split(written, written.shape[0])[:: -1 if reverse else 1]
     found, total = [mx.zeros_like(steps[0])], steps[0].astype(mx.float32)
@@ -138,7 +138,7 @@ def _sums(written, reverse):
     return found, total
 
 
-def _sums_by_product(written, reverse):
+def _prefix_sum_matmul(written, reverse):
     """The same with a triangle of ones: one pass over the states, but slow where n is small."""
     n = written.shape[0]
     ones = mx.tri(n + 1, n, -1, dtype=written.dtype)
@@ -165,7 +165,7 @@ def forward_segment(vs, S, weights, position, C, masks=(None, None)):
     x, q = _excite(v, Dx, position, B)
     k, vc = _chunked(q, B, C), _chunked(v, B, C)
     scores = mx.tril(k @ _t(k), -1)
-    found, after = _states(S, k, vc)
+    found, after = _chunk_states(S, k, vc)
     a = (scores @ vc).astype(mx.float32)
     a = (a if found is None else a + k @ found).reshape(-1, B * T, D)
     g = ln(a).astype(Dx.dtype) @ Dy
@@ -199,8 +199,8 @@ def _backward(vs, dout, R, dW, weights, kept, position, C, masks):
 
     k, vc, dac = _chunked(q, B, C), _chunked(v, B, C), _chunked(da, B, C)
     if found is None:
-        found, _ = _states(S, k, vc)
-    later, R = _states(R, k, dac, reverse=True)
+        found, _ = _chunk_states(S, k, vc)
+    later, R = _chunk_states(R, k, dac, reverse=True)
     square = mx.tril(dac @ _t(vc), -1)
     dq = (square + _t(square)) @ k
     dvc = (_t(scores) @ dac).astype(mx.float32)

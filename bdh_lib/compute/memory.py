@@ -1,4 +1,4 @@
-"""How much memory a training step takes, which setting of MEMORY fits, what would if none does.
+"""How much memory a training step takes, and which MEMORY_MODE fits.
 
 The estimate adds what is kept from the forward pass for the backward one, what a segment needs
 while it is computed, and the parameters with their gradients and averages.
@@ -17,14 +17,14 @@ from bdh_lib.compute.layer import Compute, default_chunk, segments
 from bdh_lib.compute.rope import on_gpu
 from bdh_lib.errors import UserError
 
-SETTINGS = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, keep: Compute
+MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, keep: Compute
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
 CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
 
 
 def compute_for(config, memory: str, dtype: str) -> Compute:
-    """MEMORY and DTYPE as the layer takes them; dtype "auto" is bfloat16 on a GPU, else float32."""
-    rows, keep = SETTINGS[memory]
+    """MEMORY_MODE and DTYPE for the layer; dtype "auto" is bfloat16 on a GPU, else float32."""
+    rows, keep = MODES[memory]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
     bound = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
     rows = min(rows, bound if on_gpu() else CPU_ROWS)
@@ -100,26 +100,26 @@ def estimate(config, B: int, T: int, compute: Compute) -> float:
     return peak * (1 if on_gpu() else CPU_AHEAD)
 
 
-def kept_besides(s: SimpleNamespace) -> int:
+def extra_state_bytes(s: SimpleNamespace) -> int:
     """Bytes of the weights' average (EMA), which an update holds twice."""
-    return 8 * s.BDH_CONFIG.n_parameters if s.EMA else 0
+    return 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0
 
 
-def choose(s: SimpleNamespace) -> tuple[str, Compute, float]:
-    """The setting of MEMORY that is to be used, as a Compute, and its estimated peak in bytes.
+def select_mode(s: SimpleNamespace) -> tuple[str, Compute, float]:
+    """The setting of MEMORY_MODE that is to be used, as a Compute, and its estimated peak in bytes.
 
     "auto" is the fastest that fits. Raises UserError with settings that fit where none does.
     """
-    names = list(SETTINGS) if s.MEMORY == "auto" else [s.MEMORY]
+    names = list(MODES) if s.MEMORY_MODE == "auto" else [s.MEMORY_MODE]
     for name in names:
         compute = compute_for(s.BDH_CONFIG, name, s.DTYPE)
-        peak = estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + kept_besides(s)
-        if peak <= available() or (s.FORCE and name == names[-1]):
+        peak = estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + extra_state_bytes(s)
+        if peak <= available() or (s.IGNORE_MEMORY_CHECK and name == names[-1]):
             return name, compute, peak
-    raise UserError(too_large(s, peak))
+    raise UserError(oom_advice(s, peak))
 
 
-def hold(peak: float) -> None:
+def set_limit(peak: float) -> None:
     """Keep MLX from running ahead of a GPU beyond `peak` bytes; on a CPU that only costs time.
 
     MLX goes some 5 % over the limit before it waits.
@@ -134,32 +134,32 @@ def is_exhausted(error: RuntimeError) -> bool:
     return any(text in str(error) for text in (*said, "Resource limit"))
 
 
-def too_large(s: SimpleNamespace, peak: float) -> str:
+def oom_advice(s: SimpleNamespace, peak: float) -> str:
     """What does not fit, by how much, and the nearest settings that do."""
     fits = []
     B, T, config = s.BATCH_SIZE, s.BLOCK_SIZE, s.BDH_CONFIG
-    tries = [("MEMORY small", B, T, config)]
+    tries = [("MEMORY_MODE small", B, T, config)]
     tries += [
-        (f"BATCH_SIZE {b}, GRAD_ACCUM {s.GRAD_ACCUM * B // b}", b, T, config) for b in halves(B)
+        (f"BATCH_SIZE {b}, GRAD_ACCUM {s.GRAD_ACCUM * B // b}", b, T, config) for b in halvings(B)
     ]
-    tries += [(f"BLOCK_SIZE {t}", B, t, config) for t in halves(T)]
-    tries += [(f"BATCH_SIZE 1, BLOCK_SIZE {t}", 1, t, config) for t in halves(T)]
-    for d in halves(config.n_embd):
+    tries += [(f"BLOCK_SIZE {t}", B, t, config) for t in halvings(T)]
+    tries += [(f"BATCH_SIZE 1, BLOCK_SIZE {t}", 1, t, config) for t in halvings(T)]
+    for d in halvings(config.n_embd):
         tries.append((f"n_embd {d}", B, T, replace(config, n_embd=d)))
     for change, b, t, c in tries:
         ways = change.split(" ")[0], change
         if ways[0] not in {w.split(" ")[0] for w in fits}:
             tried = SimpleNamespace(**vars(s) | {"BDH_CONFIG": c, "BATCH_SIZE": b})
-            need = estimate(c, b, t, compute_for(c, "small", s.DTYPE)) + kept_besides(tried)
+            need = estimate(c, b, t, compute_for(c, "small", s.DTYPE)) + extra_state_bytes(tried)
             if need <= available():
-                fits.append(f"{change} (with MEMORY small: {need / 1e9:.1f} GB)")
+                fits.append(f"{change} (with MEMORY_MODE small: {need / 1e9:.1f} GB)")
     return (
         f"a step on {B} blocks of {T:,} bytes needs about {peak / 1e9:.1f} GB, "
         f"{available() / 1e9:.1f} GB can be had. What fits: {'; '.join(fits) or 'nothing near'}. "
-        "--force starts all the same"
+        "--ignore-memory-check starts all the same"
     )
 
 
-def halves(n: int) -> list[int]:
+def halvings(n: int) -> list[int]:
     """n/2, n/4, ... down to 1, where whole."""
     return [n >> i for i in range(1, n.bit_length()) if n % (1 << i) == 0]

@@ -23,7 +23,7 @@ import numpy as np
 
 from bdh_lib.compute import step_cpu, step_cuda, step_mlx
 from bdh_lib.compute.layer import forward_segment, ln
-from bdh_lib.compute.rope import on_gpu, turn
+from bdh_lib.compute.rope import on_gpu, rotate_state
 from bdh_lib.errors import UserError, check, whole
 
 PARTS = 4  # of a window
@@ -44,7 +44,9 @@ class State(NamedTuple):
     window: int | None = None  # W, bytes; None remembers all
     synapses: tuple[mx.array, ...] = ()  # of each layer (H, B or 1, N, D) float32; () for none yet
     parts: tuple[tuple[mx.array, ...], ...] = ()  # their summands, oldest first; with a window only
-    tail: step_cpu.Tail | step_mlx.Tail | step_cuda.Tail | None = None  # bytes in no synapses yet
+    tail: step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuffer | None = (
+        None  # bytes in no synapses yet
+    )
 
     @property
     def batch(self) -> int:
@@ -77,7 +79,7 @@ def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array,
 
     Raises UserError for an idx or a state that the model cannot read.
     """
-    idx = checked(model, idx)
+    idx = check_prompt(model, idx)
     check_state(model, state)
     state = _broadcast(model, idx, state)
     for piece in _pieces(model, idx, state):
@@ -86,7 +88,7 @@ def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array,
     return out[:, -1] @ model.lm_head, state
 
 
-def checked(model, idx) -> mx.array:
+def check_prompt(model, idx) -> mx.array:
     """idx, which holds at least a byte for each row, as an MLX array. Raises UserError."""
     if not isinstance(idx, mx.array | np.ndarray):
         raise UserError(
@@ -122,7 +124,7 @@ def check_state(model, state: State | None) -> None:
     if tail := state.tail:
         if not hasattr(tail, "values"):
             raise UserError(f"the state's tail is of type {type(tail).__name__}; read a text anew")
-        found.append((len(tail.values), *tail.of.made_of[2].shape))
+        found.append((len(tail.values), *tail.of.source_weights[2].shape))
     for shape in found:
         if shape != wanted:
             raise UserError(f"the state was read with (layers, H, D, N) = {shape}, here {wanted}")
@@ -132,7 +134,7 @@ def _broadcast(model, idx: mx.array, state: State | None) -> State:
     state = State() if state is None else state
     if state.batch not in (0, 1, idx.shape[0]):
         raise UserError(f"the state has {state.batch} rows and cannot read {idx.shape[0]}")
-    return state if state.batch in (0, idx.shape[0]) else fold(state)
+    return state if state.batch in (0, idx.shape[0]) else flush_pending(state)
 
 
 def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
@@ -174,17 +176,17 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
             v, state = _read_byte(model, byte, state)
             out.append(v)
         return mx.concatenate(out, 1), state
-    state = fold(state)
+    state = flush_pending(state)
     c, v = model.compute, ln(model.embed(idx))
     weights = [w.astype(c.dtype) for w in model.weights()]
     written = []
     for S in state.synapses or [None] * model.config.n_layer:
-        found, total = None if S is None else turn(S, -state.position), []
+        found, total = None if S is None else rotate_state(S, -state.position), []
         for begin, end in pairwise(sorted({0, T - T % c.chunk, T})):  # whole chunks, then the rest
             out, found, _ = forward_segment(v[:, begin:end], found, weights, begin, c.chunk)
             total.append(out)
         v = mx.concatenate(total, 1)
-        after = turn(found, state.position)
+        after = rotate_state(found, state.position)
         written.append(after if S is None else after - S)
     return v, _added(state._replace(position=state.position + T), written)
 
@@ -209,52 +211,52 @@ def _added(state: State, written: Sequence[mx.array]) -> State:
 # --------------------------------------------------------------------------------- one byte at once
 
 
-def fold(state: State) -> State:
+def flush_pending(state: State) -> State:
     """The same state without a tail: its bytes are added to the synapses, one product a layer."""
     tail = state.tail
     if not tail or not tail.count:
         return state._replace(tail=None)
     if state.window or not state.synapses:
-        return _added(state, [keys @ values for keys, values in tail.waiting()])
-    after = (mx.addmm(S, *kv) for S, kv in zip(state.synapses, tail.waiting(), strict=True))
+        return _added(state, [keys @ values for keys, values in tail.pending()])
+    after = (mx.addmm(S, *kv) for S, kv in zip(state.synapses, tail.pending(), strict=True))
     return state._replace(synapses=tuple(after), tail=None)
 
 
 def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     """idx (B, 1) through all layers: v (B, 1, D) after the last, and the State."""
-    byte = _byte(model)
+    byte = _decode_step_of(model)
     if state.tail and state.tail.of is not byte:  # another device's, or another dtype's
-        state = fold(state)
-    tail = state.tail or byte.begun(state.position, state.synapses, idx.shape[0])
+        state = flush_pending(state)
+    tail = state.tail or byte.new_buffer(state.position, state.synapses, idx.shape[0])
     v, tail = byte.step(idx, tail)
     state = state._replace(position=state.position + 1, tail=tail)
     ends_part = state.window and state.position % _part(state.window) == 0
     full = tail.count == tail.values[0].shape[1]
-    return v, _turned_over(state) if full or ends_part else state
+    return v, _flush_if_full(state) if full or ends_part else state
 
 
-def _turned_over(state: State) -> State:
+def _flush_if_full(state: State) -> State:
     """The same state without a byte in its tail."""
     if state.window or not state.synapses or not getattr(state.tail, "short", False):
-        return fold(state)
+        return flush_pending(state)
     synapses, tail = state.tail.folded(state.synapses, state.position)
     return state._replace(synapses=synapses, tail=tail)
 
 
-def _byte(model):
+def _decode_step_of(model):
     """The model's weights as the device's step wants them, laid out anew when one was replaced.
 
     A weight changed by index (`model.encoder[0] = 0`) stays the same object: set model.laid_out to
     None then.
     """
-    how = step_cpu.Byte
+    how = step_cpu.DecodeStep
     if on_gpu():
-        how = step_cuda.Byte if step_cuda.fits(model) else step_mlx.Byte
+        how = step_cuda.DecodeStep if step_cuda.fits(model) else step_mlx.DecodeStep
     weights = (model.encoder, model.encoder_v, model.decoder, model.embed.weight)
     now, laid = (how, model.compute.dtype, *weights), getattr(model, "laid_out", None)
-    if laid is None or any(a is not b for a, b in zip(laid.made_of, now, strict=True)):
-        laid = model.laid_out = how(model)
-        laid.made_of = now
+    if laid is None or any(a is not b for a, b in zip(laid.source_weights, now, strict=True)):
+        laid = model.decode_step = how(model)
+        laid.source_weights = now
     return laid
 
 

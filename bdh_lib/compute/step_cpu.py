@@ -1,9 +1,8 @@
 """One byte through the layers on a CPU, in NumPy.
 
-MLX multiplies a vector by GEMM there, NumPy by GEMV. S, 201 MB for the default model, is
-not rewritten at each byte: the rotated activations and values of the last TAIL bytes wait beside it
-(state.py). Neurons that are silent need not be read: rows of S, encoder_v and decoder are gathered
-where few are active.
+MLX multiplies a vector by GEMM there, NumPy by GEMV. S, 201 MB for the default model, is not
+rewritten at each byte: the last bytes wait beside it in a buffer (state.py). Silent neurons need not
+be read: rows of S, encoder_v and decoder are gathered where few are active.
 """
 
 from itertools import pairwise
@@ -12,28 +11,28 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from bdh_lib.compute.rope import phases
+from bdh_lib.compute.rope import rope_phases
 
-TAIL = 64  # bytes that wait: reading them costs as much as adding them, at the default shape
+BUFFER_BYTES = 64  # reading so many costs as much as adding them, at the default shape
 GATHER, GATHER_DY = 0.3, 0.15  # shares of rows up to which they are gathered (docs/log.md)
 
 
-class Tail(NamedTuple):
+class PendingBuffer(NamedTuple):
     """The last `count` bytes, in no synapses yet; what follows them is not this state's own.
 
-    States share the arrays: the one that is `newest` writes the next byte behind its own, any other
-    copies them first.
+    States share the arrays. The one that holds all their bytes (`shared_length`) writes the next
+    byte in place; any other copies the arrays first.
     """
 
     count: int
-    keys: tuple[np.ndarray, ...]  # of each layer, rotated x: (H, B, TAIL, N)
-    values: tuple[np.ndarray, ...]  # (B, TAIL, D)
-    newest: list[int]  # how many bytes the arrays hold, over all that share them
+    keys: tuple[np.ndarray, ...]  # of each layer, rotated x: (H, B, BUFFER_BYTES, N)
+    values: tuple[np.ndarray, ...]  # (B, BUFFER_BYTES, D)
+    shared_length: list[int]  # how many bytes the arrays hold, over all that share them
     begin: int  # position of the tail's first byte
     known: list[np.ndarray]  # of each layer, the synapses; none before any byte was added to them
-    of: "Byte"  # what it is for
+    of: "DecodeStep"  # what it is for
 
-    def waiting(self) -> list[tuple[mx.array, mx.array]]:
+    def pending(self) -> list[tuple[mx.array, mx.array]]:
         """Of each layer the keys (H, B, N, count) and values (B, count, D)."""
         cut = [
             (k[..., : self.count, :], v[:, : self.count]) for k, v in zip(*self[1:3], strict=True)
@@ -41,7 +40,7 @@ class Tail(NamedTuple):
         return [(mx.array(k).swapaxes(-1, -2), mx.array(v)) for k, v in cut]
 
 
-class Byte:
+class DecodeStep:
     """The model's weights as NumPy's, and the step that reads them."""
 
     def __init__(self, model):
@@ -52,24 +51,24 @@ class Byte:
         self.weights = [np.array(array, copy=False) for array in arrays]
         self.room = np.empty((H * N, D), np.float32)  # gathered rows
 
-    def begun(self, position: int, synapses: tuple[mx.array, ...], B: int) -> Tail:
+    def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
         """A tail of B rows without a byte."""
         H, D, N, L = self.shape
-        shapes = [(H, B, TAIL, N), (B, TAIL, D)]
+        shapes = [(H, B, BUFFER_BYTES, N), (B, BUFFER_BYTES, D)]
         keys, values = (tuple(np.empty(s, np.float32) for _ in range(L)) for s in shapes)
         known = [np.array(S, copy=False) for S in synapses]
-        return Tail(0, keys, values, [0], position, known, self)
+        return PendingBuffer(0, keys, values, [0], position, known, self)
 
-    def step(self, idx: mx.array, tail: Tail) -> tuple[mx.array, Tail]:
+    def step(self, idx: mx.array, tail: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
         """v (B, 1, D) of one byte idx (B, 1), row by row: their neurons and synapses are their own,
         and the tail with it.
         """
-        if tail.newest[0] > tail.count:
+        if tail.shared_length[0] > tail.count:
             keys, values = (tuple(map(np.copy, arrays)) for arrays in (tail.keys, tail.values))
-            tail = tail._replace(keys=keys, values=values, newest=[tail.count])
-        phase = phases(tail.begin + tail.count, self.shape[2])
+            tail = tail._replace(keys=keys, values=values, shared_length=[tail.count])
+        phase = rope_phases(tail.begin + tail.count, self.shape[2])
         rows = [self._row(byte, b, phase, tail) for b, byte in enumerate(np.array(idx)[:, 0])]
-        tail.newest[0] = tail.count + 1
+        tail.shared_length[0] = tail.count + 1
         return mx.array(np.stack(rows)[:, None]), tail._replace(count=tail.count + 1)
 
     def _row(self, byte, b, phase, tail):

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from bdh_lib.compute.layer import ln
-from bdh_lib.compute.rope import on_gpu, turns
+from bdh_lib.compute.rope import on_gpu, phase_increments
 
-TAIL = 64  # bytes that wait; the kernels hold two scores a lane
+BUFFER_BYTES = 64  # bytes that wait; the kernels hold two scores a lane
 PAIRS, PAIRS_ONE = 32, 16  # that a warp takes at a time, at most; of one row it must find x first
 NEURONS, NEURONS_ONE = 128, 32  # the same of `fire`
 THREADS = 256  # of a block, at most
@@ -75,24 +75,25 @@ SHORTEN = (
 )
 
 
-class Tail(NamedTuple):
+class PendingBuffer(NamedTuple):
     """The last `count` bytes, in no synapses yet; what follows them is not this state's own.
 
-    States share the arrays: the one that is `newest` writes the next byte behind its own, in place,
-    any other copies them first. No graph shows the change, so what follows a byte waits for its v.
+    States share the arrays. The one that holds all their bytes (`shared_length`) writes the next
+    byte in place, any other copies them first. No graph shows the change, so what follows a byte
+    waits for its v.
     """
 
     count: int
-    keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, N/2, TAIL, 2)
-    values: tuple[mx.array, ...]  # (B, TAIL, D)
-    newest: list[int]  # how many bytes the arrays hold, over all that share them
+    keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, N/2, BUFFER_BYTES, 2)
+    values: tuple[mx.array, ...]  # (B, BUFFER_BYTES, D)
+    shared_length: list[int]  # how many bytes the arrays hold, over all that share them
     begin: mx.array  # phases of the tail's first byte
     known: tuple[tuple[mx.array, mx.array], ...]  # of each layer, the synapses and scales of rows
     done: mx.array  # zeros, in which blocks count those that have ended
     before: mx.array  # v of the byte before
-    of: "Byte"  # what it is for
+    of: "DecodeStep"  # what it is for
 
-    def waiting(self) -> list[tuple[mx.array, mx.array]]:
+    def pending(self) -> list[tuple[mx.array, mx.array]]:
         """Of each layer the keys (H, B, N, count) and values (B, count, D), float32."""
         mx.eval(self.before)
         found, (H, B, pairs, *_) = [], self.keys[0].shape
@@ -106,18 +107,20 @@ class Tail(NamedTuple):
         """Whether the synapses are read as int8."""
         return self.keys[0].dtype != mx.float32
 
-    def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "Tail"]:
+    def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "PendingBuffer"]:
         """The synapses with the bytes that wait, and a tail without any; of a full, `short` one."""
         given = zip(synapses, self.keys, self.values, strict=True)
         found = [fold(*layer, self.before) for layer in given]
         after, *known = zip(*found, strict=True)
-        return after, self.of.emptied(position, list(zip(*known, strict=True)), len(self.values[0]))
+        return after, self.of.empty_buffer(
+            position, list(zip(*known, strict=True)), len(self.values[0])
+        )
 
 
 @lru_cache
 def _count(n: int) -> mx.array:
     """[n], in the GPU's memory: an array of its own of 8 bytes or less would lie in the host's."""
-    count = mx.arange(TAIL + 1)[n : n + 1]
+    count = mx.arange(BUFFER_BYTES + 1)[n : n + 1]
     mx.eval(count)
     return count
 
@@ -134,52 +137,54 @@ def _has_ampere() -> bool:
     return mx.cuda.is_available() and mx.device_info().get("compute_capability_major", 0) >= 8
 
 
-class Byte:
+class DecodeStep:
     """The model's weights as rows of neurons, (H, N, D), and the step that reads them."""
 
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
         across = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
         rows = [w.astype(self.dtype) for w in (*across, model.weights()[2])]
-        self.weights = [ln(model.embed.weight), *rows, mx.array(turns(1, N))]
+        self.weights = [ln(model.embed.weight), *rows, mx.array(phase_increments(1, N))]
         self.shape = H, D, N, model.config.n_layer
         self.compiled = mx.compile(step)
         mx.eval(self.weights)
 
-    def begun(self, position: int, synapses: tuple[mx.array, ...], B: int) -> Tail:
+    def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
         """A tail of B rows without a byte."""
         H, D, N, L = self.shape
         synapses = synapses or [mx.zeros((H, 1, N, D))] * L
         exact = self.dtype == mx.float32
-        return self.emptied(position, [(S, S) if exact else shorten(S) for S in synapses], B)
+        return self.empty_buffer(position, [(S, S) if exact else shorten(S) for S in synapses], B)
 
-    def emptied(self, position: int, known, B: int) -> Tail:
+    def empty_buffer(self, position: int, known, B: int) -> PendingBuffer:
         """The same, where what is read of the synapses is `known`."""
         H, D, N, L = self.shape
-        keys = tuple(mx.zeros((H, B, N // 2, TAIL, 2), self.dtype) for _ in range(L))
-        values = tuple(mx.zeros((B, TAIL, D), self.dtype) for _ in range(L))
+        keys = tuple(mx.zeros((H, B, N // 2, BUFFER_BYTES, 2), self.dtype) for _ in range(L))
+        values = tuple(mx.zeros((B, BUFFER_BYTES, D), self.dtype) for _ in range(L))
         # arrays of up to 8 bytes lie in the host's memory, where blocks would count very slowly
-        begin, done = mx.array(turns(position, N)), mx.zeros(H * B + 2, mx.uint32)
-        tail = Tail(0, keys, values, [0], begin, tuple(known), done, mx.zeros((B, 1, D)), self)
+        begin, done = mx.array(phase_increments(position, N)), mx.zeros(H * B + 2, mx.uint32)
+        tail = PendingBuffer(
+            0, keys, values, [0], begin, tuple(known), done, mx.zeros((B, 1, D)), self
+        )
         mx.async_eval(tail)
         return tail
 
-    def step(self, idx: mx.array, tail: Tail) -> tuple[mx.array, Tail]:
+    def step(self, idx: mx.array, tail: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
         """v (B, 1, D) of one byte idx (B, 1), and the tail with it."""
-        if tail.newest[0] > tail.count:
+        if tail.shared_length[0] > tail.count:
             tail = self._own(tail)
         v = self.compiled(idx, self.weights, _count(tail.count), *tail[1:3], *tail[4:8])
-        tail.newest[0] += 1
+        tail.shared_length[0] += 1
         return v, tail._replace(count=tail.count + 1, before=v)
 
-    def _own(self, tail: Tail) -> Tail:
+    def _own(self, tail: PendingBuffer) -> PendingBuffer:
         """The tail with arrays of its own, without what others have written behind its bytes."""
         mx.eval(tail.before)
-        own = mx.arange(TAIL)[:, None] < tail.count
+        own = mx.arange(BUFFER_BYTES)[:, None] < tail.count
         keys, values = (
             tuple(mx.where(own, a, mx.zeros((), a.dtype)) for a in some) for some in tail[1:3]
         )
-        tail = tail._replace(keys=keys, values=values, newest=[tail.count])
+        tail = tail._replace(keys=keys, values=values, shared_length=[tail.count])
         tail = tail._replace(done=mx.zeros(tail.done.shape, mx.uint32))
         mx.eval(tail)
         return tail
@@ -202,7 +207,7 @@ def step(idx, weights, count, keys, values, begin, known, done, before):
         return min(-(-most // (H * B)), -(-n // (W * G)))
 
     def run(kernel, P, G, inputs, *outputs):
-        template = [*kinds, ("D", D), ("W", W), ("G", G), ("K", TAIL)]
+        template = [*kinds, ("D", D), ("W", W), ("G", G), ("K", BUFFER_BYTES)]
         return _run(kernel, template, (P, H * B), 32 * W, inputs, outputs)
 
     P, P_fire = blocks(N // 2, G, 2 * BLOCKS), blocks(N, G_fire, BLOCKS // 2)
@@ -210,7 +215,7 @@ def step(idx, weights, count, keys, values, begin, known, done, before):
     low = v.astype(dtype)
     for (S, scales), key, value in zip(known, keys, values, strict=True):
         read = [v, S, scales, key, value, begin, turns, count, done, before]
-        found = ((P, H * B, D + TAIL), mx.float32), ((H, B, D), dtype)
+        found = ((P, H * B, D + BUFFER_BYTES), mx.float32), ((H, B, D), dtype)
         left = ((P_fire * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)
         if one:
             _, a, x = run(RECALL_ONE, P, G, [*read, encoder], *found, ((H, B, N), dtype))
@@ -245,7 +250,7 @@ def _run_rows(kernel, S, B, inputs, *outputs):
     """A warp for 8 rows of S at a time."""
     (H, _, N, D), W = S.shape, THREADS // 32
     blocks = min(-(-2 * BLOCKS // (H * B)), -(-N // (8 * W)))
-    template = [("D", D), ("W", W), ("K", TAIL)]
+    template = [("D", D), ("W", W), ("K", BUFFER_BYTES)]
     return _run(kernel, template, (blocks, H * B), THREADS, inputs, outputs)
 
 

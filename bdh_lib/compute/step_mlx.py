@@ -1,6 +1,6 @@
 """One byte through the layers on a GPU, in plain MLX operations: what Metal takes.
 
-S is not rewritten at each byte: the rotated activations and values of the last TAIL bytes wait
+S is not rewritten at each byte: the rotated activations and values of the last bytes wait
 beside it (state.py).
 """
 
@@ -10,22 +10,22 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from bdh_lib.compute.layer import ln, residual
-from bdh_lib.compute.rope import turns
+from bdh_lib.compute.rope import phase_increments
 
-TAIL = 24  # bytes that wait: their keys are read and written at each byte, S once in so many
+BUFFER_BYTES = 24  # their keys are read and written at each byte, S once in so many
 
 
-class Tail(NamedTuple):
+class PendingBuffer(NamedTuple):
     """The last `count` bytes, in no synapses yet."""
 
     count: int
-    keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, TAIL, N)
-    values: tuple[mx.array, ...]  # (B, TAIL, D)
+    keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, BUFFER_BYTES, N)
+    values: tuple[mx.array, ...]  # (B, BUFFER_BYTES, D)
     begin: mx.array  # phases of the tail's first byte
     known: tuple[mx.array, ...]  # of each layer, the synapses
-    of: "Byte"  # what it is for
+    of: "DecodeStep"  # what it is for
 
-    def waiting(self) -> list[tuple[mx.array, mx.array]]:
+    def pending(self) -> list[tuple[mx.array, mx.array]]:
         """Of each layer the keys (H, B, N, count) and values (B, count, D), float32."""
         cut = [
             (k[..., : self.count, :], v[:, : self.count]) for k, v in zip(*self[1:3], strict=True)
@@ -33,26 +33,26 @@ class Tail(NamedTuple):
         return [(k.swapaxes(-1, -2).astype(mx.float32), v) for k, v in cut]
 
 
-class Byte:
+class DecodeStep:
     """The model's weights, and the step that reads them."""
 
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
         weights = [ln(model.embed.weight), *(w.astype(self.dtype) for w in model.weights())]
-        self.weights = [*weights, mx.array(turns(1, N))]
+        self.weights = [*weights, mx.array(phase_increments(1, N))]
         self.shape = H, D, N, model.config.n_layer
         self.compiled = mx.compile(step)
         mx.eval(self.weights)
 
-    def begun(self, position: int, synapses: tuple[mx.array, ...], B: int) -> Tail:
+    def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
         """A tail of B rows without a byte."""
         H, D, N, L = self.shape
-        keys = tuple(mx.zeros((H, B, TAIL, N), self.dtype) for _ in range(L))
-        values = tuple(mx.zeros((B, TAIL, D)) for _ in range(L))
+        keys = tuple(mx.zeros((H, B, BUFFER_BYTES, N), self.dtype) for _ in range(L))
+        values = tuple(mx.zeros((B, BUFFER_BYTES, D)) for _ in range(L))
         known = tuple(synapses) or (mx.zeros((H, 1, N, D)),) * L
-        return Tail(0, keys, values, mx.array(turns(position, N)), known, self)
+        return PendingBuffer(0, keys, values, mx.array(phase_increments(position, N)), known, self)
 
-    def step(self, idx: mx.array, tail: Tail) -> tuple[mx.array, Tail]:
+    def step(self, idx: mx.array, tail: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
         """v (B, 1, D) of one byte idx (B, 1), and the tail with it."""
         v, keys, values = self.compiled(idx, self.weights, mx.array(tail.count), *tail[1:5])
         return v, tail._replace(count=tail.count + 1, keys=keys, values=values)

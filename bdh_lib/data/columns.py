@@ -67,7 +67,7 @@ def _joined(contents: list):
     return odd[0] if odd else "\n\n".join(contents)
 
 
-def fault(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
+def invalid_reason(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
     """Why this content cannot be trained on, or None when every wanted field is sound text."""
     if isinstance(fields, str):
         return fields
@@ -86,6 +86,6 @@ def fault(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
     return None
 
 
-def sound(fields: dict | str) -> dict[str, str]:
+def valid_fields(fields: dict | str) -> dict[str, str]:
     """What of this content can be trained on."""
-    return {f: fields[f] for f in (*COLUMNS, "text") if not fault(fields, (f,))}
+    return {f: fields[f] for f in (*COLUMNS, "text") if not invalid_reason(fields, (f,))}

@@ -15,7 +15,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from bdh_lib.errors import UserError
-from bdh_lib.files import expanded, parse_json
+from bdh_lib.files import expand_user, parse_json
 
 SAMPLE = Path(__file__).with_name("sample.jsonl")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -43,7 +43,7 @@ def find(dataset: str) -> list[Path] | None:
         raise UserError("DATASET is empty; name a file, a folder, a data set on the hub, or sample")
     if dataset == "sample":
         return [SAMPLE]
-    path = expanded(dataset, "DATASET")
+    path = expand_user(dataset, "DATASET")
     kind = _kind(path)
     if kind == stat.S_IFDIR:
         return _ready_files(path) or _data_files(path)
@@ -122,7 +122,7 @@ def ready_split(dataset: str) -> list[Path]:
     return [file for file in find(dataset) or [] if file.name in SPLIT]
 
 
-def read(dataset: str) -> Iterator[dict | str]:
+def read_records(dataset: str) -> Iterator[dict | str]:
     """Every record of `dataset` in order; a str in place of a record says why one is unreadable.
 
     What takes long shows a line, and a bar on a terminal.

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from bdh_lib.data import columns, sources
-from bdh_lib.data.formats import FIELDS, NEEDED, SEPARATOR, needed, pieces
+from bdh_lib.data.formats import FIELDS, REQUIRED_FIELDS, SEPARATOR, field_segments, required_fields
 from bdh_lib.errors import UserError
 from bdh_lib.files import parse_json, sha256
 
@@ -36,7 +36,7 @@ def _made_from(dataset: str, mode: str, val_share: float, seed: int) -> dict:
     return {"dataset": dataset, "mode": mode, "val_share": val_share, "seed": seed} | how
 
 
-def fingerprint(dataset: str, mode: str, val_share: float, seed: int) -> str:
+def cache_key(dataset: str, mode: str, val_share: float, seed: int) -> str:
     """Name of the prepared bytes: changes with the files (path, size, time), the commit on the hub
     or a setting.
     """
@@ -65,11 +65,11 @@ def prepare(
     The records of train.bin are in the order of the data, those of val.bin in a seeded one.
     """
     how = (dataset, mode, val_share, seed)
-    folder = cache / fingerprint(*how)
+    folder = cache / cache_key(*how)
     with _held(cache):
         if not refresh and sources.find(dataset) is None and not sources.commit(dataset):
             folder = _newest(cache, _made_from(*how)) or folder
-        if not intact(folder) or (refresh and _made_at(folder) < STARTED):
+        if not is_intact(folder) or (refresh and _made_at(folder) < STARTED):
             _make(folder, *how)
         return folder
 
@@ -81,7 +81,7 @@ def _made_at(folder: Path) -> float:
 def _newest(cache: Path, made_from: dict) -> Path | None:
     """The newest prepared data of a name on the hub, for when the hub does not tell its commit."""
     for folder in sorted((f.parent for f in cache.glob("*/data.json")), key=_made_at, reverse=True):
-        if intact(folder):
+        if is_intact(folder):
             report = parse_json((folder / "data.json").read_text())
             if report.get("made_from") == made_from:
                 when = time.strftime("%Y-%m-%d", time.localtime(_made_at(folder)))
@@ -128,7 +128,7 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(f"{file} cannot be read: {reason}") from None
 
 
-def intact(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Whether prepared data are whole: each side as long as, and the bytes that, data.json says."""
     try:
         report = parse_json((folder / "data.json").read_text())
@@ -163,7 +163,7 @@ def _make(folder, dataset, mode, val_share, seed):
         report["commit"] = None if sources.find(dataset) else sources.commit(dataset)
         sealed = report | {"sha256": _sha256_of(report)}
         (making / "data.json").write_text(json.dumps(sealed, indent=1))
-        if fingerprint(dataset, mode, val_share, seed) != folder.name:
+        if cache_key(dataset, mode, val_share, seed) != folder.name:
             raise UserError(f"DATASET {dataset} changed while it was read; start again")
         shutil.rmtree(folder, ignore_errors=True)  # damaged, or to be made anew
         making.replace(folder)
@@ -177,7 +177,7 @@ def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -
     if len(np.unique(keys[-1])) < 2:
         raise UserError(
             f"DATASET {report['dataset']} has 1 distinct record, a split needs at least 2; "
-            f"{'; '.join(skips(report)[:3]) or 'nothing skipped'}"
+            f"{'; '.join(skip_lines(report)[:3]) or 'nothing skipped'}"
             f"{'; a record of a .txt ends at a blank line' if '.txt' in dataset else ''}"
         )
     in_val = _choose_validation(keys, val_share, seed)
@@ -186,15 +186,15 @@ def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -
         if not np.any(has & served):
             raise UserError(
                 f"DATASET {dataset}: none of the {served.sum():,} records of TRAINING_MODE "
-                f"{mode!r} is {side}; change VAL_SHARE ({val_share}) or SEED, or take more data"
-                f"{'; '.join(['', *skips(report)[:3]])}"
+                f"{mode!r} is {side}; change VAL_FRACTION ({val_share}) or SEED, or take more data"
+                f"{'; '.join(['', *skip_lines(report)[:3]])}"
             )
     shared = in_val & served & np.isin(texts, texts[served & ~in_val])
     report["shared"] = int(shared.sum())
     if np.all(shared >= (in_val & served)):
         raise UserError(
             f"DATASET {dataset} has {len(np.unique(texts[served]))} distinct texts in "
-            f"TRAINING_MODE {mode!r}, each of more records than VAL_SHARE ({val_share}) holds "
+            f"TRAINING_MODE {mode!r}, each of more records than VAL_FRACTION ({val_share}) holds "
             "out: raise it, take more data or another mode"
         )
     validates = served & in_val & ~shared
@@ -241,27 +241,29 @@ def _format_all(dataset, mode, folder, wanted=None):
     Gives a report and, of each record that has one in any mode, the length of its text in bytes (0:
     none in this mode), the text's digest, and the digests of system, instruction and all fields.
     """
-    wanted = wanted or NEEDED[mode]
+    wanted = wanted or REQUIRED_FIELDS[mode]
     structures, skipped, count, size = Counter(), Counter(), Counter(), Counter()
     first, exchanges = {}, 0  # record skipped for each reason; a chat holds several exchanges
     lengths, texts, keys = array("Q"), array("Q"), array("Q")
     with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
-        for record in sources.read(dataset):
+        for record in sources.read_records(dataset):
             structure, contents = (
                 columns.detect(record) if isinstance(record, dict) else ("bad", [record])
             )
             structures[structure] += 1
             exchanges += sum(isinstance(fields, dict) for fields in contents)
             for fields in contents:
-                usable = columns.sound(fields)
+                usable = columns.valid_fields(fields)
                 for name, value in usable.items():
                     count[name] += 1
                     size[name] += len(value)
-                if reason := columns.fault(fields, ("text",) if structure == "text" else wanted):
+                if reason := columns.invalid_reason(
+                    fields, ("text",) if structure == "text" else wanted
+                ):
                     skipped[reason] += 1
                     first.setdefault(reason, structures.total())
                 length, digest = 0, hashlib.blake2b(digest_size=8)
-                for field, text in [] if reason else pieces(usable, mode):
+                for field, text in [] if reason else field_segments(usable, mode):
                     part = text.encode()
                     out.write(part)
                     digest.update(part)
@@ -274,8 +276,8 @@ def _format_all(dataset, mode, folder, wanted=None):
                     texts.append(int.from_bytes(digest.digest()))
                     by = (usable.get("system"), usable.get("instruction"), sorted(usable.items()))
                     keys.extend(_digest(key) if key else 0 for key in by)
-    if count.keys() != {"text"} and wanted != needed(mode, count):  # known after a pass
-        return _format_all(dataset, mode, folder, needed(mode, count))
+    if count.keys() != {"text"} and wanted != required_fields(mode, count):  # known after a pass
+        return _format_all(dataset, mode, folder, required_fields(mode, count))
     report = {
         "dataset": dataset,
         "mode": mode,
@@ -306,7 +308,7 @@ def _digest(key: str | list[tuple[str, str]]) -> int:
     return int.from_bytes(digest.digest())
 
 
-def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
+def load_unsplit(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
     """All of a data set as one side of a split: report, bytes, and the index in FIELDS of each.
 
     Of a ready split it is the held out side. `folder` is for files on the way. Raises UserError
@@ -323,7 +325,7 @@ def whole(dataset: str, mode: str, folder: Path) -> tuple[dict, np.ndarray, np.n
     return report, stream, fields
 
 
-def skips(report: dict) -> list[str]:
+def skip_lines(report: dict) -> list[str]:
     """How many records were skipped and why, most first; a line of a .jsonl file is a record."""
     first = report.get("first_skipped", {})
     return [
@@ -336,14 +338,14 @@ def _cannot_serve(report: dict) -> str:
     mode, has = report["mode"], report["fields"]
     if not report["records"]:
         return f"DATASET {report['dataset']} is empty: it has no record"
-    wanted = needed(mode, has)
+    wanted = required_fields(mode, has)
     lacks = [f for f in wanted if f not in has]
-    works = [m for m in NEEDED if set(needed(m, has)) <= set(has)]
+    works = [m for m in REQUIRED_FIELDS if set(required_fields(m, has)) <= set(has)]
     return (
         f"DATASET {report['dataset']} has no record for TRAINING_MODE {mode!r}, which needs "
         f"{', '.join(wanted)}: lacking {', '.join(lacks) or 'them together in one record'}. "
         f"Structure: {', '.join(report['structures']) or 'no records'}; "
-        f"{'; '.join(skips(report)[:3]) or 'nothing skipped'}. "
+        f"{'; '.join(skip_lines(report)[:3]) or 'nothing skipped'}. "
         f"Modes that would work: {', '.join(works) or 'none'}"
     )
 
@@ -414,13 +416,13 @@ def has_field(fields: np.ndarray, name: str) -> bool:
     return any(wanted in fields[i : i + million] for i in range(0, len(fields), million))
 
 
-def differing(there: dict, here: dict) -> dict[str, str]:
+def data_changes(there: dict, here: dict) -> dict[str, str]:
     """How the bytes of two reports differ, under "train data" and "val data", where they do."""
     found = {}
     for side in ("train", "val"):
         if there[side]["sha256"] != here[side]["sha256"]:
             one, other = (
-                f"{counted(of[side]['records'])}{of[side]['bytes']:,} bytes, {_named(of)}"
+                f"{count_text(of[side]['records'])}{of[side]['bytes']:,} bytes, {_named(of)}"
                 for of in (there, here)
             )
             said = f"there {one}, here {other}" if one != other else f"other bytes, as many: {one}"
@@ -434,14 +436,14 @@ def _named(report: dict) -> str:
     return report["dataset"] + (f" (commit {commit})" if commit else "")
 
 
-def counted(records: int | None) -> str:
+def count_text(records: int | None) -> str:
     """So many records, before what else is told of them; of a ready split, which has none, ""."""
     return "" if records is None else f"{records:,} records, "
 
 
 def describe(report: dict) -> str:
     """The report of `prepare` for people: structure, fields, what was skipped, the split."""
-    lines = [f"data: {_named(report)}, {counted(report['records'])}mode {report['mode']}"]
+    lines = [f"data: {_named(report)}, {count_text(report['records'])}mode {report['mode']}"]
     for structure, n in report["structures"].items():
         share = "" if n is None else f": {n / report['records']:.1%} of records"
         lines.append(f"  structure {structure}{share}")
@@ -454,11 +456,13 @@ def describe(report: dict) -> str:
             f"  field {name}: in {share:.1%} of records, mean length {mean:,.0f} characters"
         )
     has, mode = report["fields"], report["mode"]
-    if "response" in has and needed(mode, has) != NEEDED[mode]:
+    if "response" in has and required_fields(mode, has) != REQUIRED_FIELDS[mode]:
         lines.append("  no record has a system text: full is trained without its section")
-    lines += [f"  {skip}" for skip in skips(report)]
+    lines += [f"  {skip}" for skip in skip_lines(report)]
     if report["shared"]:
         lines.append(f"  left out of validation {report['shared']:,}: text also in training")
     for side, name in (("train", "training"), ("val", "validation")):
-        lines.append(f"  {name}: {counted(report[side]['records'])}{report[side]['bytes']:,} bytes")
+        lines.append(
+            f"  {name}: {count_text(report[side]['records'])}{report[side]['bytes']:,} bytes"
+        )
     return "\n".join(lines)

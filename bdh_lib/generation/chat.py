@@ -16,9 +16,16 @@ import mlx.core as mx
 from bdh_lib.cli import Interrupts
 from bdh_lib.compute.state import State
 from bdh_lib.data import formats
-from bdh_lib.errors import UserError, visible
-from bdh_lib.files import expanded, made_aside
-from bdh_lib.generation.decoding import Stops, Terminal, outgrown, read, rows, write
+from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.files import atomic_writer, expand_user
+from bdh_lib.generation.decoding import (
+    StopMatcher,
+    Terminal,
+    context_length_warning,
+    pad_batch,
+    read_prompt,
+    stream,
+)
 from bdh_lib.generation.sampling import Sampling
 from bdh_lib.generation.states import save_state
 from bdh_mlx import BDH
@@ -93,7 +100,9 @@ class Session:
         """Take turns until Ctrl-D or /quit."""
         lines_edited()
         Interrupts.end_the_process = False  # Ctrl-C ends an answer, not the session
-        note = formats.EXPECT.get(self.mode, "no training mode is known: text is read as it is")
+        note = formats.SAMPLE_NOTES.get(
+            self.mode, "no training mode is known: text is read as it is"
+        )
         print(f"note: {note}\n/help lists the commands")
         try:
             while (line := self.next_line()) is not None and line.strip() != "/quit":
@@ -104,7 +113,7 @@ class Session:
                     elif line:
                         self.turn(line)
                 except UserError as error:
-                    print(f"error: {visible(str(error))}")
+                    print(f"error: {escape_controls(str(error))}")
         finally:
             lines_kept()
 
@@ -125,7 +134,7 @@ class Session:
             if self.mode not in ("both", "full"):
                 raise UserError(f"/system: mode {self.mode} reads what is typed and no system text")
             self.system = argument.strip()
-            print(f"system text: {visible(self.system) or 'none'}")
+            print(f"system text: {escape_controls(self.system) or 'none'}")
         elif name == "/temp":
             try:
                 self.sampling = replace(self.sampling, temperature=float(argument))
@@ -147,7 +156,7 @@ class Session:
         """Write all that was said, or the state after it. Raises UserError."""
         if not name:
             raise UserError("/save: name a file")
-        file = expanded(name, "/save")
+        file = expand_user(name, "/save")
         if file.exists() and file not in self.saved:  # what this session saved it may save again
             raise UserError(f"/save: {file} exists; name another file, or remove it")
         if file.suffix == ".safetensors":
@@ -156,7 +165,7 @@ class Session:
             save_state(file, self.model, self.state)
             what = f"the state after {self.state.position:,} bytes"
         else:
-            with made_aside(file) as making:
+            with atomic_writer(file) as making:
                 making.write_bytes(self.text)
             what = f"{len(self.text):,} bytes"
         self.saved.add(file)
@@ -166,14 +175,14 @@ class Session:
         """Read a line in its format and print the answer as it comes; Ctrl-C ends it."""
         self.key, key = mx.random.split(self.key)
         asked, terminal = self.asked(line), Terminal()
-        stop = Stops(self.stops, asked)
+        stop = StopMatcher(self.stops, asked)
         try:
             for begin in range(0, len(asked), PIECE):  # of which each lets Ctrl-C in
                 piece = asked[begin : begin + PIECE]
-                logits, self.state = read(self.model, rows([piece]), self.state)
+                logits, self.state = read_prompt(self.model, pad_batch([piece]), self.state)
                 self.text += piece
-            seen = rows([self.text])
-            written = write(self.model, logits, self.state, self.sampling, key, seen)
+            seen = pad_batch([self.text])
+            written = stream(self.model, logits, self.state, self.sampling, key, seen)
             for token, state in islice(written, self.budget):
                 self.state = state
                 self.text += bytes(token)
@@ -185,7 +194,7 @@ class Session:
         terminal.write(stop.end(), final=not self.sampling.utf8)
         print()
         loaded = self.start.position > 0
-        note = outgrown(self.model, self.state.window, self.state.position, loaded)
+        note = context_length_warning(self.model, self.state.window, self.state.position, loaded)
         if note and not self.noted:
             print(note)
         self.noted = bool(note)
@@ -197,7 +206,7 @@ class Session:
         fields = {"system": self.system, "instruction": line}
         if self.mode == "system":
             fields["system"] = line
-        opening = formats.opening(fields, self.mode).encode(errors="surrogateescape")
+        opening = formats.format_prompt(fields, self.mode).encode(errors="surrogateescape")
         return missing_end(self.text, self.mode) + opening
 
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from bdh_lib.compute.state import State, ahead, prefill
 from bdh_lib.compute.state import read as read_on
-from bdh_lib.errors import UserError, visible
-from bdh_lib.generation.sampling import NONE, Sampling, after, numbers
+from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.generation.sampling import NONE, Sampling, append_token, uniforms
 
 
-def rows(texts: Sequence[bytes]) -> np.ndarray:
+def pad_batch(texts: Sequence[bytes]) -> np.ndarray:
     """Texts as one array (B, T) of bytes, NONE after the end of those that are shorter."""
     idx = np.full((len(texts), max(map(len, texts))), NONE, np.int32)
     for row, text in zip(idx, texts, strict=True):
@@ -28,7 +28,9 @@ def rows(texts: Sequence[bytes]) -> np.ndarray:
     return idx
 
 
-def read(model, idx: np.ndarray | mx.array, state: State | None = None) -> tuple[mx.array, State]:
+def read_prompt(
+    model, idx: np.ndarray | mx.array, state: State | None = None
+) -> tuple[mx.array, State]:
     """Read the prompt idx (B, T >= 1) on from `state`: logits (B, V) of the next byte, the State.
 
     Raises UserError for an empty prompt, and where the model's numbers are not finite.
@@ -39,7 +41,7 @@ def read(model, idx: np.ndarray | mx.array, state: State | None = None) -> tuple
     return logits, state
 
 
-def write(
+def stream(
     model,
     logits: mx.array,
     state: State,
@@ -53,22 +55,22 @@ def write(
     `read` gave logits (B, V) and state; `seen` (B, T) are the bytes before, as far as they are
     known. A row takes first the bytes that are `given` for it; the others are drawn.
     """
-    given = rows(given).T if given else ()  # (T, B)
+    given = pad_batch(given).T if given else ()  # (T, B)
 
     def steps(logits, state, past):
-        for i, number in enumerate(numbers(key, len(logits))):
+        for i, number in enumerate(uniforms(key, len(logits))):
             token = sampling.draw(logits, past, number)
             if i < len(given):
                 own = mx.array(given[i])
                 token = mx.where(own == NONE, token, own.astype(token.dtype))  # not to int64
-            past = after(past, token)
+            past = append_token(past, token)
             logits, state = read_on(model, token[:, None], state)
             logits = logits[:, -1]
             shown = _for_the_host(token)
             mx.async_eval(shown, logits, past, state)
             yield shown, state
 
-    going = ahead(steps(logits, state, sampling.past(seen)))
+    going = ahead(steps(logits, state, sampling.recent(seen)))
     return (([byte for some in shown for byte in some.tolist()], state) for shown, state in going)
 
 
@@ -83,7 +85,7 @@ def _for_the_host(token: mx.array) -> list[mx.array]:
     return [token[i : i + 8].astype(mx.uint8) for i in range(0, len(token), 8)]
 
 
-class Stops:
+class StopMatcher:
     """Lets bytes through up to the first stop string, which may begin in the `before` of them.
 
     What may be the beginning of a stop string is held back until it is one or is not.
@@ -108,8 +110,8 @@ class Stops:
             self.found, self.held = True, b""
             return text[new : min(ends)[1]]
         lengths = range(min(self.reach, len(text)), 0, -1)
-        begun = (n for n in lengths if any(s.startswith(text[-n:]) for s in self.stops))
-        cut = max(new, len(text) - next(begun, 0))
+        partial = (n for n in lengths if any(s.startswith(text[-n:]) for s in self.stops))
+        cut = max(new, len(text) - next(partial, 0))
         self.held, self.before = text[cut:], text[max(0, cut - self.reach) : cut]
         return text[new:cut]
 
@@ -119,7 +121,7 @@ class Stops:
         return held
 
 
-def complete(
+def generate_batch(
     model,
     prompts: Sequence[bytes],
     sampling: Sampling,
@@ -136,17 +138,17 @@ def complete(
     go on reading while the others write: exact, and fast for prompts of similar length.
     """
     shortest = min(map(len, prompts))
-    idx = rows(prompts)[:, :shortest]
+    idx = pad_batch(prompts)[:, :shortest]
     alike = np.append((idx == idx[0]).all(0), False)
     shared = int(alike.argmin())  # bytes that all begin with
     if shared:
-        logits, state = read(model, idx[:1, :shared], state)
+        logits, state = read_prompt(model, idx[:1, :shared], state)
     if shared < shortest:
-        logits, state = read(model, idx[:, shared:], state)
+        logits, state = read_prompt(model, idx[:, shared:], state)
     logits = mx.broadcast_to(logits, (len(idx), logits.shape[-1]))
     given = [prompt[shortest:] for prompt in prompts]
-    going = {row: (Stops(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
-    for i, (tokens, _) in enumerate(write(model, logits, state, sampling, key, idx, given), 1):
+    going = {row: (StopMatcher(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
+    for i, (tokens, _) in enumerate(stream(model, logits, state, sampling, key, idx, given), 1):
         for row, (stop, text) in list(going.items()):
             own = i - len(given[row])  # bytes of this row that were drawn
             if own > 0:
@@ -158,23 +160,25 @@ def complete(
             return
 
 
-def samples(model, prompts: Sequence[str], n_bytes: int, seed: int, stop) -> Iterator[str]:
+def complete_prompts(model, prompts: Sequence[str], n_bytes: int, seed: int, stop) -> Iterator[str]:
     """What the model says to the prompts; the same seed, the same draws. It ends once a signal has
     come to `stop`.
     """
     sampling = Sampling(temperature=0.8, top_k=50)
     for prompt, key in zip(prompts, mx.random.split(mx.random.key(seed), 9), strict=False):
-        idx = rows([prompt.encode()])
-        written = write(model, *read(model, idx), sampling, key, idx)
+        idx = pad_batch([prompt.encode()])
+        written = stream(model, *read_prompt(model, idx), sampling, key, idx)
         drawn = takewhile(lambda _: not stop.number, islice(written, n_bytes))
-        text = as_text(prompt.encode() + bytes(token for (token,), _ in drawn))
+        text = decode_text(prompt.encode() + bytes(token for (token,), _ in drawn))
         if stop.number:
             break
-        yield visible(text)
-    model.laid_out = None  # the weights in the order of a step: they are about to change
+        yield escape_controls(text)
+    model.decode_step = None  # the weights in the order of a step: they are about to change
 
 
-def outgrown(model, window: int | None, length: int, loaded: bool = False) -> str | None:
+def context_length_warning(
+    model, window: int | None, length: int, loaded: bool = False
+) -> str | None:
     """A note where a text of `length` bytes outgrows the blocks that the model was trained on."""
     trained = model.trained_length
     if not trained or length <= trained or window:
@@ -188,12 +192,12 @@ def outgrown(model, window: int | None, length: int, loaded: bool = False) -> st
     )
 
 
-def as_text(written: bytes, whole: bool = False) -> str:
+def decode_text(written: bytes, whole: bool = False) -> str:
     """Bytes as text, those that are no UTF-8 as \\xff; `whole`: without a character cut short."""
     return codecs.getincrementaldecoder("utf-8")("backslashreplace").decode(written, not whole)
 
 
-def unescaped(text: str) -> bytes:
+def parse_escapes(text: str) -> bytes:
     """An argument's bytes, its \\n as line breaks; what is no UTF-8 comes through as it is."""
     return text.replace("\\n", "\n").encode(errors="surrogateescape")
 
@@ -210,5 +214,5 @@ class Terminal:
         if self.raw:
             sys.stdout.buffer.write(piece)
         else:
-            sys.stdout.write(visible(self.decoder.decode(piece, final)))
+            sys.stdout.write(escape_controls(self.decoder.decode(piece, final)))
         sys.stdout.flush()

@@ -15,8 +15,8 @@ from pathlib import Path
 import bdh_mlx
 from bdh_lib import files, runs
 from bdh_lib.data import split
-from bdh_lib.data.formats import NEEDED
-from bdh_lib.errors import UserError, visible
+from bdh_lib.data.formats import REQUIRED_FIELDS
+from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.flags import flag_of
 from bdh_mlx import BDHConfig
 
@@ -66,7 +66,7 @@ def command_of(settings: dict) -> str:
         if name not in (
             "CHECKPOINT_DIR",
             "RUN_NAME",
-            "FORCE",
+            "IGNORE_MEMORY_CHECK",
             "PROCESSES",
             "PHASES",
         ):
@@ -75,27 +75,27 @@ def command_of(settings: dict) -> str:
                 words.append(flag if value else f"--no-{flag[2:]}")
             else:
                 words += [flag, "none" if value is None else str(value)]
-    return visible(shlex.join(words))
+    return escape_controls(shlex.join(words))
 
 
 def facts(checkpoint: Path) -> tuple[dict, dict]:
     """Facts for the card, and the settings, of a run's checkpoint; nothing for a bare file."""
     try:
-        about = files.read_object(checkpoint / "config.json")
+        about = files.read_json_object(checkpoint / "config.json")
         settings, step = runs.sound_settings(about["settings"]), about["step"]
         told = {
             "data": settings["DATASET"],
             "mode": settings["TRAINING_MODE"],
             "iterations": f"{step:,}",
-            "training data": f"{split.counted(about['data']['train']['records'])}"
+            "training data": f"{split.count_text(about['data']['train']['records'])}"
             f"{about['data']['train']['bytes']:,} bytes",
         }
     except (UserError, ValueError, KeyError, TypeError):
         return {}, {}
     with suppress(UserError, KeyError, TypeError):
-        best = files.read_object(checkpoint.parent / "best.json")
-        if best["step"] == step and math.isfinite(best["judged"]):
-            bits = best["judged"] / math.log(2)
+        best = files.read_json_object(checkpoint.parent / "best.json")
+        if best["step"] == step and math.isfinite(best["monitored_loss"]):
+            bits = best["monitored_loss"] / math.log(2)
             told["validation"] = f"{bits:.4f} bits per byte, of {settings['LOSS_ON']} bytes"
     own = about.get("own")
     for name in own if isinstance(own, list) else []:  # no flag of another's trainer
@@ -124,20 +124,20 @@ def _made(folder: Path) -> Iterator[None]:
         raise
 
 
-def tell(source: str, folder: Path) -> int:
+def export_model(source: str, folder: Path) -> int:
     """Export the model that `source` names. Raises UserError."""
     weights = runs.find_weights(source)
     model = bdh_mlx.load_model(weights)
     told, settings = facts(weights.parent)
     told["shape"] = ", ".join(f"{k} {v}" for k, v in asdict(model.config).items())
-    rows = (f"| {k} | {visible(str(v)).translate(CELL)} |" for k, v in told.items())
+    rows = (f"| {k} | {escape_controls(str(v)).translate(CELL)} |" for k, v in told.items())
     card = CARD.format(
-        name=visible(files.absolute(folder).name),
+        name=escape_controls(files.absolute(folder).name),
         parameters=model.config.n_parameters,
         facts="\n".join(rows),
         command=command_of(settings) if settings else "unknown: exported from weights alone",
         config=official(model.config),
-        mode=f" --mode {told['mode']}" if told.get("mode") in NEEDED else "",
+        mode=f" --mode {told['mode']}" if told.get("mode") in REQUIRED_FIELDS else "",
     )
     with _made(folder):
         if any(folder.iterdir()):
@@ -147,7 +147,7 @@ def tell(source: str, folder: Path) -> int:
             ("config.json", json.dumps(official(model.config), indent=1)),
             ("README.md", card),
         ):
-            with files.made_aside(folder / name) as making:
+            with files.atomic_writer(folder / name) as making:
                 making.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"written: {folder}; fill in the licence in {folder / 'README.md'}, then, to share it:")
     print(f"  hf upload YOUR_NAME/{shlex.join([files.absolute(folder).name, str(folder)])}")

@@ -47,7 +47,7 @@ class Sampling:
         if not isinstance(self.utf8, bool):
             raise UserError(f"utf8 is {self.utf8!r}; it must be True or False")
 
-    def past(self, seen: np.ndarray) -> mx.array | None:
+    def recent(self, seen: np.ndarray) -> mx.array | None:
         """What a draw must know of the bytes seen (B, T): the last (B, WINDOW), or nothing."""
         if not self.utf8 and self.repetition_penalty == 1:
             return None
@@ -62,7 +62,7 @@ class Sampling:
         return _compiled(self)(logits, past, number)
 
 
-def numbers(key: mx.array, B: int) -> Iterator[mx.array]:
+def uniforms(key: mx.array, B: int) -> Iterator[mx.array]:
     """Endlessly B random numbers (B, 1), drawn for many bytes at once: on a GPU each call costs.
 
     All are so far below 1 that a product with them, rounded, is less than the other factor.
@@ -72,7 +72,7 @@ def numbers(key: mx.array, B: int) -> Iterator[mx.array]:
         yield from mx.random.uniform(high=1 - 2**-22, shape=(AT_ONCE, B, 1), key=own)
 
 
-def after(past: mx.array | None, token: mx.array) -> mx.array | None:
+def append_token(past: mx.array | None, token: mx.array) -> mx.array | None:
     """The past with one byte more in each row."""
     if past is not None:
         return mx.concatenate([past[:, 1:], token[:, None].astype(mx.int32)], 1)
@@ -89,7 +89,7 @@ def _compiled(s: Sampling):
 def _draw(s: Sampling, logits, past, number):
     logits = logits.astype(mx.float32)
     if s.utf8:
-        logits = mx.where(mx.array(LEGAL)[_begun(past)], logits, -math.inf)
+        logits = mx.where(mx.array(LEGAL)[_utf8_state(past)], logits, -math.inf)
     if s.repetition_penalty != 1:
         logits = _penalised(logits, past, s.repetition_penalty)
     if s.temperature == 0:
@@ -97,7 +97,7 @@ def _draw(s: Sampling, logits, past, number):
     return _filtered(s, logits / s.temperature, number)
 
 
-def _begun(past):
+def _utf8_state(past):
     """The state of the UTF-8 automaton (B,): of a character that is not whole, at most 3 bytes."""
     following = mx.array(NEXT)
     first, second, third = past[:, -3:].T % 256  # NONE begins no character, as the byte 255

@@ -10,21 +10,21 @@ from mlx.utils import tree_flatten
 from bdh_lib import files
 from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.compute.arrays import sha256 as arrays_sha256
-from bdh_lib.compute.state import PARTS, State, check_state, fold
+from bdh_lib.compute.state import PARTS, State, check_state, flush_pending
 from bdh_lib.errors import UserError
 from bdh_mlx import BDH
 
 STATE_FORMAT = "bdh-mlx state 2"
 
 
-def fingerprint(model: BDH) -> str:
+def weights_sha256(model: BDH) -> str:
     """sha256 of the weights, which says whose state a state is."""
     return arrays_sha256(dict(tree_flatten(model.parameters())))
 
 
-def state_file(path: str | Path) -> Path:
+def check_state_file(path: str | Path) -> Path:
     """`path`, if a state can be saved there, as far as can be told before. Raises UserError."""
-    if (path := files.expanded(path, "the path of a state")).suffix != ".safetensors":
+    if (path := files.expand_user(path, "the path of a state")).suffix != ".safetensors":
         raise UserError(f"{path} not saved: name a .safetensors file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{path} not saved: {path.parent} is no folder that can be written to")
@@ -43,25 +43,25 @@ def _is_state(path: Path) -> bool:
 
 def save_state(path: str | Path, model: BDH, state: State) -> None:
     """Write `state` of `model` to a .safetensors file, whole or not at all. Raises UserError."""
-    path = state_file(path)
+    path = check_state_file(path)
     check_state(model, state)
     if not state.position:
         raise UserError(f"{path} not saved: the state is of no byte; read a text first")
-    state = fold(state)
+    state = flush_pending(state)
     arrays = {f"synapses.{i}": S for i, S in enumerate(state.synapses)}
     for number, part in enumerate(state.parts):
         arrays |= {f"part.{number}.{i}": S for i, S in enumerate(part)}
-    header = {"format": STATE_FORMAT, "model": fingerprint(model), "position": state.position}
+    header = {"format": STATE_FORMAT, "model": weights_sha256(model), "position": state.position}
     header |= {"window": state.window, "parts": len(state.parts)}
     header |= {"sha256": arrays_sha256(arrays, header)}
     header = {name: json.dumps(value) for name, value in header.items()}
-    with files.made_aside(path) as making:
+    with files.atomic_writer(path) as making:
         mx.save_safetensors(str(making), arrays, metadata=header)
 
 
 def load_state(path: str | Path, model: BDH) -> State:
     """The state that `save_state` wrote. Raises UserError if it is damaged or another model's."""
-    path = files.expanded(path, "the path of a state")
+    path = files.expand_user(path, "the path of a state")
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise UserError(f"{path} cannot be read: {what}")
@@ -75,7 +75,7 @@ def load_state(path: str | Path, model: BDH) -> State:
     whole = all(type(n) is int and n >= 0 for n in (position, window or 0))
     if kind != STATE_FORMAT or not whole or count not in range(PARTS + 1):
         raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
-    if (other := header.get("model")) != (mine := fingerprint(model)):
+    if (other := header.get("model")) != (mine := weights_sha256(model)):
         raise UserError(
             f"{path} was read by another model (weights {str(other)[:12]}, here {mine[:12]}); "
             "load it with that one, or read its text again"

@@ -23,15 +23,15 @@ import numpy as np
 
 import bdh_mlx
 from bdh_lib.compute.layer import forward_segment, ln
-from bdh_lib.errors import UserError, visible
-from bdh_lib.files import MADE_BY, check_replaceable, expanded, made_aside
-from bdh_lib.generation.decoding import as_text, unescaped
+from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.files import MADE_BY, atomic_writer, check_replaceable, expand_user
+from bdh_lib.generation.decoding import decode_text, parse_escapes
 
 LONGEST = 512  # bytes of a text that are traced; every neuron of each is held in memory
 TOP = 10  # neurons and synapses listed
 
 
-class Traced(NamedTuple):
+class LayerTrace(NamedTuple):
     """One layer's reading of T bytes: x, y (H, T, N); q rotated x; v (T, D)."""
 
     x: mx.array
@@ -40,20 +40,20 @@ class Traced(NamedTuple):
     v: mx.array
 
 
-def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[Traced]:
+def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[LayerTrace]:
     """What each layer computes for a text."""
     v = ln(model.embed(mx.array([list(text)])))
     for _ in range(model.config.n_layer):
         after, _, kept = forward_segment(v, None, model.weights(), 0, len(text))
         x, q, y = kept[5], kept[7], kept[8]
-        yield Traced(x, y, q.reshape(x.shape), v[0])
+        yield LayerTrace(x, y, q.reshape(x.shape), v[0])
         v = after
 
 
 # ---------------------------------------------------------------------------------------- one text
 
 
-def strongest(values: mx.array, count: int = TOP) -> list[tuple[list[int], float]]:
+def top_entries(values: mx.array, count: int = TOP) -> list[tuple[list[int], float]]:
     """Place and value of the largest entries, largest first, those of 0 left out."""
     flat = values.reshape(-1)
     count = min(count, flat.size)
@@ -64,7 +64,7 @@ def strongest(values: mx.array, count: int = TOP) -> list[tuple[list[int], float
     return [(p, f) for p, f in zip(shaped, found[order].tolist(), strict=True) if f > 0]
 
 
-def synapses(model: bdh_mlx.BDH, layer: Traced) -> dict[str, list[dict]]:
+def synapses(model: bdh_mlx.BDH, layer: LayerTrace) -> dict[str, list[dict]]:
     """The strongest synapses after the last byte, and of those before it the ones it read."""
     written, read = [], []
     for h in range(model.config.n_head):  # a head at a time: neurons by neurons is large
@@ -72,11 +72,11 @@ def synapses(model: bdh_mlx.BDH, layer: Traced) -> dict[str, list[dict]]:
         before = S @ model.encoder_v[h]  # (N, N)
         last = layer.q[h, -1:].T @ layer.v[-1:] @ model.encoder_v[h]
         pairs = mx.linalg.norm((before + last).reshape(-1, 2, last.shape[1]), axis=1)
-        written += [(h, place, value) for place, value in strongest(pairs)]
+        written += [(h, place, value) for place, value in top_entries(pairs)]
         scale = mx.rsqrt(mx.var(layer.q[h, -1] @ S) + 1e-5)  # of ln
         parts = (layer.q[h, -1][:, None] * before).reshape(-1, 2, last.shape[1]).sum(1) * scale
         parts = mx.where(layer.y[h, -1] > 0, parts, 0)
-        read += [(h, place, value) for place, value in strongest(parts)]
+        read += [(h, place, value) for place, value in top_entries(parts)]
     told = {}
     for name, found in (("written", written), ("read", read)):
         found = sorted(found, key=lambda one: -one[2])[:TOP]
@@ -103,19 +103,23 @@ def trace(model: bdh_mlx.BDH, text: bytes) -> tuple[dict, np.ndarray, np.ndarray
                 "share_x": mx.mean(layer.x > 0).item(),
                 "share_y": mx.mean(layer.y > 0).item(),
                 "fires": [
-                    [{"head": h, "neuron": n, "y": value} for (h, n), value in strongest(row)]
+                    [{"head": h, "neuron": n, "y": value} for (h, n), value in top_entries(row)]
                     for row in y
                 ],
                 "synapses": synapses(model, layer),
             }
         )
-    return {"text": visible(as_text(text)), "layers": told}, np.array(shares), np.array(summed)
+    return (
+        {"text": escape_controls(decode_text(text)), "layers": told},
+        np.array(shares),
+        np.array(summed),
+    )
 
 
 # ----------------------------------------------------------------------------------- several texts
 
 
-def selective(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]]:
+def selective_neurons(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]]:
     """For each text the neurons that fire on it and not on the others: how often in a byte of it,
     over the layers, and on the other text where they fire most.
     """
@@ -126,7 +130,7 @@ def selective(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]]:
     found = []
     for i, own in enumerate(rates):
         other = np.max([r for j, r in enumerate(rates) if j != i], 0)
-        best = strongest(mx.array(own - other))
+        best = top_entries(mx.array(own - other))
         found.append(
             [
                 {"head": h, "neuron": n, "here": float(own[h, n]), "elsewhere": float(other[h, n])}
@@ -163,7 +167,7 @@ def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
     return figure
 
 
-def places(out: Path | None) -> tuple[Path, Path]:
+def output_paths(out: Path | None) -> tuple[Path, Path]:
     """The picture and the JSON file to make: trace.png and trace.json, in `out` where that is a
     folder, else under the name `out`. Raises UserError where another file would be replaced.
     """
@@ -179,12 +183,12 @@ def places(out: Path | None) -> tuple[Path, Path]:
     return tuple(found)
 
 
-def tell(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -> int:
+def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -> int:
     """Trace the first text into a picture and a JSON file; of several also what tells them apart.
 
     A text @FILE stands for the lines of a file.
     """
-    drawing, listing = places(out)
+    drawing, listing = output_paths(out)
     read = [line for text in texts for line in _lines(text)]
     if not read:
         raise UserError("--trace has no text; give at least one byte")
@@ -195,15 +199,15 @@ def tell(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -> int:
             ends = (f"{s['head']}.{s['from'][0]}+1 -> {s['head']}.{s['to']}" for s in found[:3])
             print(f"  strongest synapses {name}: {', '.join(ends) or 'none'}")
     if len(read) > 1:
-        told["texts"] = [visible(as_text(text)) for text in read]
-        told["selective"] = selective(model, read)
+        told["texts"] = [escape_controls(decode_text(text)) for text in read]
+        told["selective"] = selective_neurons(model, read)
         for text, found in zip(told["texts"], told["selective"], strict=True):
             names = (f"{n['head']}.{n['neuron']} ({n['here']:.0%})" for n in found[:5])
             print(f"only on {text[:40]!r}: {', '.join(names) or 'none'}")
     from bdh_lib.plots import drawn
 
     figure = drawn(picture(read[0], shares, summed, model.config.neurons_per_head), "png")
-    with made_aside(drawing) as png, made_aside(listing) as text:
+    with atomic_writer(drawing) as png, atomic_writer(listing) as text:
         png.write_bytes(figure)
         text.write_text(json.dumps({"made_by": MADE_BY} | told))
     print(f"written: {drawing}, {listing}")
@@ -213,8 +217,8 @@ def tell(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -> int:
 def _lines(text: str) -> list[bytes]:
     if text.startswith("@"):
         try:
-            lines = expanded(text[1:], "--trace @FILE").read_bytes().splitlines()
+            lines = expand_user(text[1:], "--trace @FILE").read_bytes().splitlines()
             return [line[:LONGEST] for line in lines if line]
         except OSError as error:
             raise UserError(f"--trace {text}: {error.strerror}") from None
-    return [unescaped(text)[:LONGEST]] if text else []
+    return [parse_escapes(text)[:LONGEST]] if text else []

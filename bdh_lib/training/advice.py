@@ -15,7 +15,7 @@ from bdh_lib.data.formats import FIELDS
 RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
 JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ updates, to the next
 HARD = 10  # gradient norm, in GRAD_CLIPs, beyond which the clipping alone sets the step
-NOISE = 0.9  # share of the order-0 entropy above which text is noise
+NOISE_SHARE = 0.9  # share of the order-0 entropy above which text is noise
 LATE = 0.25  # share of a run by which it should know more than which byte follows which
 MILLION = 10**6  # bytes that are counted, for the time it takes
 RATE = 1e-3  # of the official training, and of the best of docs/log.md's runs
@@ -32,7 +32,7 @@ def order_0(data: np.ndarray) -> float:
     return float(-np.sum(share[share > 0] * np.log(share[share > 0])))
 
 
-def counting(loss_on: str, train: tuple, val: tuple) -> tuple[float, float]:
+def byte_baselines(loss_on: str, train: tuple, val: tuple) -> tuple[float, float]:
     """Nats per byte, of the first million of each (bytes, fields) that LOSS_ON counts: order_0 of
     val, and a model that counted in train which byte follows which.
     """
@@ -61,7 +61,7 @@ def advise(
 
     total: updates of the whole run; known: what `counting` gives.
     """
-    val = {m["step"]: m["judged"] for m in history if "judged" in m}
+    val = {m["step"]: m["monitored_loss"] for m in history if "monitored_loss" in m}
     lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]
              for a, b in pairwise([0, *(step for step in val if step)])}  # fmt: skip
     if len(val) < 2 or not all(lines.values()):  # LOG_FREQ above EVAL_FREQ tells too little
@@ -140,7 +140,7 @@ def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
         return None  # slow for another reason
     intervals = min(20, (run.total - run.now) / (run.now - run.before))
     now, gain = run.val[run.now], (run.val[run.before] - run.val[run.now]) * intervals
-    above = now - NOISE * run.order_0
+    above = now - NOISE_SHARE * run.order_0
     still = run.loss[run.now] > (1 - RISE) * run.loss[run.before]
     if intervals > 0 and (gain < above or (gain < RISE * now and still)):
         return (
@@ -151,7 +151,7 @@ def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
 
 
 def not_coherent(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
-    if run.val[run.now] > NOISE * run.order_0:
+    if run.val[run.now] > NOISE_SHARE * run.order_0:
         bits, known = (nats / math.log(2) for nats in (run.val[run.now], run.order_0))
         end = "MAX_ITERS" if run.total == s.MAX_ITERS else "EPOCHS"
         return (

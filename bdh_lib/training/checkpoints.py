@@ -21,13 +21,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from bdh_lib import files
 from bdh_lib.compute.arrays import read_arrays
-from bdh_lib.errors import UserError, visible
+from bdh_lib.errors import UserError, escape_controls
 from bdh_mlx import BDH, save_model
 
 SAVED = ".saved"  # says that the run had a checkpoint, should they all be deleted
 
 
-class NoneValid(UserError):
+class NoValidCheckpoint(UserError):
     """The run has no checkpoint that can be trusted, though it had one."""
 
     exit_code = 3
@@ -55,7 +55,7 @@ def steps(run: Path) -> list[int]:
 
 
 @contextmanager
-def opened(run: Path) -> Iterator[None]:
+def lock_run(run: Path) -> Iterator[None]:
     """Hold `run` for one trainer, swept of what a killed one left. Raises UserError."""
     is_new = not run.exists()
     try:
@@ -79,20 +79,20 @@ def opened(run: Path) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):  # another one comes in, or it is gone
-                begun = {".lock", "metrics.jsonl"}
-                if is_new and {f.name for f in run.iterdir()} <= begun:  # refused before it trained
+                own = {".lock", "metrics.jsonl"}
+                if is_new and {f.name for f in run.iterdir()} <= own:  # refused before it trained
                     shutil.rmtree(run)
 
 
-def write_best(run: Path, step: int, judged: float) -> None:
-    """Name the checkpoint of `step` the best, with the loss in nats that it is judged by."""
-    best = {"checkpoint": folder(run, step).name, "step": step, "judged": judged}
+def write_best(run: Path, step: int, monitored_loss: float) -> None:
+    """Name the checkpoint of `step` the best, with its monitored loss in nats."""
+    best = {"checkpoint": folder(run, step).name, "step": step, "monitored_loss": monitored_loss}
     best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
-    files.write_whole(run / "best.json", json.dumps(best))
+    files.atomic_write_text(run / "best.json", json.dumps(best))
 
 
 def read_best(run: Path) -> dict:
-    """The best evaluation so far (checkpoint, step, judged in nats); {} before any.
+    """The best evaluation so far (checkpoint, step, monitored_loss in nats); {} before any.
 
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
     evaluation is the best then.
@@ -102,14 +102,20 @@ def read_best(run: Path) -> dict:
         written = best.pop("sha256")
         if hashlib.sha256(repr(best).encode()).hexdigest() != written:
             raise ValueError
-        reason = damage(folder(run, best["step"])) if "judged" in best else "it has no loss"
+        reason = (
+            find_corruption(folder(run, best["step"]))
+            if "monitored_loss" in best
+            else "it has no loss"
+        )
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         reason = "best.json is not what was written"
     if not reason:
         return best
-    print(f"warning: no checkpoint is the best until the next validation: {visible(reason)}")
+    print(
+        f"warning: no checkpoint is the best until the next validation: {escape_controls(reason)}"
+    )
     (run / "best.json").rename(unused(run, "damaged-best.json"))
     return {}
 
@@ -164,7 +170,7 @@ def save(run: Path, step: int, model: BDH, optimizer, info: dict, raw: dict | No
         raise UserError(f"{final} not saved: {error}; earlier ones are intact") from None
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_corruption(checkpoint: Path) -> str | None:
     """Why the checkpoint cannot be trusted, or None when each file is as it was written."""
     if not checkpoint.is_dir():
         return f"{checkpoint.name} is not there"
@@ -197,14 +203,17 @@ def newest_valid(run: Path) -> int:
     """
     found = steps(run)
     for step in reversed(found):
-        if not (reason := damage(folder(run, step))):
+        if not (reason := find_corruption(folder(run, step))):
             return step
         aside = folder(run, step).rename(unused(run, f"damaged-{step:06d}"))
-        print(f"warning: checkpoint {step} is damaged, kept as {aside.name}: {visible(reason)}")
+        reason = escape_controls(reason)
+        print(f"warning: checkpoint {step} is damaged, kept as {aside.name}: {reason}")
     if found or any(run.glob("damaged-[0-9]*")):
-        raise NoneValid(f"{run} has no sound checkpoint left; set RUN_NAME to start another run")
+        raise NoValidCheckpoint(
+            f"{run} has no valid checkpoint left; set RUN_NAME to start another run"
+        )
     if (run / "metrics.jsonl").exists() and any((run / f).exists() for f in (SAVED, "best.json")):
-        raise NoneValid(
+        raise NoValidCheckpoint(
             f"{run} had checkpoints, and they are gone. Put one back to go on; to start anew, set "
             f"RUN_NAME, or move {run / 'metrics.jsonl'} elsewhere, which would be replaced"
         )
@@ -249,7 +258,7 @@ def read_info(run: Path, step: int) -> dict:
     return files.parse_json((folder(run, step) / "config.json").read_text())
 
 
-def differing(there: dict, here: dict) -> dict[str, str]:
+def settings_changes(there: dict, here: dict) -> dict[str, str]:
     """What is not the same in both, by its name: "SEED: there 1, here 2"."""
     return {k: f"{k}: there {there.get(k)}, here {v}" for k, v in here.items() if there.get(k) != v}
 
@@ -264,7 +273,7 @@ def check_space(run: Path, trees: list, count: int) -> None:
     if free < count * one * 1.05:
         raise UserError(
             f"{run}: {free / 1e6:,.0f} MB free on its disk; {count} checkpoints of "
-            f"{one / 1e6:,.0f} MB do not fit; lower KEEP or make room"
+            f"{one / 1e6:,.0f} MB do not fit; lower KEEP_CHECKPOINTS or make room"
         )
 
 

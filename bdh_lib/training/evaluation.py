@@ -17,10 +17,10 @@ from tqdm import tqdm
 from bdh_lib.data import split
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.errors import UserError
-from bdh_lib.files import expanded
+from bdh_lib.files import expand_user
 from bdh_lib.tables import format_table
 from bdh_lib.training.distributed import World
-from bdh_lib.training.signals import at_once
+from bdh_lib.training.signals import default_signals
 from bdh_mlx import BDH
 
 # On a terminal, of what takes over a second; it leaves no line behind.
@@ -58,7 +58,7 @@ def evaluate(
     return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
 
 
-def trace(losses: Callable, n_bytes: int, B: int, T: int) -> None:
+def trace_shapes(losses: Callable, n_bytes: int, B: int, T: int) -> None:
     """Let mx.compile see `losses` with each shape that evaluate reads; nothing is computed."""
     n = n_bytes - 1
     rows = n // T
@@ -68,32 +68,32 @@ def trace(losses: Callable, n_bytes: int, B: int, T: int) -> None:
             losses(zeros, zeros)
 
 
-def report(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
+def evaluation_table(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
     """A table of nats and bits per byte by field. Raises UserError."""
     if mode is None:
         raise UserError("the checkpoint names no training mode to format records in; give --mode")
-    path = expanded(dataset, "--evaluate")
+    path = expand_user(dataset, "--evaluate")
     if path.exists() and not (path.is_file() or path.is_dir()):  # it would be read several times
         raise UserError(f"--evaluate {path} is neither a file nor a folder; save it to a file")
     print(f"reading {dataset}", file=sys.stderr)
     # the table alone is on stdout, not that large data are being read
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        about, stream, fields = split.whole(dataset, mode, Path(folder))
+        about, stream, fields = split.load_unsplit(dataset, mode, Path(folder))
     if len(stream) < 2:
         raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
     T, B = model.trained_length or BLOCK_SIZE, settings.get("BATCH_SIZE", 1)
     print(f"evaluating {len(stream):,} bytes", file=sys.stderr)
     losses = mx.compile(partial(byte_losses, model))
-    with at_once():
-        trace(losses, len(stream), B, T)
+    with default_signals():
+        trace_shapes(losses, len(stream), B, T)
     whole, means = evaluate(losses, stream, fields, B, T)
     count = np.bincount(fields[1:], minlength=len(FIELDS)).tolist()
     counts = {name or "headers": n for name, n in zip(FIELDS, count, strict=True)}
     n_bytes = len(stream) - 1
     lines = [
-        f"{about['dataset']}: {split.counted(about['records'])}mode {mode}, {len(stream):,} bytes "
-        f"in blocks of {T:,}, as the trainer validates",
-        *(f"  {skip}" for skip in split.skips(about)),
+        f"{about['dataset']}: {split.count_text(about['records'])}mode {mode}, "
+        f"{len(stream):,} bytes in blocks of {T:,}, as the trainer validates",
+        *(f"  {skip}" for skip in split.skip_lines(about)),
     ]
     rows = [("field", "bytes", "share", "nats/byte", "bits/byte")]
     for name, mean in (means | {"whole": whole}).items():

@@ -10,12 +10,12 @@ from pathlib import Path
 from bdh_lib import files
 from bdh_lib.compute import memory
 from bdh_lib.data import split
-from bdh_lib.data.formats import NEEDED
+from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings
 from bdh_lib.runs import find_weights
 from bdh_lib.tables import format_table
-from bdh_lib.training.signals import Stop
+from bdh_lib.training.signals import StopSignal
 from bdh_mlx import load_model
 
 PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")
@@ -58,32 +58,32 @@ def ancestry(source: Path) -> list[dict]:
     return [*before, {"weights": str(file), "sha256": files.sha256(file)}]
 
 
-def held_out(s: Settings, run: Path, stop: Stop, loss_in: Callable) -> dict[str, float]:
+def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) -> dict[str, float]:
     """Bits per byte of the run's best weights on the validation bytes of every mode that the data
     serve; kept in modes.json, by field too. loss_in(model, mode) -> nats, nats by field.
     """
     told = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
-    told["data"] = split.fingerprint(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED)
+    told["data"] = split.cache_key(s.DATASET, s.TRAINING_MODE, s.VAL_FRACTION, s.SEED)
     file = run / "modes.json"
     with suppress(OSError, ValueError):
         known = files.parse_json(file.read_text())
         if told.items() <= known.items():
             return known["val_bpb"]
     model = load_model(run)
-    model.compute = memory.choose(s)[1]
+    model.compute = memory.select_mode(s)[1]
     bpb, fields = {}, {}
-    for mode in NEEDED:
+    for mode in REQUIRED_FIELDS:
         with suppress(UserError):  # a mode without data
             loss, nats = loss_in(model, mode)
             bpb[mode] = loss / math.log(2)
             fields[mode] = {field: of / math.log(2) for field, of in nats.items()}
     if not stop.number:
         told |= {"val_bpb": bpb, "val_bpb_fields": fields}
-        files.write_whole(file, json.dumps(told, indent=1))
+        files.atomic_write_text(file, json.dumps(told, indent=1))
     return bpb
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
+def forgetting_table(rows: dict[str, dict[str, float]]) -> str:
     """Bits per byte of every mode's held-out bytes after each run; (+0.31) has been forgotten since
     an earlier one.
     """

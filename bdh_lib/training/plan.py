@@ -18,12 +18,19 @@ import numpy as np
 
 from bdh_lib.compute import memory
 from bdh_lib.data import columns, sources, split
-from bdh_lib.data.formats import FIELDS, NEEDED, STOP, format_example, needed, pieces
-from bdh_lib.errors import UserError, visible
+from bdh_lib.data.formats import (
+    FIELDS,
+    REQUIRED_FIELDS,
+    STOP,
+    field_segments,
+    format_example,
+    required_fields,
+)
+from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.tables import format_table
 from bdh_lib.training import phases
 from bdh_lib.training.runlog import duration
-from bdh_lib.training.signals import at_once
+from bdh_lib.training.signals import default_signals
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
 UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
@@ -40,7 +47,9 @@ class Findings:
     """What one pass over all records found; counts of records where nothing else is said."""
 
     odd: Counter = field(default_factory=Counter)
-    of_mode: dict = field(default_factory=lambda: {mode: Counter() for mode in NEEDED})  # bytes
+    of_mode: dict = field(
+        default_factory=lambda: {mode: Counter() for mode in REQUIRED_FIELDS}
+    )  # bytes
     usable: Counter = field(default_factory=Counter)  # by mode
     digests: list = field(default_factory=list)  # of each training text of the run's own mode
     fields: dict = field(default_factory=dict)  # of each such record, the digest of each field
@@ -74,17 +83,21 @@ def examine(s: SimpleNamespace) -> Findings:
     """Read every record once more; note what is odd in it and which side of the split has it."""
     found = Findings()
     cache = Path(s.CHECKPOINT_DIR) / ".data"
-    folder = split.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_SHARE, s.SEED, cache)
+    folder = split.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_FRACTION, s.SEED, cache)
     has = json.loads((folder / "data.json").read_text())["fields"]
     in_val = iter(np.load(folder / split.IN_VAL).tolist())
-    for record in sources.read(s.DATASET):
+    for record in sources.read_records(s.DATASET):
         contents = columns.detect(record)[1] if isinstance(record, dict) else []
-        for content in filter(None, map(columns.sound, contents)):
+        for content in filter(None, map(columns.valid_fields, contents)):
             validates = next(in_val, False)  # a set on the hub may have grown since
-            serves = [m for m in NEEDED if "text" in content or {*needed(m, has)} <= {*content}]
+            serves = [
+                m
+                for m in REQUIRED_FIELDS
+                if "text" in content or {*required_fields(m, has)} <= {*content}
+            ]
             for mode in serves:
                 found.usable[mode] += 1
-                for name, text in pieces(content, mode):
+                for name, text in field_segments(content, mode):
                     found.of_mode[mode][name] += len(text.encode())
             if s.TRAINING_MODE in serves:
                 _note(found, content, format_example(content, s.TRAINING_MODE), s)
@@ -93,7 +106,11 @@ def examine(s: SimpleNamespace) -> Findings:
 
 
 def _note(found: Findings, content: dict, text: str, s: SimpleNamespace) -> None:
-    used = {name: content[name] for name in ("text", *NEEDED[s.TRAINING_MODE]) if name in content}
+    used = {
+        name: content[name]
+        for name in ("text", *REQUIRED_FIELDS[s.TRAINING_MODE])
+        if name in content
+    }
     found.example = found.example or text
     found.digests.append(digest(text))
     for name, value in used.items():
@@ -147,16 +164,16 @@ def modes(found: Findings) -> str:
 
 
 def peaks(s: SimpleNamespace) -> list[float]:
-    """Estimated peak memory of a step in GB, for each setting of MEMORY."""
+    """Estimated peak memory of a step in GB, for each setting of MEMORY_MODE."""
     shape = (s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE)
-    computes = [memory.compute_for(s.BDH_CONFIG, name, s.DTYPE) for name in memory.SETTINGS]
-    besides = memory.kept_besides(s)
+    computes = [memory.compute_for(s.BDH_CONFIG, name, s.DTYPE) for name in memory.MODES]
+    besides = memory.extra_state_bytes(s)
     return [(memory.estimate(*shape, compute) + besides) / 1e9 for compute in computes]
 
 
 def presets(trainer: ModuleType, sizes: dict[str, int]) -> str:
     """Each preset on so many bytes of each mode, its other settings as the constants say."""
-    rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.SETTINGS, "fits")]
+    rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.MODES, "fits")]
     for name in trainer.PRESETS:
         try:
             s = trainer.settings(["--preset", name])
@@ -164,12 +181,10 @@ def presets(trainer: ModuleType, sizes: dict[str, int]) -> str:
             rows.append((name, "does not go with the constants", *[""] * (len(rows[0]) - 2)))
             continue
         n_bytes = sizes[s.TRAINING_MODE]
-        total = trainer.last_iteration(s, n_bytes) if n_bytes else 0
-        read = total * s.BLOCK_SIZE * trainer.sequences(s)
+        total = trainer.total_steps(s, n_bytes) if n_bytes else 0
+        read = total * s.BLOCK_SIZE * trainer.blocks_per_update(s)
         gb = peaks(s)
-        fits = [
-            k for k, g in zip(memory.SETTINGS, gb, strict=True) if g * 1e9 <= memory.available()
-        ]
+        fits = [k for k, g in zip(memory.MODES, gb, strict=True) if g * 1e9 <= memory.available()]
         rows.append(
             (name, s.TRAINING_MODE, f"{s.BDH_CONFIG.n_parameters / 1e6:.1f}M", f"{total:,}",
              f"{read / n_bytes:.2f}" if n_bytes else "no data", *(f"{g:.2f} GB" for g in gb),
@@ -184,7 +199,7 @@ def measure(
     """Seconds of an update and of an evaluation's batch: the median of three after a first."""
     model, optimizer, ema = trainer.init_model(s, compute)
     micro_step, apply_update, state = trainer.compile_steps(
-        model, optimizer, ema, s.GRAD_CLIP, s.NOISE, s.EMA
+        model, optimizer, ema, s.GRAD_CLIP, s.BYTE_NOISE, s.EMA_DECAY
     )
     losses_of = mx.compile(partial(trainer.byte_losses, model), inputs=[model.state])
     B, T = s.BATCH_SIZE, s.BLOCK_SIZE
@@ -194,11 +209,11 @@ def measure(
     for i in range(4):
         batch = trainer.get_batch(train_bytes, i * B, B, T, s.SEED)
         tick = time.perf_counter()
-        with at_once():
+        with default_signals():
             loss, gradients = micro_step(*batch, weights, mx.random.key(i))
         mx.eval(apply_update(loss, gradients), state)
         tock = time.perf_counter()
-        with at_once():
+        with default_signals():
             losses = losses_of(*batch)
         mx.eval(losses)
         steps.append((tock - tick) * s.GRAD_ACCUM)
@@ -207,7 +222,7 @@ def measure(
     return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
 
 
-def tell(trainer: ModuleType, given: SimpleNamespace) -> int:
+def print_plan(trainer: ModuleType, given: SimpleNamespace) -> int:
     """Print the plan, of each of PHASES in turn; 0. Raises UserError for unusable data."""
     for s in phases.chain(given):
         if s.PHASES:
@@ -221,12 +236,12 @@ def tell_records(s: SimpleNamespace) -> dict[str, int]:
     """Print what the records hold; gives the training bytes of each mode."""
     found = examine(s)
     print("\nthe records that this mode trains on, what is odd in them and what validation shares:")
-    print(visible("\n".join(oddities(found))))
+    print(escape_controls("\n".join(oddities(found))))
     print(f"\nrecords and bytes by mode:\n{modes(found)}")
     raw = found.example.encode()
     print(f"\nthe first record as trained on, {len(raw):,} bytes, of which up to {SHOWN}:")
     print(f"  {raw[:SHOWN]!r}")
-    return {mode: round(n.total() * (1 - s.VAL_SHARE)) for mode, n in found.of_mode.items()}
+    return {mode: round(n.total() * (1 - s.VAL_FRACTION)) for mode, n in found.of_mode.items()}
 
 
 def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
@@ -238,25 +253,25 @@ def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
     print("\na ready split, the same in every mode, without records to look at:")
     print(format_table(rows, "  "))
     print(f"\nthe first {min(SHOWN, len(stream)):,} bytes:\n  {stream[:SHOWN].tobytes()!r}")
-    return dict.fromkeys(NEEDED, len(stream))
+    return dict.fromkeys(REQUIRED_FIELDS, len(stream))
 
 
 def tell_run(trainer: ModuleType, s: SimpleNamespace) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
-    about, train, (val, _) = trainer.open_data(s)
+    about, train, (val, _) = trainer.open_split(s)
     train_bytes = train[0]
-    print(visible(split.describe(about)))
+    print(escape_controls(split.describe(about)))
     sizes = tell_split(*train) if sources.ready_split(s.DATASET) else tell_records(s)
     sizes[s.TRAINING_MODE] = len(train_bytes)
 
-    total = trainer.last_iteration(s, len(train_bytes))
-    per_iter = s.BLOCK_SIZE * trainer.sequences(s)
+    total = trainer.total_steps(s, len(train_bytes))
+    per_iter = s.BLOCK_SIZE * trainer.blocks_per_update(s)
     n = s.BDH_CONFIG.n_parameters
     fits = memory.available() / 1e9
-    estimates = zip(memory.SETTINGS, peaks(s), strict=True)
-    each = 4 * n * (4 if s.EMA else 3)  # weights and their averages
-    checkpoints = (s.KEEP + 2) * each  # the best, and one being written
-    print(f"\nrun: {trainer.outlook(s, len(train_bytes))}")
+    estimates = zip(memory.MODES, peaks(s), strict=True)
+    each = 4 * n * (4 if s.EMA_DECAY else 3)  # weights and their averages
+    checkpoints = (s.KEEP_CHECKPOINTS + 2) * each  # the best, and one being written
+    print(f"\nrun: {trainer.schedule_summary(s, len(train_bytes))}")
     print(f"model: {n:,} parameters, on {mx.default_device()}")
     print(
         f"memory: {', '.join(f'{k} {gb:.2f} GB' for k, gb in estimates)}; {fits:.1f} GB to be had"
@@ -264,13 +279,13 @@ def tell_run(trainer: ModuleType, s: SimpleNamespace) -> None:
     prepared = 2 * (about["train"]["bytes"] + about["val"]["bytes"])  # bytes, and a field for each
     print(f"disk: checkpoints {checkpoints / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
     if not s.PHASES:
-        print("\npresets on these data (estimated memory of a step by MEMORY):")
+        print("\npresets on these data (estimated memory of a step by MEMORY_MODE):")
         print(presets(trainer, sizes))
 
-    name, compute, _ = memory.choose(s)
+    name, compute, _ = memory.select_mode(s)
     step, evaluation = measure(trainer, s, train_bytes, compute)
     times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val) / (s.BATCH_SIZE * s.BLOCK_SIZE)
-    print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY {name}, measured over 3 updates")
+    print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 updates")
     whole = duration(total * step + evaluating)
     print(f"time to the end: {whole}, {duration(evaluating)} of it {times} evaluations; no samples")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bdh_lib import cli, files, flags, runs
 from bdh_lib.data import split
-from bdh_lib.errors import UserError, visible
+from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.plots import INK, LINES, canvas, drawn, label, legend, panel
 from bdh_lib.tables import format_table
 from bdh_lib.training import runlog
@@ -34,9 +34,9 @@ _told = set()  # runs whose report failed
 # ------------------------------------------------------------------------------------------- a run
 
 
-def read(run: Path) -> tuple[dict, list[dict]]:
+def read_run(run: Path) -> tuple[dict, list[dict]]:
     """config.json and the lines of metrics.jsonl of a run. Raises UserError where there is none."""
-    lines = [_sound(m) for m in runlog.read(run / "metrics.jsonl") if type(m["step"]) is int]
+    lines = [_sound(m) for m in runlog.read_log(run / "metrics.jsonl") if type(m["step"]) is int]
     if not lines:
         raise UserError(_no_run(run))
     return _config_of(run), lines
@@ -56,7 +56,7 @@ def _config_of(run: Path) -> dict:
     """config.json, without what is not as the trainer writes it, of which a warning tells."""
     config, damaged = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}, []
     try:
-        found = files.read_object(run / "config.json")
+        found = files.read_json_object(run / "config.json")
     except UserError as error:
         print(f"warning: {error}", file=sys.stderr)
         return config
@@ -116,17 +116,17 @@ def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 def bits(lines: list[dict]) -> list[dict]:
     """The lines with the training loss, and the one that judges, in bits per byte too."""
-    names = (("loss", "bpb"), ("judged", "judged_bpb"))
+    names = (("loss", "bpb"), ("monitored_loss", "monitored_bpb"))
     return [m | {b: m[a] / math.log(2) for a, b in names if a in m} for m in lines]
 
 
 def best(lines: list[dict]) -> dict:
     """The evaluation that judges the run best, that of the untrained model aside."""
-    evaluated = [m for m in bits(lines) if "judged" in m and m["step"]]
-    return min(evaluated, key=lambda m: m["judged"], default={})
+    evaluated = [m for m in bits(lines) if "monitored_loss" in m and m["step"]]
+    return min(evaluated, key=lambda m: m["monitored_loss"], default={})
 
 
-def judges(config: dict) -> str:
+def monitored_name(config: dict) -> str:
     """Which bytes judge a run: "all bytes" or "response bytes"."""
     return f"{config['settings'].get('LOSS_ON', 'all')} bytes"
 
@@ -140,12 +140,12 @@ def curves(config: dict, lines: list[dict]):
     grid = figure.add_gridspec(2, 3, height_ratios=[1.7, 1])
     loss = figure.add_subplot(grid[0, :])
     panel(loss, "bits per byte")
-    of, known = judges(config), bits(lines)
+    of, known = monitored_name(config), bits(lines)
     loss.plot(
         *series(known, "bpb"), color=LINES[0], linewidth=1, alpha=0.7, label=f"training, {of}"
     )
-    steps, values = series([m for m in known if m["step"]] or known, "judged_bpb")
-    lowest = f", best {best(lines)['judged_bpb']:.3f}" if best(lines) else ""
+    steps, values = series([m for m in known if m["step"]] or known, "monitored_bpb")
+    lowest = f", best {best(lines)['monitored_bpb']:.3f}" if best(lines) else ""
     loss.plot(steps, values, color=LINES[1], linewidth=2, marker="o", markersize=3,
               label=f"validation, {of}{lowest}")  # fmt: skip
     fields = sorted({f for m in lines for f in m.get("val_bpb_fields", ())})
@@ -200,10 +200,10 @@ def text(value) -> str:
         value = f"{value:.4g}"
     if type(value) is int:
         value = f"{value:,}"
-    return html.escape(visible(str(value)))
+    return html.escape(escape_controls(str(value)))
 
 
-def table(rows: list, head: tuple = (), kind: str = "") -> str:
+def html_table(rows: list, head: tuple = (), kind: str = "") -> str:
     cells = [f"<tr>{''.join(f'<th>{text(c)}</th>' for c in head)}</tr>"] if head else []
     for row in rows:
         cells.append("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>")
@@ -216,8 +216,8 @@ def tiles(config: dict, lines: list[dict]) -> str:
     speeds = sorted(series(lines, "bytes_per_s")[1])
     facts = [
         ("iterations", last["step"]),
-        (f"best bits per byte, {judges(config)}",
-         f"{lowest['judged_bpb']:.3f}" if lowest else "none yet"),
+        (f"best bits per byte, {monitored_name(config)}",
+         f"{lowest['monitored_bpb']:.3f}" if lowest else "none yet"),
         ("at iteration", lowest.get("step", "none yet")),
         ("parameters", f"{config.get('parameters', 0) / 1e6:.1f} M"),
         ("bytes/s, median", round(speeds[len(speeds) // 2]) if speeds else "none yet"),
@@ -231,7 +231,7 @@ def samples_of(lines: list[dict]) -> list[tuple[int, list[str]]]:
     return [(m["step"], m["samples"]) for m in lines if m.get("samples")]
 
 
-def activity(lines: list[dict]) -> str:
+def activity_html(lines: list[dict]) -> str:
     """Share of neurons that fire per layer, and how many never did in the best model."""
     found = [(m["active_x"], m["active_y"]) for m in lines if "active_y" in m]
     rows = ""
@@ -269,8 +269,8 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
     parts = {
         "Curves": svg[svg.index("<svg") :] if svg else "",
         "Advice": "".join(f'<p class="note">{text(n)}</p>' for n in dict.fromkeys(advice)),
-        "Validation by field": table(fields, ("field", "bits per byte")) if fields else "",
-        "Activity": activity(lines),
+        "Validation by field": html_table(fields, ("field", "bits per byte")) if fields else "",
+        "Activity": activity_html(lines),
         "Samples": "".join(
             f"<details {'open' if i == 0 else ''}><summary>iteration {text(step)}</summary>"
             + "".join(f"<pre>{text(sample)}</pre>" for sample in texts)
@@ -278,8 +278,8 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
             for i, (step, texts) in enumerate(said)
         ),
         "Data": f"<pre>{text(split.describe(about))}</pre>" if about else "",
-        "Settings": f'<div class="two">{table(list(settings.items()))}</div>',
-        "Machine": table(list(config["versions"].items())),
+        "Settings": f'<div class="two">{html_table(list(settings.items()))}</div>',
+        "Machine": html_table(list(config["versions"].items())),
     }
     body = "".join(f"<h2>{name}</h2>{part}" for name, part in parts.items() if part)
     what = f"mode {settings.get('TRAINING_MODE')}, data {settings.get('DATASET')}"
@@ -298,7 +298,7 @@ def transcript(lines: list[dict]) -> str:
     for step, texts in samples_of(lines):
         loss = f", validation {at[step]:.4f} bits per byte" if step in at else ""
         parts.append(f"## Iteration {step:,}{loss}\n")
-        for sample in map(visible, texts):
+        for sample in map(escape_controls, texts):
             fence = "```"
             while fence in sample:
                 fence += "`"
@@ -309,9 +309,9 @@ def transcript(lines: list[dict]) -> str:
 # ------------------------------------------------------------------------------------ what is made
 
 
-def write(run: Path) -> None:
+def write_report(run: Path) -> None:
     """Make samples.md, curves.png and report.html of a run anew. Raises UserError."""
-    config, lines = read(run)
+    config, lines = read_run(run)
     figure = curves(config, lines)
     svg = drawn(figure, "svg").decode()
     made = {
@@ -321,16 +321,17 @@ def write(run: Path) -> None:
     }
     with ExitStack() as stack:  # a viewer finds the old or the new ones
         for name, content in made.items():
-            stack.enter_context(files.made_aside(run / name)).write_bytes(content)
+            stack.enter_context(files.atomic_writer(run / name)).write_bytes(content)
 
 
 def redraw(run: Path) -> None:
     """`write` for the trainer: what goes wrong here is told once, and does not end a run."""
     try:
-        write(run)
+        write_report(run)
     except Exception as error:
         if run not in _told:
-            print(f"warning: no report in {run}: {visible(' '.join(str(error).split()))[:200]}")
+            reason = escape_controls(" ".join(str(error).split()))[:200]
+            print(f"warning: no report in {run}: {reason}")
         _told.add(run)
 
 
@@ -348,28 +349,28 @@ def compare(runs: list[Path], out: Path) -> str:
             "iterations",
             "million bytes",
             "best bits/byte",
-            "judged on",
+            "monitored on",
             "bytes/s",
         )
     ]
     for i, run in enumerate(runs):
-        config, lines = read(run)
+        config, lines = read_run(run)
         s = {"BLOCK_SIZE": 1, "BATCH_SIZE": 1, "GRAD_ACCUM": 1, "PROCESSES": 1} | config["settings"]
         each = s["BLOCK_SIZE"] * s["BATCH_SIZE"] * s["GRAD_ACCUM"] * s["PROCESSES"] / 1e6
-        for axes, key in zip(panels, ("judged_bpb", "bpb"), strict=True):
+        for axes, key in zip(panels, ("monitored_bpb", "bpb"), strict=True):
             steps, values = series([m for m in bits(lines) if m["step"]], key)
             style = {"color": LINES[i % len(LINES)], "linestyle": ("-", "--")[i // len(LINES) % 2]}
             axes.plot([n * each for n in steps], values, label=label(run), linewidth=1.3, **style)
         speeds = sorted(series(lines, "bytes_per_s")[1]) or [0]
         rows.append(
             (str(run), f"{config.get('parameters', 0):,}", f"{lines[-1]['step']:,}",
-             f"{lines[-1]['step'] * each:.2f}", f"{best(lines).get('judged_bpb', math.nan):.4f}",
-             judges(config), f"{speeds[len(speeds) // 2]:,.0f}")
+             f"{lines[-1]['step'] * each:.2f}", f"{best(lines).get('monitored_bpb', math.nan):.4f}",
+             monitored_name(config), f"{speeds[len(speeds) // 2]:,.0f}")
         )  # fmt: skip
     legend(panels[0])
-    with files.made_aside(out) as making:
+    with files.atomic_writer(out) as making:
         making.write_bytes(drawn(figure, "png"))
-    return visible(f"{format_table(rows)}\npicture: {out}")
+    return escape_controls(f"{format_table(rows)}\npicture: {out}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -378,13 +379,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="picture of a comparison (compare.png)", metavar="PNG")
     parser.add_argument("--version", action="version", version=cli.version())
     args = parser.parse_args(argv)
-    runs = [files.expanded(run, "run") for run in args.runs]
-    out = files.expanded("compare.png" if args.out is None else args.out, "--out")
+    runs = [files.expand_user(run, "run") for run in args.runs]
+    out = files.expand_user("compare.png" if args.out is None else args.out, "--out")
     if len(runs) > 1:
         print(compare(runs, out))
     elif args.out is not None:
         raise UserError("--out is for a comparison; name several runs, or leave it out")
     else:
-        write(run := files.absolute(runs[0]))  # "." has no name
+        write_report(run := files.absolute(runs[0]))  # "." has no name
         print(f"report: {run / 'report.html'}")
     return 0

@@ -24,7 +24,7 @@ from bdh_mlx import BDH
 WATCHED, PIECE = 4096, 256  # validation bytes whose neurons are counted; of them at once
 
 
-def read(path: Path) -> list[dict]:
+def read_log(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl that are as they were written; none without a file."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -41,7 +41,7 @@ def crc32(m: dict) -> int:
     return zlib.crc32(json.dumps(m).encode())
 
 
-def sealed(m: dict) -> str:
+def with_checksum(m: dict) -> str:
     return json.dumps(m | {"crc32": crc32(m)}) + "\n"
 
 
@@ -52,7 +52,7 @@ def evaluations(history: list[dict]) -> list[int]:
 
 class RunLog:
     """What a run has logged: its lines in `history`, also in metrics.jsonl and on the terminal, and
-    its `best` evaluation (step, judged in nats), also in best.json; {} before any.
+    its `best` evaluation (step, monitored_loss in nats), also in best.json; {} before any.
 
     The terminal gets lines as text, or the file `json_to` gets them as they are. Lines after
     `step`, of work that was lost, are dropped, so that each step is told once; all are where a run
@@ -66,13 +66,13 @@ class RunLog:
         self.history = world.broadcast_object([m for m in lines if step and m["step"] <= step])
         self.best = world.broadcast_object(checkpoints.read_best(run) if world.is_main else None)
         if world.is_main:
-            files.write_whole(self.path, "".join(map(sealed, self.history)))
+            files.atomic_write_text(self.path, "".join(map(with_checksum, self.history)))
 
     def sound_lines(self, step: int) -> list[dict]:
         """The lines as they were written. A log with others is set aside, with a warning; the last
         one may be cut in half, as by a kill.
         """
-        lines = read(self.path)
+        lines = read_log(self.path)
         if step and not self.path.exists():
             print(f"warning: {self.path} is gone; what it told up to iteration {step} is lost")
         elif self.path.exists() and self.path.read_bytes().count(b"\n") > len(lines):
@@ -98,9 +98,9 @@ class RunLog:
         self.world.barrier()  # none goes on, or leaves, before it is on the disk
         self.last_saved = step
 
-    def write_best(self, step: int, judged: float) -> None:
+    def write_best(self, step: int, monitored_loss: float) -> None:
         """Name the checkpoint of `step` the best one."""
-        self.best = {"step": step, "judged": judged}
+        self.best = {"step": step, "monitored_loss": monitored_loss}
         if self.world.is_main:
             checkpoints.write_best(self.run, **self.best)
 
@@ -114,11 +114,11 @@ class RunLog:
             return
         try:
             with self.path.open("a") as file:
-                file.write(sealed(m))
+                file.write(with_checksum(m))
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
         if self.json_to:
-            print(sealed(m), end="", file=self.json_to, flush=True)
+            print(with_checksum(m), end="", file=self.json_to, flush=True)
         else:
             bold = "val_loss" in m and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
             tqdm.write(f"\x1b[1m{told(m)}\x1b[0m" if bold else told(m))
@@ -199,14 +199,14 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours < 72 else f"{hours // 24:,} days"
 
 
-def printing(json_to, world: World):
+def main_process_prints(json_to, world: World):
     """A context for print: to stderr beside lines of JSON, nowhere but in the first process."""
     if not world.is_main:
         return redirect_stdout(Path(os.devnull).open("w"))
     return redirect_stdout(sys.stderr) if json_to else nullcontext()
 
 
-def activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int]:
+def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int]:
     """Share of the neurons that are not 0 in each layer, `active_x` and `active_y`, and how many
     are `dead`, excited in no layer: over the first WATCHED bytes of val in blocks of T, without
     dropout. The paper names 5 % for x, less for y.

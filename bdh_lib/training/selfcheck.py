@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 import bdh_mlx
 from bdh_lib.compute import memory
-from bdh_lib.errors import visible
+from bdh_lib.errors import escape_controls
 from bdh_lib.training import checkpoints
 
 CONFIG = bdh_mlx.BDHConfig(n_layer=3, n_embd=32, n_head=2, mlp_internal_dim_multiplier=16)
@@ -163,7 +163,7 @@ CHECKS = {
 }
 
 
-def tell(trainer: ModuleType) -> int:
+def run_checks(trainer: ModuleType) -> int:
     """Print the table; 0 when every check that could be made holds."""
     os.environ["MLX_ENABLE_TF32"] = "0"  # CUDA: products of all bits; read at the first product
     print(f"{mx.default_device()}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
@@ -176,7 +176,7 @@ def tell(trainer: ModuleType) -> int:
         except Skipped as reason:
             good, result = True, f"skipped {reason}"
         except Exception as error:  # a check that breaks has failed, whatever the error
-            good, result = False, f"FAILED  {type(error).__name__}: {visible(str(error))}"
+            good, result = False, f"FAILED  {type(error).__name__}: {escape_controls(str(error))}"
         failed += not good
         print(f"{name:<34}{result}")
     verdict = f"{failed} of {len(CHECKS)} FAILED" if failed else "all hold"

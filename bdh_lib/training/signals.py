@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
+def default_signals() -> Iterator[None]:
     """Let the system end the process at a signal: MLX traces the graph of a long block or a deep
     model in one call of many seconds, and Python hears no signal before it returns.
     """
@@ -25,7 +25,7 @@ def at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class Stop:
+class StopSignal:
     """On SIGINT, SIGTERM or SIGHUP: leave at the next safe point, with the work saved; on a second
     one, or before there is work to save, at once. `number` is the signal's, 0 before any. One of
     several processes only notes it in `heard`: they leave together, at the next `sync`.

@@ -26,8 +26,8 @@ import train_mlx
 from bdh_lib import cli
 
 train_mlx.redraw = lambda *_: None  # pictures would take most of the time
-MEMORY = Path("/dev/shm")  # where there is one; a disk's flushes would take most of the time
-ROOM = Path(tempfile.mkdtemp(prefix="faults-", dir=MEMORY if MEMORY.is_dir() else None))
+RAM_DISK = Path("/dev/shm")  # where there is one; a disk's flushes would take most of the time
+ROOM = Path(tempfile.mkdtemp(prefix="faults-", dir=RAM_DISK if RAM_DISK.is_dir() else None))
 DATA = ROOM / "records.jsonl"
 RECORD = {"system": "Be kind.", "instruction": "Greet.", "response": "Hello, wörld"}
 EVERY, LAST = 2, 12  # iterations between saves, of a run

@@ -87,7 +87,7 @@ def lines(records):
     "bad records: 22 kinds among 1,000 good ones, exact counts and bytes",
     1,
     1,
-    believed=[(columns, "fault", lambda fields, needed: None)],
+    believed=[(columns, "invalid_reason", lambda fields, needed: None)],
 )
 def _(n):
     box, file = fresh(), ROOM / "bad.jsonl"
@@ -186,10 +186,15 @@ def _(n):
     yield refusal(*train(fresh(), "--training-mode", "fulll"), "TRAINING_MODE", "full"), None
 
 
-NOT_SHAS = [n for n in train_mlx.FIXED if "data" not in n]
+NOT_SHAS = [n for n in train_mlx.FIXED_ON_RESUME if "data" not in n]
 
 
-@fault("data changed between save and resume", 1, 1, not_compared=[(train_mlx, "FIXED", NOT_SHAS)])
+@fault(
+    "data changed between save and resume",
+    1,
+    1,
+    not_compared=[(train_mlx, "FIXED_ON_RESUME", NOT_SHAS)],
+)
 def _(n):
     content = DATA.read_bytes()
     for changed in (
@@ -212,14 +217,14 @@ def _(n):
         again = ("--run-name", "again", "--init-from", "full")
         code, out = train(box, "--dataset", box / "d.jsonl", *again)
         yield "" if code == 0 and "weights of full" in out else out[-300:], None
-    yield refusal(*train(fresh(8), "--val-share", 0.2), "train data", "val data"), None
+    yield refusal(*train(fresh(8), "--val-fraction", 0.2), "train data", "val data"), None
 
 
 @fault(
     "data file that shrinks: under the run, and while it is read",
     1,
     1,
-    not_looked_at_again=[(split, "fingerprint", lambda *a, **k: "f")],
+    not_looked_at_again=[(split, "cache_key", lambda *a, **k: "f")],
 )
 def _(n):
     for where, nth in (("train_mlx.get_batch", 4), ("columns.detect", 100)):
@@ -456,7 +461,7 @@ def _(n):
         yield why or (f"made {new}" if new else ""), None
 
 
-def on_terminal(begun):
+def on_terminal(begin_process):
     """What reaches a terminal: begun(before) starts the script, `before` connects it."""
     master, slave = pty.openpty()
 
@@ -465,7 +470,7 @@ def on_terminal(begun):
         for standard in (1, 2):
             os.dup2(slave, standard)
 
-    pid = begun(connect)
+    pid = begin_process(connect)
     os.close(slave)
     seen = b""
     while select.select([master], [], [], 60)[0]:
@@ -490,7 +495,7 @@ def all_bytes(sampling, logits, past, key):
     "control characters from model, prompt, data and names on a terminal",
     1,
     1,
-    shown_as_they_are=[(decoding, "visible", lambda text: text)],
+    shown_as_they_are=[(decoding, "escape_controls", lambda text: text)],
 )
 def _(n):
     def speak():

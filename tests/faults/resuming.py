@@ -127,14 +127,14 @@ PHASES = {  # the call that starts it, and which
     "compilation": (bdh_mlx.BDH, "__call__", 1),
     "step": (train_mlx, "get_batch", 6),
     "evaluation": (train_mlx, "evaluate", 3),
-    "sampling": (decoding, "write", 5),
+    "sampling": (decoding, "stream", 5),
     "save": (files, "flush", 10),
     "retention": (checkpoints, "prune", 8),
     "last evaluation": (train_mlx, "evaluate", 5),
 }
 
 
-@fault("SIGINT, SIGTERM, SIGHUP in each phase", 1, 3, no_handler=[(train_mlx, "Stop", Deaf)])
+@fault("SIGINT, SIGTERM, SIGHUP in each phase", 1, 3, no_handler=[(train_mlx, "StopSignal", Deaf)])
 def _(n):
     for i, (phase, (owner, name, nth)) in enumerate(PHASES.items()):
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -168,7 +168,7 @@ WAITS = iter([0, 9])  # seconds
 TINY_PHASES = {
     "evaluation": (train_mlx, "evaluate", 2),
     "step": (train_mlx, "get_batch", 3),
-    "sampling": (decoding, "write", 4),
+    "sampling": (decoding, "stream", 4),
     "save": (files, "flush", 3),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
     "data preparation": (columns, "detect", 5),
@@ -204,7 +204,7 @@ def _(n):
     "a second signal, in a save and while MLX computes for long",
     1,
     5,
-    first_only=[(signals.Stop, "watch", lambda self, read: None)],
+    first_only=[(signals.StopSignal, "watch", lambda self, read: None)],
 )
 def _(n):
     def slow_save(w):
@@ -259,7 +259,7 @@ def _(n):
     for kind in (math.nan, math.inf, -math.inf, "gradient"):
         for k in random.sample(range(1, LAST - 2), n):
             hurt = functools.partial(bad_numbers, kind, k)
-            box, args = fresh(), ("--save-freq", 1, "--keep", 99)
+            box, args = fresh(), ("--save-freq", 1, "--keep-checkpoints", 99)
             code, _out = train(box, *args, before=hurt)
             lines = map(json.loads, (box / "full/metrics.jsonl").open())
             skips = [m["skipped"] for m in lines if "skipped" in m][-1:]
@@ -285,10 +285,19 @@ def _(n):
     for k in (4, 6, 8)[:n]:
         box = fresh()
         hurt = functools.partial(bad_numbers, math.nan, k, 100)
-        code, out = train(box, "--max-iters", 40, "--max-skips", 2, before=hurt)
+        code, out = train(box, "--max-iters", 40, "--max-consecutive-skips", 2, before=hurt)
         why = refusal(code, out, "16 bytes each from [", "Checkpoints are as they were", want=1)
         yield (why, 0) if why or max(sound(box)) != k else after(box)
-    wild = ("--learning-rate", 1000, "--weight-decay", 1000, "--max-skips", 3, "--max-iters", 60)
+    wild = (
+        "--learning-rate",
+        1000,
+        "--weight-decay",
+        1000,
+        "--max-consecutive-skips",
+        3,
+        "--max-iters",
+        60,
+    )
     yield refusal(*train(fresh(8), *wild), "Checkpoints are as they were", want=1), None
 
 
@@ -315,7 +324,7 @@ def _(n):
 
 
 @fault(
-    "retention: KEEP 1, 2, 3, all, the best first, in the middle, last",
+    "retention: KEEP_CHECKPOINTS 1, 2, 3, all, the best first, in the middle, last",
     1,
     1,
     best_not_spared=[(checkpoints, "prune", lambda run, keep, best: PRUNE(run, keep, None))],
@@ -328,7 +337,7 @@ def _(n):
             fake = lambda *a, **k: (next(losses), {})
             _code, _out = train(
                 box,
-                "--keep",
+                "--keep-checkpoints",
                 keep,
                 "--eval-freq",
                 2,
@@ -378,7 +387,7 @@ def _(n):
         else:
             at.write_text("x")
         inode = at.lstat().st_ino
-        code, out = train(box, "--keep", 1)
+        code, out = train(box, "--keep-checkpoints", 1)
         same = (os.path.lexists(at) and at.lstat().st_ino == inode) or name == ".step-000009.tmp"
         same = same and (outside / "precious").exists()
         yield (

@@ -59,7 +59,7 @@ def save_in_place(run, step, model, optimizer, info, raw=None):
     (at / FILES[3]).write_text(json.dumps(manifest))
 
 
-UNCHECKED = [(checkpoints, "damage", lambda checkpoint: None)]
+UNCHECKED = [(checkpoints, "find_corruption", lambda checkpoint: None)]
 IN_PLACE = [(checkpoints, "save", save_in_place), *UNCHECKED]
 
 
@@ -126,7 +126,7 @@ def each_call(act):
 
 def at_calls(n, act):
     """Runs of four saves and a deletion that meet act(i, run) at each call, n of them evenly."""
-    short = ("--max-iters", 8, "--keep", 2)
+    short = ("--max-iters", 8, "--keep-checkpoints", 2)
     code, out = train(fresh(), *short, before=each_call(lambda *call: os.write(2, b"\0")))
     for i in sorted({round(x) for x in np.linspace(1, out.count("\0"), min(n, out.count("\0")))}):
         box = fresh()
@@ -208,7 +208,7 @@ def _(n):
     "one flipped bit in best.json, metrics.jsonl or the prepared data",
     1,
     50,
-    unchecked=[(split, "intact", lambda folder: True)],
+    unchecked=[(split, "is_intact", lambda folder: True)],
 )
 def _(n):
     long = ("--block-size", 2000)  # so that most of the training bytes are read
@@ -323,7 +323,7 @@ def _(n):
     "checkpoint of other settings, of another format, of another version",
     1,
     1,
-    not_compared=[(train_mlx, "FIXED", [])],
+    not_compared=[(train_mlx, "FIXED_ON_RESUME", [])],
 )
 def _(n):
     for flag, value in (("n-layer", 2), ("n-embd", 16), ("block-size", 8), ("seed", 5)):
@@ -372,7 +372,7 @@ def _(n):
         return
     late = (mx, "save_safetensors")
     for words, when in (
-        (("do not fit", "KEEP"), (checkpoints, "newest_valid")),
+        (("do not fit", "KEEP_CHECKPOINTS"), (checkpoints, "newest_valid")),
         (("intact",), late),
     ):
         box = fresh(8, *LARGER)
@@ -401,8 +401,8 @@ def _(n):
     1,
     1,
     not_told=[
-        (checkpoints, "opened", nullcontext),
-        (files, "write_whole", lambda path, text: path.write_text(text)),
+        (checkpoints, "lock_run", nullcontext),
+        (files, "atomic_write_text", lambda path, text: path.write_text(text)),
     ],
 )
 def _(n):
@@ -423,7 +423,7 @@ def _(n):
         at.chmod(0o500)
         plain_user = lambda: os.geteuid() or os.setuid(65534)  # root may write everywhere
         code, out = train(
-            box, *LARGER, before=lambda: at_call(checkpoints, "opened", 1, plain_user)
+            box, *LARGER, before=lambda: at_call(checkpoints, "lock_run", 1, plain_user)
         )
         at.chmod(0o700)
         yield refusal(code, out, "cannot be written") or "iter" * ("iter " in out), None
