@@ -2,14 +2,11 @@
 
 import errno
 import json
-import os
 import shlex
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from test_model import GOLDEN, random_model
@@ -18,7 +15,7 @@ from test_train import train
 import bdh_mlx
 import generate
 import train_mlx
-from bdh_lib.generation import export
+from bdh_lib.data.sources import SAMPLE
 from bdh_mlx import UserError
 
 
@@ -116,40 +113,10 @@ def test_a_model_of_a_damaged_run_is_exported(config, best, tmp_path):
     assert "shape | n_layer 2" in (tmp_path / "ex" / "README.md").read_text()
 
 
-def test_a_hostile_data_name_stays_in_its_cell():
-    told = {"data": "a|b\n# heading <script>"}["data"].translate(export.CELL)
-    assert told == r"a\|b # heading &lt;script>"
-
-
-OFFICIAL = """
-import importlib.util, json, sys
-import numpy as np, torch
-folder, file = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("official_bdh", file)
-official = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(official)
-model = official.BDH(official.BDHConfig(**json.load(open(folder + "/config.json")))).eval()
-arrays = {k: torch.from_numpy(v) for k, v in np.load(folder + "/arrays.npz").items()}
-lacking = model.load_state_dict(arrays, strict=False)
-assert lacking.missing_keys == ["attn.freqs"] and not lacking.unexpected_keys, lacking
-with torch.no_grad():
-    logits = model(torch.from_numpy(np.load(folder + "/idx.npy")))[0]
-np.save(folder + "/logits.npy", logits.numpy())
-"""
-
-
-@pytest.mark.skipif("BDH_OFFICIAL" not in os.environ, reason="names no official bdh.py")
-def test_the_official_code_computes_the_same(tmp_path):
-    """BDH_OFFICIAL=bdh.py, pathwaycom/bdh's file; BDH_PYTHON=an interpreter with PyTorch."""
-    ours = random_model(scale=4)
-    bdh_mlx.save_model(ours, tmp_path / "m.safetensors")
-    folder = tmp_path / "x"
-    generate.main([str(tmp_path / "m.safetensors"), "--export", str(folder)])
-    arrays = mx.load(str(folder / "model.safetensors"))
-    np.savez(folder / "arrays.npz", **{k: np.array(v) for k, v in arrays.items()})
-    idx = np.random.default_rng(0).integers(0, 256, (2, 50))
-    np.save(folder / "idx.npy", idx)
-    python = os.environ.get("BDH_PYTHON", sys.executable)  # in a process without MLX
-    subprocess.run([python, "-c", OFFICIAL, folder, os.environ["BDH_OFFICIAL"]], check=True)
-    got, expected = np.array(ours(mx.array(idx))[0]), np.load(folder / "logits.npy")
-    assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+def test_a_hostile_data_name_stays_in_its_cell(tmp_path):
+    data = tmp_path / "a|b <script>.jsonl"
+    shutil.copy(SAMPLE, data)
+    assert train(tmp_path, "--max-iters", 1, "--dataset", data) == 0
+    generate.main([str(tmp_path / "full"), "--export", str(tmp_path / "shared")])
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert rf"| data | {tmp_path}/a\|b &lt;script>.jsonl |" in card.splitlines()

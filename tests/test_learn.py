@@ -77,8 +77,10 @@ def test_training_on_responses_learns_responses_alone(tmp_path):
         args = ["--max-iters", 60, "--eval-freq", 60, "--save-freq", 60, "--log-freq", 60]
         train(tmp_path / on, "--loss-on", on, "--learning-rate", 1e-2, *args)
         of[on] = metrics(tmp_path / on)[-2]["val_loss_fields"]
-    assert of["response"]["headers"] > of["all"]["headers"] + 0.3
-    assert of["response"]["response"] < of["all"]["response"] + 0.15
+    untrained = metrics(tmp_path / "response")[0]["val_loss_fields"]
+    assert of["response"]["response"] < untrained["response"] - 1
+    gap = {field: of["response"][field] - of["all"][field] for field in untrained}
+    assert gap["headers"] > 10 * abs(gap["response"])  # it never trained on headers
     best = checkpoints.read_best(tmp_path / "response" / "full")
     last = metrics(tmp_path / "response")[-2]
     assert (

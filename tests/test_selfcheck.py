@@ -94,12 +94,6 @@ def test_each_check_can_fail(monkeypatch, capsys, check, breaks):
     assert re.match(r"FAILED  [\d.]+e[-+]\d+ ", lines(capsys)[check])  # measured, not an error
 
 
-def test_the_gpu_check_holds_for_one_device_twice(monkeypatch):
-    monkeypatch.setattr(selfcheck, "devices", lambda: (mx.cpu, mx.cpu))
-    measured, _ = selfcheck.gpu_is_cpu(train_mlx)
-    assert measured == 0
-
-
 def test_a_check_that_breaks_has_failed(monkeypatch, capsys):
     monkeypatch.setattr(selfcheck, "CHECKS", {"divides": lambda _: 1 / 0})
     assert selfcheck.run_checks(train_mlx) == 1

@@ -1,8 +1,8 @@
 """One byte through the layers on a CPU, in NumPy.
 
 MLX multiplies a vector by GEMM there, NumPy by GEMV. S, 201 MB for the default model, is not
-rewritten at each byte: the last bytes wait beside it in a buffer (state.py). Silent neurons need not
-be read: rows of S, encoder_v and decoder are gathered where few are active.
+rewritten at each byte: the last bytes wait beside it in a buffer (state.py). Silent neurons are not
+read: rows of S, encoder_v and decoder are gathered where few are active.
 """
 
 from itertools import pairwise
