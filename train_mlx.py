@@ -321,13 +321,13 @@ def resume_or_init(run: Path, s: Settings, report: dict, model, optimizer, ema) 
             print(f"start: weights of {s.INIT_FROM}, a new optimizer")
         return 0, phases.ancestry(origin) if s.INIT_FROM else []
     before = checkpoints.read_info(run, done)
-    if lacking := RULES.keys() - {"BDH_CONFIG"} - before.get("settings", {}).keys():
-        raise UserError(
-            f"{run} was begun by another version of this trainer: it has no {min(lacking)}. Set "
-            f"RUN_NAME to start another run, with INIT_FROM {run.name} from these weights"
-        )
     new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_update(s)}
     try:
+        if lacking := RULES.keys() - {"BDH_CONFIG"} - before["settings"].keys():
+            raise UserError(
+                f"{run} is of another format: it has no {min(lacking)}. Set RUN_NAME to start "
+                f"another run, with INIT_FROM {run.name} from these weights"
+            )
         old = before["settings"] | before["versions"]
         old[GLOBAL_BATCH] = blocks_per_update(Settings(**before["settings"]))
         changed = checkpoints.settings_changes(old, new) | split.data_changes(

@@ -26,7 +26,7 @@ def find_weights(path: str | Path) -> Path:
             return step / "model.safetensors"
         faults.append((step, fault))
     if faults:
-        raise UserError(f"{path} has no sound checkpoint: {faults[0][0].name} {faults[0][1]}")
+        raise UserError(f"{path} has no valid checkpoint: {faults[0][0].name} {faults[0][1]}")
     if path.name.startswith("step-") and path.is_dir():
         raise UserError(f"{path} lacks its model.safetensors; name its run folder for another one")
     what = "does not exist"

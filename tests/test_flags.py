@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_train import metrics, train
+from helpers import metrics, train
 
 import bdh_mlx
 import train_mlx

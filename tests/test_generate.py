@@ -451,7 +451,7 @@ def test_a_checkpoint_that_cannot_be_taken_is_told(tmp_path, capsys):
         runs.find_weights(run / "step-000002")
     for step in (1, 3):
         (run / f"step-{step:06d}" / "model.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match="has no sound checkpoint: step-000002 lacks"):
+    with pytest.raises(UserError, match="has no valid checkpoint: step-000002 lacks"):
         runs.find_weights(run)
     assert capsys.readouterr().err == ""
     for name in ("manifest.json", "../best.json"):

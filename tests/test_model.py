@@ -15,6 +15,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers import CONFIG, GOLDEN, furthest, random_bytes, random_model
 from mlx.utils import tree_flatten
 
 import bdh_mlx
@@ -23,9 +24,6 @@ from bdh_lib.compute.state import prefill
 from bdh_lib.generation import decoding
 from bdh_lib.generation.sampling import Sampling
 from bdh_mlx import BDH, BDHConfig, UserError
-
-GOLDEN = Path(__file__).parent / "golden_bdh.safetensors"  # computed with the official PyTorch code
-SMALL = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +39,6 @@ def official(golden, tmp_path):
     arrays["_orig_mod.attn.freqs"] = mx.zeros((1, 1, 1, 128))
     mx.save_safetensors(str(tmp_path / "official.safetensors"), arrays, metadata=header)
     return bdh_mlx.load_model(tmp_path / "official.safetensors")
-
-
-def random_model(config=SMALL, seed=0, scale=10):
-    """Weights larger than at initialisation, so that logits are far from uniform."""
-    mx.random.seed(seed)
-    model = BDH(config)
-    model.update({k: v * scale for k, v in model.parameters().items() if isinstance(v, mx.array)})
-    return model
-
-
-def random_bytes(B, T, seed=1):
-    return mx.random.randint(0, 256, (B, T), key=mx.random.key(seed))
-
-
-def furthest(a, b):
-    return mx.max(mx.abs(a - b)).item()
 
 
 def test_logits_and_loss_equal_the_official_ones(golden, official):
@@ -105,7 +87,7 @@ def test_the_five_official_parameters_and_no_other():
 
 
 def test_first_loss_is_near_that_of_a_uniform_guess():
-    loss = BDH(SMALL)(random_bytes(4, 64), random_bytes(4, 64, seed=2))[1]
+    loss = BDH(CONFIG)(random_bytes(4, 64), random_bytes(4, 64, seed=2))[1]
     assert abs(loss.item() - math.log(256)) < 0.1
 
 

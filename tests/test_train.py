@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers import ARGS, arrays, metrics, same, train
 
 import bdh_mlx
 import generate
@@ -23,35 +24,6 @@ from bdh_lib import flags, runs
 from bdh_lib.generation import export
 from bdh_lib.training import checkpoints, evaluation
 from bdh_mlx import UserError
-
-MODEL = "--n-layer 2 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 8 --dropout 0.2"
-SMALL = (
-    f"{MODEL} --dataset sample --training-mode full --block-size 64 --batch-size 2 --epochs none"
-)
-QUIET = "--sample-bytes 1 --eval-bytes 500 --log-freq 1 --eval-freq 5 --save-freq 4"
-ARGS = f"{SMALL} {QUIET} --warmup-iters 2 --lr-decay-iters 20 --learning-rate 1e-3".split()
-
-
-def train(folder, *args):
-    own = ARGS
-    if "--phases" in args:  # which has modes and epochs of its own
-        own = re.sub(r"--(training-mode|epochs) \S+", "", " ".join(ARGS)).split()
-    return train_mlx.main([*own, "--checkpoint-dir", str(folder), *map(str, args)])
-
-
-def arrays(folder, step, run="full"):
-    """Every array of a checkpoint, parameters and optimizer state."""
-    at = folder / run / f"step-{step:06d}"
-    files = [mx.load(str(at / f"{name}.safetensors")) for name in ("model", "optimizer")]
-    return {f"{i}.{k}": np.array(v) for i, file in enumerate(files) for k, v in file.items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
-
-
-def metrics(folder, run="full"):
-    return [json.loads(x) for x in (folder / run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -272,7 +272,7 @@ def _(n):
         for at in (box / "full").glob("step-*"):
             random.choice(TRUNCATIONS)(at / random.choice(FILES))
         for _ in range(2):  # the second start finds them set aside, and must not begin anew either
-            yield refusal(*train(box), "no sound checkpoint", "RUN_NAME", want=3), None
+            yield refusal(*train(box), "no valid checkpoint", "RUN_NAME", want=3), None
 
 
 def reseal(at, edit, file=FILES[0]):

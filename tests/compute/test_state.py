@@ -5,7 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_model import GOLDEN, furthest, random_bytes, random_model
+from helpers import GOLDEN, furthest, random_bytes, random_model
 
 import bdh_mlx
 from bdh_lib.compute import state, step_cpu, step_cuda, step_mlx

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_train import metrics, train
+from helpers import metrics, train
 
 from bdh_lib.training import report
 from bdh_mlx import UserError

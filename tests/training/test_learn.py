@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_train import arrays, metrics, same, train
+from helpers import arrays, metrics, same, train
 
 import bdh_mlx
 import train_mlx

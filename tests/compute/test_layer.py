@@ -5,15 +5,15 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from helpers import CONFIG, furthest, random_bytes, random_model
 from mlx.utils import tree_flatten
-from test_model import SMALL, furthest, random_bytes, random_model
 
 import bdh_mlx
 from bdh_lib.compute import layer, memory
 from bdh_lib.compute.layer import Compute
 from bdh_lib.compute.rope import rotate
 
-H, N = SMALL.n_head, SMALL.neurons_per_head
+H, N = CONFIG.n_head, CONFIG.neurons_per_head
 
 
 def loss_and_gradients(model, forward, batch):
@@ -99,7 +99,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16
             for w in (model.encoder, model.encoder_v, model.decoder.reshape(H, N, -1))
         )
         v = layer.ln(model.embed(idx))
-        for _ in range(SMALL.n_layer):
+        for _ in range(CONFIG.n_layer):
             vb = v.astype(mx.bfloat16)
             x = nn.relu(vb[None] @ Dx[:, None])
             a = bdh_mlx.attention_quadratic(rotate(x), vb).astype(mx.float32)

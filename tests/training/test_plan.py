@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from test_train import ARGS
+from helpers import ARGS
 
 import train_mlx
 from bdh_lib.training import plan

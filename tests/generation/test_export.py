@@ -8,9 +8,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from helpers import GOLDEN, random_model, train
 from mlx.utils import tree_flatten
-from test_model import GOLDEN, random_model
-from test_train import train
 
 import bdh_mlx
 import generate

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_model import random_model
+from helpers import random_model
 
 import bdh_mlx
 import generate

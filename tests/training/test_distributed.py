@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_train import ARGS, metrics, train
+from helpers import ARGS, metrics, train
 
 from bdh_lib.training import checkpoints
 from bdh_mlx import UserError

@@ -44,7 +44,7 @@ def library(tmp_path_factory):
             source += entry(kernel, D, dtype, T)
     folder = tmp_path_factory.mktemp("cuda")
     (folder / "kernels.cpp").write_text(source)
-    command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-I", ROOT / "tests", "-o"]
+    command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-I", ROOT / "tests/compute", "-o"]
     subprocess.run([*command, folder / "kernels.so", folder / "kernels.cpp"], check=True)
     return ctypes.CDLL(str(folder / "kernels.so"))
 
