@@ -56,12 +56,12 @@ class BDHConfig:
     vocab_size: int = 256  # one entry per byte value
     dropout_v: float = 0.0  # share of the embedding, and of what a layer adds to v, silenced too
 
-    def __new__(cls, *args, **given):  # before the __init__ of a dataclass, which raises TypeError
-        if len(args) > len(known := cls.__dataclass_fields__):
-            raise UserError(f"BDHConfig has {len(known)} fields, not {len(args)}")
-        for name in given:
-            if name not in known:
-                raise UserError(f"{name} is no field of BDHConfig{did_you_mean(name, known)}")
+    def __new__(cls, *args, **values):  # before the __init__ of a dataclass, which raises TypeError
+        if len(args) > len(fields := cls.__dataclass_fields__):
+            raise UserError(f"BDHConfig has {len(fields)} fields, not {len(args)}")
+        for name in values:
+            if name not in fields:
+                raise UserError(f"{name} is no field of BDHConfig{did_you_mean(name, fields)}")
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -223,11 +223,11 @@ def load_model(path: str | Path) -> BDH:
     arrays = {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
     arrays.pop("attn.freqs", None)
     model = BDH(_config_of(arrays, header, file))
-    wanted = dict(tree_flatten(model.parameters()))
-    for name in sorted(wanted.keys() | arrays.keys()):
-        found, needed = (a[name].shape if name in a else "nothing" for a in (arrays, wanted))
-        if found != needed:
-            raise UserError(f"{file}: `{name}` is {found}, a BDH of this shape needs {needed}")
+    parameters = dict(tree_flatten(model.parameters()))
+    for name in sorted(parameters.keys() | arrays.keys()):
+        shape, expected = (a[name].shape if name in a else "nothing" for a in (arrays, parameters))
+        if shape != expected:
+            raise UserError(f"{file}: `{name}` is {shape}, a BDH of this shape needs {expected}")
     model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays.items()])
     mx.eval(model.parameters())
     with suppress(UserError):

@@ -139,18 +139,18 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--min-p", "at least P times as likely as the likeliest", type=float, metavar="P")
     add("--seed", "same seed, same bytes, on one machine (random)", type=int)
 
-    args, given = parsed(parser, argv)
+    args, typed = parsed(parser, argv)
     for name, rule in NUMBERS.items():
-        if name in given:
-            check(name_of(name), given[name], rule._replace(none=False))
+        if name in typed:
+            check(name_of(name), typed[name], rule._replace(none=False))
     for name in PATHS:
-        if name in given:
-            setattr(args, name, expand_user(given[name], name_of(name)))
+        if name in typed:
+            setattr(args, name, expand_user(typed[name], name_of(name)))
     for name in TEXTS:
-        texts = given.get(name, [])
+        texts = typed.get(name, [])
         if "" in (texts if isinstance(texts, list) else [texts]):
             raise UserError(f"{name_of(name)} is empty; it must have at least one character")
-    check_together(args, given)
+    check_together(args, typed)
     return args
 
 
@@ -158,8 +158,8 @@ def parsed(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, 
     """What argparse makes of the flags, and of it what was given, be it a default's own value."""
     args = parser.parse_args(argv)
     absent = {name: None for name in vars(args)}
-    given = vars(parser.parse_args(argv, argparse.Namespace(**absent)))
-    return args, {name: value for name, value in given.items() if value is not None}
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**absent)))
+    return args, {name: value for name, value in typed.items() if value is not None}
 
 
 def name_of(argument: str) -> str:
@@ -239,8 +239,8 @@ def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
             reason = error if isinstance(error, UserError) else "not JSON"
             raise UserError(f"--prompts {file} line {number}: {reason}") from None
         if len(jobs) + len(prompts) * samples > MOST:
-            asked = f"--prompts {file} with --samples {samples} asks"
-            raise UserError(f"{asked} for more than {MOST:,} texts; ask for fewer at once")
+            demand = f"--prompts {file} with --samples {samples} asks"
+            raise UserError(f"{demand} for more than {MOST:,} texts; ask for fewer at once")
         jobs += [Job(number, i, record, p) for p in prompts for i in range(1, samples + 1)]
     if not jobs:
         raise UserError(f"--prompts {file} holds no prompt")
@@ -271,8 +271,8 @@ def prompts_of(record: dict, mode: str | None) -> list[bytes]:
     structure, contents = columns.detect(record, questions=True)
     needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
     for content in contents:
-        given = ("system",) if content.get("system") else ()
-        if reason := columns.invalid_reason(content, (needed, *given)):
+        optional = ("system",) if content.get("system") else ()
+        if reason := columns.invalid_reason(content, (needed, *optional)):
             raise UserError(reason)
     return [
         formats.format_prompt(columns.valid_fields(content), mode).encode() for content in contents
@@ -319,8 +319,8 @@ def line_of(job: Job, args: argparse.Namespace, text: str, stopped: bool) -> str
     which = {"line": job.line, "by": args.by}
     which |= {"sample": job.sample} if args.samples > 1 else {}
     result = {"prompt": decode_text(job.prompt), "completion": text, "stopped": stopped} | which
-    given = {k: job.record[k] for k in result if k in job.record and k != "prompt"}
-    return json.dumps(job.record | result | ({"given": given} if given else {}))
+    clashing = {k: job.record[k] for k in result if k in job.record and k != "prompt"}
+    return json.dumps(job.record | result | ({"given": clashing} if clashing else {}))
 
 
 def jobs_left(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
@@ -331,12 +331,12 @@ def jobs_left(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
     if not (args.out and os.path.isfile(args.out)):  # noqa: PTH113  which raises nothing
         return jobs
     *lines, cut = args.out.read_bytes().split(b"\n")
-    asked, left = {}, {id(job): job for job in jobs}
+    prompts, left = {}, {id(job): job for job in jobs}
     for job in jobs:
-        asked.setdefault(asked_in(line_of(job, args, "", False)), []).append(job)
+        prompts.setdefault(asked_in(line_of(job, args, "", False)), []).append(job)
     for number, line in enumerate(lines, 1):
         try:
-            del left[id(asked[asked_in(line)].pop(0))]
+            del left[id(prompts[asked_in(line)].pop(0))]
         except (ValueError, RecursionError, LookupError, TypeError):
             raise UserError(
                 f"--out {args.out} exists, and its line {number} is no answer of this command to "
@@ -356,15 +356,15 @@ def source_of_texts(weights: Path, args: argparse.Namespace, mode: str | None) -
     acts = {
         k: str(v) for k, v in vars(args).items() if k not in ("model", "prompts", "out", "mode")
     }
-    told = json.dumps([files.sha256(weights), mode, acts])
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    identity = json.dumps([files.sha256(weights), mode, acts])
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 def asked_in(line: str | bytes) -> str:
     """What a line of results answers. Raises an error where it is none."""
-    found = files.parse_json(line)
-    del found["completion"], found["stopped"]
-    return json.dumps(found, sort_keys=True)
+    result = files.parse_json(line)
+    del result["completion"], result["stopped"]
+    return json.dumps(result, sort_keys=True)
 
 
 def write_file(jobs: list[Job], left: list[Job], args, texts) -> None:
@@ -397,7 +397,7 @@ def print_stream(prompt: bytes, model, sampling, key, stops, args, state) -> Non
     try:
         for i, (token, state) in enumerate(written, 1):  # noqa: B007  the last state is saved
             terminal.write(stop.feed(bytes(token)))
-            if stop.found or i == args.max_new_tokens:
+            if stop.matched or i == args.max_new_tokens:
                 break
         terminal.write(stop.end(), final=not sampling.utf8)
         if not args.raw:

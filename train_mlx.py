@@ -71,14 +71,14 @@ ACTIONS = {
     "selfcheck": "check in seconds that model and trainer work on this machine: exit code 0 or 1",
 }
 
-# Each preset is flags: the guide's configurations to the digit (phase 2 also starts from phase 1's
-# weights), and `tiny` for a first look.
-GUIDE = "--block-size 4096 --batch-size 2 --training-mode "
+# Each preset is flags: four for a Mac with 64 GB (phase 2 starts from the weights of phase 1), one
+# for 16 GB, and `tiny` for a first look.
+LARGE = "--block-size 4096 --batch-size 2 --training-mode "
 PRESETS = {
-    "both-64gb": GUIDE + "both --max-iters 5000 --learning-rate 5e-5 --epochs 3",
-    "full-64gb": GUIDE + "full --max-iters 8000 --learning-rate 3e-5 --epochs 3",
-    "phase1-64gb": GUIDE + "system --max-iters 3000 --learning-rate 1e-4",
-    "phase2-64gb": GUIDE + "instruction --max-iters 3000 --learning-rate 5e-5 --init-from system",
+    "both-64gb": LARGE + "both --max-iters 5000 --learning-rate 5e-5 --epochs 3",
+    "full-64gb": LARGE + "full --max-iters 8000 --learning-rate 3e-5 --epochs 3",
+    "phase1-64gb": LARGE + "system --max-iters 3000 --learning-rate 1e-4",
+    "phase2-64gb": LARGE + "instruction --max-iters 3000 --learning-rate 5e-5 --init-from system",
     "both-16gb": "--training-mode both --block-size 2048 --batch-size 1 --max-iters 5000 "
     "--learning-rate 5e-5",
     "tiny": "--n-layer 3 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0.05 "
@@ -298,83 +298,100 @@ def copy_tree(tree: dict) -> dict:
 
 
 def resume_or_init(run: Path, s: Settings, report: dict, model, optimizer, ema) -> tuple[int, list]:
-    """Load the run's last checkpoint, else INIT_FROM's weights, if any; gives the step reached, and
-    the weights that the run came from.
+    """Load the run's last checkpoint, else the weights of INIT_FROM, else nothing.
+
+    Gives the step that is reached, and the ancestry of the weights. Raises UserError.
     """
-    origin = Path(s.CHECKPOINT_DIR, s.INIT_FROM or "")
-    if s.INIT_FROM and not origin.exists():
-        origin = Path(s.INIT_FROM)
-    if not (done := checkpoints.newest_valid(run)):
-        if s.INIT_FROM and not origin.exists():
-            raise UserError(
-                f"INIT_FROM: there is no {Path(s.CHECKPOINT_DIR, s.INIT_FROM)} and no "
-                f"{s.INIT_FROM}; train that run first, or name another"
-            )
-        if s.INIT_FROM:
-            source = load_model(origin)
-            unlike = checkpoints.settings_changes(asdict(source.config), asdict(s.BDH_CONFIG))
-            if unlike := [text for name, text in unlike.items() if "dropout" not in name]:
-                raise UserError(f"INIT_FROM {s.INIT_FROM} is of another shape: {'; '.join(unlike)}")
-            model.update(source.parameters())
-            if ema:  # the average starts where the weights do
-                ema.update(copy_tree(model.parameters()))
-            print(f"start: weights of {s.INIT_FROM}, a new optimizer")
-        return 0, phases.ancestry(origin) if s.INIT_FROM else []
-    before = checkpoints.read_info(run, done)
+    if not (step := checkpoints.newest_valid(run)):
+        return 0, init_from(s, model, ema) if s.INIT_FROM else []
+    info = checkpoints.read_info(run, step)
+    changes = changes_on_resume(run, info, s, report)
+    check_origin(run, info.get("ancestry", []), s)
+    with ema_applied(model, ema):  # as it was saved
+        checkpoints.load(run, step, model, optimizer, ema)
+    print("; ".join([f"start: continues {run} after iteration {step}", *changes]))
+    print_new_rate(info, s, step, report)
+    return step, info.get("ancestry", [])
+
+
+def origin_of(s: Settings) -> Path:
+    """Where the weights of INIT_FROM lie: in CHECKPOINT_DIR, else at the path itself."""
+    inside = Path(s.CHECKPOINT_DIR, s.INIT_FROM)
+    return inside if inside.exists() else Path(s.INIT_FROM)
+
+
+def init_from(s: Settings, model: BDH, ema: dict) -> list:
+    """Give model and average the weights of INIT_FROM; their ancestry. Raises UserError."""
+    if not (origin := origin_of(s)).exists():
+        raise UserError(
+            f"INIT_FROM: there is no {Path(s.CHECKPOINT_DIR, s.INIT_FROM)} and no "
+            f"{s.INIT_FROM}; train that run first, or name another"
+        )
+    source = load_model(origin)
+    unlike = checkpoints.settings_changes(asdict(source.config), asdict(s.BDH_CONFIG))
+    if unlike := [text for name, text in unlike.items() if "dropout" not in name]:
+        raise UserError(f"INIT_FROM {s.INIT_FROM} is of another shape: {'; '.join(unlike)}")
+    model.update(source.parameters())
+    if ema:
+        ema.update(copy_tree(model.parameters()))
+    print(f"start: weights of {s.INIT_FROM}, a new optimizer")
+    return phases.ancestry(origin)
+
+
+def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[str]:
+    """What has changed since a checkpoint, in words. Raises UserError for what may not change."""
     new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_update(s)}
     try:
-        if lacking := RULES.keys() - {"BDH_CONFIG"} - before["settings"].keys():
+        if missing := RULES.keys() & {*FIXED_ON_RESUME} - info["settings"].keys():
             raise UserError(
-                f"{run} is of another format: it has no {min(lacking)}. Set RUN_NAME to start "
+                f"{run} is of another format: it has no {min(missing)}. Set RUN_NAME to start "
                 f"another run, with INIT_FROM {run.name} from these weights"
             )
-        old = before["settings"] | before["versions"]
-        old[GLOBAL_BATCH] = blocks_per_update(Settings(**before["settings"]))
-        changed = checkpoints.settings_changes(old, new) | split.data_changes(
-            before["data"], report
-        )
+        old = info["settings"] | info["versions"]
+        old[GLOBAL_BATCH] = blocks_per_update(Settings(**info["settings"]))
+        changes = checkpoints.settings_changes(old, new) | split.data_changes(info["data"], report)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
-    if fixed := [k for k in changed if k in FIXED_ON_RESUME]:
-        of_data = [k for k in fixed if k.endswith(" data")]
-        if "TRAINING_MODE" in fixed or "SEED" in fixed:  # which make the bytes others
-            fixed = [k for k in fixed if k not in of_data]
-        told = [*map(changed.get, fixed[:5]), *(["and others"] if len(fixed) > 5 else [])]
-        of_run = f", with INIT_FROM {run.name} from these weights" if fixed == of_data else ""
+    fixed = [name for name in changes if name in FIXED_ON_RESUME]
+    of_data = [name for name in fixed if name.endswith(" data")]
+    if "TRAINING_MODE" in fixed or "SEED" in fixed:  # they change the data, too
+        fixed = [name for name in fixed if name not in of_data]
+    if fixed:
+        shown = [*map(changes.get, fixed[:5]), *(["and others"] if len(fixed) > 5 else [])]
+        weights = f", with INIT_FROM {run.name} from these weights" if fixed == of_data else ""
         raise UserError(
-            f"{run} holds a run with other settings ({'; '.join(told)}). Set them back to go on "
-            f"with it, or set RUN_NAME to start another{of_run}"
+            f"{run} holds a run with other settings ({'; '.join(shown)}). Set them back to go on "
+            f"with it, or set RUN_NAME to start another{weights}"
         )
-    ancestry = before.get("ancestry", [])
+    return list(changes.values())
+
+
+def check_origin(run: Path, ancestry: list, s: Settings) -> None:
+    """Raise UserError where a run started from other weights than those of INIT_FROM."""
     if s.INIT_FROM and not ancestry:
         raise UserError(
             f"{run} did not start from {s.INIT_FROM}; set RUN_NAME to start another run"
         )
-    now = ancestry
-    if s.INIT_FROM and origin.exists():
+    current = ancestry
+    if s.INIT_FROM and (origin := origin_of(s)).exists():
         with suppress(UserError):  # its checkpoints are gone: the run has all that it needs
-            now = phases.ancestry(origin)
-    if ancestry and now[-1]["sha256"] != ancestry[-1]["sha256"]:
+            current = phases.ancestry(origin)
+    if ancestry and current[-1]["sha256"] != ancestry[-1]["sha256"]:
         raise UserError(
             f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
             f"{s.INIT_FROM} are others now; set RUN_NAME to start another run from them"
         )
-    with ema_applied(model, ema):  # as it was saved
-        checkpoints.load(run, done, model, optimizer, ema)
-    print("; ".join([f"start: continues {run} after iteration {done}", *changed.values()]))
-    print_new_rate(before, s, done, report)
-    return done, ancestry
 
 
-def print_new_rate(before: dict, s: Settings, done: int, report: dict) -> None:
+def print_new_rate(info: dict, s: Settings, step: int, report: dict) -> None:
     """Say when a resumed run goes on with another learning rate than it would have had."""
-    old = Settings(**vars(s) | before["settings"])  # settings of the user's own may be new
-    ends = [total_steps(of, data["train"]["bytes"])
-            for of, data in ((old, before["data"]), (s, report))]  # fmt: skip
-    planned, new = learning_rate(done, ends[0], old), learning_rate(done, ends[1], s)
-    if abs(new - planned) > 0.01 * planned:
-        last = learning_rate(done - 1, ends[0], old)
-        print(f"learning rate: {last:.2e} at iteration {done}, {new:.2e} from here on")
+    old = Settings(**vars(s) | info["settings"])  # settings of the user's own may be new
+    old_end = total_steps(old, info["data"]["train"]["bytes"])
+    new_rate = learning_rate(step, total_steps(s, report["train"]["bytes"]), s)
+    planned = learning_rate(step, old_end, old)
+    if abs(new_rate - planned) > 0.01 * planned:
+        last = learning_rate(step - 1, old_end, old)
+        print(f"learning rate: {last:.2e} at iteration {step}, {new_rate:.2e} from here on")
 
 
 def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
@@ -447,32 +464,32 @@ class Diverged(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the settings say, one run or a chain of PHASES; the exit code. Raises UserError."""
-    given, told = settings(argv), {}
+    base, results = settings(argv), {}
     cli.check_temporary_folder()
     for slip in flags.slips(sys.modules[__name__], RULES):
         print(f"warning: {slip}", file=sys.stderr)
-    if given.selfcheck:
+    if base.selfcheck:
         return selfcheck.run_checks(sys.modules[__name__])
-    if given.plan:
-        return plan.print_plan(sys.modules[__name__], given)
+    if base.plan:
+        return plan.print_plan(sys.modules[__name__], base)
     cli.endure()
     world = World()
-    given.json_to = sys.stdout if given.json else None  # where print goes no more from here on
-    with main_process_prints(given.json_to, world), StopSignal(world) as stop:
-        for s in phases.chain(given):
+    base.json_to = sys.stdout if base.json else None  # where print goes no more from here on
+    with main_process_prints(base.json_to, world), StopSignal(world) as stop:
+        for s in phases.chain(base):
             s.PROCESSES = world.size
             run = checkpoints.run_folder(s)
             with checkpoints.lock_run(run) if world.is_main else nullcontext():
                 if code := train_guarded(s, run, stop, world):
                     return code
                 if s.PHASES and world.is_main:
-                    told[run.name] = phases.evaluate_modes(
+                    results[run.name] = phases.evaluate_modes(
                         s, run, stop, partial(evaluate_mode, s, stop)
                     )
                     if stop.number:
                         print(f"stopped after {run} was saved; the same command continues it")
                         return 128 + stop.number
-                    print(phases.forgetting_table(told))
+                    print(phases.forgetting_table(results))
     return 0
 
 
@@ -508,9 +525,9 @@ def evaluate_mode(s: Settings, stop: StopSignal, model: BDH, mode: str) -> tuple
 def load_split(s: Settings, world: World) -> tuple[dict, tuple, tuple]:
     """What open_data gives, printed. Raises UserError where the processes have other data."""
     report, train, val = open_split(s)
-    known = {k: v for k, v in settings_dict(s).items() if k in RULES or k in vars(s.BDH_CONFIG)}
+    settings = {k: v for k, v in settings_dict(s).items() if k in RULES or k in vars(s.BDH_CONFIG)}
     sums = {side: report[side]["sha256"] for side in ("train", "val")}
-    every = world.all_gather_object(known | sums)
+    every = world.all_gather_object(settings | sums)
     if unlike := [k for k in every[0] if any(one[k] != every[0][k] for one in every)]:
         raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
     print(escape_controls(split.describe(report)))
@@ -528,8 +545,8 @@ def print_start(s: Settings, run: Path, val: tuple, mode: str, dtype, peak: floa
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     name = str(dtype).removeprefix("mlx.core.")
     print(f"memory: {mode}, {name}, estimated peak {peak / 1e9:.2f} GB")
-    known = fields_in(val[1]) & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
-    print(f"note: {SAMPLE_NOTES[s.TRAINING_MODE if known else 'text']}")
+    fields = fields_in(val[1]) & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
+    print(f"note: {SAMPLE_NOTES[s.TRAINING_MODE if fields else 'text']}")
 
 
 def begin_run(run: Path, s: Settings, report: dict, ancestry: list, trees: list, world) -> dict:
@@ -613,10 +630,10 @@ def accumulate(s, step, micro_step, train_split, stop, world) -> tuple:
 
 def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: StopSignal) -> list[str]:
     """What the model makes of the prompts of its mode."""
-    asked = sample_prompts(s.TRAINING_MODE, fields_in(val[1]))
+    prompts = sample_prompts(s.TRAINING_MODE, fields_in(val[1]))
     if s.SAMPLE_BYTES > 1000:
-        print(f"writing {len(asked)} samples of {s.SAMPLE_BYTES:,} bytes")
-    return list(complete_prompts(model, asked, s.SAMPLE_BYTES, s.SEED + step, stop))
+        print(f"writing {len(prompts)} samples of {s.SAMPLE_BYTES:,} bytes")
+    return list(complete_prompts(model, prompts, s.SAMPLE_BYTES, s.SEED + step, stop))
 
 
 def batch_location(s: Settings, step: int, n_bytes: int) -> str:
@@ -839,8 +856,8 @@ def refuse_idle(s: Settings, typed: set[str]) -> None:
         idle["--phases, which names its own"] = typed & {"TRAINING_MODE", "EPOCHS"}
     for beside, names in idle.items():
         if names:
-            told = ", ".join(sorted(map(flags.flag_of, names)))
-            raise UserError(f"{told}: no effect beside {beside}; leave it out")
+            idle_flags = ", ".join(sorted(map(flags.flag_of, names)))
+            raise UserError(f"{idle_flags}: no effect beside {beside}; leave it out")
 
 
 def check_together(s: Settings) -> None:

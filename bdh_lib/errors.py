@@ -25,8 +25,8 @@ def escape_controls(text: str) -> str:
 
 def did_you_mean(word: str, names: Iterable[str], alike: float = 0.6) -> str:
     """`; did you mean x?` of the name most like `word`; nothing where none is like it."""
-    found = difflib.get_close_matches(word, names, 1, alike)
-    return f"; did you mean {found[0]}?" if found else ""
+    matches = difflib.get_close_matches(word, names, 1, alike)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 # ---------------------------------------------------------------------------- what a value may be

@@ -62,16 +62,16 @@ def parse_json(text: str | bytes):
 def read_json_object(path: Path) -> dict:
     """The object in a JSON file, {} without a file. Raises UserError for any other content."""
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
-    return found
+    return content
 
 
 class NotWritten(UserError, OSError):
@@ -108,8 +108,8 @@ def atomic_writer(path: Path) -> Iterator[Path]:
         if not special:
             with suppress(OSError):
                 making.unlink(missing_ok=True)
-        known = isinstance(error, UserError)
-        if isinstance(error, OSError | RuntimeError) and not known:  # RuntimeError: MLX's
+        is_user_error = isinstance(error, UserError)
+        if isinstance(error, OSError | RuntimeError) and not is_user_error:  # RuntimeError: MLX's
             reason = getattr(error, "strerror", None) or error
             raise NotWritten(f"{named} cannot be written: {reason}") from None
         raise

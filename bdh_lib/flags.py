@@ -42,14 +42,17 @@ def parse(
     help. Raises UserError for a value that no rule admits; argparse reports an unknown flag.
     """
     argv = sys.argv[1:] if argv is None else argv
-    constants, known = {name: getattr(script, name) for name in setting_names(script)}, rules.keys()
-    constants |= {name: vars(script)[name] for name in known if name in vars(script)}
-    for name in known - constants.keys():
+    constants, required = (
+        {name: getattr(script, name) for name in setting_names(script)},
+        rules.keys(),
+    )
+    constants |= {name: vars(script)[name] for name in required if name in vars(script)}
+    for name in required - constants.keys():
         raise UserError(f"{name} is not set; put its line back among the constants at the top")
     rules = {name: rules.get(name) or own_rule(script, name) for name in constants}
     for name, value in list(constants.items()):
         check(name, value, rules[name])
-        if is_dataclass(value) and name in known:
+        if is_dataclass(value) and name in required:
             constants |= asdict(value)
             hints = get_type_hints(type(value))
             rules |= {field: Rule(hints[field]) for field in asdict(value)}
@@ -58,9 +61,9 @@ def parse(
     if (preset := typed.pop("preset", None)) not in (None, *presets):
         near = did_you_mean(preset, presets)
         parser.error(f"--preset {preset!r} is none of {', '.join(presets)}{near}")
-    given = vars(parser.parse_args(presets.get(preset, "").split())) | typed
-    given = {name: parse_value(name, value, rules.get(name)) for name, value in given.items()}
-    s = Settings(**dict.fromkeys(actions, False) | constants | given)
+    values = vars(parser.parse_args(presets.get(preset, "").split())) | typed
+    values = {name: parse_value(name, value, rules.get(name)) for name, value in values.items()}
+    s = Settings(**dict.fromkeys(actions, False) | constants | values)
     return s, set(typed) | ({"preset"} if preset else set())
 
 
@@ -132,9 +135,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=form, allow_abbrev=False)
 
     def error(self, message: str):
-        known = [flag for action in self._actions for flag in action.option_strings]
+        flags = [flag for action in self._actions for flag in action.option_strings]
         if unknown := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
-            message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1], known)}"
+            message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1], flags)}"
         message = escape_controls(" ".join(message.split()))  # it repeats what was typed
         self.exit(2, f"{self.prog}: {message} (--help lists all)\n")
 
@@ -172,24 +175,24 @@ def flag_of(name: str) -> str:
 
 def comments(script: ModuleType) -> dict[str, tuple[str, str]]:
     """Of each constant, and each field of a dataclass among them, its heading and its comment."""
-    found = _comments(Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace"))
+    headed = _comments(Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace"))
     for name, value in list(vars(script).items()):
-        if is_dataclass(value) and name in found and not isinstance(value, type):
+        if is_dataclass(value) and name in headed and not isinstance(value, type):
             fields = _comments(inspect.getsource(type(value)))
-            found |= {field: (found[name][0], text) for field, (_, text) in fields.items()}
-    return found
+            headed |= {field: (headed[name][0], text) for field, (_, text) in fields.items()}
+    return headed
 
 
 def _comments(source: str) -> dict[str, tuple[str, str]]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     remarks = {t.start: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
-    found, heading = {}, ""
+    headed, heading = {}, ""
     behind = {line: text for (line, column), text in remarks.items() if column}
     for node in assignments(source):
         heading = remarks.get((node.lineno - 1, 0), heading)
         comment = behind.get(node.end_lineno, behind.get(node.lineno, ""))
-        found |= dict.fromkeys(targets(node), (heading, comment))
-    return found
+        headed |= dict.fromkeys(targets(node), (heading, comment))
+    return headed
 
 
 def assignments(source: str) -> list[ast.Assign | ast.AnnAssign]:
@@ -211,7 +214,7 @@ def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 def slips(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
     """A line for each name at the top that may be a slip: very like a setting's, or set twice."""
     source = Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
-    lines, found = {}, []
+    lines, warnings = {}, []
     for node in assignments(source):
         for name in targets(node):
             lines.setdefault(name, []).append(str(node.lineno))
@@ -220,11 +223,13 @@ def slips(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
     for name in list(lines)[: list(lines).index("ACTIONS")]:
         near = did_you_mean(name.upper(), rules, ALIKE)
         if name in rules and len(lines[name]) > 1:
-            found.append(f"{name} is set in lines {' and '.join(lines[name])}; the last one counts")
+            warnings.append(
+                f"{name} is set in lines {' and '.join(lines[name])}; the last one counts"
+            )
         elif name not in rules and near:
-            found.append(f"{name} is no setting that the trainer reads{near}")
+            warnings.append(f"{name} is no setting that the trainer reads{near}")
         elif name.lower() in of:
-            found.append(
+            warnings.append(
                 f"{name} is no setting that the trainer reads; set it in {of[name.lower()]}"
             )
-    return found
+    return warnings

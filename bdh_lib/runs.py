@@ -21,8 +21,8 @@ def find_weights(path: str | Path) -> Path:
     for step in dict.fromkeys([*best, *steps]):
         if not (fault := _fault(step / "model.safetensors")):
             if faults:
-                told = "; ".join(f"{f.name} {reason}" for f, reason in faults)
-                print(f"warning: in {path} {told}; taking {step.name}", file=sys.stderr)
+                damaged = "; ".join(f"{f.name} {reason}" for f, reason in faults)
+                print(f"warning: in {path} {damaged}; taking {step.name}", file=sys.stderr)
             return step / "model.safetensors"
         faults.append((step, fault))
     if faults:

@@ -124,18 +124,18 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
     records = [
         r for r in records if not columns.invalid_reason(r, ("system", "instruction", "response"))
     ]
-    asked = list(dict.fromkeys(r["instruction"] for r in records))
-    order = np.random.default_rng(0).permutation(len(asked))
-    held_out = {asked[i] for i in order[: round(share * len(asked))]}
+    instructions = list(dict.fromkeys(r["instruction"] for r in records))
+    order = np.random.default_rng(0).permutation(len(instructions))
+    held_out = {instructions[i] for i in order[: round(share * len(instructions))]}
     sides = {side: [r for r in records if (r["instruction"] in held_out) == (side == "val")]
              for side in ("train", "val")}  # fmt: skip
     for mode in MODES:
         (folder / mode).mkdir(parents=True, exist_ok=True)
         for side, some in sides.items():
-            found = []
+            segments = []
             for record in some:
-                found += [("", SEPARATOR)] * bool(found) + field_segments(record, mode)
-            parts = [(FIELDS.index(field), text.encode()) for field, text in found]
+                segments += [("", SEPARATOR)] * bool(segments) + field_segments(record, mode)
+            parts = [(FIELDS.index(field), text.encode()) for field, text in segments]
             (folder / mode / f"{side}.bin").write_bytes(b"".join(text for _, text in parts))
             labels = b"".join(bytes([field]) * len(text) for field, text in parts)
             (folder / mode / f"{side}.fields").write_bytes(labels)
@@ -159,37 +159,37 @@ def seconds(flags: str) -> float:
 
 def parity_jobs(args) -> list[dict]:
     data = split_text(args.text, args.work / "text")
-    found = []
+    jobs = []
     for seed in range(args.seeds):
         flags = f"{PARITY} {QUIET} --dataset {data} --seed {seed}"
         time = seconds(flags)
         if args.official:
-            found.append({"name": f"official, seed {seed}", "of": "official", "do": "official",
+            jobs.append({"name": f"official, seed {seed}", "of": "official", "do": "official",
                           "phases": [flags], "seconds": 1.25 * time + 45})  # fmt: skip
-        found.append({"name": f"ours, seed {seed}", "of": "ours", "phases": [flags],
+        jobs.append({"name": f"ours, seed {seed}", "of": "ours", "phases": [flags],
                       "seconds": time})  # fmt: skip
-    return [job | {"in": "parity", "large": True} for job in found]
+    return [job | {"in": "parity", "large": True} for job in jobs]
 
 
 def recipe_jobs(args) -> list[dict]:
     data = split_text(args.text, args.work / "text")
-    found = []
+    jobs = []
     for name, flags in SWEEP.items():
         if args.only and name not in args.only:
             continue
         for seed in range(args.seeds if args.only else 1):
             flags_of = f"{RECIPE} {QUIET} --dataset {data} {flags} --seed {seed}"
-            found.append({"in": "recipe", "name": f"recipe: {name}, seed {seed}", "of": name,
+            jobs.append({"in": "recipe", "name": f"recipe: {name}, seed {seed}", "of": name,
                           "phases": [flags_of],
                           "seconds": seconds(flags_of) * (0.4 + 0.6 * args.per_gpu)})  # fmt: skip
-    return found
+    return jobs
 
 
 def guide_jobs(args) -> list[dict]:
     folder = args.work / "records"
     sides = split_records(args.records, folder)
     print(f"guide: {', '.join(f'{len(some):,} {side} records' for side, some in sides.items())}")
-    found = []
+    jobs = []
     for seed in range(min(args.seeds, 2)):
         for name, arm in ARMS.items():
             if (args.only and name not in args.only) or (seed and "Option" in name):
@@ -205,8 +205,8 @@ def guide_jobs(args) -> list[dict]:
             time = sum(seconds(phase) for phase in phases) + 15
             job = {"in": "guide", "name": f"guide: {name}, seed {seed}", "of": name}
             job |= {"phases": phases, "judge": str(folder), "large": True, "seconds": time}
-            found.append(job)
-    return found
+            jobs.append(job)
+    return jobs
 
 
 JOBS = {"parity": parity_jobs, "recipe": recipe_jobs, "guide": guide_jobs}

@@ -135,11 +135,11 @@ def measure_profile(case: dict):
     torch.zeros(1, device="cuda")  # the profiler needs CUDA begun
     B = case.get("B", 1)
     stream = opened(model, prompt, case["context"], B)
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in islice(stream, STRETCH):
             pass
         mx.synchronize()
-    kernels = [(k.self_device_time_total, k.count, k.key) for k in found.key_averages()]
+    kernels = [(k.self_device_time_total, k.count, k.key) for k in profiler.key_averages()]
     yield {"B": B, "kernel": "all", "us": sum(k[0] for k in kernels) / STRETCH, "launches": ""}
     for us, count, name in sorted(kernels, reverse=True)[:8]:
         name = name.rsplit("custom_kernel_")[-1].removeprefix("void ")[:32]

@@ -54,8 +54,8 @@ def spread(jobs: list[dict], command, gpus: int, per_gpu: int, minutes: float, o
             row |= {"seconds": round(time.monotonic() - began, 1), "cut": left < 0}
             with out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            said = {k: v for k, v in row.items() if k not in job and k != "curve"}
-            print(f"{job['name']}: {row['seconds']} s, {json.dumps(said)}", flush=True)
+            result = {k: v for k, v in row.items() if k not in job and k != "curve"}
+            print(f"{job['name']}: {row['seconds']} s, {json.dumps(result)}", flush=True)
         time.sleep(0.2)
     if left_out:
         print(f"not run, the time was up: {', '.join(left_out)}")
@@ -96,8 +96,8 @@ def _stop(processes):
 
 
 def _result(log: Path, code: int) -> dict:
-    said = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-    result = {k: v for part in said for k, v in part.items()}
+    rows = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    result = {k: v for part in rows for k, v in part.items()}
     if code:
         errors = log.with_name(log.name.replace(".out.", ".err.")).read_text().strip().splitlines()
         result["failed"] = (errors or ["killed"])[-1][-300:] + f" (exit code {code})"

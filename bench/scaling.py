@@ -39,8 +39,8 @@ def speed(n: int, args: argparse.Namespace, folder: str) -> float:
     )  # fmt: skip
     try:
         lines = (Path(folder) / f"on-{n}" / "metrics.jsonl").read_text().splitlines()
-        found = [m["bytes_per_s"] for m in map(json.loads, lines) if "bytes_per_s" in m]
-        return statistics.median(found[2:])
+        speeds = [m["bytes_per_s"] for m in map(json.loads, lines) if "bytes_per_s" in m]
+        return statistics.median(speeds[2:])
     except (OSError, statistics.StatisticsError):
         sys.exit(f"{n} processes did not train:\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}")
 
@@ -57,9 +57,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = [1 << i for i in range(args.most.bit_length()) if 1 << i <= args.most]
-        found = {n: speed(n, args, folder) for n in counts}
-    for n, bytes_per_s in found.items():
-        efficiency = round(bytes_per_s / (n * found[1]), 3)
+        speeds = {n: speed(n, args, folder) for n in counts}
+    for n, bytes_per_s in speeds.items():
+        efficiency = round(bytes_per_s / (n * speeds[1]), 3)
         print(json.dumps({"processes": n, "bytes/s": round(bytes_per_s), "efficiency": efficiency}))
 
 

@@ -49,7 +49,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
     most_official, most_quadratic = (
         (16384, 4096) if args.gpu else (4096, 1024)
     )  # cost grows with T^2
-    found = []
+    cases_ = []
     for B, T in shapes:
         official = ["official compiled" if args.gpu else "official eager"]
         systems = official if args.official and most_official >= T else []
@@ -59,8 +59,8 @@ def cases(args: argparse.Namespace) -> list[dict]:
         systems += ["quadratic"] if most_quadratic >= T and T in (1024, 4096) else []
         for system in systems:
             dropout = 0.1 if "dropout" in system else 0.0
-            found.append({"system": system, "B": B, "T": T, "model": model | {"dropout": dropout}})
-    return sorted(found, key=lambda case: case["system"] == "quadratic")  # the slowest last
+            cases_.append({"system": system, "B": B, "T": T, "model": model | {"dropout": dropout}})
+    return sorted(cases_, key=lambda case: case["system"] == "quadratic")  # the slowest last
 
 
 def timed(step, synchronize, steps: int) -> float:

@@ -200,7 +200,7 @@ def test_a_stop_string_shows_no_part_of_itself_however_the_text_is_cut():
             shown += stop.feed(text[at : at + step])
             at += step
             found = first_stop(text[:at], stops, new)
-            assert stop.found == (found is not None)
+            assert stop.matched == (found is not None)
             if found:
                 break
             assert text[new:].startswith(shown)

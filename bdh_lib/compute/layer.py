@@ -16,6 +16,7 @@ It equals BDH.layer, which reads better. Differences, each for speed or memory:
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -31,7 +32,7 @@ class Compute:
     dtype: mx.Dtype = mx.float32  # of the GEMMs; sums, norms and states stay float32
     chunk: int = 128  # C: bytes whose scores are computed as a square
     rows: int = 16384  # B * T of a segment, at most
-    keep: int = 4  # of `found`, x, g, q, y: how many the forward pass keeps for the backward pass
+    saved_activations: int = 4  # of Saved's last five, how many the forward pass keeps
 
 
 def default_chunk(D: int) -> int:
@@ -44,8 +45,8 @@ def ln(x: mx.array) -> mx.array:
     return mx.fast.layer_norm(x, None, None, 1e-5)
 
 
-def residual(v: mx.array, o: mx.array, kept=1) -> mx.array:
-    return ln(v + ln(o) * kept)
+def residual(v: mx.array, o: mx.array, factor_v=1) -> mx.array:
+    return ln(v + ln(o) * factor_v)
 
 
 # ------------------------------------------------------------------------------------------ dropout
@@ -119,23 +120,25 @@ def _chunk_states(S, k, v, reverse=False):
     """
     n, dtype = k.shape[2], k.dtype
     written = _t(mx.moveaxis(k, 2, 0)) @ mx.moveaxis(v, 2, 0)
-    found, total = (_prefix_sum if n < 8 else _prefix_sum_matmul)(written, reverse)
+    prefix_states, total = (_prefix_sum if n < 8 else _prefix_sum_matmul)(written, reverse)
     total = total.reshape(total.shape[1:])
     if S is not None:
-        found = S.astype(dtype)[None] if found is None else found + S.astype(dtype)
+        prefix_states = (
+            S.astype(dtype)[None] if prefix_states is None else prefix_states + S.astype(dtype)
+        )
         total = S + total
-    return (None if found is None else mx.moveaxis(found, 0, 2)), total
+    return (None if prefix_states is None else mx.moveaxis(prefix_states, 0, 2)), total
 
 
 def _prefix_sum(written, reverse):
     """Exclusive running sums of (n, ...), None for n = 1, and the sum (1, ...), one by one."""
     steps = mx.split(written, written.shape[0])[:: -1 if reverse else 1]
-    found, total = [mx.zeros_like(steps[0])], steps[0].astype(mx.float32)
+    sums, total = [mx.zeros_like(steps[0])], steps[0].astype(mx.float32)
     for step in steps[1:]:
-        found.append(total.astype(step.dtype))
+        sums.append(total.astype(step.dtype))
         total = total + step
-    found = mx.concatenate(found[:: -1 if reverse else 1]) if len(steps) > 1 else None
-    return found, total
+    sums = mx.concatenate(sums[:: -1 if reverse else 1]) if len(steps) > 1 else None
+    return sums, total
 
 
 def _prefix_sum_matmul(written, reverse):
@@ -144,11 +147,25 @@ def _prefix_sum_matmul(written, reverse):
     ones = mx.tri(n + 1, n, -1, dtype=written.dtype)
     sums = (ones[::-1, ::-1] if reverse else ones) @ written.reshape(n, -1)
     sums = sums.reshape(n + 1, *written.shape[1:])
-    found, total = (sums[1:], sums[:1]) if reverse else (sums[:n], sums[n:])
-    return found, total.astype(mx.float32)
+    prefix, total = (sums[1:], sums[:1]) if reverse else (sums[:n], sums[n:])
+    return prefix, total.astype(mx.float32)
 
 
 # ------------------------------------------------------------------------------- a segment's passes
+
+
+class Saved(NamedTuple):
+    """What the backward pass of a segment uses, the small arrays first; None: to be recomputed."""
+
+    state: mx.array | None  # S before the segment, (H, B, N, D)
+    scores: mx.array  # (H, B, n, C, C)
+    a: mx.array  # (H, B*T, D)
+    o: mx.array  # (B, T, D)
+    prefix_states: mx.array | None = None  # S before each chunk, (H, B, n, N, D)
+    x: mx.array | None = None  # (H, B*T, N), as are the next three
+    g: mx.array | None = None
+    q: mx.array | None = None
+    y: mx.array | None = None
 
 
 def _excite(v, E, position, B):
@@ -165,19 +182,20 @@ def forward_segment(vs, S, weights, position, C, masks=(None, None)):
     x, q = _excite(v, Dx, position, B)
     k, vc = _chunked(q, B, C), _chunked(v, B, C)
     scores = mx.tril(k @ _t(k), -1)
-    found, after = _chunk_states(S, k, vc)
+    prefix_states, S_after = _chunk_states(S, k, vc)
     a = (scores @ vc).astype(mx.float32)
-    a = (a if found is None else a + k @ found).reshape(-1, B * T, D)
+    a = (a if prefix_states is None else a + k @ prefix_states).reshape(-1, B * T, D)
     g = ln(a).astype(Dx.dtype) @ Dy
     y = _gate(x, g, masks[0])
     o = (y @ E).astype(mx.float32).sum(0).reshape(B, T, D)
-    return residual(vs, o, factor(masks[1], o.dtype)), after, (S, scores, a, o, found, x, g, q, y)
+    out = residual(vs, o, factor(masks[1], o.dtype))
+    return out, S_after, Saved(S, scores, a, o, prefix_states, x, g, q, y)
 
 
-def _backward(vs, dout, R, dW, weights, kept, position, C, masks):
+def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
     """One segment, the last first: its dv (B, T, D), R with its part added, and dW likewise."""
     (B, T, D), (Dx, Dy, E) = vs.shape, weights
-    (mask, of_v), (S, scores, a, o, found, x, g, q, y) = masks, kept
+    (mask, mask_v), (S, scores, a, o, prefix_states, x, g, q, y) = masks, saved
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     an = ln(a).astype(Dx.dtype)
     if x is None:
@@ -189,8 +207,8 @@ def _backward(vs, dout, R, dW, weights, kept, position, C, masks):
     if y is None:
         y = _gate(x, g, mask)
 
-    kept_v = factor(of_v, o.dtype)
-    dv, do = mx.vjp(lambda v, o: residual(v, o, kept_v), [vs, o], [dout])[1]
+    factor_v = factor(mask_v, o.dtype)
+    dv, do = mx.vjp(lambda v, o: residual(v, o, factor_v), [vs, o], [dout])[1]
     do = do.astype(Dx.dtype).reshape(1, B * T, D)
     dy = do @ _t(E)
     dg = _gate_dg(x, g, dy, mask)
@@ -198,17 +216,17 @@ def _backward(vs, dout, R, dW, weights, kept, position, C, masks):
     da = mx.vjp(ln, [a], [dan])[1][0].astype(Dx.dtype)
 
     k, vc, dac = _chunked(q, B, C), _chunked(v, B, C), _chunked(da, B, C)
-    if found is None:
-        found, _ = _chunk_states(S, k, vc)
-    later, R = _chunk_states(R, k, dac, reverse=True)
+    if prefix_states is None:
+        prefix_states, _ = _chunk_states(S, k, vc)
+    suffix_states, R = _chunk_states(R, k, dac, reverse=True)
     square = mx.tril(dac @ _t(vc), -1)
     dq = (square + _t(square)) @ k
     dvc = (_t(scores) @ dac).astype(mx.float32)
-    if found is not None:
-        dq = mx.addmm(dq, dac, _t(found))
-    if later is not None:
-        dq = mx.addmm(dq, vc, _t(later))
-        dvc = dvc + k @ later
+    if prefix_states is not None:
+        dq = mx.addmm(dq, dac, _t(prefix_states))
+    if suffix_states is not None:
+        dq = mx.addmm(dq, vc, _t(suffix_states))
+        dvc = dvc + k @ suffix_states
     dq = rotate(dq.reshape(-1, B, T, dq.shape[-1]), position, -1).reshape(x.shape)
     dh = _gate_dh(x, g, dy, dq, mask)
 
@@ -240,39 +258,38 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, 
     (B, T, D), (H, _, N) = v.shape, encoder.shape
     parts, C = segments(B, T, compute), compute.chunk
     keys = mx.random.split(mx.random.key(0) if key is None else key, len(parts))
-    count = 4 + compute.keep  # the first four are small
+    count = 4 + compute.saved_activations  # the first four are small
 
     def masks(key_i, begin, end):
         if key is None:
             return None, None
-        of_v = dropout_mask(mx.random.split(key_i, 3)[2], rate_v, (B, end - begin, D))
-        return dropout_mask(key_i, rate, (H, B * (end - begin), N)), of_v
+        mask_v = dropout_mask(mx.random.split(key_i, 3)[2], rate_v, (B, end - begin, D))
+        return dropout_mask(key_i, rate, (H, B * (end - begin), N)), mask_v
 
     @mx.custom_function
     def forward(v, *weights):
-        out, kept, S = [], [], None
+        out, saved, S = [], [], None
         weights = [w.astype(compute.dtype) for w in weights]
         for key_i, (begin, end) in zip(keys, parts, strict=True):
             # tied to the segment before, the mask too: it would be drawn for all of T at once
             vs, key_i = mx.depends([v[:, begin:end], key_i], out[-1:] or [v])
-            one, S, of_use = forward_segment(vs, S, weights, begin, C, masks(key_i, begin, end))
-            out.append(one)
-            kept += [mx.zeros(1) if each is None else each for each in of_use[:count]]
-        return mx.concatenate(out, 1), *kept
+            v_new, S, segment = forward_segment(vs, S, weights, begin, C, masks(key_i, begin, end))
+            out.append(v_new)
+            saved += [mx.zeros(1) if array is None else array for array in segment[:count]]
+        return mx.concatenate(out, 1), *saved
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
-        (v, *weights), dout, kept = primals, cotangents[0], outputs[1:]
+        (v, *weights), dout, saved = primals, cotangents[0], outputs[1:]
         weights = [w.astype(compute.dtype) for w in weights]
         dv, R, dW = [], None, (None, None, None)
         for i, (begin, end) in reversed(list(enumerate(parts))):
-            mine = [v[:, begin:end], keys[i], *kept[i * count : (i + 1) * count]]
-            vs, key_i, *of_use = mx.depends(mine, [dv[-1], *dW] if dv else [dout])
-            of_use = [None if each.shape == (1,) else each for each in of_use]
-            of_use += [None] * (9 - count)
+            inputs = [v[:, begin:end], keys[i], *saved[i * count : (i + 1) * count]]
+            vs, key_i, *arrays = mx.depends(inputs, [dv[-1], *dW] if dv else [dout])
+            segment = Saved(*(None if array.shape == (1,) else array for array in arrays))
             args = (begin, C, masks(key_i, begin, end))
-            one, R, dW = _backward(vs, dout[:, begin:end], R, dW, weights, of_use, *args)
-            dv.append(one)
+            dv_new, R, dW = _backward(vs, dout[:, begin:end], R, dW, weights, segment, *args)
+            dv.append(dv_new)
         return *mx.depends([mx.concatenate(dv[::-1], 1)], list(dW)), *dW
 
     return forward(v, encoder, encoder_v, decoder)[0]

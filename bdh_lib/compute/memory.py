@@ -91,12 +91,12 @@ def estimate(config, B: int, T: int, compute: Compute) -> float:
     state = activation * D if T > C else 0  # of one sequence, after a chunk that another follows
     parts = segments(B, T, compute)
     segment = max(end - begin for begin, end in parts) * B
-    kept = rows * (4 * D * (H + 2) + H * min(C, T) * e)
-    kept += (rows // C if compute.keep else 4 // e * B * (len(parts) - 1)) * state
+    saved = rows * (4 * D * (H + 2) + H * min(C, T) * e)
+    saved += (rows // C if compute.saved_activations else 4 // e * B * (len(parts) - 1)) * state
     # of the last layer they are the working set
-    activations = (L - 1) * max(0, compute.keep - 1) * rows * activation
+    activations = (L - 1) * max(0, compute.saved_activations - 1) * rows * activation
     working = SEGMENT * segment * activation + STATES * max(B, segment // C) * state
-    peak = PARAMETERS * 4 * config.n_parameters + L * kept + activations + working + 16 * rows * V
+    peak = PARAMETERS * 4 * config.n_parameters + L * saved + activations + working + 16 * rows * V
     return peak * (1 if on_gpu() else CPU_AHEAD)
 
 
@@ -130,8 +130,13 @@ def set_limit(peak: float) -> None:
 
 def is_exhausted(error: RuntimeError) -> bool:
     """Whether it is how Metal or CUDA says that memory is out; a CPU just ends the process."""
-    said = ("out of memory", "Unable to allocate", "Insufficient Memory", "maximum allowed buffer")
-    return any(text in str(error) for text in (*said, "Resource limit"))
+    messages = (
+        "out of memory",
+        "Unable to allocate",
+        "Insufficient Memory",
+        "maximum allowed buffer",
+    )
+    return any(text in str(error) for text in (*messages, "Resource limit"))
 
 
 def oom_advice(s: SimpleNamespace, peak: float) -> str:

@@ -2,13 +2,13 @@
 
 Many: segments through the training layer's forward pass (layer.py), in bounded memory. One: S,
 201 MB for the default model, is not rewritten at each byte; the rotated activations (keys) and
-values of the last bytes, the tail, wait beside it and are added in one product when it is full:
+values of the last bytes, the buffer, wait beside it and are added in one product when it is full:
 
     a_t = (R_t x_t) S + sum over s waiting, s < t of (R_t x_t . R_s x_s) v_s
 
 How, is the device's matter: step_cpu, step_mlx, step_cuda. Phases are exact at any position: a
 multiple of the frequency is reduced in float64 on the host (`phases`, `turns`), and float32 sees
-only positions within a segment or a tail: S is turned to its begin.
+only positions within a segment or a buffer: S is turned to its begin.
 A window bounds the memory in time: S is kept as PARTS sums over stretches of bytes, and the oldest
 is dropped, so that what is read reaches back between W - W / PARTS and W bytes.
 """
@@ -44,15 +44,15 @@ class State(NamedTuple):
     window: int | None = None  # W, bytes; None remembers all
     synapses: tuple[mx.array, ...] = ()  # of each layer (H, B or 1, N, D) float32; () for none yet
     parts: tuple[tuple[mx.array, ...], ...] = ()  # their summands, oldest first; with a window only
-    tail: step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuffer | None = (
+    buffer: step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuffer | None = (
         None  # bytes in no synapses yet
     )
 
     @property
     def batch(self) -> int:
         """Rows; 0 before anything is read."""
-        if self.tail:
-            return self.tail.values[0].shape[0]
+        if self.buffer:
+            return self.buffer.values[0].shape[0]
         return self.synapses[0].shape[1] if self.synapses else 0
 
     def __repr__(self) -> str:  # its arrays are large
@@ -117,17 +117,19 @@ def check_state(model, state: State | None) -> None:
     check("position", state.position, whole(0, 2**62))
     check("window", state.window, WINDOW)
     H, D, N = model.encoder.shape
-    wanted, found = (model.config.n_layer, H, D, N), []
+    expected, shapes_read = (model.config.n_layer, H, D, N), []
     for layers in (state.synapses, *state.parts):
         shapes = {tuple(S.shape[i] for i in (0, 3, 2)) if S.ndim == 4 else S.shape for S in layers}
-        found += [(len(layers), *shape) for shape in shapes]
-    if tail := state.tail:
-        if not hasattr(tail, "values"):
-            raise UserError(f"the state's tail is of type {type(tail).__name__}; read a text anew")
-        found.append((len(tail.values), *tail.of.source_weights[2].shape))
-    for shape in found:
-        if shape != wanted:
-            raise UserError(f"the state was read with (layers, H, D, N) = {shape}, here {wanted}")
+        shapes_read += [(len(layers), *shape) for shape in shapes]
+    if buffer := state.buffer:
+        if not hasattr(buffer, "values"):
+            raise UserError(
+                f"the state's buffer is of type {type(buffer).__name__}; read a text anew"
+            )
+        shapes_read.append((len(buffer.values), *buffer.of.source_weights[2].shape))
+    for shape in shapes_read:
+        if shape != expected:
+            raise UserError(f"the state was read with (layers, H, D, N) = {shape}, here {expected}")
 
 
 def _broadcast(model, idx: mx.array, state: State | None) -> State:
@@ -181,30 +183,32 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     weights = [w.astype(c.dtype) for w in model.weights()]
     written = []
     for S in state.synapses or [None] * model.config.n_layer:
-        found, total = None if S is None else rotate_state(S, -state.position), []
+        segment_state, total = None if S is None else rotate_state(S, -state.position), []
         for begin, end in pairwise(sorted({0, T - T % c.chunk, T})):  # whole chunks, then the rest
-            out, found, _ = forward_segment(v[:, begin:end], found, weights, begin, c.chunk)
+            out, segment_state, _ = forward_segment(
+                v[:, begin:end], segment_state, weights, begin, c.chunk
+            )
             total.append(out)
         v = mx.concatenate(total, 1)
-        after = rotate_state(found, state.position)
+        after = rotate_state(segment_state, state.position)
         written.append(after if S is None else after - S)
     return v, _added(state._replace(position=state.position + T), written)
 
 
 def _added(state: State, written: Sequence[mx.array]) -> State:
-    """The state with `written` (H, B, N, D) of each layer added to its synapses, without a tail."""
+    """The state with `written` (H, B, N, D) of each layer added to its synapses."""
 
     def plus(old, new):
         return tuple(map(mx.add, old, new)) if old else tuple(new)
 
-    state = state._replace(synapses=plus(state.synapses, written), tail=None)
+    state = state._replace(synapses=plus(state.synapses, written), buffer=None)
     if not state.window:
         return state
     parts = (*state.parts[:-1], plus(state.parts[-1] if state.parts else (), written))
     if state.position % _part(state.window) == 0:
         parts = (*parts, ())[-PARTS:]
-        kept = [part for part in parts if part]
-        state = state._replace(synapses=reduce(plus, kept) if kept else ())
+        sums = [part for part in parts if part]
+        state = state._replace(synapses=reduce(plus, sums) if sums else ())
     return state._replace(parts=parts)
 
 
@@ -212,35 +216,35 @@ def _added(state: State, written: Sequence[mx.array]) -> State:
 
 
 def flush_pending(state: State) -> State:
-    """The same state without a tail: its bytes are added to the synapses, one product a layer."""
-    tail = state.tail
-    if not tail or not tail.count:
-        return state._replace(tail=None)
+    """The same state without a buffer: its bytes are added to the synapses, one product a layer."""
+    buffer = state.buffer
+    if not buffer or not buffer.count:
+        return state._replace(buffer=None)
     if state.window or not state.synapses:
-        return _added(state, [keys @ values for keys, values in tail.pending()])
-    after = (mx.addmm(S, *kv) for S, kv in zip(state.synapses, tail.pending(), strict=True))
-    return state._replace(synapses=tuple(after), tail=None)
+        return _added(state, [keys @ values for keys, values in buffer.pending()])
+    after = (mx.addmm(S, *kv) for S, kv in zip(state.synapses, buffer.pending(), strict=True))
+    return state._replace(synapses=tuple(after), buffer=None)
 
 
 def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     """idx (B, 1) through all layers: v (B, 1, D) after the last, and the State."""
     byte = _decode_step_of(model)
-    if state.tail and state.tail.of is not byte:  # another device's, or another dtype's
+    if state.buffer and state.buffer.of is not byte:  # another device's, or another dtype's
         state = flush_pending(state)
-    tail = state.tail or byte.new_buffer(state.position, state.synapses, idx.shape[0])
-    v, tail = byte.step(idx, tail)
-    state = state._replace(position=state.position + 1, tail=tail)
+    buffer = state.buffer or byte.new_buffer(state.position, state.synapses, idx.shape[0])
+    v, buffer = byte.step(idx, buffer)
+    state = state._replace(position=state.position + 1, buffer=buffer)
     ends_part = state.window and state.position % _part(state.window) == 0
-    full = tail.count == tail.values[0].shape[1]
+    full = buffer.count == buffer.values[0].shape[1]
     return v, _flush_if_full(state) if full or ends_part else state
 
 
 def _flush_if_full(state: State) -> State:
-    """The same state without a byte in its tail."""
-    if state.window or not state.synapses or not getattr(state.tail, "short", False):
+    """The same state with an empty buffer."""
+    if state.window or not state.synapses or not getattr(state.buffer, "short", False):
         return flush_pending(state)
-    synapses, tail = state.tail.folded(state.synapses, state.position)
-    return state._replace(synapses=synapses, tail=tail)
+    synapses, buffer = state.buffer.folded(state.synapses, state.position)
+    return state._replace(synapses=synapses, buffer=buffer)
 
 
 def _decode_step_of(model):

@@ -28,8 +28,10 @@ class PendingBuffer(NamedTuple):
     keys: tuple[np.ndarray, ...]  # of each layer, rotated x: (H, B, BUFFER_BYTES, N)
     values: tuple[np.ndarray, ...]  # (B, BUFFER_BYTES, D)
     shared_length: list[int]  # how many bytes the arrays hold, over all that share them
-    begin: int  # position of the tail's first byte
-    known: list[np.ndarray]  # of each layer, the synapses; none before any byte was added to them
+    begin: int  # position of the buffer's first byte
+    base_state: list[
+        np.ndarray
+    ]  # of each layer, the synapses; none before any byte was added to them
     of: "DecodeStep"  # what it is for
 
     def pending(self) -> list[tuple[mx.array, mx.array]]:
@@ -52,37 +54,39 @@ class DecodeStep:
         self.room = np.empty((H * N, D), np.float32)  # gathered rows
 
     def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
-        """A tail of B rows without a byte."""
+        """An empty buffer for B rows."""
         H, D, N, L = self.shape
         shapes = [(H, B, BUFFER_BYTES, N), (B, BUFFER_BYTES, D)]
         keys, values = (tuple(np.empty(s, np.float32) for _ in range(L)) for s in shapes)
-        known = [np.array(S, copy=False) for S in synapses]
-        return PendingBuffer(0, keys, values, [0], position, known, self)
+        base_state = [np.array(S, copy=False) for S in synapses]
+        return PendingBuffer(0, keys, values, [0], position, base_state, self)
 
-    def step(self, idx: mx.array, tail: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
+    def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
         """v (B, 1, D) of one byte idx (B, 1), row by row: their neurons and synapses are their own,
-        and the tail with it.
+        and the buffer with it.
         """
-        if tail.shared_length[0] > tail.count:
-            keys, values = (tuple(map(np.copy, arrays)) for arrays in (tail.keys, tail.values))
-            tail = tail._replace(keys=keys, values=values, shared_length=[tail.count])
-        phase = rope_phases(tail.begin + tail.count, self.shape[2])
-        rows = [self._row(byte, b, phase, tail) for b, byte in enumerate(np.array(idx)[:, 0])]
-        tail.shared_length[0] = tail.count + 1
-        return mx.array(np.stack(rows)[:, None]), tail._replace(count=tail.count + 1)
+        if buffer.shared_length[0] > buffer.count:
+            keys, values = (tuple(map(np.copy, arrays)) for arrays in (buffer.keys, buffer.values))
+            buffer = buffer._replace(keys=keys, values=values, shared_length=[buffer.count])
+        phase = rope_phases(buffer.begin + buffer.count, self.shape[2])
+        rows = [self._row(byte, b, phase, buffer) for b, byte in enumerate(np.array(idx)[:, 0])]
+        buffer.shared_length[0] = buffer.count + 1
+        return mx.array(np.stack(rows)[:, None]), buffer._replace(count=buffer.count + 1)
 
-    def _row(self, byte, b, phase, tail):
-        """v (D,) of one byte of row b, whose keys and values it writes into the tail."""
+    def _row(self, byte, b, phase, buffer):
+        """v (D,) of one byte of row b, whose keys and values it writes into the buffer."""
         embed, encoder, encoder_v, encoder_v_rows, decoder = self.weights
-        (H, D, N, _), count = self.shape, tail.count
+        (H, D, N, _), count = self.shape, buffer.count
         v = _ln(embed[byte])
-        for layer, (keys, values) in enumerate(zip(tail.keys, tail.values, strict=True)):
+        for layer, (keys, values) in enumerate(zip(buffer.keys, buffer.values, strict=True)):
             x = np.maximum(np.stack([v @ encoder[h] for h in range(H)]), 0)
             q = (x.view(np.complex64) * phase).view(np.float32)
             a = np.zeros((H, D), np.float32)
             for h in range(H):
-                if tail.known:
-                    S = tail.known[layer][h, b if tail.known[layer].shape[1] > 1 else 0]
+                if buffer.base_state:
+                    S = buffer.base_state[layer][
+                        h, b if buffer.base_state[layer].shape[1] > 1 else 0
+                    ]
                     a[h] = self._rows_by(q[h], S.reshape(N // 2, 2 * D), pairs=True)
                 a[h] += (keys[h, b, :count] @ q[h]) @ values[b, :count]
             keys[:, b, count], values[b, count] = q, v

@@ -87,8 +87,10 @@ class PendingBuffer(NamedTuple):
     keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, N/2, BUFFER_BYTES, 2)
     values: tuple[mx.array, ...]  # (B, BUFFER_BYTES, D)
     shared_length: list[int]  # how many bytes the arrays hold, over all that share them
-    begin: mx.array  # phases of the tail's first byte
-    known: tuple[tuple[mx.array, mx.array], ...]  # of each layer, the synapses and scales of rows
+    begin: mx.array  # phases of the buffer's first byte
+    base_state: tuple[
+        tuple[mx.array, mx.array], ...
+    ]  # of each layer, the synapses and scales of rows
     done: mx.array  # zeros, in which blocks count those that have ended
     before: mx.array  # v of the byte before
     of: "DecodeStep"  # what it is for
@@ -96,11 +98,13 @@ class PendingBuffer(NamedTuple):
     def pending(self) -> list[tuple[mx.array, mx.array]]:
         """Of each layer the keys (H, B, N, count) and values (B, count, D), float32."""
         mx.eval(self.before)
-        found, (H, B, pairs, *_) = [], self.keys[0].shape
+        pairs_of_layers, (H, B, pairs, *_) = [], self.keys[0].shape
         for k, v in zip(self.keys, self.values, strict=True):
             k = k[..., : self.count, :].swapaxes(-1, -2).astype(mx.float32)
-            found.append((k.reshape(H, B, 2 * pairs, -1), v[:, : self.count].astype(mx.float32)))
-        return found
+            pairs_of_layers.append(
+                (k.reshape(H, B, 2 * pairs, -1), v[:, : self.count].astype(mx.float32))
+            )
+        return pairs_of_layers
 
     @property
     def short(self) -> bool:
@@ -108,12 +112,12 @@ class PendingBuffer(NamedTuple):
         return self.keys[0].dtype != mx.float32
 
     def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "PendingBuffer"]:
-        """The synapses with the bytes that wait, and a tail without any; of a full, `short` one."""
-        given = zip(synapses, self.keys, self.values, strict=True)
-        found = [fold(*layer, self.before) for layer in given]
-        after, *known = zip(*found, strict=True)
+        """The synapses with the bytes of a full, `short` buffer, and an empty buffer."""
+        layers = zip(synapses, self.keys, self.values, strict=True)
+        folded_layers = [fold(*layer, self.before) for layer in layers]
+        after, *base_state = zip(*folded_layers, strict=True)
         return after, self.of.empty_buffer(
-            position, list(zip(*known, strict=True)), len(self.values[0])
+            position, list(zip(*base_state, strict=True)), len(self.values[0])
         )
 
 
@@ -150,47 +154,47 @@ class DecodeStep:
         mx.eval(self.weights)
 
     def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
-        """A tail of B rows without a byte."""
+        """An empty buffer for B rows."""
         H, D, N, L = self.shape
         synapses = synapses or [mx.zeros((H, 1, N, D))] * L
         exact = self.dtype == mx.float32
         return self.empty_buffer(position, [(S, S) if exact else shorten(S) for S in synapses], B)
 
-    def empty_buffer(self, position: int, known, B: int) -> PendingBuffer:
-        """The same, where what is read of the synapses is `known`."""
+    def empty_buffer(self, position: int, base_state, B: int) -> PendingBuffer:
+        """The same, where what is read of the synapses is `base_state`."""
         H, D, N, L = self.shape
         keys = tuple(mx.zeros((H, B, N // 2, BUFFER_BYTES, 2), self.dtype) for _ in range(L))
         values = tuple(mx.zeros((B, BUFFER_BYTES, D), self.dtype) for _ in range(L))
         # arrays of up to 8 bytes lie in the host's memory, where blocks would count very slowly
         begin, done = mx.array(phase_increments(position, N)), mx.zeros(H * B + 2, mx.uint32)
-        tail = PendingBuffer(
-            0, keys, values, [0], begin, tuple(known), done, mx.zeros((B, 1, D)), self
+        buffer = PendingBuffer(
+            0, keys, values, [0], begin, tuple(base_state), done, mx.zeros((B, 1, D)), self
         )
-        mx.async_eval(tail)
-        return tail
+        mx.async_eval(buffer)
+        return buffer
 
-    def step(self, idx: mx.array, tail: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
-        """v (B, 1, D) of one byte idx (B, 1), and the tail with it."""
-        if tail.shared_length[0] > tail.count:
-            tail = self._own(tail)
-        v = self.compiled(idx, self.weights, _count(tail.count), *tail[1:3], *tail[4:8])
-        tail.shared_length[0] += 1
-        return v, tail._replace(count=tail.count + 1, before=v)
+    def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
+        """v (B, 1, D) of one byte idx (B, 1), and the buffer with it."""
+        if buffer.shared_length[0] > buffer.count:
+            buffer = self._own(buffer)
+        v = self.compiled(idx, self.weights, _count(buffer.count), *buffer[1:3], *buffer[4:8])
+        buffer.shared_length[0] += 1
+        return v, buffer._replace(count=buffer.count + 1, before=v)
 
-    def _own(self, tail: PendingBuffer) -> PendingBuffer:
-        """The tail with arrays of its own, without what others have written behind its bytes."""
-        mx.eval(tail.before)
-        own = mx.arange(BUFFER_BYTES)[:, None] < tail.count
+    def _own(self, buffer: PendingBuffer) -> PendingBuffer:
+        """The buffer with arrays of its own, without what others have written behind its bytes."""
+        mx.eval(buffer.before)
+        own = mx.arange(BUFFER_BYTES)[:, None] < buffer.count
         keys, values = (
-            tuple(mx.where(own, a, mx.zeros((), a.dtype)) for a in some) for some in tail[1:3]
+            tuple(mx.where(own, a, mx.zeros((), a.dtype)) for a in some) for some in buffer[1:3]
         )
-        tail = tail._replace(keys=keys, values=values, shared_length=[tail.count])
-        tail = tail._replace(done=mx.zeros(tail.done.shape, mx.uint32))
-        mx.eval(tail)
-        return tail
+        buffer = buffer._replace(keys=keys, values=values, shared_length=[buffer.count])
+        buffer = buffer._replace(done=mx.zeros(buffer.done.shape, mx.uint32))
+        mx.eval(buffer)
+        return buffer
 
 
-def step(idx, weights, count, keys, values, begin, known, done, before):
+def step(idx, weights, count, keys, values, begin, base_state, done, before):
     """v (B, 1, D) of one byte idx (B, 1), which joins keys and values in place.
 
     These must be the caller's own. No graph shows that they change: `before`, v of the byte before,
@@ -213,18 +217,18 @@ def step(idx, weights, count, keys, values, begin, known, done, before):
     P, P_fire = blocks(N // 2, G, 2 * BLOCKS), blocks(N, G_fire, BLOCKS // 2)
     v = embed[idx].reshape(B, D)
     low = v.astype(dtype)
-    for (S, scales), key, value in zip(known, keys, values, strict=True):
+    for (S, scales), key, value in zip(base_state, keys, values, strict=True):
         read = [v, S, scales, key, value, begin, turns, count, done, before]
-        found = ((P, H * B, D + BUFFER_BYTES), mx.float32), ((H, B, D), dtype)
-        left = ((P_fire * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)
+        recalled = ((P, H * B, D + BUFFER_BYTES), mx.float32), ((H, B, D), dtype)
+        fired = ((P_fire * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)
         if one:
-            _, a, x = run(RECALL_ONE, P, G, [*read, encoder], *found, ((H, B, N), dtype))
-            _, v, low = run(FIRE_ONE, P_fire, G_fire, [x, a, v, encoder_v, decoder, done], *left)
+            _, a, x = run(RECALL_ONE, P, G, [*read, encoder], *recalled, ((H, B, N), dtype))
+            _, v, low = run(FIRE_ONE, P_fire, G_fire, [x, a, v, encoder_v, decoder, done], *fired)
         else:
             x = low[None] @ encoder.swapaxes(-1, -2)
-            _, a = run(RECALL, P, G, [*read, x], *found)
+            _, a = run(RECALL, P, G, [*read, x], *recalled)
             g = a @ encoder_v.swapaxes(-1, -2)
-            _, v, low = run(FIRE, P_fire, G_fire, [x, g, v, decoder, done], *left)
+            _, v, low = run(FIRE, P_fire, G_fire, [x, g, v, decoder, done], *fired)
     return v[:, None]
 
 
@@ -234,7 +238,7 @@ def shorten(S: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def fold(S, keys, values, before):
-    """S (H, B or 1, N, D) with the bytes that wait in a full tail, and that in short."""
+    """S (H, B or 1, N, D) with the bytes of a full buffer, and the same in short."""
     (H, _, N, D), B = S.shape, values.shape[0]
     outputs = ((H, B, N, D), mx.float32), *_short((H, B, N, D))
     return _run_rows(FOLD, S, B, [S, keys, values, before], *outputs)

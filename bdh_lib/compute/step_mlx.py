@@ -21,8 +21,8 @@ class PendingBuffer(NamedTuple):
     count: int
     keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, BUFFER_BYTES, N)
     values: tuple[mx.array, ...]  # (B, BUFFER_BYTES, D)
-    begin: mx.array  # phases of the tail's first byte
-    known: tuple[mx.array, ...]  # of each layer, the synapses
+    begin: mx.array  # phases of the buffer's first byte
+    base_state: tuple[mx.array, ...]  # of each layer, the synapses
     of: "DecodeStep"  # what it is for
 
     def pending(self) -> list[tuple[mx.array, mx.array]]:
@@ -45,27 +45,29 @@ class DecodeStep:
         mx.eval(self.weights)
 
     def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
-        """A tail of B rows without a byte."""
+        """An empty buffer for B rows."""
         H, D, N, L = self.shape
         keys = tuple(mx.zeros((H, B, BUFFER_BYTES, N), self.dtype) for _ in range(L))
         values = tuple(mx.zeros((B, BUFFER_BYTES, D)) for _ in range(L))
-        known = tuple(synapses) or (mx.zeros((H, 1, N, D)),) * L
-        return PendingBuffer(0, keys, values, mx.array(phase_increments(position, N)), known, self)
+        base_state = tuple(synapses) or (mx.zeros((H, 1, N, D)),) * L
+        return PendingBuffer(
+            0, keys, values, mx.array(phase_increments(position, N)), base_state, self
+        )
 
-    def step(self, idx: mx.array, tail: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
-        """v (B, 1, D) of one byte idx (B, 1), and the tail with it."""
-        v, keys, values = self.compiled(idx, self.weights, mx.array(tail.count), *tail[1:5])
-        return v, tail._replace(count=tail.count + 1, keys=keys, values=values)
+    def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
+        """v (B, 1, D) of one byte idx (B, 1), and the buffer with it."""
+        v, keys, values = self.compiled(idx, self.weights, mx.array(buffer.count), *buffer[1:5])
+        return v, buffer._replace(count=buffer.count + 1, keys=keys, values=values)
 
 
-def step(idx, weights, count, keys, values, begin, known):
+def step(idx, weights, count, keys, values, begin, base_state):
     """One byte idx (B, 1): v (B, 1, D), and keys and values with it."""
     embed, encoder, encoder_v, decoder, turns = weights
     (H, D, N), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     angles = (begin + count.astype(mx.uint32) * turns).view(mx.int32) * (math.pi / 2**31)
     cos, sin, slot = mx.cos(angles), mx.sin(angles), mx.arange(keys[0].shape[2])
     v, now, after = embed[idx], (slot == count)[:, None], []
-    for S, K, V in zip(known, keys, values, strict=True):
+    for S, K, V in zip(base_state, keys, values, strict=True):
         x = mx.maximum(v.astype(dtype).reshape(1, B, D) @ encoder, 0)  # (H, B, N)
         x0, x1 = mx.split(x.astype(mx.float32).reshape(H, B, N // 2, 2), 2, -1)
         x0, x1 = x0[..., 0], x1[..., 0]

@@ -26,9 +26,9 @@ def detect(record: dict, questions: bool = False) -> tuple[str, list[dict | str]
     for name in ("messages", "conversations"):
         if isinstance(record.get(name), list):
             return name, _exchanges(record[name], questions)
-    found = {f: next((c for c in cs if c in record), None) for f, cs in COLUMNS.items()}
-    fields = {field: record[column] for field, column in found.items() if column}
-    names = [column for column in found.values() if column]
+    column_of = {f: next((c for c in cs if c in record), None) for f, cs in COLUMNS.items()}
+    fields = {field: record[column] for field, column in column_of.items() if column}
+    names = [column for column in column_of.values() if column]
     if not names:
         return (
             ("text", [record])
@@ -36,7 +36,7 @@ def detect(record: dict, questions: bool = False) -> tuple[str, list[dict | str]
             else (f"unknown ({', '.join(record)[:80]})", [{}])
         )
     if isinstance(extra := record.get("input"), str) and isinstance(fields.get("instruction"), str):
-        names.insert(names.index(found["instruction"]) + 1, "input")
+        names.insert(names.index(column_of["instruction"]) + 1, "input")
         fields["instruction"] += f"\n\n{extra}" if extra.strip() else ""
     return "/".join(names), [fields]
 
@@ -47,16 +47,16 @@ def _exchanges(turns: list, questions: bool) -> list[dict | str]:
         (FIELD_OF.get(str(t.get("role", t.get("from"))).lower()), t.get("content", t.get("value")))
         for t in turns
     ]
-    known = [turn for turn in spoken if turn[0]]
-    said, exchanges = {}, []
-    for field, some in groupby(known, lambda turn: turn[0]):
-        said[field] = _joined([content for _, content in some])
+    turns_of_known_roles = [turn for turn in spoken if turn[0]]
+    exchange, exchanges = {}, []
+    for field, some in groupby(turns_of_known_roles, lambda turn: turn[0]):
+        exchange[field] = _joined([content for _, content in some])
         if field == "response":
-            exchanges.append(said)
-            said = {"system": said["system"]} if "system" in said else {}
-    if questions and "instruction" in said:
-        exchanges.append(said)
-    unknown = [] if questions else [UNKNOWN_ROLE] * (len(spoken) - len(known))
+            exchanges.append(exchange)
+            exchange = {"system": exchange["system"]} if "system" in exchange else {}
+    if questions and "instruction" in exchange:
+        exchanges.append(exchange)
+    unknown = [] if questions else [UNKNOWN_ROLE] * (len(spoken) - len(turns_of_known_roles))
     return (exchanges or [{}]) + unknown
 
 

@@ -35,7 +35,7 @@ STOP = "\n---"  # ends a response; part of it, since a model must learn to stop
 
 
 def sample_prompts(mode: str, has: Collection[str]) -> list[str]:
-    """The guide's prompts for a model of `mode`, but for sections that data with the fields `has`
+    """Prompts for a model of `mode`, but for sections that data with the fields `has`
     do not have: of plain text the start of a record, in `full` no system text where none has one.
     """
     if not set(REQUIRED_FIELDS[mode]) & set(has):
@@ -61,13 +61,13 @@ def field_segments(record: dict, mode: str) -> list[tuple[str, str]]:
         return [("text", record["text"])]
     if mode in ("system", "instruction"):
         return [(mode, record[mode])]
-    found = []
+    segments = []
     for field in REQUIRED_FIELDS[mode]:
         if field != "system" or record.get("system"):
-            header = f"{SEPARATOR if found else ''}### {field.capitalize()}:\n"
+            header = f"{SEPARATOR if segments else ''}### {field.capitalize()}:\n"
             end = STOP if field == "response" else ""
-            found += [("", header), (field, record[field] + end)]
-    return found
+            segments += [("", header), (field, record[field] + end)]
+    return segments
 
 
 def format_example(record: dict, mode: str) -> str:

@@ -146,10 +146,10 @@ def _tell_large(what: str, files: list[Path], large: float = LARGE) -> None:
 def shown(records: Iterable, what: str) -> Iterator:
     """The records, with a bar on a terminal, and elsewhere a line every few seconds."""
     bar = tqdm(records, what, disable=None, delay=QUIET, unit=" records")
-    told = time.monotonic()
+    last_line = time.monotonic()
     for i, record in enumerate(bar, 1):
-        if bar.disable and time.monotonic() > told + LINE_EVERY:
-            told = time.monotonic()
+        if bar.disable and time.monotonic() > last_line + LINE_EVERY:
+            last_line = time.monotonic()
             print(f"{what}: {i:,} records ...", flush=True)
         yield record
 
@@ -206,8 +206,8 @@ def _parse_document(lines: TextIO) -> Iterator[dict | str]:
     elif text := (first + lines.read()).strip():
         if not _is_utf8(text):
             raise ValueError("it is not valid UTF-8; save it as UTF-8")
-        found = parse_json(text)
-        for record in found if isinstance(found, list) else [found]:
+        document = parse_json(text)
+        for record in document if isinstance(document, list) else [document]:
             yield record if isinstance(record, dict) else "not a JSON object"
 
 

@@ -140,7 +140,7 @@ def is_intact(folder: Path) -> bool:
                 if sha256(folder / f"{side}.{kind}") != report[side][name]:
                     return False
         for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
-            if (known := report.get(name)) and sha256(folder / file) != known:
+            if (expected := report.get(name)) and sha256(folder / file) != expected:
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -418,16 +418,18 @@ def has_field(fields: np.ndarray, name: str) -> bool:
 
 def data_changes(there: dict, here: dict) -> dict[str, str]:
     """How the bytes of two reports differ, under "train data" and "val data", where they do."""
-    found = {}
+    changes = {}
     for side in ("train", "val"):
         if there[side]["sha256"] != here[side]["sha256"]:
             one, other = (
                 f"{count_text(of[side]['records'])}{of[side]['bytes']:,} bytes, {_named(of)}"
                 for of in (there, here)
             )
-            said = f"there {one}, here {other}" if one != other else f"other bytes, as many: {one}"
-            found[f"{side} data"] = f"{side} data: {said}"
-    return found
+            change = (
+                f"there {one}, here {other}" if one != other else f"other bytes, as many: {one}"
+            )
+            changes[f"{side} data"] = f"{side} data: {change}"
+    return changes
 
 
 def _named(report: dict) -> str:

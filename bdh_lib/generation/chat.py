@@ -174,11 +174,11 @@ class Session:
     def turn(self, line: str) -> None:
         """Read a line in its format and print the answer as it comes; Ctrl-C ends it."""
         self.key, key = mx.random.split(self.key)
-        asked, terminal = self.asked(line), Terminal()
-        stop = StopMatcher(self.stops, asked)
+        prompt, terminal = self.asked(line), Terminal()
+        stop = StopMatcher(self.stops, prompt)
         try:
-            for begin in range(0, len(asked), PIECE):  # of which each lets Ctrl-C in
-                piece = asked[begin : begin + PIECE]
+            for begin in range(0, len(prompt), PIECE):  # of which each lets Ctrl-C in
+                piece = prompt[begin : begin + PIECE]
                 logits, self.state = read_prompt(self.model, pad_batch([piece]), self.state)
                 self.text += piece
             seen = pad_batch([self.text])
@@ -187,7 +187,7 @@ class Session:
                 self.state = state
                 self.text += bytes(token)
                 terminal.write(stop.feed(bytes(token)))
-                if stop.found:
+                if stop.matched:
                     break
         except KeyboardInterrupt:
             pass

@@ -48,20 +48,20 @@ def stream(
     sampling: Sampling,
     key: mx.array,
     seen: np.ndarray,
-    given: Sequence[bytes] = (),
+    forced: Sequence[bytes] = (),
 ) -> Iterator[tuple[list[int], State]]:
     """Endlessly the next byte of each row and the state after it, each at the same cost.
 
     `read` gave logits (B, V) and state; `seen` (B, T) are the bytes before, as far as they are
     known. A row takes first the bytes that are `given` for it; the others are drawn.
     """
-    given = pad_batch(given).T if given else ()  # (T, B)
+    forced = pad_batch(forced).T if forced else ()  # (T, B)
 
     def steps(logits, state, past):
         for i, number in enumerate(uniforms(key, len(logits))):
             token = sampling.draw(logits, past, number)
-            if i < len(given):
-                own = mx.array(given[i])
+            if i < len(forced):
+                own = mx.array(forced[i])
                 token = mx.where(own == NONE, token, own.astype(token.dtype))  # not to int64
             past = append_token(past, token)
             logits, state = read_on(model, token[:, None], state)
@@ -86,39 +86,39 @@ def _for_the_host(token: mx.array) -> list[mx.array]:
 
 
 class StopMatcher:
-    """Lets bytes through up to the first stop string, which may begin in the `before` of them.
+    """Lets bytes through up to the first stop string, which may begin in the `context` of them.
 
     What may be the beginning of a stop string is held back until it is one or is not.
     """
 
-    def __init__(self, stops: Sequence[bytes], before: bytes = b""):
-        self.stops, self.found = stops, False
-        self.reach = max(map(len, stops), default=1) - 1
-        self.before, self.held = before[max(0, len(before) - self.reach) :], b""
+    def __init__(self, stops: Sequence[bytes], context: bytes = b""):
+        self.stops, self.matched = stops, False
+        self.lookback = max(map(len, stops), default=1) - 1
+        self.context, self.pending = context[max(0, len(context) - self.lookback) :], b""
 
     def feed(self, piece: bytes) -> bytes:
-        """The bytes that are now certain to be shown; after a stop string is `found`, none."""
-        if self.found:
+        """The bytes that are now certain to be shown; after a stop string is `matched`, none."""
+        if self.matched:
             return b""
-        text, new = self.before + self.held + piece, len(self.before)
+        text, new = self.context + self.pending + piece, len(self.context)
         ends = [
             (at + len(stop), at)
             for stop in self.stops
             if (at := text.find(stop, max(0, new - len(stop) + 1))) >= 0
         ]
         if ends:
-            self.found, self.held = True, b""
+            self.matched, self.pending = True, b""
             return text[new : min(ends)[1]]
-        lengths = range(min(self.reach, len(text)), 0, -1)
+        lengths = range(min(self.lookback, len(text)), 0, -1)
         partial = (n for n in lengths if any(s.startswith(text[-n:]) for s in self.stops))
         cut = max(new, len(text) - next(partial, 0))
-        self.held, self.before = text[cut:], text[max(0, cut - self.reach) : cut]
+        self.pending, self.context = text[cut:], text[max(0, cut - self.lookback) : cut]
         return text[new:cut]
 
     def end(self) -> bytes:
         """What is still held back, when no more bytes come."""
-        held, self.held = self.held, b""
-        return held
+        pending, self.pending = self.pending, b""
+        return pending
 
 
 def generate_batch(
@@ -146,15 +146,15 @@ def generate_batch(
     if shared < shortest:
         logits, state = read_prompt(model, idx[:, shared:], state)
     logits = mx.broadcast_to(logits, (len(idx), logits.shape[-1]))
-    given = [prompt[shortest:] for prompt in prompts]
+    forced = [prompt[shortest:] for prompt in prompts]
     going = {row: (StopMatcher(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
-    for i, (tokens, _) in enumerate(stream(model, logits, state, sampling, key, idx, given), 1):
+    for i, (tokens, _) in enumerate(stream(model, logits, state, sampling, key, idx, forced), 1):
         for row, (stop, text) in list(going.items()):
-            own = i - len(given[row])  # bytes of this row that were drawn
+            own = i - len(forced[row])  # bytes of this row that were drawn
             if own > 0:
                 text += stop.feed(bytes([tokens[row]]))
-            if stop.found or own == budget:
-                yield row, bytes(text + stop.end()), stop.found
+            if stop.matched or own == budget:
+                yield row, bytes(text + stop.end()), stop.matched
                 del going[row]
         if not going:
             return

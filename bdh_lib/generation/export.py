@@ -83,7 +83,7 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
     try:
         about = files.read_json_object(checkpoint / "config.json")
         settings, step = runs.sound_settings(about["settings"]), about["step"]
-        told = {
+        rows = {
             "data": settings["DATASET"],
             "mode": settings["TRAINING_MODE"],
             "iterations": f"{step:,}",
@@ -96,11 +96,11 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
         best = files.read_json_object(checkpoint.parent / "best.json")
         if best["step"] == step and math.isfinite(best["monitored_loss"]):
             bits = best["monitored_loss"] / math.log(2)
-            told["validation"] = f"{bits:.4f} bits per byte, of {settings['LOSS_ON']} bytes"
+            rows["validation"] = f"{bits:.4f} bits per byte, of {settings['LOSS_ON']} bytes"
     own = about.get("own")
     for name in own if isinstance(own, list) else []:  # no flag of another's trainer
         settings.pop(name, None)
-    return told, settings
+    return rows, settings
 
 
 @contextmanager
@@ -128,16 +128,16 @@ def export_model(source: str, folder: Path) -> int:
     """Export the model that `source` names. Raises UserError."""
     weights = runs.find_weights(source)
     model = bdh_mlx.load_model(weights)
-    told, settings = facts(weights.parent)
-    told["shape"] = ", ".join(f"{k} {v}" for k, v in asdict(model.config).items())
-    rows = (f"| {k} | {escape_controls(str(v)).translate(CELL)} |" for k, v in told.items())
+    card_facts, settings = facts(weights.parent)
+    card_facts["shape"] = ", ".join(f"{k} {v}" for k, v in asdict(model.config).items())
+    rows = (f"| {k} | {escape_controls(str(v)).translate(CELL)} |" for k, v in card_facts.items())
     card = CARD.format(
         name=escape_controls(files.absolute(folder).name),
         parameters=model.config.n_parameters,
         facts="\n".join(rows),
         command=command_of(settings) if settings else "unknown: exported from weights alone",
         config=official(model.config),
-        mode=f" --mode {told['mode']}" if told.get("mode") in REQUIRED_FIELDS else "",
+        mode=f" --mode {card_facts['mode']}" if card_facts.get("mode") in REQUIRED_FIELDS else "",
     )
     with _made(folder):
         if any(folder.iterdir()):

@@ -83,8 +83,8 @@ def load_state(path: str | Path, model: BDH) -> State:
     H, D, N = model.encoder.shape
     prefixes = ["synapses", *(f"part.{number}" for number in range(count))]
     names = [[f"{prefix}.{i}" for i in range(model.config.n_layer)] for prefix in prefixes]
-    known = [of for of in names if of[0] in arrays or of is names[0]]  # a new part is empty
-    if {name for of in known for name in of} != arrays.keys() or any(
+    expected = [of for of in names if of[0] in arrays or of is names[0]]  # a new part is empty
+    if {name for of in expected for name in of} != arrays.keys() or any(
         (S.shape[0], *S.shape[2:], S.dtype) != (H, N, D, mx.float32) for S in arrays.values()
     ):
         raise UserError(f"{path} is damaged: arrays of ({H}, B, {N}, {D}) are missing in it")

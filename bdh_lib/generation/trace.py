@@ -44,8 +44,8 @@ def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[LayerTrace]:
     """What each layer computes for a text."""
     v = ln(model.embed(mx.array([list(text)])))
     for _ in range(model.config.n_layer):
-        after, _, kept = forward_segment(v, None, model.weights(), 0, len(text))
-        x, q, y = kept[5], kept[7], kept[8]
+        after, _, saved = forward_segment(v, None, model.weights(), 0, len(text))
+        x, q, y = saved.x, saved.q, saved.y
         yield LayerTrace(x, y, q.reshape(x.shape), v[0])
         v = after
 
@@ -58,10 +58,10 @@ def top_entries(values: mx.array, count: int = TOP) -> list[tuple[list[int], flo
     flat = values.reshape(-1)
     count = min(count, flat.size)
     places = np.array(mx.argpartition(-flat, count - 1)[:count])
-    found = np.array(flat[mx.array(places)])
-    order = np.argsort(-found)
+    largest = np.array(flat[mx.array(places)])
+    order = np.argsort(-largest)
     shaped = np.stack(np.unravel_index(places[order], values.shape), -1).tolist()
-    return [(p, f) for p, f in zip(shaped, found[order].tolist(), strict=True) if f > 0]
+    return [(p, f) for p, f in zip(shaped, largest[order].tolist(), strict=True) if f > 0]
 
 
 def synapses(model: bdh_mlx.BDH, layer: LayerTrace) -> dict[str, list[dict]]:
@@ -77,14 +77,13 @@ def synapses(model: bdh_mlx.BDH, layer: LayerTrace) -> dict[str, list[dict]]:
         parts = (layer.q[h, -1][:, None] * before).reshape(-1, 2, last.shape[1]).sum(1) * scale
         parts = mx.where(layer.y[h, -1] > 0, parts, 0)
         read += [(h, place, value) for place, value in top_entries(parts)]
-    told = {}
-    for name, found in (("written", written), ("read", read)):
-        found = sorted(found, key=lambda one: -one[2])[:TOP]
-        told[name] = [
+    strongest = {}
+    for name, entries in (("written", written), ("read", read)):
+        strongest[name] = [
             {"head": h, "from": [2 * i, 2 * i + 1], "to": j, "strength": value}
-            for h, (i, j), value in found
+            for h, (i, j), value in sorted(entries, key=lambda entry: -entry[2])[:TOP]
         ]
-    return told
+    return strongest
 
 
 def trace(model: bdh_mlx.BDH, text: bytes) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -92,13 +91,13 @@ def trace(model: bdh_mlx.BDH, text: bytes) -> tuple[dict, np.ndarray, np.ndarray
 
     A neuron is named by its head and its number in it: the layers share their neurons.
     """
-    told, shares, summed = [], [], 0
+    summaries, shares, summed = [], [], 0
     for layer in layers(model, text):
         fires = mx.mean(layer.y > 0, (0, 2))
         shares.append(np.array(fires))
         y = layer.y.swapaxes(0, 1)  # (T, H, N)
         summed = summed + y.reshape(len(text), -1)
-        told.append(
+        summaries.append(
             {
                 "share_x": mx.mean(layer.x > 0).item(),
                 "share_y": mx.mean(layer.y > 0).item(),
@@ -110,7 +109,7 @@ def trace(model: bdh_mlx.BDH, text: bytes) -> tuple[dict, np.ndarray, np.ndarray
             }
         )
     return (
-        {"text": escape_controls(decode_text(text)), "layers": told},
+        {"text": escape_controls(decode_text(text)), "layers": summaries},
         np.array(shares),
         np.array(summed),
     )
@@ -127,17 +126,17 @@ def selective_neurons(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]
     for text in texts:
         each = [mx.mean(layer.y > 0, 1) for layer in layers(model, text)]
         rates.append(np.array(sum(each) / len(each)))  # (H, N)
-    found = []
+    selected = []
     for i, own in enumerate(rates):
         other = np.max([r for j, r in enumerate(rates) if j != i], 0)
         best = top_entries(mx.array(own - other))
-        found.append(
+        selected.append(
             [
                 {"head": h, "neuron": n, "here": float(own[h, n]), "elsewhere": float(other[h, n])}
                 for (h, n), _ in best
             ]
         )
-    return found
+    return selected
 
 
 # ------------------------------------------------------------------------------------ what is made
@@ -175,12 +174,12 @@ def output_paths(out: Path | None) -> tuple[Path, Path]:
     if stem.is_dir():
         stem = stem / "trace"
     stem = stem.with_suffix("") if stem.suffix in (".png", ".json") else stem
-    found = [stem.with_name(stem.name + suffix) for suffix in (".png", ".json")]
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".json")]
     if not stem.parent.is_dir():
         raise UserError(f"--out {out}: {stem.parent} is no folder")
-    for path in found:
+    for path in paths:
         check_replaceable(path, "--out")
-    return tuple(found)
+    return tuple(paths)
 
 
 def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -> int:
@@ -192,24 +191,24 @@ def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -
     read = [line for text in texts for line in _lines(text)]
     if not read:
         raise UserError("--trace has no text; give at least one byte")
-    told, shares, summed = trace(model, read[0])
-    for i, layer in enumerate(told["layers"]):
+    summary, shares, summed = trace(model, read[0])
+    for i, layer in enumerate(summary["layers"]):
         print(f"layer {i}: x {layer['share_x']:.1%}, y {layer['share_y']:.1%} of neurons active")
-        for name, found in layer["synapses"].items():
-            ends = (f"{s['head']}.{s['from'][0]}+1 -> {s['head']}.{s['to']}" for s in found[:3])
+        for name, entries in layer["synapses"].items():
+            ends = (f"{s['head']}.{s['from'][0]}+1 -> {s['head']}.{s['to']}" for s in entries[:3])
             print(f"  strongest synapses {name}: {', '.join(ends) or 'none'}")
     if len(read) > 1:
-        told["texts"] = [escape_controls(decode_text(text)) for text in read]
-        told["selective"] = selective_neurons(model, read)
-        for text, found in zip(told["texts"], told["selective"], strict=True):
-            names = (f"{n['head']}.{n['neuron']} ({n['here']:.0%})" for n in found[:5])
+        summary["texts"] = [escape_controls(decode_text(text)) for text in read]
+        summary["selective"] = selective_neurons(model, read)
+        for text, entries in zip(summary["texts"], summary["selective"], strict=True):
+            names = (f"{n['head']}.{n['neuron']} ({n['here']:.0%})" for n in entries[:5])
             print(f"only on {text[:40]!r}: {', '.join(names) or 'none'}")
     from bdh_lib.plots import drawn
 
     figure = drawn(picture(read[0], shares, summed, model.config.neurons_per_head), "png")
     with atomic_writer(drawing) as png, atomic_writer(listing) as text:
         png.write_bytes(figure)
-        text.write_text(json.dumps({"made_by": MADE_BY} | told))
+        text.write_text(json.dumps({"made_by": MADE_BY} | summary))
     print(f"written: {drawing}, {listing}")
     return 0
 

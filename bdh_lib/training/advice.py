@@ -1,4 +1,4 @@
-"""The guide's warning signs as checks on a run's metrics: what is seen and which setting to change.
+"""Warning signs in a run's metrics: what they are, and which setting to change.
 
 After an evaluation that shows a sign there is one line, of the first sign that explains what is
 seen; a healthy run gets none.
@@ -36,20 +36,20 @@ def byte_baselines(loss_on: str, train: tuple, val: tuple) -> tuple[float, float
     """Nats per byte, of the first million of each (bytes, fields) that LOSS_ON counts: order_0 of
     val, and a model that counted in train which byte follows which.
     """
-    known, judged = (first_counted(loss_on, *side) for side in (train, val))
-    return order_0(judged), order_n(known, judged, order=1) * math.log(2)
+    train_bytes, val_bytes = (first_counted(loss_on, *side) for side in (train, val))
+    return order_0(val_bytes), order_n(train_bytes, val_bytes, order=1) * math.log(2)
 
 
 def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.ndarray:
     """The first MILLION bytes of `stream` that LOSS_ON counts, wherever they stand."""
     if loss_on == "all":
         return np.array(stream[:MILLION])
-    parts, found = [np.empty(0, np.uint8)], 0
+    parts, count = [np.empty(0, np.uint8)], 0
     for begin in range(0, len(stream), MILLION):  # the stream may be larger than the memory
         counted = fields[begin : begin + MILLION] == FIELDS.index(loss_on)
         parts.append(stream[begin : begin + MILLION][counted])
-        found += len(parts[-1])
-        if found >= MILLION:
+        count += len(parts[-1])
+        if count >= MILLION:
             break
     return np.concatenate(parts)[:MILLION]
 
@@ -79,8 +79,8 @@ def advise(
         order_1=known[1],
     )
     for sign in (overfitting, too_high, stuck, not_coherent, slow):
-        if said := sign(run, s):
-            return {sign.__name__: said}
+        if advice := sign(run, s):
+            return {sign.__name__: advice}
     return {}
 
 
@@ -152,11 +152,11 @@ def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
 
 def not_coherent(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
     if run.val[run.now] > NOISE_SHARE * run.order_0:
-        bits, known = (nats / math.log(2) for nats in (run.val[run.now], run.order_0))
+        bits, unigram = (nats / math.log(2) for nats in (run.val[run.now], run.order_0))
         end = "MAX_ITERS" if run.total == s.MAX_ITERS else "EPOCHS"
         return (
             f"not yet coherent: {bits:.2f} bits per byte, and to know only how often each byte "
-            f"occurs gives {known:.2f}: samples are noise. "
+            f"occurs gives {unigram:.2f}: samples are noise. "
             + ("Go on" if run.now < run.total else f"Double {end} ({vars(s)[end]:g})")
         )
 
@@ -164,10 +164,10 @@ def not_coherent(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
 def slow(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
     late = run.now >= max(LATE * run.total, 2 * s.WARMUP_ITERS)
     if late and s.LEARNING_RATE < RATE and run.val[run.now] > run.order_1:
-        bits, known = (nats / math.log(2) for nats in (run.val[run.now], run.order_1))
+        bits, bigram = (nats / math.log(2) for nats in (run.val[run.now], run.order_1))
         return (
             f"slow: {bits:.2f} bits per byte after {run.now} of {run.total} iterations; to know "
-            f"only which byte follows which gives {known:.2f}. Raise LEARNING_RATE from "
+            f"only which byte follows which gives {bigram:.2f}. Raise LEARNING_RATE from "
             f"{s.LEARNING_RATE:g} to {RATE:g}"
         )
 
@@ -188,13 +188,13 @@ def order_n(train: np.ndarray, val: np.ndarray, order: int = 3) -> float:
         return 8.0
     p = np.full(n, 1 / 256)
     for k in range(order + 1):
-        seen, asked = (_windows(stream, k + 1) for stream in (train, val))
-        asked = asked[order - k :]
-        grams, counts = np.unique(seen, return_counts=True)
+        grams_seen, queries = (_windows(stream, k + 1) for stream in (train, val))
+        queries = queries[order - k :]
+        grams, counts = np.unique(grams_seen, return_counts=True)
         contexts, first, followers = np.unique(grams >> 8, return_index=True, return_counts=True)
         totals = np.add.reduceat(counts, first)
-        count = _look_up(grams, counts, asked)
-        total, distinct = (_look_up(contexts, t, asked >> 8) for t in (totals, followers))
+        count = _look_up(grams, counts, queries)
+        total, distinct = (_look_up(contexts, t, queries >> 8) for t in (totals, followers))
         p = np.where(total > 0, (count + distinct * p) / np.maximum(total + distinct, 1), p)
     return float(-np.log2(p).mean())
 
@@ -208,9 +208,9 @@ def _windows(stream: np.ndarray, width: int) -> np.ndarray:
     return number.astype(np.int64)
 
 
-def _look_up(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def _look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """The value of each key asked for, 0 for one that is not there."""
     if not len(keys):
-        return np.zeros(len(asked), int)
-    at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-    return np.where(keys[at] == asked, values[at], 0)
+        return np.zeros(len(queries), int)
+    at = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[at] == queries, values[at], 0)

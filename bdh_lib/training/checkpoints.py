@@ -201,14 +201,14 @@ def newest_valid(run: Path) -> int:
     Raises NoneValid when there are checkpoints but no sound one, or when there were some: never a
     silent start from nothing.
     """
-    found = steps(run)
-    for step in reversed(found):
+    candidates = steps(run)
+    for step in reversed(candidates):
         if not (reason := find_corruption(folder(run, step))):
             return step
         aside = folder(run, step).rename(unused(run, f"damaged-{step:06d}"))
         reason = escape_controls(reason)
         print(f"warning: checkpoint {step} is damaged, kept as {aside.name}: {reason}")
-    if found or any(run.glob("damaged-[0-9]*")):
+    if candidates or any(run.glob("damaged-[0-9]*")):
         raise NoValidCheckpoint(
             f"{run} has no valid checkpoint left; set RUN_NAME to start another run"
         )
@@ -233,20 +233,20 @@ def load(run: Path, step: int, model: BDH, optimizer, raw: dict | None = None) -
 
 def _arrays_like(tree, file: Path):
     """The file's arrays as such a tree. Raises UserError naming each one that differs."""
-    found, wanted = read_arrays(file)[0], dict(tree_flatten(tree))
+    arrays, expected = read_arrays(file)[0], dict(tree_flatten(tree))
     differ = []
-    for name in sorted(wanted.keys() | found.keys()):
+    for name in sorted(expected.keys() | arrays.keys()):
         have, need = (
             f"{d[name].shape} {str(d[name].dtype)[9:]}" if name in d else "absent"
-            for d in (found, wanted)
+            for d in (arrays, expected)
         )
         if have != need:
             differ.append(f"`{name}` is {have}, must be {need}")
     if differ:
         raise UserError(f"{file} is not this model's: {'; '.join(differ)}")
-    if not _finite(found.items()):
+    if not _finite(arrays.items()):
         raise UserError(f"{file} holds numbers that are not finite")
-    return tree_unflatten(list(found.items()))
+    return tree_unflatten(list(arrays.items()))
 
 
 def _finite(named: Iterable[tuple[str, mx.array]]) -> bool:

@@ -62,13 +62,13 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) 
     """Bits per byte of the run's best weights on the validation bytes of every mode that the data
     serve; kept in modes.json, by field too. loss_in(model, mode) -> nats, nats by field.
     """
-    told = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
-    told["data"] = split.cache_key(s.DATASET, s.TRAINING_MODE, s.VAL_FRACTION, s.SEED)
+    results = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
+    results["data"] = split.cache_key(s.DATASET, s.TRAINING_MODE, s.VAL_FRACTION, s.SEED)
     file = run / "modes.json"
     with suppress(OSError, ValueError):
-        known = files.parse_json(file.read_text())
-        if told.items() <= known.items():
-            return known["val_bpb"]
+        earlier = files.parse_json(file.read_text())
+        if results.items() <= earlier.items():
+            return earlier["val_bpb"]
     model = load_model(run)
     model.compute = memory.select_mode(s)[1]
     bpb, fields = {}, {}
@@ -78,8 +78,8 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) 
             bpb[mode] = loss / math.log(2)
             fields[mode] = {field: of / math.log(2) for field, of in nats.items()}
     if not stop.number:
-        told |= {"val_bpb": bpb, "val_bpb_fields": fields}
-        files.atomic_write_text(file, json.dumps(told, indent=1))
+        results |= {"val_bpb": bpb, "val_bpb_fields": fields}
+        files.atomic_write_text(file, json.dumps(results, indent=1))
     return bpb
 
 

@@ -72,16 +72,16 @@ CODECS = [_bytes_under(codec) for codec in ("cp1252", "latin1", "mac_roman")]
 
 def mojibake(text: str) -> str | None:
     """The first UTF-8 of `text` that was read as Windows or Mac text, such as `â€™`, if any."""
-    for found in NOT_ASCII.finditer(text):
+    for match in NOT_ASCII.finditer(text):
         for codec in CODECS:
-            if sequence := UTF_8.search(bytes(codec.get(ord(c), 0) for c in found[0])):
-                return found[0][slice(*sequence.span())]
+            if sequence := UTF_8.search(bytes(codec.get(ord(c), 0) for c in match[0])):
+                return match[0][slice(*sequence.span())]
     return None
 
 
 def examine(s: SimpleNamespace) -> Findings:
     """Read every record once more; note what is odd in it and which side of the split has it."""
-    found = Findings()
+    findings = Findings()
     cache = Path(s.CHECKPOINT_DIR) / ".data"
     folder = split.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_FRACTION, s.SEED, cache)
     has = json.loads((folder / "data.json").read_text())["fields"]
@@ -96,13 +96,13 @@ def examine(s: SimpleNamespace) -> Findings:
                 if "text" in content or {*required_fields(m, has)} <= {*content}
             ]
             for mode in serves:
-                found.usable[mode] += 1
+                findings.usable[mode] += 1
                 for name, text in field_segments(content, mode):
-                    found.of_mode[mode][name] += len(text.encode())
+                    findings.of_mode[mode][name] += len(text.encode())
             if s.TRAINING_MODE in serves:
-                _note(found, content, format_example(content, s.TRAINING_MODE), s)
-                found.in_val.append(validates)
-    return found
+                _note(findings, content, format_example(content, s.TRAINING_MODE), s)
+                findings.in_val.append(validates)
+    return findings
 
 
 def _note(found: Findings, content: dict, text: str, s: SimpleNamespace) -> None:
@@ -143,8 +143,8 @@ def oddities(found: Findings) -> list[str]:
     lines.append(f"  {both:,} of {in_val.sum():,} validation records are in the training split")
     for name, digests in found.fields.items():
         if len(digests) == n:
-            known = {d for d, val in zip(digests, in_val, strict=True) if not val}
-            same = sum(d in known for d, val in zip(digests, in_val, strict=True) if val)
+            train_digests = {d for d, val in zip(digests, in_val, strict=True) if not val}
+            same = sum(d in train_digests for d, val in zip(digests, in_val, strict=True) if val)
             lines.append(
                 f"  {same:,} of {in_val.sum():,} share their {name} with a training record"
             )
@@ -234,14 +234,14 @@ def print_plan(trainer: ModuleType, given: SimpleNamespace) -> int:
 
 def tell_records(s: SimpleNamespace) -> dict[str, int]:
     """Print what the records hold; gives the training bytes of each mode."""
-    found = examine(s)
+    findings = examine(s)
     print("\nthe records that this mode trains on, what is odd in them and what validation shares:")
-    print(escape_controls("\n".join(oddities(found))))
-    print(f"\nrecords and bytes by mode:\n{modes(found)}")
-    raw = found.example.encode()
+    print(escape_controls("\n".join(oddities(findings))))
+    print(f"\nrecords and bytes by mode:\n{modes(findings)}")
+    raw = findings.example.encode()
     print(f"\nthe first record as trained on, {len(raw):,} bytes, of which up to {SHOWN}:")
     print(f"  {raw[:SHOWN]!r}")
-    return {mode: round(n.total() * (1 - s.VAL_FRACTION)) for mode, n in found.of_mode.items()}
+    return {mode: round(n.total() * (1 - s.VAL_FRACTION)) for mode, n in findings.of_mode.items()}
 
 
 def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:

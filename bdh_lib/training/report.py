@@ -56,12 +56,12 @@ def _config_of(run: Path) -> dict:
     """config.json, without what is not as the trainer writes it, of which a warning tells."""
     config, damaged = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}, []
     try:
-        found = files.read_json_object(run / "config.json")
+        content = files.read_json_object(run / "config.json")
     except UserError as error:
         print(f"warning: {error}", file=sys.stderr)
         return config
     for name, empty in config.items():
-        value = found.get(name, empty)
+        value = content.get(name, empty)
         if type(value) is type(empty) and _is_described(name, value):
             config[name] = value
         else:
@@ -85,16 +85,18 @@ def _is_described(name: str, value) -> bool:
 def _sound(m: dict) -> dict:
     """A line of the log without values of another type than the trainer writes."""
     others = ("val_bpb_fields", "advice", "samples", "active_x", "active_y")
-    kept = {k: value for k, value in m.items() if k not in others and _is_number(value)}
+    numbers = {k: value for k, value in m.items() if k not in others and _is_number(value)}
     fields, advice, samples, x, y = map(m.get, others)
     if isinstance(fields, dict):
-        kept["val_bpb_fields"] = {f: bits for f, bits in fields.items() if _is_number(bits)}
+        numbers["val_bpb_fields"] = {f: bits for f, bits in fields.items() if _is_number(bits)}
     if isinstance(advice, dict):
-        kept["advice"] = advice
+        numbers["advice"] = advice
     if isinstance(samples, list):
-        kept["samples"] = [text for text in samples if isinstance(text, str)]
+        numbers["samples"] = [text for text in samples if isinstance(text, str)]
     lists = isinstance(x, list) and isinstance(y, list) and len(x) == len(y)
-    return kept | ({"active_x": x, "active_y": y} if lists and all(map(_is_number, x + y)) else {})
+    return numbers | (
+        {"active_x": x, "active_y": y} if lists and all(map(_is_number, x + y)) else {}
+    )
 
 
 def _is_number(value) -> bool:
@@ -107,9 +109,9 @@ def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of the lines that have a number under `key`, thinned to about POINTS; the
     last one stays.
     """
-    found = [(m["step"], m[key]) for m in lines if _is_number(m.get(key))]
-    step = math.ceil(len(found) / POINTS) or 1
-    thin = found[::step] + (found[-1:] if (len(found) - 1) % step else [])
+    points = [(m["step"], m[key]) for m in lines if _is_number(m.get(key))]
+    step = math.ceil(len(points) / POINTS) or 1
+    thin = points[::step] + (points[-1:] if (len(points) - 1) % step else [])
     steps, values = zip(*thin, strict=True) if thin else ((), ())
     return list(steps), list(values)
 
@@ -140,11 +142,11 @@ def curves(config: dict, lines: list[dict]):
     grid = figure.add_gridspec(2, 3, height_ratios=[1.7, 1])
     loss = figure.add_subplot(grid[0, :])
     panel(loss, "bits per byte")
-    of, known = monitored_name(config), bits(lines)
+    of, in_bits = monitored_name(config), bits(lines)
     loss.plot(
-        *series(known, "bpb"), color=LINES[0], linewidth=1, alpha=0.7, label=f"training, {of}"
+        *series(in_bits, "bpb"), color=LINES[0], linewidth=1, alpha=0.7, label=f"training, {of}"
     )
-    steps, values = series([m for m in known if m["step"]] or known, "monitored_bpb")
+    steps, values = series([m for m in in_bits if m["step"]] or in_bits, "monitored_bpb")
     lowest = f", best {best(lines)['monitored_bpb']:.3f}" if best(lines) else ""
     loss.plot(steps, values, color=LINES[1], linewidth=2, marker="o", markersize=3,
               label=f"validation, {of}{lowest}")  # fmt: skip
@@ -233,10 +235,10 @@ def samples_of(lines: list[dict]) -> list[tuple[int, list[str]]]:
 
 def activity_html(lines: list[dict]) -> str:
     """Share of neurons that fire per layer, and how many never did in the best model."""
-    found = [(m["active_x"], m["active_y"]) for m in lines if "active_y" in m]
+    shares = [(m["active_x"], m["active_y"]) for m in lines if "active_y" in m]
     rows = ""
-    if found:
-        for i, (x, y) in enumerate(zip(*found[-1], strict=True)):
+    if shares:
+        for i, (x, y) in enumerate(zip(*shares[-1], strict=True)):
             bars = "".join(
                 f'<td>{share:.1%}</td><td style="width:33%"><div class="bar" '
                 f'style="width:{min(1, share):.1%}"></div></td>'
@@ -265,7 +267,7 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
         for m in lines[::-1]
         for note in (m.get("advice") or {}).values()
     ]
-    said = samples_of(lines)[::-1]
+    samples = samples_of(lines)[::-1]
     parts = {
         "Curves": svg[svg.index("<svg") :] if svg else "",
         "Advice": "".join(f'<p class="note">{text(n)}</p>' for n in dict.fromkeys(advice)),
@@ -275,7 +277,7 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
             f"<details {'open' if i == 0 else ''}><summary>iteration {text(step)}</summary>"
             + "".join(f"<pre>{text(sample)}</pre>" for sample in texts)
             + "</details>"
-            for i, (step, texts) in enumerate(said)
+            for i, (step, texts) in enumerate(samples)
         ),
         "Data": f"<pre>{text(split.describe(about))}</pre>" if about else "",
         "Settings": f'<div class="two">{html_table(list(settings.items()))}</div>',

@@ -218,8 +218,8 @@ def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float
         for position in range(0, len(block), PIECE):
             v = ln(model.embed(mx.array(block[None, position : position + PIECE])))
             for i in range(L):
-                v, S[i], kept = forward_segment(v, S[i], model.weights(), position, PIECE)
-                x, y = kept[5], kept[8]
+                v, S[i], saved = forward_segment(v, S[i], model.weights(), position, PIECE)
+                x, y = saved.x, saved.y
                 active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
                 excited = excited | mx.any(x > 0, -2)
             mx.eval(excited)  # or each x would be kept to the end

@@ -73,13 +73,13 @@ def largest(differences) -> float:
 
 def defined(trainer: ModuleType) -> tuple[float, float]:
     """Loss and gradients in chunks of several lengths, and by the definition."""
-    model, batch, found = a_model(), batch_number(trainer, 0), []
+    model, batch, losses = a_model(), batch_number(trainer, 0), []
     for chunk in (None, 7, 32, T):
         model.compute = replace(model.compute, chunk=chunk or T)
         call = model if chunk else model.quadratic
         gradient = nn.value_and_grad(model, lambda *a, call=call: call(*a)[1])
-        found.append([array for _, array in tree_flatten(gradient(*batch))])
-    pairs = (pair for other in found[1:] for pair in zip(found[0], other, strict=True))
+        losses.append([array for _, array in tree_flatten(gradient(*batch))])
+    pairs = (pair for other in losses[1:] for pair in zip(losses[0], other, strict=True))
     return largest(apart(a, b) for a, b in pairs), tolerance()
 
 
@@ -140,17 +140,17 @@ def gpu_is_cpu(trainer: ModuleType) -> tuple[float, float]:
     """Loss and every gradient, dropout included, on both."""
     if not (both := devices()):
         raise Skipped("no GPU that MLX uses")
-    before, found = mx.default_device(), []
+    before, results = mx.default_device(), []
     try:
         for device in both:
             mx.set_default_device(device)
             model, batch = a_model(), batch_number(trainer, 0)
             gradient = nn.value_and_grad(model, lambda *a, model=model: model(*a)[1])
-            found.append(tree_flatten(gradient(*batch, mx.random.key(SEED))))
-            mx.eval(found)
+            results.append(tree_flatten(gradient(*batch, mx.random.key(SEED))))
+            mx.eval(results)
     finally:
         mx.set_default_device(before)
-    return largest(apart(b, a) for (_, a), (_, b) in zip(*found, strict=True)), GPU
+    return largest(apart(b, a) for (_, a), (_, b) in zip(*results, strict=True)), GPU
 
 
 CHECKS = {
@@ -185,5 +185,5 @@ def run_checks(trainer: ModuleType) -> int:
 
 
 def versions() -> dict:
-    found = checkpoints.versions()
-    return {k: found[k] for k in ("mlx", "python", "machine")}
+    all_versions = checkpoints.versions()
+    return {k: all_versions[k] for k in ("mlx", "python", "machine")}

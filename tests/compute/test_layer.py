@@ -36,7 +36,7 @@ def worst(a, b):
 def test_values_and_gradients_equal_the_quadratic_form(T, chunk, rows, keep):
     model, batch = random_model(), (random_bytes(2, T), random_bytes(2, T, seed=2))
     slow = loss_and_gradients(model, lambda idx: model.quadratic(idx)[0], batch)
-    model.compute = Compute(chunk=chunk, rows=rows, keep=keep)
+    model.compute = Compute(chunk=chunk, rows=rows, saved_activations=keep)
     assert worst(loss_and_gradients(model, lambda idx: model(idx)[0], batch), slow) < 2e-5
 
 
@@ -45,7 +45,7 @@ def test_values_and_gradients_equal_the_quadratic_form(T, chunk, rows, keep):
 def test_dropout_has_one_mask_in_forward_and_recomputation(keep, compiled):
     """Against a quadratic layer that is given the same mask."""
     compute, key, rate, (B, T) = (
-        Compute(chunk=8, rows=40, keep=keep),
+        Compute(chunk=8, rows=40, saved_activations=keep),
         mx.random.key(3),
         0.3,
         (2, 45),
@@ -112,7 +112,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16
 
     yardstick = error(loss_and_gradients(model, rounded, batch)).item()
     for chunk, keep in ((16, 0), (16, 4), (96, 4)):
-        model.compute = Compute(mx.bfloat16, chunk=chunk, rows=48, keep=keep)
+        model.compute = Compute(mx.bfloat16, chunk=chunk, rows=48, saved_activations=keep)
         fast = loss_and_gradients(model, lambda idx: model(idx)[0], batch)
         assert all(g.dtype == mx.float32 for g in fast.values())
         assert 1e-4 < error(fast).item() <= 1.1 * yardstick

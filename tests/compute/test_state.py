@@ -37,11 +37,11 @@ class Late:
     def __init__(self):
         self.pending = {}
 
-    def step(self, idx, weights, count, keys, values, begin, known, done, before):
+    def step(self, idx, weights, count, keys, values, begin, base_state, done, before):
         self.arrive(before)
         embed, encoder, encoder_v, decoder, turns = weights
         weights = embed, encoder.swapaxes(-1, -2), encoder_v.swapaxes(-1, -2), decoder, turns
-        (H, B, pairs, K, _), S = keys[0].shape, [S for S, _ in known]
+        (H, B, pairs, K, _), S = keys[0].shape, [S for S, _ in base_state]
         rows = [k.swapaxes(2, 3).reshape(H, B, K, 2 * pairs) for k in keys]
         v, *after = step_mlx.step(idx, weights, count, rows, values, begin, S)
         mx.eval(v, after)
@@ -233,7 +233,7 @@ def test_a_window_that_is_none_is_refused(window):
         prefill(random_model(), random_bytes(1, 20), State(window=window))
 
 
-@pytest.mark.parametrize("length", [3, 40])  # read by bytes, with a tail; read at once, without
+@pytest.mark.parametrize("length", [3, 40])  # read by bytes, with a buffer; read at once, without
 def test_a_state_of_a_model_of_another_shape_is_refused(length, tmp_path):
     small, other = random_model(), bdh_mlx.BDH(bdh_mlx.BDHConfig(1, 8, 0, 1, 4))
     _, state = prefill(other, random_bytes(1, length))
@@ -252,7 +252,7 @@ def test_a_state_of_a_model_of_another_shape_is_refused(length, tmp_path):
     [
         ({"position": "a"}, "position is 'a'"),
         ({"position": -5}, "position is -5"),
-        ({"tail": 3}, "tail is of type int"),
+        ({"buffer": 3}, "buffer is of type int"),
         ({"synapses": (mx.zeros((2, 1, 64)),) * 2}, r"= \(2, 2, 1, 64\), here"),
         ({"synapses": (mx.zeros((2, 1, 64, 16)), mx.zeros((2, 1, 64, 8)))}, r"\(2, 2, 8, 64\)"),
     ],

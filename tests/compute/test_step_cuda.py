@@ -44,7 +44,16 @@ def library(tmp_path_factory):
             source += entry(kernel, D, dtype, T)
     folder = tmp_path_factory.mktemp("cuda")
     (folder / "kernels.cpp").write_text(source)
-    command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-I", ROOT / "tests/compute", "-o"]
+    command = [
+        COMPILER,
+        "-std=c++20",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-I",
+        ROOT / "tests/compute",
+        "-o",
+    ]
     subprocess.run([*command, folder / "kernels.so", folder / "kernels.cpp"], check=True)
     return ctypes.CDLL(str(folder / "kernels.so"))
 
@@ -165,16 +174,18 @@ def same_as_the_plain_step(model, B, dtype, count, rows=None):
     (H, D, N), at = model.encoder.shape, 10**6
     S = tuple(mx.random.normal((H, rows or B, N, D), key=mx.random.key(7)) for _ in range(2))
     ways = step_cuda.DecodeStep(model), step_mlx.DecodeStep(model)
-    tails = [way.new_buffer(at, S, B) for way in ways]
-    fill(*tails, count)
-    tails = [tail._replace(count=count) for tail in tails]
+    buffers = [way.new_buffer(at, S, B) for way in ways]
+    fill(*buffers, count)
+    buffers = [buffer._replace(count=count) for buffer in buffers]
     near = 2e-4 if dtype == mx.float32 else 4e-2
 
-    def step(tails, i):
+    def step(buffers, i):
         idx = mx.array([[(65 + i + b) % 256] for b in range(B)])
         if i == 1:
-            ways[0].step(idx + 1, tails[0])
-        (v, own), (expected, plain) = (way.step(idx, t) for way, t in zip(ways, tails, strict=True))
+            ways[0].step(idx + 1, buffers[0])
+        (v, own), (expected, plain) = (
+            way.step(idx, t) for way, t in zip(ways, buffers, strict=True)
+        )
         assert mx.max(mx.abs(v - expected)) < near and mx.mean(mx.abs(v - expected)) < near / 4
         for pairs in zip(own.pending(), plain.pending(), strict=True):
             for found, wanted in zip(*pairs, strict=True):
@@ -182,20 +193,20 @@ def same_as_the_plain_step(model, B, dtype, count, rows=None):
         return own, plain
 
     for i in range(3):
-        tails = step(tails, i)
-    given = [[np.array(a, np.float64) for a in pair] for pair in tails[0].pending()]
+        buffers = step(buffers, i)
+    given = [[np.array(a, np.float64) for a in pair] for pair in buffers[0].pending()]
     exact = [np.array(s, np.float64) + keys @ v for s, (keys, v) in zip(S, given, strict=True)]
     at += count + 3
     if dtype == mx.float32:
         after = tuple(mx.array(s.astype(np.float32)) for s in exact)
-        tail = ways[0].new_buffer(at, after, B)
+        buffer = ways[0].new_buffer(at, after, B)
     else:
-        after, tail = tails[0].folded(S, at)
-        for found, wanted, (low, scales) in zip(after, exact, tail.known, strict=True):
+        after, buffer = buffers[0].folded(S, at)
+        for found, wanted, (low, scales) in zip(after, exact, buffer.base_state, strict=True):
             assert np.abs(np.array(found) - wanted).max() < 1e-5 * np.abs(wanted).max()
             off = mx.abs(low.view(mx.int8).astype(mx.float32) * scales[..., None] - found)
             assert mx.all(off <= 0.5001 * scales[..., None]).item()
-    step((tail, ways[1].new_buffer(at, after, B)), 3)
+    step((buffer, ways[1].new_buffer(at, after, B)), 3)
 
 
 def fill(own, plain, count):
@@ -232,9 +243,9 @@ def test_a_nan_writes_nowhere_but_where_it_is(kernels, neuron):
     encoder[0, :, neuron] = np.nan
     model.encoder = mx.array(encoder)
     way = step_cuda.DecodeStep(model)
-    v, tail = way.step(mx.array([[65]]), way.new_buffer(3, (), 1))
+    v, buffer = way.step(mx.array([[65]]), way.new_buffer(3, (), 1))
     assert mx.all(mx.isnan(v)).item()
-    keys = np.array(tail.pending()[0][0])
+    keys = np.array(buffer.pending()[0][0])
     assert np.isnan(keys[0, 0, -2:]).all() and np.isfinite(keys[0, 0, :-2]).all()
     assert np.isfinite(keys[1]).all()
 

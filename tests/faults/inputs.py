@@ -151,7 +151,7 @@ def _(n):
             40,
             before=lambda: at_call(
                 train_mlx,
-                "last_iteration",
+                "total_steps",
                 1,
                 lambda: print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),
             ),
