@@ -32,7 +32,7 @@ def random_bytes(B, T, seed=1):
     return mx.random.randint(0, 256, (B, T), key=mx.random.key(seed))
 
 
-def furthest(a, b):
+def max_abs_error(a, b):
     return mx.max(mx.abs(a - b)).item()
 
 

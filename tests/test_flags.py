@@ -42,8 +42,8 @@ def test_a_mistyped_flag_is_told_its_nearest(args, near, capsys):
     with pytest.raises(SystemExit) as error:
         train_mlx.settings(args.split())
     assert error.value.code == 2
-    said = capsys.readouterr().err
-    assert f"; did you mean {near}? (--help lists all)\n" in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert f"; did you mean {near}? (--help lists all)\n" in output and output.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_a_mistyped_flag_is_told_its_nearest(args, near, capsys):
         (["stray"], "unrecognized arguments: stray (--help lists all)"),
     ],
 )
-def test_a_mistake_is_one_line_without_the_usage(args, said, capsys):
+def test_a_mistake_is_one_line_without_the_usage(args, output, capsys):
     with pytest.raises(SystemExit) as error:
         train_mlx.settings(args)
     err = capsys.readouterr().err
-    assert error.value.code == 2 and err.count("\n") == 1 and f": {said}" in err
+    assert error.value.code == 2 and err.count("\n") == 1 and f": {output}" in err
 
 
 def test_any_script_can_report_mistakes_so(capsys):
@@ -66,13 +66,13 @@ def test_any_script_can_report_mistakes_so(capsys):
     parser.add_argument("model")
     parser.add_argument("--food", type=int)
     assert parser.parse_args(["m", "--food", "3"]).food == 3
-    for args, said in (
+    for args, output in (
         (["m", "--foo", "3"], "--foo; did you mean --food?"),
         ([], "required: model"),
     ):
         with pytest.raises(SystemExit) as error:
             parser.parse_args(args)
-        assert error.value.code == 2 and said in capsys.readouterr().err
+        assert error.value.code == 2 and output in capsys.readouterr().err
 
 
 def test_a_mistyped_choice_is_told_its_nearest():
@@ -256,10 +256,10 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
         ),
     ],
 )
-def test_a_name_that_may_be_a_slip_is_one_warning(tmp_path, block, said):
+def test_a_name_that_may_be_a_slip_is_one_warning(tmp_path, block, output):
     trainer = copied(tmp_path, behind(block))
     (slip,) = flags.slips(trainer, trainer.RULES)
-    assert re.fullmatch(said.replace("?", r"\?"), slip)
+    assert re.fullmatch(output.replace("?", r"\?"), slip)
 
 
 def test_the_settings_as_they_stand_have_no_slip():
@@ -286,9 +286,9 @@ def test_the_settings_as_they_stand_have_no_slip():
         ("PLAN = True", "PLAN: its flag --plan is that of another flag; rename PLAN$"),
     ],
 )
-def test_a_wrong_constant_is_named_with_its_value_and_what_fits(tmp_path, line, said):
+def test_a_wrong_constant_is_named_with_its_value_and_what_fits(tmp_path, line, output):
     trainer = copied(tmp_path, behind(line))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=output):
         trainer.settings([])
 
 
@@ -307,8 +307,8 @@ def test_a_wrong_constant_is_named_with_its_value_and_what_fits(tmp_path, line, 
         ("--epochs inf", "EPOCHS is inf"),
     ],
 )
-def test_a_wrong_flag_is_named_with_its_value_and_what_fits(args, said):
-    with pytest.raises(UserError, match=said):
+def test_a_wrong_flag_is_named_with_its_value_and_what_fits(args, output):
+    with pytest.raises(UserError, match=output):
         train_mlx.settings(args.split())
 
 
@@ -330,8 +330,8 @@ def test_a_constant_that_is_gone_is_named(tmp_path, name):
         ("--phases full:1 --epochs 2", "--epochs: no effect beside --phases"),
     ],
 )
-def test_flags_without_an_effect_together_are_refused(args, said):
-    with pytest.raises(UserError, match=f"^{said}"):
+def test_flags_without_an_effect_together_are_refused(args, output):
+    with pytest.raises(UserError, match=f"^{output}"):
         train_mlx.settings(args.split())
     train_mlx.settings(["--preset", "tiny", "--phases", "full:1"])  # a preset was not typed
 
@@ -371,16 +371,16 @@ def test_a_copy_of_the_trainer_runs_its_own_settings(tmp_path):
         ("import no_such_module", r"error: train_mlx.py line \d+: ModuleNotFoundError"),
     ],
 )
-def test_a_line_that_python_refuses_is_one_line(tmp_path, line, said):
+def test_a_line_that_python_refuses_is_one_line(tmp_path, line, output):
     file = tmp_path / "train_mlx.py"
     file.write_text(behind(line)((ROOT / "train_mlx.py").read_text()))
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, file, "--plan", "--dataset", "sample"]
     ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    if said is None:
+    if output is None:
         assert ran.returncode == 1 and "SyntaxError" in ran.stderr
         return
-    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and re.match(said, ran.stderr)
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and re.match(output, ran.stderr)
 
 
 # ----------------------------------------------------------------------------------- the terminal

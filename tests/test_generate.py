@@ -90,7 +90,7 @@ def chaos(tmp_path_factory):
 
 
 @pytest.fixture
-def said(capfdbinary):
+def output(capfdbinary):
     """Runs generate.py in this process; what it printed."""
 
     def run(*args):
@@ -216,7 +216,7 @@ def test_a_stop_string_shows_no_part_of_itself_however_the_text_is_cut():
     assert 500 < stopped < 2500
 
 
-def test_a_record_ends_in_mode_full_at_a_line_of_three_dashes(tmp_path, said):
+def test_a_record_ends_in_mode_full_at_a_line_of_three_dashes(tmp_path, output):
     args = generate.flags(["m"])
     assert generate.stop_strings(args, "full") == [b"\n---\n"]
     assert generate.stop_strings(args, "both") == []
@@ -224,22 +224,24 @@ def test_a_record_ends_in_mode_full_at_a_line_of_three_dashes(tmp_path, said):
     following = list(range(256))
     following[ord("-")] = ord("\n")
     run = saved(model_of(following), tmp_path)
-    assert said(run, "--prompt", r"end\n---") == b"end\n---\n"  # the line is complete: nothing new
-    assert said(run, "--prompt", r"a--", "--max-new-tokens", 3) == b"a--\n\n\n\n"
-
-
-def test_stop_strings_of_the_user_end_the_text_before_them(counting, said):
-    assert said(counting, "--prompt", "a", "--stop", "xyz", "--stop", "hij") == b"abcdefg\n"
     assert (
-        said(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 12)
+        output(run, "--prompt", r"end\n---") == b"end\n---\n"
+    )  # the line is complete: nothing new
+    assert output(run, "--prompt", r"a--", "--max-new-tokens", 3) == b"a--\n\n\n\n"
+
+
+def test_stop_strings_of_the_user_end_the_text_before_them(counting, output):
+    assert output(counting, "--prompt", "a", "--stop", "xyz", "--stop", "hij") == b"abcdefg\n"
+    assert (
+        output(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 12)
         == b"abcdefghijklm\n"
     )
     assert (
-        said(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 13)
+        output(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 13)
         == b"abcdefghijklmn\n"
     )
     assert (
-        said(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 14)
+        output(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 14)
         == b"abcdefghijklm\n"
     )
     with pytest.raises(UserError, match="--stop is empty"):
@@ -249,25 +251,25 @@ def test_stop_strings_of_the_user_end_the_text_before_them(counting, said):
 # ------------------------------------------------------------------------------------------ prompts
 
 
-def test_an_empty_prompt_begins_a_record(counting, said):
+def test_an_empty_prompt_begins_a_record(counting, output):
     # after a blank line comes \x0b
-    assert said(counting, "--prompt", "", "--max-new-tokens", 2, "--raw") == b"\x0b\x0c"
+    assert output(counting, "--prompt", "", "--max-new-tokens", 2, "--raw") == b"\x0b\x0c"
 
 
-def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(counting, said, tmp_path):
+def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(counting, output, tmp_path):
     (tmp_path / "p").write_bytes(b"a\xff\x1b")
     ask = (counting, "--prompt-file", tmp_path / "p", "--max-new-tokens", 1)
-    assert said(*ask) == b"a\\xff\\x1b\\x1c\n"
-    assert said(*ask, "--raw") == b"a\xff\x1b\x1c"
+    assert output(*ask) == b"a\\xff\\x1b\\x1c\n"
+    assert output(*ask, "--raw") == b"a\xff\x1b\x1c"
     assert parse_escapes("a\udcff\\n") == b"a\xff\n"
 
 
-def test_a_megabyte_of_prompt(tmp_path, said):
+def test_a_megabyte_of_prompt(tmp_path, output):
     mx.random.seed(0)
     run = saved(BDH(BDHConfig(1, 64, 0, 1, 1)), tmp_path)
     text = np.random.default_rng(1).integers(97, 123, 1_000_000, np.uint8).tobytes()
     (tmp_path / "p").write_bytes(text)
-    out = said(run, "--prompt-file", tmp_path / "p", "--max-new-tokens", 5, "--raw", "--seed", 1)
+    out = output(run, "--prompt-file", tmp_path / "p", "--max-new-tokens", 5, "--raw", "--seed", 1)
     assert out[:-5] == text
 
 
@@ -277,8 +279,8 @@ def test_a_pipe_is_read_to_its_end(counting):
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"line\nxyz{\n", b"")
 
 
-def test_the_same_seed_writes_the_same_bytes(chaos, said):
-    one, again, other = (said(chaos, "--prompt", "a", "--seed", s, "--raw") for s in (1, 1, 2))
+def test_the_same_seed_writes_the_same_bytes(chaos, output):
+    one, again, other = (output(chaos, "--prompt", "a", "--seed", s, "--raw") for s in (1, 1, 2))
     assert one == again != other
     assert len(one) == 501
 
@@ -306,9 +308,9 @@ def test_the_same_seed_writes_the_same_bytes(chaos, said):
     ],
 )
 def test_impossible_flags_are_one_line(flags, complaint, counting):
-    with pytest.raises(UserError, match=complaint) as told:
+    with pytest.raises(UserError, match=complaint) as error:
         generate.main([str(counting), "--prompt", "a", *flags])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -323,8 +325,8 @@ def test_impossible_flags_are_one_line(flags, complaint, counting):
 def test_mistyped_flags_are_one_line(flags, complaint, counting, capsys):
     with pytest.raises(SystemExit, match="2"):
         generate.main([str(counting), "--prompt", "a", *flags])
-    said = capsys.readouterr().err
-    assert complaint in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert complaint in output and output.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -411,19 +413,19 @@ def damaged_run(run, folder, config):
 def test_a_damaged_config_is_a_warning(config, chaos, tmp_path, capsys):
     run = damaged_run(chaos, tmp_path, config)
     assert generate.main([str(run), "--prompt", "a", "--max-new-tokens", "2"]) == 0
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "config.json is damaged" in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and "config.json is damaged" in output
 
 
 @pytest.mark.parametrize("wrong", ["2", None, True, 1.5, -1, [2], {"a": 1}, 10**30])
-def test_settings_of_a_wrong_type_are_unknown_to_evaluation(wrong, chaos, tmp_path, said):
+def test_settings_of_a_wrong_type_are_unknown_to_evaluation(wrong, chaos, tmp_path, output):
     names = ("BLOCK_SIZE", "BATCH_SIZE", "TRAINING_MODE")
     config = json.dumps({"settings": dict.fromkeys(names, wrong)})
     run = damaged_run(chaos, tmp_path, config.encode())
     (tmp_path / "a.txt").write_text("one paragraph\n\nanother\n")
-    table = said(run, "--evaluate", tmp_path / "a.txt", "--mode", "full").decode()
+    table = output(run, "--evaluate", tmp_path / "a.txt", "--mode", "full").decode()
     assert "in blocks of 4,096" in table
-    assert said(run, "--prompt", "a", "--max-new-tokens", 1)
+    assert output(run, "--prompt", "a", "--max-new-tokens", 1)
 
 
 def of_steps(model, folder, *steps):
@@ -445,8 +447,8 @@ def test_a_checkpoint_that_cannot_be_taken_is_told(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     (run / "step-000002" / "model.safetensors").unlink()
     assert runs.find_weights(run).parent.name == "step-000003"
-    said = capsys.readouterr().err
-    assert "step-000002 lacks its model.safetensors; taking step-000003" in said
+    output = capsys.readouterr().err
+    assert "step-000002 lacks its model.safetensors; taking step-000003" in output
     with pytest.raises(UserError, match=r"step-000002 lacks its model.safetensors"):
         runs.find_weights(run / "step-000002")
     for step in (1, 3):
@@ -483,7 +485,7 @@ def results(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_path, said):
+def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_path, output):
     asked = [
         {"prompt": "one", "id": 7},
         {"system": "S", "instruction": "I"},
@@ -496,7 +498,7 @@ def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_pat
         "\n".join(json.dumps(record, ensure_ascii=False) for record in asked)
     )
     ask = (chaos, "--prompts", tmp_path / "in", "--temperature", 0, "--max-new-tokens", 12)
-    said(*ask, "--out", tmp_path / "out", "--batch-size", 4)
+    output(*ask, "--out", tmp_path / "out", "--batch-size", 4)
     found = sorted(results(tmp_path / "out"), key=lambda r: r["line"])
     read_as = [
         *("one", "### System:\nS\n\n### Instruction:\nI\n\n### Response:\n"),
@@ -507,21 +509,21 @@ def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_pat
         written = greedy(model, prompt.encode() or b"\n\n", 12)
         expected = {"prompt": prompt, "completion": decode_text(written), "stopped": False}
         assert result == record | {"line": number, "by": result["by"]} | expected
-    assert said(*ask).splitlines() != []  # without --out, to stdout
+    assert output(*ask).splitlines() != []  # without --out, to stdout
 
 
-def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, tmp_path, said):
+def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, tmp_path, output):
     (tmp_path / "in").write_text('{"prompt": "a"}\n{"prompt": "bb"}\n')
     ask = (chaos, "--prompts", tmp_path / "in", "--samples", 3, "--batch-size", 4, "--seed", 3)
     ask += ("--max-new-tokens", 30)
-    out = said(*ask)
-    assert out == said(*ask)
+    out = output(*ask)
+    assert out == output(*ask)
     found = [json.loads(line) for line in out.splitlines()]
     assert sorted((r["line"], r["sample"]) for r in found) == [
         (line, sample) for line in (1, 2) for sample in (1, 2, 3)
     ]
     assert len({r["completion"] for r in found}) == 6
-    text = said(chaos, "--prompt", "a", "--samples", 2, "--seed", 3).decode()
+    text = output(chaos, "--prompt", "a", "--samples", 2, "--seed", 3).decode()
     assert re.findall(r"--- sample (\d)\na", text) == ["1", "2"]
 
 
@@ -559,9 +561,9 @@ def test_what_a_model_would_answer_need_not_be_there(record):
     assert generate.prompts_of(record, "full") == [asked]
 
 
-def test_blank_lines_of_prompts_count_but_ask_nothing(chaos, tmp_path, said):
+def test_blank_lines_of_prompts_count_but_ask_nothing(chaos, tmp_path, output):
     (tmp_path / "in").write_text('\n{"prompt": "a", "line": 7, "completion": "mine"}\n  \n')
-    (found,) = said(chaos, "--prompts", tmp_path / "in", "--max-new-tokens", 3).splitlines()
+    (found,) = output(chaos, "--prompts", tmp_path / "in", "--max-new-tokens", 3).splitlines()
     found = json.loads(found)
     assert found["line"] == 2 and found["given"] == {"line": 7, "completion": "mine"}
     (tmp_path / "in").write_text("\n")
@@ -658,9 +660,9 @@ class Screen:
             pass
 
 
-def test_no_control_byte_of_the_model_reaches_a_terminal(counting, tmp_path, said):
+def test_no_control_byte_of_the_model_reaches_a_terminal(counting, tmp_path, output):
     args = (counting, "--prompt", "a", "--max-new-tokens", 300, "--no-stop")
-    assert len(set(said(*args, "--raw"))) == 256  # the model does write them all
+    assert len(set(output(*args, "--raw"))) == 256  # the model does write them all
     with Screen(tmp_path, *args) as screen:
         assert screen.ended() == 0
     shown = screen.out.replace(b"\r\n", b"\n").decode()  # the line ends are the terminal's own
@@ -757,8 +759,8 @@ def test_a_session_answers_as_its_whole_transcript_would(monkeypatch, capsys, ch
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     model = bdh_mlx.load_model(chaos)
     chat.Session(model, GREEDY, KEY, [b"\n---\n"], 30, "full").run()
-    said = (tmp_path / "said").read_bytes()
-    asked, answer = said[: said.rindex(b"### Response:\n") + 14], said[-30:]
+    output = (tmp_path / "said").read_bytes()
+    asked, answer = output[: output.rindex(b"### Response:\n") + 14], output[-30:]
     assert asked.startswith(b"### Instruction:\nfirst") and b"### System:\nS\n" in asked
     assert greedy(model, asked, 30) == answer
 
@@ -770,14 +772,14 @@ def test_a_session_answers_as_its_whole_transcript_would(monkeypatch, capsys, ch
         *((b"ans\n--", "full", b"-\n\n"), (b"ans\n", "both", b"\n"), (b"ans", "system", b"\n\n")),
     ],
 )
-def test_a_turn_begins_after_the_end_of_a_record(said, mode, missing):
-    assert chat.missing_end(said, mode) == missing
+def test_a_turn_begins_after_the_end_of_a_record(output, mode, missing):
+    assert chat.missing_end(output, mode) == missing
 
 
 # --------------------------------------------------------------------------------------- evaluation
 
 
-def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, said):
+def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, output):
     some = tmp_path / "some.jsonl"
     some.write_text("".join(sources.SAMPLE.read_text().splitlines(keepends=True)[:20]))
     args = f"--preset tiny --dataset {some} --n-layer 1 --n-embd 16 --max-iters 2 --sample-bytes 1"
@@ -790,7 +792,7 @@ def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, said):
                 file.write(json.dumps(record) + "\n")
     metrics = (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()
     trainers = [m["val_loss"] for m in map(json.loads, metrics) if "val_loss" in m][-1]
-    table = said(tmp_path / "full", "--evaluate", held_out).decode()
+    table = output(tmp_path / "full", "--evaluate", held_out).decode()
     rows = {row.split()[0]: row.split()[1:] for row in table.splitlines()[2:]}
     assert rows.keys() == {"headers", "system", "instruction", "response", "whole"}
     assert int(rows["whole"][0].replace(",", "")) == len(val) - 1
@@ -802,9 +804,9 @@ def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, said):
     assert abs(sum(n * nats for n, nats in parts) / whole[0] - whole[1]) < 2e-4
 
 
-def test_a_text_file_has_one_field_and_other_modes_need_their_fields(chaos, tmp_path, said):
+def test_a_text_file_has_one_field_and_other_modes_need_their_fields(chaos, tmp_path, output):
     (tmp_path / "a.txt").write_text("one paragraph\n\nanother\n")
-    table = said(chaos, "--evaluate", tmp_path / "a.txt").decode().splitlines()
+    table = output(chaos, "--evaluate", tmp_path / "a.txt").decode().splitlines()
     assert [row.split()[0] for row in table[2:]] == ["headers", "text", "whole"]
     (tmp_path / "a.jsonl").write_text('{"instruction": "x"}\n')
     with pytest.raises(UserError, match="no record for TRAINING_MODE 'full'"):
@@ -818,13 +820,13 @@ def test_a_text_file_has_one_field_and_other_modes_need_their_fields(chaos, tmp_
 # ------------------------------------------------------------------------------------------- states
 
 
-def test_a_saved_state_goes_on_as_the_whole_prompt_would(chaos, tmp_path, said):
+def test_a_saved_state_goes_on_as_the_whole_prompt_would(chaos, tmp_path, output):
     greedy = ("--temperature", "0", "--no-stop", "--max-new-tokens", "20", "--raw")
     file = tmp_path / "s.safetensors"
-    kept = said(chaos, "--prompt", "abc def", *greedy, "--save-state", file)
-    on = said(chaos, "--prompt", " and on", *greedy, "--load-state", file)
+    kept = output(chaos, "--prompt", "abc def", *greedy, "--save-state", file)
+    on = output(chaos, "--prompt", " and on", *greedy, "--load-state", file)
     (tmp_path / "all").write_bytes(kept + b" and on")
-    assert said(chaos, "--prompt-file", tmp_path / "all", *greedy) == kept + on
+    assert output(chaos, "--prompt-file", tmp_path / "all", *greedy) == kept + on
     assert len(on) == len(b" and on") + 20
     with pytest.raises(UserError, match=r"--window is 64.*read with none"):
         generate.main([str(chaos), "--prompt", "a", "--load-state", str(file), "--window", "64"])
@@ -883,7 +885,7 @@ ASKED = ["one", "a longer one", "one", "four", "five"]
 
 
 @pytest.fixture
-def asked(tmp_path, chaos, said, capfdbinary):
+def asked(tmp_path, chaos, output, capfdbinary):
     """A function that writes the texts of ASKED to `out`; what was said on stderr."""
     lines = ({"prompt": p, "line": i} for i, p in enumerate(ASKED))
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
@@ -898,11 +900,11 @@ def asked(tmp_path, chaos, said, capfdbinary):
 
 
 @pytest.mark.parametrize(("n", "told"), [(1000, False), (1001, True)])
-def test_a_long_prompt_is_told_before_it_is_read(n, told, chaos, tmp_path, capfdbinary):
+def test_a_long_prompt_is_told_before_it_is_read(n, error, chaos, tmp_path, capfdbinary):
     (tmp_path / "long").write_bytes(b"a" * n)
     generate.main([str(chaos), "--prompt-file", str(tmp_path / "long"), "--max-new-tokens", "1"])
     line = f"reading a prompt of {n:,} bytes".encode()
-    assert (line in capfdbinary.readouterr().err) == told
+    assert (line in capfdbinary.readouterr().err) == error
 
 
 @pytest.mark.parametrize("other", ["--temperature 0.5", "--seed 4", "--window 8", "--stop x"])
@@ -948,9 +950,9 @@ def test_interrupted_prompts_go_on_with_what_is_missing_and_end_in_the_same_byte
     for kept in range(len(lines)):
         for half in (b"", lines[kept][:1], lines[kept][: len(lines[kept]) // 2], lines[kept][:-1]):
             out.write_bytes(b"".join(lines[:kept]) + half)
-            told = asked("--samples", samples)
+            error = asked("--samples", samples)
             assert out.read_bytes() == whole
-            assert (f"holds {kept} of {len(lines)} texts; the others follow" in told) == (kept > 0)
+            assert (f"holds {kept} of {len(lines)} texts; the others follow" in error) == (kept > 0)
     out.write_bytes(b"".join(lines[1::2]))  # in any order
     asked("--samples", samples)
     assert sorted(out.read_bytes().splitlines()) == sorted(whole.splitlines())
@@ -1009,9 +1011,9 @@ def test_a_million_texts_are_the_most(chaos, tmp_path):
         generate.read_jobs(tmp_path / "p", None, 400_000)
 
 
-def test_prompts_of_another_editor_are_read(chaos, tmp_path, said):
+def test_prompts_of_another_editor_are_read(chaos, tmp_path, output):
     (tmp_path / "p").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n')
-    out = said(chaos, "--prompts", tmp_path / "p", "--max-new-tokens", 2).splitlines()
+    out = output(chaos, "--prompts", tmp_path / "p", "--max-new-tokens", 2).splitlines()
     assert [json.loads(line)["line"] for line in out] == [1, 3]
 
 

@@ -87,8 +87,8 @@ def test_another_column(tmp_path, unedited):
     data = tmp_path / "replies.jsonl"
     records = [{"question": f"What is {i}?", "reply": f"It is the number {i}."} for i in range(100)]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    told, _ = train(unedited, "--dataset", str(data), "--run-name", "replies", code=2)
-    assert "response" in told
-    told, _ = train(project(tmp_path / "edited", "The data"), "--dataset", str(data))
-    assert "structure question/reply: 100.0% of records" in told
-    assert re.search(r"field response: in 100.0% of records", told)
+    output, _ = train(unedited, "--dataset", str(data), "--run-name", "replies", code=2)
+    assert "response" in output
+    output, _ = train(project(tmp_path / "edited", "The data"), "--dataset", str(data))
+    assert "structure question/reply: 100.0% of records" in output
+    assert re.search(r"field response: in 100.0% of records", output)

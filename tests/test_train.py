@@ -382,8 +382,8 @@ def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys):
     asked = [{"question": f"q {i}" * 9, "answer": f"a {i}" * 9} for i in range(30)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, asked)))
     train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1)
-    (said,) = [m["samples"] for m in metrics(tmp_path) if "samples" in m]
-    assert said and not any("### System" in text for text in said)
+    (output,) = [m["samples"] for m in metrics(tmp_path) if "samples" in m]
+    assert output and not any("### System" in text for text in output)
     command = shlex.split(re.search("sample_it: (.*)", capsys.readouterr().out)[1])
     assert command[1] == "generate.py"
     args = generate.flags(command[2:])
@@ -409,14 +409,14 @@ def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
     for name, change in (("d", str), ("longer", lambda t: t + "."), ("upper", str.upper)):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(map(change, texts)))
     train(tmp_path, "--max-iters", 1, "--dataset", tmp_path / "d.txt")
-    for name, said in (
+    for name, output in (
         (
             "longer",
             r"train data: there 27 records, \d{3} bytes, \S+d.txt, here 27 records, \d{3} bytes",
         ),
         ("upper", r"val data: there 3 records, 8\d bytes, \S+d.txt, here 3 records, 8\d bytes"),
     ):
-        with pytest.raises(UserError, match=said) as error:
+        with pytest.raises(UserError, match=output) as error:
             train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / f"{name}.txt")
         assert str(error.value).endswith("with INIT_FROM full from these weights")
         assert not re.search("[0-9a-f]{9}", str(error.value).replace(str(tmp_path), ""))
@@ -523,10 +523,10 @@ def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path, capsys):
     )
     assert "split, held out side: mode full, 288 bytes" in table
     assert re.search(rf"^whole +287 +100.0% +{loss:.4f} ", table, re.M)
-    told = capsys.readouterr().out
-    assert f"data: {split}, mode full\n  structure ready split\n  training: 864 bytes\n" in told
+    report = capsys.readouterr().out
+    assert f"data: {split}, mode full\n  structure ready split\n  training: 864 bytes\n" in report
     card = export.facts(tmp_path / "full" / "step-000003")[0]
-    assert card["training data"] == "864 bytes" and "records" not in told + table
+    assert card["training data"] == "864 bytes" and "records" not in report + table
 
 
 def test_plain_text_promises_no_response(tmp_path, capsys):

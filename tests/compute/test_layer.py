@@ -5,7 +5,7 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from helpers import CONFIG, furthest, random_bytes, random_model
+from helpers import CONFIG, max_abs_error, random_bytes, random_model
 from mlx.utils import tree_flatten
 
 import bdh_mlx
@@ -26,7 +26,7 @@ def loss_and_gradients(model, forward, batch):
 
 def worst(a, b):
     """Largest difference of any array, relative to that array's largest number."""
-    return max(furthest(a[k], b[k]) / (mx.max(mx.abs(b[k])).item() + 1e-12) for k in b)
+    return max(max_abs_error(a[k], b[k]) / (mx.max(mx.abs(b[k])).item() + 1e-12) for k in b)
 
 
 @pytest.mark.parametrize("T", [1, 31, 129, 300])
@@ -74,7 +74,7 @@ def test_dropout_has_one_mask_in_forward_and_recomputation(keep, compiled):
     value, gradients = (mx.compile(gradient) if compiled else gradient)(v, *weights)
     expected, wanted = mx.value_and_grad(quadratic, argnums=(0, 1, 2, 3))(v, *weights)
     for got, want in zip((value, *gradients), (expected, *wanted), strict=True):
-        assert furthest(got, want) < 2e-5 * mx.max(mx.abs(want)).item()
+        assert max_abs_error(got, want) < 2e-5 * mx.max(mx.abs(want)).item()
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
@@ -121,10 +121,10 @@ def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16
 def test_the_rotation_undoes_itself_and_depends_on_the_position_alone():
     x = mx.random.normal((2, 1, 40, 8), key=mx.random.key(0))
     turned = rotate(x, 5)
-    assert furthest(rotate(turned, 5, -1), x) < 1e-5
-    assert furthest(turned[:, :, 10:], rotate(x[:, :, 10:], 15)) < 1e-5
+    assert max_abs_error(rotate(turned, 5, -1), x) < 1e-5
+    assert max_abs_error(turned[:, :, 10:], rotate(x[:, :, 10:], 15)) < 1e-5
     rope = mx.fast.rope(x, 8, traditional=True, base=65536.0, scale=1.0, offset=5)
-    assert furthest(turned, rope) < 1e-4
+    assert max_abs_error(turned, rope) < 1e-4
 
 
 def test_segments_cover_the_block_in_whole_chunks():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import GOLDEN, furthest, random_bytes, random_model
+from helpers import GOLDEN, max_abs_error, random_bytes, random_model
 
 import bdh_mlx
 from bdh_lib.compute import state, step_cpu, step_cuda, step_mlx
@@ -59,7 +59,7 @@ class Late:
 
 
 def close(a, b):
-    return furthest(a, b) < 2e-5 * mx.max(mx.abs(b)).item()
+    return max_abs_error(a, b) < 2e-5 * mx.max(mx.abs(b)).item()
 
 
 def read_by(model, idx, cuts, state=None):
@@ -95,7 +95,7 @@ def test_logits_of_every_byte_and_greedy_bytes_equal_recomputation_on_trained_we
     model.load_weights([(k[8:], v) for k, v in golden.items() if k.startswith("trained.")])
     idx = golden["idx"].reshape(1, -1)[:, :512]
     exact = model.quadratic(idx)[0]
-    assert furthest(read_by(model, idx, list(range(1, idx.shape[1])))[0], exact) < 2e-5
+    assert max_abs_error(read_by(model, idx, list(range(1, idx.shape[1])))[0], exact) < 2e-5
 
     out = idx[:, :32]
     for _ in range(40):
@@ -176,7 +176,7 @@ def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
     there, here = (
         read_by(model, idx[:, 100:], [1, 2], s)[0] for s in (loaded, flush_pending(state))
     )
-    assert furthest(there, here) == 0
+    assert max_abs_error(there, here) == 0
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
 
 
@@ -196,7 +196,7 @@ def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
     states.save_state(file, model, state)
     whole = file.read_bytes()
     position = whole.index(b'"position":"20"') + len('"position":"')
-    for flipped, said in (
+    for flipped, output in (
         (len(whole) - 1, "has changed since it was written"),
         (len(whole) // 2, "has changed since it was written"),
         (position, "has changed since it was written"),  # 30 for 20
@@ -205,17 +205,17 @@ def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
         changed = bytearray(whole)
         changed[flipped] ^= 1
         file.write_bytes(changed)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=output):
             states.load_state(file, model)
     header |= {"position": "20"}
-    for name, wrong, said in (
+    for name, wrong, output in (
         ("model", "null", "another model"),
         ("position", "[" * 10**5, "no state file"),
         ("parts", "1e999", "no state file"),
         ("window", "true", "no state file"),
     ):
         mx.save_safetensors(str(file), arrays, metadata=header | {name: wrong})
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=output):
             states.load_state(file, model)
     bdh_mlx.save_model(model, file)
     with pytest.raises(UserError, match="no state file"):
@@ -257,8 +257,8 @@ def test_a_state_of_a_model_of_another_shape_is_refused(length, tmp_path):
         ({"synapses": (mx.zeros((2, 1, 64, 16)), mx.zeros((2, 1, 64, 8)))}, r"\(2, 2, 8, 64\)"),
     ],
 )
-def test_a_state_made_by_hand_is_refused_in_one_line(broken, said):
-    with pytest.raises(UserError, match=said):
+def test_a_state_made_by_hand_is_refused_in_one_line(broken, output):
+    with pytest.raises(UserError, match=output):
         prefill(random_model(), random_bytes(1, 3), State(position=3)._replace(**broken))
     with pytest.raises(UserError, match="of type tuple"):
         prefill(random_model(), random_bytes(1, 3), ())
@@ -309,14 +309,14 @@ def test_a_prompt_of_a_megabyte_takes_the_memory_of_a_short_one():
 
 def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(monkeypatch):
     """As on a GPU, whose reader gets each byte once the next is under way."""
-    model, told = random_model(), []
+    model, report = random_model(), []
     for on_gpu in (False, True):
         monkeypatch.setattr(state, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
         model.decode_step = None
         idx = np.array(random_bytes(2, 9))
         going = stream(model, *read_prompt(model, idx), Sampling(), mx.random.key(1), idx)
-        told.append([next(going)[0] for _ in range(20)])
-    assert told[0] == told[1]
+        report.append([next(going)[0] for _ in range(20)])
+    assert report[0] == report[1]
 
 
 def test_a_state_goes_on_on_another_device_and_in_another_precision(monkeypatch):
@@ -329,4 +329,4 @@ def test_a_state_goes_on_on_another_device_and_in_another_precision(monkeypatch)
         if t == 24:
             model.compute, near = replace(model.compute, dtype=mx.bfloat16), 5e-2
         logits, state_ = model.read(idx[:, t : t + 1], state_)
-        assert furthest(logits[:, 0], exact[:, t]) < near * mx.max(mx.abs(exact)).item()
+        assert max_abs_error(logits[:, 0], exact[:, t]) < near * mx.max(mx.abs(exact)).item()

@@ -75,9 +75,9 @@ def test_each_byte_is_labelled_with_its_field(tmp_path):
         label = np.fromfile(folder / f"{side}.fields", np.uint8)
         assert len(text) == len(label)
         for field, start in (("system", b"Be kind."), ("response", "Hello, wörld".encode())):
-            said = bytes(text[label == FIELDS.index(field)])
-            assert said.startswith(start) and said.count(start) == bytes(text).count(start)
-            assert b"###" not in said
+            output = bytes(text[label == FIELDS.index(field)])
+            assert output.startswith(start) and output.count(start) == bytes(text).count(start)
+            assert b"###" not in output
         assert bytes(text[label == 0]).count(b"### Response:\n") == bytes(text).count(b"---")
 
 
@@ -159,10 +159,10 @@ def chat(*turns):
 
 
 def test_turns_in_a_row_are_one_by_a_blank_line():
-    said = [("user", "Here is my text"), ("user", ""), ("user", "Sum it up")]
-    every = [("system", "s"), ("developer", "t"), *said, ("assistant", "a"), ("assistant", "b")]
-    told = {"system": "s\n\nt", "instruction": "Here is my text\n\nSum it up"}
-    answered = told | {"response": "a\n\nb"}
+    output = [("user", "Here is my text"), ("user", ""), ("user", "Sum it up")]
+    every = [("system", "s"), ("developer", "t"), *output, ("assistant", "a"), ("assistant", "b")]
+    result = {"system": "s\n\nt", "instruction": "Here is my text\n\nSum it up"}
+    answered = result | {"response": "a\n\nb"}
     assert columns.detect(chat(*every)) == ("messages", [answered])
     asked = columns.detect(chat(*every, ("user", "c"), ("user", "d")), questions=True)[1]
     assert asked == [answered, {"system": "s\n\nt", "instruction": "c\n\nd"}]
@@ -208,9 +208,9 @@ def test_exchanges_are_told_beside_the_records_that_hold_them(tmp_path):
     chats = [{"messages": [{"role": who, "content": f"{what}{i}"} for who, what in turns]}
              for i in range(10)]  # fmt: skip
     report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", chats), tmp_path / "cache")
-    told = split.describe(report)
-    assert "10 records" in told and "20 exchanges in them" in told
-    assert "field instruction: in 100.0% of records" in told
+    result = split.describe(report)
+    assert "10 records" in result and "20 exchanges in them" in result
+    assert "field instruction: in 100.0% of records" in result
 
 
 def test_prompts_leave_out_sections_that_the_data_do_not_have():
@@ -454,8 +454,8 @@ def test_full_leaves_out_a_section_that_no_record_has(tmp_path):
     expected = [f"### Instruction:\nq{i}\n\n### Response:\na{i}\n---\n\n" for i in range(20)]
     assert sorted(found.split("---\n\n")) == sorted("".join(expected).split("---\n\n"))
     assert "no record has a system text" in split.describe(report) and not report["skipped"]
-    told = [r | {"system": "Be kind."} if i % 2 else r for i, r in enumerate(asked)]
-    report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", told), tmp_path / "cache")
+    result = [r | {"system": "Be kind."} if i % 2 else r for i, r in enumerate(asked)]
+    report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", result), tmp_path / "cache")
     assert report["skipped"] == {"system is null, not text": 10}
     assert "no record has" not in split.describe(report)
 
@@ -490,7 +490,7 @@ def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
 class Hub(BaseHTTPRequestHandler):
     """A hub on 127.0.0.1 that knows the commit of one data set; `said`: a commit or a status."""
 
-    said, asked = "", []
+    output, asked = "", []
 
     def do_GET(self):
         self.asked.append(self.path)
@@ -513,11 +513,11 @@ def hub(monkeypatch):
     monkeypatch.setattr(Hub, "asked", [])
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
-    def begin(said, rows=20):
+    def begin(output, rows=20):
         sources._ask_hub.cache_clear()
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", said == "offline")
-        monkeypatch.setattr(Hub, "said", said)
-        port = 9 if said == "silent" else server.server_port
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", output == "offline")
+        monkeypatch.setattr(Hub, "said", output)
+        port = 9 if output == "silent" else server.server_port
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         load = lambda *a, revision, **k: [r | {"system": revision} for r in numbered(rows)]  # noqa: E731
         monkeypatch.setattr(datasets, "load_dataset", load)
@@ -766,9 +766,9 @@ def test_a_cache_of_downloads_that_cannot_be_written_is_no_silent_hub(
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fails)
     monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(UserError, match=complaint) as told:
+    with pytest.raises(UserError, match=complaint) as result:
         list(sources.read_records("user/name"))
-    assert ("set HF_HOME" in str(told.value)) == ("written" in complaint)
+    assert ("set HF_HOME" in str(result.value)) == ("written" in complaint)
 
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -784,8 +784,8 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
     assert (report["commit"], report["records"]) == (NEW, 30) and NEW.encode() in train
     assert Hub.asked == ["/api/datasets/user/name"] * 2  # once by each process
     monkeypatch.setattr(split, "_make", lambda *a: pytest.fail("prepared again"))
-    for said, there in ((OLD, OLD), (NEW, NEW)):
-        hub(said)
+    for output, there in ((OLD, OLD), (NEW, NEW)):
+        hub(output)
         assert prepare("user/name", tmp_path)[0]["commit"] == there
     hub("silent")
     split.cache_key("user/name@v1.0", "full", 0.1, 1)
@@ -795,14 +795,14 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
 
 
 @pytest.mark.parametrize("said", ["silent", "offline", 500, 404, 401, 429])
-def test_a_hub_that_does_not_tell_leaves_the_newest_prepared_data(hub, tmp_path, capsys, said):
+def test_a_hub_that_does_not_tell_leaves_the_newest_prepared_data(hub, tmp_path, capsys, output):
     for i, commit in enumerate((NEW, OLD)):
         hub(commit)
         folder = split.prepare("user/name", "full", 0.1, 1, tmp_path)
         os.utime(folder / "data.json", (1e9 - i * 1e6,) * 2)
         split.prepare("user/name", "full", 0.1, 2, tmp_path)  # of another seed
         split.prepare("user/other", "full", 0.1, 1, tmp_path)
-    hub(said)
+    hub(output)
     capsys.readouterr()
     assert prepare("user/name", tmp_path)[0]["commit"] == NEW
     assert capsys.readouterr().out == (
@@ -970,8 +970,8 @@ def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_pa
             assert len(val[:read].split(b"\n---\n\n")) == expected  # at least one, whole
         assert split.bytes_to_evaluate(folder, None) is None
         train = (folder / "train.bin").read_bytes()
-        told = [record.split(b"### Response:\n")[1][:1] for record in train.split(b"\n---\n\n")]
-        assert told == sorted(told)  # training stays in the order of the data
+        result = [record.split(b"### Response:\n")[1][:1] for record in train.split(b"\n---\n\n")]
+        assert result == sorted(result)  # training stays in the order of the data
     assert orders[0] == orders[1] != orders[2]
     (folder / split.VAL_ENDS).write_bytes(b"damaged")
     assert not split.is_intact(folder)

@@ -147,7 +147,7 @@ def sound(box):
     return sorted(found)
 
 
-def told(box):
+def output(box):
     """The last iteration that the trainer printed, 0 before any."""
     out = (box / "out").read_text(errors="replace") if (box / "out").exists() else ""
     return int((["0", *re.findall(r"^iter +(\d+) \| loss", out, re.M)])[-1])
@@ -188,7 +188,7 @@ def litter(box):
 
 def after(box, *args, least=None, most=EVERY):
     """Start again: what is not as if nothing had happened, "" if all is, and the steps lost."""
-    lost = max(0, told(box) - max(sound(box), default=0))
+    lost = max(0, output(box) - max(sound(box), default=0))
     code, out = train(box, *args)
     if code:
         return f"the next start exits with {code}: {out[-300:]}", lost
@@ -201,9 +201,9 @@ def after(box, *args, least=None, most=EVERY):
 
 def refusal(code, out, *words, want=2):
     """What is wrong with a refusal, which is one line that names what and the cure."""
-    told = re.findall(r"(?<! )error: .*", out)
-    missing = [w for w in words if w not in "".join(told)]
-    if code == want and len(told) == 1 and "Traceback" not in out and not missing:
+    output = re.findall(r"(?<! )error: .*", out)
+    missing = [w for w in words if w not in "".join(output)]
+    if code == want and len(output) == 1 and "Traceback" not in out and not missing:
         return ""
     return f"exit {code}, missing {missing}: {out[-400:]}"
 

@@ -30,9 +30,9 @@ from harness import (
     end,
     fault,
     fresh,
+    output,
     refusal,
     stopped,
-    told,
     train,
 )
 
@@ -67,12 +67,12 @@ def saves_told(pipe):
     """For `before`: each save writes "(" to the pipe as it begins and ")" when it is done."""
     save = checkpoints.save
 
-    def told(*args):
+    def output(*args):
         os.write(pipe, b"(")
         save(*args)
         os.write(pipe, b")")
 
-    checkpoints.save = told
+    checkpoints.save = output
 
 
 def killed(n, in_save):
@@ -437,7 +437,7 @@ def _(n):
         read, go_on = os.pipe()
         wait = lambda: at_call(train_mlx, "evaluate", 3, lambda: os.read(read, 1))
         pid = begin(box, *ARGS, "--checkpoint-dir", box, before=wait)
-        while not told(box):
+        while not output(box):
             time.sleep(0.005)
         code = end(begin(second, *ARGS, "--checkpoint-dir", box))
         os.write(go_on, b".")

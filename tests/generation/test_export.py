@@ -90,9 +90,9 @@ def test_a_folder_that_cannot_be_made_is_one_line(name, tmp_path):
     bdh_mlx.save_model(random_model(), tmp_path / "m.safetensors")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises((UserError, OSError), match=name) as told:
+    with pytest.raises((UserError, OSError), match=name) as error:
         generate.main([str(tmp_path / "m.safetensors"), "--export", str(tmp_path / name)])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "loop", "m.safetensors"]
 
 

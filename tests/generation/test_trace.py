@@ -69,10 +69,10 @@ def test_trace_from_the_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "texts.txt").write_text("cost $5 <b>\nsecond line\n")
     monkeypatch.chdir(tmp_path)
     assert generate.main(["model.safetensors", "--trace", "@texts.txt", "--trace", "third"]) == 0
-    told = json.loads((tmp_path / "trace.json").read_text())
-    assert told["text"] == "cost $5 <b>" and len(told["texts"]) == len(told["selective"]) == 3
-    assert len(told["layers"]) == 2 and len(told["layers"][0]["fires"]) == len(told["text"])
-    assert told["layers"][0]["fires"][0] == []  # the first byte has nothing to read
+    output = json.loads((tmp_path / "trace.json").read_text())
+    assert output["text"] == "cost $5 <b>" and len(output["texts"]) == len(output["selective"]) == 3
+    assert len(output["layers"]) == 2 and len(output["layers"][0]["fires"]) == len(output["text"])
+    assert output["layers"][0]["fires"][0] == []  # the first byte has nothing to read
     assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
     assert "strongest synapses read" in capsys.readouterr().out
     (tmp_path / "texts.txt").write_text("\n")

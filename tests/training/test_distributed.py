@@ -43,8 +43,8 @@ def start(folder, *command):
 
 def ended(processes):
     """(exit code, stdout, stderr) of each."""
-    said = [p.communicate(timeout=60) for p in processes]
-    return [(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
+    output = [p.communicate(timeout=60) for p in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, output, strict=True)]
 
 
 def on_two(folder, *args):

@@ -91,8 +91,8 @@ def test_training_on_responses_learns_responses_alone(tmp_path):
     )
     shown = best["monitored_loss"] / math.log(2)  # in the report and on the card as well
     assert report.best(metrics(tmp_path / "response"))["monitored_bpb"] == shown
-    told, _ = export.facts(tmp_path / "response" / "full" / best["checkpoint"])
-    assert told["validation"] == f"{shown:.4f} bits per byte, of response bytes"
+    result, _ = export.facts(tmp_path / "response" / "full" / best["checkpoint"])
+    assert result["validation"] == f"{shown:.4f} bits per byte, of response bytes"
 
 
 @pytest.mark.parametrize("mode", ["system", "instruction", "both"])
@@ -259,10 +259,10 @@ def test_a_finished_chain_is_skipped_and_tells_the_same_table(chained, capsys, m
 
 def test_a_phase_is_judged_anew_where_the_data_are_others(chained):
     file = chained / RUNS[0] / "modes.json"
-    told = json.loads(file.read_text())
-    file.write_text(json.dumps(told | {"data": "others", "val_bpb": {}}))
+    result = json.loads(file.read_text())
+    file.write_text(json.dumps(result | {"data": "others", "val_bpb": {}}))
     assert train(chained, *CHAIN) == 0
-    assert json.loads(file.read_text()) == told
+    assert json.loads(file.read_text()) == result
 
 
 def test_a_chain_stopped_within_a_phase_ends_in_the_same_bits(tmp_path, chained, monkeypatch):
@@ -302,10 +302,10 @@ def test_a_phase_goes_on_without_the_checkpoints_of_its_parent(tmp_path):
 def test_the_table_tells_what_was_forgotten():
     from bdh_lib.training.phases import forgetting_table
 
-    said = forgetting_table(
+    output = forgetting_table(
         {"a": {"x": 2.0, "y": 3.0}, "b": {"x": 2.5, "y": 1.0}, "c": {"x": 2.25, "y": 1.0}}
     )
-    lines = [line.split() for line in said.splitlines()[1:]]
+    lines = [line.split() for line in output.splitlines()[1:]]
     assert lines == [
         ["run", "x", "y"],
         ["a", "2.0000", "3.0000"],
@@ -403,9 +403,9 @@ def test_a_healthy_course_gets_no_advice():
 
 
 def test_validation_that_rises_while_training_falls_is_overfitting():
-    said = advised(series([2.7, 2.4, 2.5], FALLING), "--dropout", "0.1")["overfitting"]
-    assert "from iteration 40 to 60 validation went from 2.4000 to 2.5000" in said
-    assert "training loss from 2.4750 to 2.2500" in said and "dropout from 0.1 to 0.3" in said
+    output = advised(series([2.7, 2.4, 2.5], FALLING), "--dropout", "0.1")["overfitting"]
+    assert "from iteration 40 to 60 validation went from 2.4000 to 2.5000" in output
+    assert "training loss from 2.4750 to 2.2500" in output and "dropout from 0.1 to 0.3" in output
 
 
 @pytest.mark.parametrize(
@@ -418,8 +418,8 @@ def test_validation_that_rises_while_training_falls_is_overfitting():
     ],
 )
 def test_oscillation_and_hard_clipping_are_a_rate_too_high(val, loss, lines, complaint):
-    said = advised(series(val, loss, **lines))["too_high"]
-    assert complaint in said and "Lower LEARNING_RATE from 0.001 to 0.0003" in said
+    output = advised(series(val, loss, **lines))["too_high"]
+    assert complaint in output and "Lower LEARNING_RATE from 0.001 to 0.0003" in output
 
 
 def test_skipped_updates_are_a_rate_too_high_once():
@@ -441,8 +441,8 @@ def test_a_loss_that_does_not_move_is_a_rate_too_low():
 
 def test_text_no_better_than_its_byte_frequencies_is_not_yet_coherent():
     history = series([3.3], [[5.0, 4.0, 3.5, 3.4]])
-    said = advised(history)["not_coherent"]
-    assert "4.76 bits per byte" in said and "gives 4.69" in said and "Go on" in said
+    output = advised(history)["not_coherent"]
+    assert "4.76 bits per byte" in output and "gives 4.69" in output and "Go on" in output
     at_the_end = advised(history, "--max-iters", "20", total=20)["not_coherent"]
     assert at_the_end.endswith("Double MAX_ITERS (20)")
     by_epochs = advised(history, "--max-iters", "21", total=20)["not_coherent"]
@@ -452,9 +452,9 @@ def test_text_no_better_than_its_byte_frequencies_is_not_yet_coherent():
 def test_to_know_no_more_than_pairs_of_bytes_late_in_a_run_is_slow():
     history = series([2.9, 2.7, 2.6], [*FALLING[:2], [2.4, 2.4, 2.3, 2.3]])
     low = "--learning-rate", "5e-5"
-    said = advised(history, *low, total=200)["slow"]
-    assert "3.75 bits per byte after 60 of 200" in said and "which gives 3.61" in said
-    assert "Raise LEARNING_RATE from 5e-05 to 0.001" in said
+    output = advised(history, *low, total=200)["slow"]
+    assert "3.75 bits per byte after 60 of 200" in output and "which gives 3.61" in output
+    assert "Raise LEARNING_RATE from 5e-05 to 0.001" in output
     assert advised(history, *low, total=1000) == advised(history, total=200) == {}
     assert advised(history, *low, "--warmup-iters", "31", total=200) == {}
 
@@ -504,11 +504,11 @@ def test_runs_made_to_show_a_sign_are_told_so(tmp_path, capsys, args, signs):
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join((ROOT / "bdh_lib/data/sample.jsonl").read_text().splitlines()[:3]))
     train(tmp_path, *PROVOKE.split(), *args.replace("few", str(few)).split())
-    told = [m["advice"] for m in metrics(tmp_path) if "val_loss" in m]
-    assert told[0] == {} and signs <= {sign for advice in told for sign in advice}
-    assert capsys.readouterr().out.count("advice: ") == sum(map(len, told))
+    result = [m["advice"] for m in metrics(tmp_path) if "val_loss" in m]
+    assert result[0] == {} and signs <= {sign for advice in result for sign in advice}
+    assert capsys.readouterr().out.count("advice: ") == sum(map(len, result))
     if "4e-3" in args:
-        assert told[-1] == {} and {sign for advice in told for sign in advice} == signs
+        assert result[-1] == {} and {sign for advice in result for sign in advice} == signs
 
 
 # ------------------------------------------------------------------------- settings beside others

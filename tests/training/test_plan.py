@@ -13,7 +13,7 @@ TICK = "✓".encode().decode("mac_roman")
 MAC = "é".encode().decode("mac_roman")
 
 
-def told(tmp_path, capsys, records, *args, ascii=True):
+def plan_output(tmp_path, capsys, records, *args, ascii=True):
     file = tmp_path / "data.jsonl"
     text = "".join(json.dumps(r, ensure_ascii=ascii) + "\n" for r in records)
     if not file.exists() or file.read_text() != text:
@@ -38,7 +38,7 @@ def test_planted_faults_are_counted(tmp_path, capsys):
     records += [record(40, response=f"tick {TICK}"), record(41, response=f"caf{MAC}")]
     records += [record(42, instruction="say\n### Response:\nno"), record(43, response="a\n---\nb")]
     records += [record(44, response="x" * 200), record(45, response="lost \ufffd"), record(46, " ")]
-    out = told(tmp_path, capsys, records)
+    out = plan_output(tmp_path, capsys, records)
     for line in (
         "2 of 38 records: with the same text as an earlier one",
         "2 of 38 records: mojibake in response, such as `" + TICK,
@@ -57,7 +57,7 @@ def test_planted_faults_are_counted(tmp_path, capsys):
 
 def test_a_character_lost_before_is_found_where_it_stands_as_it_is(tmp_path, capsys):
     records = [record(i) for i in range(20)] + [record(20, response="lost \ufffd")]
-    out = told(tmp_path, capsys, records, ascii=False)
+    out = plan_output(tmp_path, capsys, records, ascii=False)
     assert "1 of 21 records: U+FFFD, a character lost before, in response" in out
     assert "skipped" not in out
 
@@ -72,7 +72,7 @@ def test_sound_text_is_not_called_mojibake():
 
 def test_sizes_agree_with_the_prepared_bytes_and_the_model(tmp_path, capsys):
     records = [record(i, response="word " * i) for i in range(1, 41)]
-    out = told(tmp_path, capsys, records)
+    out = plan_output(tmp_path, capsys, records)
     full = int(re.search(r"^  full +40 +([\d,]+)", out, re.M)[1].replace(",", ""))
     sides = [int(n.replace(",", "")) for n in re.findall(r"records, ([\d,]+) bytes", out)]
     assert sum(sides) == full + 2 * (40 - 2)  # a blank line between records of each side
@@ -88,7 +88,9 @@ def test_the_records_that_validate_are_known_however_alike_texts_are(tmp_path, c
     asked = [{"instruction": f"ask {i // 2}", "input": "more" * (i % 2), "output": "x"}
              for i in range(60)]  # fmt: skip
     for seed in range(8):
-        out = told(tmp_path, capsys, asked, "--training-mode", "instruction", "--seed", str(seed))
+        out = plan_output(
+            tmp_path, capsys, asked, "--training-mode", "instruction", "--seed", str(seed)
+        )
         validate = int(re.search(r"validation: (\d+) records", out)[1])
         assert f"0 of {validate} validation records are in the training split" in out
 
@@ -96,7 +98,7 @@ def test_the_records_that_validate_are_known_however_alike_texts_are(tmp_path, c
 def test_presets_that_do_not_go_with_the_constants_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_mlx, "TRAINING_MODE", "full")
     monkeypatch.setattr(train_mlx, "LOSS_ON", "response")
-    out = told(tmp_path, capsys, [record(i, response="word " * 20) for i in range(40)])
+    out = plan_output(tmp_path, capsys, [record(i, response="word " * 20) for i in range(40)])
     assert re.search(r"^  both-64gb +does not go with the constants$", out, re.M)
     assert re.search(r"^  tiny +full ", out, re.M) and "time to the end" in out
 
@@ -106,7 +108,7 @@ def test_a_ready_split_is_planned_as_it_would_train(tmp_path, capsys):
     (split / "train.bin").write_bytes(bytes(range(256)) * 9)
     (split / "train.fields").write_bytes(bytes([0, 1, 3, 3]) * 576)
     (split / "val.bin").write_bytes(b"held out" * 20)
-    out = told(tmp_path, capsys, [], "--dataset", str(split), "--max-iters", "9")
+    out = plan_output(tmp_path, capsys, [], "--dataset", str(split), "--max-iters", "9")
     for field, n in (("headers", 576), ("system", 576), ("response", "1,152")):
         assert re.search(rf"^  {field} +{n}$", out, re.M), out
     assert repr(bytes(range(256)))[:-1] in out
@@ -126,7 +128,9 @@ def test_what_a_recipe_keeps_beside_the_weights_is_planned(tmp_path, capsys):
         "--n-embd",
         "128",
     ]
-    out = told(tmp_path, capsys, [record(i, response="word " * 20) for i in range(40)], *recipe)
+    out = plan_output(
+        tmp_path, capsys, [record(i, response="word " * 20) for i in range(40)], *recipe
+    )
     kept, plain = (train_mlx.settings([*ARGS, *args]) for args in (recipe, recipe[-2:]))
     n = kept.BDH_CONFIG.n_parameters
     assert plan.peaks(kept)[0] - plan.peaks(plain)[0] == pytest.approx(8 * n / 1e9)  # twice
@@ -136,7 +140,7 @@ def test_what_a_recipe_keeps_beside_the_weights_is_planned(tmp_path, capsys):
 def test_each_phase_is_planned(tmp_path, capsys):
     records = [record(i, f"system {i}", response="word " * 20) for i in range(1, 41)]
     chain = ["--phases", "system:1,full:2@1e-4", "--max-iters", "12"]
-    one, two = told(tmp_path, capsys, records, *chain).split("\n=== phase ")[1:]
+    one, two = plan_output(tmp_path, capsys, records, *chain).split("\n=== phase ")[1:]
     assert one.startswith("phases-1-system\n") and "mode system" in one
     assert two.startswith("phases-2-full, from the best weights of phases-1-system\n")
     assert "mode full" in two and "time to the end" in one and "time to the end" in two

@@ -113,9 +113,9 @@ def test_a_run_makes_its_report_and_names_its_settings(tmp_path):
     assert config["settings"]["BLOCK_SIZE"] == 64 and config["parameters"] > 1000
     best = json.loads((run / "best.json").read_text())["step"]
     assert f"neurons are dead at iteration {best}, the best" in (run / "report.html").read_text()
-    said = [m["samples"] for m in metrics(tmp_path) if "samples" in m]
-    assert len(said) == 1 and "### Response" in said[0][2]  # none of random weights
-    assert said[-1][0].split("\n")[0] in (run / "samples.md").read_text()
+    output = [m["samples"] for m in metrics(tmp_path) if "samples" in m]
+    assert len(output) == 1 and "### Response" in output[0][2]  # none of random weights
+    assert output[-1][0].split("\n")[0] in (run / "samples.md").read_text()
 
 
 def test_a_report_that_fails_ends_no_run_and_is_told_once(tmp_path, monkeypatch, capsys):
@@ -132,8 +132,8 @@ def test_runs_are_compared_in_one_picture(run, tmp_path, capsys):
     out = tmp_path / "both.png"
     assert report.main([str(run), str(run), "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
-    told = capsys.readouterr().out
-    assert told.count("3.5000") == 2 and "1,234" in told
+    result = capsys.readouterr().out
+    assert result.count("3.5000") == 2 and "1,234" in result
 
 
 def test_a_folder_without_a_run_is_named(tmp_path, run):
@@ -212,8 +212,8 @@ CONFIGS = [
 def test_a_damaged_config_is_told_and_the_rest_shown(config, run, capsys):
     (run / "config.json").write_bytes(config)
     assert report.main([str(run)]) == 0
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "config.json is damaged" in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and "config.json is damaged" in output
 
 
 @pytest.mark.parametrize("wrong", ["2", None, True, -1, [2], 10**400])

@@ -16,8 +16,8 @@ def lines(capsys):
 
 def test_it_passes_here(capsys):
     assert train_mlx.main(["--selfcheck"]) == 0
-    told = lines(capsys)
-    results = {name: told[name].split()[0] for name in selfcheck.CHECKS}
+    output = lines(capsys)
+    results = {name: output[name].split()[0] for name in selfcheck.CHECKS}
     assert results.pop("GPU = CPU") == ("skipped" if selfcheck.devices() is None else "ok")
     assert set(results.values()) == {"ok"}
 
