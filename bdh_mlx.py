@@ -116,6 +116,7 @@ class BDH(nn.Module):
         self.config = config
         self.compute = Compute(chunk=default_chunk(D))
         self.trained_length: int | None = None  # BLOCK_SIZE of its training, where that is known
+        self.decode_step = None  # weights laid out to read byte by byte; see compute/state.py
         self.embed = nn.Embedding(config.vocab_size, D)
         self.embed.weight = mx.random.normal((config.vocab_size, D)) * 0.02
         self.encoder = mx.random.normal((H, D, N)) * 0.02

@@ -110,7 +110,7 @@ from mlx.utils import tree_map
 
 from bdh_lib import cli, files, flags
 from bdh_lib.compute import memory
-from bdh_lib.compute.state import PARTS
+from bdh_lib.compute.state import WINDOW_PARTS
 from bdh_lib.data import split
 from bdh_lib.data.formats import (
     FIELDS,
@@ -783,7 +783,7 @@ def command(s: Settings, run: Path, prompt: str) -> str:
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     words = [python, "generate.py", run, "--prompt", prompt.replace("\n", "\\n")]
     if len(prompt) + MAX_NEW_TOKENS > s.BLOCK_SIZE:
-        words += ["--window", max(s.BLOCK_SIZE, PARTS)]
+        words += ["--window", max(s.BLOCK_SIZE, WINDOW_PARTS)]
     return shlex.join(map(str, words))
 
 

@@ -47,7 +47,7 @@ def test_a_mistyped_flag_is_told_its_nearest(args, near, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "output"),
     [
         (["--zzz=3"], "unknown flag --zzz (--help lists all)"),
         (["--training-mod\x1b"], r"unknown flag --training-mod\x1b; did you mean --training-mode?"),
@@ -241,7 +241,7 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("block", "said"),
+    ("block", "output"),
     [
         (
             "BATCHSIZE = 2",
@@ -267,7 +267,7 @@ def test_the_settings_as_they_stand_have_no_slip():
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "output"),
     [
         ('BLOCK_SIZE = "256"', "BLOCK_SIZE is '256'; it must be a whole number from 1"),
         ("SEED: int = 1.5", "SEED is 1.5; it must be a whole number"),
@@ -293,7 +293,7 @@ def test_a_wrong_constant_is_named_with_its_value_and_what_fits(tmp_path, line, 
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "output"),
     [
         ("--init-from=", "INIT_FROM is ''; it must be text that is not empty or None"),
         ("--checkpoint-dir=", "CHECKPOINT_DIR is ''"),
@@ -320,7 +320,7 @@ def test_a_constant_that_is_gone_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "output"),
     [
         ("--selfcheck --json", "--json: no effect beside --selfcheck"),
         ("--selfcheck --preset tiny", "--preset: no effect beside --selfcheck"),
@@ -354,7 +354,7 @@ def test_a_copy_of_the_trainer_runs_its_own_settings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "output"),
     [
         ("BLOCK_SIZE = 40q", None),  # no Python: its own SyntaxError
         (

@@ -766,7 +766,7 @@ def test_a_session_answers_as_its_whole_transcript_would(monkeypatch, capsys, ch
 
 
 @pytest.mark.parametrize(
-    ("said", "mode", "missing"),
+    ("output", "mode", "missing"),
     [
         *((b"", "full", b""), (b"ans", "full", b"\n---\n\n"), (b"ans\n---\n", "full", b"\n")),
         *((b"ans\n--", "full", b"-\n\n"), (b"ans\n", "both", b"\n"), (b"ans", "system", b"\n\n")),
@@ -899,7 +899,7 @@ def asked(tmp_path, chaos, output, capfdbinary):
     return run
 
 
-@pytest.mark.parametrize(("n", "told"), [(1000, False), (1001, True)])
+@pytest.mark.parametrize(("n", "error"), [(1000, False), (1001, True)])
 def test_a_long_prompt_is_told_before_it_is_read(n, error, chaos, tmp_path, capfdbinary):
     (tmp_path / "long").write_bytes(b"a" * n)
     generate.main([str(chaos), "--prompt-file", str(tmp_path / "long"), "--max-new-tokens", "1"])

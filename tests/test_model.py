@@ -269,7 +269,7 @@ def test_an_array_of_no_dimension_is_no_model(scalar, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "told", [{"n_layer": "1001"}, {"n_layer": "two"}, {"dropout": "NaN"}, {"n_layer": "[" * 10**5}]
+    "error", [{"n_layer": "1001"}, {"n_layer": "two"}, {"dropout": "NaN"}, {"n_layer": "[" * 10**5}]
 )
 def test_a_header_with_an_impossible_number_names_the_file(error, tmp_path):
     file = tmp_path / "m.safetensors"

@@ -3,7 +3,8 @@
     h = v Dx    x = relu(h)    q = rotate(x)    a = tril(q q^T, -1) v
     g = ln(a) Dy    y = x * relu(g), dropout    o = sum over heads of y E    v' = ln(v + ln(o))
 
-It equals BDH.layer, which reads better. Differences, each for speed or memory:
+It computes the same function as BDH.quadratic_layer (bdh_mlx.py), which is easier to read. The
+differences save time or memory:
 - Scores have no softmax, so what earlier chunks of C bytes add to a is q S, with S the sum of q^T v
   over them; going backward, R, the sum of q^T da over *later* chunks, plays that part.
 - Activations are head-major, (H, B*T, N): each product is one batched GEMM and no head is moved.

@@ -17,7 +17,11 @@ from bdh_lib.compute.layer import Compute, default_chunk, segments
 from bdh_lib.compute.rope import on_gpu
 from bdh_lib.errors import UserError
 
-MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, keep: Compute
+MODES = {
+    "fast": (32768, 4),
+    "balanced": (16384, 1),
+    "small": (4096, 0),
+}  # Compute.rows and Compute.saved_activations
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
 CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
 

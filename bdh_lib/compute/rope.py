@@ -49,7 +49,7 @@ def frequencies(N: int) -> np.ndarray:
 
 def phase_increments(position: int, N: int) -> np.ndarray:
     """By how much the N/2 pairs have turned at `position`, uint32 in 2^-32 of a circle: such sums
-    and products wrap as angles do. Exact as `phases` is.
+    and products wrap as angles do. As exact as `rope_phases`.
     """
     circles = position * frequencies(N) / (2 * np.pi) % 1
     return np.round(circles * 2**32).astype(np.uint64).astype(np.uint32)

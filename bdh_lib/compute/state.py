@@ -1,16 +1,18 @@
-"""What remains of the bytes read, and the two ways to read on: many bytes at once, or one.
+"""The recurrent state of a model, and two ways to read on: many bytes at once, or one byte.
 
-Many: segments through the training layer's forward pass (layer.py), in bounded memory. One: S,
-201 MB for the default model, is not rewritten at each byte; the rotated activations (keys) and
-values of the last bytes, the buffer, wait beside it and are added in one product when it is full:
+Many bytes go through the forward pass of the training layer (layer.py), segment by segment, in
+bounded memory. At one byte, S (201 MB for the default model) is not rewritten: a buffer beside it
+holds the rotated activations (keys) and values of the last bytes; when it is full, they are added
+to S in one product:
 
     a_t = (R_t x_t) S + sum over s waiting, s < t of (R_t x_t . R_s x_s) v_s
 
-How, is the device's matter: step_cpu, step_mlx, step_cuda. Phases are exact at any position: a
-multiple of the frequency is reduced in float64 on the host (`phases`, `turns`), and float32 sees
-only positions within a segment or a buffer: S is turned to its begin.
-A window bounds the memory in time: S is kept as PARTS sums over stretches of bytes, and the oldest
-is dropped, so that what is read reaches back between W - W / PARTS and W bytes.
+The step of one byte depends on the device: step_cpu, step_mlx, step_cuda. Phases are exact at any
+position: a multiple of the frequency is reduced in float64 on the host (rope.py), and float32 sees
+only positions within a segment or a buffer, since S is rotated to its begin.
+
+A window W bounds how far back the model sees. S is the sum of WINDOW_PARTS sums over stretches of
+bytes, and the oldest is dropped: the model sees between W - W / WINDOW_PARTS and W bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,11 +28,12 @@ from bdh_lib.compute.layer import forward_segment, ln
 from bdh_lib.compute.rope import on_gpu, rotate_state
 from bdh_lib.errors import UserError, check, whole
 
-PARTS = 4  # of a window
-WINDOW = whole(PARTS, 2**40, none=True)  # what a window can be
+WINDOW_PARTS = 4
+WINDOW = whole(WINDOW_PARTS, 2**40, none=True)  # what a window can be
 CPU_ROWS = 1024  # bytes * batch read at once, which bounds the memory
 GPU_ROWS = {48e9: 32768, 0: 4096}  # the same by the memory there is: more are faster (docs/log.md)
-SHORT = 16  # bytes up to which a CPU reads one by one: its product of few rows is slow
+MAX_BYTEWISE = 16  # bytes up to which a CPU reads one by one: its product of few rows is slow
+Buffer = step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuffer
 
 
 class State(NamedTuple):
@@ -44,9 +47,7 @@ class State(NamedTuple):
     window: int | None = None  # W, bytes; None remembers all
     synapses: tuple[mx.array, ...] = ()  # of each layer (H, B or 1, N, D) float32; () for none yet
     parts: tuple[tuple[mx.array, ...], ...] = ()  # their summands, oldest first; with a window only
-    buffer: step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuffer | None = (
-        None  # bytes in no synapses yet
-    )
+    buffer: Buffer | None = None  # bytes that are not in the synapses yet
 
     @property
     def batch(self) -> int:
@@ -126,7 +127,7 @@ def check_state(model, state: State | None) -> None:
             raise UserError(
                 f"the state's buffer is of type {type(buffer).__name__}; read a text anew"
             )
-        shapes_read.append((len(buffer.values), *buffer.of.source_weights[2].shape))
+        shapes_read.append((len(buffer.values), *buffer.of.source[2].shape))
     for shape in shapes_read:
         if shape != expected:
             raise UserError(f"the state was read with (layers, H, D, N) = {shape}, here {expected}")
@@ -164,7 +165,7 @@ def _rows(dtype: mx.Dtype) -> int:
 
 
 def _part(window: int) -> int:
-    return -(-window // PARTS)
+    return -(-window // WINDOW_PARTS)
 
 
 def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
@@ -172,7 +173,7 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     T = idx.shape[1]
     if T == 1:
         return _read_byte(model, idx, state)
-    if T <= SHORT and not on_gpu():
+    if T <= MAX_BYTEWISE and not on_gpu():
         out = []
         for byte in mx.split(idx, T, 1):
             v, state = _read_byte(model, byte, state)
@@ -206,7 +207,7 @@ def _added(state: State, written: Sequence[mx.array]) -> State:
         return state
     parts = (*state.parts[:-1], plus(state.parts[-1] if state.parts else (), written))
     if state.position % _part(state.window) == 0:
-        parts = (*parts, ())[-PARTS:]
+        parts = (*parts, ())[-WINDOW_PARTS:]
         sums = [part for part in parts if part]
         state = state._replace(synapses=reduce(plus, sums) if sums else ())
     return state._replace(parts=parts)
@@ -248,25 +249,27 @@ def _flush_if_full(state: State) -> State:
 
 
 def _decode_step_of(model):
-    """The model's weights as the device's step wants them, laid out anew when one was replaced.
+    """The model's step for the device, with weights laid out for it; cached in model.decode_step.
 
-    A weight changed by index (`model.encoder[0] = 0`) stays the same object: set model.laid_out to
-    None then.
+    It is made anew when a weight was replaced. A weight that was changed by index
+    (`model.encoder[0] = 0`) stays the same object: set model.decode_step to None afterwards.
     """
-    how = step_cpu.DecodeStep
+    step_class = step_cpu.DecodeStep
     if on_gpu():
-        how = step_cuda.DecodeStep if step_cuda.fits(model) else step_mlx.DecodeStep
+        step_class = step_cuda.DecodeStep if step_cuda.fits(model) else step_mlx.DecodeStep
     weights = (model.encoder, model.encoder_v, model.decoder, model.embed.weight)
-    now, laid = (how, model.compute.dtype, *weights), getattr(model, "laid_out", None)
-    if laid is None or any(a is not b for a, b in zip(laid.source_weights, now, strict=True)):
-        laid = model.decode_step = how(model)
-        laid.source_weights = now
-    return laid
+    source = (step_class, model.compute.dtype, *weights)
+    cached = model.decode_step
+    if cached is None or any(a is not b for a, b in zip(cached.source, source, strict=True)):
+        cached = model.decode_step = step_class(model)
+        cached.source = source
+    return cached
 
 
-def ahead(steps: Iterator) -> Iterator:
-    """The steps of an endless stream, on a GPU each once the next has been submitted: it computes
-    while the host reads its results, which would else take turns.
+def prefetch_one(steps: Iterator) -> Iterator:
+    """Yield each step of an endless stream once the next one is submitted.
+
+    So a GPU computes while the host reads. On a CPU they come as they are.
     """
     if not on_gpu():
         return (yield from steps)

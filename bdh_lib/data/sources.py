@@ -20,7 +20,6 @@ from bdh_lib.files import expand_user, parse_json
 SAMPLE = Path(__file__).with_name("sample.jsonl")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # a byte as surrogateescape gives it
-NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # a byte as surrogateescape gives it
 HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?(?:#(.+))?")
 WAYS_ON = (
     "Ways on: --dataset FILE for a local file, --dataset sample for the embedded one, "

@@ -1,7 +1,7 @@
 """Text that a model reads and goes on with: the loop, stop strings, batches, what is shown.
 
-    logits, state = read(model, idx)
-    for token, state in write(model, logits, state, sampling, key, idx): ...
+    logits, state = read_prompt(model, idx)
+    for token, state in stream(model, logits, state, sampling, key, idx): ...
 
 A State is never changed: what was read once can be gone on from several times.
 """
@@ -14,7 +14,7 @@ from itertools import islice, takewhile
 import mlx.core as mx
 import numpy as np
 
-from bdh_lib.compute.state import State, ahead, prefill
+from bdh_lib.compute.state import State, prefetch_one, prefill
 from bdh_lib.compute.state import read as read_on
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.generation.sampling import NONE, Sampling, append_token, uniforms
@@ -52,8 +52,8 @@ def stream(
 ) -> Iterator[tuple[list[int], State]]:
     """Endlessly the next byte of each row and the state after it, each at the same cost.
 
-    `read` gave logits (B, V) and state; `seen` (B, T) are the bytes before, as far as they are
-    known. A row takes first the bytes that are `given` for it; the others are drawn.
+    logits (B, V) and state come from `read_prompt`; `seen` (B, T) are the bytes before, as far as
+    they are known. A row first takes its bytes in `forced`; the rest are sampled.
     """
     forced = pad_batch(forced).T if forced else ()  # (T, B)
 
@@ -70,7 +70,7 @@ def stream(
             mx.async_eval(shown, logits, past, state)
             yield shown, state
 
-    going = ahead(steps(logits, state, sampling.recent(seen)))
+    going = prefetch_one(steps(logits, state, sampling.recent(seen)))
     return (([byte for some in shown for byte in some.tolist()], state) for shown, state in going)
 
 

@@ -56,7 +56,7 @@ class Sampling:
         return mx.array(np.pad(seen, lacking, constant_values=NONE), mx.int32)
 
     def draw(self, logits: mx.array, past: mx.array | None, number: mx.array) -> mx.array:
-        """One byte (B,) for each row of logits (B, V), by a number (B, 1) of `numbers`."""
+        """One byte (B,) for each row of logits (B, V), by a random number (B, 1) of `uniforms`."""
         if self.utf8 and logits.shape[-1] != 256:
             raise UserError(f"utf8 needs a vocabulary of 256 bytes; this one has {logits.shape[1]}")
         return _compiled(self)(logits, past, number)

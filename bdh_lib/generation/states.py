@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from bdh_lib import files
 from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.compute.arrays import sha256 as arrays_sha256
-from bdh_lib.compute.state import PARTS, State, check_state, flush_pending
+from bdh_lib.compute.state import WINDOW_PARTS, State, check_state, flush_pending
 from bdh_lib.errors import UserError
 from bdh_mlx import BDH
 
@@ -73,7 +73,7 @@ def load_state(path: str | Path, model: BDH) -> State:
     kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
     written = header.pop("sha256", None)
     whole = all(type(n) is int and n >= 0 for n in (position, window or 0))
-    if kind != STATE_FORMAT or not whole or count not in range(PARTS + 1):
+    if kind != STATE_FORMAT or not whole or count not in range(WINDOW_PARTS + 1):
         raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
     if (other := header.get("model")) != (mine := weights_sha256(model)):
         raise UserError(

@@ -198,8 +198,8 @@ def find_corruption(checkpoint: Path) -> str | None:
 def newest_valid(run: Path) -> int:
     """Step of the newest sound checkpoint, 0 if there is none at all; damaged ones are set aside.
 
-    Raises NoneValid when there are checkpoints but no sound one, or when there were some: never a
-    silent start from nothing.
+    Raises NoValidCheckpoint when none of the checkpoints is valid, or when they are gone: a run
+    never starts anew silently.
     """
     candidates = steps(run)
     for step in reversed(candidates):

@@ -9,7 +9,7 @@ from helpers import GOLDEN, max_abs_error, random_bytes, random_model
 
 import bdh_mlx
 from bdh_lib.compute import state, step_cpu, step_cuda, step_mlx
-from bdh_lib.compute.state import PARTS, State, flush_pending, prefill, rotate_state
+from bdh_lib.compute.state import WINDOW_PARTS, State, flush_pending, prefill, rotate_state
 from bdh_lib.compute.step_cpu import BUFFER_BYTES
 from bdh_lib.generation import states
 from bdh_lib.generation.decoding import read_prompt, stream
@@ -153,10 +153,13 @@ def test_rows_of_a_batch_are_singles_and_share_a_state(step):
 def test_a_window_reads_what_recomputation_over_the_window_reads(step, window, cuts, monkeypatch):
     model, idx = random_model(), random_bytes(2, 300)
     windowed, _ = read_by(model, idx, cuts, State(window=window))
-    t, part = mx.arange(300), -(-window // PARTS)
-    begin = mx.maximum(0, (t // part - (PARTS - 1)) * part)
+    t, part = mx.arange(300), -(-window // WINDOW_PARTS)
+    begin = mx.maximum(0, (t // part - (WINDOW_PARTS - 1)) * part)
     seen = (t[None] < t[:, None]) & (t[None] >= begin[:, None])
-    assert mx.all(seen.sum(1) <= PARTS * part) and (seen.sum(1)[window:] >= window - 2 * part).all()
+    assert (
+        mx.all(seen.sum(1) <= WINDOW_PARTS * part)
+        and (seen.sum(1)[window:] >= window - 2 * part).all()
+    )
 
     def attention(q, v):
         return (q @ q.swapaxes(-1, -2) * seen) @ v
@@ -248,7 +251,7 @@ def test_a_state_of_a_model_of_another_shape_is_refused(length, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "output"),
     [
         ({"position": "a"}, "position is 'a'"),
         ({"position": -5}, "position is -5"),
@@ -330,3 +333,20 @@ def test_a_state_goes_on_on_another_device_and_in_another_precision(monkeypatch)
             model.compute, near = replace(model.compute, dtype=mx.bfloat16), 5e-2
         logits, state_ = model.read(idx[:, t : t + 1], state_)
         assert max_abs_error(logits[:, 0], exact[:, t]) < near * mx.max(mx.abs(exact)).item()
+
+
+def test_a_decode_step_is_made_once_and_again_after_a_weight_was_replaced(monkeypatch):
+    made, init = [], step_cpu.DecodeStep.__init__
+    monkeypatch.setattr(
+        step_cpu.DecodeStep, "__init__", lambda self, model: (made.append(1), init(self, model))[1]
+    )
+    model, idx = random_model(), random_bytes(1, 20)
+    model.generate(idx, 10, temperature=0)
+    assert len(made) == 1
+    _, state = prefill(model, idx)
+    for byte in range(3):
+        _, state = model.read(mx.array([[byte]]), state)
+    assert state.buffer.count == 3  # bytes wait: S is not rewritten
+    model.encoder = model.encoder * 2
+    model.generate(idx, 10, temperature=0)
+    assert len(made) == 2

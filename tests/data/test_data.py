@@ -794,7 +794,7 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
     assert Hub.asked[-1] == "/api/datasets/user/name/revision/v1.0"
 
 
-@pytest.mark.parametrize("said", ["silent", "offline", 500, 404, 401, 429])
+@pytest.mark.parametrize("output", ["silent", "offline", 500, 404, 401, 429])
 def test_a_hub_that_does_not_tell_leaves_the_newest_prepared_data(hub, tmp_path, capsys, output):
     for i, commit in enumerate((NEW, OLD)):
         hub(commit)
