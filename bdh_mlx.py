@@ -32,14 +32,14 @@ from mlx.utils import tree_flatten
 
 from bdh_lib import files, runs
 from bdh_lib.compute.arrays import read_arrays
-from bdh_lib.compute.layer import Compute, default_chunk, dropout_mask, factor, layer, ln
+from bdh_lib.compute.layer import Compute, default_chunk, dropout_mask, dropout_scale, layer, ln
 from bdh_lib.compute.rope import rotate
 from bdh_lib.compute.state import State, check_prompt, check_state, prefill, read
 from bdh_lib.errors import UserError, check, did_you_mean, number, whole
 
-SIZE, SHARE = whole(1, 65536), number("of at least 0 and below 1", lambda x: 0 <= x < 1)
-FIELDS = {"n_layer": whole(1, 1000), "n_embd": SIZE, "dropout": SHARE, "n_head": SIZE}
-FIELDS |= {"mlp_internal_dim_multiplier": SIZE, "vocab_size": SIZE, "dropout_v": SHARE}
+SIZE, RATE = whole(1, 65536), number("of at least 0 and below 1", lambda x: 0 <= x < 1)
+CONFIG_RULES = {"n_layer": whole(1, 1000), "n_embd": SIZE, "dropout": RATE, "n_head": SIZE}
+CONFIG_RULES |= {"mlp_internal_dim_multiplier": SIZE, "vocab_size": SIZE, "dropout_v": RATE}
 TEMPERATURE = number("that is 0 or 0.000001 to 1,000,000", lambda x: x == 0 or 1e-6 <= x <= 1e6)
 TOP_K = whole(1, 65536, none=True)
 
@@ -50,11 +50,11 @@ class BDHConfig:
 
     n_layer: int = 6  # times the shared layer is applied
     n_embd: int = 256  # D, numbers per byte between layers
-    dropout: float = 0.1  # share of firing neurons silenced, in training only
+    dropout: float = 0.1  # dropout rate on y, in training only
     n_head: int = 4  # H, groups of neurons with an attention of their own
     mlp_internal_dim_multiplier: int = 128  # neurons per number of n_embd, over all heads
     vocab_size: int = 256  # one entry per byte value
-    dropout_v: float = 0.0  # share of the embedding, and of what a layer adds to v, silenced too
+    dropout_v: float = 0.0  # dropout rate on the embedding and on what each layer adds to v
 
     def __new__(cls, *args, **values):  # before the __init__ of a dataclass, which raises TypeError
         if len(args) > len(fields := cls.__dataclass_fields__):
@@ -65,7 +65,7 @@ class BDHConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
-        for name, rule in FIELDS.items():
+        for name, rule in CONFIG_RULES.items():
             check(name, getattr(self, name), rule)
         neurons = self.n_embd * self.mlp_internal_dim_multiplier
         if neurons >= 2**31:  # a dimension of an array
@@ -130,11 +130,15 @@ class BDH(nn.Module):
         return self.encoder, self.encoder_v, self.decoder.reshape(H, N, D)
 
     def __call__(self, idx, targets=None, key=None):
-        """See above; computed as `self.compute` says, by layers with a gradient of their own."""
+        """Logits (B, T, V) and the mean loss in nats, or None. Dropout acts where `key` is given.
+
+        It uses the chunked layer of bdh_lib/compute/layer.py, whose gradient is written by hand.
+        """
         v = ln(self.embed(idx))  # (B, T, D)
         L, rates = self.config.n_layer, (self.config.dropout, self.config.dropout_v)
         if key is not None and self.config.dropout_v:
-            v = v * factor(dropout_mask(mx.random.split(key, L + 1)[L], rates[1], v.shape), v.dtype)
+            mask = dropout_mask(mx.random.split(key, L + 1)[L], rates[1], v.shape)
+            v = v * dropout_scale(mask, v.dtype)
         for key_l in [None] * L if key is None else mx.random.split(key, L):
             v = layer(v, *self.weights(), self.compute, key_l, *rates)
         logits = v @ self.lm_head
@@ -223,7 +227,7 @@ def load_model(path: str | Path) -> BDH:
     arrays, header = read_arrays(file)
     arrays = {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
     arrays.pop("attn.freqs", None)
-    model = BDH(_config_of(arrays, header, file))
+    model = BDH(_infer_config(arrays, header, file))
     parameters = dict(tree_flatten(model.parameters()))
     for name in sorted(parameters.keys() | arrays.keys()):
         shape, expected = (a[name].shape if name in a else "nothing" for a in (arrays, parameters))
@@ -236,7 +240,7 @@ def load_model(path: str | Path) -> BDH:
     return model
 
 
-def _config_of(arrays: dict, header: dict, file: Path) -> BDHConfig:
+def _infer_config(arrays: dict, header: dict, file: Path) -> BDHConfig:
     embedding = arrays.get("embed.weight", mx.array(0))
     if embedding.ndim != 2 or "encoder" not in arrays or arrays["encoder"].ndim != 3:
         raise UserError(f"{file} holds no BDH: it has {', '.join(sorted(arrays)) or 'no arrays'}")
@@ -246,7 +250,8 @@ def _config_of(arrays: dict, header: dict, file: Path) -> BDHConfig:
     shape = {"n_embd": D, "n_head": H, "mlp_internal_dim_multiplier": H * N // D}
     shape["vocab_size"] = len(embedding)
     try:
-        written = {name: files.parse_json(header[name]) for name in header.keys() & FIELDS.keys()}
+        names = header.keys() & CONFIG_RULES.keys()
+        written = {name: files.parse_json(header[name]) for name in names}
         return BDHConfig(**written | shape)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None

@@ -150,7 +150,7 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
         texts = typed.get(name, [])
         if "" in (texts if isinstance(texts, list) else [texts]):
             raise UserError(f"{name_of(name)} is empty; it must have at least one character")
-    check_together(args, typed)
+    check_flags(args, typed)
     return args
 
 
@@ -166,7 +166,7 @@ def name_of(argument: str) -> str:
     return argument if argument == "model" else flag_of(argument)
 
 
-def check_together(args: argparse.Namespace, given: dict) -> None:
+def check_flags(args: argparse.Namespace, given: dict) -> None:
     """Raise UserError where a flag would have no effect beside the others."""
     for alone in ALONE.keys() & given:
         idle = [name_of(name) for name in given if name not in ("model", alone, *ALONE[alone])]
@@ -356,7 +356,7 @@ def source_of_texts(weights: Path, args: argparse.Namespace, mode: str | None) -
     acts = {
         k: str(v) for k, v in vars(args).items() if k not in ("model", "prompts", "out", "mode")
     }
-    identity = json.dumps([files.sha256(weights), mode, acts])
+    identity = json.dumps([files.sha256_file(weights), mode, acts])
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
         states.check_state_file(args.save_state)  # now, not once all is written
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     weights = runs.find_weights(args.model)
-    model, trained = bdh_mlx.load_model(weights), settings_of(weights)
+    model, trained = bdh_mlx.load_model(weights), settings_or_empty(weights)
     check_bytes(model, weights)
     model.compute = compute_for(model.config, "small", args.dtype or "auto")
     mode = args.mode or trained.get("TRAINING_MODE")
@@ -449,8 +449,8 @@ def main(argv: list[str] | None = None) -> int:
         print(evaluation.evaluation_table(model, args.evaluate, mode, trained))
     elif args.prompts is not None:
         jobs = read_jobs(args.prompts, mode, args.samples)
-        tell_outgrown(max(len(job.prompt) for job in jobs), model, state, args)
-        tell_long(sum(len(job.prompt) for job in jobs))
+        note_context_length(max(len(job.prompt) for job in jobs), model, state, args)
+        note_long_prompt(sum(len(job.prompt) for job in jobs))
         args.by = source_of_texts(weights, args, mode)
         left = jobs_left(jobs, args)
         write_file(jobs, left, args, write_jobs(jobs, *how, left))
@@ -460,8 +460,8 @@ def main(argv: list[str] | None = None) -> int:
         chat.Session(model, sampling, key, stops, args.max_new_tokens, mode, state).run()
     else:
         prompt = prompt_of(args)
-        tell_outgrown(len(prompt), model, state, args)
-        tell_long(len(prompt))
+        note_context_length(len(prompt), model, state, args)
+        note_long_prompt(len(prompt))
         if args.samples == 1:
             print_stream(prompt, *how)
         else:
@@ -476,7 +476,7 @@ def check_bytes(model, weights: Path) -> None:
         raise UserError(f"{weights} has a vocabulary of {model.config.vocab_size}; bytes are 256")
 
 
-def settings_of(weights: Path) -> dict:
+def settings_or_empty(weights: Path) -> dict:
     """The settings of the training, {} after a warning where their file is damaged."""
     try:
         return runs.settings_of(weights)
@@ -485,13 +485,13 @@ def settings_of(weights: Path) -> dict:
         return {}
 
 
-def tell_long(n_bytes: int) -> None:
+def note_long_prompt(n_bytes: int) -> None:
     """Say on stderr that a prompt is read where a CPU takes seconds for it."""
     if n_bytes > LONG:
         print(f"reading a prompt of {n_bytes:,} bytes", file=sys.stderr)
 
 
-def tell_outgrown(prompt: int, model, state: State, args: argparse.Namespace) -> None:
+def note_context_length(prompt: int, model, state: State, args: argparse.Namespace) -> None:
     """Say on stderr when a text with a prompt of so many bytes may pass the trained blocks."""
     length = state.position + prompt + args.max_new_tokens
     if note := context_length_warning(model, state.window, length, args.load_state is not None):

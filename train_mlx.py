@@ -9,7 +9,7 @@ checkpoints_mlx/<run>: step-000500 and others (weights, optimizer, settings), be
 metrics.jsonl, and report.html to look at.
 """
 
-if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C and for a slip in it
+if __name__ == "__main__":  # cli.run imports it as a module: errors in settings are one line
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
@@ -25,30 +25,30 @@ from bdh_mlx import BDHConfig
 # flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets, presets beat these lines.
 # Where None is allowed, the flag takes `none`.
 # Data
-TRAINING_MODE: str = "both"  # of each record: "system", "instruction", "both" or "full"
+TRAINING_MODE: str = "both"  # what to train on: "system", "instruction", "both" or "full"
 LOSS_ON: str = "all"  # bytes that count in the training loss: "all", or "response" (mode full only)
 DATASET: str = "Severian/Internal-Knowledge-Map"  # hub name, file, folder, or "sample"
 # Training
-BLOCK_SIZE: int = 4096  # bytes a training sequence holds: what the model can learn to look back on
+BLOCK_SIZE: int = 4096  # context length in training, in bytes
 BATCH_SIZE: int = 2  # sequences computed at once, by each process
-GRAD_ACCUM: int = 1  # batches added up to one update; more of them cost time, not memory
+GRAD_ACCUM: int = 1  # micro-batches per update (gradient accumulation)
 MAX_ITERS: int | None = 5000  # updates; the run ends here or after EPOCHS, whichever comes first
 EPOCHS: float | None = 3  # passes over the training bytes; none: as many as MAX_ITERS takes
-PATIENCE: int | None = 5  # validations in a row without a new best that end the run; none: no end
+PATIENCE: int | None = 5  # evaluations without a new best that end the run; none: never stop early
 LEARNING_RATE: float = 5e-5  # at the end of the warm-up
 MIN_LR_RATIO: float = 0.1  # at the end of the cosine, as a share of LEARNING_RATE
-WARMUP_ITERS: int = 100  # updates of linear rise, while Adam's averages fill
+WARMUP_ITERS: int = 100  # linear warm-up, in updates
 LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
 WEIGHT_DECAY: float = 0.1  # AdamW's, as in the paper
-GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: as it comes
-EMA_DECAY: float = 0.0  # share of the weights' average that an update keeps; 0: no average
+GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: no clipping
+EMA_DECAY: float = 0.0  # decay of the exponential moving average of the weights; 0: off
 BYTE_NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_CONSECUTIVE_SKIPS: int = 10  # updates in a row that are not finite before the run stops
 # Model, and how it is computed
 BDH_CONFIG = bdh_mlx.BDHConfig()  # n_layer=6, n_embd=256, n_head=4, dropout=0.1: 25.3M parameters
-DTYPE: str = "auto"  # of the products: "bfloat16", "float32"; auto: bfloat16 on a GPU alone
+DTYPE: str = "auto"  # of matrix products: "bfloat16", "float32"; auto: bfloat16 on a GPU
 MEMORY_MODE: str = "auto"  # "fast", "balanced" or "small", from fast to slow; auto: what fits
-IGNORE_MEMORY_CHECK: bool = False  # start although the estimated memory cannot be had
+IGNORE_MEMORY_CHECK: bool = False  # start even if the estimate exceeds the available memory
 # Evaluation, log and checkpoints
 SEED: int = 1337  # of weights, split, data order, dropout and samples
 VAL_FRACTION: float = 0.1  # of the records, held out
@@ -65,9 +65,9 @@ INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (
 PHASES: str | None = None  # a chain, mode:EPOCHS@LEARNING_RATE each: "system:3,full:2@3e-5"
 
 ACTIONS = {
-    "plan": "tell what the run would be and what is odd in its data, without training",
+    "plan": "print the planned run and problems of its data, then exit",
     "json": "log lines are JSON objects, alone on stdout; all else goes to stderr",
-    "refresh_data": "prepare the data anew, although they are prepared",
+    "refresh_data": "ignore the cache and prepare the data again",
     "selfcheck": "check in seconds that model and trainer work on this machine: exit code 0 or 1",
 }
 
@@ -90,7 +90,7 @@ PRESETS = {
     "--max-iters 2000 --epochs none --learning-rate 1e-3 --eval-freq 100",
 }
 
-# The imports stand below what users come to this file to edit.
+# The imports come after the settings, so that the settings are at the top of the file.
 
 import json
 import math
@@ -101,6 +101,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -138,7 +139,7 @@ from bdh_lib.generation.decoding import complete_prompts
 from bdh_lib.training import checkpoints, phases, plan, selfcheck
 from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.distributed import World, is_lost
-from bdh_lib.training.evaluation import byte_losses, evaluate, trace_shapes
+from bdh_lib.training.evaluation import byte_losses, compile_shapes, evaluate
 from bdh_lib.training.report import redraw
 from bdh_lib.training.runlog import Meter, RunLog, main_process_prints, neuron_activity
 from bdh_lib.training.signals import StopSignal, default_signals
@@ -149,8 +150,10 @@ from bdh_mlx import BDH, load_model
 
 @lru_cache(maxsize=2)
 def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
-    """First byte of each block of an epoch, in its order. The blocks tile the stream, taken as a
-    ring, from an offset of the epoch's own: each byte is a target once, fewer than T of them twice.
+    """First byte of each block of an epoch, in the order of the epoch.
+
+    The blocks tile the stream, which is taken as a ring, from an offset that each epoch draws: each
+    byte is a target once, and fewer than T of them twice.
     """
     rng = np.random.default_rng([seed, epoch])
     starts = rng.integers(n_bytes) + T * np.arange(math.ceil(n_bytes / T))
@@ -158,16 +161,18 @@ def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def block_starts(n_bytes: int, first: int, count: int, T: int, seed: int) -> np.ndarray:
-    """First byte of the blocks number first .. first+count-1 of a run, over as many epochs."""
-    where = [divmod(block, math.ceil(n_bytes / T)) for block in range(first, first + count)]
-    return np.array([epoch_starts(n_bytes, T, seed, epoch)[i] for epoch, i in where])
+    """First byte of the blocks first .. first+count-1 of a run, over as many epochs as needed."""
+    n_blocks = math.ceil(n_bytes / T)
+    indices = [divmod(block, n_blocks) for block in range(first, first + count)]
+    return np.array([epoch_starts(n_bytes, T, seed, epoch)[i] for epoch, i in indices])
 
 
 def get_batch(
     stream: np.ndarray, first: int, B: int, T: int, seed: int
 ) -> tuple[mx.array, mx.array]:
-    """Blocks number first .. first+B-1 as idx and targets (B, T): a function of its arguments
-    alone, so that a resumed run reads on where it stopped.
+    """Blocks first .. first+B-1 of a run as idx and targets (B, T).
+
+    They are a function of the arguments alone, so that a resumed run reads on where it stopped.
     """
     starts = block_starts(len(stream), first, B, T, seed)
     blocks = stream[(starts[:, None] + np.arange(T + 1)) % len(stream)].astype(np.int32)
@@ -187,48 +192,60 @@ def learning_rate(step: int, total: int, s: Settings) -> float:
     return s.LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def counted_targets(fields: np.ndarray, micro: int, s: Settings) -> np.ndarray:
-    """Which targets (B, T) of a run's batch number `micro` count in its loss."""
+def target_mask(fields: np.ndarray, batch_index: int, s: Settings) -> np.ndarray:
+    """Which targets (B, T) of a run's batch number `batch_index` count in its loss."""
     if s.LOSS_ON == "all":
         return np.ones((s.BATCH_SIZE, s.BLOCK_SIZE), bool)
-    read = (micro * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
-    return np.array(get_batch(fields, *read)[1]) == FIELDS.index(s.LOSS_ON)
+    batch = (batch_index * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
+    return np.array(get_batch(fields, *batch)[1]) == FIELDS.index(s.LOSS_ON)
 
 
-def count_targets(fields: np.ndarray, step: int, s: Settings) -> int:
+def n_targets_in_update(fields: np.ndarray, step: int, s: Settings) -> int:
     """How many targets count in the loss of update number `step`, over all its batches."""
     batches = blocks_per_update(s) // s.BATCH_SIZE
     if s.LOSS_ON == "all":
         return blocks_per_update(s) * s.BLOCK_SIZE
-    return sum(int(counted_targets(fields, step * batches + i, s).sum()) for i in range(batches))
+    return sum(int(target_mask(fields, step * batches + i, s).sum()) for i in range(batches))
 
 
-def loss_weights(fields: np.ndarray, micro: int, count: int, s: Settings) -> np.ndarray:
-    """Weight in the loss of each target (B, T) of a batch: the loss of an update is the mean over
-    the `count` targets that count in all its batches. All 0 where no byte counts.
+def loss_weights(fields: np.ndarray, batch_index: int, count: int, s: Settings) -> np.ndarray:
+    """Weight of each target (B, T) of a batch in the loss of its update.
+
+    That loss is the mean over the `count` targets that count in all batches of the update, on all
+    processes: their weights are 1 / count, those of the others 0.
     """
-    return counted_targets(fields, micro, s).astype(np.float32) / np.float32(max(1, count))
+    return target_mask(fields, batch_index, s).astype(np.float32) / np.float32(max(1, count))
 
 
 # ---------------------------------------------------------------------------------------- training
 
 
-def load_prepared(s: Settings, mode: str) -> tuple[dict, tuple, tuple]:
-    """What open_data gives, of any mode and unchecked. Raises UserError if the mode has no data."""
+class Stream(NamedTuple):
+    """One side of the split: uint8 arrays of one length, memory mapped."""
+
+    bytes: np.ndarray
+    fields: np.ndarray  # of each byte its place in FIELDS
+
+
+def load_prepared(s: Settings, mode: str) -> tuple[dict, Stream, Stream]:
+    """The report of the data, and (bytes, fields) of training and of validation, for a mode.
+
+    Raises UserError where a side is empty.
+    """
     cache, refresh = Path(s.CHECKPOINT_DIR) / ".data", vars(s).get("refresh_data", False)
     folder = split.prepare(s.DATASET, mode, s.VAL_FRACTION, s.SEED, cache, refresh)
     report = json.loads((folder / "data.json").read_text())
     if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
         raise UserError(f"the {empty[0]} split of mode {mode} is empty; take more data")
     train, val = (
-        [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
+        Stream(*(np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")))
         for side in ("train", "val")
     )
     read = split.bytes_to_evaluate(folder, s.EVAL_BYTES)
-    return report, train, [array[:read] for array in val]
+    return report, train, Stream(*(array[:read] for array in val))
 
 
-def open_split(s: Settings) -> tuple[dict, tuple, tuple]:
+def open_split(s: Settings) -> tuple[dict, Stream, Stream]:
     """The data's report, then bytes and fields to train on, and those that evaluations read."""
     report, train, val = load_prepared(s, s.TRAINING_MODE)
     for side, least, cure in (
@@ -253,7 +270,7 @@ def open_split(s: Settings) -> tuple[dict, tuple, tuple]:
 
 
 def blocks_per_update(s: Settings) -> int:
-    """Blocks that an update reads, over all processes (one unless settings say how many)."""
+    """Blocks that an update reads, over all processes."""
     return s.BATCH_SIZE * s.GRAD_ACCUM * vars(s).get("PROCESSES", 1)
 
 
@@ -265,19 +282,19 @@ def total_steps(s: Settings, n_bytes: int) -> int:
 
 
 def schedule_summary(s: Settings, n_bytes: int) -> str:
-    """How long the run is, and which of MAX_ITERS and EPOCHS cuts the other short."""
-    total, each = total_steps(s, n_bytes), s.BLOCK_SIZE * blocks_per_update(s)
-    epochs, cut = total * each / n_bytes, ""
+    """How long the run is, and whether MAX_ITERS or EPOCHS ends it before the other."""
+    total, bytes_per_update = total_steps(s, n_bytes), s.BLOCK_SIZE * blocks_per_update(s)
+    epochs, cut = total * bytes_per_update / n_bytes, ""
     if epochs < (s.EPOCHS or 0):
         cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:g})"
     elif total < (s.MAX_ITERS or 0):
         cut = f"; EPOCHS ({s.EPOCHS:g}) ends it before MAX_ITERS ({s.MAX_ITERS:,})"
-    read = f"{total * each:,} bytes or {epochs:.2f} epochs"
-    return f"{total:,} iterations of {each:,} bytes are {read}{cut}"
+    coverage = f"{total * bytes_per_update:,} bytes or {epochs:.2f} epochs"
+    return f"{total:,} iterations of {bytes_per_update:,} bytes are {coverage}{cut}"
 
 
 def settings_dict(s: Settings) -> dict:
-    """The settings as JSON holds them, the model's beside the others; what it cannot, as text."""
+    """The settings and those of the model as JSON; a value that JSON cannot hold, as text."""
     own = {k: v for k, v in vars(s).items() if k.isupper() and k != "BDH_CONFIG"}
     return {name: flags.as_json(value) for name, value in (own | asdict(s.BDH_CONFIG)).items()}
 
@@ -403,7 +420,7 @@ def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
 
 @contextmanager
 def ema_applied(model: BDH, ema: dict) -> Iterator[None]:
-    """Exchange the weights and their average, which is evaluated and saved, if there is one."""
+    """Put the average of the weights, if there is one, into the model, to evaluate or save it."""
 
     def swap():
         if ema:
@@ -421,7 +438,7 @@ def ema_applied(model: BDH, ema: dict) -> Iterator[None]:
 def compile_steps(
     model: BDH, optimizer, ema: dict, clip: float | None, noise: float = 0, decay: float = 0
 ) -> tuple[Callable, Callable, list]:
-    """The halves of an update, and the state they change, to be evaluated after each.
+    """The two halves of an update, compiled, and the state that they change.
 
     micro_step(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
     apply_update(loss, gradients), each summed over the batches -> norm.
@@ -444,10 +461,9 @@ def compile_steps(
         gradients, norm = optim.clip_grad_norm(gradients, clip or math.inf)
         before = copy_tree(state)
         optimizer.update(model, gradients)
-        if ema:  # a mean of all weights at first, since the start of the average is random
-            share = 1 - mx.minimum(decay, optimizer.step / (optimizer.step + 9))
-            move = lambda mean, weights: mean + share * (weights - mean)  # noqa: E731
-            ema.update(tree_map(move, ema, model.parameters()))
+        if ema:  # the decay rises to its value, as in TensorFlow: random weights are forgotten soon
+            rate = 1 - mx.minimum(decay, optimizer.step / (optimizer.step + 9))
+            ema.update(tree_map(lambda m, w: m + rate * (w - m), ema, model.parameters()))
         finite = mx.isfinite(loss) & mx.isfinite(norm)
         after = tree_map(lambda new, old: mx.where(finite, new, old), state, before)
         model.update(after[0])
@@ -459,7 +475,7 @@ def compile_steps(
 
 
 class Diverged(Exception):
-    """The numbers have gone bad for good; the trainer exits with code 1."""
+    """Too many updates in a row, or a validation loss, were not finite. The exit code is 1."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -472,7 +488,7 @@ def main(argv: list[str] | None = None) -> int:
         return selfcheck.run_checks(sys.modules[__name__])
     if base.plan:
         return plan.print_plan(sys.modules[__name__], base)
-    cli.endure()
+    cli.ignore_closed_output()
     world = World()
     base.json_to = sys.stdout if base.json else None  # where print goes no more from here on
     with main_process_prints(base.json_to, world), StopSignal(world) as stop:
@@ -480,26 +496,26 @@ def main(argv: list[str] | None = None) -> int:
             s.PROCESSES = world.size
             run = checkpoints.run_folder(s)
             with checkpoints.lock_run(run) if world.is_main else nullcontext():
-                if code := train_guarded(s, run, stop, world):
+                if code := train_or_explain(s, run, stop, world):
                     return code
                 if s.PHASES and world.is_main:
                     results[run.name] = phases.evaluate_modes(
                         s, run, stop, partial(evaluate_mode, s, stop)
                     )
-                    if stop.number:
+                    if stop.requested:
                         print(f"stopped after {run} was saved; the same command continues it")
-                        return 128 + stop.number
+                        return 128 + stop.requested
                     print(phases.forgetting_table(results))
     return 0
 
 
-def train_guarded(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
-    """Train, and put into a line what can end it."""
+def train_or_explain(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
+    """Run train(), and turn failures that are expected into a line and an exit code."""
     try:
         return train(s, run, stop, world)
     except RuntimeError as error:
-        if stop.heard:  # Ctrl-C also reaches the compiler that MLX runs, and MLX gives up
-            return 128 + stop.heard
+        if stop.received:  # Ctrl-C also reaches the compiler that MLX runs, and MLX gives up
+            return 128 + stop.received
         if is_lost(error):
             print(f"error: process {world.rank} lost another one: {error}. Checkpoints are as "
                   "they were; the same command goes on", file=sys.stderr)  # fmt: skip
@@ -522,8 +538,8 @@ def evaluate_mode(s: Settings, stop: StopSignal, model: BDH, mode: str) -> tuple
     return evaluate(losses, *load_prepared(s, mode)[2], s.BATCH_SIZE, s.BLOCK_SIZE, stop)
 
 
-def load_split(s: Settings, world: World) -> tuple[dict, tuple, tuple]:
-    """What open_data gives, printed. Raises UserError where the processes have other data."""
+def load_split(s: Settings, world: World) -> tuple[dict, Stream, Stream]:
+    """As open_split, printed. Raises UserError where processes have different data or settings."""
     report, train, val = open_split(s)
     settings = {k: v for k, v in settings_dict(s).items() if k in RULES or k in vars(s.BDH_CONFIG)}
     sums = {side: report[side]["sha256"] for side in ("train", "val")}
@@ -531,7 +547,8 @@ def load_split(s: Settings, world: World) -> tuple[dict, tuple, tuple]:
     if unlike := [k for k in every[0] if any(one[k] != every[0][k] for one in every)]:
         raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
     print(escape_controls(split.describe(report)))
-    print(f"plan: {schedule_summary(s, len(train[0]))}; an evaluation reads {len(val[0]):,} bytes")
+    print(f"plan: {schedule_summary(s, len(train.bytes))}; "
+          f"an evaluation reads {len(val.bytes):,} bytes")  # fmt: skip
     return report, train, val
 
 
@@ -540,27 +557,27 @@ def fields_in(fields: np.ndarray) -> set[str]:
 
 
 def print_start(s: Settings, run: Path, val: tuple, mode: str, dtype, peak: float) -> None:
-    """Say what is trained, in which memory mode, and what to make of its samples."""
+    """Print what is trained, in which memory mode, and what to expect of its samples."""
     n_parameters = s.BDH_CONFIG.n_parameters
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     name = str(dtype).removeprefix("mlx.core.")
     print(f"memory: {mode}, {name}, estimated peak {peak / 1e9:.2f} GB")
-    fields = fields_in(val[1]) & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
+    fields = fields_in(val.fields) & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
     print(f"note: {SAMPLE_NOTES[s.TRAINING_MODE if fields else 'text']}")
 
 
 def begin_run(run: Path, s: Settings, report: dict, ancestry: list, trees: list, world) -> dict:
-    """Write config.json, if the checkpoints to come fit on the disk; what it and those of the
-    checkpoints hold. Raises UserError.
+    """Check that the checkpoints will fit on the disk, and write config.json.
+
+    Gives its content, which each checkpoint repeats. Raises UserError.
     """
     info = {"settings": settings_dict(s), "data": report, "versions": checkpoints.versions()}
     info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
     info["own"] = [name for name in info["settings"] if name.isupper() and name not in RULES]
     if world.is_main:
-        lacking = (
-            s.KEEP_CHECKPOINTS + 2 - len(checkpoints.steps(run))
-        )  # the best, and one being written
-        checkpoints.check_space(run, trees, max(1, lacking))
+        # the latest ones, the best, and the one that is being written
+        missing = s.KEEP_CHECKPOINTS + 2 - len(checkpoints.steps(run))
+        checkpoints.check_space(run, trees, max(1, missing))
         files.atomic_write_text(run / "config.json", json.dumps(info, indent=1))
     return info
 
@@ -580,7 +597,7 @@ def evaluation_results(s, step, model, eval_losses, val, stop, world) -> dict:
     if step == 0 or not stop.can_defer:
         print(f"evaluating {len(val[0]):,} bytes before iteration {step + 1}")
     val_loss, nats = evaluate(eval_losses, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop, world)
-    if stop.number:
+    if stop.requested:
         return {}
     if not math.isfinite(val_loss):
         raise Diverged(f"validation loss is {val_loss} at iteration {step}")
@@ -588,7 +605,7 @@ def evaluation_results(s, step, model, eval_losses, val, stop, world) -> dict:
     results["monitored_loss"] = nats.get(s.LOSS_ON, val_loss)
     results["val_loss_fields"] = nats
     results["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
-    return results | neuron_activity(model, val[0], s.BLOCK_SIZE)
+    return results | neuron_activity(model, val.bytes, s.BLOCK_SIZE)
 
 
 def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
@@ -596,41 +613,43 @@ def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
     eval_losses = mx.compile(partial(byte_losses, model), inputs=[model.state])
     print("compiling the evaluation, once")
     with default_signals():
-        trace_shapes(eval_losses, n_bytes, s.BATCH_SIZE, s.BLOCK_SIZE)
+        compile_shapes(eval_losses, n_bytes, s.BATCH_SIZE, s.BLOCK_SIZE)
     return eval_losses
 
 
 def broadcast_state(world: World, model: BDH, optimizer, ema: dict) -> None:
-    """Give all processes the first one's state; call it before compiling the step."""
+    """Give all processes the state of the first one. Call it before compiling the step."""
     model.update(world.broadcast(model.parameters()))
     for tree in (optimizer.state, ema):
         tree.update(world.broadcast(tree))
 
 
-def accumulate(s, step, micro_step, train_split, stop, world) -> tuple:
-    """Loss and gradients of an update, summed over its batches on all processes, and whether any
-    target counts; cut short by a signal where there is one process.
+def sum_gradients(s, step, micro_step, train_split, stop, world) -> tuple:
+    """Loss and gradients of an update, summed over its batches on all processes.
+
+    Gives also whether any target counts. A signal ends it early where there is one process.
     """
-    if not stop.can_defer:
+    if not stop.has_unsaved_work:
         print("compiling the training step, once (a minute or more on a new machine)")
     (stream, fields), loss, gradients = train_split, 0.0, None
-    n_targets = count_targets(fields, step, s)
+    n_targets = n_targets_in_update(fields, step, s)
     for i in micro_batches(s, step, world):
         batch = get_batch(stream, i * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
         weights = mx.array(loss_weights(fields, i, n_targets, s))
-        with nullcontext() if stop.can_defer else default_signals():
-            part = micro_step(*batch, weights, mx.random.key(s.SEED * 2**32 + i))
-        loss = loss + part[0]
-        gradients = tree_map(mx.add, gradients, part[1]) if gradients else part[1]
+        with nullcontext() if stop.has_unsaved_work else default_signals():
+            key = mx.random.key(s.SEED * 2**32 + i)
+            micro_loss, micro_gradients = micro_step(*batch, weights, key)
+        loss = loss + micro_loss
+        gradients = tree_map(mx.add, gradients, micro_gradients) if gradients else micro_gradients
         mx.eval(loss, gradients)  # bounds the memory, and lets a signal in
-        if stop.number:
+        if stop.requested:
             break
     return world.all_reduce_sum((loss, gradients)), n_targets > 0
 
 
 def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: StopSignal) -> list[str]:
-    """What the model makes of the prompts of its mode."""
-    prompts = sample_prompts(s.TRAINING_MODE, fields_in(val[1]))
+    """What the model writes after the prompts of its mode."""
+    prompts = sample_prompts(s.TRAINING_MODE, fields_in(val.fields))
     if s.SAMPLE_BYTES > 1000:
         print(f"writing {len(prompts)} samples of {s.SAMPLE_BYTES:,} bytes")
     return list(complete_prompts(model, prompts, s.SAMPLE_BYTES, s.SEED + step, stop))
@@ -648,9 +667,9 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     """Train one run: 0 at its end, 128 + signal if stopped. Raises Diverged, UserError."""
 
     # ---- data: bytes to train on and to evaluate on, and the field of each
-    stop.can_defer = False  # there is no work to save yet
+    stop.has_unsaved_work = False
     report, train_split, val = load_split(s, world)
-    n_steps = total_steps(s, len(train_split[0]))
+    n_steps = total_steps(s, len(train_split.bytes))
 
     # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh
     memory_mode, compute, peak = memory.select_mode(s)  # before the model takes any
@@ -659,7 +678,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     first_step, ancestry = world.broadcast_object(resumed)
     broadcast_state(world, model, optimizer, ema)
 
-    # ---- what is written: metrics.jsonl and best.json, the terminal, config.json
+    # ---- log: metrics.jsonl, best.json and the terminal; config.json of the run
     log = RunLog(run, first_step, world, s.json_to)
     if log.last_eval == first_step and (first_step >= n_steps or log.patience_exceeded(s.PATIENCE)):
         print(f"finished: {why_finished(s, run, first_step, n_steps, log.best)}")
@@ -671,7 +690,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     micro_step, apply_update, state = compile_steps(
         model, optimizer, ema, s.GRAD_CLIP, s.BYTE_NOISE, s.EMA_DECAY
     )
-    eval_losses = compile_evaluation(model, len(val[0]), s)
+    eval_losses = compile_evaluation(model, len(val.bytes), s)
     memory.set_limit(peak)
     baselines = byte_baselines(s.LOSS_ON, train_split, val)
     meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_update(s))
@@ -685,17 +704,17 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         last_step = step == n_steps
         stop.sync()
 
-        # once in a while: save, before the evaluation, so that one that dies costs no work
-        if last_step or stop.number or step % s.SAVE_FREQ == 0:
+        # every SAVE_FREQ updates: save first, so that a crash in the evaluation loses nothing
+        if last_step or stop.requested or step % s.SAVE_FREQ == 0:
             save(step)
-        if stop.number:
+        if stop.requested:
             break
 
-        # once in a while: evaluate on the same bytes, keep the best, advise, write samples
+        # every EVAL_FREQ updates: evaluate on the same bytes, keep the best, advise, write samples
         if (last_step or step % s.EVAL_FREQ == 0) and log.last_eval < step:
             with ema_applied(model, ema):
                 results = evaluation_results(s, step, model, eval_losses, val, stop, world)
-            if stop.number:
+            if stop.requested:
                 save(step)
                 break
             if step and results["monitored_loss"] < log.best.get("monitored_loss", math.inf):
@@ -718,26 +737,26 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         # one update: micro-batches on each process, then one step of AdamW
         meter.start()
         optimizer.learning_rate = lr = learning_rate(step, n_steps, s)
-        (loss, gradients), counts = accumulate(s, step, micro_step, train_split, stop, world)
-        if stop.number:  # the update is not whole: the run is saved as it was after the last one
+        (loss, gradients), counts = sum_gradients(s, step, micro_step, train_split, stop, world)
+        if stop.requested:  # the update is not whole: the run is saved as it was after the last one
             save(step)
             break
         norm = apply_update(loss, gradients)
         mx.eval(state, norm)
-        stop.can_defer = True  # from here on there is work to save
+        stop.has_unsaved_work = True  # from here on there is work to save
         meter.stop(step + 1, loss.item(), norm.item(), counts)
         if meter.consecutive_skips == s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(f"no sound update in {s.MAX_CONSECUTIVE_SKIPS} iterations; last batch: "
-                           f"{batch_location(s, step, len(train_split[0]))}")  # fmt: skip
+                           f"{batch_location(s, step, len(train_split.bytes))}")  # fmt: skip
         if (step + 1) % s.LOG_FREQ == 0 and meter.losses:
             log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **meter.read(step + 1))
 
     meter.bar.close()
-    if stop.number:
+    if stop.requested:
         print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
-        return 128 + stop.number
-    print_summary(s, run, n_steps, results, log.best, len(train_split[0]), meter.minutes())
-    print(f"sample_it: {command(s, run, sample_prompts(s.TRAINING_MODE, fields_in(val[1]))[0])}")
+        return 128 + stop.requested
+    print_summary(s, run, n_steps, results, log.best, len(train_split.bytes), meter.minutes())
+    print(f"sample_it: {sample_command(s, run, fields_in(val.fields))}")
     return 0
 
 
@@ -752,7 +771,7 @@ def why_finished(s: Settings, run: Path, step: int, total: int, best: dict) -> s
 
 
 def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, n_bytes, minutes) -> None:
-    """Print what came of a finished run, for people and grep; `last` is its last evaluation."""
+    """Print the results of a finished run, for people and grep; `last` is its last evaluation."""
     ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
     if last["step"] < n_steps:
         ended = f"early, {s.PATIENCE} validations without a better one"
@@ -777,8 +796,9 @@ def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, n_bytes, m
     print("\n".join(f"{name}: {value}" for name, value in values.items()))
 
 
-def command(s: Settings, run: Path, prompt: str) -> str:
-    """What to type to have the finished run write, within the blocks that it was trained on."""
+def sample_command(s: Settings, run: Path, fields: set[str]) -> str:
+    """A command that lets the finished run write, within the blocks that it was trained on."""
+    prompt = sample_prompts(s.TRAINING_MODE, fields)[0]
     python = Path(sys.executable)  # of make's .venv, which the user's shell may not know
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     words = [python, "generate.py", run, "--prompt", prompt.replace("\n", "\\n")]
@@ -835,18 +855,18 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
 def settings(argv: list[str] | None = None) -> Settings:
     """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
     s, typed = flags.parse(sys.modules[__name__], RULES, PRESETS, ACTIONS, argv)
-    refuse_idle(s, typed)
+    refuse_flags_without_effect(s, typed)
     for name in ("CHECKPOINT_DIR", "INIT_FROM"):  # no shell reads a constant
         if getattr(s, name):
             setattr(s, name, str(files.expand_user(getattr(s, name), name)))
     s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(s.BDH_CONFIG)})
     for run in phases.chain(s):
-        check_together(run)
+        check_settings(run)
     return s
 
 
-def refuse_idle(s: Settings, typed: set[str]) -> None:
-    """Raise UserError for flags that have no effect beside others that were typed."""
+def refuse_flags_without_effect(s: Settings, typed: set[str]) -> None:
+    """Raise UserError for typed flags that have no effect beside others."""
     idle = {}
     if s.selfcheck:
         idle["--selfcheck"] = typed - {"selfcheck"}
@@ -860,7 +880,7 @@ def refuse_idle(s: Settings, typed: set[str]) -> None:
             raise UserError(f"{idle_flags}: no effect beside {beside}; leave it out")
 
 
-def check_together(s: Settings) -> None:
+def check_settings(s: Settings) -> None:
     """Raise UserError for the settings of a run that do not go together."""
     for name, rule in RULES.items():  # PHASES may have put other values in
         check(name, getattr(s, name), rule)

@@ -1,1 +1,1 @@
-"""What the scripts of the root are made of; see the tree in README.md. Imports point down only."""
+"""Library behind train_mlx.py and generate.py. Imports go one way (tests/test_imports.py)."""

@@ -1,4 +1,4 @@
-"""How a script starts and ends: its standard streams, its errors as one line, its exit code.
+"""How a script starts and ends: its standard streams, errors as one line, the exit code.
 
 This module imports nothing slow, so that a script is ready for Ctrl-C before it imports MLX.
 """
@@ -9,13 +9,13 @@ import signal
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 
-PATIENCE = 1.0  # seconds that Ctrl-C waits for the interpreter, which MLX may keep for longer
+INTERRUPT_TIMEOUT = 1.0  # seconds that Ctrl-C waits for the interpreter, which MLX may hold
 REQUIRED = ("mlx", "mlx.core", "numpy", "tqdm")  # what is imported before main()
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as other programs end
 
 
 class Interrupts:
-    """Whether Ctrl-C that the interpreter cannot hear for PATIENCE ends the process."""
+    """Whether Ctrl-C that the interpreter cannot hear for INTERRUPT_TIMEOUT ends the process."""
 
     end_the_process = True
 
@@ -42,11 +42,11 @@ class Output(io.TextIOWrapper):
             if not self.endures:
                 self.error = error
                 raise
-            discard(self.fileno())
+            redirect_to_devnull(self.fileno())
 
 
-def endure() -> None:
-    """Let the process outlive the readers of its output: training must not end with a terminal."""
+def ignore_closed_output() -> None:
+    """Go on without output when its reader is gone: a training run must not end with a terminal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Output):  # not one of a test or a notebook
             stream.endures = True
@@ -63,14 +63,14 @@ def run(file: str):
     open_streams()
     try:
         try:
-            code = imported(file).main()
+            code = import_script(file).main()
         except SystemExit as error:  # argparse's, after --help or a mistake
             code = error.code
         sys.stdout.flush()
         if sys.stdout.error:
             raise sys.stdout.error
     except (KeyboardInterrupt, Exception) as error:
-        code = explain(error, file)
+        code = report_error(error, file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the interpreter's own end
     sys.exit(code)
 
@@ -95,7 +95,7 @@ def open_streams() -> None:
         setattr(sys, name, Output(raw, **how))
 
 
-def imported(file: str):
+def import_script(file: str):
     """The script as a module. Ctrl-C meanwhile ends the process at once: there is no work to lose,
     and a library that is being imported may swallow the exception.
     """
@@ -118,8 +118,9 @@ def module_of(file: str):
 
 
 def hear_interrupts() -> None:
-    """Raise KeyboardInterrupt at Ctrl-C, or end the process where that takes longer than PATIENCE:
-    Python calls no handler before a call of MLX returns. Several in one call are one for Python.
+    """Raise KeyboardInterrupt at Ctrl-C; end the process if that takes over INTERRUPT_TIMEOUT.
+
+    Python calls no handler before a call of MLX returns. Several signals in one call are one.
     """
     from select import select
     from threading import Event, Thread
@@ -132,7 +133,7 @@ def hear_interrupts() -> None:
 
     def watch():
         while os.read(read, 4096):
-            if not heard.wait(PATIENCE) and Interrupts.end_the_process:
+            if not heard.wait(INTERRUPT_TIMEOUT) and Interrupts.end_the_process:
                 os.write(2, b"stopped\n")
                 os._exit(INTERRUPTED)
             while select([read], [], [], 0)[0]:
@@ -146,7 +147,7 @@ def hear_interrupts() -> None:
     Thread(target=watch, daemon=True).start()
 
 
-def explain(error: BaseException, file: str) -> int:
+def report_error(error: BaseException, file: str) -> int:
     """Say on stderr in one line what ended the script; the exit code.
 
     An error that no user can mend keeps its traceback: it is a fault of this project.
@@ -157,7 +158,7 @@ def explain(error: BaseException, file: str) -> int:
     )
 
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has what it wanted
-        discard(1)
+        redirect_to_devnull(1)
         return READER_GONE
     if isinstance(error, KeyboardInterrupt):
         text, code = "stopped", INTERRUPTED
@@ -166,14 +167,14 @@ def explain(error: BaseException, file: str) -> int:
     elif isinstance(error, MemoryError):
         text, code = f"error: memory is out: {error}", 2
     elif error is sys.stdout.error:
-        discard(1)  # what waits in its buffer would fail again at the end
+        redirect_to_devnull(1)  # what waits in its buffer would fail again at the end
         text, code = f"error: the output: {error.strerror or error}", 2
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         text, code = f"error: {where}{error.strerror or error}", 2
     elif isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
         text, code = f"error: {error}; pip install -r requirements.txt", 2
-    elif line := own_line(error, file):
+    elif line := script_line(error, file):
         name = file.rpartition("/")[2]
         text, code = f"error: {name} line {line}: {type(error).__name__}: {error}", 2
     else:
@@ -185,11 +186,11 @@ def explain(error: BaseException, file: str) -> int:
     try:
         print(text, file=sys.stderr)
     except OSError:  # nobody reads
-        discard(2)
+        redirect_to_devnull(2)
     return code
 
 
-def own_line(error: BaseException, file: str) -> int | None:
+def script_line(error: BaseException, file: str) -> int | None:
     """The line of the script, outside its functions, that led to `error`: a setting, as a rule."""
     at = error.__traceback__
     while at:
@@ -200,8 +201,8 @@ def own_line(error: BaseException, file: str) -> int | None:
     return None
 
 
-def discard(number: int) -> None:
-    """Let what is written to a file descriptor vanish from now on."""
+def redirect_to_devnull(number: int) -> None:
+    """Send what is written to a file descriptor to /dev/null from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 

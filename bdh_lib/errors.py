@@ -1,4 +1,4 @@
-"""What is told to a user: mistakes that the user can put right, and text safe on a terminal."""
+"""Errors that a user can correct, text that is safe on a terminal, and rules for values."""
 
 import difflib
 import re
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class UserError(ValueError):
-    """What the user can put right; the scripts print it as one line and exit with its code."""
+    """An error that the user can correct. The scripts print it as one line and exit with code 2."""
 
     exit_code = 2
 
@@ -24,7 +24,7 @@ def escape_controls(text: str) -> str:
 
 
 def did_you_mean(word: str, names: Iterable[str], alike: float = 0.6) -> str:
-    """`; did you mean x?` of the name most like `word`; nothing where none is like it."""
+    """`; did you mean x?` for the name most like `word`; empty where none is similar."""
     matches = difflib.get_close_matches(word, names, 1, alike)
     return f"; did you mean {matches[0]}?" if matches else ""
 

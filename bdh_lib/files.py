@@ -1,4 +1,4 @@
-"""Paths, and files on which others rely: flushed, replaced at once, compared by their bytes."""
+"""Paths, and files that are written whole: flushed, replaced at once, hashed."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def expand_user(path: str | Path, name: str = "the path") -> Path:
 
 
 def absolute(path: Path) -> Path:
-    """The path from the root, without `..`: unlike resolve() it stands links in a circle."""
+    """The path from the root, without `..`. Unlike resolve() it accepts links in a circle."""
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
@@ -79,8 +79,9 @@ class NotWritten(UserError, OSError):
 
 
 def check_replaceable(path: Path, name: str) -> None:
-    """Raise UserError where `path` is a file that is no picture or trace of this project; `name`
-    is the flag that names another.
+    """Raise UserError where `path` is a file other than a picture or trace of this project.
+
+    `name` is the flag that names another file.
     """
     if not os.path.isfile(path):  # noqa: PTH113  which raises nothing
         return
@@ -93,7 +94,7 @@ def check_replaceable(path: Path, name: str) -> None:
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[Path]:
-    """A path to write to, which then replaces `path`: a reader finds the old or the new content.
+    """A path to write to, which then replaces `path`. A reader finds the old or the new content.
 
     Raises NotWritten; on any error nothing is left of what was made.
     """
@@ -115,7 +116,7 @@ def atomic_writer(path: Path) -> Iterator[Path]:
         raise
 
 
-def sha256(path: Path) -> str:
+def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -26,7 +26,7 @@ def panel(axes, title: str) -> None:
 
 
 def label(name) -> str:
-    """A name as matplotlib shows it: a $ begins no formula, a _ at its begin hides nothing."""
+    """A name for matplotlib, in which a $ starts no formula and a leading _ hides no line."""
     return " " * str(name).startswith("_") + escape_controls(str(name)).replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""What lies in a run folder, as far as it is told without MLX: its weights and its settings."""
+"""What a run folder holds, found without MLX: its weights file and its settings."""
 
 import sys
 from pathlib import Path
@@ -58,7 +58,9 @@ def is_changed(weights: Path) -> bool:
         return False
     try:
         written = files.read_json_object(manifest)
-        return weights.name in written and written[weights.name]["sha256"] != files.sha256(weights)
+        return weights.name in written and written[weights.name]["sha256"] != files.sha256_file(
+            weights
+        )
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     except (UserError, KeyError, TypeError):

@@ -117,7 +117,7 @@ def test_ctrl_c_ends_a_script_within_a_call_that_does_not_return(run):
     code = (
         "import ctypes, sys; sys.argv = sys.argv[1:]; from bdh_lib import cli; import generate\n"
         "c, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
-        "c.pthread_mutex_lock(lock); cli.PATIENCE = 0.2\n"
+        "c.pthread_mutex_lock(lock); cli.INTERRUPT_TIMEOUT = 0.2\n"
         "hold = lambda *_: (print('held', flush=True), c.pthread_mutex_lock(lock))\n"
         "generate.read_prompt = hold\n"
         "cli.run('generate')\n"
@@ -142,7 +142,8 @@ def test_several_interrupts_within_one_call_are_one(tmp_path):
         "    except KeyboardInterrupt: pass\n"
         "    time.sleep(0.6); print('it goes on'); return 0\n"
     )
-    code = f"from bdh_lib import cli; cli.PATIENCE = 0.1; cli.run({str(tmp_path / 'deaf.py')!r})"
+    code = "from bdh_lib import cli; cli.INTERRUPT_TIMEOUT = 0.1; "
+    code += f"cli.run({str(tmp_path / 'deaf.py')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "it goes on\n")
 
@@ -159,7 +160,7 @@ def test_flushing_endures_as_writing_does(endures):
     else:
         with pytest.raises(BrokenPipeError):
             out.flush()
-        cli.discard(write)
+        cli.redirect_to_devnull(write)
     out.close()
 
 

@@ -389,7 +389,8 @@ def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys):
     args = generate.flags(command[2:])
     assert args.prompt == "### Instruction:\nAnalyze the ethical implications".replace("\n", "\\n")
     assert args.window == 64 and args.model == tmp_path / "full"
-    assert "--window 4" in train_mlx.command(SimpleNamespace(BLOCK_SIZE=2), tmp_path, "a")  # PARTS
+    s = SimpleNamespace(BLOCK_SIZE=2, TRAINING_MODE="full")
+    assert "--window 4" in train_mlx.sample_command(s, tmp_path, {"text"})
 
 
 def test_other_settings_in_the_same_run_are_refused_by_name(straight):

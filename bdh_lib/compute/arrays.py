@@ -43,7 +43,7 @@ def _is_safetensors(file: Path) -> bool:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def sha256(arrays: dict[str, mx.array], header: dict | None = None) -> str:
+def sha256_arrays(arrays: dict[str, mx.array], header: dict | None = None) -> str:
     """Of the arrays' names, shapes and numbers, and of the header."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode() if header else b"")
     for name, array in sorted(arrays.items()):

@@ -46,15 +46,16 @@ def ln(x: mx.array) -> mx.array:
     return mx.fast.layer_norm(x, None, None, 1e-5)
 
 
-def residual(v: mx.array, o: mx.array, factor_v=1) -> mx.array:
-    return ln(v + ln(o) * factor_v)
+def residual(v: mx.array, o: mx.array, scale_v=1) -> mx.array:
+    return ln(v + ln(o) * scale_v)
 
 
 # ------------------------------------------------------------------------------------------ dropout
 
 
 def dropout_mask(key: mx.array, rate: float, shape: tuple):
-    """8 random bits a neuron and the limit below which it is silenced; None for rate 0.
+    """(random bytes, threshold, 1 / (1 - rate)): a neuron is dropped where its byte is below the
+    threshold. None for rate 0.
 
     A 32-bit draw serves four neurons: one each would cost more than a GEMM. 256 * rate is seldom
     whole: the limit is drawn from its two neighbours, so that the rate is true on average.
@@ -67,7 +68,7 @@ def dropout_mask(key: mx.array, rate: float, shape: tuple):
     return bits.reshape(shape), limit, 1 / (1 - rate)
 
 
-def factor(mask, dtype):
+def dropout_scale(mask, dtype):
     """0 or 1 / (1 - rate) for each place of a dropout mask."""
     if mask is None:
         return 1
@@ -77,7 +78,7 @@ def factor(mask, dtype):
 
 @mx.compile
 def _gate(x, g, mask):
-    return x * (mx.maximum(g, 0) * factor(mask, x.dtype))
+    return x * (mx.maximum(g, 0) * dropout_scale(mask, x.dtype))
 
 
 # Below, sign of a rectified number where `mx.where` would read better: on a CPU the branches of the
@@ -86,22 +87,22 @@ def _gate(x, g, mask):
 
 @mx.compile
 def _gate_dg(x, g, dy, mask):
-    return dy * x * mx.sign(mx.maximum(g, 0)) * factor(mask, x.dtype)
+    return dy * x * mx.sign(mx.maximum(g, 0)) * dropout_scale(mask, x.dtype)
 
 
 @mx.compile
 def _gate_dh(x, g, dy, dq, mask):
-    return (dy * mx.maximum(g, 0) * factor(mask, x.dtype) + dq) * mx.sign(x)
+    return (dy * mx.maximum(g, 0) * dropout_scale(mask, x.dtype) + dq) * mx.sign(x)
 
 
 # ----------------------------------------------------------------------------------------- products
 
 
-def _t(a):
+def _transpose(a):
     return a.swapaxes(-1, -2)
 
 
-def _plus(total, a, b):
+def _add_matmul(total, a, b):
     """total + a @ b in float32; total None is 0."""
     if total is None:
         return (a @ b).astype(mx.float32)
@@ -120,7 +121,7 @@ def _chunk_states(S, k, v, reverse=False):
     written, and (H, B, N, D) in float32.
     """
     n, dtype = k.shape[2], k.dtype
-    written = _t(mx.moveaxis(k, 2, 0)) @ mx.moveaxis(v, 2, 0)
+    written = _transpose(mx.moveaxis(k, 2, 0)) @ mx.moveaxis(v, 2, 0)
     prefix_states, total = (_prefix_sum if n < 8 else _prefix_sum_matmul)(written, reverse)
     total = total.reshape(total.shape[1:])
     if S is not None:
@@ -169,9 +170,9 @@ class Saved(NamedTuple):
     y: mx.array | None = None
 
 
-def _excite(v, E, position, B):
+def _encode(v, Dx, position, B):
     """x = relu(v Dx) and its rotation q, both (H, B*T, N)."""
-    x = mx.maximum(v @ E, 0)
+    x = mx.maximum(v @ Dx, 0)
     q = rotate(x.reshape(x.shape[0], B, -1, x.shape[-1]), position)
     return x, q.reshape(x.shape)
 
@@ -180,16 +181,16 @@ def forward_segment(vs, S, weights, position, C, masks=(None, None)):
     """One segment: v' (B, T, D), the state after it, and what the backward pass can use of it."""
     (B, T, D), (Dx, Dy, E) = vs.shape, weights
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
-    x, q = _excite(v, Dx, position, B)
+    x, q = _encode(v, Dx, position, B)
     k, vc = _chunked(q, B, C), _chunked(v, B, C)
-    scores = mx.tril(k @ _t(k), -1)
+    scores = mx.tril(k @ _transpose(k), -1)
     prefix_states, S_after = _chunk_states(S, k, vc)
     a = (scores @ vc).astype(mx.float32)
     a = (a if prefix_states is None else a + k @ prefix_states).reshape(-1, B * T, D)
     g = ln(a).astype(Dx.dtype) @ Dy
     y = _gate(x, g, masks[0])
     o = (y @ E).astype(mx.float32).sum(0).reshape(B, T, D)
-    out = residual(vs, o, factor(masks[1], o.dtype))
+    out = residual(vs, o, dropout_scale(masks[1], o.dtype))
     return out, S_after, Saved(S, scores, a, o, prefix_states, x, g, q, y)
 
 
@@ -200,7 +201,7 @@ def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     an = ln(a).astype(Dx.dtype)
     if x is None:
-        x, q = _excite(v, Dx, position, B)
+        x, q = _encode(v, Dx, position, B)
     if g is None:
         g = an @ Dy
     if q is None:
@@ -208,31 +209,35 @@ def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
     if y is None:
         y = _gate(x, g, mask)
 
-    factor_v = factor(mask_v, o.dtype)
-    dv, do = mx.vjp(lambda v, o: residual(v, o, factor_v), [vs, o], [dout])[1]
+    scale_v = dropout_scale(mask_v, o.dtype)
+    dv, do = mx.vjp(lambda v, o: residual(v, o, scale_v), [vs, o], [dout])[1]
     do = do.astype(Dx.dtype).reshape(1, B * T, D)
-    dy = do @ _t(E)
+    dy = do @ _transpose(E)
     dg = _gate_dg(x, g, dy, mask)
-    dan = (dg @ _t(Dy)).astype(mx.float32)
+    dan = (dg @ _transpose(Dy)).astype(mx.float32)
     da = mx.vjp(ln, [a], [dan])[1][0].astype(Dx.dtype)
 
     k, vc, dac = _chunked(q, B, C), _chunked(v, B, C), _chunked(da, B, C)
     if prefix_states is None:
         prefix_states, _ = _chunk_states(S, k, vc)
     suffix_states, R = _chunk_states(R, k, dac, reverse=True)
-    square = mx.tril(dac @ _t(vc), -1)
-    dq = (square + _t(square)) @ k
-    dvc = (_t(scores) @ dac).astype(mx.float32)
+    square = mx.tril(dac @ _transpose(vc), -1)
+    dq = (square + _transpose(square)) @ k
+    dvc = (_transpose(scores) @ dac).astype(mx.float32)
     if prefix_states is not None:
-        dq = mx.addmm(dq, dac, _t(prefix_states))
+        dq = mx.addmm(dq, dac, _transpose(prefix_states))
     if suffix_states is not None:
-        dq = mx.addmm(dq, vc, _t(suffix_states))
+        dq = mx.addmm(dq, vc, _transpose(suffix_states))
         dvc = dvc + k @ suffix_states
     dq = rotate(dq.reshape(-1, B, T, dq.shape[-1]), position, -1).reshape(x.shape)
     dh = _gate_dh(x, g, dy, dq, mask)
 
-    dW = (_plus(dW[0], _t(v), dh), _plus(dW[1], _t(an), dg), _plus(dW[2], _t(y), do))
-    dv = dv + (dvc.reshape(-1, B * T, D) + dh @ _t(Dx)).sum(0).reshape(B, T, D)
+    dW = (
+        _add_matmul(dW[0], _transpose(v), dh),
+        _add_matmul(dW[1], _transpose(an), dg),
+        _add_matmul(dW[2], _transpose(y), do),
+    )
+    dv = dv + (dvc.reshape(-1, B * T, D) + dh @ _transpose(Dx)).sum(0).reshape(B, T, D)
     return dv, R, dW
 
 

@@ -1,4 +1,4 @@
-"""What a record holds: which of its columns, or of its turns, are which field."""
+"""Which columns of a record, or turns of a chat, are its system text, instruction and response."""
 
 from itertools import groupby
 
@@ -17,15 +17,15 @@ UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
 
 
 def detect(record: dict, questions: bool = False) -> tuple[str, list[dict | str]]:
-    """Name of the record's structure, and its content under our field names.
+    """The name of the record's structure, and a list of its contents by field, unchecked.
 
-    A chat gives one entry per answer, each with the chat's system text, and one reason, a str, per
-    turn whose role is unknown. With `questions` it gives no reasons but an entry for a question
-    that ends it. Alpaca's `input` continues its instruction. Values are passed on unchecked.
+    A chat gives one content for each answer, each with the chat's system text, and a reason (a str)
+    for each turn whose role is unknown. With `questions` it gives no reasons, but a content for a
+    question that ends the chat. Alpaca's `input` is appended to its instruction.
     """
     for name in ("messages", "conversations"):
         if isinstance(record.get(name), list):
-            return name, _exchanges(record[name], questions)
+            return name, _split_chat(record[name], questions)
     column_of = {f: next((c for c in cs if c in record), None) for f, cs in COLUMNS.items()}
     fields = {field: record[column] for field, column in column_of.items() if column}
     names = [column for column in column_of.values() if column]
@@ -41,34 +41,34 @@ def detect(record: dict, questions: bool = False) -> tuple[str, list[dict | str]
     return "/".join(names), [fields]
 
 
-def _exchanges(turns: list, questions: bool) -> list[dict | str]:
+def _split_chat(turns: list, questions: bool) -> list[dict | str]:
     turns = [turn if isinstance(turn, dict) else {} for turn in turns]
     spoken = [
         (FIELD_OF.get(str(t.get("role", t.get("from"))).lower()), t.get("content", t.get("value")))
         for t in turns
     ]
-    turns_of_known_roles = [turn for turn in spoken if turn[0]]
+    known_turns = [turn for turn in spoken if turn[0]]
     exchange, exchanges = {}, []
-    for field, some in groupby(turns_of_known_roles, lambda turn: turn[0]):
-        exchange[field] = _joined([content for _, content in some])
+    for field, some in groupby(known_turns, lambda turn: turn[0]):
+        exchange[field] = _join_contents([content for _, content in some])
         if field == "response":
             exchanges.append(exchange)
             exchange = {"system": exchange["system"]} if "system" in exchange else {}
     if questions and "instruction" in exchange:
         exchanges.append(exchange)
-    unknown = [] if questions else [UNKNOWN_ROLE] * (len(spoken) - len(turns_of_known_roles))
+    unknown = [] if questions else [UNKNOWN_ROLE] * (len(spoken) - len(known_turns))
     return (exchanges or [{}]) + unknown
 
 
-def _joined(contents: list):
-    """What one speaker says in turns in a row; one that is no text is passed on in its place."""
+def _join_contents(contents: list):
+    """The contents of turns in a row by one speaker, or one of them that is not text."""
     contents = [c for c in contents if c is not None and c != ""] or contents[:1]
     odd = [c for c in contents if not isinstance(c, str)]
     return odd[0] if odd else "\n\n".join(contents)
 
 
 def invalid_reason(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
-    """Why this content cannot be trained on, or None when every wanted field is sound text."""
+    """Why this content cannot be trained on, or None where every wanted field is valid text."""
     if isinstance(fields, str):
         return fields
     for name in wanted:
@@ -87,5 +87,5 @@ def invalid_reason(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
 
 
 def valid_fields(fields: dict | str) -> dict[str, str]:
-    """What of this content can be trained on."""
+    """The fields of this content that can be trained on."""
     return {f: fields[f] for f in (*COLUMNS, "text") if not invalid_reason(fields, (f,))}

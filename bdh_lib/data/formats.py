@@ -35,8 +35,9 @@ STOP = "\n---"  # ends a response; part of it, since a model must learn to stop
 
 
 def sample_prompts(mode: str, has: Collection[str]) -> list[str]:
-    """Prompts for a model of `mode`, but for sections that data with the fields `has`
-    do not have: of plain text the start of a record, in `full` no system text where none has one.
+    """Prompts for samples in `mode`; `has` is the set of fields in the data.
+
+    Plain text gets a record separator; data without system texts get no prompt with one.
     """
     if not set(REQUIRED_FIELDS[mode]) & set(has):
         return [SEPARATOR]

@@ -130,12 +130,12 @@ def read_records(dataset: str) -> Iterator[dict | str]:
     if files is None:
         print(f"{what} ...", flush=True)
     else:
-        _tell_large(what, files)
+        print_if_large(what, files)
     sources = map(_read_file, files) if files else [_read_hub(dataset)]
     yield from shown(chain.from_iterable(sources), what)
 
 
-def _tell_large(what: str, files: list[Path], large: float = LARGE) -> None:
+def print_if_large(what: str, files: list[Path], large: float = LARGE) -> None:
     """Say what is being done with the files where it takes a while."""
     size = sum(file.stat().st_size for file in files)
     if size > large:
@@ -242,7 +242,7 @@ PARSERS = {
 }
 
 
-def _hub_parts(dataset: str) -> tuple[str, str | None, str | None, str | None]:
+def parse_hub_name(dataset: str) -> tuple[str, str | None, str | None, str | None]:
     """Name, config, revision and split of a name on the hub. Raises UserError."""
     if match := HUB_NAME.fullmatch(dataset):
         return match.groups()
@@ -254,7 +254,7 @@ def _hub_parts(dataset: str) -> tuple[str, str | None, str | None, str | None]:
 
 def commit(dataset: str) -> str | None:
     """The commit that a name on the hub means now, or None where the hub does not tell."""
-    name, _, revision, _ = _hub_parts(dataset)
+    name, _, revision, _ = parse_hub_name(dataset)
     is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
     return revision if is_commit else _ask_hub(name, revision)
 
@@ -281,7 +281,7 @@ def _is_local(error: Exception) -> bool:
 
 
 def _read_hub(dataset: str) -> Iterator[dict]:
-    name, config, revision, split = _hub_parts(dataset)
+    name, config, revision, split = parse_hub_name(dataset)
     sha = _ask_hub(name, revision) or revision
     import datasets
     from huggingface_hub import constants

@@ -22,15 +22,15 @@ import numpy as np
 from bdh_lib.data import columns, sources
 from bdh_lib.data.formats import FIELDS, REQUIRED_FIELDS, SEPARATOR, field_segments, required_fields
 from bdh_lib.errors import UserError
-from bdh_lib.files import parse_json, sha256
+from bdh_lib.files import parse_json, sha256_file
 
 IN_VAL = "in_val.npy"  # in prepared data: of each record with any field, whether it validates
 VAL_ENDS = "val_ends.npy"  # and where each record of val.bin ends
 MOST_STRUCTURES = 20  # that are told, where each record has keys of its own
-STARTED = time.time()  # of this process, nearly
+STARTED = time.time()  # about when this process started
 
 
-def _made_from(dataset: str, mode: str, val_share: float, seed: int) -> dict:
+def cache_settings(dataset: str, mode: str, val_share: float, seed: int) -> dict:
     """What prepared bytes depend on beside the data's own, as data.json keeps it."""
     how = {"split": "by record, validation shuffled", "text": "valid UTF-8, turns in a row joined"}
     return {"dataset": dataset, "mode": mode, "val_share": val_share, "seed": seed} | how
@@ -40,12 +40,12 @@ def cache_key(dataset: str, mode: str, val_share: float, seed: int) -> str:
     """Name of the prepared bytes: changes with the files (path, size, time), the commit on the hub
     or a setting.
     """
-    settings = _made_from(dataset, mode, val_share, seed)
+    settings = cache_settings(dataset, mode, val_share, seed)
     if files := sources.find(dataset):
         settings["dataset"] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
                                for f in files]  # fmt: skip
     else:
-        name, config, revision, split = sources._hub_parts(dataset)
+        name, config, revision, split = sources.parse_hub_name(dataset)
         settings["dataset"] = [name, config, split, sources.commit(dataset) or revision]
     key = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -66,9 +66,9 @@ def prepare(
     """
     how = (dataset, mode, val_share, seed)
     folder = cache / cache_key(*how)
-    with _held(cache):
+    with _locked(cache):
         if not refresh and sources.find(dataset) is None and not sources.commit(dataset):
-            folder = _newest(cache, _made_from(*how)) or folder
+            folder = _newest(cache, cache_settings(*how)) or folder
         if not is_intact(folder) or (refresh and _made_at(folder) < STARTED):
             _make(folder, *how)
         return folder
@@ -94,7 +94,7 @@ def _newest(cache: Path, made_from: dict) -> Path | None:
 
 
 @contextmanager
-def _held(cache: Path) -> Iterator[None]:
+def _locked(cache: Path) -> Iterator[None]:
     """Hold the folder of prepared data, swept of what a killed process left. Raises UserError."""
     with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -132,15 +132,17 @@ def is_intact(folder: Path) -> bool:
     """Whether prepared data are whole: each side as long as, and the bytes that, data.json says."""
     try:
         report = parse_json((folder / "data.json").read_text())
-        sources._tell_large("checking the prepared data", [*folder.iterdir()], 50 * sources.LARGE)
+        sources.print_if_large(
+            "checking the prepared data", [*folder.iterdir()], 50 * sources.LARGE
+        )
         if report.pop("sha256") != _sha256_of(report):
             return False
         for side in ("train", "val"):
             for kind, name in (("bin", "sha256"), ("fields", "fields_sha256")):
-                if sha256(folder / f"{side}.{kind}") != report[side][name]:
+                if sha256_file(folder / f"{side}.{kind}") != report[side][name]:
                     return False
         for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
-            if (expected := report.get(name)) and sha256(folder / file) != expected:
+            if (expected := report.get(name)) and sha256_file(folder / file) != expected:
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -159,7 +161,7 @@ def _make(folder, dataset, mode, val_share, seed):
             report = _copy_split(ready, dataset, mode, making)
         else:
             report = _split(dataset, mode, val_share, seed, making)
-        report["made_from"] = _made_from(dataset, mode, val_share, seed)
+        report["made_from"] = cache_settings(dataset, mode, val_share, seed)
         report["commit"] = None if sources.find(dataset) else sources.commit(dataset)
         sealed = report | {"sha256": _sha256_of(report)}
         (making / "data.json").write_text(json.dumps(sealed, indent=1))
@@ -203,7 +205,7 @@ def _split(dataset: str, mode: str, val_share: float, seed: int, folder: Path) -
     np.save(folder / IN_VAL, validates)
     np.save(folder / VAL_ENDS, np.cumsum(lengths[val] + len(SEPARATOR)) - len(SEPARATOR))
     for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
-        report[name] = sha256(folder / file)
+        report[name] = sha256_file(folder / file)
     return report | _write_split(folder, lengths, np.flatnonzero(served & ~in_val), val)
 
 
@@ -213,7 +215,7 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
     Raises UserError where a .fields file does not fit its bytes.
     """
     sides = [file for file in files if file.suffix == ".bin"]
-    sources._tell_large(f"copying DATASET {dataset}", files, 10 * sources.LARGE)
+    sources.print_if_large(f"copying DATASET {dataset}", files, 10 * sources.LARGE)
     report = {"dataset": dataset, "mode": mode, "records": None, "fields": {}, "skipped": {}}
     report |= {"structures": {"ready split": None}, "shared": 0}
     for file in sides:
@@ -229,8 +231,8 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
         else:
             text = np.full(size, FIELDS.index("text"), np.uint8)
             text.tofile(side.with_suffix(".fields"))
-        sums = {"sha256": sha256(side)}
-        sums["fields_sha256"] = sha256(side.with_suffix(".fields"))
+        sums = {"sha256": sha256_file(side)}
+        sums["fields_sha256"] = sha256_file(side.with_suffix(".fields"))
         report[file.stem] = {"records": None, "bytes": size} | sums
     return report
 
@@ -294,7 +296,7 @@ def _format_all(dataset, mode, folder, wanted=None):
 
 
 def _digest(key: str | list[tuple[str, str]]) -> int:
-    """Of json.dumps(key), a megabyte at a time: a record may be large."""
+    """64-bit blake2b of json.dumps(key), fed in pieces of 1 MB: a record may be large."""
     if isinstance(key, str):
         texts, joints = [key], ['"', '"']
     else:
@@ -422,7 +424,7 @@ def data_changes(there: dict, here: dict) -> dict[str, str]:
     for side in ("train", "val"):
         if there[side]["sha256"] != here[side]["sha256"]:
             one, other = (
-                f"{count_text(of[side]['records'])}{of[side]['bytes']:,} bytes, {_named(of)}"
+                f"{count_text(of[side]['records'])}{of[side]['bytes']:,} bytes, {dataset_label(of)}"
                 for of in (there, here)
             )
             change = (
@@ -432,7 +434,7 @@ def data_changes(there: dict, here: dict) -> dict[str, str]:
     return changes
 
 
-def _named(report: dict) -> str:
+def dataset_label(report: dict) -> str:
     """The data set of a report, with its commit where it is on the hub."""
     commit = report.get("commit")
     return report["dataset"] + (f" (commit {commit})" if commit else "")
@@ -445,7 +447,7 @@ def count_text(records: int | None) -> str:
 
 def describe(report: dict) -> str:
     """The report of `prepare` for people: structure, fields, what was skipped, the split."""
-    lines = [f"data: {_named(report)}, {count_text(report['records'])}mode {report['mode']}"]
+    lines = [f"data: {dataset_label(report)}, {count_text(report['records'])}mode {report['mode']}"]
     for structure, n in report["structures"].items():
         share = "" if n is None else f": {n / report['records']:.1%} of records"
         lines.append(f"  structure {structure}{share}")

@@ -1,3 +1,3 @@
-"""What a trained model is used for."""
+"""Sampling, decoding, sessions, traces and export."""
 
 import bdh_lib.compute  # noqa: F401  before mlx.core

@@ -168,9 +168,9 @@ def complete_prompts(model, prompts: Sequence[str], n_bytes: int, seed: int, sto
     for prompt, key in zip(prompts, mx.random.split(mx.random.key(seed), 9), strict=False):
         idx = pad_batch([prompt.encode()])
         written = stream(model, *read_prompt(model, idx), sampling, key, idx)
-        drawn = takewhile(lambda _: not stop.number, islice(written, n_bytes))
+        drawn = takewhile(lambda _: not stop.requested, islice(written, n_bytes))
         text = decode_text(prompt.encode() + bytes(token for (token,), _ in drawn))
-        if stop.number:
+        if stop.requested:
             break
         yield escape_controls(text)
     model.decode_step = None  # the weights in the order of a step: they are about to change

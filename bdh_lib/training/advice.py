@@ -12,13 +12,13 @@ import numpy as np
 
 from bdh_lib.data.formats import FIELDS
 
-RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
-JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ updates, to the next
-HARD = 10  # gradient norm, in GRAD_CLIPs, beyond which the clipping alone sets the step
+MIN_RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
+LOSS_JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ updates, to the next
+NORM_LIMIT = 10  # gradient norm, in GRAD_CLIPs, beyond which the clipping alone sets the step
 NOISE_SHARE = 0.9  # share of the order-0 entropy above which text is noise
-LATE = 0.25  # share of a run by which it should know more than which byte follows which
-MILLION = 10**6  # bytes that are counted, for the time it takes
-RATE = 1e-3  # of the official training, and of the best of docs/log.md's runs
+LATE_FRACTION = 0.25  # share of a run by which it should know more than which byte follows which
+MAX_BYTES = 10**6  # bytes that are counted, for the time it takes
+REFERENCE_RATE = 1e-3  # of the official training, and of the best of docs/log.md's runs
 
 
 def order_0(data: np.ndarray) -> float:
@@ -41,17 +41,17 @@ def byte_baselines(loss_on: str, train: tuple, val: tuple) -> tuple[float, float
 
 
 def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.ndarray:
-    """The first MILLION bytes of `stream` that LOSS_ON counts, wherever they stand."""
+    """The first MAX_BYTES bytes of `stream` that LOSS_ON counts, wherever they stand."""
     if loss_on == "all":
-        return np.array(stream[:MILLION])
+        return np.array(stream[:MAX_BYTES])
     parts, count = [np.empty(0, np.uint8)], 0
-    for begin in range(0, len(stream), MILLION):  # the stream may be larger than the memory
-        counted = fields[begin : begin + MILLION] == FIELDS.index(loss_on)
-        parts.append(stream[begin : begin + MILLION][counted])
+    for begin in range(0, len(stream), MAX_BYTES):  # the stream may be larger than the memory
+        counted = fields[begin : begin + MAX_BYTES] == FIELDS.index(loss_on)
+        parts.append(stream[begin : begin + MAX_BYTES][counted])
         count += len(parts[-1])
-        if count >= MILLION:
+        if count >= MAX_BYTES:
             break
-    return np.concatenate(parts)[:MILLION]
+    return np.concatenate(parts)[:MAX_BYTES]
 
 
 def advise(
@@ -59,7 +59,7 @@ def advise(
 ) -> dict[str, str]:
     """Advice by the name of its sign, for the evaluation that ends `history` (metrics.jsonl).
 
-    total: updates of the whole run; known: what `counting` gives.
+    total: updates of the whole run; baselines: what `byte_baselines` gives.
     """
     val = {m["step"]: m["monitored_loss"] for m in history if "monitored_loss" in m}
     lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]
@@ -84,15 +84,15 @@ def advise(
     return {}
 
 
-def lower(s: SimpleNamespace) -> str:
+def lower_rate(s: SimpleNamespace) -> str:
     return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE / 3:.1g}"
 
 
-def higher(s: SimpleNamespace) -> str:
+def higher_rate(s: SimpleNamespace) -> str:
     return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * 3:.1g}"
 
 
-def moved(run: SimpleNamespace, then: int) -> str:
+def describe_change(run: SimpleNamespace, then: int) -> str:
     """How both losses went from the evaluation at `then` to the last one."""
     text = f"from iteration {then} to {run.now} validation went from {run.val[then]:.4f} to "
     text += f"{run.val[run.now]:.4f}"
@@ -101,17 +101,17 @@ def moved(run: SimpleNamespace, then: int) -> str:
     return text
 
 
-def risen(run: SimpleNamespace, then: int) -> bool:
-    return run.val[run.now] > (1 + RISE) * run.val[then]
+def has_risen(run: SimpleNamespace, then: int) -> bool:
+    return run.val[run.now] > (1 + MIN_RISE) * run.val[then]
 
 
 def overfitting(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
-    if risen(run, run.best) and run.loss[run.now] < run.loss[run.best]:
+    if has_risen(run, run.best) and run.loss[run.now] < run.loss[run.best]:
         dropout = s.BDH_CONFIG.dropout
         return (
-            f"overfitting: {moved(run, run.best)}. The best checkpoint is kept; for a better one "
-            f"raise dropout from {dropout:g} to {min(0.5, dropout + 0.2):g}, take more data, or "
-            f"lower {lower(s)}"
+            f"overfitting: {describe_change(run, run.best)}. The best checkpoint is kept; for a "
+            f"better one raise dropout from {dropout:g} to {min(0.5, dropout + 0.2):g}, "
+            f"take more data, or lower {lower_rate(s)}"
         )
 
 
@@ -121,32 +121,32 @@ def too_high(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
     norm = float(np.median(norms))
     skipped = lines[-1]["skipped"] - (run.lines[-2][-1]["skipped"] if len(run.lines) > 1 else 0)
     jumps = [f"{a['loss']:.4f} to {b['loss']:.4f}" for a, b in pairwise(lines)
-             if b["loss"] > (1 + JUMP) * a["loss"]]  # fmt: skip
+             if b["loss"] > (1 + LOSS_JUMP) * a["loss"]]  # fmt: skip
     if skipped > 0:
         seen.append(f"{skipped} updates were skipped")
     if jumps:
         seen.append(f"the training loss jumped from {', '.join(jumps)}")
-    if s.GRAD_CLIP and norm > HARD * s.GRAD_CLIP:
+    if s.GRAD_CLIP and norm > NORM_LIMIT * s.GRAD_CLIP:
         seen.append(f"the gradient's norm is {norm:.3g}, and GRAD_CLIP {s.GRAD_CLIP:g}")
-    if risen(run, run.best) or risen(run, run.start):
-        seen.append(moved(run, run.best if risen(run, run.best) else run.start))
+    if has_risen(run, run.best) or has_risen(run, run.start):
+        seen.append(describe_change(run, run.best if has_risen(run, run.best) else run.start))
     if seen:
-        return f"learning rate too high: {'; '.join(seen)}. Lower {lower(s)}"
+        return f"learning rate too high: {'; '.join(seen)}. Lower {lower_rate(s)}"
 
 
 def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
-    """The rest of the run at this pace would not leave noise, or gain a RISE."""
+    """The rest of the run at this pace would not leave noise, or gain a MIN_RISE."""
     if run.before < max(1, s.WARMUP_ITERS) or run.lines[-1][-1]["lr"] < s.LEARNING_RATE / 2:
         return None  # slow for another reason
     intervals = min(20, (run.total - run.now) / (run.now - run.before))
     now, gain = run.val[run.now], (run.val[run.before] - run.val[run.now]) * intervals
     above = now - NOISE_SHARE * run.order_0
-    still = run.loss[run.now] > (1 - RISE) * run.loss[run.before]
-    if intervals > 0 and (gain < above or (gain < RISE * now and still)):
+    still = run.loss[run.now] > (1 - MIN_RISE) * run.loss[run.before]
+    if intervals > 0 and (gain < above or (gain < MIN_RISE * now and still)):
         return (
-            f"stuck: {moved(run, run.before)}; at this pace the run ends near "
-            f"{min(now, now - gain):.2f}. Raise {higher(s)}; if that does not help, look at the "
-            f"data, or raise n_embd from {s.BDH_CONFIG.n_embd} to {2 * s.BDH_CONFIG.n_embd}"
+            f"stuck: {describe_change(run, run.before)}; at this pace the run ends near "
+            f"{min(now, now - gain):.2f}. Raise {higher_rate(s)}; if that does not help, look at "
+            f"the data, or raise n_embd from {s.BDH_CONFIG.n_embd} to {2 * s.BDH_CONFIG.n_embd}"
         )
 
 
@@ -162,13 +162,13 @@ def not_coherent(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
 
 
 def slow(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
-    late = run.now >= max(LATE * run.total, 2 * s.WARMUP_ITERS)
-    if late and s.LEARNING_RATE < RATE and run.val[run.now] > run.order_1:
+    late = run.now >= max(LATE_FRACTION * run.total, 2 * s.WARMUP_ITERS)
+    if late and s.LEARNING_RATE < REFERENCE_RATE and run.val[run.now] > run.order_1:
         bits, bigram = (nats / math.log(2) for nats in (run.val[run.now], run.order_1))
         return (
             f"slow: {bits:.2f} bits per byte after {run.now} of {run.total} iterations; to know "
             f"only which byte follows which gives {bigram:.2f}. Raise LEARNING_RATE from "
-            f"{s.LEARNING_RATE:g} to {RATE:g}"
+            f"{s.LEARNING_RATE:g} to {REFERENCE_RATE:g}"
         )
 
 

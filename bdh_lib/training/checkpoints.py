@@ -157,7 +157,8 @@ def save(run: Path, step: int, model: BDH, optimizer, info: dict, raw: dict | No
         for file in making.iterdir():
             files.flush(file)
         manifest = {
-            f.name: {"bytes": f.stat().st_size, "sha256": files.sha256(f)} for f in making.iterdir()
+            f.name: {"bytes": f.stat().st_size, "sha256": files.sha256_file(f)}
+            for f in making.iterdir()
         }
         (making / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in (making / "manifest.json", making):
@@ -179,7 +180,7 @@ def find_corruption(checkpoint: Path) -> str | None:
         for name, written in manifest.items():
             if (checkpoint / name).stat().st_size != written["bytes"]:
                 return f"{name} is not of the {written['bytes']:,} bytes written"
-            if files.sha256(checkpoint / name) != written["sha256"]:
+            if files.sha256_file(checkpoint / name) != written["sha256"]:
                 return f"{name} has changed since it was written (sha256)"
         step = files.parse_json((checkpoint / "config.json").read_text())["step"]
         if step != int(checkpoint.name[5:]):

@@ -18,7 +18,7 @@ LOST = ("[ring]", "[nccl]", "NCCL", "[mpi]", "[jaccl]")  # how the errors of a l
 
 
 class World:
-    """Those of this run; without mlx.launch there is one, and each method returns what it got."""
+    """The processes of this run; where there is one, every method returns its input."""
 
     def __init__(self):
         self.group = mx.distributed.init()

@@ -29,15 +29,17 @@ BLOCK_SIZE = 4096  # bytes read at once, where the checkpoint does not say what 
 
 
 def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
-    """Nats that each target costs, (B, T)."""
+    """Loss of each target in nats, (B, T): the only place where the loss is defined."""
     return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
 
 
 def evaluate(
     losses, val, fields, B: int, T: int, stop=None, world: World | None = None
 ) -> tuple[float, dict[str, float]]:
-    """Mean nats per byte of val, and of each field's bytes, in blocks of T (the last one shorter),
-    without dropout. `fields` tells each byte's place in FIELDS; the processes of `world` share it.
+    """Mean nats per byte of val, and of the bytes of each field, without dropout.
+
+    val is read in blocks of T, the last one shorter. `fields` is the index in FIELDS of each byte
+    of val. The processes of `world` evaluate disjoint blocks.
     """
     rank, size = (world.rank, world.size) if world else (0, 1)
     n = len(val) - 1
@@ -45,7 +47,7 @@ def evaluate(
     parts = [*pairwise([*range(0, n - n % T, B * T), n - n % T, n])][rank::size]
     with tqdm(total=n // size, desc="evaluation", unit="B", **QUIET_BAR) as bar:
         for begin, end in parts:
-            if end > begin and not (stop and stop.number):
+            if end > begin and not (stop and stop.requested):
                 rows = (max(1, (end - begin) // T), -1)
                 idx, targets = (val[begin + i : end + i].astype(np.int32).reshape(rows)
                                 for i in (0, 1))  # fmt: skip
@@ -58,8 +60,8 @@ def evaluate(
     return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
 
 
-def trace_shapes(losses: Callable, n_bytes: int, B: int, T: int) -> None:
-    """Let mx.compile see `losses` with each shape that evaluate reads; nothing is computed."""
+def compile_shapes(losses: Callable, n_bytes: int, B: int, T: int) -> None:
+    """Let mx.compile trace `losses` with each shape that `evaluate` reads. Nothing is computed."""
     n = n_bytes - 1
     rows = n // T
     for shape in {(B, T) if rows >= B else (0, T), (rows % B, T), (1, n % T)}:
@@ -69,7 +71,7 @@ def trace_shapes(losses: Callable, n_bytes: int, B: int, T: int) -> None:
 
 
 def evaluation_table(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
-    """A table of nats and bits per byte by field. Raises UserError."""
+    """A table of the loss by field, in nats and bits per byte. Raises UserError."""
     if mode is None:
         raise UserError("the checkpoint names no training mode to format records in; give --mode")
     path = expand_user(dataset, "--evaluate")
@@ -85,7 +87,7 @@ def evaluation_table(model: BDH, dataset: str, mode: str | None, settings: dict)
     print(f"evaluating {len(stream):,} bytes", file=sys.stderr)
     losses = mx.compile(partial(byte_losses, model))
     with default_signals():
-        trace_shapes(losses, len(stream), B, T)
+        compile_shapes(losses, len(stream), B, T)
     whole, means = evaluate(losses, stream, fields, B, T)
     count = np.bincount(fields[1:], minlength=len(FIELDS)).tolist()
     counts = {name or "headers": n for name, n in zip(FIELDS, count, strict=True)}

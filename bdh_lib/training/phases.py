@@ -55,7 +55,7 @@ def ancestry(source: Path) -> list[dict]:
         before = files.parse_json(file.with_name("config.json").read_text()).get("ancestry", [])
     except (OSError, ValueError, AttributeError):  # a bare file of weights, or another's
         before = []
-    return [*before, {"weights": str(file), "sha256": files.sha256(file)}]
+    return [*before, {"weights": str(file), "sha256": files.sha256_file(file)}]
 
 
 def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) -> dict[str, float]:
@@ -77,7 +77,7 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) 
             loss, nats = loss_in(model, mode)
             bpb[mode] = loss / math.log(2)
             fields[mode] = {field: of / math.log(2) for field, of in nats.items()}
-    if not stop.number:
+    if not stop.requested:
         results |= {"val_bpb": bpb, "val_bpb_fields": fields}
         files.atomic_write_text(file, json.dumps(results, indent=1))
     return bpb

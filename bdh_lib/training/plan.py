@@ -228,11 +228,11 @@ def print_plan(trainer: ModuleType, given: SimpleNamespace) -> int:
         if s.PHASES:
             after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""
             print(f"\n=== phase {s.RUN_NAME}{after}\n")
-        tell_run(trainer, s)
+        print_run(trainer, s)
     return 0
 
 
-def tell_records(s: SimpleNamespace) -> dict[str, int]:
+def print_records(s: SimpleNamespace) -> dict[str, int]:
     """Print what the records hold; gives the training bytes of each mode."""
     findings = examine(s)
     print("\nthe records that this mode trains on, what is odd in them and what validation shares:")
@@ -244,7 +244,7 @@ def tell_records(s: SimpleNamespace) -> dict[str, int]:
     return {mode: round(n.total() * (1 - s.VAL_FRACTION)) for mode, n in findings.of_mode.items()}
 
 
-def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
+def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
     """The same of the training side of a ready split, which has no records to look at."""
     rows = [("field", "training bytes")]
     for i, name in enumerate(FIELDS):
@@ -256,12 +256,12 @@ def tell_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
     return dict.fromkeys(REQUIRED_FIELDS, len(stream))
 
 
-def tell_run(trainer: ModuleType, s: SimpleNamespace) -> None:
+def print_run(trainer: ModuleType, s: SimpleNamespace) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
     about, train, (val, _) = trainer.open_split(s)
-    train_bytes = train[0]
+    train_bytes = train.bytes
     print(escape_controls(split.describe(about)))
-    sizes = tell_split(*train) if sources.ready_split(s.DATASET) else tell_records(s)
+    sizes = print_split(*train) if sources.ready_split(s.DATASET) else print_records(s)
     sizes[s.TRAINING_MODE] = len(train_bytes)
 
     total = trainer.total_steps(s, len(train_bytes))

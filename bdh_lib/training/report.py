@@ -39,7 +39,7 @@ def read_run(run: Path) -> tuple[dict, list[dict]]:
     lines = [_sound(m) for m in runlog.read_log(run / "metrics.jsonl") if type(m["step"]) is int]
     if not lines:
         raise UserError(_no_run(run))
-    return _config_of(run), lines
+    return _read_config(run), lines
 
 
 def _no_run(run: Path) -> str:
@@ -52,7 +52,7 @@ def _no_run(run: Path) -> str:
     return f"{run} holds no metrics.jsonl; name {which}"
 
 
-def _config_of(run: Path) -> dict:
+def _read_config(run: Path) -> dict:
     """config.json, without what is not as the trainer writes it, of which a warning tells."""
     config, damaged = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}, []
     try:
@@ -251,8 +251,8 @@ def activity_html(lines: list[dict]) -> str:
     if "dead" in (lowest := best(lines)):
         rows += (
             f'<p class="dim">{text(lowest["dead"])} neurons are dead at iteration '
-            f"{text(lowest['step'])}, the best: no validation byte of up to {runlog.WATCHED:,} "
-            "excited them in any layer.</p>"
+            f"{text(lowest['step'])}, the best: no validation byte "
+            f"of up to {runlog.ACTIVITY_BYTES:,} excited them in any layer.</p>"
         )
     return rows
 

@@ -1,4 +1,4 @@
-"""A run's metrics.jsonl, one JSON object per line that the trainer prints; which neurons fire."""
+"""The log of a run (metrics.jsonl), the progress bar, and the activity of neurons."""
 
 import json
 import math
@@ -21,11 +21,12 @@ from bdh_lib.training import checkpoints
 from bdh_lib.training.distributed import World
 from bdh_mlx import BDH
 
-WATCHED, PIECE = 4096, 256  # validation bytes whose neurons are counted; of them at once
+ACTIVITY_BYTES = 4096  # validation bytes over which the active neurons are counted
+ACTIVITY_CHUNK = 256  # of them at once
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl that are as they were written; none without a file."""
+    """The valid lines of a metrics.jsonl; none without a file."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -36,7 +37,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def crc32(m: dict) -> int:
-    """Of a line without it: a flipped bit may leave JSON that means something else."""
+    """Checksum of a line without its own: a flipped bit may leave JSON of another meaning."""
     m = {name: value for name, value in m.items() if name != "crc32"}
     return zlib.crc32(json.dumps(m).encode())
 
@@ -45,32 +46,32 @@ def with_checksum(m: dict) -> str:
     return json.dumps(m | {"crc32": crc32(m)}) + "\n"
 
 
-def evaluations(history: list[dict]) -> list[int]:
+def evaluated_steps(history: list[dict]) -> list[int]:
     """The steps that were evaluated, in order."""
     return [m["step"] for m in history if "val_loss" in m]
 
 
 class RunLog:
-    """What a run has logged: its lines in `history`, also in metrics.jsonl and on the terminal, and
-    its `best` evaluation (step, monitored_loss in nats), also in best.json; {} before any.
+    """The log of a run: `history`, the lines of metrics.jsonl, and `best`, the best evaluation.
 
-    The terminal gets lines as text, or the file `json_to` gets them as they are. Lines after
-    `step`, of work that was lost, are dropped, so that each step is told once; all are where a run
-    begins.
+    `best` has step and monitored_loss (nats), as best.json; it is {} before any evaluation. Lines
+    are printed as text, or written to the file `json_to` as JSON. Lines after `step` belong to work
+    that was lost, and are dropped.
     """
 
     def __init__(self, run: Path, step: int, world: World, json_to=None):
         self.run, self.world, self.json_to = run, world, json_to
         self.path, self.last_saved = run / "metrics.jsonl", step
-        lines = self.sound_lines(step) if world.is_main else []
+        lines = self.valid_lines(step) if world.is_main else []
         self.history = world.broadcast_object([m for m in lines if step and m["step"] <= step])
         self.best = world.broadcast_object(checkpoints.read_best(run) if world.is_main else None)
         if world.is_main:
             files.atomic_write_text(self.path, "".join(map(with_checksum, self.history)))
 
-    def sound_lines(self, step: int) -> list[dict]:
-        """The lines as they were written. A log with others is set aside, with a warning; the last
-        one may be cut in half, as by a kill.
+    def valid_lines(self, step: int) -> list[dict]:
+        """The valid lines. A log with invalid ones is set aside, with a warning.
+
+        The last line may be cut, as by a kill.
         """
         lines = read_log(self.path)
         if step and not self.path.exists():
@@ -83,12 +84,12 @@ class RunLog:
     @property
     def last_eval(self) -> int:
         """The last step that was evaluated, -1 before any, or where the best one is lost."""
-        steps = evaluations(self.history)
+        steps = evaluated_steps(self.history)
         return max(steps, default=-1) if self.best or steps == [0] else -1
 
     def patience_exceeded(self, patience: int | None) -> bool:
-        """Whether so many evaluations came after the best one; a resumed run counts on."""
-        since = [e for e in evaluations(self.history) if e > self.best.get("step", math.inf)]
+        """Whether `patience` evaluations came after the best one, over all resumes of the run."""
+        since = [e for e in evaluated_steps(self.history) if e > self.best.get("step", math.inf)]
         return patience is not None and len(since) >= patience
 
     def save(self, step: int, write: Callable[[], None]) -> None:
@@ -121,11 +122,11 @@ class RunLog:
             print(with_checksum(m), end="", file=self.json_to, flush=True)
         else:
             bold = "val_loss" in m and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-            tqdm.write(f"\x1b[1m{told(m)}\x1b[0m" if bold else told(m))
+            tqdm.write(f"\x1b[1m{format_line(m)}\x1b[0m" if bold else format_line(m))
 
 
 class Meter:
-    """The progress bar, and what the log tells of the updates since its last line."""
+    """The progress bar, and averages over the updates since the last logged line."""
 
     def __init__(self, step: int, n_steps: int, bytes_per_step: int):
         self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
@@ -142,7 +143,7 @@ class Meter:
         self.step_start = time.perf_counter()
 
     def stop(self, step: int, loss: float, norm: float, counts: bool) -> None:
-        """Update number `step` is done; `counts`: its loss says something. The first compiles."""
+        """End update number `step`; its loss is averaged if it `counts`. The first one compiles."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.consecutive_skips = 0
             self.losses += [loss] if counts else []
@@ -159,7 +160,7 @@ class Meter:
         return (time.perf_counter() - self.start_time) / 60
 
     def read(self, step: int) -> dict:
-        """Mean loss, speed and time left after `step`, for the log; then all begins anew."""
+        """Mean loss, speed and time left after `step`, for the log; resets the averages."""
         elapsed, done = time.perf_counter() - self.start_time, step - self.first_step
         values = {
             "loss": sum(self.losses) / len(self.losses),
@@ -172,7 +173,7 @@ class Meter:
         return values
 
 
-def told(m: dict) -> str:
+def format_line(m: dict) -> str:
     """A line of metrics.jsonl as the terminal shows it."""
     if "samples" in m:
         return "\n".join(f"--- sample at iteration {m['step']}\n{text}" for text in m["samples"])
@@ -200,25 +201,26 @@ def duration(seconds: float) -> str:
 
 
 def main_process_prints(json_to, world: World):
-    """A context for print: to stderr beside lines of JSON, nowhere but in the first process."""
+    """A context in which only the main process prints, to stderr where stdout has JSON lines."""
     if not world.is_main:
         return redirect_stdout(Path(os.devnull).open("w"))
     return redirect_stdout(sys.stderr) if json_to else nullcontext()
 
 
 def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int]:
-    """Share of the neurons that are not 0 in each layer, `active_x` and `active_y`, and how many
-    are `dead`, excited in no layer: over the first WATCHED bytes of val in blocks of T, without
-    dropout. The paper names 5 % for x, less for y.
+    """Share of active neurons by layer (`active_x`, `active_y`), and the number of `dead` ones.
+
+    A neuron is active where it is not 0, and dead where no layer excites it. They are counted over
+    the first ACTIVITY_BYTES of val in blocks of T, without dropout. The paper names 5 % for x.
     """
-    watched, L = val[:WATCHED].astype(np.int32), model.config.n_layer
+    watched, L = val[:ACTIVITY_BYTES].astype(np.int32), model.config.n_layer
     active, excited = np.zeros((2, L)), mx.array(False)
     for begin in range(0, len(watched), T):
         block, S = watched[begin : begin + T], [None] * L
-        for position in range(0, len(block), PIECE):
-            v = ln(model.embed(mx.array(block[None, position : position + PIECE])))
+        for position in range(0, len(block), ACTIVITY_CHUNK):
+            v = ln(model.embed(mx.array(block[None, position : position + ACTIVITY_CHUNK])))
             for i in range(L):
-                v, S[i], saved = forward_segment(v, S[i], model.weights(), position, PIECE)
+                v, S[i], saved = forward_segment(v, S[i], model.weights(), position, ACTIVITY_CHUNK)
                 x, y = saved.x, saved.y
                 active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
                 excited = excited | mx.any(x > 0, -2)

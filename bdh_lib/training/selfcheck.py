@@ -33,7 +33,7 @@ class Skipped(Exception):
     """A check that this machine cannot make."""
 
 
-def a_model() -> bdh_mlx.BDH:
+def random_model() -> bdh_mlx.BDH:
     """Weights larger than at initialisation, so that logits are far from uniform."""
     mx.random.seed(SEED)
     model = bdh_mlx.BDH(CONFIG)
@@ -41,15 +41,15 @@ def a_model() -> bdh_mlx.BDH:
     return model
 
 
-def some_bytes(n: int) -> np.ndarray:
+def random_bytes(n: int) -> np.ndarray:
     return np.random.default_rng(SEED).integers(0, 256, n, dtype=np.uint8)
 
 
 def batch_number(trainer: ModuleType, step: int) -> tuple[mx.array, mx.array]:
-    return trainer.get_batch(some_bytes(1000), step * B, B, T, SEED)
+    return trainer.get_batch(random_bytes(1000), step * B, B, T, SEED)
 
 
-def apart(one: mx.array, other: mx.array) -> float:
+def relative_error(one: mx.array, other: mx.array) -> float:
     """Largest difference, as a share of the largest number."""
     return (mx.max(mx.abs(one - other)) / mx.max(mx.abs(one))).item()
 
@@ -73,28 +73,28 @@ def largest(differences) -> float:
 
 def defined(trainer: ModuleType) -> tuple[float, float]:
     """Loss and gradients in chunks of several lengths, and by the definition."""
-    model, batch, losses = a_model(), batch_number(trainer, 0), []
+    model, batch, losses = random_model(), batch_number(trainer, 0), []
     for chunk in (None, 7, 32, T):
         model.compute = replace(model.compute, chunk=chunk or T)
         call = model if chunk else model.quadratic
         gradient = nn.value_and_grad(model, lambda *a, call=call: call(*a)[1])
         losses.append([array for _, array in tree_flatten(gradient(*batch))])
     pairs = (pair for other in losses[1:] for pair in zip(losses[0], other, strict=True))
-    return largest(apart(a, b) for a, b in pairs), tolerance()
+    return largest(relative_error(a, b) for a, b in pairs), tolerance()
 
 
 def byte_by_byte(trainer: ModuleType) -> tuple[float, float]:
-    model, (idx, _) = a_model(), batch_number(trainer, 0)
+    model, (idx, _) = random_model(), batch_number(trainer, 0)
     state, logits = None, []
     for t in range(T):
         out, state = model.read(idx[:, t : t + 1], state)
         mx.eval(out)
         logits.append(out)
-    return apart(model(idx)[0], mx.concatenate(logits, 1)), tolerance()
+    return relative_error(model(idx)[0], mx.concatenate(logits, 1)), tolerance()
 
 
 def saved_and_loaded(trainer: ModuleType) -> tuple[float, float]:
-    model = a_model()
+    model = random_model()
     batch = batch_number(trainer, 0)
     with tempfile.TemporaryDirectory() as folder:
         bdh_mlx.save_model(model, Path(folder) / "model.safetensors")
@@ -112,7 +112,7 @@ def resumed(trainer: ModuleType) -> tuple[float, float]:
         updated(trainer, Path(other), 0, 3)
         again = updated(trainer, Path(other), 3, 6)
     pairs = zip(tree_flatten(straight), tree_flatten(again), strict=True)
-    return largest(apart(a, b) for (_, a), (_, b) in pairs), GPU if memory.on_gpu() else 0
+    return largest(relative_error(a, b) for (_, a), (_, b) in pairs), GPU if memory.on_gpu() else 0
 
 
 def updated(trainer: ModuleType, run: Path, first: int, last: int) -> dict:
@@ -144,13 +144,13 @@ def gpu_is_cpu(trainer: ModuleType) -> tuple[float, float]:
     try:
         for device in both:
             mx.set_default_device(device)
-            model, batch = a_model(), batch_number(trainer, 0)
+            model, batch = random_model(), batch_number(trainer, 0)
             gradient = nn.value_and_grad(model, lambda *a, model=model: model(*a)[1])
             results.append(tree_flatten(gradient(*batch, mx.random.key(SEED))))
             mx.eval(results)
     finally:
         mx.set_default_device(before)
-    return largest(apart(b, a) for (_, a), (_, b) in zip(*results, strict=True)), GPU
+    return largest(relative_error(b, a) for (_, a), (_, b) in zip(*results, strict=True)), GPU
 
 
 CHECKS = {

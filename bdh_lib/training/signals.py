@@ -1,4 +1,4 @@
-"""What lets a run outlive signals."""
+"""Stop a run cleanly at SIGINT, SIGTERM or SIGHUP."""
 
 import os
 import signal
@@ -26,13 +26,16 @@ def default_signals() -> Iterator[None]:
 
 
 class StopSignal:
-    """On SIGINT, SIGTERM or SIGHUP: leave at the next safe point, with the work saved; on a second
-    one, or before there is work to save, at once. `number` is the signal's, 0 before any. One of
-    several processes only notes it in `heard`: they leave together, at the next `sync`.
+    """Stop at SIGINT, SIGTERM or SIGHUP: at the next safe point, with the work saved.
+
+    A second signal, or one that comes before there is work to save, ends the process at once.
+    `requested` is the number of the signal to stop for, 0 before any. One of several processes
+    notes a signal in `received` alone: they stop together, at the next `sync`.
     """
 
     def __init__(self, world: World):
-        self.number, self.heard, self.can_defer, self.world = 0, 0, False, world
+        self.requested, self.received, self.has_unsaved_work = 0, 0, False
+        self.world = world
 
     def __enter__(self):
         heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
@@ -50,16 +53,16 @@ class StopSignal:
         os.close(self.write)
 
     def on_signal(self, number, frame):
-        self.heard = number
+        self.received = number
         if self.world.size == 1:
-            self.number = number
+            self.requested = number
 
     def watch(self, read: int) -> None:
         """In a thread, since Python calls no handler while MLX computes or compiles in C++."""
         heard = 0
         while number := os.read(read, 1):
             heard += 1
-            if heard > 1 or not self.can_defer:
+            if heard > 1 or not self.has_unsaved_work:
                 why = "at the second signal" if heard > 1 else "before there was new work to save"
                 with suppress(OSError):  # nobody reads
                     os.write(2, f"stopped {why}\n".encode())
@@ -71,4 +74,4 @@ class StopSignal:
     def sync(self):
         """Take over what any process has heard; called by all of them at once."""
         if self.world.size > 1:
-            self.number = max(self.world.all_gather_object(self.heard))
+            self.requested = max(self.world.all_gather_object(self.received))

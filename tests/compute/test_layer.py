@@ -57,7 +57,7 @@ def test_dropout_has_one_mask_in_forward_and_recomputation(keep, compiled):
     masks = []
     for key_i, (begin, end) in zip(mx.random.split(key, len(parts)), parts, strict=True):
         mask = layer.dropout_mask(key_i, rate, (H, B * (end - begin), N))
-        factor = layer.factor(mask, mx.float32)
+        factor = layer.dropout_scale(mask, mx.float32)
         masks.append(factor.reshape(H, B, end - begin, N))
     mask = mx.concatenate(masks, 2)
 
@@ -80,7 +80,7 @@ def test_dropout_has_one_mask_in_forward_and_recomputation(keep, compiled):
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
 def test_dropout_silences_at_its_rate_and_keeps_the_mean(rate):
     factors = [
-        layer.factor(layer.dropout_mask(k, rate, (4, 64, 65)), mx.float32)
+        layer.dropout_scale(layer.dropout_mask(k, rate, (4, 64, 65)), mx.float32)
         for k in mx.random.split(mx.random.key(0), 100)
     ]
     silenced = mx.mean(mx.stack(factors) == 0).item()

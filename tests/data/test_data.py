@@ -390,7 +390,7 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     assert capsys.readouterr() == ("", "")  # what is quick says nothing
     for name, value in (("LARGE", 0), ("QUIET", 0), ("LINE_EVERY", -1)):
         monkeypatch.setattr(sources, name, value)
-    monkeypatch.setattr(sources._tell_large, "__defaults__", (0,))
+    monkeypatch.setattr(sources.print_if_large, "__defaults__", (0,))
     what = f"reading DATASET {source}"
     split.prepare(str(source), "full", 0.1, 2, tmp_path / "cache")
     out, err = capsys.readouterr()
@@ -488,14 +488,14 @@ def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A hub on 127.0.0.1 that knows the commit of one data set; `said`: a commit or a status."""
+    """A hub on 127.0.0.1 that knows the commit of one data set; `answer`: a commit or a status."""
 
-    output, asked = "", []
+    answer, requests = "", []
 
     def do_GET(self):
-        self.asked.append(self.path)
-        body = json.dumps({"id": "user/name", "sha": self.said}).encode()
-        self.send_response(self.said if isinstance(self.said, int) else 200)
+        self.requests.append(self.path)
+        body = json.dumps({"id": "user/name", "sha": self.answer}).encode()
+        self.send_response(self.answer if isinstance(self.answer, int) else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -510,13 +510,13 @@ def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     constants = huggingface_hub.constants
-    monkeypatch.setattr(Hub, "asked", [])
+    monkeypatch.setattr(Hub, "requests", [])
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
     def begin(output, rows=20):
         sources._ask_hub.cache_clear()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", output == "offline")
-        monkeypatch.setattr(Hub, "said", output)
+        monkeypatch.setattr(Hub, "answer", output)
         port = 9 if output == "silent" else server.server_port
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         load = lambda *a, revision, **k: [r | {"system": revision} for r in numbered(rows)]  # noqa: E731
@@ -782,7 +782,7 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
     hub(NEW, rows=30)
     report, train, _ = prepare("user/name", tmp_path)
     assert (report["commit"], report["records"]) == (NEW, 30) and NEW.encode() in train
-    assert Hub.asked == ["/api/datasets/user/name"] * 2  # once by each process
+    assert Hub.requests == ["/api/datasets/user/name"] * 2  # once by each process
     monkeypatch.setattr(split, "_make", lambda *a: pytest.fail("prepared again"))
     for output, there in ((OLD, OLD), (NEW, NEW)):
         hub(output)
@@ -791,7 +791,7 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
     split.cache_key("user/name@v1.0", "full", 0.1, 1)
     hub(OLD)
     split.cache_key("user/name:cfg@v1.0#test", "full", 0.1, 1)
-    assert Hub.asked[-1] == "/api/datasets/user/name/revision/v1.0"
+    assert Hub.requests[-1] == "/api/datasets/user/name/revision/v1.0"
 
 
 @pytest.mark.parametrize("output", ["silent", "offline", 500, 404, 401, 429])

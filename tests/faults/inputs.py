@@ -525,7 +525,7 @@ def _(n):
         yield f"{bad} from {args[-4:]}" if bad or len(seen) < 20 else "", None
 
 
-@fault("output closed by its reader", 1, 5, fragile=[(cli, "endure", lambda: None)])
+@fault("output closed by its reader", 1, 5, fragile=[(cli, "ignore_closed_output", lambda: None)])
 def _(n):
     for closed in ((1,), (1, 2)) * n:
         box, (read, write_end) = fresh(), os.pipe()

@@ -37,7 +37,7 @@ def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update(
     fields = np.random.default_rng(0).permutation(np.repeat([0, RESPONSE], [90, 10])).astype("u1")
     s = settings()
     for step in range(5):
-        count = train_mlx.count_targets(fields, step, s)
+        count = train_mlx.n_targets_in_update(fields, step, s)
         weights = [train_mlx.loss_weights(fields, 2 * step + i, count, s) for i in (0, 1)]
         weights = np.array(weights)
         labels = [train_mlx.get_batch(fields, 4 * step + 2 * i, 2, 8, s.SEED)[1] for i in (0, 1)]
@@ -45,7 +45,7 @@ def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update(
         assert weights.sum() == pytest.approx(1 if weights.any() else 0, rel=1e-5)
         assert len(np.unique(weights[weights > 0])) <= 1  # unequal batches, equal bytes
     every = settings("--loss-on", "all")
-    count = train_mlx.count_targets(fields, 0, every)
+    count = train_mlx.n_targets_in_update(fields, 0, every)
     everything = np.array([train_mlx.loss_weights(fields, i, count, every) for i in (0, 1)])
     assert np.all(everything == np.float32(1 / 32))
 
@@ -60,9 +60,9 @@ def test_accumulated_batches_of_unequal_counts_equal_one_large_batch(tmp_path):
 
 
 def test_an_update_without_a_counted_byte_is_no_nan(tmp_path, monkeypatch):
-    real = train_mlx.counted_targets
+    real = train_mlx.target_mask
     monkeypatch.setattr(
-        train_mlx, "counted_targets", lambda f, micro, s: real(f, micro, s) & (micro != 1)
+        train_mlx, "target_mask", lambda f, micro, s: real(f, micro, s) & (micro != 1)
     )
     assert train(tmp_path, "--loss-on", "response", "--max-iters", 3) == 0
     assert [m["step"] for m in metrics(tmp_path) if "loss" in m] == [1, 3]
@@ -226,7 +226,7 @@ def test_a_chain_starts_each_phase_from_the_best_weights_before_and_keeps_the_an
         assert found["settings"]["TRAINING_MODE"] == mode
         assert found["settings"]["LEARNING_RATE"] == rate
         file = runs.find_weights(chained / run)
-        ancestors = [*ancestors, {"weights": str(file), "sha256": files.sha256(file)}]
+        ancestors = [*ancestors, {"weights": str(file), "sha256": files.sha256_file(file)}]
     assert len(ancestors) == 3
 
 
