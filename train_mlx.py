@@ -341,8 +341,8 @@ def init_from(s: Settings, model: BDH, ema: dict) -> list:
     """Give model and average the weights of INIT_FROM; their ancestry. Raises UserError."""
     if not (origin := origin_of(s)).exists():
         raise UserError(
-            f"INIT_FROM: there is no {Path(s.CHECKPOINT_DIR, s.INIT_FROM)} and no "
-            f"{s.INIT_FROM}; train that run first, or name another"
+            f"INIT_FROM {s.INIT_FROM}: there is no such run in {s.CHECKPOINT_DIR}, and no such "
+            "path; train that run first, or name another"
         )
     source = load_model(origin)
     unlike = checkpoints.settings_changes(asdict(source.config), asdict(s.BDH_CONFIG))
@@ -594,8 +594,9 @@ def evaluation_results(s, step, model, eval_losses, val, stop, world) -> dict:
     `monitored_loss` (nats) is the loss on the bytes that LOSS_ON counts. best.json, PATIENCE,
     advice and reports go by it. Raises Diverged.
     """
-    if step == 0 or not stop.can_defer:
-        print(f"evaluating {len(val[0]):,} bytes before iteration {step + 1}")
+    if step == 0 or not stop.has_unsaved_work:
+        note = memory.slow_note(s)
+        print(f"evaluating {len(val.bytes):,} bytes before iteration {step + 1}{note}")
     val_loss, nats = evaluate(eval_losses, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop, world)
     if stop.requested:
         return {}
@@ -680,8 +681,8 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
 
     # ---- log: metrics.jsonl, best.json and the terminal; config.json of the run
     log = RunLog(run, first_step, world, s.json_to)
-    if log.last_eval == first_step and (first_step >= n_steps or log.patience_exceeded(s.PATIENCE)):
-        print(f"finished: {why_finished(s, run, first_step, n_steps, log.best)}")
+    if is_finished(s, first_step, n_steps, log):
+        print(f"finished: {finished_reason(s, run, first_step, n_steps, log.best)}")
         return 0
     print_start(s, run, val, memory_mode, compute.dtype, peak)
     info = begin_run(run, s, report, ancestry, [model.parameters(), optimizer.state, ema], world)
@@ -760,10 +761,17 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     return 0
 
 
-def why_finished(s: Settings, run: Path, step: int, total: int, best: dict) -> str:
-    """Why there is nothing to do, and which setting to change to go on."""
+def is_finished(s: Settings, step: int, n_steps: int, log: RunLog) -> bool:
+    """Whether a run at `step` has nothing left to train or to evaluate."""
+    if step > n_steps:  # MAX_ITERS or EPOCHS were lowered
+        return True
+    return log.last_eval == step and (step == n_steps or log.patience_exceeded(s.PATIENCE))
+
+
+def finished_reason(s: Settings, run: Path, step: int, total: int, best: dict) -> str:
+    """Why nothing is left to do, and which setting to change to continue."""
     if step >= total:
-        return f"{run} has its {step:,} iterations; to go on, raise MAX_ITERS or EPOCHS"
+        return f"{run} has {step:,} iterations of {total:,}; to go on, raise MAX_ITERS or EPOCHS"
     return (
         f"{run} stopped early after {step:,} iterations, its best is of {best['step']:,}; "
         f"to go on, raise PATIENCE ({s.PATIENCE}) or lift it with --patience none"

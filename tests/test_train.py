@@ -308,6 +308,16 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path, monk
     assert train(tmp_path, "--max-iters", 4) == 0
 
 
+def test_a_run_past_a_lowered_end_is_finished(tmp_path, capsys):
+    """It was stopped between evaluations: there is nothing to train, and nothing to tell."""
+    train(tmp_path, "--max-iters", 5, "--eval-freq", 100)
+    log = tmp_path / "full" / "metrics.jsonl"  # as if it had not been evaluated at its end
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if '"step": 5' not in line))
+    assert train(tmp_path, "--max-iters", 3, "--eval-freq", 100) == 0
+    assert "has 5 iterations of 3; to go on, raise MAX_ITERS" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_with_a_setting_that_was_added_since(tmp_path, monkeypatch):
     train(tmp_path, "--max-iters", 2)
     settings = train_mlx.settings
@@ -601,9 +611,9 @@ def test_the_presets_are_those_of_the_guide():
         ("--n-head 3", "n_head is 3"),
         ("--block-size 900000", "BLOCK_SIZE is 900,000"),
         ("--dataset /no/such/file.jsonl", "does not exist"),
-        ("--init-from nowhere --run-name x", "no nowhere; train that run first"),
+        ("--init-from nowhere --run-name x", "INIT_FROM nowhere: there is no such run"),
         ("--dataset ~no-such-user/d.jsonl", "~no-such-user/d.jsonl does not exist"),
-        ("--init-from ~no-such-user --run-name x", "no ~no-such-user; train that run first"),
+        ("--init-from ~no-such-user --run-name x", "INIT_FROM ~no-such-user: there is no such run"),
     ],
 )
 def test_wrong_values_are_named(tmp_path, args, complaint):

@@ -132,6 +132,12 @@ def set_limit(peak: float) -> None:
         mx.set_memory_limit(int(0.95 * peak))
 
 
+def slow_note(s: SimpleNamespace) -> str:
+    """A warning where a block takes minutes: a large model on a CPU."""
+    large = not on_gpu() and s.BDH_CONFIG.n_parameters * s.BLOCK_SIZE > 10**10
+    return " (minutes for each block: the model is large for a CPU)" if large else ""
+
+
 def is_exhausted(error: RuntimeError) -> bool:
     """Whether it is how Metal or CUDA says that memory is out; a CPU just ends the process."""
     messages = (

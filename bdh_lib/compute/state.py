@@ -89,8 +89,15 @@ def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array,
     return out[:, -1] @ model.lm_head, state
 
 
+def check_model(model) -> None:
+    """Raise UserError for what is no model."""
+    if not hasattr(model, "encoder_v"):
+        raise UserError(f"the model is of type {type(model).__name__}; it must be a BDH")
+
+
 def check_prompt(model, idx) -> mx.array:
     """idx, which holds at least a byte for each row, as an MLX array. Raises UserError."""
+    check_model(model)
     if not isinstance(idx, mx.array | np.ndarray):
         raise UserError(
             f"the prompt is of type {type(idx).__name__}; it must be an mx.array (B, T)"

@@ -8,9 +8,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from bdh_lib import files
-from bdh_lib.compute.arrays import read_arrays
-from bdh_lib.compute.arrays import sha256 as arrays_sha256
-from bdh_lib.compute.state import WINDOW_PARTS, State, check_state, flush_pending
+from bdh_lib.compute.arrays import read_arrays, sha256_arrays
+from bdh_lib.compute.state import WINDOW_PARTS, State, check_model, check_state, flush_pending
 from bdh_lib.errors import UserError
 from bdh_mlx import BDH
 
@@ -44,6 +43,7 @@ def _is_state(path: Path) -> bool:
 def save_state(path: str | Path, model: BDH, state: State) -> None:
     """Write `state` of `model` to a .safetensors file, whole or not at all. Raises UserError."""
     path = check_state_file(path)
+    check_model(model)
     check_state(model, state)
     if not state or not state.position:
         raise UserError(f"{path} not saved: the state is of no byte; read a text first")
@@ -75,6 +75,9 @@ def load_state(path: str | Path, model: BDH) -> State:
     whole = all(type(n) is int and n >= 0 for n in (position, window or 0))
     if kind != STATE_FORMAT or not whole or count not in range(WINDOW_PARTS + 1):
         raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
+    check_model(model)
+    if sha256_arrays(arrays, header) != written:
+        raise UserError(f"{path} is damaged: it has changed since it was written (sha256)")
     if (other := header.get("model")) != (mine := weights_sha256(model)):
         raise UserError(
             f"{path} was read by another model (weights {str(other)[:12]}, here {mine[:12]}); "

@@ -205,7 +205,7 @@ def measure(
     B, T = s.BATCH_SIZE, s.BLOCK_SIZE
     weights = mx.full((B, T), 1 / (B * T))
     steps, evaluations = [], []
-    print("\nmeasuring the speed: compiling, then 4 updates")
+    print(f"\nmeasuring the speed{memory.slow_note(s)}: compiling, then 4 updates")
     for i in range(4):
         batch = trainer.get_batch(train_bytes, i * B, B, T, s.SEED)
         tick = time.perf_counter()

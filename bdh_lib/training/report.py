@@ -45,7 +45,9 @@ def read_run(run: Path) -> tuple[dict, list[dict]]:
 def _no_run(run: Path) -> str:
     if not run.exists():
         return f"{run} does not exist; name the folder of a run"
-    if (run / "metrics.jsonl").exists():
+    if (log := run / "metrics.jsonl").exists() and not log.stat().st_size:
+        return f"{log} is empty: the run has not been evaluated yet"
+    if log.exists():
         return f"{run / 'metrics.jsonl'} is damaged: it is no log of a run"
     runs = sorted(file.parent.name for file in run.glob("*/metrics.jsonl"))
     which = f"one or more of the runs in it: {', '.join(runs)}" if runs else "the folder of a run"

@@ -212,7 +212,7 @@ def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
             states.load_state(file, model)
     header |= {"position": "20"}
     for name, wrong, output in (
-        ("model", "null", "another model"),
+        ("model", "null", "damaged"),
         ("position", "[" * 10**5, "no state file"),
         ("parts", "1e999", "no state file"),
         ("window", "true", "no state file"),
@@ -350,3 +350,17 @@ def test_a_decode_step_is_made_once_and_again_after_a_weight_was_replaced(monkey
     model.encoder = model.encoder * 2
     model.generate(idx, 10, temperature=0)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("nothing", [None, 3, "model"])
+def test_what_is_no_model_or_state_is_refused_in_one_line(nothing, tmp_path):
+    model, file = random_model(), tmp_path / "s.safetensors"
+    _, state = prefill(model, random_bytes(1, 5))
+    states.save_state(file, model, state)
+    for call in (
+        lambda: prefill(nothing, random_bytes(1, 5)),
+        lambda: states.load_state(file, nothing),
+        lambda: states.save_state(file, model, nothing),
+    ):
+        with pytest.raises(UserError):
+            call()
