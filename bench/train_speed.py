@@ -31,7 +31,7 @@ GPU = (
     {"n_layer": 6, "n_embd": 256, "n_head": 4, "mlp_internal_dim_multiplier": 128},
     [(2, 4096), (1, 16384), (32, 512), (1, 65536)],
 )
-WAYS = [  # chunk, rows, keep of layer.Compute, on the first three shapes of a GPU
+COMPUTES = [  # chunk, rows, saved_activations of layer.Compute, on the first three shapes of a GPU
     (512, 32768, 4),
     (512, 32768, 2),
     (512, 8192, 1),
@@ -43,13 +43,13 @@ WAYS = [  # chunk, rows, keep of layer.Compute, on the first three shapes of a G
 def cases(args: argparse.Namespace) -> list[dict]:
     """Every system on every shape that it can do in the time and the memory there are."""
     model, shapes = GPU if args.gpu else CPU
-    if args.memory:
+    if args.memory_mode:
         shared = {"system": "ours", "model": model | {"dropout": 0.0}}
-        return [shared | {"B": B, "T": T, "way": way} for B, T in shapes[:3] for way in WAYS]
+        return [shared | {"B": B, "T": T, "compute": c} for B, T in shapes[:3] for c in COMPUTES]
     most_official, most_quadratic = (
         (16384, 4096) if args.gpu else (4096, 1024)
     )  # cost grows with T^2
-    cases_ = []
+    result = []
     for B, T in shapes:
         official = ["official compiled" if args.gpu else "official eager"]
         systems = official if args.official and most_official >= T else []
@@ -59,8 +59,8 @@ def cases(args: argparse.Namespace) -> list[dict]:
         systems += ["quadratic"] if most_quadratic >= T and T in (1024, 4096) else []
         for system in systems:
             dropout = 0.1 if "dropout" in system else 0.0
-            cases_.append({"system": system, "B": B, "T": T, "model": model | {"dropout": dropout}})
-    return sorted(cases_, key=lambda case: case["system"] == "quadratic")  # the slowest last
+            result.append({"system": system, "B": B, "T": T, "model": model | {"dropout": dropout}})
+    return sorted(result, key=lambda case: case["system"] == "quadratic")  # the slowest last
 
 
 def timed(step, synchronize, steps: int) -> float:
@@ -74,10 +74,10 @@ def timed(step, synchronize, steps: int) -> float:
     return statistics.median(seconds[2:])
 
 
-def build(system: str, shape: dict, B: int, T: int, way=None, rate=1e-3):
+def build(system: str, shape: dict, B: int, T: int, compute=None, rate=1e-3):
     """The trainer's compiled step for a model computed as `system` says, and its estimated peak.
 
-    A `way` to compute, (chunk, rows, keep), is held from running ahead: its peak is what it needs.
+    With `compute` (chunk, rows, saved_activations) MLX cannot run ahead: the peak is the need.
     """
     sys.path.insert(0, str(ROOT))
     import bdh_mlx  # isort: skip
@@ -100,14 +100,13 @@ def build(system: str, shape: dict, B: int, T: int, way=None, rate=1e-3):
         model.encoder = model.encoder * (1 + 2**-23)
     peak = None
     if not is_quadratic:
-        name = "fast" if way else system.split(", ")[1]
+        name = "fast" if compute else system.split(", ")[1]
         model.compute = memory.compute_for(model.config, name, "auto")
-        if way:
-            model.compute = replace(
-                model.compute, **dict(zip(("chunk", "rows", "keep"), way, strict=True))
-            )
+        if compute:
+            chunk, rows, saved = compute
+            model.compute = replace(model.compute, chunk=chunk, rows=rows, saved_activations=saved)
         peak = memory.estimate(model.config, B, T, model.compute)
-        mx.set_memory_limit(10**6) if way else memory.set_limit(peak)
+        mx.set_memory_limit(10**6) if compute else memory.set_limit(peak)
     optimizer = optim.AdamW(rate, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     micro_step, apply_update, state = train_mlx.compile_steps(model, optimizer, {}, 1.0)
@@ -122,7 +121,7 @@ def build(system: str, shape: dict, B: int, T: int, way=None, rate=1e-3):
 
 
 def run_ours(case: dict, steps: int) -> dict:
-    step, estimate = build(*(case.get(k) for k in ("system", "model", "B", "T", "way")))
+    step, estimate = build(*(case.get(k) for k in ("system", "model", "B", "T", "compute")))
     import mlx.core as mx
 
     batch = mx.random.randint(0, 256, (2, case["B"], case["T"]))
@@ -227,7 +226,7 @@ def table(results: list[dict]) -> str:
         peer = next(p for p in done if (p["B"], p["T"]) == (r["B"], r["T"]))
         first = min((p for p in done if p["system"] == r["system"]), key=lambda p: p["T"])
         gb = ["" if r.get(k) is None else f"{r[k]:.2f}" for k in ("peak_gb", "estimate_gb")]
-        name = r["system"] + (f", {r['way']}" if "way" in r else "")
+        name = r["system"] + (f", {r['compute']}" if "compute" in r else "")
         rows.append(
             f"{name:<24}{r['B']:>4}{r['T']:>7}{speed(r):>10,.0f}{r['seconds'] * 1e3:>9,.1f}"
             f"{gb[0]:>9}{gb[1]:>9}{speed(r) / speed(peer):>7.2f}{speed(first) / speed(r):>8.2f}"
