@@ -5,13 +5,13 @@ bdh.py @714bc80), whose parameter names and shapes are kept so that weights load
 
 One layer, the same weights in each; ln is LayerNorm without parameters, R_t rotates by position t:
 
-    x_t = relu(v_t Dx)                                which neurons the byte excites, per head
-    a_t = sum over s < t of (R_t x_t . R_s x_s) v_s   what they recall: attention without softmax
-    y_t = relu(ln(a_t) Dy) * x_t                      which of them fire, given the memory
+    x_t = relu(v_t Dx)                                neurons that the byte excites, per head
+    a_t = sum over s < t of (R_t x_t . R_s x_s) v_s   linear attention, without softmax
+    y_t = relu(ln(a_t) Dy) * x_t                      excited neurons that fire
     v_t = ln(v_t + ln(sum over heads of y_t E))       back to D numbers
 
-No softmax, so a_t = (R_t x_t) S_t with synapses S_t = sum over s < t of (R_s x_s) v_s^T, a state of
-fixed size. Reading a block at once, in chunks, or byte by byte is one function
+Without softmax, a_t = (R_t x_t) S_t, where the synapses S_t = sum over s < t of (R_s x_s) v_s^T are
+a state of fixed size. Reading a text at once, in chunks or byte by byte gives the same result
 (bdh_lib/compute/state.py).
 
     B batch   T bytes   D n_embd   H heads   N neurons per head   L layers   V vocabulary
@@ -49,14 +49,14 @@ class BDHConfig:
     """Shape of a model. Raises UserError naming the wrong field, its value and the limit."""
 
     n_layer: int = 6  # times the shared layer is applied
-    n_embd: int = 256  # D, numbers per byte between layers
-    dropout: float = 0.1  # dropout rate on y, in training only
-    n_head: int = 4  # H, groups of neurons with an attention of their own
-    mlp_internal_dim_multiplier: int = 128  # neurons per number of n_embd, over all heads
-    vocab_size: int = 256  # one entry per byte value
-    dropout_v: float = 0.0  # dropout rate on the embedding and on what each layer adds to v
+    n_embd: int = 256  # D, dimension of v
+    dropout: float = 0.1  # fraction of y dropped, in training only
+    n_head: int = 4  # H, attention heads
+    mlp_internal_dim_multiplier: int = 128  # H * N / D
+    vocab_size: int = 256  # V, one entry per byte value
+    dropout_v: float = 0.0  # fraction of the embedding and of ln(o) dropped, too
 
-    def __new__(cls, *args, **values):  # before the __init__ of a dataclass, which raises TypeError
+    def __new__(cls, *args, **values):  # runs before the dataclass __init__, which raises TypeError
         if len(args) > len(fields := cls.__dataclass_fields__):
             raise UserError(f"BDHConfig has {len(fields)} fields, not {len(args)}")
         for name in values:
@@ -90,24 +90,24 @@ class BDHConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Numbers in the five arrays."""
+        """Total size of the five arrays."""
         neurons = self.n_head * self.neurons_per_head
         return (3 * neurons + 2 * self.vocab_size) * self.n_embd
 
 
 def attention_quadratic(q: mx.array, v: mx.array) -> mx.array:
-    """The definition, T x T scores: the reference that every faster form is tested against.
+    """The definition, with T x T scores: the reference for the tests of all faster forms.
 
-    q (H, B, T, N) rotated activations, v (B, T, D) values; gives (H, B, T, D). t reads s < t.
+    q (H, B, T, N) rotated activations, v (B, T, D) values; returns (H, B, T, D). t reads s < t.
     """
     return mx.tril(q @ q.swapaxes(-1, -2), -1) @ v
 
 
 class BDH(nn.Module):
-    """A model with fresh weights; the five arrays are its only parameters.
+    """A model with random weights; its only parameters are the five arrays.
 
     model(idx, targets) -> (logits (B, T, V), mean loss in nats or None); both (B, T) integers.
-    Dropout acts where a PRNG `key` is given and nowhere else: there is no mode to forget.
+    Dropout acts only if a PRNG `key` is passed: there is no train or eval mode.
     """
 
     def __init__(self, config: BDHConfig):
@@ -115,8 +115,8 @@ class BDH(nn.Module):
         D, H, N = config.n_embd, config.n_head, config.neurons_per_head
         self.config = config
         self.compute = Compute(chunk=default_chunk(D))
-        self.trained_length: int | None = None  # BLOCK_SIZE of its training, where that is known
-        self.decode_step = None  # weights laid out to read byte by byte; see compute/state.py
+        self.trained_length: int | None = None  # BLOCK_SIZE of its training, if known
+        self.decode_step = None  # weights laid out to read byte by byte (bdh_lib/compute/state.py)
         self.embed = nn.Embedding(config.vocab_size, D)
         self.embed.weight = mx.random.normal((config.vocab_size, D)) * 0.02
         self.encoder = mx.random.normal((H, D, N)) * 0.02
@@ -130,10 +130,7 @@ class BDH(nn.Module):
         return self.encoder, self.encoder_v, self.decoder.reshape(H, N, D)
 
     def __call__(self, idx, targets=None, key=None):
-        """Logits (B, T, V) and the mean loss in nats, or None. Dropout acts where `key` is given.
-
-        It uses the chunked layer of bdh_lib/compute/layer.py, whose gradient is written by hand.
-        """
+        """See the class. `self.compute` says how to run the layers, which have custom gradients."""
         v = ln(self.embed(idx))  # (B, T, D)
         L, rates = self.config.n_layer, (self.config.dropout, self.config.dropout_v)
         if key is not None and self.config.dropout_v:
@@ -147,15 +144,15 @@ class BDH(nn.Module):
         return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
 
     def read(self, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
-        """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State. No dropout.
+        """logits (B, T, V) of idx (B, T) read after `state`, and the new State. No dropout.
 
-        Raises UserError for an idx or a state that the model cannot read.
+        Raises UserError for an idx or a state that does not fit the model.
         """
         check_state(self, state)
         return read(self, check_prompt(self, idx), state)
 
     def quadratic(self, idx: mx.array, targets=None):
-        """The definition, layer by layer, the reference for all else: as __call__, no dropout."""
+        """The definition, the reference for all other forms: like __call__ without dropout."""
         v = ln(self.embed(idx))  # (B, T, D)
         for _ in range(self.config.n_layer):
             v = self.quadratic_layer(v)
@@ -165,7 +162,7 @@ class BDH(nn.Module):
         return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
 
     def quadratic_layer(self, v: mx.array) -> mx.array:
-        """v (B, T, D) through the equations above; the batch is folded into the GEMMs' rows."""
+        """v' (B, T, D) of v by the equations above; the GEMMs' rows are B * T."""
         B, T, D = v.shape
         Dx, Dy, E = self.weights()
         H, N = self.config.n_head, self.config.neurons_per_head
@@ -176,10 +173,10 @@ class BDH(nn.Module):
         return ln(v + ln(out).reshape(B, T, D))
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None) -> mx.array:
-        """idx (B, T >= 1) and max_new_tokens bytes more, (B, T + new).
+        """idx (B, T >= 1) with max_new_tokens more bytes, (B, T + max_new_tokens).
 
-        temperature 0 takes the likeliest byte; top_k draws among the k likeliest. Without `key` the
-        draws follow mx.random.seed. Raises UserError for an empty prompt or impossible settings.
+        temperature 0 takes the likeliest byte; top_k samples from the k likeliest. Without `key`
+        mx.random.seed sets the draws. Raises UserError for an empty prompt or invalid settings.
         """
         check("max_new_tokens", max_new_tokens, whole(0, 10**12))
         check("temperature", temperature, TEMPERATURE)
@@ -188,8 +185,8 @@ class BDH(nn.Module):
         logits, state = prefill(self, idx)  # (B, V)
         for _ in range(max_new_tokens):
             if top_k is not None and top_k < logits.shape[1]:
-                least = mx.topk(logits, top_k).min(1, keepdims=True)
-                logits = mx.where(logits < least, -mx.inf, logits)
+                threshold = mx.topk(logits, top_k).min(1, keepdims=True)
+                logits = mx.where(logits < threshold, -mx.inf, logits)
             key, key_t = mx.random.split(key)
             token = mx.argmax(logits, 1)
             if temperature:
@@ -201,9 +198,9 @@ class BDH(nn.Module):
 
 
 def save_model(model: BDH, path: str | Path) -> None:
-    """Write the weights under their official names, the configuration into the header.
+    """Write the weights under their official names, with the configuration in the header.
 
-    Raises UserError, with an earlier file untouched, where it cannot be written.
+    Raises UserError if the file cannot be written; an earlier file then stays unchanged.
     """
     path = files.expand_user(path, "the path of a model")
     if path.suffix != ".safetensors":  # MLX would add it
@@ -217,9 +214,9 @@ def save_model(model: BDH, path: str | Path) -> None:
 def load_model(path: str | Path) -> BDH:
     """The model saved at `path`: a .safetensors file, a checkpoint folder or a run folder.
 
-    Official weights load as they are; `attn.freqs` and `_orig_mod.` prefixes are dropped. Shapes
-    come from the arrays, the number of layers, which no array shows, from the header, else it is 6.
-    Raises UserError for a missing or damaged file and for arrays that are not a BDH's.
+    It loads official weights too, without `attn.freqs` and `_orig_mod.` prefixes. The arrays give
+    the shapes; the header gives the number of layers, which is 6 without it. Raises UserError for a
+    missing or damaged file, and for arrays that are not those of a BDH.
     """
     file = runs.find_weights(path)
     if runs.is_changed(file):
@@ -251,8 +248,8 @@ def _infer_config(arrays: dict, header: dict, file: Path) -> BDHConfig:
     shape["vocab_size"] = len(embedding)
     try:
         names = header.keys() & CONFIG_RULES.keys()
-        written = {name: files.parse_json(header[name]) for name in names}
-        return BDHConfig(**written | shape)
+        config = {name: files.parse_json(header[name]) for name in names}
+        return BDHConfig(**config | shape)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Let a trained BDH write: bytes stream to the terminal as they are drawn.
+"""Generate text with a trained BDH: bytes stream to the terminal as they are drawn.
 
     python generate.py checkpoints_mlx/full                      # a session: type, read, go on
     python generate.py checkpoints_mlx/full --prompt "### Instruction:\\nExplain" --top-p 0.9
@@ -6,8 +6,8 @@
     python generate.py checkpoints_mlx/full --prompts asked.jsonl --out answered.jsonl
     python generate.py checkpoints_mlx/full --evaluate held_out.jsonl
 
-A run folder means its best checkpoint, else its last. The model keeps a state of fixed size, so
-each byte takes the same time, however long the text has become.
+A run folder stands for its best checkpoint, else its last. The model has a state of fixed size, so
+each byte takes the same time, however long the text is.
 """
 
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
@@ -90,10 +90,10 @@ EXPORT = "no text but weights, config and a model card for others, in FOLDER"
 def flags(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
 
-    def group(title: str, one: bool = False):
-        of = parser.add_argument_group(title)
-        of = of.add_mutually_exclusive_group() if one else of
-        return lambda flag, text, **how: of.add_argument(flag, help=text, **how)
+    def group(title: str, exclusive: bool = False):
+        target = parser.add_argument_group(title)
+        target = target.add_mutually_exclusive_group() if exclusive else target
+        return lambda flag, text, **options: target.add_argument(flag, help=text, **options)
 
     add = parser.add_argument
     add("--version", action="version", version=cli.version())
@@ -104,7 +104,9 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
         help="training mode (the one the checkpoint names)",
     )
 
-    add = group("what to go on with (stdin where it is piped, a session on a terminal)", one=True)
+    add = group(
+        "what to go on with (stdin where it is piped, a session on a terminal)", exclusive=True
+    )
     add("--prompt", r"text, \n in it a line break; an empty one starts a new record")
     add("--prompt-file", "a file's bytes", metavar="FILE")
     add("--prompts", PROMPTS, metavar="JSONL")
@@ -117,7 +119,7 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--window", "forget what is older than W bytes (all is remembered)", type=int, metavar="W")
     add("--dtype", "of the products (bfloat16 on a GPU, else float32)", choices=DTYPES)
 
-    add = group("what ends a text", one=True)
+    add = group("what ends a text", exclusive=True)
     add("--stop", STOP, action="append", metavar="TEXT")
     add("--no-stop", "end at --max-new-tokens alone", action="store_true")
 
@@ -142,34 +144,34 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     args, typed = parsed(parser, argv)
     for name, rule in NUMBERS.items():
         if name in typed:
-            check(name_of(name), typed[name], rule._replace(none=False))
+            check(flag_name(name), typed[name], rule._replace(none=False))
     for name in PATHS:
         if name in typed:
-            setattr(args, name, expand_user(typed[name], name_of(name)))
+            setattr(args, name, expand_user(typed[name], flag_name(name)))
     for name in TEXTS:
         texts = typed.get(name, [])
         if "" in (texts if isinstance(texts, list) else [texts]):
-            raise UserError(f"{name_of(name)} is empty; it must have at least one character")
+            raise UserError(f"{flag_name(name)} is empty; it must have at least one character")
     check_flags(args, typed)
     return args
 
 
 def parsed(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """What argparse makes of the flags, and of it what was given, be it a default's own value."""
+    """The parsed arguments, and those that the user typed, even with a default's value."""
     args = parser.parse_args(argv)
     absent = {name: None for name in vars(args)}
     typed = vars(parser.parse_args(argv, argparse.Namespace(**absent)))
     return args, {name: value for name, value in typed.items() if value is not None}
 
 
-def name_of(argument: str) -> str:
+def flag_name(argument: str) -> str:
     return argument if argument == "model" else flag_of(argument)
 
 
 def check_flags(args: argparse.Namespace, given: dict) -> None:
-    """Raise UserError where a flag would have no effect beside the others."""
+    """Raise UserError if a flag has no effect with the others."""
     for alone in ALONE.keys() & given:
-        idle = [name_of(name) for name in given if name not in ("model", alone, *ALONE[alone])]
+        idle = [flag_name(name) for name in given if name not in ("model", alone, *ALONE[alone])]
         if idle:
             names = ", ".join(idle)
             raise UserError(f"{names}: no effect beside --{alone}; leave out what does not act")
@@ -184,7 +186,7 @@ def check_flags(args: argparse.Namespace, given: dict) -> None:
         raise UserError("--raw writes one text; leave out --prompts and --samples")
     if args.temperature == 0:
         names = ("top_k", "top_p", "min_p", "seed")
-        if idle := ", ".join(name_of(name) for name in names if name in given):
+        if idle := ", ".join(flag_name(name) for name in names if name in given):
             raise UserError(f"{idle}: no effect at --temperature 0, which takes the likeliest byte")
 
 
@@ -193,7 +195,7 @@ def prompt_of(args: argparse.Namespace) -> bytes:
     if args.prompt is not None:
         return parse_escapes(args.prompt)
     if args.prompt_file is None:
-        if sys.stdin.isatty():  # as stdout is not: a session would have begun
+        if sys.stdin.isatty():  # stdout is no terminal, or a session would run
             print("the prompt is what is typed here, up to Ctrl-D", file=sys.stderr)
         return sys.stdin.buffer.read()
     try:
@@ -203,7 +205,7 @@ def prompt_of(args: argparse.Namespace) -> bytes:
 
 
 def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
-    """What ends a text: --stop, else the line that ends a record of mode full."""
+    """The stop strings: --stop, else the last line of a record of mode full."""
     if args.no_stop:
         return []
     if args.stop is None:
@@ -212,7 +214,7 @@ def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
 
 
 class Job(NamedTuple):
-    """One text to write: the line of its prompt, which sample of it, the record, the prompt."""
+    """A text to generate: line of its prompt, number of its sample, its record and its prompt."""
 
     line: int
     sample: int
@@ -248,7 +250,7 @@ def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
 
 
 def finite(record):
-    """What JSON can hold, for a line of results. Raises UserError; Python reads NaN, too."""
+    """The record, if JSON can hold it. Raises UserError otherwise: Python also reads NaN."""
     try:
         json.dumps(record, allow_nan=False)
     except RecursionError:
@@ -259,7 +261,7 @@ def finite(record):
 
 
 def prompts_of(record: dict, mode: str | None) -> list[bytes]:
-    """A record's `prompt` as it is; without one its training text as far as a model goes on."""
+    """A record's `prompt` unchanged; without one, its training text up to the response."""
     if not isinstance(record, dict):
         raise UserError("not a JSON object")
     if isinstance(record.get("prompt"), str):
@@ -280,7 +282,7 @@ def prompts_of(record: dict, mode: str | None) -> list[bytes]:
 
 
 def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
-    """Jobs by length of prompt, `size` at once; in a batch lengths differ by at most `spread`."""
+    """Batches of up to `size` jobs of similar prompts: lengths differ by at most `spread`."""
     batch = []
     for job in sorted(jobs, key=lambda job: len(job.prompt)):
         if batch and (len(batch) == size or len(job.prompt) - len(batch[0].prompt) > spread):
@@ -292,29 +294,27 @@ def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
 
 
 def write_jobs(
-    jobs: list[Job], model, sampling, key, stops, args, state, left: list[Job] | None = None
+    jobs: list[Job], model, sampling, key, stops, args, state, remaining: list[Job] | None = None
 ) -> Iterator[tuple[Job, str, bool]]:
-    """Each job with its text and whether a stop string ended it, as they are done.
+    """Each job with its text and whether a stop string ended it, in the order they end.
 
-    Of the jobs only those that are `left`, in the batches and with the draws that all would have.
+    It yields only `remaining` jobs, but batches and draws are those of all jobs.
     """
-    left = set(map(id, jobs if left is None else left))
+    remaining = set(map(id, jobs if remaining is None else remaining))
     for batch in batches(jobs, args.batch_size, args.max_new_tokens):
         key, draw = mx.random.split(key)
-        if left.isdisjoint(map(id, batch)):
+        if remaining.isdisjoint(map(id, batch)):
             continue
         prompts = [job.prompt or formats.SEPARATOR.encode() for job in batch]
         done = generate_batch(model, prompts, sampling, draw, stops, args.max_new_tokens, state)
         for row, text, stopped in done:
-            if id(batch[row]) in left:
+            if id(batch[row]) in remaining:
                 yield batch[row], decode_text(text, whole=sampling.utf8), stopped
 
 
-def line_of(job: Job, args: argparse.Namespace, text: str, stopped: bool) -> str:
-    """A line of JSON: the record of a job, `line`, `prompt`, `completion`, `stopped`, and `by`,
-    which tells texts of this model and these flags from others.
-
-    What the record had under these names itself is `given`.
+def result_line(job: Job, args: argparse.Namespace, text: str, stopped: bool) -> str:
+    """A line of JSON: the job's record, `line`, `prompt`, `completion`, `stopped`, and `by`, which
+    identifies the model and the flags. Fields of the record with these names go to `given`.
     """
     which = {"line": job.line, "by": args.by}
     which |= {"sample": job.sample} if args.samples > 1 else {}
@@ -323,63 +323,63 @@ def line_of(job: Job, args: argparse.Namespace, text: str, stopped: bool) -> str
     return json.dumps(job.record | result | ({"given": clashing} if clashing else {}))
 
 
-def jobs_left(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
-    """The jobs whose texts --out does not hold yet. Raises UserError if it holds anything else.
+def remaining_jobs(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
+    """The jobs whose texts are not in --out. Raises UserError if it holds anything else.
 
-    A last line that was cut in half, as by a full disk, is taken off.
+    It removes an incomplete last line, which a full disk leaves.
     """
     if not (args.out and os.path.isfile(args.out)):  # noqa: PTH113  which raises nothing
         return jobs
     *lines, cut = args.out.read_bytes().split(b"\n")
-    prompts, left = {}, {id(job): job for job in jobs}
+    prompts, remaining = {}, {id(job): job for job in jobs}
     for job in jobs:
-        prompts.setdefault(asked_in(line_of(job, args, "", False)), []).append(job)
+        prompts.setdefault(result_key(result_line(job, args, "", False)), []).append(job)
     for number, line in enumerate(lines, 1):
         try:
-            del left[id(prompts[asked_in(line)].pop(0))]
+            del remaining[id(prompts[result_key(line)].pop(0))]
         except (ValueError, RecursionError, LookupError, TypeError):
             raise UserError(
                 f"--out {args.out} exists, and its line {number} is no answer of this command to "
                 "these prompts; name another file, or remove it"
             ) from None
     if cut:
-        begins = (line_of(job, args, "", False).encode() for job in left.values())
+        begins = (result_line(job, args, "", False).encode() for job in remaining.values())
         begins = (begin[: begin.index(b'"completion": "') + 15] for begin in begins)
         if not any(begin.startswith(cut) or cut.startswith(begin) for begin in begins):
             raise UserError(f"--out {args.out} exists; name another file, or remove it")
         os.truncate(args.out, sum(len(line) + 1 for line in lines))
-    return list(left.values())
+    return list(remaining.values())
 
 
 def source_of_texts(weights: Path, args: argparse.Namespace, mode: str | None) -> str:
-    """A short digest of what the texts follow from: the weights, and the flags that act."""
-    acts = {
+    """A short digest of all that determines the texts: the weights and the flags."""
+    flags = {
         k: str(v) for k, v in vars(args).items() if k not in ("model", "prompts", "out", "mode")
     }
-    identity = json.dumps([files.sha256_file(weights), mode, acts])
+    identity = json.dumps([files.sha256_file(weights), mode, flags])
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
-def asked_in(line: str | bytes) -> str:
-    """What a line of results answers. Raises an error where it is none."""
+def result_key(line: str | bytes) -> str:
+    """A line of results without the answer, as a key. Raises an error if it is no such line."""
     result = files.parse_json(line)
     del result["completion"], result["stopped"]
     return json.dumps(result, sort_keys=True)
 
 
-def write_file(jobs: list[Job], left: list[Job], args, texts) -> None:
-    """Write a line for each of the texts of the jobs that are left, as it is done."""
-    done = len(jobs) - len(left)
+def write_file(jobs: list[Job], remaining: list[Job], args, texts) -> None:
+    """Write a line for each text of the remaining jobs as soon as it ends."""
+    done = len(jobs) - len(remaining)
     if done:
-        rest = "the others follow" if left else "none is left to write"
+        rest = "the others follow" if remaining else "none is left to write"
         print(f"{args.out} holds {done} of {len(jobs)} texts; {rest}", file=sys.stderr)
     try:
         with (
-            opened_out(args.out) as put,
+            open_output(args.out) as put,
             tqdm(total=len(jobs), initial=done, disable=None, unit="text") as bar,
         ):
             for job, text, stopped in texts:
-                put(line_of(job, args, text, stopped))
+                put(result_line(job, args, text, stopped))
                 done += 1
                 bar.update()
     except KeyboardInterrupt:
@@ -389,7 +389,7 @@ def write_file(jobs: list[Job], left: list[Job], args, texts) -> None:
 
 
 def print_stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:
-    """Print the prompt, and what the model makes of it as it comes."""
+    """Print the prompt and, byte by byte, its completion."""
     terminal, stop = Terminal(args.raw), StopMatcher(stops, prompt)
     terminal.write(prompt)
     idx = pad_batch([prompt or formats.SEPARATOR.encode()])
@@ -407,8 +407,8 @@ def print_stream(prompt: bytes, model, sampling, key, stops, args, state) -> Non
             states.save_state(args.save_state, model, state)
 
 
-def start(model, args: argparse.Namespace) -> State:
-    """What was read before: --load-state, else nothing; with --window. Raises UserError."""
+def initial_state(model, args: argparse.Namespace) -> State:
+    """The initial state: --load-state, else an empty one with --window. Raises UserError."""
     if not args.load_state:
         return State(window=args.window)
     state = states.load_state(args.load_state, model)
@@ -423,7 +423,7 @@ def start(model, args: argparse.Namespace) -> State:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do as the flags say. Raises UserError."""
+    """Run the command. Raises UserError."""
     args = flags(argv)
     cli.check_temporary_folder()
     if args.export:
@@ -433,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
         check_bytes(model, args.model)
         return trace.trace_texts(model, args.trace, args.out)
     if args.save_state:
-        states.check_state_file(args.save_state)  # now, not once all is written
+        states.check_state_file(args.save_state)  # before the text is generated
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     weights = runs.find_weights(args.model)
     model, trained = bdh_mlx.load_model(weights), settings_or_empty(weights)
@@ -443,25 +443,25 @@ def main(argv: list[str] | None = None) -> int:
     mode = mode if mode in formats.REQUIRED_FIELDS else None
     key = mx.random.key(time.time_ns() if args.seed is None else args.seed)
     stops = stop_strings(args, mode)
-    state = start(model, args)
+    state = initial_state(model, args)
     how = (model, sampling, key, stops, args, state)
     if args.evaluate is not None:
         print(evaluation.evaluation_table(model, args.evaluate, mode, trained))
     elif args.prompts is not None:
         jobs = read_jobs(args.prompts, mode, args.samples)
-        note_context_length(max(len(job.prompt) for job in jobs), model, state, args)
-        note_long_prompt(sum(len(job.prompt) for job in jobs))
+        warn_context_length(max(len(job.prompt) for job in jobs), model, state, args)
+        print_prompt_length(sum(len(job.prompt) for job in jobs))
         args.by = source_of_texts(weights, args, mode)
-        left = jobs_left(jobs, args)
-        write_file(jobs, left, args, write_jobs(jobs, *how, left))
+        remaining = remaining_jobs(jobs, args)
+        write_file(jobs, remaining, args, write_jobs(jobs, *how, remaining))
     elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():
         if args.save_state or args.raw or args.samples > 1:
             raise UserError("a session takes no --save-state (type /save), --raw or --samples")
         chat.Session(model, sampling, key, stops, args.max_new_tokens, mode, state).run()
     else:
         prompt = prompt_of(args)
-        note_context_length(len(prompt), model, state, args)
-        note_long_prompt(len(prompt))
+        warn_context_length(len(prompt), model, state, args)
+        print_prompt_length(len(prompt))
         if args.samples == 1:
             print_stream(prompt, *how)
         else:
@@ -477,7 +477,7 @@ def check_bytes(model, weights: Path) -> None:
 
 
 def settings_or_empty(weights: Path) -> dict:
-    """The settings of the training, {} after a warning where their file is damaged."""
+    """The settings of the training; {} and a warning if their file is damaged."""
     try:
         return runs.settings_of(weights)
     except UserError as error:
@@ -485,31 +485,31 @@ def settings_or_empty(weights: Path) -> dict:
         return {}
 
 
-def note_long_prompt(n_bytes: int) -> None:
-    """Say on stderr that a prompt is read where a CPU takes seconds for it."""
+def print_prompt_length(n_bytes: int) -> None:
+    """Print to stderr that a long prompt is read, which takes a CPU seconds."""
     if n_bytes > LONG:
         print(f"reading a prompt of {n_bytes:,} bytes", file=sys.stderr)
 
 
-def note_context_length(prompt: int, model, state: State, args: argparse.Namespace) -> None:
-    """Say on stderr when a text with a prompt of so many bytes may pass the trained blocks."""
+def warn_context_length(prompt: int, model, state: State, args: argparse.Namespace) -> None:
+    """Warn on stderr if a text after `prompt` bytes may exceed the training blocks."""
     length = state.position + prompt + args.max_new_tokens
     if note := context_length_warning(model, state.window, length, args.load_state is not None):
         print(note, file=sys.stderr)
 
 
 @contextmanager
-def opened_out(file: Path | None) -> Iterator[Callable[[str], None]]:
-    """A function that writes a line to a file, behind those that it holds, or to stdout.
+def open_output(file: Path | None) -> Iterator[Callable[[str], None]]:
+    """A function that appends a line to a file, or prints it if `file` is None.
 
-    Raises UserError; a new file in which nothing was written is removed.
+    Raises UserError. It removes a new file that stays empty.
     """
     if not file:
         yield lambda line: print(line, flush=True)
         return
     new = not os.path.exists(file)  # noqa: PTH110  which raises nothing
     try:
-        with file.open("ab", buffering=0) as out:  # what a full disk does not take is not kept
+        with file.open("ab", buffering=0) as out:  # unbuffered: nothing stays behind on a full disk
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield lambda line: put_whole(out, line)
     except BlockingIOError:

@@ -131,9 +131,9 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
              for side in ("train", "val")}  # fmt: skip
     for mode in MODES:
         (folder / mode).mkdir(parents=True, exist_ok=True)
-        for side, some in sides.items():
+        for side, side_records in sides.items():
             segments = []
-            for record in some:
+            for record in side_records:
                 segments += [("", SEPARATOR)] * bool(segments) + field_segments(record, mode)
             parts = [(FIELDS.index(field), text.encode()) for field, text in segments]
             (folder / mode / f"{side}.bin").write_bytes(b"".join(text for _, text in parts))
@@ -188,7 +188,8 @@ def recipe_jobs(args) -> list[dict]:
 def guide_jobs(args) -> list[dict]:
     folder = args.work / "records"
     sides = split_records(args.records, folder)
-    print(f"guide: {', '.join(f'{len(some):,} {side} records' for side, some in sides.items())}")
+    sizes = (f"{len(records):,} {side} records" for side, records in sides.items())
+    print(f"guide: {', '.join(sizes)}")
     jobs = []
     for seed in range(min(args.seeds, 2)):
         for name, arm in ARMS.items():
@@ -224,7 +225,7 @@ def train(job: dict, work: Path) -> dict:
 
     runs = work / "runs" / queue.slug(job["name"])
     shutil.rmtree(runs, ignore_errors=True)
-    curve, speeds, before, trained = [], [], 0, 0
+    curve, speeds, offset, trained = [], [], 0, 0
     for i, flags in enumerate(job["phases"]):
         argv = [*flags.split(), "--checkpoint-dir", str(runs), "--run-name", f"phase{i}"]
         argv += ["--init-from", f"phase{i - 1}"] if i else []
@@ -233,9 +234,9 @@ def train(job: dict, work: Path) -> dict:
             code = train_mlx.main(argv)
         lines = (runs / f"phase{i}" / "metrics.jsonl").read_text().splitlines()
         metrics = [json.loads(line) for line in lines]
-        curve += [(before + m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
+        curve += [(offset + m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
         speeds += [m["bytes_per_s"] for m in metrics if "bytes_per_s" in m]
-        before = before + metrics[-1]["step"]
+        offset += metrics[-1]["step"]
         trained += metrics[-1]["step"] * s.BATCH_SIZE * s.GRAD_ACCUM * s.BLOCK_SIZE
         if code:
             break
@@ -349,13 +350,13 @@ def table(rows: list[dict]) -> str:
     kinds = list(dict.fromkeys((row["in"], row["of"]) for row in rows if "best" in row))
     lines = [f"{'':<34}{'seeds':>6}{'best nats':>11}{'spread':>8}  at step        parameters  s"]
     for kind in kinds:
-        some = [row for row in rows if (row["in"], row["of"]) == kind and "best" in row]
-        best = [row["best"] for row in some]
+        runs = [row for row in rows if (row["in"], row["of"]) == kind and "best" in row]
+        best = [row["best"] for row in runs]
         lines.append(
-            f"{': '.join(kind):<34}{len(some):>6}{statistics.mean(best):>11.4f}"
-            f"{max(best) - min(best):>8.4f}  {', '.join(str(r['at']) for r in some):<14} "
-            f"{some[0]['parameters']:>10,}  {statistics.mean(r['seconds'] for r in some):.0f}"
-            + (" cut off" if any(r["cut"] for r in some) else "")
+            f"{': '.join(kind):<34}{len(runs):>6}{statistics.mean(best):>11.4f}"
+            f"{max(best) - min(best):>8.4f}  {', '.join(str(r['at']) for r in runs):<14} "
+            f"{runs[0]['parameters']:>10,}  {statistics.mean(r['seconds'] for r in runs):.0f}"
+            + (" cut off" if any(r["cut"] for r in runs) else "")
         )
     lines += [f"{row['name']}: {row['failed']}" for row in rows if "failed" in row]
     return "\n".join(lines)
@@ -408,10 +409,10 @@ def guide_says(rows: list[dict], folder: Path) -> str:
     ]
     means = {}
     for of in dict.fromkeys(row["of"] for row in rows if "bits" in row):
-        some = [row["bits"] for row in rows if row["of"] == of and "bits" in row]
+        runs = [row["bits"] for row in rows if row["of"] == of and "bits" in row]
         line = f"{of:<24}"
         for mode, field in SHOWN:
-            bits = [b[mode][field] for b in some]
+            bits = [b[mode][field] for b in runs]
             means[of, mode, field] = statistics.mean(bits)
             line += f"{means[of, mode, field]:>9.3f}" + (
                 f" ±{(max(bits) - min(bits)) / 2:.3f}" if len(bits) > 1 else " " * 7
@@ -435,10 +436,10 @@ def guide_says(rows: list[dict], folder: Path) -> str:
         ("both", "phased", "instruction", "instruction"),
         ("full, loss on response", "full", "full", "response"),
     ]
-    for one, other, mode, field in pairs:
-        if (one, mode, field) in means and (other, mode, field) in means:
-            a, b = means[one, mode, field], means[other, mode, field]
-            lines.append(f"`{one}` against `{other}`: {field} in the format of {mode} takes "
+    for first, second, mode, field in pairs:
+        if (first, mode, field) in means and (second, mode, field) in means:
+            a, b = means[first, mode, field], means[second, mode, field]
+            lines.append(f"`{first}` against `{second}`: {field} in the format of {mode} takes "
                          f"{a:.3f} against {b:.3f} bits per byte, {(a - b) / b:+.1%}.")  # fmt: skip
     return "\n".join(lines)
 

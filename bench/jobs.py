@@ -30,10 +30,10 @@ def spread(jobs: list[dict], command, gpus: int, per_gpu: int, minutes: float, o
     pending = [job for job in jobs if job["name"] not in done]
     free, working, left_out = [per_gpu] * max(1, gpus), [], []
     while pending or working:
-        left = end - time.monotonic()
+        time_left = end - time.monotonic()
         for job in list(pending):
             gpu, needs = free.index(max(free)), per_gpu if job.get("large") else 1
-            if job["seconds"] > left:
+            if job["seconds"] > time_left:
                 left_out.append(job["name"])
                 pending.remove(job)
                 continue
@@ -44,14 +44,14 @@ def spread(jobs: list[dict], command, gpus: int, per_gpu: int, minutes: float, o
             print(f"{job['name']}: started on {gpu}, about {job['seconds']:.0f} s", flush=True)
             process = _start(job, command(job), gpu, gpus, logs)
             working.append((job, gpu, needs, process, time.monotonic()))
-        if left < 0:
+        if time_left < 0:
             _stop([process for _, _, _, process, _ in working])
         for entry in [entry for entry in working if entry[3].poll() is not None]:
             working.remove(entry)
             job, gpu, needs, process, began = entry
             free[gpu] += needs
             row = job | {"gpu": gpu} | _result(_log(logs, job, "out"), process.returncode)
-            row |= {"seconds": round(time.monotonic() - began, 1), "cut": left < 0}
+            row |= {"seconds": round(time.monotonic() - began, 1), "cut": time_left < 0}
             with out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             result = {k: v for k, v in row.items() if k not in job and k != "curve"}

@@ -40,7 +40,7 @@ from bdh_lib.generation.decoding import (
     read_prompt,
     stream,
 )
-from bdh_lib.generation.sampling import NONE, Sampling, uniforms
+from bdh_lib.generation.sampling import PAD, Sampling, uniforms
 from bdh_mlx import BDH, BDHConfig, UserError
 
 SMALL = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
@@ -119,8 +119,8 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
 
 
 def test_bytes_of_a_longer_prompt_are_of_the_type_of_drawn_ones(monkeypatch):
-    step, types = decoding.read_on, []  # with another type a compiled step would be traced anew
-    monkeypatch.setattr(decoding, "read_on", lambda *of: types.append(of[1].dtype) or step(*of))
+    step, types = decoding.read, []  # with another type a compiled step would be traced anew
+    monkeypatch.setattr(decoding, "read", lambda *of: types.append(of[1].dtype) or step(*of))
     assert len(list(generate_batch(random_model(), [b"a", b"hello"], GREEDY, KEY, [], 4))) == 2
     assert len(types) >= 8 and set(types) == {mx.uint32}  # 4 bytes given, 4 drawn
 
@@ -156,7 +156,7 @@ def test_the_loop_draws_what_a_draw_with_all_that_was_seen_gives(settings, looks
     assert (s.recent(seen) is not None) == looks_back
     going = stream(model, *read_prompt(model, seen), s, KEY, seen, [b"", b"given"])
     for i, number in enumerate(islice(uniforms(KEY, 2), 100)):
-        past = np.full((2, 256), NONE)
+        past = np.full((2, 256), PAD)
         past[:, -seen.shape[1] :] = seen
         token = s.draw(read_prompt(model, seen)[0], mx.array(past, mx.int32), number)
         token = [token[0].item(), b"given"[i] if i < 5 else token[1].item()]
@@ -748,9 +748,9 @@ def test_the_end_of_input_ends_a_text_of_several_lines(monkeypatch):
         raise EOFError
 
     monkeypatch.setattr("builtins.input", typed)
-    assert chat.typed() == "one\ntwo"
+    assert chat.read_input() == "one\ntwo"
     with pytest.raises(EOFError):
-        chat.typed()
+        chat.read_input()
 
 
 def test_a_session_answers_as_its_whole_transcript_would(monkeypatch, capsys, chaos, tmp_path):

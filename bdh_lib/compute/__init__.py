@@ -1,12 +1,12 @@
-"""How a layer is computed: in chunks to train on, byte by byte to write.
+"""The computation of a layer: in chunks for training and prefill, byte by byte for decoding.
 
-Whatever imports mlx.core imports this package before it, since a fast BLAS must be opened first.
+Import this package before mlx.core: it must open a fast BLAS first.
 """
 
 import os
 
-# CUDA: MLX counts the graphs it has met and gives up at 800 (its lru_cache.h); evaluating and
-# sampling between steps meet more.
+# CUDA: MLX stops with an error after 800 different graphs (its lru_cache.h); training with
+# evaluation and sampling has more.
 os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "4000")
 os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
 

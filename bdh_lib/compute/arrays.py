@@ -14,7 +14,7 @@ from bdh_lib.files import parse_json
 def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Arrays and header of a .safetensors file. Raises UserError for a damaged or crafted one.
 
-    MLX accepts arrays that overlap or leave bytes unused; the format does not, nor does this.
+    As the format demands, and MLX does not, arrays must not overlap or leave bytes unused.
     """
     if not _is_safetensors(file):
         raise UserError(f"{file} cannot be read: it is no .safetensors file, or cut short")
@@ -34,7 +34,7 @@ def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def _is_safetensors(file: Path) -> bool:
-    """Whether a file begins as the format does: the size of a JSON object, and the object."""
+    """Whether a file begins with the size of a JSON object, and the object."""
     try:
         with file.open("rb") as start:
             size, brace = int.from_bytes(start.read(8), "little"), start.read(1)
@@ -44,9 +44,9 @@ def _is_safetensors(file: Path) -> bool:
 
 
 def sha256_arrays(arrays: dict[str, mx.array], header: dict | None = None) -> str:
-    """Of the arrays' names, shapes and numbers, and of the header."""
+    """sha256 of the arrays' names, shapes and numbers, and of the header."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode() if header else b"")
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.shape}".encode())
-        digest.update(np.array(array + 0))  # a copy: CUDA would move what is read to the host
+        digest.update(np.array(array + 0))  # a copy: CUDA would move the original to the host
     return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Give MLX a fast matrix product on Linux CPUs; imported before `mlx.core`.
 
-MLX's CPU wheel for Linux links the reference BLAS, about 5 GFLOP/s. A library opened before it with
-RTLD_GLOBAL answers `cblas_sgemm` in its place, some 30 to 60 times faster (docs/log.md).
+MLX's CPU wheel for Linux links the reference BLAS, about 5 GFLOP/s. A library opened earlier with
+RTLD_GLOBAL provides `cblas_sgemm` instead and is 30 to 60 times faster (docs/log.md).
 """
 
 import ctypes
@@ -19,15 +19,15 @@ def _open(library: str) -> None:
 def _open_packaged_openblas() -> None:
     """Open the OpenBLAS of the PyPI package ngsolve-openblas (x86-64).
 
-    It wants libgfortran.so.5, which a fresh machine lacks but MLX's wheel carries under a private
-    name. Links in a temporary folder bring them together: what a library needs is sought beside it.
+    It needs libgfortran.so.5, which MLX's wheel contains under another name. The loader searches a
+    library's own folder, so this links all of them into a temporary folder.
     """
     openblas = next(
         Path(distribution("ngsolve-openblas").locate_file("ngsolve_openblas")).glob("*.so")
     )
-    carried = Path(distribution("mlx-cpu").locate_file("mlx_cpu.libs"))
+    mlx_libs = Path(distribution("mlx-cpu").locate_file("mlx_cpu.libs"))
     with tempfile.TemporaryDirectory() as folder:
-        for lib in [openblas, *carried.glob("libgfortran*"), *carried.glob("libquadmath*")]:
+        for lib in [openblas, *mlx_libs.glob("libgfortran*"), *mlx_libs.glob("libquadmath*")]:
             name = "libgfortran.so.5" if lib.name.startswith("libgfortran") else lib.name
             Path(folder, name).symlink_to(lib)
         _open(f"{folder}/{openblas.name}")
@@ -53,7 +53,7 @@ def load() -> str | None:
 
 
 def _warn_if_busy() -> None:
-    """Threads of OpenBLAS spin while they wait for one another, also for one that has no core."""
+    """Warn that OpenBLAS threads spin while they wait for a thread that has no core."""
     load, cores = os.getloadavg()[0], os.cpu_count()
     if load > cores and "OPENBLAS_NUM_THREADS" not in os.environ:
         print(
@@ -64,7 +64,7 @@ def _warn_if_busy() -> None:
 
 
 def is_wanted() -> bool:
-    """Only MLX's CPU wheel for Linux needs it; a Mac has Accelerate and CUDA its own library."""
+    """Whether MLX needs it: only its CPU wheel for Linux does (not Accelerate, not CUDA)."""
     try:
         distribution("mlx-cpu")
     except PackageNotFoundError:

@@ -3,15 +3,15 @@
     h = v Dx    x = relu(h)    q = rotate(x)    a = tril(q q^T, -1) v
     g = ln(a) Dy    y = x * relu(g), dropout    o = sum over heads of y E    v' = ln(v + ln(o))
 
-It computes the same function as BDH.quadratic_layer (bdh_mlx.py), which is easier to read. The
-differences save time or memory:
-- Scores have no softmax, so what earlier chunks of C bytes add to a is q S, with S the sum of q^T v
-  over them; going backward, R, the sum of q^T da over *later* chunks, plays that part.
-- Activations are head-major, (H, B*T, N): each product is one batched GEMM and no head is moved.
-- The backward pass recomputes what was not kept, segment after segment, each tied (mx.depends) to
-  the one before: otherwise MLX evaluates them all at once, and nothing is saved.
-- No array is larger than a segment's activation, which `rows` bounds: Macs limit a buffer to a few
-  GB and the time of a command buffer, and arrays of 2^31 elements fail.
+It computes the same function as BDH.quadratic_layer, which is easier to read. The differences save
+time or memory:
+- Scores have no softmax, so earlier chunks of C bytes add q S to a, where S is the sum of their
+  q^T v. The backward pass uses R instead, the sum of q^T da over the *later* chunks.
+- Activations are head-major, (H, B*T, N): each product is one batched GEMM without a transpose.
+- The backward pass recomputes what was not saved, segment by segment. mx.depends makes each segment
+  wait for the previous one: otherwise MLX evaluates them all at once and saves no memory.
+- No array is larger than a segment's activation, which `rows` bounds: Macs limit the size of a
+  buffer (a few GB) and the time of a command buffer, and arrays of 2^31 elements fail.
 """
 
 import math
@@ -28,16 +28,16 @@ MAX_SEGMENTS = 32  # mx.compile takes time cubic in their number: 17 s for 64, 2
 
 @dataclass(frozen=True)
 class Compute:
-    """How a layer is computed; the function is the same."""
+    """How a layer is computed; no setting changes the function."""
 
     dtype: mx.Dtype = mx.float32  # of the GEMMs; sums, norms and states stay float32
     chunk: int = 128  # C: bytes whose scores are computed as a square
     rows: int = 16384  # B * T of a segment, at most
-    saved_activations: int = 4  # of Saved's last five, how many the forward pass keeps
+    saved_activations: int = 4  # how many of Saved's last five the backward pass reuses
 
 
 def default_chunk(D: int) -> int:
-    """C at which the squares of scores and the states of chunks cost about the same."""
+    """C at which scores and chunk states cost about the same."""
     return max(128, 2 * D)
 
 
@@ -54,22 +54,21 @@ def residual(v: mx.array, o: mx.array, scale_v=1) -> mx.array:
 
 
 def dropout_mask(key: mx.array, rate: float, shape: tuple):
-    """(random bytes, threshold, 1 / (1 - rate)): a neuron is dropped where its byte is below the
-    threshold. None for rate 0.
+    """(8 random bits per neuron, limit below which it is dropped, scale), or None for rate 0.
 
-    A 32-bit draw serves four neurons: one each would cost more than a GEMM. 256 * rate is seldom
-    whole: the limit is drawn from its two neighbours, so that the rate is true on average.
+    A 32-bit draw serves four neurons: a draw for each would cost more than a GEMM. 256 * rate is
+    seldom an integer: the limit is drawn from its two neighbours, so the mean rate is exact.
     """
     if not rate:
         return None
-    size, (for_bits, for_limit) = math.prod(shape), mx.random.split(key)
-    bits = mx.random.split(for_bits, -(-size // 8)).view(mx.uint8).reshape(-1)[:size]
-    limit = mx.minimum(256 * rate + mx.random.uniform(key=for_limit), 255).astype(mx.uint8)
+    size, (bits_key, limit_key) = math.prod(shape), mx.random.split(key)
+    bits = mx.random.split(bits_key, -(-size // 8)).view(mx.uint8).reshape(-1)[:size]
+    limit = mx.minimum(256 * rate + mx.random.uniform(key=limit_key), 255).astype(mx.uint8)
     return bits.reshape(shape), limit, 1 / (1 - rate)
 
 
 def dropout_scale(mask, dtype):
-    """0 or 1 / (1 - rate) for each place of a dropout mask."""
+    """0 or 1 / (1 - rate) for each entry of a dropout mask; 1 without a mask."""
     if mask is None:
         return 1
     bits, limit, scale = mask
@@ -81,8 +80,7 @@ def _gate(x, g, mask):
     return x * (mx.maximum(g, 0) * dropout_scale(mask, x.dtype))
 
 
-# Below, sign of a rectified number where `mx.where` would read better: on a CPU the branches of the
-# latter cost ten times as much.
+# mx.sign below stands for mx.where, which is clearer but costs ten times as much on a CPU.
 
 
 @mx.compile
@@ -115,40 +113,37 @@ def _chunked(a, B, C):
 
 
 def _chunk_states(S, k, v, reverse=False):
-    """What each chunk finds written by those before it (reverse: after it), and the sum of all.
+    """The state before each chunk (reverse: after it), and the state with all chunks.
 
-    k, v (H or 1, B, n, C, N or D); gives (H, B, n, N, D) in k's dtype, None where nothing is
-    written, and (H, B, N, D) in float32.
+    k, v (H or 1, B, n, C, N or D). The states (H, B, n, N, D) are in k's dtype, None if all are 0;
+    the last state (H, B, N, D) is float32.
     """
     n, dtype = k.shape[2], k.dtype
-    written = _transpose(mx.moveaxis(k, 2, 0)) @ mx.moveaxis(v, 2, 0)
-    prefix_states, total = (_prefix_sum if n < 8 else _prefix_sum_matmul)(written, reverse)
+    updates = _transpose(mx.moveaxis(k, 2, 0)) @ mx.moveaxis(v, 2, 0)
+    states, total = (_prefix_sum if n < 8 else _prefix_sum_matmul)(updates, reverse)
     total = total.reshape(total.shape[1:])
     if S is not None:
-        prefix_states = (
-            S.astype(dtype)[None] if prefix_states is None else prefix_states + S.astype(dtype)
-        )
+        states = S.astype(dtype)[None] if states is None else states + S.astype(dtype)
         total = S + total
-    return (None if prefix_states is None else mx.moveaxis(prefix_states, 0, 2)), total
+    return (None if states is None else mx.moveaxis(states, 0, 2)), total
 
 
-def _prefix_sum(written, reverse):
-    """Exclusive running sums of (n, ...), None for n = 1, and the sum (1, ...), one by one."""
-    steps = mx.split(written, written.shape[0])[:: -1 if reverse else 1]
-    sums, total = [mx.zeros_like(steps[0])], steps[0].astype(mx.float32)
-    for step in steps[1:]:
-        sums.append(total.astype(step.dtype))
-        total = total + step
-    sums = mx.concatenate(sums[:: -1 if reverse else 1]) if len(steps) > 1 else None
-    return sums, total
+def _prefix_sum(updates, reverse):
+    """Exclusive prefix sums of updates (n, ...), None for n = 1, and their sum (1, ...)."""
+    updates = mx.split(updates, updates.shape[0])[:: -1 if reverse else 1]
+    sums, total = [mx.zeros_like(updates[0])], updates[0].astype(mx.float32)
+    for update in updates[1:]:
+        sums.append(total.astype(update.dtype))
+        total = total + update
+    return mx.concatenate(sums[:: -1 if reverse else 1]) if len(updates) > 1 else None, total
 
 
-def _prefix_sum_matmul(written, reverse):
-    """The same with a triangle of ones: one pass over the states, but slow where n is small."""
-    n = written.shape[0]
-    ones = mx.tri(n + 1, n, -1, dtype=written.dtype)
-    sums = (ones[::-1, ::-1] if reverse else ones) @ written.reshape(n, -1)
-    sums = sums.reshape(n + 1, *written.shape[1:])
+def _prefix_sum_matmul(updates, reverse):
+    """The same as a product with a triangle of ones: one pass over the states, slow for small n."""
+    n = updates.shape[0]
+    ones = mx.tri(n + 1, n, -1, dtype=updates.dtype)
+    sums = (ones[::-1, ::-1] if reverse else ones) @ updates.reshape(n, -1)
+    sums = sums.reshape(n + 1, *updates.shape[1:])
     prefix, total = (sums[1:], sums[:1]) if reverse else (sums[:n], sums[n:])
     return prefix, total.astype(mx.float32)
 
@@ -157,7 +152,7 @@ def _prefix_sum_matmul(written, reverse):
 
 
 class Saved(NamedTuple):
-    """What the backward pass of a segment uses, the small arrays first; None: to be recomputed."""
+    """Results of a segment's forward pass, small arrays first; None: not saved."""
 
     state: mx.array | None  # S before the segment, (H, B, N, D)
     scores: mx.array  # (H, B, n, C, C)
@@ -178,24 +173,24 @@ def _encode(v, Dx, position, B):
 
 
 def forward_segment(vs, S, weights, position, C, masks=(None, None)):
-    """One segment: v' (B, T, D), the state after it, and what the backward pass can use of it."""
+    """v' (B, T, D) of a segment, the state after it (H, B, N, D) in float32, and its Saved."""
     (B, T, D), (Dx, Dy, E) = vs.shape, weights
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     x, q = _encode(v, Dx, position, B)
     k, vc = _chunked(q, B, C), _chunked(v, B, C)
     scores = mx.tril(k @ _transpose(k), -1)
-    prefix_states, S_after = _chunk_states(S, k, vc)
+    prefix_states, new_state = _chunk_states(S, k, vc)
     a = (scores @ vc).astype(mx.float32)
     a = (a if prefix_states is None else a + k @ prefix_states).reshape(-1, B * T, D)
     g = ln(a).astype(Dx.dtype) @ Dy
     y = _gate(x, g, masks[0])
     o = (y @ E).astype(mx.float32).sum(0).reshape(B, T, D)
     out = residual(vs, o, dropout_scale(masks[1], o.dtype))
-    return out, S_after, Saved(S, scores, a, o, prefix_states, x, g, q, y)
+    return out, new_state, Saved(S, scores, a, o, prefix_states, x, g, q, y)
 
 
 def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
-    """One segment, the last first: its dv (B, T, D), R with its part added, and dW likewise."""
+    """dv (B, T, D) of a segment, and R and dW with its contribution, last segment first."""
     (B, T, D), (Dx, Dy, E) = vs.shape, weights
     (mask, mask_v), (S, scores, a, o, prefix_states, x, g, q, y) = masks, saved
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
@@ -221,8 +216,8 @@ def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
     if prefix_states is None:
         prefix_states, _ = _chunk_states(S, k, vc)
     suffix_states, R = _chunk_states(R, k, dac, reverse=True)
-    square = mx.tril(dac @ _transpose(vc), -1)
-    dq = (square + _transpose(square)) @ k
+    dscores = mx.tril(dac @ _transpose(vc), -1)
+    dq = (dscores + _transpose(dscores)) @ k
     dvc = (_transpose(scores) @ dac).astype(mx.float32)
     if prefix_states is not None:
         dq = mx.addmm(dq, dac, _transpose(prefix_states))
@@ -245,9 +240,8 @@ def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
 
 
 def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
-    """(begin, end) of each: whole chunks, at most `rows` rows; what no chunk divides comes last.
-
-    Of a very long block they are larger, so that there are at most MAX_SEGMENTS.
+    """(begin, end) of each segment: whole chunks, at most `rows` rows; the last incomplete chunk is
+    a segment. The segments of a very long block are larger, so there are about MAX_SEGMENTS.
     """
     C = compute.chunk
     length = max(C, compute.rows // B // C * C, math.ceil(T / MAX_SEGMENTS / C) * C)
@@ -258,8 +252,8 @@ def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
 def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, rate_v=0.0):
     """v' (B, T, D) in float32 of v (B, T, D); encoder, encoder_v (H, D, N); decoder (H, N, D).
 
-    Dropout of `rate` acts on y and of `rate_v` on ln(o) where `key` is given: the same key and
-    segments, the same masks.
+    With a `key`, dropout of `rate` acts on y and of `rate_v` on ln(o). The same key and segments
+    give the same masks.
     """
     (B, T, D), (H, _, N) = v.shape, encoder.shape
     parts, C = segments(B, T, compute), compute.chunk
@@ -277,10 +271,10 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, 
         out, saved, S = [], [], None
         weights = [w.astype(compute.dtype) for w in weights]
         for key_i, (begin, end) in zip(keys, parts, strict=True):
-            # tied to the segment before, the mask too: it would be drawn for all of T at once
+            # wait for the previous segment; without key_i here, all masks are drawn at once
             vs, key_i = mx.depends([v[:, begin:end], key_i], out[-1:] or [v])
-            v_new, S, segment = forward_segment(vs, S, weights, begin, C, masks(key_i, begin, end))
-            out.append(v_new)
+            v_out, S, segment = forward_segment(vs, S, weights, begin, C, masks(key_i, begin, end))
+            out.append(v_out)
             saved += [mx.zeros(1) if array is None else array for array in segment[:count]]
         return mx.concatenate(out, 1), *saved
 
@@ -294,8 +288,8 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, 
             vs, key_i, *arrays = mx.depends(inputs, [dv[-1], *dW] if dv else [dout])
             segment = Saved(*(None if array.shape == (1,) else array for array in arrays))
             args = (begin, C, masks(key_i, begin, end))
-            dv_new, R, dW = _backward(vs, dout[:, begin:end], R, dW, weights, segment, *args)
-            dv.append(dv_new)
+            dv_i, R, dW = _backward(vs, dout[:, begin:end], R, dW, weights, segment, *args)
+            dv.append(dv_i)
         return *mx.depends([mx.concatenate(dv[::-1], 1)], list(dW)), *dW
 
     return forward(v, encoder, encoder_v, decoder)[0]

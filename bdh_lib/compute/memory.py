@@ -1,7 +1,7 @@
 """How much memory a training step takes, and which MEMORY_MODE fits.
 
-The estimate adds what is kept from the forward pass for the backward one, what a segment needs
-while it is computed, and the parameters with their gradients and averages.
+The estimate is the sum of what the forward pass saves, what one segment needs while it is computed,
+and the parameters with their gradients and moments.
 """
 
 import math
@@ -17,35 +17,31 @@ from bdh_lib.compute.layer import Compute, default_chunk, segments
 from bdh_lib.compute.rope import on_gpu
 from bdh_lib.errors import UserError
 
-MODES = {
-    "fast": (32768, 4),
-    "balanced": (16384, 1),
-    "small": (4096, 0),
-}  # Compute.rows and Compute.saved_activations
+MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, saved_activations
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
 CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
 
 
 def compute_for(config, memory: str, dtype: str) -> Compute:
     """MEMORY_MODE and DTYPE for the layer; dtype "auto" is bfloat16 on a GPU, else float32."""
-    rows, keep = MODES[memory]
+    rows, saved_activations = MODES[memory]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
     bound = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
     rows = min(rows, bound if on_gpu() else CPU_ROWS)
-    return Compute(dtype, default_chunk(config.n_embd), rows, keep)
+    return Compute(dtype, default_chunk(config.n_embd), rows, saved_activations)
 
 
 CGROUPS = Path("/sys/fs/cgroup")
-CGROUP_FILES = (  # by version: limit, what is used, which of memory.stat can be taken back
+CGROUP_FILES = (  # by version: limit, usage, the reclaimable field of memory.stat
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
 def available() -> float:
-    """Bytes a run may take: a Mac's recommended working set, a card's memory, else free RAM.
+    """Bytes a run may use: a Mac's recommended working set, a GPU's memory, else free RAM.
 
-    Free RAM is what the machine has and what a container or a service manager leaves of it.
+    Free RAM respects the limits of a container or a service manager.
     """
     info = mx.device_info()
     if on_gpu():
@@ -58,33 +54,34 @@ def available() -> float:
     return 0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def cgroup_rooms(own: Path = Path("/proc/self/cgroup")) -> list[float]:
-    """Bytes that each limit on this process's control groups leaves; infinity first."""
+def cgroup_rooms(cgroup: Path = Path("/proc/self/cgroup")) -> list[float]:
+    """Free bytes under each limit on this process's control groups, after infinity."""
     rooms = [math.inf]
     with suppress(OSError, ValueError):
-        for line in own.read_text().splitlines():
+        for line in cgroup.read_text().splitlines():
             _, kinds, path = line.split(":", 2)  # "0::/a/b" in version 2, "4:memory:/a/b" in 1
             if not kinds or "memory" in kinds.split(","):
                 root = CGROUPS / ("memory" if kinds else "")
-                at = root / path.strip("/")  # the host's in some containers: only the root is there
+                # some containers see the host's path, of which only the root exists
+                at = root / path.strip("/")
                 groups = [group for group in (at, *at.parents) if group.is_relative_to(root)]
                 rooms += [_room(group, *CGROUP_FILES[bool(kinds)]) for group in groups]
     return rooms
 
 
 def _room(group: Path, limit: str, used: str, cached: str) -> float:
-    """Bytes that a group's limit leaves; infinity without one. Page cache counts as free."""
+    """Free bytes under a group's limit; infinity without one. Page cache counts as free."""
     try:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        most, now = (float((group / name).read_text()) for name in (limit, used))
-        return most - now + int(stat[cached])
+        maximum, usage = (float((group / name).read_text()) for name in (limit, used))
+        return maximum - usage + int(stat[cached])
     except (OSError, ValueError, KeyError):  # ValueError: "max"
         return math.inf
 
 
-# Fitted to measured peaks (docs/log.md): how many copies of each are alive at the worst moment.
+# Copies of each that are alive at the peak, fitted to measured peaks (docs/log.md).
 PARAMETERS, SEGMENT, STATES = 13.4, 5.7, 3.55
-CPU_AHEAD = 1.2  # MLX allocates on a CPU before it computes, and nothing holds it back there
+CPU_AHEAD = 1.2  # MLX allocates before it computes; on a CPU no limit stops it
 
 
 def estimate(config, B: int, T: int, compute: Compute) -> float:
@@ -92,12 +89,12 @@ def estimate(config, B: int, T: int, compute: Compute) -> float:
     D, H, N = config.n_embd, config.n_head, config.neurons_per_head
     V, L, e, C, rows = config.vocab_size, config.n_layer, compute.dtype.size, compute.chunk, B * T
     activation = H * N * e  # of one row
-    state = activation * D if T > C else 0  # of one sequence, after a chunk that another follows
+    state = activation * D if T > C else 0  # of one sequence; the last chunk needs none
     parts = segments(B, T, compute)
     segment = max(end - begin for begin, end in parts) * B
     saved = rows * (4 * D * (H + 2) + H * min(C, T) * e)
     saved += (rows // C if compute.saved_activations else 4 // e * B * (len(parts) - 1)) * state
-    # of the last layer they are the working set
+    # `working` includes those of the last layer
     activations = (L - 1) * max(0, compute.saved_activations - 1) * rows * activation
     working = SEGMENT * segment * activation + STATES * max(B, segment // C) * state
     peak = PARAMETERS * 4 * config.n_parameters + L * saved + activations + working + 16 * rows * V
@@ -105,14 +102,15 @@ def estimate(config, B: int, T: int, compute: Compute) -> float:
 
 
 def extra_state_bytes(s: SimpleNamespace) -> int:
-    """Bytes of the weights' average (EMA), which an update holds twice."""
+    """Bytes of the EMA of the weights, of which an update needs two copies."""
     return 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0
 
 
 def select_mode(s: SimpleNamespace) -> tuple[str, Compute, float]:
-    """The setting of MEMORY_MODE that is to be used, as a Compute, and its estimated peak in bytes.
+    """The name of the memory mode, its Compute, and its estimated peak in bytes.
 
-    "auto" is the fastest that fits. Raises UserError with settings that fit where none does.
+    "auto" selects the fastest mode that fits. Raises UserError, with settings that fit, if none
+    does.
     """
     names = list(MODES) if s.MEMORY_MODE == "auto" else [s.MEMORY_MODE]
     for name in names:
@@ -124,9 +122,9 @@ def select_mode(s: SimpleNamespace) -> tuple[str, Compute, float]:
 
 
 def set_limit(peak: float) -> None:
-    """Keep MLX from running ahead of a GPU beyond `peak` bytes; on a CPU that only costs time.
+    """Limit MLX to `peak` bytes on a GPU, where it runs ahead; on a CPU a limit only costs time.
 
-    MLX goes some 5 % over the limit before it waits.
+    MLX exceeds the limit by about 5 % before it waits.
     """
     if on_gpu():
         mx.set_memory_limit(int(0.95 * peak))
@@ -139,34 +137,30 @@ def slow_note(s: SimpleNamespace) -> str:
 
 
 def is_exhausted(error: RuntimeError) -> bool:
-    """Whether it is how Metal or CUDA says that memory is out; a CPU just ends the process."""
-    messages = (
-        "out of memory",
-        "Unable to allocate",
-        "Insufficient Memory",
-        "maximum allowed buffer",
-    )
-    return any(text in str(error) for text in (*messages, "Resource limit"))
+    """Whether Metal or CUDA reports that memory is exhausted; on a CPU the process is killed."""
+    texts = ("out of memory", "Unable to allocate", "Insufficient Memory", "maximum allowed buffer")
+    return any(text in str(error) for text in (*texts, "Resource limit"))
 
 
 def oom_advice(s: SimpleNamespace, peak: float) -> str:
-    """What does not fit, by how much, and the nearest settings that do."""
-    fits = []
+    """A message with the estimated peak, the available memory and the nearest fitting settings."""
+    fits, settings = [], set()
     B, T, config = s.BATCH_SIZE, s.BLOCK_SIZE, s.BDH_CONFIG
-    tries = [("MEMORY_MODE small", B, T, config)]
-    tries += [
+    candidates = [("MEMORY_MODE small", B, T, config)]
+    candidates += [
         (f"BATCH_SIZE {b}, GRAD_ACCUM {s.GRAD_ACCUM * B // b}", b, T, config) for b in halvings(B)
     ]
-    tries += [(f"BLOCK_SIZE {t}", B, t, config) for t in halvings(T)]
-    tries += [(f"BATCH_SIZE 1, BLOCK_SIZE {t}", 1, t, config) for t in halvings(T)]
+    candidates += [(f"BLOCK_SIZE {t}", B, t, config) for t in halvings(T)]
+    candidates += [(f"BATCH_SIZE 1, BLOCK_SIZE {t}", 1, t, config) for t in halvings(T)]
     for d in halvings(config.n_embd):
-        tries.append((f"n_embd {d}", B, T, replace(config, n_embd=d)))
-    for change, b, t, c in tries:
-        ways = change.split(" ")[0], change
-        if ways[0] not in {w.split(" ")[0] for w in fits}:
-            tried = SimpleNamespace(**vars(s) | {"BDH_CONFIG": c, "BATCH_SIZE": b})
-            need = estimate(c, b, t, compute_for(c, "small", s.DTYPE)) + extra_state_bytes(tried)
+        candidates.append((f"n_embd {d}", B, T, replace(config, n_embd=d)))
+    for change, b, t, c in candidates:
+        setting = change.split(" ")[0]
+        if setting not in settings:
+            changed = SimpleNamespace(**vars(s) | {"BDH_CONFIG": c, "BATCH_SIZE": b})
+            need = estimate(c, b, t, compute_for(c, "small", s.DTYPE)) + extra_state_bytes(changed)
             if need <= available():
+                settings.add(setting)
                 fits.append(f"{change} (with MEMORY_MODE small: {need / 1e9:.1f} GB)")
     return (
         f"a step on {B} blocks of {T:,} bytes needs about {peak / 1e9:.1f} GB, "
@@ -176,5 +170,5 @@ def oom_advice(s: SimpleNamespace, peak: float) -> str:
 
 
 def halvings(n: int) -> list[int]:
-    """n/2, n/4, ... down to 1, where whole."""
+    """The integers among n/2, n/4, ... down to 1."""
     return [n >> i for i in range(1, n.bit_length()) if n % (1 << i) == 0]

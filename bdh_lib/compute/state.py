@@ -1,18 +1,16 @@
-"""The recurrent state of a model, and two ways to read on: many bytes at once, or one byte.
+"""The recurrent state, and its two updates: by many bytes at once (prefill), or by one (decoding).
 
-Many bytes go through the forward pass of the training layer (layer.py), segment by segment, in
-bounded memory. At one byte, S (201 MB for the default model) is not rewritten: a buffer beside it
-holds the rotated activations (keys) and values of the last bytes; when it is full, they are added
-to S in one product:
+Prefill runs segments through the training layer's forward pass (layer.py), in bounded memory.
+Decoding does not rewrite S, 201 MB for the default model, at each byte. A buffer beside S holds the
+rotated activations (keys) and values of the last bytes; one product adds it to S when it is full:
 
-    a_t = (R_t x_t) S + sum over s waiting, s < t of (R_t x_t . R_s x_s) v_s
+    a_t = (R_t x_t) S + sum over buffered s < t of (R_t x_t . R_s x_s) v_s
 
-The step of one byte depends on the device: step_cpu, step_mlx, step_cuda. Phases are exact at any
-position: a multiple of the frequency is reduced in float64 on the host (rope.py), and float32 sees
-only positions within a segment or a buffer, since S is rotated to its begin.
-
-A window W bounds how far back the model sees. S is the sum of WINDOW_PARTS sums over stretches of
-bytes, and the oldest is dropped: the model sees between W - W / WINDOW_PARTS and W bytes.
+Each device has its own step: step_cpu, step_mlx, step_cuda. Phases are exact at any position: the
+host reduces multiples of the frequency in float64 (rope.py), and S is rotated to the first position
+of a segment or a buffer, so float32 only sees positions within it.
+A window limits how far back the state reaches: S is the sum of WINDOW_PARTS stretches of bytes. The
+oldest stretch is dropped, so the state covers the last W - W / WINDOW_PARTS to W bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,29 +27,29 @@ from bdh_lib.compute.rope import on_gpu, rotate_state
 from bdh_lib.errors import UserError, check, whole
 
 WINDOW_PARTS = 4
-WINDOW = whole(WINDOW_PARTS, 2**40, none=True)  # what a window can be
+WINDOW = whole(WINDOW_PARTS, 2**40, none=True)  # valid windows, bytes
 CPU_ROWS = 1024  # bytes * batch read at once, which bounds the memory
-GPU_ROWS = {48e9: 32768, 0: 4096}  # the same by the memory there is: more are faster (docs/log.md)
-MAX_BYTEWISE = 16  # bytes up to which a CPU reads one by one: its product of few rows is slow
+GPU_ROWS = {48e9: 32768, 0: 4096}  # the same by memory in bytes: more rows are faster (docs/log.md)
+MAX_BYTEWISE = 16  # bytes that a CPU reads one by one: its GEMM of few rows is slow
 Buffer = step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuffer
 
 
 class State(NamedTuple):
-    """The bytes read so far; never changed, so it can be kept and continued many times.
+    """The state after some bytes. It is immutable, so a caller can continue it many times.
 
-    State() has read nothing, State(window=W) will remember W bytes at most. A state of batch 1 can
-    be read on with any batch: its rows share the synapses until bytes of their own are added.
+    State() is empty; State(window=W) remembers at most W bytes. A state of batch 1 can continue
+    with any batch: the rows share its synapses until their own bytes are added.
     """
 
     position: int = 0  # bytes read
     window: int | None = None  # W, bytes; None remembers all
-    synapses: tuple[mx.array, ...] = ()  # of each layer (H, B or 1, N, D) float32; () for none yet
-    parts: tuple[tuple[mx.array, ...], ...] = ()  # their summands, oldest first; with a window only
+    synapses: tuple[mx.array, ...] = ()  # per layer (H, B or 1, N, D) float32; () if empty
+    parts: tuple[tuple[mx.array, ...], ...] = ()  # their summands, oldest first; only with a window
     buffer: Buffer | None = None  # bytes that are not in the synapses yet
 
     @property
     def batch(self) -> int:
-        """Rows; 0 before anything is read."""
+        """B; 0 for an empty state."""
         if self.buffer:
             return self.buffer.values[0].shape[0]
         return self.synapses[0].shape[1] if self.synapses else 0
@@ -64,9 +62,9 @@ class State(NamedTuple):
 
 
 def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
-    """Read idx (B, T) on from `state`; gives logits (B, T, V) and the new State.
+    """logits (B, T, V) of idx (B, T) read after `state`, and the new State.
 
-    It checks neither idx nor state: it runs at each byte, and a GPU's host would wait for values.
+    It does not check its arguments: it runs at each byte, and a check waits for values of the GPU.
     """
     state, logits = _broadcast(model, idx, state), []
     for piece in _pieces(model, idx, state):
@@ -76,9 +74,9 @@ def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, St
 
 
 def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
-    """Read idx (B, T >= 1), however long; gives the next byte's logits (B, V), the State.
+    """The next byte's logits (B, V) after idx (B, T >= 1) of any length, and the new State.
 
-    Raises UserError for an idx or a state that the model cannot read.
+    Raises UserError for an idx or a state that does not fit the model.
     """
     idx = check_prompt(model, idx)
     check_state(model, state)
@@ -96,7 +94,7 @@ def check_model(model) -> None:
 
 
 def check_prompt(model, idx) -> mx.array:
-    """idx, which holds at least a byte for each row, as an MLX array. Raises UserError."""
+    """idx (B, T >= 1) as an MLX array. Raises UserError if it is no batch of bytes."""
     check_model(model)
     if not isinstance(idx, mx.array | np.ndarray):
         raise UserError(
@@ -111,13 +109,13 @@ def check_prompt(model, idx) -> mx.array:
         raise UserError(f"the prompt is of type {idx.dtype}; it must be whole numbers")
     for value in (idx.min().item(), idx.max().item()):
         if not 0 <= value < model.config.vocab_size:
-            most = model.config.vocab_size - 1
-            raise UserError(f"the prompt holds {value}; it must be from 0 to {most}")
+            maximum = model.config.vocab_size - 1
+            raise UserError(f"the prompt holds {value}; it must be from 0 to {maximum}")
     return idx
 
 
 def check_state(model, state: State | None) -> None:
-    """Raise UserError for what is no state, or was read by a model of another shape."""
+    """Raise UserError if `state` is no State, or a state of a model of another shape."""
     if state is None:
         return
     if not isinstance(state, State):
@@ -134,7 +132,7 @@ def check_state(model, state: State | None) -> None:
             raise UserError(
                 f"the state's buffer is of type {type(buffer).__name__}; read a text anew"
             )
-        shapes_read.append((len(buffer.values), *buffer.of.source[2].shape))
+        shapes_read.append((len(buffer.values), *buffer.decode_step.source[2].shape))
     for shape in shapes_read:
         if shape != expected:
             raise UserError(f"the state was read with (layers, H, D, N) = {shape}, here {expected}")
@@ -148,9 +146,9 @@ def _broadcast(model, idx: mx.array, state: State | None) -> State:
 
 
 def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
-    """idx cut where the memory or the window asks for it."""
+    """idx split at the limits of memory and at the ends of the window's parts."""
     B, T = idx.shape
-    if T == 1:  # a byte that is written waits for the host
+    if T == 1:  # in decoding the GPU waits for the host here
         return [idx]
     rows = _rows(model.compute.dtype)
     step, begin = max(rows // 8, rows // B), state.position
@@ -165,10 +163,10 @@ def _rows(dtype: mx.Dtype) -> int:
     if not on_gpu():
         return CPU_ROWS
     if dtype == mx.float32:
-        return 512  # mx.fast.rope errs by 6e-8 a position
-    info = mx.device_info()  # Metal names the first of the two, CUDA the other
+        return 512  # mx.fast.rope's error is 6e-8 per position
+    info = mx.device_info()  # Metal has the first key, CUDA the second
     memory = info.get("max_recommended_working_set_size", info.get("total_memory", 0))
-    return next(rows for least, rows in GPU_ROWS.items() if memory >= least)
+    return next(rows for minimum, rows in GPU_ROWS.items() if memory >= minimum)
 
 
 def _part(window: int) -> int:
@@ -176,7 +174,7 @@ def _part(window: int) -> int:
 
 
 def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
-    """One piece through all layers: v (B, T, D) after the last, and the State."""
+    """v (B, T, D) after the last layer for one piece idx (B, T), and the new State."""
     T = idx.shape[1]
     if T == 1:
         return _read_byte(model, idx, state)
@@ -189,34 +187,32 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     state = flush_pending(state)
     c, v = model.compute, ln(model.embed(idx))
     weights = [w.astype(c.dtype) for w in model.weights()]
-    written = []
+    updates = []
     for S in state.synapses or [None] * model.config.n_layer:
-        segment_state, total = None if S is None else rotate_state(S, -state.position), []
+        local, outs = None if S is None else rotate_state(S, -state.position), []
         for begin, end in pairwise(sorted({0, T - T % c.chunk, T})):  # whole chunks, then the rest
-            out, segment_state, _ = forward_segment(
-                v[:, begin:end], segment_state, weights, begin, c.chunk
-            )
-            total.append(out)
-        v = mx.concatenate(total, 1)
-        after = rotate_state(segment_state, state.position)
-        written.append(after if S is None else after - S)
-    return v, _added(state._replace(position=state.position + T), written)
+            out, local, _ = forward_segment(v[:, begin:end], local, weights, begin, c.chunk)
+            outs.append(out)
+        v = mx.concatenate(outs, 1)
+        new_state = rotate_state(local, state.position)
+        updates.append(new_state if S is None else new_state - S)
+    return v, _add_updates(state._replace(position=state.position + T), updates)
 
 
-def _added(state: State, written: Sequence[mx.array]) -> State:
-    """The state with `written` (H, B, N, D) of each layer added to its synapses."""
+def _add_updates(state: State, updates: Sequence[mx.array]) -> State:
+    """The state with each layer's update (H, B, N, D) added to its synapses, without a buffer."""
 
     def plus(old, new):
         return tuple(map(mx.add, old, new)) if old else tuple(new)
 
-    state = state._replace(synapses=plus(state.synapses, written), buffer=None)
+    state = state._replace(synapses=plus(state.synapses, updates), buffer=None)
     if not state.window:
         return state
-    parts = (*state.parts[:-1], plus(state.parts[-1] if state.parts else (), written))
+    parts = (*state.parts[:-1], plus(state.parts[-1] if state.parts else (), updates))
     if state.position % _part(state.window) == 0:
         parts = (*parts, ())[-WINDOW_PARTS:]
-        sums = [part for part in parts if part]
-        state = state._replace(synapses=reduce(plus, sums) if sums else ())
+        nonempty = [part for part in parts if part]
+        state = state._replace(synapses=reduce(plus, nonempty) if nonempty else ())
     return state._replace(parts=parts)
 
 
@@ -224,34 +220,34 @@ def _added(state: State, written: Sequence[mx.array]) -> State:
 
 
 def flush_pending(state: State) -> State:
-    """The same state without a buffer: its bytes are added to the synapses, one product a layer."""
+    """The state with the buffer's bytes added to the synapses, one product per layer."""
     buffer = state.buffer
     if not buffer or not buffer.count:
         return state._replace(buffer=None)
     if state.window or not state.synapses:
-        return _added(state, [keys @ values for keys, values in buffer.pending()])
-    after = (mx.addmm(S, *kv) for S, kv in zip(state.synapses, buffer.pending(), strict=True))
-    return state._replace(synapses=tuple(after), buffer=None)
+        return _add_updates(state, [keys @ values for keys, values in buffer.pending()])
+    synapses = (mx.addmm(S, *kv) for S, kv in zip(state.synapses, buffer.pending(), strict=True))
+    return state._replace(synapses=tuple(synapses), buffer=None)
 
 
 def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
-    """idx (B, 1) through all layers: v (B, 1, D) after the last, and the State."""
-    byte = _decode_step_of(model)
-    if state.buffer and state.buffer.of is not byte:  # another device's, or another dtype's
+    """v (B, 1, D) after the last layer for one byte idx (B, 1), and the new State."""
+    decode_step = _decode_step_of(model)
+    if state.buffer and state.buffer.decode_step is not decode_step:  # of another device or dtype
         state = flush_pending(state)
-    buffer = state.buffer or byte.new_buffer(state.position, state.synapses, idx.shape[0])
-    v, buffer = byte.step(idx, buffer)
+    buffer = state.buffer or decode_step.new_buffer(state.position, state.synapses, idx.shape[0])
+    v, buffer = decode_step.step(idx, buffer)
     state = state._replace(position=state.position + 1, buffer=buffer)
     ends_part = state.window and state.position % _part(state.window) == 0
     full = buffer.count == buffer.values[0].shape[1]
-    return v, _flush_if_full(state) if full or ends_part else state
+    return v, _flush(state) if full or ends_part else state
 
 
-def _flush_if_full(state: State) -> State:
-    """The same state with an empty buffer."""
-    if state.window or not state.synapses or not getattr(state.buffer, "short", False):
+def _flush(state: State) -> State:
+    """flush_pending, in one pass with the new int8 synapses where the step uses those."""
+    if state.window or not state.synapses or not getattr(state.buffer, "is_int8", False):
         return flush_pending(state)
-    synapses, buffer = state.buffer.folded(state.synapses, state.position)
+    synapses, buffer = state.buffer.flush(state.synapses, state.position)
     return state._replace(synapses=synapses, buffer=buffer)
 
 
@@ -274,13 +270,12 @@ def _decode_step_of(model):
 
 
 def prefetch_one(steps: Iterator) -> Iterator:
-    """Yield each step of an endless stream once the next one is submitted.
-
-    So a GPU computes while the host reads. On a CPU they come as they are.
+    """The items of an endless stream. On a GPU, the next step is submitted before an item is
+    yielded, so that the GPU computes while the host reads.
     """
     if not on_gpu():
         return (yield from steps)
-    before = next(steps)
+    previous = next(steps)
     for step in steps:
-        yield before
-        before = step
+        yield previous
+        previous = step

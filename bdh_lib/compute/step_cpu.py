@@ -1,8 +1,8 @@
 """One byte through the layers on a CPU, in NumPy.
 
 MLX multiplies a vector by GEMM there, NumPy by GEMV. S, 201 MB for the default model, is not
-rewritten at each byte: the last bytes wait beside it in a buffer (state.py). Silent neurons are not
-read: rows of S, encoder_v and decoder are gathered where few are active.
+rewritten at each byte: a buffer holds the last bytes (state.py). If few neurons are active, only
+their rows of S, encoder_v and decoder are read.
 """
 
 from itertools import pairwise
@@ -13,29 +13,27 @@ import numpy as np
 
 from bdh_lib.compute.rope import rope_phases
 
-BUFFER_BYTES = 64  # reading so many costs as much as adding them, at the default shape
-GATHER, GATHER_DY = 0.3, 0.15  # shares of rows up to which they are gathered (docs/log.md)
+BUFFER_BYTES = 64  # at the default shape, reading these costs as much as adding them to S
+GATHER, GATHER_DY = 0.3, 0.15  # largest active fractions at which rows are gathered (docs/log.md)
 
 
 class PendingBuffer(NamedTuple):
-    """The last `count` bytes, in no synapses yet; what follows them is not this state's own.
+    """The last `count` bytes, which are not in the synapses yet.
 
-    States share the arrays. The one that holds all their bytes (`shared_length`) writes the next
+    States share the arrays. A state that holds all their bytes (`shared_length`) writes the next
     byte in place; any other copies the arrays first.
     """
 
     count: int
-    keys: tuple[np.ndarray, ...]  # of each layer, rotated x: (H, B, BUFFER_BYTES, N)
+    keys: tuple[np.ndarray, ...]  # per layer, rotated x: (H, B, BUFFER_BYTES, N)
     values: tuple[np.ndarray, ...]  # (B, BUFFER_BYTES, D)
     shared_length: list[int]  # how many bytes the arrays hold, over all that share them
     begin: int  # position of the buffer's first byte
-    base_state: list[
-        np.ndarray
-    ]  # of each layer, the synapses; none before any byte was added to them
-    of: "DecodeStep"  # what it is for
+    base_state: list[np.ndarray]  # per layer, the synapses; [] if they are empty
+    decode_step: "DecodeStep"  # the step that reads and writes it
 
     def pending(self) -> list[tuple[mx.array, mx.array]]:
-        """Of each layer the keys (H, B, N, count) and values (B, count, D)."""
+        """Per layer, the keys (H, B, N, count) and values (B, count, D)."""
         cut = [
             (k[..., : self.count, :], v[:, : self.count]) for k, v in zip(*self[1:3], strict=True)
         ]
@@ -43,7 +41,7 @@ class PendingBuffer(NamedTuple):
 
 
 class DecodeStep:
-    """The model's weights as NumPy's, and the step that reads them."""
+    """The model's weights as NumPy arrays, and the step that reads them."""
 
     def __init__(self, model):
         H, D, N = model.encoder.shape
@@ -51,7 +49,7 @@ class DecodeStep:
         rows = mx.contiguous(model.encoder_v.swapaxes(-1, -2)).reshape(H * N, D)
         arrays = (model.embed.weight, model.encoder, model.encoder_v, rows, model.decoder)
         self.weights = [np.array(array, copy=False) for array in arrays]
-        self.room = np.empty((H * N, D), np.float32)  # gathered rows
+        self.gathered = np.empty((H * N, D), np.float32)  # a buffer for rows
 
     def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
         """An empty buffer for B rows."""
@@ -62,8 +60,8 @@ class DecodeStep:
         return PendingBuffer(0, keys, values, [0], position, base_state, self)
 
     def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
-        """v (B, 1, D) of one byte idx (B, 1), row by row: their neurons and synapses are their own,
-        and the buffer with it.
+        """v (B, 1, D) of one byte idx (B, 1), and the new buffer. Rows are separate: each has its
+        own active neurons.
         """
         if buffer.shared_length[0] > buffer.count:
             keys, values = (tuple(map(np.copy, arrays)) for arrays in (buffer.keys, buffer.values))
@@ -74,7 +72,7 @@ class DecodeStep:
         return mx.array(np.stack(rows)[:, None]), buffer._replace(count=buffer.count + 1)
 
     def _row(self, byte, b, phase, buffer):
-        """v (D,) of one byte of row b, whose keys and values it writes into the buffer."""
+        """v (D,) of one byte of row b, whose key and value it writes into the buffer."""
         embed, encoder, encoder_v, encoder_v_rows, decoder = self.weights
         (H, D, N, _), count = self.shape, buffer.count
         v = _ln(embed[byte])
@@ -84,9 +82,8 @@ class DecodeStep:
             a = np.zeros((H, D), np.float32)
             for h in range(H):
                 if buffer.base_state:
-                    S = buffer.base_state[layer][
-                        h, b if buffer.base_state[layer].shape[1] > 1 else 0
-                    ]
+                    S = buffer.base_state[layer]
+                    S = S[h, b if S.shape[1] > 1 else 0]
                     a[h] = self._rows_by(q[h], S.reshape(N // 2, 2 * D), pairs=True)
                 a[h] += (keys[h, b, :count] @ q[h]) @ values[b, :count]
             keys[:, b, count], values[b, count] = q, v
@@ -95,30 +92,30 @@ class DecodeStep:
         return v
 
     def _rows_by(self, q, rows, pairs=False):
-        """q (n,) @ rows (n, D), reading only the rows where q is not 0 if these are few.
+        """q (n,) @ rows (n, D); it reads only the rows where q is not 0 if these are few.
 
-        `pairs`: rows holds two of them in one, as q's neurons rotate in pairs.
+        `pairs`: rows is (n/2, 2 * D), since q's neurons rotate in pairs.
         """
         D = self.shape[1]
         active = np.flatnonzero(q.view(np.complex64) if pairs else q)
         if len(active) > GATHER * len(rows):
             return q @ rows.reshape(-1, D)
-        room = self.room.reshape(-1, rows.shape[1])[: len(active)]
-        np.take(rows, active, 0, out=room, mode="clip")
+        gathered = self.gathered.reshape(-1, rows.shape[1])[: len(active)]
+        np.take(rows, active, 0, out=gathered, mode="clip")
         q = q.view(np.complex64)[active].view(np.float32) if pairs else q[active]
-        return q @ room.reshape(-1, D)
+        return q @ gathered.reshape(-1, D)
 
     def _gated(self, x, a, encoder_v, rows):
-        """y (H*N,) = relu(a Dy) * x, where x (H*N,) is not 0; a (H, D)."""
+        """y (H*N,) = relu(a Dy) * x of x (H*N,), a (H, D); by active neurons if these are few."""
         H, _, N, _ = self.shape
         active = np.flatnonzero(x)
         if len(active) > GATHER_DY * len(x):
             g = np.concatenate([a[h] @ encoder_v[h] for h in range(H)])
             return np.maximum(g, 0) * x
-        room, y = self.room[: len(active)], np.zeros_like(x)
-        np.take(rows, active, 0, out=room, mode="clip")
+        gathered, y = self.gathered[: len(active)], np.zeros_like(x)
+        np.take(rows, active, 0, out=gathered, mode="clip")
         cuts = np.searchsorted(active, N * np.arange(H + 1))
-        g = [room[i:j] @ a[h] for h, (i, j) in enumerate(pairwise(cuts))]
+        g = [gathered[i:j] @ a[h] for h, (i, j) in enumerate(pairwise(cuts))]
         y[active] = np.maximum(np.concatenate(g), 0) * x[active]
         return y
 

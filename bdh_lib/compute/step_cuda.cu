@@ -213,11 +213,11 @@ template <typename Q, typename T, int D> struct Stage {
 // bytes wait. This byte's key and value, q and v, join keys (H, B, N/2, K, 2) and values (B, K, D).
 // S (H, rows, N, D) is shared by all rows of the batch if it has one; Q int8: times `scales` (.., N).
 // Where no x (H, B, N) is given, it comes from v and encoder (H, N, D), into `excited`. Phases are in
-// 2^-32 of a circle: begin + t * turns wraps.
+// 2^-32 of a circle: begin + t * increments wraps.
 template <bool given, typename T, typename Q, int D, int W, int G, int K>
 __device__ void recall(const T* x, T* excited, const float* v, const T* encoder, const Q* S,
                        const float* scales, int rows, T* keys, T* values, const uint32_t* begin,
-                       const uint32_t* turns, int t, unsigned* done, int B, int N, float* parts,
+                       const uint32_t* increments, int t, unsigned* done, int B, int N, float* parts,
                        T* a) {
   static_assert(G <= (given ? 32 : 16), "a lane has one pair, of which excite finds 16");
   constexpr int M = D + K;
@@ -253,7 +253,7 @@ __device__ void recall(const T* x, T* excited, const float* v, const T* encoder,
     float4 turned;
     if (is) {
       float sine, cosine;
-      sincospif(int(begin[pair] + t * turns[pair]) * 0x1p-31f, &sine, &cosine);
+      sincospif(int(begin[pair] + t * increments[pair]) * 0x1p-31f, &sine, &cosine);
       const float q0 = x0 * cosine - x1 * sine, q1 = x1 * cosine + x0 * sine;
       Bits<float, 2> scale = {};
       if (sizeof(Q) == 1) scale = Bits<float, 2>::of(scales + 2 * pair);

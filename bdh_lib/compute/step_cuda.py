@@ -1,11 +1,11 @@
-"""One byte through the layers on a CUDA GPU: kernels that touch active neurons only.
+"""One byte through the layers on a CUDA GPU: kernels that read active neurons only.
 
-Of a trained model about a quarter of the neurons are active: most rows of encoder_v and of decoder
-and half of the synapses need not be read. MLX has no product that skips rows; `recall` and `fire`
-(step_cuda.cu) do. Where the products are bfloat16, synapses are read as int8 times a scale a row,
-whose error is a fifteenth of that of bfloat16 weights; they stay float32 in the state, and
-`fold` adds the bytes that wait and makes the int8 in one pass. In float32 all is exact but MLX's
-own products, TF32 on CUDA unless MLX_ENABLE_TF32=0.
+In a trained model about a quarter of the neurons are active, so most rows of encoder_v and decoder
+and half of the synapses are not needed. MLX has no product that skips rows; the kernels `recall`
+and `fire` (step_cuda.cu) skip them. With bfloat16 products the kernels read int8 synapses with one
+scale per row, whose error is a fifteenth of that of bfloat16 weights. The state stays float32:
+`fold` adds the buffer to it and makes the int8 copy in one pass. With float32 products all is exact
+except MLX's own products, which are TF32 on CUDA unless MLX_ENABLE_TF32=0.
 """
 
 from functools import lru_cache
@@ -17,32 +17,33 @@ import mlx.core as mx
 from bdh_lib.compute.layer import ln
 from bdh_lib.compute.rope import on_gpu, phase_increments
 
-BUFFER_BYTES = 64  # bytes that wait; the kernels hold two scores a lane
-PAIRS, PAIRS_ONE = 32, 16  # that a warp takes at a time, at most; of one row it must find x first
-NEURONS, NEURONS_ONE = 128, 32  # the same of `fire`
-THREADS = 256  # of a block, at most
-BLOCKS = 2048  # of a launch; `fire` takes half as many, the others twice (docs/log.md)
+BUFFER_BYTES = 64  # a warp's lanes hold two scores each
+PAIRS, PAIRS_ONE = 32, 16  # of a warp at a time, at most; for B = 1 it also computes x
+NEURONS, NEURONS_ONE = 128, 32  # the same for `fire`
+THREADS = 256  # per block, at most
+BLOCKS = 2048  # per launch; `fire` takes half as many, the others twice (docs/log.md)
 
-# name, inputs, outputs and call of each kernel; MLX adds the arguments that a call mentions
-READ = ("v", "S", "scales", "keys", "values", "begin", "turns", "count", "done", "before")
-WAITING = (
-    "(const Q*)S, scales, S_shape[1], (T*)keys, (T*)values, begin, turns, count[0], "
+# name, inputs, outputs and call of each kernel; MLX passes the arguments that a call names
+RECALL_INPUTS = ("v", "S", "scales", "keys", "values")
+RECALL_INPUTS += ("begin", "increments", "count", "done", "previous_v")
+BUFFER_ARGUMENTS = (
+    "(const Q*)S, scales, S_shape[1], (T*)keys, (T*)values, begin, increments, count[0], "
     "(unsigned*)done, "
 )
 RECALL = (
     "recall",
-    (*READ, "x"),
+    (*RECALL_INPUTS, "x"),
     ("parts", "a"),
     "bdh::recall<true, T, Q, D, W, G, K>(x, (T*)nullptr, v, (const T*)nullptr, "
-    + WAITING
+    + BUFFER_ARGUMENTS
     + "x_shape[1], x_shape[2], parts, a);",
 )
 RECALL_ONE = (
     "recall_one",
-    (*READ, "encoder"),
+    (*RECALL_INPUTS, "encoder"),
     ("parts", "a", "x"),
     "bdh::recall<false, T, Q, D, W, G, K>((const T*)nullptr, x, v, encoder, "
-    + WAITING
+    + BUFFER_ARGUMENTS
     + "1, encoder_shape[1], parts, a);",
 )
 FIRE = (
@@ -61,13 +62,13 @@ FIRE_ONE = (
 )
 FOLD = (
     "fold",
-    ("S", "keys", "values", "before"),
+    ("S", "keys", "values", "previous_v"),
     ("after", "low", "scales"),
     "bdh::fold<true, D, W, K>(S, S_shape[1], (const unsigned short*)keys, "
     "(const unsigned short*)values, values_shape[0], S_shape[2], after, (int8_t*)low, scales);",
 )
-SHORTEN = (
-    "shorten",
+QUANTIZE = (
+    "quantize",
     ("S",),
     ("low", "scales"),
     "bdh::fold<false, D, W, K>(S, S_shape[1], nullptr, nullptr, S_shape[1], S_shape[2], nullptr, "
@@ -76,68 +77,62 @@ SHORTEN = (
 
 
 class PendingBuffer(NamedTuple):
-    """The last `count` bytes, in no synapses yet; what follows them is not this state's own.
+    """The last `count` bytes, which are not in the synapses yet.
 
-    States share the arrays. The one that holds all their bytes (`shared_length`) writes the next
-    byte in place, any other copies them first. No graph shows the change, so what follows a byte
-    waits for its v.
+    States share the arrays. A state that holds all their bytes (`shared_length`) writes the next
+    byte in place; any other copies them first. MLX's graph does not show the write, so later work
+    must wait for the byte's v.
     """
 
     count: int
-    keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, N/2, BUFFER_BYTES, 2)
+    keys: tuple[mx.array, ...]  # per layer, rotated x: (H, B, N/2, BUFFER_BYTES, 2)
     values: tuple[mx.array, ...]  # (B, BUFFER_BYTES, D)
     shared_length: list[int]  # how many bytes the arrays hold, over all that share them
     begin: mx.array  # phases of the buffer's first byte
-    base_state: tuple[
-        tuple[mx.array, mx.array], ...
-    ]  # of each layer, the synapses and scales of rows
-    done: mx.array  # zeros, in which blocks count those that have ended
-    before: mx.array  # v of the byte before
-    of: "DecodeStep"  # what it is for
+    base_state: tuple[tuple[mx.array, mx.array], ...]  # per layer, the synapses and row scales
+    done: mx.array  # zeros, in which the kernels count finished blocks
+    previous_v: mx.array  # v of the previous byte
+    decode_step: "DecodeStep"  # the step that reads and writes it
 
     def pending(self) -> list[tuple[mx.array, mx.array]]:
-        """Of each layer the keys (H, B, N, count) and values (B, count, D), float32."""
-        mx.eval(self.before)
-        pairs_of_layers, (H, B, pairs, *_) = [], self.keys[0].shape
+        """Per layer, the keys (H, B, N, count) and values (B, count, D), float32."""
+        mx.eval(self.previous_v)
+        layers, (H, B, pairs, *_) = [], self.keys[0].shape
         for k, v in zip(self.keys, self.values, strict=True):
             k = k[..., : self.count, :].swapaxes(-1, -2).astype(mx.float32)
-            pairs_of_layers.append(
-                (k.reshape(H, B, 2 * pairs, -1), v[:, : self.count].astype(mx.float32))
-            )
-        return pairs_of_layers
+            layers.append((k.reshape(H, B, 2 * pairs, -1), v[:, : self.count].astype(mx.float32)))
+        return layers
 
     @property
-    def short(self) -> bool:
-        """Whether the synapses are read as int8."""
+    def is_int8(self) -> bool:
+        """Whether the kernels read int8 synapses."""
         return self.keys[0].dtype != mx.float32
 
-    def folded(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "PendingBuffer"]:
-        """The synapses with the bytes of a full, `short` buffer, and an empty buffer."""
+    def flush(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "PendingBuffer"]:
+        """The synapses with the bytes of a full int8 buffer, and an empty buffer."""
         layers = zip(synapses, self.keys, self.values, strict=True)
-        folded_layers = [fold(*layer, self.before) for layer in layers]
-        after, *base_state = zip(*folded_layers, strict=True)
-        return after, self.of.empty_buffer(
-            position, list(zip(*base_state, strict=True)), len(self.values[0])
-        )
+        S, *quantized = zip(*(fold(*layer, self.previous_v) for layer in layers), strict=True)
+        base_state, B = list(zip(*quantized, strict=True)), len(self.values[0])
+        return S, self.decode_step.empty_buffer(position, base_state, B)
 
 
 @lru_cache
 def _count(n: int) -> mx.array:
-    """[n], in the GPU's memory: an array of its own of 8 bytes or less would lie in the host's."""
+    """[n] in the GPU's memory: MLX puts a new array of 8 bytes or less in the host's."""
     count = mx.arange(BUFFER_BYTES + 1)[n : n + 1]
     mx.eval(count)
     return count
 
 
 def fits(model) -> bool:
-    """Whether this machine and the model's shape suit the kernels."""
+    """Whether the kernels support this machine and the model's shape."""
     D = model.config.n_embd
     return D % 16 == 0 and D <= 256 and THREADS // D * D % 32 == 0 and on_gpu() and _has_ampere()
 
 
 @lru_cache
 def _has_ampere() -> bool:
-    """A CUDA GPU of 2020 or later: asynchronous copies, products of bfloat16."""
+    """Whether the GPU has asynchronous copies and bfloat16 products (CUDA, 2020 or later)."""
     return mx.cuda.is_available() and mx.device_info().get("compute_capability_major", 0) >= 8
 
 
@@ -146,8 +141,8 @@ class DecodeStep:
 
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
-        across = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
-        rows = [w.astype(self.dtype) for w in (*across, model.weights()[2])]
+        transposed = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
+        rows = [w.astype(self.dtype) for w in (*transposed, model.weights()[2])]
         self.weights = [ln(model.embed.weight), *rows, mx.array(phase_increments(1, N))]
         self.shape = H, D, N, model.config.n_layer
         self.compiled = mx.compile(step)
@@ -158,14 +153,14 @@ class DecodeStep:
         H, D, N, L = self.shape
         synapses = synapses or [mx.zeros((H, 1, N, D))] * L
         exact = self.dtype == mx.float32
-        return self.empty_buffer(position, [(S, S) if exact else shorten(S) for S in synapses], B)
+        return self.empty_buffer(position, [(S, S) if exact else quantize(S) for S in synapses], B)
 
     def empty_buffer(self, position: int, base_state, B: int) -> PendingBuffer:
-        """The same, where what is read of the synapses is `base_state`."""
+        """An empty buffer for B rows over `base_state`."""
         H, D, N, L = self.shape
         keys = tuple(mx.zeros((H, B, N // 2, BUFFER_BYTES, 2), self.dtype) for _ in range(L))
         values = tuple(mx.zeros((B, BUFFER_BYTES, D), self.dtype) for _ in range(L))
-        # arrays of up to 8 bytes lie in the host's memory, where blocks would count very slowly
+        # + 2: an array of up to 8 bytes is in the host's memory, where counting is very slow
         begin, done = mx.array(phase_increments(position, N)), mx.zeros(H * B + 2, mx.uint32)
         buffer = PendingBuffer(
             0, keys, values, [0], begin, tuple(base_state), done, mx.zeros((B, 1, D)), self
@@ -174,19 +169,20 @@ class DecodeStep:
         return buffer
 
     def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
-        """v (B, 1, D) of one byte idx (B, 1), and the buffer with it."""
+        """v (B, 1, D) of one byte idx (B, 1), and the new buffer."""
         if buffer.shared_length[0] > buffer.count:
-            buffer = self._own(buffer)
+            buffer = self._copy(buffer)
         v = self.compiled(idx, self.weights, _count(buffer.count), *buffer[1:3], *buffer[4:8])
         buffer.shared_length[0] += 1
-        return v, buffer._replace(count=buffer.count + 1, before=v)
+        return v, buffer._replace(count=buffer.count + 1, previous_v=v)
 
-    def _own(self, buffer: PendingBuffer) -> PendingBuffer:
-        """The buffer with arrays of its own, without what others have written behind its bytes."""
-        mx.eval(buffer.before)
-        own = mx.arange(BUFFER_BYTES)[:, None] < buffer.count
+    def _copy(self, buffer: PendingBuffer) -> PendingBuffer:
+        """A copy with new arrays, without the bytes that other states wrote after `count`."""
+        mx.eval(buffer.previous_v)
+        valid = mx.arange(BUFFER_BYTES)[:, None] < buffer.count
         keys, values = (
-            tuple(mx.where(own, a, mx.zeros((), a.dtype)) for a in some) for some in buffer[1:3]
+            tuple(mx.where(valid, a, mx.zeros((), a.dtype)) for a in arrays)
+            for arrays in buffer[1:3]
         )
         buffer = buffer._replace(keys=keys, values=values, shared_length=[buffer.count])
         buffer = buffer._replace(done=mx.zeros(buffer.done.shape, mx.uint32))
@@ -194,21 +190,21 @@ class DecodeStep:
         return buffer
 
 
-def step(idx, weights, count, keys, values, begin, base_state, done, before):
-    """v (B, 1, D) of one byte idx (B, 1), which joins keys and values in place.
+def step(idx, weights, count, keys, values, begin, base_state, done, previous_v):
+    """v (B, 1, D) of one byte idx (B, 1), whose key and value are written in place.
 
-    These must be the caller's own. No graph shows that they change: `before`, v of the byte before,
-    makes this one wait, and whoever reads them otherwise must wait for v.
+    No other state may share keys and values. MLX's graph does not show the write: previous_v, v of
+    the previous byte, makes this byte wait, and any other reader must wait for v.
     """
-    embed, encoder, encoder_v, decoder, turns = weights
+    embed, encoder, encoder_v, decoder, increments = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
-    W, one = THREADS // D * D // 32, B == 1
+    W, single = THREADS // D * D // 32, B == 1
     kinds = [("T", dtype), ("Q", mx.float32 if dtype == mx.float32 else mx.int8)]
-    G, G_fire = (PAIRS_ONE, NEURONS_ONE) if one else (PAIRS, NEURONS)
+    G, G_fire = (PAIRS_ONE, NEURONS_ONE) if single else (PAIRS, NEURONS)
 
-    def blocks(n, G, most):
-        """Of a row's head, for n pairs or neurons."""
-        return min(-(-most // (H * B)), -(-n // (W * G)))
+    def blocks(n, G, limit):
+        """Blocks for one row's head of n pairs or neurons."""
+        return min(-(-limit // (H * B)), -(-n // (W * G)))
 
     def run(kernel, P, G, inputs, *outputs):
         template = [*kinds, ("D", D), ("W", W), ("G", G), ("K", BUFFER_BYTES)]
@@ -218,10 +214,10 @@ def step(idx, weights, count, keys, values, begin, base_state, done, before):
     v = embed[idx].reshape(B, D)
     low = v.astype(dtype)
     for (S, scales), key, value in zip(base_state, keys, values, strict=True):
-        read = [v, S, scales, key, value, begin, turns, count, done, before]
+        read = [v, S, scales, key, value, begin, increments, count, done, previous_v]
         recalled = ((P, H * B, D + BUFFER_BYTES), mx.float32), ((H, B, D), dtype)
         fired = ((P_fire * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)
-        if one:
+        if single:
             _, a, x = run(RECALL_ONE, P, G, [*read, encoder], *recalled, ((H, B, N), dtype))
             _, v, low = run(FIRE_ONE, P_fire, G_fire, [x, a, v, encoder_v, decoder, done], *fired)
         else:
@@ -232,26 +228,26 @@ def step(idx, weights, count, keys, values, begin, base_state, done, before):
     return v[:, None]
 
 
-def shorten(S: mx.array) -> tuple[mx.array, mx.array]:
+def quantize(S: mx.array) -> tuple[mx.array, mx.array]:
     """S (H, B, N, D) as int8, and the scale of each row (H, B, N)."""
-    return _run_rows(SHORTEN, S, S.shape[1], [S], *_short(S.shape))
+    return _run_rows(QUANTIZE, S, S.shape[1], [S], *_int8_outputs(S.shape))
 
 
-def fold(S, keys, values, before):
-    """S (H, B or 1, N, D) with the bytes of a full buffer, and the same in short."""
+def fold(S, keys, values, previous_v):
+    """S (H, B or 1, N, D) with the bytes of a full buffer: float32, int8 and its scales."""
     (H, _, N, D), B = S.shape, values.shape[0]
-    outputs = ((H, B, N, D), mx.float32), *_short((H, B, N, D))
-    return _run_rows(FOLD, S, B, [S, keys, values, before], *outputs)
+    outputs = ((H, B, N, D), mx.float32), *_int8_outputs((H, B, N, D))
+    return _run_rows(FOLD, S, B, [S, keys, values, previous_v], *outputs)
 
 
-def _short(shape):
-    """int8 in eights: MLX submits its work after every 10^9 numbers read, whatever their size."""
+def _int8_outputs(shape):
+    """Scales, and S as uint64 of 8 int8: MLX submits work after 10^9 numbers of whatever size."""
     *rows, D = shape
     return ((*rows, D // 8), mx.uint64), (tuple(rows), mx.float32)
 
 
 def _run_rows(kernel, S, B, inputs, *outputs):
-    """A warp for 8 rows of S at a time."""
+    """Run a kernel in which each warp takes 8 rows of S at a time."""
     (H, _, N, D), W = S.shape, THREADS // 32
     blocks = min(-(-2 * BLOCKS // (H * B)), -(-N // (8 * W)))
     template = [("D", D), ("W", W), ("K", BUFFER_BYTES)]

@@ -1,7 +1,6 @@
-"""One byte through the layers on a GPU, in plain MLX operations: what Metal takes.
+"""One byte through the layers on a GPU, in plain MLX operations, which Metal needs.
 
-S is not rewritten at each byte: the rotated activations and values of the last bytes wait
-beside it (state.py).
+S is not rewritten at each byte: a buffer holds the last bytes (state.py).
 """
 
 import math
@@ -12,21 +11,21 @@ import mlx.core as mx
 from bdh_lib.compute.layer import ln, residual
 from bdh_lib.compute.rope import phase_increments
 
-BUFFER_BYTES = 24  # their keys are read and written at each byte, S once in so many
+BUFFER_BYTES = 24  # each byte rewrites their keys; S is rewritten once in so many bytes
 
 
 class PendingBuffer(NamedTuple):
-    """The last `count` bytes, in no synapses yet."""
+    """The last `count` bytes, which are not in the synapses yet."""
 
     count: int
-    keys: tuple[mx.array, ...]  # of each layer, rotated x: (H, B, BUFFER_BYTES, N)
+    keys: tuple[mx.array, ...]  # per layer, rotated x: (H, B, BUFFER_BYTES, N)
     values: tuple[mx.array, ...]  # (B, BUFFER_BYTES, D)
     begin: mx.array  # phases of the buffer's first byte
-    base_state: tuple[mx.array, ...]  # of each layer, the synapses
-    of: "DecodeStep"  # what it is for
+    base_state: tuple[mx.array, ...]  # per layer, the synapses
+    decode_step: "DecodeStep"  # the step that reads and writes it
 
     def pending(self) -> list[tuple[mx.array, mx.array]]:
-        """Of each layer the keys (H, B, N, count) and values (B, count, D), float32."""
+        """Per layer, the keys (H, B, N, count) and values (B, count, D), float32."""
         cut = [
             (k[..., : self.count, :], v[:, : self.count]) for k, v in zip(*self[1:3], strict=True)
         ]
@@ -55,18 +54,18 @@ class DecodeStep:
         )
 
     def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
-        """v (B, 1, D) of one byte idx (B, 1), and the buffer with it."""
+        """v (B, 1, D) of one byte idx (B, 1), and the new buffer."""
         v, keys, values = self.compiled(idx, self.weights, mx.array(buffer.count), *buffer[1:5])
         return v, buffer._replace(count=buffer.count + 1, keys=keys, values=values)
 
 
 def step(idx, weights, count, keys, values, begin, base_state):
-    """One byte idx (B, 1): v (B, 1, D), and keys and values with it."""
-    embed, encoder, encoder_v, decoder, turns = weights
+    """v (B, 1, D) of one byte idx (B, 1), and the new keys and values."""
+    embed, encoder, encoder_v, decoder, increments = weights
     (H, D, N), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
-    angles = (begin + count.astype(mx.uint32) * turns).view(mx.int32) * (math.pi / 2**31)
+    angles = (begin + count.astype(mx.uint32) * increments).view(mx.int32) * (math.pi / 2**31)
     cos, sin, slot = mx.cos(angles), mx.sin(angles), mx.arange(keys[0].shape[2])
-    v, now, after = embed[idx], (slot == count)[:, None], []
+    v, is_new, updated = embed[idx], (slot == count)[:, None], []
     for S, K, V in zip(base_state, keys, values, strict=True):
         x = mx.maximum(v.astype(dtype).reshape(1, B, D) @ encoder, 0)  # (H, B, N)
         x0, x1 = mx.split(x.astype(mx.float32).reshape(H, B, N // 2, 2), 2, -1)
@@ -76,6 +75,6 @@ def step(idx, weights, count, keys, values, begin, base_state):
         a = (q @ S + scores.astype(mx.float32) @ V).reshape(H, B, D)
         y = x * mx.maximum(ln(a).astype(dtype) @ encoder_v, 0)
         o = (y @ decoder).astype(mx.float32).sum(0)
-        after.append((mx.where(now, q.astype(dtype), K), mx.where(now, v, V)))
+        updated.append((mx.where(is_new, q.astype(dtype), K), mx.where(is_new, v, V)))
         v = residual(v, o.reshape(B, 1, D))
-    return v, *zip(*after, strict=True)
+    return v, *zip(*updated, strict=True)

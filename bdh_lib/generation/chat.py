@@ -1,7 +1,6 @@
 """A session at the terminal: what is typed goes to the model in the format of its training mode.
 
-The model keeps its state between the turns: each is read after all that was said before, as records
-follow each other in training.
+The model keeps its state between turns: each follows all earlier ones, as records do in training.
 """
 
 import os
@@ -30,7 +29,7 @@ from bdh_lib.generation.sampling import Sampling
 from bdh_lib.generation.states import save_state
 from bdh_mlx import BDH
 
-PIECE = 256  # bytes of a question that are read at once
+PIECE = 256  # bytes of a prompt that are read at once
 HISTORY = Path("~/.bdh_history").expanduser()
 HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
 /temp 0.7     temperature; 0: the likeliest byte
@@ -40,29 +39,29 @@ HELP = '''/system TEXT  system text of the turns to come; without TEXT they have
 """           on a line of its own begins and ends a text of several lines'''
 
 
-def lines_edited() -> None:
-    """Let input() edit its line, know earlier ones and take several pasted lines as one."""
+def enable_line_editing() -> None:
+    """Give input() line editing, a history, and pasted text of several lines as one input."""
     with suppress(ImportError):  # some Pythons have no readline; input() works without
         import readline
 
         with suppress(OSError):
             readline.read_history_file(HISTORY)
         readline.set_history_length(1000)
-        if "libedit" not in readline.__doc__:  # which cannot: there, """ is the way
+        if "libedit" not in readline.__doc__:  # libedit cannot paste lines; its users type """
             readline.parse_and_bind("set enable-bracketed-paste on")
 
 
-def lines_kept() -> None:
-    """Write the history, where there is one and it can be written."""
+def save_history() -> None:
+    """Write the history if it exists and can be written."""
     with suppress(ImportError, OSError):
         import readline
 
-        os.close(os.open(HISTORY, os.O_CREAT | os.O_WRONLY, 0o600))  # for its owner alone
+        os.close(os.open(HISTORY, os.O_CREAT | os.O_WRONLY, 0o600))  # only its owner may read it
         readline.write_history_file(HISTORY)
 
 
-def typed(prompt: str = "> ") -> str:
-    """A line, or the lines between two of triple quotes. Raises EOFError at the end of input."""
+def read_input(prompt: str = "> ") -> str:
+    """A line, or the lines between two lines of triple quotes. Raises EOFError at the end."""
     line = input(prompt)
     if line.strip() != '"""':
         return line
@@ -74,7 +73,7 @@ def typed(prompt: str = "> ") -> str:
 
 
 class Session:
-    """Turns with a model of one mode (None: what is typed is read as it is)."""
+    """Turns with a model of a training mode (None: the input has no format)."""
 
     def __init__(
         self,
@@ -86,19 +85,19 @@ class Session:
         mode: str | None,
         state: State | None = None,
     ):
-        self.start = state or State()  # what was read before the session
+        self.start = state or State()  # the state before the session
         self.model, self.sampling, self.key = model, sampling, key
         self.stops, self.budget, self.mode = stops, budget, mode
-        self.system, self.saved, self.noted = "", set(), False  # files; that it grew too long
+        self.system, self.saved_files, self.warned = "", set(), False  # warned: text is too long
         self.reset()
 
     def reset(self) -> None:
-        """Forget all that was said."""
-        self.state, self.text = self.start, bytearray()  # what was read, and of it what was said
+        """Return to the state before the session."""
+        self.state, self.text = self.start, bytearray()  # text: all bytes of the session
 
     def run(self) -> None:
         """Take turns until Ctrl-D or /quit."""
-        lines_edited()
+        enable_line_editing()
         Interrupts.end_the_process = False  # Ctrl-C ends an answer, not the session
         note = formats.SAMPLE_NOTES.get(
             self.mode, "no training mode is known: text is read as it is"
@@ -115,13 +114,13 @@ class Session:
                 except UserError as error:
                     print(f"error: {escape_controls(str(error))}")
         finally:
-            lines_kept()
+            save_history()
 
     def next_line(self) -> str | None:
-        """What is typed; None at the end. Ctrl-C starts the line anew."""
+        """The next input, or None at the end. Ctrl-C discards the line."""
         while True:
             try:
-                return typed()
+                return read_input()
             except KeyboardInterrupt:
                 print()
             except EOFError:
@@ -129,7 +128,7 @@ class Session:
                 return None
 
     def command(self, name: str, argument: str) -> None:
-        """Do what a line that begins with / says. Raises UserError."""
+        """Run a command such as /save. Raises UserError."""
         if name == "/system":
             if self.mode not in ("both", "full"):
                 raise UserError(f"/system: mode {self.mode} reads what is typed and no system text")
@@ -153,37 +152,37 @@ class Session:
             raise UserError(f"{name} is no command; /help lists them")
 
     def save(self, name: str) -> None:
-        """Write all that was said, or the state after it. Raises UserError."""
+        """Write the session's text, or the state after it, to a file. Raises UserError."""
         if not name:
             raise UserError("/save: name a file")
         file = expand_user(name, "/save")
-        if file.exists() and file not in self.saved:  # what this session saved it may save again
+        if file.exists() and file not in self.saved_files:  # a session may replace its own files
             raise UserError(f"/save: {file} exists; name another file, or remove it")
         if file.suffix == ".safetensors":
             if not self.text:
                 raise UserError("/save: nothing was said yet")
             save_state(file, self.model, self.state)
-            what = f"the state after {self.state.position:,} bytes"
+            saved = f"the state after {self.state.position:,} bytes"
         else:
             with atomic_writer(file) as making:
                 making.write_bytes(self.text)
-            what = f"{len(self.text):,} bytes"
-        self.saved.add(file)
-        print(f"saved {what} in {file}")
+            saved = f"{len(self.text):,} bytes"
+        self.saved_files.add(file)
+        print(f"saved {saved} in {file}")
 
     def turn(self, line: str) -> None:
-        """Read a line in its format and print the answer as it comes; Ctrl-C ends it."""
+        """Read a line in its format and print the answer; Ctrl-C ends the answer."""
         self.key, key = mx.random.split(self.key)
-        prompt, terminal = self.asked(line), Terminal()
+        prompt, terminal = self.format_prompt(line), Terminal()
         stop = StopMatcher(self.stops, prompt)
         try:
-            for begin in range(0, len(prompt), PIECE):  # of which each lets Ctrl-C in
+            for begin in range(0, len(prompt), PIECE):  # Ctrl-C acts between them
                 piece = prompt[begin : begin + PIECE]
                 logits, self.state = read_prompt(self.model, pad_batch([piece]), self.state)
                 self.text += piece
             seen = pad_batch([self.text])
-            written = stream(self.model, logits, self.state, self.sampling, key, seen)
-            for token, state in islice(written, self.budget):
+            tokens = stream(self.model, logits, self.state, self.sampling, key, seen)
+            for token, state in islice(tokens, self.budget):
                 self.state = state
                 self.text += bytes(token)
                 terminal.write(stop.feed(bytes(token)))
@@ -195,23 +194,23 @@ class Session:
         print()
         loaded = self.start.position > 0
         note = context_length_warning(self.model, self.state.window, self.state.position, loaded)
-        if note and not self.noted:
+        if note and not self.warned:
             print(note)
-        self.noted = bool(note)
+        self.warned = bool(note)
 
-    def asked(self, line: str) -> bytes:
-        """A line as the model reads it: in its mode's format, after what ends the record before."""
+    def format_prompt(self, line: str) -> bytes:
+        """The line in the format of the mode, after the end of the previous record."""
         if self.mode is None:
             return line.encode(errors="surrogateescape")
         fields = {"system": self.system, "instruction": line}
         if self.mode == "system":
             fields["system"] = line
-        opening = formats.format_prompt(fields, self.mode).encode(errors="surrogateescape")
-        return missing_end(self.text, self.mode) + opening
+        prompt = formats.format_prompt(fields, self.mode).encode(errors="surrogateescape")
+        return missing_end(self.text, self.mode) + prompt
 
 
 def missing_end(text: bytes, mode: str) -> bytes:
-    """What of the end of a record, and of the blank line after it, `text` does not end in yet."""
+    """What `text` lacks of the end of a record and the separator after it."""
     if not text:
         return b""
     end = ((formats.STOP if mode == "full" else "") + formats.SEPARATOR).encode()

@@ -1,9 +1,9 @@
-"""Text that a model reads and goes on with: the loop, stop strings, batches, what is shown.
+"""Generation: the decoding loop, stop strings, batches and terminal output.
 
     logits, state = read_prompt(model, idx)
     for token, state in stream(model, logits, state, sampling, key, idx): ...
 
-A State is never changed: what was read once can be gone on from several times.
+A State is immutable, so several streams can start from one prompt.
 """
 
 import codecs
@@ -14,15 +14,14 @@ from itertools import islice, takewhile
 import mlx.core as mx
 import numpy as np
 
-from bdh_lib.compute.state import State, prefetch_one, prefill
-from bdh_lib.compute.state import read as read_on
+from bdh_lib.compute.state import State, prefetch_one, prefill, read
 from bdh_lib.errors import UserError, escape_controls
-from bdh_lib.generation.sampling import NONE, Sampling, append_token, uniforms
+from bdh_lib.generation.sampling import PAD, Sampling, append_token, uniforms
 
 
 def pad_batch(texts: Sequence[bytes]) -> np.ndarray:
-    """Texts as one array (B, T) of bytes, NONE after the end of those that are shorter."""
-    idx = np.full((len(texts), max(map(len, texts))), NONE, np.int32)
+    """Texts as one array (B, T) of bytes, padded with PAD at the end."""
+    idx = np.full((len(texts), max(map(len, texts))), PAD, np.int32)
     for row, text in zip(idx, texts, strict=True):
         row[: len(text)] = np.frombuffer(text, np.uint8)
     return idx
@@ -31,9 +30,9 @@ def pad_batch(texts: Sequence[bytes]) -> np.ndarray:
 def read_prompt(
     model, idx: np.ndarray | mx.array, state: State | None = None
 ) -> tuple[mx.array, State]:
-    """Read the prompt idx (B, T >= 1) on from `state`: logits (B, V) of the next byte, the State.
+    """The next byte's logits (B, V) after the prompt idx (B, T >= 1), and the new State.
 
-    Raises UserError for an empty prompt, and where the model's numbers are not finite.
+    Raises UserError for an empty prompt, and if the logits are not finite.
     """
     logits, state = prefill(model, idx, state)
     if not mx.isfinite(logits).all().item():
@@ -50,45 +49,45 @@ def stream(
     seen: np.ndarray,
     forced: Sequence[bytes] = (),
 ) -> Iterator[tuple[list[int], State]]:
-    """Endlessly the next byte of each row and the state after it, each at the same cost.
+    """An endless stream of the next byte of each row and the state after it, at constant cost.
 
-    logits (B, V) and state come from `read_prompt`; `seen` (B, T) are the bytes before, as far as
-    they are known. A row first takes its bytes in `forced`; the rest are sampled.
+    logits (B, V) and state come from `read_prompt`; seen (B, T) are the previous bytes, which some
+    filters need. Each row first takes its `forced` bytes, then drawn ones.
     """
     forced = pad_batch(forced).T if forced else ()  # (T, B)
 
-    def steps(logits, state, past):
-        for i, number in enumerate(uniforms(key, len(logits))):
-            token = sampling.draw(logits, past, number)
+    def steps(logits, state, recent):
+        for i, u in enumerate(uniforms(key, len(logits))):
+            token = sampling.draw(logits, recent, u)
             if i < len(forced):
-                own = mx.array(forced[i])
-                token = mx.where(own == NONE, token, own.astype(token.dtype))  # not to int64
-            past = append_token(past, token)
-            logits, state = read_on(model, token[:, None], state)
+                forced_i = mx.array(forced[i])
+                token = mx.where(forced_i == PAD, token, forced_i.astype(token.dtype))  # not int64
+            recent = append_token(recent, token)
+            logits, state = read(model, token[:, None], state)
             logits = logits[:, -1]
-            shown = _for_the_host(token)
-            mx.async_eval(shown, logits, past, state)
-            yield shown, state
+            tokens = _host_arrays(token)
+            mx.async_eval(tokens, logits, recent, state)
+            yield tokens, state
 
-    going = prefetch_one(steps(logits, state, sampling.recent(seen)))
-    return (([byte for some in shown for byte in some.tolist()], state) for shown, state in going)
+    pairs = prefetch_one(steps(logits, state, sampling.recent(seen)))
+    return (([byte for a in tokens for byte in a.tolist()], state) for tokens, state in pairs)
 
 
-def _for_the_host(token: mx.array) -> list[mx.array]:
-    """token (B,) as arrays of up to 8 bytes, which CUDA keeps where the host can read them.
+def _host_arrays(token: mx.array) -> list[mx.array]:
+    """token (B,) as arrays of up to 8 bytes, which CUDA keeps in memory that the host can read.
 
-    A larger one would move to memory that both share, and a later write there wait (docs/log.md).
+    A larger array would move to managed memory, where a later write has to wait (docs/log.md).
     """
     if token.nbytes <= 8:
         return [token]
-    # each cut out before astype, which then makes an array of its own
+    # slices come first: astype then makes a new array of each
     return [token[i : i + 8].astype(mx.uint8) for i in range(0, len(token), 8)]
 
 
 class StopMatcher:
-    """Lets bytes through up to the first stop string, which may begin in the `context` of them.
+    """Passes bytes up to the first stop string, which may begin in the `context` before them.
 
-    What may be the beginning of a stop string is held back until it is one or is not.
+    Bytes that may begin a stop string stay `pending` until the next bytes decide.
     """
 
     def __init__(self, stops: Sequence[bytes], context: bytes = b""):
@@ -97,7 +96,7 @@ class StopMatcher:
         self.context, self.pending = context[max(0, len(context) - self.lookback) :], b""
 
     def feed(self, piece: bytes) -> bytes:
-        """The bytes that are now certain to be shown; after a stop string is `matched`, none."""
+        """The bytes that are certain to precede a stop string; none once one is `matched`."""
         if self.matched:
             return b""
         text, new = self.context + self.pending + piece, len(self.context)
@@ -116,7 +115,7 @@ class StopMatcher:
         return text[new:cut]
 
     def end(self) -> bytes:
-        """What is still held back, when no more bytes come."""
+        """The pending bytes, at the end of the input."""
         pending, self.pending = self.pending, b""
         return pending
 
@@ -130,87 +129,84 @@ def generate_batch(
     budget: int,
     state: State | None = None,
 ) -> Iterator[tuple[int, bytes, bool]]:
-    """Of a batch of prompts, each at least a byte: (row, what the model writes, whether a stop
-    string ended it), as the rows end; `budget` is the most bytes of a row, `state` what was read
-    before all of them.
+    """(row, completion, whether a stop string ended it) for each prompt, in the order they end.
 
-    What all begin with is read once. Then all read as far as the shortest goes, and the longer ones
-    go on reading while the others write: exact, and fast for prompts of similar length.
+    Each prompt has at least a byte; all follow `state`; `budget` is the maximum bytes of a row.
+    The common prefix is read once, then all prompts up to the length of the shortest. The rest of
+    the longer ones is forced while shorter rows generate: exact, and fast for similar lengths.
     """
     shortest = min(map(len, prompts))
     idx = pad_batch(prompts)[:, :shortest]
-    alike = np.append((idx == idx[0]).all(0), False)
-    shared = int(alike.argmin())  # bytes that all begin with
+    shared = int(np.append((idx == idx[0]).all(0), False).argmin())  # length of the common prefix
     if shared:
         logits, state = read_prompt(model, idx[:1, :shared], state)
     if shared < shortest:
         logits, state = read_prompt(model, idx[:, shared:], state)
     logits = mx.broadcast_to(logits, (len(idx), logits.shape[-1]))
     forced = [prompt[shortest:] for prompt in prompts]
-    going = {row: (StopMatcher(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
+    active = {row: (StopMatcher(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
     for i, (tokens, _) in enumerate(stream(model, logits, state, sampling, key, idx, forced), 1):
-        for row, (stop, text) in list(going.items()):
-            own = i - len(forced[row])  # bytes of this row that were drawn
-            if own > 0:
+        for row, (stop, text) in list(active.items()):
+            n_drawn = i - len(forced[row])
+            if n_drawn > 0:
                 text += stop.feed(bytes([tokens[row]]))
-            if stop.matched or own == budget:
+            if stop.matched or n_drawn == budget:
                 yield row, bytes(text + stop.end()), stop.matched
-                del going[row]
-        if not going:
+                del active[row]
+        if not active:
             return
 
 
 def complete_prompts(model, prompts: Sequence[str], n_bytes: int, seed: int, stop) -> Iterator[str]:
-    """What the model says to the prompts; the same seed, the same draws. It ends once a signal has
-    come to `stop`.
+    """The text of each prompt with its completion; the same seed gives the same draws. The iterator
+    ends once `stop` has received a signal.
     """
     sampling = Sampling(temperature=0.8, top_k=50)
     for prompt, key in zip(prompts, mx.random.split(mx.random.key(seed), 9), strict=False):
         idx = pad_batch([prompt.encode()])
-        written = stream(model, *read_prompt(model, idx), sampling, key, idx)
-        drawn = takewhile(lambda _: not stop.requested, islice(written, n_bytes))
+        tokens = stream(model, *read_prompt(model, idx), sampling, key, idx)
+        drawn = takewhile(lambda _: not stop.requested, islice(tokens, n_bytes))
         text = decode_text(prompt.encode() + bytes(token for (token,), _ in drawn))
         if stop.requested:
             break
         yield escape_controls(text)
-    model.decode_step = None  # the weights in the order of a step: they are about to change
+    model.decode_step = None  # free its copy of the weights: training will change them
 
 
 def context_length_warning(
     model, window: int | None, length: int, loaded: bool = False
 ) -> str | None:
-    """A note where a text of `length` bytes outgrows the blocks that the model was trained on."""
+    """A note if a text of `length` bytes is longer than the training blocks, else None."""
     trained = model.trained_length
     if not trained or length <= trained or window:
         return None
-    way = f"--window {trained} forgets older bytes (docs/generating.md)"
-    if loaded:
-        way = f"a state read anew with --window {trained} forgets older bytes (docs/generating.md)"
+    fix = f"--window {trained} forgets older bytes (docs/generating.md)"
+    fix = f"a state read anew with {fix}" if loaded else fix
     return (
         f"note: a text of up to {length:,} bytes, and the model was trained on blocks of "
-        f"{trained:,}: what it writes gets worse past them. {way}"
+        f"{trained:,}: what it writes gets worse past them. {fix}"
     )
 
 
-def decode_text(written: bytes, whole: bool = False) -> str:
-    """Bytes as text, those that are no UTF-8 as \\xff; `whole`: without a character cut short."""
-    return codecs.getincrementaldecoder("utf-8")("backslashreplace").decode(written, not whole)
+def decode_text(data: bytes, whole: bool = False) -> str:
+    """Bytes as text; invalid UTF-8 becomes \\xff. `whole` omits an incomplete last character."""
+    return codecs.getincrementaldecoder("utf-8")("backslashreplace").decode(data, not whole)
 
 
 def parse_escapes(text: str) -> bytes:
-    """An argument's bytes, its \\n as line breaks; what is no UTF-8 comes through as it is."""
+    """The bytes of an argument, with \\n as a line break; invalid UTF-8 stays unchanged."""
     return text.replace("\\n", "\n").encode(errors="surrogateescape")
 
 
 class Terminal:
-    """Shows bytes as they come: characters once complete, broken UTF-8 and controls escaped."""
+    """Prints bytes as they come: complete characters, with invalid UTF-8 and controls escaped."""
 
     def __init__(self, raw: bool = False):
         self.raw = raw
         self.decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
 
     def write(self, piece: bytes, final: bool = False) -> None:
-        """Show `piece`; `final`: and what there is of a character cut short."""
+        """Print `piece`; `final` also prints an incomplete last character."""
         if self.raw:
             sys.stdout.buffer.write(piece)
         else:

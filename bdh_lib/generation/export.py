@@ -1,7 +1,7 @@
-"""`python generate.py RUN --export FOLDER`: a model for others, in the names of the official code.
+"""`python generate.py RUN --export FOLDER`: a model for publication, with the official names.
 
-The folder holds model.safetensors, config.json and README.md, a model card whose licence is left
-to fill in. `hf upload NAME FOLDER` puts it on the hub.
+The folder holds model.safetensors, config.json and README.md, a model card without a licence, which
+the user fills in. `hf upload NAME FOLDER` puts it on the hub.
 """
 
 import json
@@ -55,12 +55,12 @@ CELL = {ord("|"): r"\|", ord("\n"): " ", ord("<"): "&lt;"}  # text in a table
 
 
 def official(config: BDHConfig) -> dict:
-    """The fields that the official configuration has, too: dropout_v acts in training alone."""
+    """The fields of the official configuration, which lacks dropout_v, a setting of training."""
     return {name: value for name, value in asdict(config).items() if name != "dropout_v"}
 
 
 def command_of(settings: dict) -> str:
-    """The command that names each setting of the run but those of its place."""
+    """The command with all settings of the run, except paths and the like."""
     words = ["python", "train_mlx.py"]
     for name, value in settings.items():
         if name not in (
@@ -79,7 +79,7 @@ def command_of(settings: dict) -> str:
 
 
 def facts(checkpoint: Path) -> tuple[dict, dict]:
-    """Facts for the card, and the settings, of a run's checkpoint; nothing for a bare file."""
+    """Rows of the card's table, and settings, of a run's checkpoint; empty for a bare file."""
     try:
         about = files.read_json_object(checkpoint / "config.json")
         settings, step = runs.sound_settings(about["settings"]), about["step"]
@@ -97,26 +97,26 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
         if best["step"] == step and math.isfinite(best["monitored_loss"]):
             bits = best["monitored_loss"] / math.log(2)
             rows["validation"] = f"{bits:.4f} bits per byte, of {settings['LOSS_ON']} bytes"
-    own = about.get("own")
-    for name in own if isinstance(own, list) else []:  # no flag of another's trainer
+    custom = about.get("own")
+    for name in custom if isinstance(custom, list) else []:  # other trainers lack these flags
         settings.pop(name, None)
     return rows, settings
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Make a folder; on an error remove it and what was put into it. Raises UserError."""
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder; on an error, remove it and its new files. Raises UserError."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
-    before = set(folder.iterdir()) if folder.is_dir() else set()
+    existing = set(folder.iterdir()) if folder.is_dir() else set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException as error:
         with suppress(OSError):
-            for path in set(folder.iterdir()) - before:
+            for path in set(folder.iterdir()) - existing:
                 path.unlink()
         for path in new:
-            with suppress(OSError):  # it was not made yet
+            with suppress(OSError):  # it does not exist yet
                 path.rmdir()
         if isinstance(error, OSError) and not isinstance(error, UserError):
             reason = f"cannot be written: {error.strerror}"
@@ -125,7 +125,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def export_model(source: str, folder: Path) -> int:
-    """Export the model that `source` names. Raises UserError."""
+    """Export the model at `source` to `folder`. Raises UserError."""
     weights = runs.find_weights(source)
     model = bdh_mlx.load_model(weights)
     card_facts, settings = facts(weights.parent)
@@ -139,7 +139,7 @@ def export_model(source: str, folder: Path) -> int:
         config=official(model.config),
         mode=f" --mode {card_facts['mode']}" if card_facts.get("mode") in REQUIRED_FIELDS else "",
     )
-    with _made(folder):
+    with _new_folder(folder):
         if any(folder.iterdir()):
             raise UserError(f"--export {folder} is not empty; name a new folder")
         bdh_mlx.save_model(model, folder / "model.safetensors")

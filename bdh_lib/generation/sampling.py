@@ -1,6 +1,6 @@
-"""How the next byte is drawn from its logits: temperature, and what narrows the choice.
+"""Sampling of the next byte from its logits: temperature and filters.
 
-A choice may depend on the bytes before: the last of them, of each row of a batch, are its past.
+Some filters depend on the previous bytes: `recent` holds the last ones of each row of a batch.
 """
 
 import math
@@ -14,9 +14,9 @@ import numpy as np
 from bdh_lib.errors import UserError, check, number
 from bdh_mlx import TEMPERATURE, TOP_K
 
-WINDOW = 256  # last bytes that the repetition penalty looks at
-NONE = -1  # in a past: no byte yet
-AT_ONCE = 64  # draws
+WINDOW = 256  # bytes that the repetition penalty covers
+PAD = -1  # in `recent` and padded batches: no byte
+AT_ONCE = 64  # random numbers per row and call
 LIMITS = {
     "repetition_penalty": number("from 0.000001 to 1,000,000; 1: none", lambda x: 1e-6 <= x <= 1e6),
     "temperature": TEMPERATURE,
@@ -24,14 +24,14 @@ LIMITS = {
     "top_p": number("above 0 and at most 1", lambda x: 0 < x <= 1, none=True),
     "min_p": number("from 0 to 1", lambda x: 0 <= x <= 1, none=True),
 }
-LEAST = 2.0**-126  # a smaller share is 0 in float32
+MIN_TOP_P = 2.0**-126  # a smaller number is 0 in float32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a draw, in the order in which they act. Raises UserError for an impossible one.
+    """Settings of a draw, in the order in which they act. Raises UserError for an invalid one.
 
-    Each filter sees the probabilities that those before it left, scaled to a sum of 1.
+    Each filter sees the renormalized probabilities that the filters before it left.
     """
 
     utf8: bool = False  # only bytes that continue valid UTF-8
@@ -48,34 +48,34 @@ class Sampling:
             raise UserError(f"utf8 is {self.utf8!r}; it must be True or False")
 
     def recent(self, seen: np.ndarray) -> mx.array | None:
-        """What a draw must know of the bytes seen (B, T): the last (B, WINDOW), or nothing."""
+        """The last bytes (B, WINDOW) of seen (B, T), padded; None if no filter uses them."""
         if not self.utf8 and self.repetition_penalty == 1:
             return None
         seen = seen[:, -WINDOW:]
-        lacking = ((0, 0), (WINDOW - seen.shape[1], 0))
-        return mx.array(np.pad(seen, lacking, constant_values=NONE), mx.int32)
+        padding = ((0, 0), (WINDOW - seen.shape[1], 0))
+        return mx.array(np.pad(seen, padding, constant_values=PAD), mx.int32)
 
-    def draw(self, logits: mx.array, past: mx.array | None, number: mx.array) -> mx.array:
-        """One byte (B,) for each row of logits (B, V), by a random number (B, 1) of `uniforms`."""
+    def draw(self, logits: mx.array, recent: mx.array | None, u: mx.array) -> mx.array:
+        """One byte (B,) for the logits (B, V), by u (B, 1) from `uniforms`."""
         if self.utf8 and logits.shape[-1] != 256:
             raise UserError(f"utf8 needs a vocabulary of 256 bytes; this one has {logits.shape[1]}")
-        return _compiled(self)(logits, past, number)
+        return _compiled(self)(logits, recent, u)
 
 
 def uniforms(key: mx.array, B: int) -> Iterator[mx.array]:
-    """Endlessly B random numbers (B, 1), drawn for many bytes at once: on a GPU each call costs.
+    """Endless random numbers u (B, 1), drawn AT_ONCE at a time, since each call costs on a GPU.
 
-    All are so far below 1 that a product with them, rounded, is less than the other factor.
+    u is so far below 1 that the rounded product u * p is always less than p.
     """
     while True:
-        key, own = mx.random.split(key)
-        yield from mx.random.uniform(high=1 - 2**-22, shape=(AT_ONCE, B, 1), key=own)
+        key, draw_key = mx.random.split(key)
+        yield from mx.random.uniform(high=1 - 2**-22, shape=(AT_ONCE, B, 1), key=draw_key)
 
 
-def append_token(past: mx.array | None, token: mx.array) -> mx.array | None:
-    """The past with one byte more in each row."""
-    if past is not None:
-        return mx.concatenate([past[:, 1:], token[:, None].astype(mx.int32)], 1)
+def append_token(recent: mx.array | None, token: mx.array) -> mx.array | None:
+    """`recent` with the token (B,) appended to each row."""
+    if recent is not None:
+        return mx.concatenate([recent[:, 1:], token[:, None].astype(mx.int32)], 1)
 
 
 # ------------------------------------------------------------------------------------- the filters
@@ -86,35 +86,35 @@ def _compiled(s: Sampling):
     return mx.compile(partial(_draw, s))
 
 
-def _draw(s: Sampling, logits, past, number):
+def _draw(s: Sampling, logits, recent, u):
     logits = logits.astype(mx.float32)
     if s.utf8:
-        logits = mx.where(mx.array(LEGAL)[_utf8_state(past)], logits, -math.inf)
+        logits = mx.where(mx.array(LEGAL)[_utf8_state(recent)], logits, -math.inf)
     if s.repetition_penalty != 1:
-        logits = _penalised(logits, past, s.repetition_penalty)
+        logits = _penalised(logits, recent, s.repetition_penalty)
     if s.temperature == 0:
         return mx.argmax(logits, -1)
-    return _filtered(s, logits / s.temperature, number)
+    return _filtered(s, logits / s.temperature, u)
 
 
-def _utf8_state(past):
-    """The state of the UTF-8 automaton (B,): of a character that is not whole, at most 3 bytes."""
+def _utf8_state(recent):
+    """The state (B,) of the UTF-8 automaton after the last 3 bytes, the most before a last byte."""
     following = mx.array(NEXT)
-    first, second, third = past[:, -3:].T % 256  # NONE begins no character, as the byte 255
+    first, second, third = recent[:, -3:].T % 256  # PAD becomes 255, which begins no character
     return following[following[following[0][first], second], third]
 
 
-def _penalised(logits, past, penalty):
+def _penalised(logits, recent, penalty):
     B, V = logits.shape
-    seen = mx.put_along_axis(mx.zeros((B, V + 1), mx.bool_), past % (V + 1), mx.array(True), 1)
-    seen = seen[:, :V]  # NONE is the last column
+    seen = mx.put_along_axis(mx.zeros((B, V + 1), mx.bool_), recent % (V + 1), mx.array(True), 1)
+    seen = seen[:, :V]  # PAD is the last column
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _filtered(s: Sampling, logits, number):
-    """A draw from softmax(logits) after top-k, top-p and min-p, in the order of probability."""
+def _filtered(s: Sampling, logits, u):
+    """A draw (B,) from softmax(logits) after top-k, top-p and min-p, in order of probability."""
     if s.top_k is s.top_p is s.min_p is None:
-        return _choice(logits, number)
+        return _choice(logits, u)
     order = mx.argsort(-logits, -1)
     logits = mx.take_along_axis(logits, order, -1)
     if s.top_k is not None and s.top_k < logits.shape[-1]:
@@ -122,30 +122,30 @@ def _filtered(s: Sampling, logits, number):
     if s.top_p is not None and s.top_p < 1:
         p = mx.softmax(logits, -1)
         likelier = mx.cumsum(p, -1) - p  # probability of the bytes before this one
-        logits = mx.where(likelier < max(s.top_p, LEAST), logits, -math.inf)
+        logits = mx.where(likelier < max(s.top_p, MIN_TOP_P), logits, -math.inf)
     if s.min_p:
         logits = mx.where(logits >= logits[:, :1] + math.log(s.min_p), logits, -math.inf)
-    choice = _choice(logits, number)
+    choice = _choice(logits, u)
     return mx.take_along_axis(order, choice[:, None], -1)[:, 0]
 
 
-def _choice(logits, number):
-    """A draw (B,) from softmax(logits), by `number` (B, 1) below 1: the first place where the
-    probabilities add up to more than that share of them all.
+def _choice(logits, u):
+    """A draw (B,) from softmax(logits), by u (B, 1) below 1: the first index where the cumulative
+    probability exceeds u times the total.
 
-    They are added as whole 2^-30, so exactly: CUDA does not add one after the other, and its
-    rounded sums would now and then exceed the share at a place of probability 0.
+    Probabilities are integers in units of 2^-30, so the sums are exact: CUDA does not add in order,
+    and its rounded sums could first exceed the threshold at an index of probability 0.
     """
-    up_to = mx.cumsum((mx.softmax(logits, -1) * 2**30).astype(mx.uint32), -1)
-    share = (number * up_to[:, -1:].astype(mx.float32)).astype(mx.uint32)
-    return (up_to <= share).sum(-1)
+    cumulative = mx.cumsum((mx.softmax(logits, -1) * 2**30).astype(mx.uint32), -1)
+    threshold = (u * cumulative[:, -1:].astype(mx.float32)).astype(mx.uint32)
+    return (cumulative <= threshold).sum(-1)
 
 
 # ----------------------------------------------------------------------------------------- UTF-8
 
-# RFC 3629: states 0 between characters; 1, 2, 3 so many continuation bytes to come; 4 to 7 after a
-# first byte that narrows the second: E0 (no overlong form), ED (no surrogate), F0, F4 (<= 10FFFF).
-STEPS = (  # state, first and last byte, next state
+# RFC 3629. State 0 is between characters; 1, 2, 3 expect that many continuation bytes; 4 to 7 come
+# after a byte that limits the next: E0 (no overlong form), ED (no surrogate), F0, F4 (<= 10FFFF).
+TRANSITIONS = (  # state, first and last byte, next state
     *((0, 0x00, 0x7F, 0), (0, 0xC2, 0xDF, 1), (0, 0xE1, 0xEF, 2), (0, 0xF1, 0xF3, 3)),
     *((0, 0xE0, 0xE0, 4), (0, 0xED, 0xED, 5), (0, 0xF0, 0xF0, 6), (0, 0xF4, 0xF4, 7)),
     *((1, 0x80, 0xBF, 0), (2, 0x80, 0xBF, 1), (3, 0x80, 0xBF, 2)),
@@ -154,12 +154,12 @@ STEPS = (  # state, first and last byte, next state
 
 
 def _automaton() -> tuple[np.ndarray, np.ndarray]:
-    """Whether a byte may follow in a state, and the state after it (8, 256); a byte that may not
-    is taken as the start of something new."""
+    """Whether a byte is legal in a state, and the next state, both (8, 256). An illegal byte is
+    read as in state 0."""
     legal, following = np.zeros((8, 256), bool), np.zeros((8, 256), np.int32)
-    for state, low, high, after_it in STEPS:
+    for state, low, high, next_state in TRANSITIONS:
         legal[state, low : high + 1] = True
-        following[state, low : high + 1] = after_it
+        following[state, low : high + 1] = next_state
     return legal, np.where(legal, following, following[0])
 
 

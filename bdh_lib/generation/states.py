@@ -1,4 +1,4 @@
-"""States in files: what a model has read, kept to go on from later."""
+"""Files of states, from which generation can continue later."""
 
 import json
 import os
@@ -17,12 +17,12 @@ STATE_FORMAT = "bdh-mlx state 2"
 
 
 def weights_sha256(model: BDH) -> str:
-    """sha256 of the weights, which says whose state a state is."""
+    """sha256 of the weights, which identifies the model of a state."""
     return sha256_arrays(dict(tree_flatten(model.parameters())))
 
 
 def check_state_file(path: str | Path) -> Path:
-    """`path`, if a state can be saved there, as far as can be told before. Raises UserError."""
+    """The expanded `path` of a state to save. Raises UserError if it is certain to fail."""
     if (path := files.expand_user(path, "the path of a state")).suffix != ".safetensors":
         raise UserError(f"{path} not saved: name a .safetensors file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -41,7 +41,7 @@ def _is_state(path: Path) -> bool:
 
 
 def save_state(path: str | Path, model: BDH, state: State) -> None:
-    """Write `state` of `model` to a .safetensors file, whole or not at all. Raises UserError."""
+    """Write `state` of `model` to a .safetensors file, atomically. Raises UserError."""
     path = check_state_file(path)
     check_model(model)
     check_state(model, state)
@@ -49,8 +49,8 @@ def save_state(path: str | Path, model: BDH, state: State) -> None:
         raise UserError(f"{path} not saved: the state is of no byte; read a text first")
     state = flush_pending(state)
     arrays = {f"synapses.{i}": S for i, S in enumerate(state.synapses)}
-    for number, part in enumerate(state.parts):
-        arrays |= {f"part.{number}.{i}": S for i, S in enumerate(part)}
+    for p, part in enumerate(state.parts):
+        arrays |= {f"part.{p}.{i}": S for i, S in enumerate(part)}
     header = {"format": STATE_FORMAT, "model": weights_sha256(model), "position": state.position}
     header |= {"window": state.window, "parts": len(state.parts)}
     header |= {"sha256": sha256_arrays(arrays, header)}
@@ -63,33 +63,33 @@ def load_state(path: str | Path, model: BDH) -> State:
     """The state that `save_state` wrote. Raises UserError if it is damaged or another model's."""
     path = files.expand_user(path, "the path of a state")
     if not path.is_file():
-        what = "it is a folder" if path.is_dir() else "there is no such file"
-        raise UserError(f"{path} cannot be read: {what}")
+        reason = "it is a folder" if path.is_dir() else "there is no such file"
+        raise UserError(f"{path} cannot be read: {reason}")
     arrays, header = read_arrays(path)
     try:
         header = {name: files.parse_json(value) for name, value in header.items()}
     except ValueError:
         header = {}
     kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
-    written = header.pop("sha256", None)
-    whole = all(type(n) is int and n >= 0 for n in (position, window or 0))
-    if kind != STATE_FORMAT or not whole or count not in range(WINDOW_PARTS + 1):
+    digest = header.pop("sha256", None)
+    valid = all(type(n) is int and n >= 0 for n in (position, window or 0))
+    if kind != STATE_FORMAT or not valid or count not in range(WINDOW_PARTS + 1):
         raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
     check_model(model)
-    if sha256_arrays(arrays, header) != written:
+    if sha256_arrays(arrays, header) != digest:
         raise UserError(f"{path} is damaged: it has changed since it was written (sha256)")
-    if (other := header.get("model")) != (mine := weights_sha256(model)):
+    if (saved := header.get("model")) != (current := weights_sha256(model)):
         raise UserError(
-            f"{path} was read by another model (weights {str(other)[:12]}, here {mine[:12]}); "
+            f"{path} was read by another model (weights {str(saved)[:12]}, here {current[:12]}); "
             "load it with that one, or read its text again"
         )
     H, D, N = model.encoder.shape
-    prefixes = ["synapses", *(f"part.{number}" for number in range(count))]
+    prefixes = ["synapses", *(f"part.{p}" for p in range(count))]
     names = [[f"{prefix}.{i}" for i in range(model.config.n_layer)] for prefix in prefixes]
-    expected = [of for of in names if of[0] in arrays or of is names[0]]  # a new part is empty
-    if {name for of in expected for name in of} != arrays.keys() or any(
+    expected = [n for n in names if n[0] in arrays or n is names[0]]  # a new part is empty
+    if {name for group in expected for name in group} != arrays.keys() or any(
         (S.shape[0], *S.shape[2:], S.dtype) != (H, N, D, mx.float32) for S in arrays.values()
     ):
         raise UserError(f"{path} is damaged: arrays of ({H}, B, {N}, {D}) are missing in it")
-    synapses, *parts = (tuple(arrays[n] for n in of if n in arrays) for of in names)
+    synapses, *parts = (tuple(arrays[n] for n in group if n in arrays) for group in names)
     return State(position, window, synapses, tuple(parts))

@@ -1,16 +1,15 @@
-"""Look inside a BDH that reads: which neurons fire on a byte, which synapses are written and read.
+"""Trace a BDH: which neurons fire on a byte, which synapses it writes and reads.
 
     python generate.py checkpoints_mlx/full --trace "The king moves"   # trace.png and trace.json
-    python generate.py checkpoints_mlx/full --trace "chess" --trace "bread"  # what tells them apart
+    python generate.py checkpoints_mlx/full --trace "chess" --trace "bread"  # how they differ
 
-In a layer a byte excites neurons, x = relu(v Dx), and of those fire, y = x * relu(ln(a) Dy), which
-the memory a = q S agrees with (bdh_mlx.py has the equations). S, the sum over earlier bytes of the
-outer products q_s v_s^T, has neurons by n_embd numbers; what those numbers mean to the neurons is
-said by Dy. So a synapse is shown as an entry of S Dy, from a neuron excited earlier to a neuron
-that it makes fire. Rotation by position mixes the two neurons of a pair, so the first end is a pair
-of neurons, and its strength the length of its two entries: the most that any later byte can read.
-`read` is what the last byte did read of it: the pair's share of the sum ln(a) Dy of a neuron that
-fired. ln takes no mean off here, since each v has mean 0, and only divides.
+A byte excites the neurons x = relu(v Dx) of a layer. Those that agree with the memory a = q S fire:
+y = x * relu(ln(a) Dy) (equations: bdh_mlx.py). S, the sum of q_s v_s^T over earlier bytes, is
+neurons by n_embd; Dy maps its columns to neurons. So a synapse here is an entry of S Dy, from a
+neuron excited earlier to a neuron that it makes fire. The rotation mixes the two neurons of a pair,
+so a synapse starts at a pair. Its strength is the norm of the pair's two entries, the most that a
+later byte can read. `read` is what the last byte read: the pair's part of the sum ln(a) Dy of a
+neuron that fired. Each v has mean 0, so ln subtracts no mean here and only divides.
 """
 
 import json
@@ -27,7 +26,7 @@ from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.files import MADE_BY, atomic_writer, check_replaceable, expand_user
 from bdh_lib.generation.decoding import decode_text, parse_escapes
 
-LONGEST = 512  # bytes of a text that are traced; every neuron of each is held in memory
+LONGEST = 512  # bytes traced of a text; all their neurons are in memory
 TOP = 10  # neurons and synapses listed
 
 
@@ -41,20 +40,19 @@ class LayerTrace(NamedTuple):
 
 
 def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[LayerTrace]:
-    """What each layer computes for a text."""
+    """The LayerTrace of each layer for a text."""
     v = ln(model.embed(mx.array([list(text)])))
     for _ in range(model.config.n_layer):
-        after, _, saved = forward_segment(v, None, model.weights(), 0, len(text))
-        x, q, y = saved.x, saved.q, saved.y
-        yield LayerTrace(x, y, q.reshape(x.shape), v[0])
-        v = after
+        out, _, saved = forward_segment(v, None, model.weights(), 0, len(text))
+        yield LayerTrace(saved.x, saved.y, saved.q, v[0])
+        v = out
 
 
 # ---------------------------------------------------------------------------------------- one text
 
 
 def top_entries(values: mx.array, count: int = TOP) -> list[tuple[list[int], float]]:
-    """Place and value of the largest entries, largest first, those of 0 left out."""
+    """Index and value of the largest positive entries, largest first."""
     flat = values.reshape(-1)
     count = min(count, flat.size)
     places = np.array(mx.argpartition(-flat, count - 1)[:count])
@@ -65,16 +63,16 @@ def top_entries(values: mx.array, count: int = TOP) -> list[tuple[list[int], flo
 
 
 def synapses(model: bdh_mlx.BDH, layer: LayerTrace) -> dict[str, list[dict]]:
-    """The strongest synapses after the last byte, and of those before it the ones it read."""
+    """The strongest synapses after the last byte, and the synapses that it read most."""
     written, read = [], []
     for h in range(model.config.n_head):  # a head at a time: neurons by neurons is large
         S = layer.q[h, :-1].T @ layer.v[:-1]
-        before = S @ model.encoder_v[h]  # (N, N)
+        previous = S @ model.encoder_v[h]  # (N, N)
         last = layer.q[h, -1:].T @ layer.v[-1:] @ model.encoder_v[h]
-        pairs = mx.linalg.norm((before + last).reshape(-1, 2, last.shape[1]), axis=1)
+        pairs = mx.linalg.norm((previous + last).reshape(-1, 2, last.shape[1]), axis=1)
         written += [(h, place, value) for place, value in top_entries(pairs)]
         scale = mx.rsqrt(mx.var(layer.q[h, -1] @ S) + 1e-5)  # of ln
-        parts = (layer.q[h, -1][:, None] * before).reshape(-1, 2, last.shape[1]).sum(1) * scale
+        parts = (layer.q[h, -1][:, None] * previous).reshape(-1, 2, last.shape[1]).sum(1) * scale
         parts = mx.where(layer.y[h, -1] > 0, parts, 0)
         read += [(h, place, value) for place, value in top_entries(parts)]
     strongest = {}
@@ -87,9 +85,9 @@ def synapses(model: bdh_mlx.BDH, layer: LayerTrace) -> dict[str, list[dict]]:
 
 
 def trace(model: bdh_mlx.BDH, text: bytes) -> tuple[dict, np.ndarray, np.ndarray]:
-    """What JSON holds of a text; the share of neurons firing (L, T); y summed over layers (T, H*N).
+    """A summary for JSON; the share of neurons firing (L, T); y summed over layers (T, H*N).
 
-    A neuron is named by its head and its number in it: the layers share their neurons.
+    A head and an index identify a neuron, since the layers share their neurons.
     """
     summaries, shares, summed = [], [], 0
     for layer in layers(model, text):
@@ -119,31 +117,31 @@ def trace(model: bdh_mlx.BDH, text: bytes) -> tuple[dict, np.ndarray, np.ndarray
 
 
 def selective_neurons(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]]:
-    """For each text the neurons that fire on it and not on the others: how often in a byte of it,
-    over the layers, and on the other text where they fire most.
+    """For each text, the neurons that fire more on it than on the others: their firing rates per
+    byte and layer on it (`here`), and on the other text where they fire most (`elsewhere`).
     """
     rates = []
     for text in texts:
         each = [mx.mean(layer.y > 0, 1) for layer in layers(model, text)]
         rates.append(np.array(sum(each) / len(each)))  # (H, N)
     selected = []
-    for i, own in enumerate(rates):
+    for i, rate in enumerate(rates):
         other = np.max([r for j, r in enumerate(rates) if j != i], 0)
-        best = top_entries(mx.array(own - other))
+        best = top_entries(mx.array(rate - other))
         selected.append(
             [
-                {"head": h, "neuron": n, "here": float(own[h, n]), "elsewhere": float(other[h, n])}
+                {"head": h, "neuron": n, "here": float(rate[h, n]), "elsewhere": float(other[h, n])}
                 for (h, n), _ in best
             ]
         )
     return selected
 
 
-# ------------------------------------------------------------------------------------ what is made
+# -------------------------------------------------------------------------------------- the output
 
 
 def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
-    """Above, how many neurons fire on each byte by layer; below, the 40 that fire most."""
+    """A figure: above, the share of neurons that fire by byte and layer; below, the top 40."""
     from bdh_lib.plots import INK, canvas, panel  # late: it takes a second
 
     most = np.argsort(-summed.sum(0))[:40]
@@ -155,9 +153,9 @@ def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
     panel(below, "the neurons that fire most: y over the layers, by head.neuron")
     shown = summed[:, most].T
     bar = figure.colorbar(below.imshow(shown, aspect="auto", cmap="Oranges"), ax=below)
-    for one in figure.axes:
-        one.grid(False)
-        one.tick_params(colors=INK, labelsize=7)
+    for axes in figure.axes:
+        axes.grid(False)
+        axes.tick_params(colors=INK, labelsize=7)
     above.set_yticks(range(len(shares)))
     below.set_yticks(range(len(most)), [f"{n // N}.{n % N}" for n in most.tolist()])
     if len(text) <= 160:
@@ -167,8 +165,8 @@ def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
 
 
 def output_paths(out: Path | None) -> tuple[Path, Path]:
-    """The picture and the JSON file to make: trace.png and trace.json, in `out` where that is a
-    folder, else under the name `out`. Raises UserError where another file would be replaced.
+    """The paths of the picture and the JSON file: trace.png and trace.json in the folder `out`, or
+    `out` with these suffixes. Raises UserError if that would replace another file.
     """
     stem = out or Path()
     if stem.is_dir():
@@ -183,9 +181,8 @@ def output_paths(out: Path | None) -> tuple[Path, Path]:
 
 
 def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -> int:
-    """Trace the first text into a picture and a JSON file; of several also what tells them apart.
-
-    A text @FILE stands for the lines of a file.
+    """Write a picture and a JSON file of the first text; for several texts, also their selective
+    neurons. A text @FILE stands for the lines of a file.
     """
     drawing, listing = output_paths(out)
     read = [line for text in texts for line in _lines(text)]

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 TYPES = {mx.float32: "float", mx.bfloat16: "bfloat16"}
 DIMS = (16, 32, 96, 256)
-NAMES = ("RECALL", "RECALL_ONE", "FIRE", "FIRE_ONE", "FOLD", "SHORTEN")
+NAMES = ("RECALL", "RECALL_ONE", "FIRE", "FIRE_ONE", "FOLD", "QUANTIZE")
 KERNELS = [getattr(step_cuda, k) for k in NAMES]
 GROUPS = {
     "recall": step_cuda.PAIRS,
@@ -30,7 +30,7 @@ GROUPS = {
     "fire": step_cuda.NEURONS,
     "fire_one": step_cuda.NEURONS_ONE,
     "fold": 0,
-    "shorten": 0,
+    "quantize": 0,
 }
 GUARD = 1 << 20  # bytes around an array that no kernel may touch
 
@@ -63,12 +63,12 @@ def entry(kernel, D, dtype, T):
     name, inputs, outputs, call = kernel
     Q, words = ("float", "float") if dtype == mx.float32 else ("int8_t", "uint64_t")
     kinds = dict.fromkeys((*inputs, *outputs), T)
-    floats = ["v", "scales", "parts", "out", "before", "after"]
-    floats += ["S"] if name in ("shorten", "fold") else []
-    kinds |= {"S": words, "low": "uint64_t" if name in ("fold", "shorten") else T}
-    kinds |= dict.fromkeys(floats, "float") | dict.fromkeys(("begin", "turns", "done"), "uint32_t")
-    kinds |= {"count": "int32_t"}
-    whole = 1 if name in ("fold", "shorten") else D
+    floats = ["v", "scales", "parts", "out", "previous_v", "after"]
+    floats += ["S"] if name in ("quantize", "fold") else []
+    kinds |= {"S": words, "low": "uint64_t" if name in ("fold", "quantize") else T}
+    kinds |= dict.fromkeys(floats, "float") | {"count": "int32_t"}
+    kinds |= dict.fromkeys(("begin", "increments", "done"), "uint32_t")
+    whole = 1 if name in ("fold", "quantize") else D
     W = step_cuda.THREADS // whole * whole // 32
     lines = [f"auto {a} = ({kinds[a]}*)at[{i}];" for i, a in enumerate((*inputs, *outputs))]
     lines += [f"auto {a}_shape = shapes[{i}];" for i, a in enumerate(inputs)]
@@ -86,7 +86,7 @@ class Kernel:
 
     def __init__(self, library, name, inputs):
         self.library, self.name = library, name
-        assert "keys" not in inputs or "before" in inputs  # nothing else makes it wait
+        assert "keys" not in inputs or "previous_v" in inputs  # nothing else makes it wait
 
     def __call__(self, inputs, output_shapes, output_dtypes, template, grid, threadgroup):
         constants = dict(template)
@@ -201,7 +201,7 @@ def same_as_the_plain_step(model, B, dtype, count, rows=None):
         after = tuple(mx.array(s.astype(np.float32)) for s in exact)
         buffer = ways[0].new_buffer(at, after, B)
     else:
-        after, buffer = buffers[0].folded(S, at)
+        after, buffer = buffers[0].flush(S, at)
         for found, wanted, (low, scales) in zip(after, exact, buffer.base_state, strict=True):
             assert np.abs(np.array(found) - wanted).max() < 1e-5 * np.abs(wanted).max()
             off = mx.abs(low.view(mx.int8).astype(mx.float32) * scales[..., None] - found)
@@ -252,10 +252,10 @@ def test_a_nan_writes_nowhere_but_where_it_is(kernels, neuron):
 
 def test_synapses_as_int8_are_off_by_half_a_step_and_keep_what_is_not_finite(kernels):
     S = mx.random.normal((2, 3, 10, 32)) * mx.repeat(mx.array([0.0, 1e-3, 1, 1e3, 1]), 2)[:, None]
-    low, scales = step_cuda.shorten(S)
+    low, scales = step_cuda.quantize(S)
     off = mx.abs(low.view(mx.int8).astype(mx.float32) * scales[..., None] - S)
     assert mx.all(off <= 0.5001 * scales[..., None]).item()
     assert mx.allclose(scales, mx.max(mx.abs(S), -1) / 127).item()
     S[1, 2, 3, 4], S[0, 1, 9, 31] = math.nan, math.inf
-    spoilt = np.isnan(np.array(step_cuda.shorten(S)[1]))
+    spoilt = np.isnan(np.array(step_cuda.quantize(S)[1]))
     assert np.argwhere(spoilt).tolist() == [[0, 1, 9], [1, 2, 3]]
