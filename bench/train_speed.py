@@ -3,7 +3,7 @@
     python bench/train_speed.py                        # shapes for a CPU, about 3 minutes
     python bench/train_speed.py --official bdh.py      # beside pathwaycom/bdh; needs PyTorch
     python bench/train_speed.py --gpu --official bdh.py
-    python bench/train_speed.py --gpu --memory-mode         # measured and estimated peaks
+    python bench/train_speed.py --gpu --memory         # measured and estimated peaks
     python bench/train_speed.py --curve text.txt       # fast and quadratic losses over a training
 
 Each case is a full training step (loss, gradients, clipping, AdamW) on random bytes in a process of
@@ -43,7 +43,7 @@ COMPUTES = [  # chunk, rows, saved_activations of layer.Compute, on the first th
 def cases(args: argparse.Namespace) -> list[dict]:
     """Every system on every shape that it can do in the time and the memory there are."""
     model, shapes = GPU if args.gpu else CPU
-    if args.memory_mode:
+    if args.memory:
         shared = {"system": "ours", "model": model | {"dropout": 0.0}}
         return [shared | {"B": B, "T": T, "compute": c} for B, T in shapes[:3] for c in COMPUTES]
     most_official, most_quadratic = (
@@ -240,7 +240,7 @@ def main() -> None:
     )
     parser.add_argument("--official", help="path of pathwaycom/bdh's bdh.py; needs PyTorch")
     parser.add_argument("--gpu", action="store_true", help="the default model at GPU shapes")
-    parser.add_argument("--memory-mode", action="store_true", help="peaks, measured and estimated")
+    parser.add_argument("--memory", action="store_true", help="peaks, measured and estimated")
     parser.add_argument("--only", metavar="TEXT", help="systems whose name has TEXT in it")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a case (3)")
     parser.add_argument("--timeout", type=int, default=180, help="seconds a case may take (180)")
