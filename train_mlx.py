@@ -139,9 +139,9 @@ from bdh_lib.generation.decoding import complete_prompts
 from bdh_lib.training import checkpoints, phases, plan, selfcheck
 from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.distributed import World, is_lost
-from bdh_lib.training.evaluation import byte_losses, compile_shapes, evaluate
+from bdh_lib.training.evaluation import byte_losses, compile_shapes, evaluate, neuron_activity
 from bdh_lib.training.report import redraw
-from bdh_lib.training.runlog import Meter, RunLog, main_process_prints, neuron_activity
+from bdh_lib.training.runlog import Meter, RunLog, main_process_prints
 from bdh_lib.training.signals import StopSignal, default_signals
 from bdh_mlx import BDH, load_model
 

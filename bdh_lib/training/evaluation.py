@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from bdh_lib.compute.layer import forward_segment, ln
 from bdh_lib.data import split
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.errors import UserError
@@ -25,7 +26,9 @@ from bdh_mlx import BDH
 
 # On a terminal, of what takes over a second; it leaves no line behind.
 QUIET_BAR = {"unit_scale": True, "leave": False, "delay": 1, "disable": None}
-BLOCK_SIZE = 4096  # bytes read at once, where the checkpoint does not say what it was trained on
+ACTIVITY_BYTES = 4096  # validation bytes over which the active neurons are counted
+ACTIVITY_CHUNK = 256  # of them at once
+DEFAULT_BLOCK_SIZE = 4096  # where the checkpoint does not say what it was trained on
 
 
 def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
@@ -60,6 +63,28 @@ def evaluate(
     return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
 
 
+def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int]:
+    """Share of active neurons by layer (`active_x`, `active_y`), and the number of `dead` ones.
+
+    A neuron is active where it is not 0, and dead where no layer excites it. They are counted over
+    the first ACTIVITY_BYTES of val in blocks of T, without dropout. The paper names 5 % for x.
+    """
+    watched, L = val[:ACTIVITY_BYTES].astype(np.int32), model.config.n_layer
+    active, excited = np.zeros((2, L)), mx.array(False)
+    for begin in range(0, len(watched), T):
+        block, S = watched[begin : begin + T], [None] * L
+        for position in range(0, len(block), ACTIVITY_CHUNK):
+            v = ln(model.embed(mx.array(block[None, position : position + ACTIVITY_CHUNK])))
+            for i in range(L):
+                v, S[i], saved = forward_segment(v, S[i], model.weights(), position, ACTIVITY_CHUNK)
+                x, y = saved.x, saved.y
+                active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
+                excited = excited | mx.any(x > 0, -2)
+            mx.eval(excited)  # or each x would be kept to the end
+    x, y = (active / len(watched)).tolist()
+    return {"active_x": x, "active_y": y, "dead": excited.size - excited.sum().item()}
+
+
 def compile_shapes(losses: Callable, n_bytes: int, B: int, T: int) -> None:
     """Let mx.compile trace `losses` with each shape that `evaluate` reads. Nothing is computed."""
     n = n_bytes - 1
@@ -83,7 +108,7 @@ def evaluation_table(model: BDH, dataset: str, mode: str | None, settings: dict)
         about, stream, fields = split.load_unsplit(dataset, mode, Path(folder))
     if len(stream) < 2:
         raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
-    T, B = model.trained_length or BLOCK_SIZE, settings.get("BATCH_SIZE", 1)
+    T, B = model.trained_length or DEFAULT_BLOCK_SIZE, settings.get("BATCH_SIZE", 1)
     print(f"evaluating {len(stream):,} bytes", file=sys.stderr)
     losses = mx.compile(partial(byte_losses, model))
     with default_signals():

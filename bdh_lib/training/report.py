@@ -26,7 +26,7 @@ from bdh_lib.data import split
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.plots import INK, LINES, canvas, drawn, label, legend, panel
 from bdh_lib.tables import format_table
-from bdh_lib.training import runlog
+from bdh_lib.training import evaluation, runlog
 
 POINTS = 1000  # of a curve, at most
 _told = set()  # runs whose report failed
@@ -254,7 +254,7 @@ def activity_html(lines: list[dict]) -> str:
         rows += (
             f'<p class="dim">{text(lowest["dead"])} neurons are dead at iteration '
             f"{text(lowest['step'])}, the best: no validation byte "
-            f"of up to {runlog.ACTIVITY_BYTES:,} excited them in any layer.</p>"
+            f"of up to {evaluation.ACTIVITY_BYTES:,} excited them in any layer.</p>"
         )
     return rows
 

@@ -1,4 +1,4 @@
-"""The log of a run (metrics.jsonl), the progress bar, and the activity of neurons."""
+"""The log of a run (metrics.jsonl) and the progress bar."""
 
 import json
 import math
@@ -11,18 +11,12 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 from tqdm import tqdm
 
 from bdh_lib import files
-from bdh_lib.compute.layer import forward_segment, ln
 from bdh_lib.errors import UserError
 from bdh_lib.training import checkpoints
 from bdh_lib.training.distributed import World
-from bdh_mlx import BDH
-
-ACTIVITY_BYTES = 4096  # validation bytes over which the active neurons are counted
-ACTIVITY_CHUNK = 256  # of them at once
 
 
 def read_log(path: Path) -> list[dict]:
@@ -156,7 +150,7 @@ class Meter:
             self.timed_bytes += self.bytes_per_step
 
     def minutes(self) -> float:
-        """Since the first update began."""
+        """Since the loop began, the first evaluation included."""
         return (time.perf_counter() - self.start_time) / 60
 
     def read(self, step: int) -> dict:
@@ -205,25 +199,3 @@ def main_process_prints(json_to, world: World):
     if not world.is_main:
         return redirect_stdout(Path(os.devnull).open("w"))
     return redirect_stdout(sys.stderr) if json_to else nullcontext()
-
-
-def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int]:
-    """Share of active neurons by layer (`active_x`, `active_y`), and the number of `dead` ones.
-
-    A neuron is active where it is not 0, and dead where no layer excites it. They are counted over
-    the first ACTIVITY_BYTES of val in blocks of T, without dropout. The paper names 5 % for x.
-    """
-    watched, L = val[:ACTIVITY_BYTES].astype(np.int32), model.config.n_layer
-    active, excited = np.zeros((2, L)), mx.array(False)
-    for begin in range(0, len(watched), T):
-        block, S = watched[begin : begin + T], [None] * L
-        for position in range(0, len(block), ACTIVITY_CHUNK):
-            v = ln(model.embed(mx.array(block[None, position : position + ACTIVITY_CHUNK])))
-            for i in range(L):
-                v, S[i], saved = forward_segment(v, S[i], model.weights(), position, ACTIVITY_CHUNK)
-                x, y = saved.x, saved.y
-                active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
-                excited = excited | mx.any(x > 0, -2)
-            mx.eval(excited)  # or each x would be kept to the end
-    x, y = (active / len(watched)).tolist()
-    return {"active_x": x, "active_y": y, "dead": excited.size - excited.sum().item()}

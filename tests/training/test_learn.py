@@ -19,7 +19,7 @@ from bdh_lib.data.formats import FIELDS
 from bdh_lib.generation import export, trace
 from bdh_lib.training import checkpoints, report
 from bdh_lib.training.advice import advise, byte_baselines, first_counted, order_0, order_n
-from bdh_lib.training.runlog import neuron_activity
+from bdh_lib.training.evaluation import neuron_activity
 from bdh_mlx import UserError
 
 RESPONSE = FIELDS.index("response")
