@@ -182,6 +182,7 @@ class BDH(nn.Module):
         check("temperature", temperature, TEMPERATURE)
         check("top_k", top_k, TOP_K)
         key = mx.random.key(mx.random.randint(0, 2**31 - 1).item()) if key is None else key
+        idx = check_prompt(self, idx)
         logits, state = prefill(self, idx)  # (B, V)
         for _ in range(max_new_tokens):
             if top_k is not None and top_k < logits.shape[1]:

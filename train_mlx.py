@@ -118,10 +118,8 @@ from bdh_lib.data.formats import (
     MAX_NEW_TOKENS,
     REQUIRED_FIELDS,
     SAMPLE_NOTES,
+    format_example,  # noqa: F401  what a record becomes, for other scripts
     sample_prompts,
-)
-from bdh_lib.data.formats import (
-    format_example as format_example,  # what a record becomes, for other scripts
 )
 from bdh_lib.errors import (
     Rule,

@@ -93,18 +93,22 @@ def check_replaceable(path: Path, name: str) -> None:
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[Path]:
+def atomic_writer(path: Path, durable: bool = False) -> Iterator[Path]:
     """A path to write to, which then replaces `path`. A reader finds the old or the new content.
 
-    Raises NotWritten; on any error nothing is left of what was made.
+    `durable` flushes both to the disk. Raises NotWritten; after an error the new file is removed.
     """
     named, path = path, Path(os.path.realpath(path))
     special = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113  a device
     making = path if special else path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
         yield making
+        if durable:
+            flush(making)
         if not special:
             making.replace(path)
+        if durable:
+            flush(path.parent)
     except BaseException as error:
         if not special:
             with suppress(OSError):
@@ -123,7 +127,5 @@ def sha256_file(path: Path) -> str:
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Replace a small file by `text`, on the disk itself. Raises NotWritten."""
-    with atomic_writer(path) as making:
+    with atomic_writer(path, durable=True) as making:
         making.write_text(text)
-        flush(making)
-    flush(path.parent)

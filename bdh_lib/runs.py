@@ -58,9 +58,9 @@ def is_changed(weights: Path) -> bool:
         return False
     try:
         written = files.read_json_object(manifest)
-        return weights.name in written and written[weights.name]["sha256"] != files.sha256_file(
-            weights
-        )
+        if weights.name not in written:
+            return False
+        return written[weights.name]["sha256"] != files.sha256_file(weights)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     except (UserError, KeyError, TypeError):
@@ -77,10 +77,10 @@ def settings_of(weights: Path) -> dict:
     settings = files.read_json_object(file).get("settings", {})
     if not isinstance(settings, dict):
         raise UserError(f"{file} is damaged: its settings are no JSON object")
-    return sound_settings(settings)
+    return valid_settings(settings)
 
 
-def sound_settings(settings: dict) -> dict:
+def valid_settings(settings: dict) -> dict:
     """Settings from a config.json, which may hold anything, without those of a wrong type."""
     settings = dict(settings)
     for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "PROCESSES"):

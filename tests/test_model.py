@@ -283,7 +283,7 @@ def test_generate_writes_the_bytes_of_the_fast_writer():
     begun = decoding.read_prompt(model, idx)
     written = decoding.stream(model, *begun, Sampling(temperature=0), mx.random.key(0), idx)
     fast = np.array([token for token, _ in islice(written, 80)]).T
-    plain = model.generate(mx.array(idx), 80, temperature=0)
+    plain = model.generate(idx, 80, temperature=0)  # NumPy's array, or MLX's
     assert plain.tolist() == np.concatenate([idx, fast], 1).tolist()
 
 

@@ -8,6 +8,7 @@ import ctypes
 import os
 import sys
 import tempfile
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -33,18 +34,16 @@ def _open_packaged_openblas() -> None:
         _open(f"{folder}/{openblas.name}")
 
 
-def load() -> str | None:
-    """Open the first BLAS that loads; its name, or None after one warning line on stderr."""
-    openers = {"ngsolve-openblas": _open_packaged_openblas}
-    for library in ("libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2"):
-        openers[library] = lambda library=library: _open(library)
-    for name, open_library in openers.items():
+def load() -> None:
+    """Open the first BLAS that loads. If none does, warn in one line on stderr."""
+    libraries = ("libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2")
+    for open_library in (_open_packaged_openblas, *(partial(_open, name) for name in libraries)):
         try:
             open_library()
         except (OSError, PackageNotFoundError, StopIteration):
             continue
         _warn_if_busy()
-        return name
+        return
     print(
         "warning: no fast BLAS, matrix products will be some 30 times slower. To cure it: "
         "pip install ngsolve-openblas (x86-64) or apt install libopenblas0",

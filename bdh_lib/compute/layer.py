@@ -10,8 +10,8 @@ time or memory:
 - Activations are head-major, (H, B*T, N): each product is one batched GEMM without a transpose.
 - The backward pass recomputes what was not saved, segment by segment. mx.depends makes each segment
   wait for the previous one: otherwise MLX evaluates them all at once and saves no memory.
-- No array is larger than a segment's activation, which `rows` bounds: Macs limit the size of a
-  buffer (a few GB) and the time of a command buffer, and arrays of 2^31 elements fail.
+- No array is larger than a segment's activation, which `rows` and `max_rows` bound: Macs limit the
+  size of a buffer (a few GB) and the time of a command buffer; arrays of 2^31 elements fail.
 """
 
 import math
@@ -32,7 +32,8 @@ class Compute:
 
     dtype: mx.Dtype = mx.float32  # of the GEMMs; sums, norms and states stay float32
     chunk: int = 128  # C: bytes whose scores are computed as a square
-    rows: int = 16384  # B * T of a segment, at most
+    rows: int = 16384  # B * T of a segment
+    max_rows: int = 16384  # the same of a block so long that it has MAX_SEGMENTS
     saved_activations: int = 4  # how many of Saved's last five the backward pass reuses
 
 
@@ -241,10 +242,11 @@ def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
 
 def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
     """(begin, end) of each segment: whole chunks, at most `rows` rows; the last incomplete chunk is
-    a segment. The segments of a very long block are larger, so there are about MAX_SEGMENTS.
+    a segment. Those of a very long block are larger, up to `max_rows`: there are few to compile.
     """
     C = compute.chunk
-    length = max(C, compute.rows // B // C * C, math.ceil(T / MAX_SEGMENTS / C) * C)
+    few = min(math.ceil(T / MAX_SEGMENTS / C), compute.max_rows // B // C) * C
+    length = max(C, compute.rows // B // C * C, few)
     cuts = sorted({*range(0, T, length), T - T % C, T})
     return list(pairwise(cuts))
 

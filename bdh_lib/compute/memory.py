@@ -26,9 +26,9 @@ def compute_for(config, memory: str, dtype: str) -> Compute:
     """MEMORY_MODE and DTYPE for the layer; dtype "auto" is bfloat16 on a GPU, else float32."""
     rows, saved_activations = MODES[memory]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
-    bound = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
-    rows = min(rows, bound if on_gpu() else CPU_ROWS)
-    return Compute(dtype, default_chunk(config.n_embd), rows, saved_activations)
+    max_rows = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
+    rows = min(rows, max_rows if on_gpu() else CPU_ROWS)
+    return Compute(dtype, default_chunk(config.n_embd), rows, max_rows, saved_activations)
 
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -131,9 +131,9 @@ def set_limit(peak: float) -> None:
 
 
 def slow_note(s: SimpleNamespace) -> str:
-    """A warning where a block takes minutes: a large model on a CPU."""
-    large = not on_gpu() and s.BDH_CONFIG.n_parameters * s.BLOCK_SIZE > 10**10
-    return " (minutes for each block: the model is large for a CPU)" if large else ""
+    """A warning where a batch takes about a minute or more: a large model on a CPU."""
+    work = s.BDH_CONFIG.n_parameters * s.BATCH_SIZE * s.BLOCK_SIZE
+    return " (a batch may take minutes on a CPU)" if not on_gpu() and work > 10**11 else ""
 
 
 def is_exhausted(error: RuntimeError) -> bool:

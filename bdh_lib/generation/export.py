@@ -82,7 +82,7 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
     """Rows of the card's table, and settings, of a run's checkpoint; empty for a bare file."""
     try:
         about = files.read_json_object(checkpoint / "config.json")
-        settings, step = runs.sound_settings(about["settings"]), about["step"]
+        settings, step = runs.valid_settings(about["settings"]), about["step"]
         rows = {
             "data": settings["DATASET"],
             "mode": settings["TRAINING_MODE"],

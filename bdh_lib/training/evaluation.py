@@ -32,7 +32,7 @@ DEFAULT_BLOCK_SIZE = 4096  # where the checkpoint does not say what it was train
 
 
 def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
-    """Loss of each target in nats, (B, T): the only place where the loss is defined."""
+    """Loss of each target in nats, (B, T), in training and in evaluation."""
     return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
 
 

@@ -71,7 +71,7 @@ def _read_config(run: Path) -> dict:
     if damaged:
         what = f"{', '.join(damaged)} not as the trainer writes it"
         print(f"warning: {run / 'config.json'} is damaged: {what}", file=sys.stderr)
-    return config | {"settings": runs.sound_settings(config["settings"])}
+    return config | {"settings": runs.valid_settings(config["settings"])}
 
 
 def _is_described(name: str, value) -> bool:

@@ -138,9 +138,22 @@ def test_segments_cover_the_block_in_whole_chunks():
 
 def test_a_very_long_block_has_few_segments_since_compiling_takes_the_cube_of_them():
     for B, T in ((1, 65_536), (4, 1_000_001)):
-        parts = layer.segments(B, T, Compute(chunk=128, rows=1024))
+        parts = layer.segments(B, T, Compute(chunk=128, rows=1024, max_rows=2**18))
         assert len(parts) <= layer.MAX_SEGMENTS + 1  # what no chunk divides
         assert (parts[0][0], parts[-1][1]) == (0, T)
+        parts = layer.segments(B, T, Compute(chunk=128, rows=1024, max_rows=1536))
+        assert max(B * (end - begin) for begin, end in parts) <= 1536
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_no_segment_is_larger_than_an_array_may_be(gpu, monkeypatch):
+    monkeypatch.setattr(memory, "on_gpu", lambda: gpu)
+    config = bdh_mlx.BDHConfig(n_embd=1024)
+    for mode in memory.MODES:
+        compute = memory.compute_for(config, mode, "float32")
+        row = config.n_head * config.neurons_per_head * 4
+        for begin, end in layer.segments(1, 4_000_000, compute):
+            assert (end - begin) * row <= memory.LARGEST
 
 
 @pytest.mark.parametrize("name", memory.MODES)
