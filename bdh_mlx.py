@@ -35,7 +35,8 @@ from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.compute.layer import Compute, default_chunk, dropout_mask, dropout_scale, layer, ln
 from bdh_lib.compute.rope import rotate
 from bdh_lib.compute.state import State, check_prompt, check_state, prefill, read
-from bdh_lib.errors import UserError, check, did_you_mean, number, whole
+from bdh_lib.errors import UserError, did_you_mean
+from bdh_lib.rules import check, number, whole
 
 SIZE, RATE = whole(1, 65536), number("of at least 0 and below 1", lambda x: 0 <= x < 1)
 CONFIG_RULES = {"n_layer": whole(1, 1000), "n_embd": SIZE, "dropout": RATE, "n_head": SIZE}

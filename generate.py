@@ -43,7 +43,7 @@ from bdh_lib.compute.memory import compute_for
 from bdh_lib.compute.state import WINDOW as STATE_WINDOW
 from bdh_lib.compute.state import State
 from bdh_lib.data import columns, formats
-from bdh_lib.errors import UserError, check, escape_controls, whole
+from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.files import expand_user
 from bdh_lib.flags import Parser, flag_of
 from bdh_lib.generation import chat, export, states, trace
@@ -59,6 +59,7 @@ from bdh_lib.generation.decoding import (
     stream,
 )
 from bdh_lib.generation.sampling import LIMITS, WINDOW, Sampling
+from bdh_lib.rules import check, whole
 from bdh_lib.training import evaluation
 
 PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
@@ -144,7 +145,7 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     args, typed = parsed(parser, argv)
     for name, rule in NUMBERS.items():
         if name in typed:
-            check(flag_name(name), typed[name], rule._replace(none=False))
+            check(flag_name(name), typed[name], rule._replace(allow_none=False))
     for name in PATHS:
         if name in typed:
             setattr(args, name, expand_user(typed[name], flag_name(name)))

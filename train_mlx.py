@@ -121,19 +121,10 @@ from bdh_lib.data.formats import (
     format_example,  # noqa: F401  what a record becomes, for other scripts
     sample_prompts,
 )
-from bdh_lib.errors import (
-    Rule,
-    UserError,
-    check,
-    choice,
-    escape_controls,
-    number,
-    switch,
-    text,
-    whole,
-)
+from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.flags import Settings
 from bdh_lib.generation.decoding import complete_prompts
+from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
 from bdh_lib.training import checkpoints, phases, plan, selfcheck
 from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.distributed import World, is_lost

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
-from bdh_lib.errors import KINDS, Rule, UserError, check, did_you_mean, escape_controls
+from bdh_lib.errors import UserError, did_you_mean, escape_controls
+from bdh_lib.rules import KINDS, Rule, check
 
 ALIKE = 0.8  # share of two names that is the same where one is taken for a slip in the other
 
@@ -111,9 +112,9 @@ def parse_value(name: str, value: str | bool, rule: Rule | None):
     """The value of a flag. Raises UserError as check does."""
     if rule is None or isinstance(value, bool):
         return value
-    if rule.none and value.lower() == "none":
+    if rule.allow_none and value.lower() == "none":
         return None
-    also = " or none" if rule.none else ""
+    also = " or none" if rule.allow_none else ""
     try:
         converted = rule.kind(value)
     except ValueError:

@@ -24,7 +24,8 @@ import numpy as np
 from bdh_lib.compute import step_cpu, step_cuda, step_mlx
 from bdh_lib.compute.layer import forward_segment, ln
 from bdh_lib.compute.rope import on_gpu, rotate_state
-from bdh_lib.errors import UserError, check, whole
+from bdh_lib.errors import UserError
+from bdh_lib.rules import check, whole
 
 WINDOW_PARTS = 4
 WINDOW = whole(WINDOW_PARTS, 2**40, none=True)  # valid windows, bytes

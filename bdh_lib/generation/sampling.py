@@ -11,7 +11,8 @@ from functools import lru_cache, partial
 import mlx.core as mx
 import numpy as np
 
-from bdh_lib.errors import UserError, check, number
+from bdh_lib.errors import UserError
+from bdh_lib.rules import check, number
 from bdh_mlx import TEMPERATURE, TOP_K
 
 WINDOW = 256  # bytes that the repetition penalty covers

@@ -1,0 +1,58 @@
+"""Rules for the values of settings and of arguments, and the check that reports a wrong value."""
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from bdh_lib.errors import UserError, did_you_mean
+
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+LARGEST = 2**31 - 1  # of a whole number: MLX's shapes are 32 bits
+
+
+class Rule(NamedTuple):
+    """A rule says which values a setting or an argument of a function can have."""
+
+    kind: type | None  # None: anything, and no flag
+    allow_none: bool = False  # whether None is valid, which is `none` as a flag
+    needs: str = ""  # description of the valid values, which follows "it must be"
+    is_valid: Callable = lambda value: True  # for values of `kind`
+    choices: Collection[str] = ()
+
+
+def whole(least: int, most: int = LARGEST, none: bool = False) -> Rule:
+    """The rule admits whole numbers from `least` to `most`, and None if `none`."""
+    needs = f"a whole number from {least:,} to {most:,}"
+    return Rule(int, none, needs, lambda n: least <= n <= most)
+
+
+def number(needs: str, is_valid: Callable, none: bool = False) -> Rule:
+    """The rule admits numbers for which `is_valid`, and None if `none`; `needs` describes them."""
+    return Rule(float, none, f"a number {needs}", is_valid)
+
+
+def text(none: bool = False) -> Rule:
+    """The rule admits text that is not blank, and None if `none`."""
+    return Rule(str, none, "text that is not empty", lambda value: value.strip())
+
+
+def switch() -> Rule:
+    """The rule admits True and False."""
+    return Rule(bool, False, KINDS[bool])
+
+
+def choice(*choices: str) -> Rule:
+    """The rule admits the `choices`."""
+    return Rule(str, False, f"one of {', '.join(choices)}", choices.__contains__, choices)
+
+
+def check(name: str, value, rule: Rule) -> None:
+    """Raise UserError with the name, the value and the rule's limits if the value breaks it."""
+    if rule.kind is None or (rule.allow_none and value is None):
+        return
+    kinds = (int, float) if rule.kind is float else (rule.kind,)
+    right_type = isinstance(value, kinds) and (rule.kind is bool or not isinstance(value, bool))
+    if right_type and rule.is_valid(value):
+        return
+    or_none = " or None" if rule.allow_none else ""
+    near = did_you_mean(str(value), rule.choices)
+    raise UserError(f"{name} is {value!r}; it must be {rule.needs}{or_none}{near}")
