@@ -35,18 +35,13 @@ from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.compute.layer import Compute, default_chunk, dropout_mask, dropout_scale, layer, ln
 from bdh_lib.compute.rope import rotate
 from bdh_lib.compute.state import State, check_prompt, check_state, prefill, read
-from bdh_lib.errors import UserError, did_you_mean
-from bdh_lib.rules import check, number, whole
-
-SIZE, RATE = whole(1, 65536), number("of at least 0 and below 1", lambda x: 0 <= x < 1)
-CONFIG_RULES = {"n_layer": whole(1, 1000), "n_embd": SIZE, "dropout": RATE, "n_head": SIZE}
-CONFIG_RULES |= {"mlp_internal_dim_multiplier": SIZE, "vocab_size": SIZE, "dropout_v": RATE}
-TEMPERATURE = number("that is 0 or 0.000001 to 1,000,000", lambda x: x == 0 or 1e-6 <= x <= 1e6)
-TOP_K = whole(1, 65536, none=True)
+from bdh_lib.config import CheckedConfig
+from bdh_lib.errors import UserError
+from bdh_lib.rules import TEMPERATURE, TOP_K, check, whole
 
 
 @dataclass(frozen=True)
-class BDHConfig:
+class BDHConfig(CheckedConfig):
     """Shape of a model. Raises UserError naming the wrong field, its value and the limit."""
 
     n_layer: int = 6  # times the shared layer is applied
@@ -56,33 +51,6 @@ class BDHConfig:
     mlp_internal_dim_multiplier: int = 128  # H * N / D
     vocab_size: int = 256  # V, one entry per byte value
     dropout_v: float = 0.0  # fraction of the embedding and of ln(o) dropped, too
-
-    def __new__(cls, *args, **values):  # runs before the dataclass __init__, which raises TypeError
-        if len(args) > len(fields := cls.__dataclass_fields__):
-            raise UserError(f"BDHConfig has {len(fields)} fields, not {len(args)}")
-        for name in values:
-            if name not in fields:
-                raise UserError(f"{name} is no field of BDHConfig{did_you_mean(name, fields)}")
-        return super().__new__(cls)
-
-    def __post_init__(self):
-        for name, rule in CONFIG_RULES.items():
-            check(name, getattr(self, name), rule)
-        neurons = self.n_embd * self.mlp_internal_dim_multiplier
-        if neurons >= 2**31:  # a dimension of an array
-            raise UserError(
-                f"n_embd * mlp_internal_dim_multiplier is {neurons:,}; it must be below 2^31"
-            )
-        if neurons % self.n_head:
-            raise UserError(
-                f"n_head is {self.n_head}; it must divide the number of neurons, "
-                f"n_embd * mlp_internal_dim_multiplier = {neurons}"
-            )
-        if self.neurons_per_head % 2:
-            raise UserError(
-                f"n_head is {self.n_head}, so each head has N = {self.neurons_per_head} neurons; "
-                "N must be even, since they rotate in pairs"
-            )
 
     @property
     def neurons_per_head(self) -> int:
@@ -139,6 +107,10 @@ class BDH(nn.Module):
             v = v * dropout_scale(mask, v.dtype)
         for key_l in [None] * L if key is None else mx.random.split(key, L):
             v = layer(v, *self.weights(), self.compute, key_l, *rates)
+        return self._logits_and_loss(v, targets)
+
+    def _logits_and_loss(self, v: mx.array, targets: mx.array | None):
+        """(logits (B, T, V), mean loss in nats or None) of the last layer's v (B, T, D)."""
         logits = v @ self.lm_head
         if targets is None:
             return logits, None
@@ -157,10 +129,7 @@ class BDH(nn.Module):
         v = ln(self.embed(idx))  # (B, T, D)
         for _ in range(self.config.n_layer):
             v = self.quadratic_layer(v)
-        logits = v @ self.lm_head
-        if targets is None:
-            return logits, None
-        return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
+        return self._logits_and_loss(v, targets)
 
     def quadratic_layer(self, v: mx.array) -> mx.array:
         """v' (B, T, D) of v by the equations above; the GEMMs' rows are B * T."""
@@ -249,7 +218,7 @@ def _infer_config(arrays: dict, header: dict, file: Path) -> BDHConfig:
     shape = {"n_embd": D, "n_head": H, "mlp_internal_dim_multiplier": H * N // D}
     shape["vocab_size"] = len(embedding)
     try:
-        names = header.keys() & CONFIG_RULES.keys()
+        names = header.keys() & BDHConfig.__dataclass_fields__.keys()
         config = {name: files.parse_json(header[name]) for name in names}
         return BDHConfig(**config | shape)
     except UserError as error:

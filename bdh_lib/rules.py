@@ -56,3 +56,8 @@ def check(name: str, value, rule: Rule) -> None:
     or_none = " or None" if rule.allow_none else ""
     near = did_you_mean(str(value), rule.choices)
     raise UserError(f"{name} is {value!r}; it must be {rule.needs}{or_none}{near}")
+
+
+# Rules that BDH.generate and bdh_lib/generation/sampling.py share; imports only point down to here.
+TEMPERATURE = number("that is 0 or 0.000001 to 1,000,000", lambda x: x == 0 or 1e-6 <= x <= 1e6)
+TOP_K = whole(1, 65536, none=True)

@@ -12,8 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from bdh_lib.errors import UserError
-from bdh_lib.rules import check, number
-from bdh_mlx import TEMPERATURE, TOP_K
+from bdh_lib.rules import TEMPERATURE, TOP_K, check, number
 
 WINDOW = 256  # bytes that the repetition penalty covers
 PAD = -1  # in `recent` and padded batches: no byte
