@@ -20,29 +20,21 @@ if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwh
     cli.run(__file__)
 
 import argparse
-import fcntl
-import hashlib
-import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 
 # isort: split
 import mlx.core as mx
-from tqdm import tqdm
 
-from bdh_lib import cli, files, runs
+from bdh_lib import cli, runs
 from bdh_lib.compute.memory import compute_for
 from bdh_lib.compute.state import WINDOW as STATE_WINDOW
 from bdh_lib.compute.state import State
-from bdh_lib.data import columns, formats
+from bdh_lib.data import formats
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.files import expand_user
 from bdh_lib.flags import Parser, flag_of
@@ -52,11 +44,20 @@ from bdh_lib.generation.decoding import (
     Terminal,
     context_length_warning,
     decode_text,
-    generate_batch,
     pad_batch,
     parse_escapes,
     read_prompt,
     stream,
+)
+from bdh_lib.generation.jobs import (
+    MAX_TEXTS,
+    Decoding,
+    complete_jobs,
+    read_jobs,
+    remaining_jobs,
+    sample_jobs,
+    source_digest,
+    write_results,
 )
 from bdh_lib.generation.sampling import LIMITS, WINDOW, Sampling
 from bdh_lib.rules import check, whole
@@ -73,10 +74,9 @@ DTYPES = ("bfloat16", "float32")
 PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so keep it near 1 (1)"
 
 ALONE = {"evaluate": ["mode", "dtype"], "trace": ["out"], "export": []}  # what else acts on these
-MOST = 10**6  # texts of one command
 NUMBERS = LIMITS | {  # of each flag that takes one
     "max_new_tokens": whole(1, 10**12),
-    "samples": whole(1, MOST),
+    "samples": whole(1, MAX_TEXTS),
     "batch_size": whole(1, 65536),
     "window": STATE_WINDOW,
     "seed": whole(0, 2**64 - 1),
@@ -214,191 +214,40 @@ def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
     return [parse_escapes(text) for text in args.stop]
 
 
-class Job(NamedTuple):
-    """A text to generate: line of its prompt, number of its sample, its record and its prompt."""
-
-    line: int
-    sample: int
-    record: dict
-    prompt: bytes
-
-
-def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
-    """A job for each sample of each prompt in a JSONL file. Raises UserError naming the line."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise UserError(f"--prompts {file}: {error.strerror}; name a JSONL file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {file} is no UTF-8: {error.reason}") from None
-    jobs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = finite(files.parse_json(line))
-            prompts = prompts_of(record, mode)
-        except ValueError as error:
-            reason = error if isinstance(error, UserError) else "not JSON"
-            raise UserError(f"--prompts {file} line {number}: {reason}") from None
-        if len(jobs) + len(prompts) * samples > MOST:
-            demand = f"--prompts {file} with --samples {samples} asks"
-            raise UserError(f"{demand} for more than {MOST:,} texts; ask for fewer at once")
-        jobs += [Job(number, i, record, p) for p in prompts for i in range(1, samples + 1)]
-    if not jobs:
-        raise UserError(f"--prompts {file} holds no prompt")
-    return jobs
+def complete_file(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
+    """Write the completions of --prompts to --out, or to stdout, after those that it holds."""
+    jobs = read_jobs(args.prompts, mode, args.samples)
+    warn_context_length(max(len(job.prompt) for job in jobs), decoding, args)
+    print_prompt_length(sum(len(job.prompt) for job in jobs))
+    source = source_digest(weights, mode, vars(args))
+    remaining = remaining_jobs(jobs, args.out, source)
+    results = complete_jobs(jobs, decoding, args.batch_size, remaining)
+    write_results(results, args.out, source, len(jobs) - len(remaining), len(jobs))
 
 
-def finite(record):
-    """The record, if JSON can hold it. Raises UserError otherwise: Python also reads NaN."""
-    try:
-        json.dumps(record, allow_nan=False)
-    except RecursionError:
-        raise UserError("its brackets are nested too deep") from None
-    except ValueError:
-        raise UserError("it holds a number that JSON cannot (NaN, or above 1.8e308)") from None
-    return record
+def complete_prompt(decoding: Decoding, prompt: bytes, args: argparse.Namespace) -> None:
+    """Print the completion of one prompt, or --samples of them."""
+    warn_context_length(len(prompt), decoding, args)
+    print_prompt_length(len(prompt))
+    if args.samples == 1:
+        print_stream(decoding, prompt, args)
+        return
+    jobs = sample_jobs(1, {}, prompt, args.samples)
+    for job, text, _ in complete_jobs(jobs, decoding, args.batch_size):
+        print(f"--- sample {job.sample}\n{escape_controls(decode_text(prompt) + text)}")
 
 
-def prompts_of(record: dict, mode: str | None) -> list[bytes]:
-    """A record's `prompt` unchanged; without one, its training text up to the response."""
-    if not isinstance(record, dict):
-        raise UserError("not a JSON object")
-    if isinstance(record.get("prompt"), str):
-        return [record["prompt"].encode(errors="surrogatepass")]
-    if "prompt" in record:
-        raise UserError(f"prompt is {type(record['prompt']).__name__}, not text")
-    if mode is None:
-        raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
-    structure, contents = columns.detect(record, questions=True)
-    needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
-    for content in contents:
-        optional = ("system",) if content.get("system") else ()
-        if reason := columns.invalid_reason(content, (needed, *optional)):
-            raise UserError(reason)
-    return [
-        formats.format_prompt(columns.valid_fields(content), mode).encode() for content in contents
-    ]
-
-
-def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
-    """Batches of up to `size` jobs of similar prompts: lengths differ by at most `spread`."""
-    batch = []
-    for job in sorted(jobs, key=lambda job: len(job.prompt)):
-        if batch and (len(batch) == size or len(job.prompt) - len(batch[0].prompt) > spread):
-            yield batch
-            batch = []
-        batch.append(job)
-    if batch:
-        yield batch
-
-
-def write_jobs(
-    jobs: list[Job], model, sampling, key, stops, args, state, remaining: list[Job] | None = None
-) -> Iterator[tuple[Job, str, bool]]:
-    """Each job with its text and whether a stop string ended it, in the order they end.
-
-    It yields only `remaining` jobs, but batches and draws are those of all jobs.
-    """
-    remaining = set(map(id, jobs if remaining is None else remaining))
-    for batch in batches(jobs, args.batch_size, args.max_new_tokens):
-        key, draw = mx.random.split(key)
-        if remaining.isdisjoint(map(id, batch)):
-            continue
-        prompts = [job.prompt or formats.SEPARATOR.encode() for job in batch]
-        done = generate_batch(model, prompts, sampling, draw, stops, args.max_new_tokens, state)
-        for row, text, stopped in done:
-            if id(batch[row]) in remaining:
-                yield batch[row], decode_text(text, whole=sampling.utf8), stopped
-
-
-def result_line(job: Job, args: argparse.Namespace, text: str, stopped: bool) -> str:
-    """A line of JSON: the job's record, `line`, `prompt`, `completion`, `stopped`, and `by`, which
-    identifies the model and the flags. Fields of the record with these names go to `given`.
-    """
-    which = {"line": job.line, "by": args.by}
-    which |= {"sample": job.sample} if args.samples > 1 else {}
-    result = {"prompt": decode_text(job.prompt), "completion": text, "stopped": stopped} | which
-    clashing = {k: job.record[k] for k in result if k in job.record and k != "prompt"}
-    return json.dumps(job.record | result | ({"given": clashing} if clashing else {}))
-
-
-def remaining_jobs(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
-    """The jobs whose texts are not in --out. Raises UserError if it holds anything else.
-
-    It removes an incomplete last line, which a full disk leaves.
-    """
-    if not (args.out and os.path.isfile(args.out)):  # noqa: PTH113  which raises nothing
-        return jobs
-    *lines, cut = args.out.read_bytes().split(b"\n")
-    prompts, remaining = {}, {id(job): job for job in jobs}
-    for job in jobs:
-        prompts.setdefault(result_key(result_line(job, args, "", False)), []).append(job)
-    for number, line in enumerate(lines, 1):
-        try:
-            del remaining[id(prompts[result_key(line)].pop(0))]
-        except (ValueError, RecursionError, LookupError, TypeError):
-            raise UserError(
-                f"--out {args.out} exists, and its line {number} is no answer of this command to "
-                "these prompts; name another file, or remove it"
-            ) from None
-    if cut:
-        begins = (result_line(job, args, "", False).encode() for job in remaining.values())
-        begins = (begin[: begin.index(b'"completion": "') + 15] for begin in begins)
-        if not any(begin.startswith(cut) or cut.startswith(begin) for begin in begins):
-            raise UserError(f"--out {args.out} exists; name another file, or remove it")
-        os.truncate(args.out, sum(len(line) + 1 for line in lines))
-    return list(remaining.values())
-
-
-def source_of_texts(weights: Path, args: argparse.Namespace, mode: str | None) -> str:
-    """A short digest of all that determines the texts: the weights and the flags."""
-    flags = {
-        k: str(v) for k, v in vars(args).items() if k not in ("model", "prompts", "out", "mode")
-    }
-    identity = json.dumps([files.sha256_file(weights), mode, flags])
-    return hashlib.sha256(identity.encode()).hexdigest()[:12]
-
-
-def result_key(line: str | bytes) -> str:
-    """A line of results without the answer, as a key. Raises an error if it is no such line."""
-    result = files.parse_json(line)
-    del result["completion"], result["stopped"]
-    return json.dumps(result, sort_keys=True)
-
-
-def write_file(jobs: list[Job], remaining: list[Job], args, texts) -> None:
-    """Write a line for each text of the remaining jobs as soon as it ends."""
-    done = len(jobs) - len(remaining)
-    if done:
-        rest = "the others follow" if remaining else "none is left to write"
-        print(f"{args.out} holds {done} of {len(jobs)} texts; {rest}", file=sys.stderr)
-    try:
-        with (
-            open_output(args.out) as put,
-            tqdm(total=len(jobs), initial=done, disable=None, unit="text") as bar,
-        ):
-            for job, text, stopped in texts:
-                put(result_line(job, args, text, stopped))
-                done += 1
-                bar.update()
-    except KeyboardInterrupt:
-        on = "; the same command goes on" if args.out else ""
-        print(f"stopped: {done} of {len(jobs)} texts are written{on}", file=sys.stderr)
-        raise
-
-
-def print_stream(prompt: bytes, model, sampling, key, stops, args, state) -> None:
+def print_stream(decoding: Decoding, prompt: bytes, args: argparse.Namespace) -> None:
     """Print the prompt and, byte by byte, its completion."""
+    model, sampling, key, stops, budget, state = decoding
     terminal, stop = Terminal(args.raw), StopMatcher(stops, prompt)
     terminal.write(prompt)
     idx = pad_batch([prompt or formats.SEPARATOR.encode()])
-    written = stream(model, *read_prompt(model, idx, state), sampling, key, idx)
+    tokens = stream(model, *read_prompt(model, idx, state), sampling, key, idx)
     try:
-        for i, (token, state) in enumerate(written, 1):  # noqa: B007  the last state is saved
+        for i, (token, state) in enumerate(tokens, 1):  # noqa: B007  the last state is saved
             terminal.write(stop.feed(bytes(token)))
-            if stop.matched or i == args.max_new_tokens:
+            if stop.matched or i == budget:
                 break
         terminal.write(stop.end(), final=not sampling.utf8)
         if not args.raw:
@@ -445,30 +294,17 @@ def main(argv: list[str] | None = None) -> int:
     key = mx.random.key(time.time_ns() if args.seed is None else args.seed)
     stops = stop_strings(args, mode)
     state = initial_state(model, args)
-    how = (model, sampling, key, stops, args, state)
+    decoding = Decoding(model, sampling, key, stops, args.max_new_tokens, state)
     if args.evaluate is not None:
         print(evaluation.evaluation_table(model, args.evaluate, mode, trained))
     elif args.prompts is not None:
-        jobs = read_jobs(args.prompts, mode, args.samples)
-        warn_context_length(max(len(job.prompt) for job in jobs), model, state, args)
-        print_prompt_length(sum(len(job.prompt) for job in jobs))
-        args.by = source_of_texts(weights, args, mode)
-        remaining = remaining_jobs(jobs, args)
-        write_file(jobs, remaining, args, write_jobs(jobs, *how, remaining))
+        complete_file(decoding, weights, mode, args)
     elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():
         if args.save_state or args.raw or args.samples > 1:
             raise UserError("a session takes no --save-state (type /save), --raw or --samples")
         chat.Session(model, sampling, key, stops, args.max_new_tokens, mode, state).run()
     else:
-        prompt = prompt_of(args)
-        warn_context_length(len(prompt), model, state, args)
-        print_prompt_length(len(prompt))
-        if args.samples == 1:
-            print_stream(prompt, *how)
-        else:
-            jobs = [Job(1, i, {}, prompt) for i in range(1, args.samples + 1)]
-            for job, text, _ in write_jobs(jobs, *how):
-                print(f"--- sample {job.sample}\n{escape_controls(decode_text(prompt) + text)}")
+        complete_prompt(decoding, prompt_of(args), args)
     return 0
 
 
@@ -492,39 +328,9 @@ def print_prompt_length(n_bytes: int) -> None:
         print(f"reading a prompt of {n_bytes:,} bytes", file=sys.stderr)
 
 
-def warn_context_length(prompt: int, model, state: State, args: argparse.Namespace) -> None:
-    """Warn on stderr if a text after `prompt` bytes may exceed the training blocks."""
-    length = state.position + prompt + args.max_new_tokens
-    if note := context_length_warning(model, state.window, length, args.load_state is not None):
+def warn_context_length(n_bytes: int, decoding: Decoding, args: argparse.Namespace) -> None:
+    """Warn on stderr if a text after a prompt of `n_bytes` may exceed the training blocks."""
+    model, state, loaded = decoding.model, decoding.state, args.load_state is not None
+    length = state.position + n_bytes + decoding.budget
+    if note := context_length_warning(model, state.window, length, loaded):
         print(note, file=sys.stderr)
-
-
-@contextmanager
-def open_output(file: Path | None) -> Iterator[Callable[[str], None]]:
-    """A function that appends a line to a file, or prints it if `file` is None.
-
-    Raises UserError. It removes a new file that stays empty.
-    """
-    if not file:
-        yield lambda line: print(line, flush=True)
-        return
-    new = not os.path.exists(file)  # noqa: PTH110  which raises nothing
-    try:
-        with file.open("ab", buffering=0) as out:  # unbuffered: nothing stays behind on a full disk
-            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield lambda line: put_whole(out, line)
-    except BlockingIOError:
-        raise UserError(f"--out {file} is being written by another process") from None
-    except OSError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--out {file} cannot be written: {error.strerror}") from None
-    finally:
-        if new and os.path.isfile(file) and not file.stat().st_size:  # noqa: PTH113
-            file.unlink()
-
-
-def put_whole(out, line: str) -> None:
-    rest = f"{line}\n".encode()
-    while rest:
-        rest = rest[out.write(rest) :]

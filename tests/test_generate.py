@@ -29,7 +29,7 @@ import train_mlx
 from bdh_lib import runs
 from bdh_lib.data import formats, sources
 from bdh_lib.errors import escape_controls
-from bdh_lib.generation import chat, decoding, states
+from bdh_lib.generation import chat, decoding, jobs, states
 from bdh_lib.generation.decoding import (
     StopMatcher,
     Terminal,
@@ -558,7 +558,7 @@ def test_a_bad_line_of_prompts_is_named(line, reason, chaos, tmp_path):
 )
 def test_what_a_model_would_answer_need_not_be_there(record):
     asked = b"### Instruction:\ni\n\n### Response:\n"
-    assert generate.prompts_of(record, "full") == [asked]
+    assert jobs.prompts_of(record, "full") == [asked]
 
 
 def test_blank_lines_of_prompts_count_but_ask_nothing(chaos, tmp_path, output):
@@ -572,8 +572,8 @@ def test_blank_lines_of_prompts_count_but_ask_nothing(chaos, tmp_path, output):
 
 
 def test_batches_hold_prompts_of_similar_length_each_once():
-    jobs = [generate.Job(i, 1, {}, b"x" * n) for i, n in enumerate([5, 900, 1, 6, 905, 7, 2])]
-    found = [[len(job.prompt) for job in b] for b in generate.batches(jobs, 3, spread=10)]
+    made = [jobs.Job(i, None, {}, b"x" * n) for i, n in enumerate([5, 900, 1, 6, 905, 7, 2])]
+    found = [[len(job.prompt) for job in b] for b in jobs.batches(made, 3, spread=10)]
     assert found == [[1, 2, 5], [6, 7], [900, 905]]
 
 
@@ -866,14 +866,14 @@ def test_interrupted_prompts_tell_how_many_are_written_and_keep_them(
 ):
     prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
     prompts.write_text("".join(f'{{"prompt": "{p}"}}\n' for p in "abc"))
-    of_model = generate.generate_batch
+    of_model = jobs.generate_batch
 
     def interrupted(model, prompts, *rest):
         if prompts == [b"c"]:
             raise KeyboardInterrupt
         return of_model(model, prompts, *rest)
 
-    monkeypatch.setattr(generate, "generate_batch", interrupted)
+    monkeypatch.setattr(jobs, "generate_batch", interrupted)
     flags = f"--prompts {prompts} --out {out} --batch-size 1 --max-new-tokens 5"
     with pytest.raises(KeyboardInterrupt):
         generate.main([str(chaos), *flags.split()])
@@ -980,7 +980,7 @@ def test_a_file_that_is_no_output_of_these_prompts_is_refused_and_kept(asked, tm
 
 
 def test_no_empty_file_is_left_and_a_full_disk_leaves_whole_lines(asked, tmp_path, monkeypatch):
-    out, write_of = tmp_path / "out.jsonl", generate.put_whole
+    out, write_of = tmp_path / "out.jsonl", jobs.write_line
 
     def full(file, line):
         if not file.tell() or "four" not in line:
@@ -992,12 +992,12 @@ def test_no_empty_file_is_left_and_a_full_disk_leaves_whole_lines(asked, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "generate_batch", interrupted)
+        patch.setattr(jobs, "generate_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             asked()
     assert not out.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "put_whole", full)
+        patch.setattr(jobs, "write_line", full)
         with pytest.raises(UserError, match=r"out.jsonl cannot be written: No space left"):
             asked()
     assert len(out.read_bytes().splitlines()) == 1 + out.read_bytes().count(b"\n")
@@ -1008,7 +1008,7 @@ def test_no_empty_file_is_left_and_a_full_disk_leaves_whole_lines(asked, tmp_pat
 def test_a_million_texts_are_the_most(chaos, tmp_path):
     (tmp_path / "p").write_text('{"prompt": "a"}\n' * 3)
     with pytest.raises(UserError, match="asks for more than 1,000,000 texts"):
-        generate.read_jobs(tmp_path / "p", None, 400_000)
+        jobs.read_jobs(tmp_path / "p", None, 400_000)
 
 
 def test_prompts_of_another_editor_are_read(chaos, tmp_path, output):

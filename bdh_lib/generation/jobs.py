@@ -1,0 +1,264 @@
+"""Many texts at once: prompts from a JSONL file, their completions as lines of JSON.
+
+A job is a text to generate. Each result is written as soon as its text ends. An interrupted command
+continues its file, and the file then ends in the same bytes as without the interruption.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from bdh_lib import files
+from bdh_lib.compute.state import State
+from bdh_lib.data import columns, formats
+from bdh_lib.errors import UserError
+from bdh_lib.generation.decoding import decode_text, generate_batch
+from bdh_lib.generation.sampling import Sampling
+from bdh_mlx import BDH
+
+MAX_TEXTS = 10**6  # of one command
+
+
+class Decoding(NamedTuple):
+    """A model and the settings by which it writes, the same for all texts of a command."""
+
+    model: BDH
+    sampling: Sampling
+    key: mx.array
+    stops: Sequence[bytes]
+    budget: int  # maximum bytes of a text
+    state: State  # before each prompt
+
+
+class Job(NamedTuple):
+    """A text to generate: its prompt, and where the prompt comes from."""
+
+    line: int  # of the prompt in its file
+    sample: int | None  # number of the text among those of its prompt; None: it is the only one
+    record: dict  # the line's JSON
+    prompt: bytes
+
+
+# ---------------------------------------------------------------------------- prompts and batches
+
+
+def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
+    """A job for each sample of each prompt in a JSONL file. Raises UserError naming the line."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise UserError(f"--prompts {file}: {error.strerror}; name a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {file} is no UTF-8: {error.reason}") from None
+    jobs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = files.parse_json(line)
+            check_json(record)
+            prompts = prompts_of(record, mode)
+        except ValueError as error:
+            reason = error if isinstance(error, UserError) else "not JSON"
+            raise UserError(f"--prompts {file} line {number}: {reason}") from None
+        if len(jobs) + len(prompts) * samples > MAX_TEXTS:
+            demand = f"--prompts {file} with --samples {samples} asks"
+            raise UserError(f"{demand} for more than {MAX_TEXTS:,} texts; ask for fewer at once")
+        for prompt in prompts:
+            jobs += sample_jobs(number, record, prompt, samples)
+    if not jobs:
+        raise UserError(f"--prompts {file} holds no prompt")
+    return jobs
+
+
+def sample_jobs(line: int, record: dict, prompt: bytes, samples: int) -> list[Job]:
+    """A job for each of the `samples` texts of one prompt."""
+    numbers = range(1, samples + 1) if samples > 1 else [None]
+    return [Job(line, sample, record, prompt) for sample in numbers]
+
+
+def check_json(record) -> None:
+    """Raise UserError if JSON cannot hold the record: Python also reads NaN."""
+    try:
+        json.dumps(record, allow_nan=False)
+    except RecursionError:
+        raise UserError("its brackets are nested too deep") from None
+    except ValueError:
+        raise UserError("it holds a number that JSON cannot (NaN, or above 1.8e308)") from None
+
+
+def prompts_of(record: dict, mode: str | None) -> list[bytes]:
+    """A record's `prompt` unchanged; without one, its training text up to the response."""
+    if not isinstance(record, dict):
+        raise UserError("not a JSON object")
+    if isinstance(record.get("prompt"), str):
+        return [record["prompt"].encode(errors="surrogatepass")]
+    if "prompt" in record:
+        raise UserError(f"prompt is {type(record['prompt']).__name__}, not text")
+    if mode is None:
+        raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
+    structure, contents = columns.detect(record, questions=True)
+    needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
+    for content in contents:
+        optional = ("system",) if content.get("system") else ()
+        if reason := columns.invalid_reason(content, (needed, *optional)):
+            raise UserError(reason)
+    return [
+        formats.format_prompt(columns.valid_fields(content), mode).encode() for content in contents
+    ]
+
+
+def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
+    """Batches of up to `size` jobs of similar prompts: lengths differ by at most `spread` bytes."""
+    batch = []
+    for job in sorted(jobs, key=lambda job: len(job.prompt)):
+        if batch and (len(batch) == size or len(job.prompt) - len(batch[0].prompt) > spread):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def complete_jobs(
+    jobs: list[Job], decoding: Decoding, batch_size: int, remaining: list[Job] | None = None
+) -> Iterator[tuple[Job, str, bool]]:
+    """Each job with its text and whether a stop string ended it, in the order they end.
+
+    It yields only `remaining` jobs, but batches and draws are those of all jobs.
+    """
+    model, sampling, key, stops, budget, state = decoding
+    remaining = set(map(id, jobs if remaining is None else remaining))
+    for batch in batches(jobs, batch_size, budget):
+        key, batch_key = mx.random.split(key)
+        if remaining.isdisjoint(map(id, batch)):
+            continue
+        prompts = [job.prompt or formats.SEPARATOR.encode() for job in batch]
+        results = generate_batch(model, prompts, sampling, batch_key, stops, budget, state)
+        for row, text, stopped in results:
+            if id(batch[row]) in remaining:
+                yield batch[row], decode_text(text, whole=sampling.utf8), stopped
+
+
+# ------------------------------------------------------------------------------------- the results
+
+
+def source_digest(weights: Path, mode: str | None, flags: dict) -> str:
+    """A short digest of all that determines the texts: the weights and the flags."""
+    flags = {k: str(v) for k, v in flags.items() if k not in ("model", "prompts", "out", "mode")}
+    identity = json.dumps([files.sha256_file(weights), mode, flags])
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def result_line(job: Job, source: str, text: str, stopped: bool) -> str:
+    """A line of JSON: the job's record, `line`, `prompt`, `completion`, `stopped`, and `by`, the
+    digest of the `source`. Fields of the record with these names go to `given`.
+    """
+    result = {"prompt": decode_text(job.prompt), "completion": text, "stopped": stopped}
+    result |= {"line": job.line, "by": source}
+    if job.sample is not None:
+        result["sample"] = job.sample
+    clashing = {k: job.record[k] for k in result if k in job.record and k != "prompt"}
+    return json.dumps(job.record | result | ({"given": clashing} if clashing else {}))
+
+
+def result_key(line: str | bytes) -> str:
+    """A line of results without the answer, as a key. Raises an error if it is no such line."""
+    result = files.parse_json(line)
+    del result["completion"], result["stopped"]
+    return json.dumps(result, sort_keys=True)
+
+
+def remaining_jobs(jobs: list[Job], out: Path | None, source: str) -> list[Job]:
+    """The jobs whose texts are not in the file `out`.
+
+    It removes an incomplete last line, which a full disk leaves. Raises UserError if the file holds
+    anything but results of these jobs.
+    """
+    if not (out and os.path.isfile(out)):  # noqa: PTH113  which raises nothing
+        return jobs
+    *lines, partial = out.read_bytes().split(b"\n")
+    jobs_by_key, remaining = {}, {id(job): job for job in jobs}
+    for job in jobs:
+        jobs_by_key.setdefault(result_key(result_line(job, source, "", False)), []).append(job)
+    for number, line in enumerate(lines, 1):
+        try:
+            del remaining[id(jobs_by_key[result_key(line)].pop(0))]
+        except (ValueError, RecursionError, LookupError, TypeError):
+            raise UserError(
+                f"--out {out} exists, and its line {number} is no answer of this command to "
+                "these prompts; name another file, or remove it"
+            ) from None
+    if partial:
+        starts = (result_line(job, source, "", False).encode() for job in remaining.values())
+        starts = (start[: start.index(b'"completion": "') + 15] for start in starts)
+        if not any(start.startswith(partial) or partial.startswith(start) for start in starts):
+            raise UserError(f"--out {out} exists; name another file, or remove it")
+        os.truncate(out, sum(len(line) + 1 for line in lines))
+    return list(remaining.values())
+
+
+def write_results(
+    results: Iterator[tuple[Job, str, bool]], out: Path | None, source: str, done: int, total: int
+) -> None:
+    """Write a line to `out` (stdout) for each result as soon as it is there.
+
+    `done` of the `total` texts were written before.
+    """
+    if done:
+        rest = "the others follow" if done < total else "none is left to write"
+        print(f"{out} holds {done} of {total} texts; {rest}", file=sys.stderr)
+    try:
+        with (
+            open_output(out) as put,
+            tqdm(total=total, initial=done, disable=None, unit="text") as bar,
+        ):
+            for job, text, stopped in results:
+                put(result_line(job, source, text, stopped))
+                done += 1
+                bar.update()
+    except KeyboardInterrupt:
+        hint = "; the same command goes on" if out else ""
+        print(f"stopped: {done} of {total} texts are written{hint}", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def open_output(file: Path | None) -> Iterator[Callable[[str], None]]:
+    """A function that appends a line to a file, or prints it if `file` is None.
+
+    Raises UserError. It removes a new file that stays empty.
+    """
+    if not file:
+        yield lambda line: print(line, flush=True)
+        return
+    is_new = not os.path.exists(file)  # noqa: PTH110  which raises nothing
+    try:
+        with file.open("ab", buffering=0) as out:  # unbuffered: nothing stays behind on a full disk
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield lambda line: write_line(out, line)
+    except BlockingIOError:
+        raise UserError(f"--out {file} is being written by another process") from None
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--out {file} cannot be written: {error.strerror}") from None
+    finally:
+        if is_new and os.path.isfile(file) and not file.stat().st_size:  # noqa: PTH113
+            file.unlink()
+
+
+def write_line(out, line: str) -> None:
+    """Write a line to an unbuffered file, which may take only a part of it at once."""
+    unwritten = f"{line}\n".encode()
+    while unwritten:
+        unwritten = unwritten[out.write(unwritten) :]
