@@ -11,13 +11,9 @@ each byte takes the same time, however long the text is.
 """
 
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
-    import signal
+    from bdh_lib import start
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-    from bdh_lib import cli
-
-    cli.run(__file__)
+    start.run(__file__)
 
 import argparse
 import sys
