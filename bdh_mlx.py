@@ -177,9 +177,9 @@ def save_model(model: BDH, path: str | Path) -> None:
     if path.suffix != ".safetensors":  # MLX would add it
         raise UserError(f"{path} not saved: name a .safetensors file")
     header = {name: json.dumps(value) for name, value in asdict(model.config).items()}
-    with files.atomic_writer(path) as making:
+    with files.atomic_writer(path) as temporary:
         weights = dict(tree_flatten(model.parameters()))
-        mx.save_safetensors(str(making), weights, metadata=header)
+        mx.save_safetensors(str(temporary), weights, metadata=header)
 
 
 def load_model(path: str | Path) -> BDH:

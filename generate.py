@@ -65,11 +65,11 @@ STOP = r"""end before this text, \n in it a line break; may be repeated (in mode
 LOAD = (
     "go on from a saved state, with a --prompt of a byte or more: an empty one starts a new record"
 )
-LONG = 1000  # bytes of a prompt that the default model reads in seconds on a CPU
+LONG_PROMPT = 1000  # bytes of a prompt that the default model reads in seconds on a CPU
 DTYPES = ("bfloat16", "float32")
 PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so keep it near 1 (1)"
 
-ALONE = {"evaluate": ["mode", "dtype"], "trace": ["out"], "export": []}  # what else acts on these
+EXCLUSIVE_JOBS = {"evaluate": ["mode", "dtype"], "trace": ["out"], "export": []}  # their flags
 NUMBERS = LIMITS | {  # of each flag that takes one
     "max_new_tokens": whole(1, 10**12),
     "samples": whole(1, MAX_TEXTS),
@@ -84,7 +84,8 @@ TRACE = "no text but what fires on TEXT (@FILE: on its lines); several times: wh
 EXPORT = "no text but weights, config and a model card for others, in FOLDER"
 
 
-def flags(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line. Raises UserError."""
     parser = Parser(__doc__)
 
     def group(title: str, exclusive: bool = False):
@@ -138,7 +139,7 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     add("--min-p", "at least P times as likely as the likeliest", type=float, metavar="P")
     add("--seed", "same seed, same bytes, on one machine (random)", type=int)
 
-    args, typed = parsed(parser, argv)
+    args, typed = parse_typed(parser, argv)
     for name, rule in NUMBERS.items():
         if name in typed:
             check(flag_name(name), typed[name], rule._replace(allow_none=False))
@@ -153,7 +154,7 @@ def flags(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def parsed(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+def parse_typed(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """The parsed arguments, and those that the user typed, even with a default's value."""
     args = parser.parse_args(argv)
     absent = {name: None for name in vars(args)}
@@ -165,15 +166,14 @@ def flag_name(argument: str) -> str:
     return argument if argument == "model" else flag_of(argument)
 
 
-def check_flags(args: argparse.Namespace, given: dict) -> None:
+def check_flags(args: argparse.Namespace, typed: dict) -> None:
     """Raise UserError if a flag has no effect with the others."""
-    for alone in ALONE.keys() & given:
-        idle = [flag_name(name) for name in given if name not in ("model", alone, *ALONE[alone])]
-        if idle:
-            names = ", ".join(idle)
-            raise UserError(f"{names}: no effect beside --{alone}; leave out what does not act")
+    for job in EXCLUSIVE_JOBS.keys() & typed:
+        effective = ("model", job, *EXCLUSIVE_JOBS[job])
+        if idle := ", ".join(flag_name(name) for name in typed if name not in effective):
+            raise UserError(f"{idle}: no effect beside --{job}; leave out what does not act")
     several = args.prompts or args.samples > 1
-    if "batch_size" in given and not several:
+    if "batch_size" in typed and not several:
         raise UserError("--batch-size: no effect on one text; give it with --prompts or --samples")
     if args.save_state and several:
         raise UserError("--save-state keeps the state of one text; leave out what makes several")
@@ -183,7 +183,7 @@ def check_flags(args: argparse.Namespace, given: dict) -> None:
         raise UserError("--raw writes one text; leave out --prompts and --samples")
     if args.temperature == 0:
         names = ("top_k", "top_p", "min_p", "seed")
-        if idle := ", ".join(flag_name(name) for name in names if name in given):
+        if idle := ", ".join(flag_name(name) for name in names if name in typed):
             raise UserError(f"{idle}: no effect at --temperature 0, which takes the likeliest byte")
 
 
@@ -270,7 +270,7 @@ def initial_state(model, args: argparse.Namespace) -> State:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Raises UserError."""
-    args = flags(argv)
+    args = parse_args(argv)
     cli.check_temporary_folder()
     if args.export:
         return export.export_model(args.model, args.export)
@@ -320,7 +320,7 @@ def settings_or_empty(weights: Path) -> dict:
 
 def print_prompt_length(n_bytes: int) -> None:
     """Print to stderr that a long prompt is read, which takes a CPU seconds."""
-    if n_bytes > LONG:
+    if n_bytes > LONG_PROMPT:
         print(f"reading a prompt of {n_bytes:,} bytes", file=sys.stderr)
 
 

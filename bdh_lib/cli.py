@@ -35,9 +35,9 @@ class Output(io.TextIOWrapper):
     def flush(self) -> None:
         self._try(super().flush)
 
-    def _try(self, act, *args) -> None:
+    def _try(self, function, *args) -> None:
         try:
-            act(*args)
+            function(*args)
         except OSError as error:
             if not self.endures:
                 self.error = error
@@ -91,8 +91,8 @@ def open_streams() -> None:
         stream = getattr(sys, name)
         raw = stream.detach() if stream else open(number, "wb", closefd=False)  # noqa: SIM115
         encoding = stream.encoding if stream else "utf-8"
-        how = {"encoding": encoding, "errors": "backslashreplace", "line_buffering": True}
-        setattr(sys, name, Output(raw, **how))
+        options = {"encoding": encoding, "errors": "backslashreplace", "line_buffering": True}
+        setattr(sys, name, Output(raw, **options))
 
 
 def import_script(file: str):
@@ -100,14 +100,14 @@ def import_script(file: str):
     and a library that is being imported may swallow the exception.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as by nohup
-        return module_of(file)
+        return load_module(file)
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    module = module_of(file)
+    module = load_module(file)
     hear_interrupts()
     return module
 
 
-def module_of(file: str):
+def load_module(file: str):
     """The module in a file, whatever its name is: users copy the trainer. Or one that is loaded."""
     if file in sys.modules:
         return sys.modules[file]
@@ -170,8 +170,8 @@ def report_error(error: BaseException, file: str) -> int:
         redirect_to_devnull(1)  # what waits in its buffer would fail again at the end
         text, code = f"error: the output: {error.strerror or error}", 2
     elif isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        text, code = f"error: {where}{error.strerror or error}", 2
+        prefix = f"{error.filename}: " if error.filename else ""
+        text, code = f"error: {prefix}{error.strerror or error}", 2
     elif isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
         text, code = f"error: {error}; pip install -r requirements.txt", 2
     elif line := script_line(error, file):
@@ -192,12 +192,12 @@ def report_error(error: BaseException, file: str) -> int:
 
 def script_line(error: BaseException, file: str) -> int | None:
     """The line of the script, outside its functions, that led to `error`: a setting, as a rule."""
-    at = error.__traceback__
-    while at:
-        code = at.tb_frame.f_code
+    entry = error.__traceback__
+    while entry:
+        code = entry.tb_frame.f_code
         if code.co_name == "<module>" and code.co_filename == file:
-            return at.tb_lineno
-        at = at.tb_next
+            return entry.tb_lineno
+        entry = entry.tb_next
     return None
 
 
@@ -225,7 +225,6 @@ def check_temporary_folder() -> None:
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        what = f"{name} is {folder}" if name else folder
-        raise UserError(
-            f"{what}, where nothing can be written ({error.strerror}); set TMPDIR to another folder"
-        ) from None
+        subject = f"{name} is {folder}" if name else folder
+        reason = f"where nothing can be written ({error.strerror})"
+        raise UserError(f"{subject}, {reason}; set TMPDIR to another folder") from None

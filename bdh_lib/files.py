@@ -38,11 +38,11 @@ def expand_user(path: str | Path, name: str = "the path") -> Path:
     text = str(path)
     if not text:
         raise UserError(f"{name} is empty; is a variable of the shell not set?")
-    shown = text.encode(errors="backslashreplace").decode()
+    printable = text.encode(errors="backslashreplace").decode()
     if "\0" in text:
-        raise UserError(f"{name} is {shown!r}; a path holds no NUL byte")
-    if shown != text:  # bytes that Python could not decode are lone surrogates in it
-        raise UserError(f"{name} is {shown}: not UTF-8; rename it (or set LC_ALL=C.UTF-8)")
+        raise UserError(f"{name} is {printable!r}; a path holds no NUL byte")
+    if printable != text:  # bytes that Python could not decode are lone surrogates in it
+        raise UserError(f"{name} is {printable}: not UTF-8; rename it (or set LC_ALL=C.UTF-8)")
     return Path(os.path.expanduser(text))  # noqa: PTH111
 
 
@@ -87,8 +87,8 @@ def check_replaceable(path: Path, name: str) -> None:
         return
     with path.open("rb") as file:
         start = file.read(200)
-    made = start.startswith((b"\x89PNG", b'{"made_by"')) and MADE_BY.encode() in start
-    if start and not made:
+    is_ours = start.startswith((b"\x89PNG", b'{"made_by"')) and MADE_BY.encode() in start
+    if start and not is_ours:
         raise UserError(f"{path} exists and is none of BDH-MLX; name another file with {name}")
 
 
@@ -98,25 +98,25 @@ def atomic_writer(path: Path, durable: bool = False) -> Iterator[Path]:
 
     `durable` flushes both to the disk. Raises NotWritten; after an error the new file is removed.
     """
-    named, path = path, Path(os.path.realpath(path))
+    requested, path = path, Path(os.path.realpath(path))
     special = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113  a device
-    making = path if special else path.with_name(f".{path.name}.tmp{path.suffix}")
+    temporary = path if special else path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
-        yield making
+        yield temporary
         if durable:
-            flush(making)
+            flush(temporary)
         if not special:
-            making.replace(path)
+            temporary.replace(path)
         if durable:
             flush(path.parent)
     except BaseException as error:
         if not special:
             with suppress(OSError):
-                making.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
         is_user_error = isinstance(error, UserError)
         if isinstance(error, OSError | RuntimeError) and not is_user_error:  # RuntimeError: MLX's
             reason = getattr(error, "strerror", None) or error
-            raise NotWritten(f"{named} cannot be written: {reason}") from None
+            raise NotWritten(f"{requested} cannot be written: {reason}") from None
         raise
 
 
@@ -127,5 +127,5 @@ def sha256_file(path: Path) -> str:
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Replace a small file by `text`, on the disk itself. Raises NotWritten."""
-    with atomic_writer(path, durable=True) as making:
-        making.write_text(text)
+    with atomic_writer(path, durable=True) as temporary:
+        temporary.write_text(text)

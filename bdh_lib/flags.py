@@ -23,7 +23,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 from bdh_lib.errors import UserError, did_you_mean, escape_controls
 from bdh_lib.rules import KINDS, Rule, check
 
-ALIKE = 0.8  # share of two names that is the same where one is taken for a slip in the other
+SIMILARITY = 0.8  # share of two names that is the same where one is taken for a slip in the other
 
 
 class Settings(SimpleNamespace):
@@ -50,7 +50,7 @@ def parse(
     constants |= {name: vars(script)[name] for name in required if name in vars(script)}
     for name in required - constants.keys():
         raise UserError(f"{name} is not set; put its line back among the constants at the top")
-    rules = {name: rules.get(name) or own_rule(script, name) for name in constants}
+    rules = {name: rules.get(name) or infer_rule(script, name) for name in constants}
     for name, value in list(constants.items()):
         check(name, value, rules[name])
         if is_dataclass(value) and name in required:
@@ -70,12 +70,12 @@ def parse(
 
 def setting_names(script: ModuleType) -> list[str]:
     """The constants of the script, as far as its first table, ACTIONS."""
-    above = list(vars(script))[: list(vars(script)).index("ACTIONS")]
+    constants = list(vars(script))[: list(vars(script)).index("ACTIONS")]
     is_code = (type, ModuleType, Callable)
-    return [n for n in above if n.isupper() and not isinstance(vars(script)[n], is_code)]
+    return [n for n in constants if n.isupper() and not isinstance(vars(script)[n], is_code)]
 
 
-def own_rule(script: ModuleType, name: str) -> Rule:
+def infer_rule(script: ModuleType, name: str) -> Rule:
     """The rule of a setting that the user added: its type, else that of its value."""
     value = getattr(script, name)
     try:
@@ -114,12 +114,12 @@ def parse_value(name: str, value: str | bool, rule: Rule | None):
         return value
     if rule.allow_none and value.lower() == "none":
         return None
-    also = " or none" if rule.allow_none else ""
+    or_none = " or none" if rule.allow_none else ""
     try:
         converted = rule.kind(value)
     except ValueError:
         raise UserError(
-            f"{name} is {value!r}; it must be {rule.needs or KINDS[rule.kind]}{also}"
+            f"{name} is {value!r}; it must be {rule.needs or KINDS[rule.kind]}{or_none}"
         ) from None
     check(name, converted, rule)
     return converted
@@ -157,16 +157,16 @@ def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions
         if rules[name].kind not in KINDS:
             continue
         if (flag := flag_of(name)) in flags:
-            own, other = (name, flags[flag]) if name.isupper() else (flags[flag], name)
-            raise UserError(f"{own}: its flag {flag} is that of {other}; rename {own}")
+            setting, other = (name, flags[flag]) if name.isupper() else (flags[flag], name)
+            raise UserError(f"{setting}: its flag {flag} is that of {other}; rename {setting}")
         flags[flag] = name
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading or "Your own")
-        how = {"metavar": rules[name].kind.__name__, "default": argparse.SUPPRESS}
+        options = {"metavar": rules[name].kind.__name__, "default": argparse.SUPPRESS}
         if rules[name].kind is bool:
-            how = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
-        shown = f"{comment} (now {as_text(value)})".strip().replace("%", "%%")
-        groups[heading].add_argument(flag, dest=name, help=shown, **how)
+            options = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
+        help_text = f"{comment} (now {as_text(value)})".strip().replace("%", "%%")
+        groups[heading].add_argument(flag, dest=name, help=help_text, **options)
     return parser
 
 
@@ -176,24 +176,24 @@ def flag_of(name: str) -> str:
 
 def comments(script: ModuleType) -> dict[str, tuple[str, str]]:
     """Of each constant, and each field of a dataclass among them, its heading and its comment."""
-    headed = _comments(Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace"))
+    texts = _comments(Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace"))
     for name, value in list(vars(script).items()):
-        if is_dataclass(value) and name in headed and not isinstance(value, type):
+        if is_dataclass(value) and name in texts and not isinstance(value, type):
             fields = _comments(inspect.getsource(type(value)))
-            headed |= {field: (headed[name][0], text) for field, (_, text) in fields.items()}
-    return headed
+            texts |= {field: (texts[name][0], text) for field, (_, text) in fields.items()}
+    return texts
 
 
 def _comments(source: str) -> dict[str, tuple[str, str]]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     remarks = {t.start: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
-    headed, heading = {}, ""
-    behind = {line: text for (line, column), text in remarks.items() if column}
+    texts, heading = {}, ""
+    trailing = {line: text for (line, column), text in remarks.items() if column}
     for node in assignments(source):
         heading = remarks.get((node.lineno - 1, 0), heading)
-        comment = behind.get(node.end_lineno, behind.get(node.lineno, ""))
-        headed |= dict.fromkeys(targets(node), (heading, comment))
-    return headed
+        comment = trailing.get(node.end_lineno, trailing.get(node.lineno, ""))
+        texts |= dict.fromkeys(targets(node), (heading, comment))
+    return texts
 
 
 def assignments(source: str) -> list[ast.Assign | ast.AnnAssign]:
@@ -206,7 +206,7 @@ def assignments(source: str) -> list[ast.Assign | ast.AnnAssign]:
 def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
     """The plain names that it assigns."""
     nodes = node.targets if isinstance(node, ast.Assign) else [node.target]
-    return [one.id for one in nodes if isinstance(one, ast.Name)]
+    return [target.id for target in nodes if isinstance(target, ast.Name)]
 
 
 # ------------------------------------------------------------------------------------------- slips
@@ -220,17 +220,17 @@ def slips(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
         for name in targets(node):
             lines.setdefault(name, []).append(str(node.lineno))
     models = [name for name in rules if is_dataclass(vars(script).get(name))]
-    of = {field: name for name in models for field in vars(vars(script)[name])}
+    model_of = {field: name for name in models for field in vars(vars(script)[name])}
     for name in list(lines)[: list(lines).index("ACTIONS")]:
-        near = did_you_mean(name.upper(), rules, ALIKE)
+        near = did_you_mean(name.upper(), rules, SIMILARITY)
         if name in rules and len(lines[name]) > 1:
             warnings.append(
                 f"{name} is set in lines {' and '.join(lines[name])}; the last one counts"
             )
         elif name not in rules and near:
             warnings.append(f"{name} is no setting that the trainer reads{near}")
-        elif name.lower() in of:
+        elif name.lower() in model_of:
             warnings.append(
-                f"{name} is no setting that the trainer reads; set it in {of[name.lower()]}"
+                f"{name} is no setting that the trainer reads; set it in {model_of[name.lower()]}"
             )
     return warnings

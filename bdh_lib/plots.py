@@ -38,10 +38,10 @@ def drawn(figure, kind: str) -> bytes:
     """The figure as a PNG on white, or as an SVG on nothing, whose text takes the page's font."""
     import matplotlib
 
-    file, how = io.BytesIO(), {"dpi": 130, "facecolor": "white"}
-    how |= {"metadata": {"Software": files.MADE_BY}}
+    file, options = io.BytesIO(), {"dpi": 130, "facecolor": "white"}
+    options |= {"metadata": {"Software": files.MADE_BY}}
     if kind == "svg":
-        how = {"transparent": True, "metadata": {"Date": None}}
+        options = {"transparent": True, "metadata": {"Date": None}}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bdh"}):
-        figure.savefig(file, format=kind, **how)
+        figure.savefig(file, format=kind, **options)
     return file.getvalue()

@@ -19,10 +19,10 @@ class Rule(NamedTuple):
     choices: Collection[str] = ()
 
 
-def whole(least: int, most: int = LARGEST, none: bool = False) -> Rule:
-    """The rule admits whole numbers from `least` to `most`, and None if `none`."""
-    needs = f"a whole number from {least:,} to {most:,}"
-    return Rule(int, none, needs, lambda n: least <= n <= most)
+def whole(minimum: int, maximum: int = LARGEST, none: bool = False) -> Rule:
+    """The rule admits whole numbers from `minimum` to `maximum`, and None if `none`."""
+    needs = f"a whole number from {minimum:,} to {maximum:,}"
+    return Rule(int, none, needs, lambda n: minimum <= n <= maximum)
 
 
 def number(needs: str, is_valid: Callable, none: bool = False) -> Rule:

@@ -29,12 +29,12 @@ def find_weights(path: str | Path) -> Path:
         raise UserError(f"{path} has no valid checkpoint: {faults[0][0].name} {faults[0][1]}")
     if path.name.startswith("step-") and path.is_dir():
         raise UserError(f"{path} lacks its model.safetensors; name its run folder for another one")
-    what = "does not exist"
+    reason = "does not exist"
     if path.exists():
-        what = "has no checkpoint (step-000500/model.safetensors) in it"
+        reason = "has no checkpoint (step-000500/model.safetensors) in it"
     elif path.is_symlink():
-        what = "is a link that leads to nothing"
-    raise UserError(f"{path} {what}; name a run folder, a checkpoint or a .safetensors file")
+        reason = "is a link that leads to nothing"
+    raise UserError(f"{path} {reason}; name a run folder, a checkpoint or a .safetensors file")
 
 
 def _best_of(run: Path) -> str | None:

@@ -217,10 +217,10 @@ def test_a_stop_string_shows_no_part_of_itself_however_the_text_is_cut():
 
 
 def test_a_record_ends_in_mode_full_at_a_line_of_three_dashes(tmp_path, output):
-    args = generate.flags(["m"])
+    args = generate.parse_args(["m"])
     assert generate.stop_strings(args, "full") == [b"\n---\n"]
     assert generate.stop_strings(args, "both") == []
-    assert generate.stop_strings(generate.flags(["m", "--no-stop"]), "full") == []
+    assert generate.stop_strings(generate.parse_args(["m", "--no-stop"]), "full") == []
     following = list(range(256))
     following[ord("-")] = ord("\n")
     run = saved(model_of(following), tmp_path)
@@ -367,23 +367,23 @@ PATH_FLAGS = ["--prompt-file", "--prompts", "--export", "--load-state", "--save-
 @pytest.mark.parametrize("flag", [*PATH_FLAGS, "--evaluate", "--trace", "--stop"])
 def test_an_empty_string_is_no_value(flag, counting):
     with pytest.raises(UserError, match=f"^{flag} is empty"):
-        generate.flags([str(counting), flag, ""])
+        generate.parse_args([str(counting), flag, ""])
     with pytest.raises(UserError, match=r"^model is empty"):
-        generate.flags(["", "--prompt", "a"])
+        generate.parse_args(["", "--prompt", "a"])
 
 
 @pytest.mark.parametrize("flag", PATH_FLAGS)
 def test_each_flag_that_takes_a_path_reads_it_alike(flag, counting, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of mine")
     beside = {"--out": ["--prompts", "p"]}.get(flag, [])
-    args = generate.flags([str(counting), *beside, flag, "~/x.safetensors"])
+    args = generate.parse_args([str(counting), *beside, flag, "~/x.safetensors"])
     path = vars(args)[flag[2:].replace("-", "_")]
     assert str(path) == "/home/of mine/x.safetensors"
     for wrong, complaint in (("w/\udcff", r"w/\\udcff: not UTF-8"), ("a\0b", "NUL")):
         with pytest.raises(UserError, match=f"^{flag} is .*{complaint}"):
-            generate.flags([str(counting), flag, wrong])
+            generate.parse_args([str(counting), flag, wrong])
     with pytest.raises(UserError, match=r"^model is .*not UTF-8"):
-        generate.flags(["\udcff"])
+        generate.parse_args(["\udcff"])
 
 
 def test_the_version_is_a_line(capsys):

@@ -396,7 +396,7 @@ def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys):
     assert output and not any("### System" in text for text in output)
     command = shlex.split(re.search("sample_it: (.*)", capsys.readouterr().out)[1])
     assert command[1] == "generate.py"
-    args = generate.flags(command[2:])
+    args = generate.parse_args(command[2:])
     assert args.prompt == "### Instruction:\nAnalyze the ethical implications".replace("\n", "\\n")
     assert args.window == 64 and args.model == tmp_path / "full"
     s = SimpleNamespace(BLOCK_SIZE=2, TRAINING_MODE="full")

@@ -34,12 +34,13 @@ def _open_packaged_openblas() -> None:
         _open(f"{folder}/{openblas.name}")
 
 
-def load() -> None:
+def open_library() -> None:
     """Open the first BLAS that loads. If none does, warn in one line on stderr."""
     libraries = ("libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2")
-    for open_library in (_open_packaged_openblas, *(partial(_open, name) for name in libraries)):
+    openers = (_open_packaged_openblas, *(partial(_open, name) for name in libraries))
+    for opener in openers:
         try:
-            open_library()
+            opener()
         except (OSError, PackageNotFoundError, StopIteration):
             continue
         _warn_if_busy()
@@ -74,4 +75,4 @@ def is_wanted() -> bool:
 if is_wanted() and "mlx.core" in sys.modules:
     print("warning: slow matrix products; import bdh_mlx before mlx.core", file=sys.stderr)
 elif is_wanted():
-    load()
+    open_library()

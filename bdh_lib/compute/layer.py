@@ -245,8 +245,8 @@ def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
     a segment. Those of a very long block are larger, up to `max_rows`: there are few to compile.
     """
     C = compute.chunk
-    few = min(math.ceil(T / MAX_SEGMENTS / C), compute.max_rows // B // C) * C
-    length = max(C, compute.rows // B // C * C, few)
+    longest = min(math.ceil(T / MAX_SEGMENTS / C), compute.max_rows // B // C) * C
+    length = max(C, compute.rows // B // C * C, longest)
     cuts = sorted({*range(0, T, length), T - T % C, T})
     return list(pairwise(cuts))
 

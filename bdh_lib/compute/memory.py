@@ -63,8 +63,10 @@ def cgroup_rooms(cgroup: Path = Path("/proc/self/cgroup")) -> list[float]:
             if not kinds or "memory" in kinds.split(","):
                 root = CGROUPS / ("memory" if kinds else "")
                 # some containers see the host's path, of which only the root exists
-                at = root / path.strip("/")
-                groups = [group for group in (at, *at.parents) if group.is_relative_to(root)]
+                folder = root / path.strip("/")
+                groups = [
+                    group for group in (folder, *folder.parents) if group.is_relative_to(root)
+                ]
                 rooms += [_room(group, *CGROUP_FILES[bool(kinds)]) for group in groups]
     return rooms
 

@@ -61,15 +61,16 @@ def rope_phases(positions, N: int) -> np.ndarray:
     return np.exp(1j * angles).astype(np.complex64)
 
 
-def rotate_state(S: mx.array, by: int) -> mx.array:
-    """Synapses (.., N, D) as if written `by` bytes later (earlier if negative): the paper's U^by.
+def rotate_state(S: mx.array, shift: int) -> mx.array:
+    """Rotate synapses (.., N, D) as if they were written `shift` bytes later: the paper's U^shift.
 
-    Only distances between positions matter, so no position has to exceed the range of float32.
+    A negative shift is earlier. Only distances between positions matter, so no position has to
+    exceed the range of float32.
     """
-    if not by:
+    if not shift:
         return S
-    *rest, N, D = S.shape
-    z = rope_phases(by, N)
+    *batch, N, D = S.shape
+    z = rope_phases(shift, N)
     cos, sin = (mx.array(np.ascontiguousarray(part))[:, None] for part in (z.real, z.imag))
-    a, b = (pair.squeeze(-2) for pair in mx.split(S.reshape(*rest, N // 2, 2, D), 2, -2))
+    a, b = (pair.squeeze(-2) for pair in mx.split(S.reshape(*batch, N // 2, 2, D), 2, -2))
     return mx.stack([a * cos - b * sin, a * sin + b * cos], -2).reshape(S.shape)

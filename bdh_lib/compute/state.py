@@ -246,7 +246,7 @@ def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
 
 def _flush(state: State) -> State:
     """flush_pending, in one pass with the new int8 synapses where the step uses those."""
-    if state.window or not state.synapses or not getattr(state.buffer, "is_int8", False):
+    if state.window or not state.synapses or not state.buffer.is_int8:
         return flush_pending(state)
     synapses, buffer = state.buffer.flush(state.synapses, state.position)
     return state._replace(synapses=synapses, buffer=buffer)

@@ -32,6 +32,8 @@ class PendingBuffer(NamedTuple):
     base_state: list[np.ndarray]  # per layer, the synapses; [] if they are empty
     decode_step: "DecodeStep"  # the step that reads and writes it
 
+    is_int8 = False  # class attribute: the step reads the float32 synapses
+
     def pending(self) -> list[tuple[mx.array, mx.array]]:
         """Per layer, the keys (H, B, N, count) and values (B, count, D)."""
         cut = [

@@ -24,6 +24,8 @@ class PendingBuffer(NamedTuple):
     base_state: tuple[mx.array, ...]  # per layer, the synapses
     decode_step: "DecodeStep"  # the step that reads and writes it
 
+    is_int8 = False  # class attribute: the step reads the float32 synapses
+
     def pending(self) -> list[tuple[mx.array, mx.array]]:
         """Per layer, the keys (H, B, N, count) and values (B, count, D), float32."""
         cut = [

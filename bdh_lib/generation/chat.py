@@ -164,8 +164,8 @@ class Session:
             save_state(file, self.model, self.state)
             saved = f"the state after {self.state.position:,} bytes"
         else:
-            with atomic_writer(file) as making:
-                making.write_bytes(self.text)
+            with atomic_writer(file) as temporary:
+                temporary.write_bytes(self.text)
             saved = f"{len(self.text):,} bytes"
         self.saved_files.add(file)
         print(f"saved {saved} in {file}")

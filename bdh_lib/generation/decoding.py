@@ -101,9 +101,9 @@ class StopMatcher:
             return b""
         text, new = self.context + self.pending + piece, len(self.context)
         ends = [
-            (at + len(stop), at)
+            (begin + len(stop), begin)
             for stop in self.stops
-            if (at := text.find(stop, max(0, new - len(stop) + 1))) >= 0
+            if (begin := text.find(stop, max(0, new - len(stop) + 1))) >= 0
         ]
         if ends:
             self.matched, self.pending = True, b""

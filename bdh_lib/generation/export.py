@@ -54,12 +54,12 @@ model.load_state_dict(load_file("model.safetensors"), strict=False)
 CELL = {ord("|"): r"\|", ord("\n"): " ", ord("<"): "&lt;"}  # text in a table
 
 
-def official(config: BDHConfig) -> dict:
+def official_config(config: BDHConfig) -> dict:
     """The fields of the official configuration, which lacks dropout_v, a setting of training."""
     return {name: value for name, value in asdict(config).items() if name != "dropout_v"}
 
 
-def command_of(settings: dict) -> str:
+def training_command(settings: dict) -> str:
     """The command with all settings of the run, except paths and the like."""
     words = ["python", "train_mlx.py"]
     for name, value in settings.items():
@@ -135,8 +135,8 @@ def export_model(source: str, folder: Path) -> int:
         name=escape_controls(files.absolute(folder).name),
         parameters=model.config.n_parameters,
         facts="\n".join(rows),
-        command=command_of(settings) if settings else "unknown: exported from weights alone",
-        config=official(model.config),
+        command=training_command(settings) if settings else "unknown: exported from weights alone",
+        config=official_config(model.config),
         mode=f" --mode {card_facts['mode']}" if card_facts.get("mode") in REQUIRED_FIELDS else "",
     )
     with _new_folder(folder):
@@ -144,11 +144,11 @@ def export_model(source: str, folder: Path) -> int:
             raise UserError(f"--export {folder} is not empty; name a new folder")
         bdh_mlx.save_model(model, folder / "model.safetensors")
         for name, text in (
-            ("config.json", json.dumps(official(model.config), indent=1)),
+            ("config.json", json.dumps(official_config(model.config), indent=1)),
             ("README.md", card),
         ):
-            with files.atomic_writer(folder / name) as making:
-                making.write_text(text, encoding="utf-8", errors="backslashreplace")
+            with files.atomic_writer(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"written: {folder}; fill in the licence in {folder / 'README.md'}, then, to share it:")
     print(f"  hf upload YOUR_NAME/{shlex.join([files.absolute(folder).name, str(folder)])}")
     return 0

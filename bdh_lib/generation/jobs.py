@@ -215,8 +215,8 @@ def write_results(
     `done` of the `total` texts were written before.
     """
     if done:
-        rest = "the others follow" if done < total else "none is left to write"
-        print(f"{out} holds {done} of {total} texts; {rest}", file=sys.stderr)
+        status = "the others follow" if done < total else "none is left to write"
+        print(f"{out} holds {done} of {total} texts; {status}", file=sys.stderr)
     try:
         with (
             open_output(out) as put,

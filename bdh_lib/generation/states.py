@@ -55,8 +55,8 @@ def save_state(path: str | Path, model: BDH, state: State) -> None:
     header |= {"window": state.window, "parts": len(state.parts)}
     header |= {"sha256": sha256_arrays(arrays, header)}
     header = {name: json.dumps(value) for name, value in header.items()}
-    with files.atomic_writer(path) as making:
-        mx.save_safetensors(str(making), arrays, metadata=header)
+    with files.atomic_writer(path) as temporary:
+        mx.save_safetensors(str(temporary), arrays, metadata=header)
 
 
 def load_state(path: str | Path, model: BDH) -> State:

@@ -122,8 +122,8 @@ def selective_neurons(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]
     """
     rates = []
     for text in texts:
-        each = [mx.mean(layer.y > 0, 1) for layer in layers(model, text)]
-        rates.append(np.array(sum(each) / len(each)))  # (H, N)
+        layer_rates = [mx.mean(layer.y > 0, 1) for layer in layers(model, text)]
+        rates.append(np.array(sum(layer_rates) / len(layer_rates)))  # (H, N)
     selected = []
     for i, rate in enumerate(rates):
         other = np.max([r for j, r in enumerate(rates) if j != i], 0)
@@ -144,20 +144,20 @@ def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
     """A figure: above, the share of neurons that fire by byte and layer; below, the top 40."""
     from bdh_lib.plots import INK, canvas, panel  # late: it takes a second
 
-    most = np.argsort(-summed.sum(0))[:40]
+    neurons = np.argsort(-summed.sum(0))[:40]
     figure = canvas(max(7, min(24, 0.16 * len(text))), 8)
     above, below = figure.subplots(2, 1, height_ratios=[1, 3.2], sharex=True)
     panel(above, "share of neurons that fire (y > 0), by layer")
     bar = figure.colorbar(above.imshow(shares * 100, aspect="auto", cmap="Blues"), ax=above)
     bar.set_label("%", color=INK)
     panel(below, "the neurons that fire most: y over the layers, by head.neuron")
-    shown = summed[:, most].T
-    bar = figure.colorbar(below.imshow(shown, aspect="auto", cmap="Oranges"), ax=below)
+    activations = summed[:, neurons].T
+    bar = figure.colorbar(below.imshow(activations, aspect="auto", cmap="Oranges"), ax=below)
     for axes in figure.axes:
         axes.grid(False)
         axes.tick_params(colors=INK, labelsize=7)
     above.set_yticks(range(len(shares)))
-    below.set_yticks(range(len(most)), [f"{n // N}.{n % N}" for n in most.tolist()])
+    below.set_yticks(range(len(neurons)), [f"{n // N}.{n % N}" for n in neurons.tolist()])
     if len(text) <= 160:
         letters = [chr(b) if 32 <= b < 127 else f"{b:02x}" for b in text]
         below.set_xticks(range(len(text)), [s.replace("$", r"\$") for s in letters], fontsize=7)
@@ -185,24 +185,24 @@ def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -
     neurons. A text @FILE stands for the lines of a file.
     """
     drawing, listing = output_paths(out)
-    read = [line for text in texts for line in _lines(text)]
-    if not read:
+    traced = [line for text in texts for line in _lines(text)]
+    if not traced:
         raise UserError("--trace has no text; give at least one byte")
-    summary, shares, summed = trace(model, read[0])
+    summary, shares, summed = trace(model, traced[0])
     for i, layer in enumerate(summary["layers"]):
         print(f"layer {i}: x {layer['share_x']:.1%}, y {layer['share_y']:.1%} of neurons active")
         for name, entries in layer["synapses"].items():
             ends = (f"{s['head']}.{s['from'][0]}+1 -> {s['head']}.{s['to']}" for s in entries[:3])
             print(f"  strongest synapses {name}: {', '.join(ends) or 'none'}")
-    if len(read) > 1:
-        summary["texts"] = [escape_controls(decode_text(text)) for text in read]
-        summary["selective"] = selective_neurons(model, read)
+    if len(traced) > 1:
+        summary["texts"] = [escape_controls(decode_text(text)) for text in traced]
+        summary["selective"] = selective_neurons(model, traced)
         for text, entries in zip(summary["texts"], summary["selective"], strict=True):
             names = (f"{n['head']}.{n['neuron']} ({n['here']:.0%})" for n in entries[:5])
             print(f"only on {text[:40]!r}: {', '.join(names) or 'none'}")
     from bdh_lib.plots import drawn
 
-    figure = drawn(picture(read[0], shares, summed, model.config.neurons_per_head), "png")
+    figure = drawn(picture(traced[0], shares, summed, model.config.neurons_per_head), "png")
     with atomic_writer(drawing) as png, atomic_writer(listing) as text:
         png.write_bytes(figure)
         text.write_text(json.dumps({"made_by": MADE_BY} | summary))
