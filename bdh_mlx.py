@@ -42,7 +42,7 @@ from bdh_lib.rules import TEMPERATURE, TOP_K, check, whole
 
 @dataclass(frozen=True)
 class BDHConfig(CheckedConfig):
-    """Shape of a model. Raises UserError naming the wrong field, its value and the limit."""
+    """The configuration sets a model's shape. Raises UserError naming the wrong field."""
 
     n_layer: int = 6  # times the shared layer is applied
     n_embd: int = 256  # D, dimension of v
@@ -54,18 +54,18 @@ class BDHConfig(CheckedConfig):
 
     @property
     def neurons_per_head(self) -> int:
-        """N."""
+        """Return N."""
         return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
 
     @property
     def n_parameters(self) -> int:
-        """Total size of the five arrays."""
+        """Return the total size of the five arrays."""
         neurons = self.n_head * self.neurons_per_head
         return (3 * neurons + 2 * self.vocab_size) * self.n_embd
 
 
 def attention_quadratic(q: mx.array, v: mx.array) -> mx.array:
-    """The definition, with T x T scores: the reference for the tests of all faster forms.
+    """Compute attention as it is defined, with T x T scores: the reference for all faster forms.
 
     q (H, B, T, N) rotated activations, v (B, T, D) values; returns (H, B, T, D). t reads s < t.
     """
@@ -73,7 +73,7 @@ def attention_quadratic(q: mx.array, v: mx.array) -> mx.array:
 
 
 class BDH(nn.Module):
-    """A model with random weights; its only parameters are the five arrays.
+    """The model starts with random weights; its only parameters are the five arrays.
 
     model(idx, targets) -> (logits (B, T, V), mean loss in nats or None); both (B, T) integers.
     Dropout acts only if a PRNG `key` is passed: there is no train or eval mode.
@@ -94,12 +94,12 @@ class BDH(nn.Module):
         self.lm_head = mx.random.normal((D, config.vocab_size)) * 0.02
 
     def weights(self) -> tuple[mx.array, mx.array, mx.array]:
-        """The paper's Dx, Dy (H, D, N) and E (H, N, D), which every layer shares."""
+        """Return the paper's Dx, Dy (H, D, N) and E (H, N, D), which every layer shares."""
         H, D, N = self.encoder.shape
         return self.encoder, self.encoder_v, self.decoder.reshape(H, N, D)
 
     def __call__(self, idx, targets=None, key=None):
-        """See the class. `self.compute` says how to run the layers, which have custom gradients."""
+        """Return logits and loss as the class says, by layers that `self.compute` configures."""
         v = ln(self.embed(idx))  # (B, T, D)
         L, rates = self.config.n_layer, (self.config.dropout, self.config.dropout_v)
         if key is not None and self.config.dropout_v:
@@ -110,14 +110,14 @@ class BDH(nn.Module):
         return self._logits_and_loss(v, targets)
 
     def _logits_and_loss(self, v: mx.array, targets: mx.array | None):
-        """(logits (B, T, V), mean loss in nats or None) of the last layer's v (B, T, D)."""
+        """Return logits (B, T, V) and mean loss in nats (or None) of the last v (B, T, D)."""
         logits = v @ self.lm_head
         if targets is None:
             return logits, None
         return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
 
     def read(self, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
-        """logits (B, T, V) of idx (B, T) read after `state`, and the new State. No dropout.
+        """Read idx (B, T) after `state`; return logits (B, T, V) and the new State. No dropout.
 
         Raises UserError for an idx or a state that does not fit the model.
         """
@@ -125,14 +125,14 @@ class BDH(nn.Module):
         return read(self, check_prompt(self, idx), state)
 
     def quadratic(self, idx: mx.array, targets=None):
-        """The definition, the reference for all other forms: like __call__ without dropout."""
+        """Return what __call__ does, by the definition: the reference for all forms. No dropout."""
         v = ln(self.embed(idx))  # (B, T, D)
         for _ in range(self.config.n_layer):
             v = self.quadratic_layer(v)
         return self._logits_and_loss(v, targets)
 
     def quadratic_layer(self, v: mx.array) -> mx.array:
-        """v' (B, T, D) of v by the equations above; the GEMMs' rows are B * T."""
+        """Apply the equations above to v (B, T, D); the rows of the GEMMs are B * T."""
         B, T, D = v.shape
         Dx, Dy, E = self.weights()
         H, N = self.config.n_head, self.config.neurons_per_head
@@ -143,7 +143,7 @@ class BDH(nn.Module):
         return ln(v + ln(out).reshape(B, T, D))
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None) -> mx.array:
-        """idx (B, T >= 1) with max_new_tokens more bytes, (B, T + max_new_tokens).
+        """Append max_new_tokens bytes to idx (B, T >= 1) and return (B, T + max_new_tokens).
 
         temperature 0 takes the likeliest byte; top_k samples from the k likeliest. Without `key`
         mx.random.seed sets the draws. Raises UserError for an empty prompt or invalid settings.
@@ -183,7 +183,7 @@ def save_model(model: BDH, path: str | Path) -> None:
 
 
 def load_model(path: str | Path) -> BDH:
-    """The model saved at `path`: a .safetensors file, a checkpoint folder or a run folder.
+    """Load the model at `path`: a .safetensors file, a checkpoint folder or a run folder.
 
     It loads official weights too, without `attn.freqs` and `_orig_mod.` prefixes. The arrays give
     the shapes; the header gives the number of layers, which is 6 without it. Raises UserError for a
@@ -209,6 +209,7 @@ def load_model(path: str | Path) -> BDH:
 
 
 def _infer_config(arrays: dict, header: dict, file: Path) -> BDHConfig:
+    """Read the configuration from the arrays' shapes and the header. Raises UserError."""
     embedding = arrays.get("embed.weight", mx.array(0))
     if embedding.ndim != 2 or "encoder" not in arrays or arrays["encoder"].ndim != 3:
         raise UserError(f"{file} holds no BDH: it has {', '.join(sorted(arrays)) or 'no arrays'}")

@@ -155,7 +155,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def parse_typed(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """The parsed arguments, and those that the user typed, even with a default's value."""
+    """Return the parsed arguments, and those that the user typed, even with a default's value."""
     args = parser.parse_args(argv)
     absent = {name: None for name in vars(args)}
     typed = vars(parser.parse_args(argv, argparse.Namespace(**absent)))
@@ -163,6 +163,7 @@ def parse_typed(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namesp
 
 
 def flag_name(argument: str) -> str:
+    """Return an argument's name as it is typed: `model`, or a flag."""
     return argument if argument == "model" else flag_of(argument)
 
 
@@ -188,7 +189,7 @@ def check_flags(args: argparse.Namespace, typed: dict) -> None:
 
 
 def prompt_of(args: argparse.Namespace) -> bytes:
-    """The prompt as bytes, from --prompt, --prompt-file or stdin. Raises UserError."""
+    """Read the prompt as bytes from --prompt, --prompt-file or stdin. Raises UserError."""
     if args.prompt is not None:
         return parse_escapes(args.prompt)
     if args.prompt_file is None:
@@ -202,7 +203,7 @@ def prompt_of(args: argparse.Namespace) -> bytes:
 
 
 def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
-    """The stop strings: --stop, else the last line of a record of mode full."""
+    """Return the stop strings: --stop, else the last line of a record of mode full."""
     if args.no_stop:
         return []
     if args.stop is None:
@@ -254,7 +255,7 @@ def print_stream(decoding: Decoding, prompt: bytes, args: argparse.Namespace) ->
 
 
 def initial_state(model, args: argparse.Namespace) -> State:
-    """The initial state: --load-state, else an empty one with --window. Raises UserError."""
+    """Load the state of --load-state, or make an empty one with --window. Raises UserError."""
     if not args.load_state:
         return State(window=args.window)
     state = states.load_state(args.load_state, model)
@@ -305,12 +306,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_bytes(model, weights: Path) -> None:
+    """Raise UserError if the model does not read bytes."""
     if model.config.vocab_size != 256:
         raise UserError(f"{weights} has a vocabulary of {model.config.vocab_size}; bytes are 256")
 
 
 def settings_or_empty(weights: Path) -> dict:
-    """The settings of the training; {} and a warning if their file is damaged."""
+    """Return the settings of the training; if their file is damaged, warn and return {}."""
     try:
         return runs.settings_of(weights)
     except UserError as error:

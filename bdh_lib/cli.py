@@ -15,13 +15,13 @@ INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as ot
 
 
 class Interrupts:
-    """Whether Ctrl-C that the interpreter cannot hear for INTERRUPT_TIMEOUT ends the process."""
+    """The class says whether Ctrl-C ends a process that is deaf to it for INTERRUPT_TIMEOUT."""
 
     end_the_process = True
 
 
 class Output(io.TextIOWrapper):
-    """Standard output or error, which remembers an `error` of writing: argparse swallows it.
+    """The stream remembers an `error` of writing to stdout or stderr: argparse swallows it.
 
     Once it `endures`, a reader that is gone no longer matters.
     """
@@ -96,8 +96,8 @@ def open_streams() -> None:
 
 
 def import_script(file: str):
-    """The script as a module. Ctrl-C meanwhile ends the process at once: there is no work to lose,
-    and a library that is being imported may swallow the exception.
+    """Import the script as a module. Ctrl-C ends the process at once meanwhile: there is no work
+    to lose, and a library that is being imported may swallow the exception.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as by nohup
         return load_module(file)
@@ -108,7 +108,7 @@ def import_script(file: str):
 
 
 def load_module(file: str):
-    """The module in a file, whatever its name is: users copy the trainer. Or one that is loaded."""
+    """Load the module in a file of any name, as users copy the trainer; or return a loaded one."""
     if file in sys.modules:
         return sys.modules[file]
     spec = spec_from_file_location("script", file)
@@ -148,7 +148,7 @@ def hear_interrupts() -> None:
 
 
 def report_error(error: BaseException, file: str) -> int:
-    """Say on stderr in one line what ended the script; the exit code.
+    """Print to stderr in one line what ended the script, and return the exit code.
 
     An error that no user can mend keeps its traceback: it is a fault of this project.
     """
@@ -191,7 +191,7 @@ def report_error(error: BaseException, file: str) -> int:
 
 
 def script_line(error: BaseException, file: str) -> int | None:
-    """The line of the script, outside its functions, that led to `error`: a setting, as a rule."""
+    """Return the line of the script, outside its functions, that led to `error`: a setting."""
     entry = error.__traceback__
     while entry:
         code = entry.tb_frame.f_code
@@ -207,7 +207,7 @@ def redirect_to_devnull(number: int) -> None:
 
 
 def version() -> str:
-    """What --version prints."""
+    """Return the text that --version prints."""
     import mlx.core as mx  # late, as all that a start need not wait for
 
     return f"BDH-MLX, mlx {mx.__version__}, python {sys.version.split()[0]}"

@@ -17,7 +17,7 @@ RULES = {
 
 
 class CheckedConfig:
-    """A base for a dataclass with the fields of RULES. It raises UserError for a wrong field."""
+    """The base class checks a dataclass with the fields of RULES. Raises UserError."""
 
     def __new__(cls, *args, **values):  # runs before the dataclass __init__, which raises TypeError
         if len(args) > len(fields := cls.__dataclass_fields__):

@@ -12,9 +12,9 @@ class UserError(ValueError):
 
 
 def escape_controls(text: str) -> str:
-    """Text that is safe on a terminal: control characters but newline and tab as \\x1b.
+    """Escape what is unsafe on a terminal: control characters but newline and tab become \\x1b.
 
-    So are lone surrogates, which cannot be printed, and marks that turn the direction of writing.
+    So do lone surrogates, which cannot be printed, and marks that turn the direction of writing.
     """
     unsafe = (
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -23,6 +23,6 @@ def escape_controls(text: str) -> str:
 
 
 def did_you_mean(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """`; did you mean x?` for the name most like `word`; empty where none is similar."""
+    """Return `; did you mean x?` for the name most like `word`, or nothing if none is similar."""
     matches = difflib.get_close_matches(word, names, 1, cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""

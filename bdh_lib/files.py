@@ -18,7 +18,7 @@ MADE_BY = "BDH-MLX"  # stands at the beginning of pictures and traces, which may
 
 
 def flush(path: Path) -> None:
-    """Have the drive itself keep the file or folder; fsync alone stops at a Mac's drive cache."""
+    """Flush the file or folder to the drive itself; fsync alone stops at a Mac's drive cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if hasattr(fcntl, "F_FULLFSYNC"):
@@ -30,7 +30,7 @@ def flush(path: Path) -> None:
 
 
 def expand_user(path: str | Path, name: str = "the path") -> Path:
-    """The path with `~` replaced, where a user is known by that name: Path's own raises.
+    """Replace `~` in a path where a user has that name: Path.expanduser raises if none has.
 
     Every path of a user comes through here. Raises UserError, which calls it `name`, for an empty
     one and for one that MLX, which takes UTF-8 alone, could not open.
@@ -47,12 +47,12 @@ def expand_user(path: str | Path, name: str = "the path") -> Path:
 
 
 def absolute(path: Path) -> Path:
-    """The path from the root, without `..`. Unlike resolve() it accepts links in a circle."""
+    """Return the path from the root, without `..`. Unlike resolve() it accepts circular links."""
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def parse_json(text: str | bytes):
-    """What json.loads gives. Raises ValueError for text that is nested too deep, too."""
+    """Parse JSON. Raises ValueError, also for text that is nested too deep."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -60,7 +60,7 @@ def parse_json(text: str | bytes):
 
 
 def read_json_object(path: Path) -> dict:
-    """The object in a JSON file, {} without a file. Raises UserError for any other content."""
+    """Read the object in a JSON file; {} without a file. Raises UserError for other content."""
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -75,7 +75,7 @@ def read_json_object(path: Path) -> dict:
 
 
 class NotWritten(UserError, OSError):
-    """A file that cannot be written: an OSError, too, for those who clean up after one."""
+    """The file cannot be written. It is an OSError, too, for those who clean up after one."""
 
 
 def check_replaceable(path: Path, name: str) -> None:
@@ -94,7 +94,7 @@ def check_replaceable(path: Path, name: str) -> None:
 
 @contextmanager
 def atomic_writer(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A path to write to, which then replaces `path`. A reader finds the old or the new content.
+    """Yield a path to write to, which then replaces `path`: readers find old or new content.
 
     `durable` flushes both to the disk. Raises NotWritten; after an error the new file is removed.
     """
@@ -121,6 +121,7 @@ def atomic_writer(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

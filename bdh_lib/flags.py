@@ -27,7 +27,7 @@ SIMILARITY = 0.8  # share of two names that is the same where one is taken for a
 
 
 class Settings(SimpleNamespace):
-    """The settings of a run by their names."""
+    """The namespace holds the settings of a run by their names."""
 
 
 def parse(
@@ -37,7 +37,7 @@ def parse(
     actions: dict[str, str],
     argv: list[str] | None = None,
 ) -> tuple[Settings, set[str]]:
-    """The script's constants, changed by --preset, changed by flags; and the flags typed, by name.
+    """Return the constants, changed by --preset, then by flags; and the names of typed flags.
 
     rules: of the settings that the script knows; actions: flags that are no settings, with their
     help. Raises UserError for a value that no rule admits; argparse reports an unknown flag.
@@ -69,14 +69,14 @@ def parse(
 
 
 def setting_names(script: ModuleType) -> list[str]:
-    """The constants of the script, as far as its first table, ACTIONS."""
+    """List the constants of the script, as far as its first table, ACTIONS."""
     constants = list(vars(script))[: list(vars(script)).index("ACTIONS")]
     is_code = (type, ModuleType, Callable)
     return [n for n in constants if n.isupper() and not isinstance(vars(script)[n], is_code)]
 
 
 def infer_rule(script: ModuleType, name: str) -> Rule:
-    """The rule of a setting that the user added: its type, else that of its value."""
+    """Infer the rule of a setting that the user added from its type, else from its value's."""
     value = getattr(script, name)
     try:
         hint = get_type_hints(script).get(name)
@@ -92,7 +92,7 @@ def infer_rule(script: ModuleType, name: str) -> Rule:
 
 
 def as_json(value):
-    """A value as JSON holds it; what it cannot hold as text, the same in each process."""
+    """Convert a value to what JSON holds; else to text, the same in each process."""
     if isinstance(value, set | frozenset):
         value = sorted(value, key=repr)
     try:
@@ -102,6 +102,7 @@ def as_json(value):
 
 
 def as_text(value) -> str:
+    """Convert a value to text, which Python refuses for very long integers."""
     try:
         return str(value)
     except ValueError:  # Python refuses to write a number of more than 4,300 digits
@@ -109,7 +110,7 @@ def as_text(value) -> str:
 
 
 def parse_value(name: str, value: str | bool, rule: Rule | None):
-    """The value of a flag. Raises UserError as check does."""
+    """Parse the value of a flag. Raises UserError as check does."""
     if rule is None or isinstance(value, bool):
         return value
     if rule.allow_none and value.lower() == "none":
@@ -129,7 +130,7 @@ def parse_value(name: str, value: str | bool, rule: Rule | None):
 
 
 class Parser(argparse.ArgumentParser):
-    """For any script: its docstring heads --help; a mistake is one line, and exit code 2."""
+    """The parser heads --help by a script's docstring; a mistake is one line, and exit code 2."""
 
     def __init__(self, description: str):
         form = argparse.RawDescriptionHelpFormatter
@@ -144,7 +145,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions) -> Parser:
-    """A flag for each setting that a flag can hold, under its heading."""
+    """Make a parser with a flag, under its heading, for each setting that a flag can hold."""
     parser, groups, about = Parser(script.__doc__), {}, comments(script)
     parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}",
                         default=argparse.SUPPRESS)  # fmt: skip
@@ -171,11 +172,12 @@ def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions
 
 
 def flag_of(name: str) -> str:
+    """Return the flag of a setting: --block-size for BLOCK_SIZE."""
     return f"--{name.lower().replace('_', '-')}"
 
 
 def comments(script: ModuleType) -> dict[str, tuple[str, str]]:
-    """Of each constant, and each field of a dataclass among them, its heading and its comment."""
+    """Return the heading and the comment of each constant, and of each field of a dataclass."""
     texts = _comments(Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace"))
     for name, value in list(vars(script).items()):
         if is_dataclass(value) and name in texts and not isinstance(value, type):
@@ -185,6 +187,7 @@ def comments(script: ModuleType) -> dict[str, tuple[str, str]]:
 
 
 def _comments(source: str) -> dict[str, tuple[str, str]]:
+    """Return the heading and the comment of each name that the source assigns."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     remarks = {t.start: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
     texts, heading = {}, ""
@@ -197,14 +200,14 @@ def _comments(source: str) -> dict[str, tuple[str, str]]:
 
 
 def assignments(source: str) -> list[ast.Assign | ast.AnnAssign]:
-    """The assignments of a module, or of the class that is all of it."""
+    """List the assignments of a module, or of the class that is all of it."""
     body = ast.parse(source).body
     body = body[0].body if len(body) == 1 and isinstance(body[0], ast.ClassDef) else body
     return [node for node in body if isinstance(node, ast.Assign | ast.AnnAssign)]
 
 
 def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
-    """The plain names that it assigns."""
+    """List the plain names that an assignment sets."""
     nodes = node.targets if isinstance(node, ast.Assign) else [node.target]
     return [target.id for target in nodes if isinstance(target, ast.Name)]
 
@@ -213,7 +216,7 @@ def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 
 
 def slips(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
-    """A line for each name at the top that may be a slip: very like a setting's, or set twice."""
+    """Warn in a line of each name at the top that may be a slip: like a setting's, or set twice."""
     source = Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
     lines, warnings = {}, []
     for node in assignments(source):

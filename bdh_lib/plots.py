@@ -10,6 +10,7 @@ INK, LINES = "#808080", ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", 
 
 
 def canvas(width: float, height: float):
+    """Make an empty figure; sizes in inches."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # not that a HOME is lacking
     from matplotlib.figure import Figure  # imported late, and without pyplot: a run needs neither
 
@@ -17,6 +18,7 @@ def canvas(width: float, height: float):
 
 
 def panel(axes, title: str) -> None:
+    """Set the title and the plain style of one panel of a figure."""
     axes.set_title(title, loc="left", fontsize=9, color=INK)
     axes.tick_params(colors=INK, labelsize=8, length=0)
     axes.grid(color=INK, alpha=0.2, linewidth=0.6)
@@ -26,16 +28,17 @@ def panel(axes, title: str) -> None:
 
 
 def label(name) -> str:
-    """A name for matplotlib, in which a $ starts no formula and a leading _ hides no line."""
+    """Escape a name for matplotlib: a $ starts no formula and a leading _ hides no line."""
     return " " * str(name).startswith("_") + escape_controls(str(name)).replace("$", r"\$")
 
 
 def legend(axes) -> None:
+    """Draw a legend without a frame."""
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
 def drawn(figure, kind: str) -> bytes:
-    """The figure as a PNG on white, or as an SVG on nothing, whose text takes the page's font."""
+    """Render the figure as a PNG on white, or as a transparent SVG in the font of its page."""
     import matplotlib
 
     file, options = io.BytesIO(), {"dpi": 130, "facecolor": "white"}

@@ -1,4 +1,4 @@
-"""What a run folder holds, found without MLX: its weights file and its settings."""
+"""Find the weights file and the settings in a run folder, without MLX."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,10 @@ from bdh_lib.errors import UserError
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weights file that `path` means: itself, a checkpoint's, a run's best or last."""
+    """Find the weights file that `path` means: itself, a checkpoint's, a run's best or last.
+
+    Raises UserError if there is none, or none that is valid.
+    """
     path = files.expand_user(path, "the path of a model")
     if path.is_file():
         return path
@@ -38,7 +41,7 @@ def find_weights(path: str | Path) -> Path:
 
 
 def _best_of(run: Path) -> str | None:
-    """Name of the checkpoint that a run's best.json names, None if there is no such file."""
+    """Return the name of the checkpoint in a run's best.json, None if there is no such file."""
     try:
         return files.read_json_object(run / "best.json").get("checkpoint")
     except UserError:
@@ -46,14 +49,14 @@ def _best_of(run: Path) -> str | None:
 
 
 def _fault(weights: Path) -> str | None:
-    """Why a checkpoint's weights cannot be taken."""
+    """Say why a checkpoint's weights cannot be taken; None if they can."""
     if not weights.is_file():
         return "lacks its model.safetensors"
     return "is damaged" if is_changed(weights) else None
 
 
 def is_changed(weights: Path) -> bool:
-    """Whether weights differ from the sha256 in the manifest beside them, if there is one."""
+    """Compare weights with the sha256 in the manifest beside them, if there is one."""
     if not (manifest := weights.with_name("manifest.json")).exists():
         return False
     try:
@@ -68,7 +71,7 @@ def is_changed(weights: Path) -> bool:
 
 
 def settings_of(weights: Path) -> dict:
-    """The trainer's settings, from config.json beside the weights; {} where there are none.
+    """Read the trainer's settings from config.json beside the weights; {} without one.
 
     Those that others compute with are left out where they are of another type. Raises UserError
     where the file is there and damaged.
@@ -81,7 +84,7 @@ def settings_of(weights: Path) -> dict:
 
 
 def valid_settings(settings: dict) -> dict:
-    """Settings from a config.json, which may hold anything, without those of a wrong type."""
+    """Drop settings of a wrong type from those of a config.json, which may hold anything."""
     settings = dict(settings)
     for name in ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "PROCESSES"):
         if name in settings and not (type(settings[name]) is int and 0 < settings[name] < 2**31):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def format_table(rows: Sequence[Sequence], indent: str = "") -> str:
-    """Rows of cells, the first of headings; columns of numbers are aligned to the right."""
+    """Format rows of cells, the first of headings; columns of numbers are aligned to the right."""
     columns = []
     for head, *cells in zip(*([str(cell) for cell in row] for row in rows), strict=True):
         width = max(map(len, [head, *cells]))

@@ -12,7 +12,7 @@ from bdh_lib.files import parse_json
 
 
 def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Arrays and header of a .safetensors file. Raises UserError for a damaged or crafted one.
+    """Read arrays and header of a .safetensors file. Raises UserError for a damaged or crafted one.
 
     As the format demands, and MLX does not, arrays must not overlap or leave bytes unused.
     """
@@ -34,7 +34,7 @@ def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def _is_safetensors(file: Path) -> bool:
-    """Whether a file begins with the size of a JSON object, and the object."""
+    """Test whether a file begins with the size of a JSON object, and the object."""
     try:
         with file.open("rb") as start:
             size, brace = int.from_bytes(start.read(8), "little"), start.read(1)
@@ -44,7 +44,7 @@ def _is_safetensors(file: Path) -> bool:
 
 
 def sha256_arrays(arrays: dict[str, mx.array], header: dict | None = None) -> str:
-    """sha256 of the arrays' names, shapes and numbers, and of the header."""
+    """Return the sha256 of the arrays' names, shapes and numbers, and of the header."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode() if header else b"")
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.shape}".encode())

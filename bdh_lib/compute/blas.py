@@ -64,7 +64,7 @@ def _warn_if_busy() -> None:
 
 
 def is_wanted() -> bool:
-    """Whether MLX needs it: only its CPU wheel for Linux does (not Accelerate, not CUDA)."""
+    """Test whether MLX needs a BLAS: only its CPU wheel for Linux does, not Accelerate or CUDA."""
     try:
         distribution("mlx-cpu")
     except PackageNotFoundError:

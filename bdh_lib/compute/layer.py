@@ -28,7 +28,7 @@ MAX_SEGMENTS = 32  # mx.compile takes time cubic in their number: 17 s for 64, 2
 
 @dataclass(frozen=True)
 class Compute:
-    """How a layer is computed; no setting changes the function."""
+    """The settings say how a layer is computed; none changes the function."""
 
     dtype: mx.Dtype = mx.float32  # of the GEMMs; sums, norms and states stay float32
     chunk: int = 128  # C: bytes whose scores are computed as a square
@@ -38,12 +38,12 @@ class Compute:
 
 
 def default_chunk(D: int) -> int:
-    """C at which scores and chunk states cost about the same."""
+    """Return the C at which scores and chunk states cost about the same."""
     return max(128, 2 * D)
 
 
 def ln(x: mx.array) -> mx.array:
-    """LayerNorm over the last axis, without parameters."""
+    """Apply LayerNorm over the last axis, without parameters."""
     return mx.fast.layer_norm(x, None, None, 1e-5)
 
 
@@ -55,10 +55,11 @@ def residual(v: mx.array, o: mx.array, scale_v=1) -> mx.array:
 
 
 def dropout_mask(key: mx.array, rate: float, shape: tuple):
-    """(8 random bits per neuron, limit below which it is dropped, scale), or None for rate 0.
+    """Draw 8 random bits per neuron, the limit below which it is dropped, and the scale.
 
-    A 32-bit draw serves four neurons: a draw for each would cost more than a GEMM. 256 * rate is
-    seldom an integer: the limit is drawn from its two neighbours, so the mean rate is exact.
+    The mask is None for rate 0. A 32-bit draw serves four neurons: a draw for each would cost more
+    than a GEMM. 256 * rate is seldom an integer: the limit is drawn from its two neighbours, so the
+    mean rate is exact.
     """
     if not rate:
         return None
@@ -69,7 +70,7 @@ def dropout_mask(key: mx.array, rate: float, shape: tuple):
 
 
 def dropout_scale(mask, dtype):
-    """0 or 1 / (1 - rate) for each entry of a dropout mask; 1 without a mask."""
+    """Return 0 or 1 / (1 - rate) for each entry of a dropout mask; 1 without a mask."""
     if mask is None:
         return 1
     bits, limit, scale = mask
@@ -102,19 +103,19 @@ def _transpose(a):
 
 
 def _add_matmul(total, a, b):
-    """total + a @ b in float32; total None is 0."""
+    """Return total + a @ b in float32; total None is 0."""
     if total is None:
         return (a @ b).astype(mx.float32)
     return mx.addmm(total, a, b) if a.dtype == total.dtype else total + a @ b
 
 
 def _chunked(a, B, C):
-    """(h, B*T, d) -> (h, B, T/C, C, d), a view."""
+    """Reshape (h, B*T, d) to (h, B, T/C, C, d), a view."""
     return a.reshape(a.shape[0], B, -1, min(C, a.shape[1] // B), a.shape[-1])
 
 
 def _chunk_states(S, k, v, reverse=False):
-    """The state before each chunk (reverse: after it), and the state with all chunks.
+    """Return the state before each chunk (reverse: after it), and the state with all chunks.
 
     k, v (H or 1, B, n, C, N or D). The states (H, B, n, N, D) are in k's dtype, None if all are 0;
     the last state (H, B, N, D) is float32.
@@ -130,7 +131,7 @@ def _chunk_states(S, k, v, reverse=False):
 
 
 def _prefix_sum(updates, reverse):
-    """Exclusive prefix sums of updates (n, ...), None for n = 1, and their sum (1, ...)."""
+    """Return exclusive prefix sums of updates (n, ...), None for n = 1, and their sum (1, ...)."""
     updates = mx.split(updates, updates.shape[0])[:: -1 if reverse else 1]
     sums, total = [mx.zeros_like(updates[0])], updates[0].astype(mx.float32)
     for update in updates[1:]:
@@ -140,7 +141,7 @@ def _prefix_sum(updates, reverse):
 
 
 def _prefix_sum_matmul(updates, reverse):
-    """The same as a product with a triangle of ones: one pass over the states, slow for small n."""
+    """Return the same by a product with a triangle of ones: one pass, but slow for small n."""
     n = updates.shape[0]
     ones = mx.tri(n + 1, n, -1, dtype=updates.dtype)
     sums = (ones[::-1, ::-1] if reverse else ones) @ updates.reshape(n, -1)
@@ -153,7 +154,7 @@ def _prefix_sum_matmul(updates, reverse):
 
 
 class Saved(NamedTuple):
-    """Results of a segment's forward pass, small arrays first; None: not saved."""
+    """The results of a segment's forward pass, small arrays first; None: not saved."""
 
     state: mx.array | None  # S before the segment, (H, B, N, D)
     scores: mx.array  # (H, B, n, C, C)
@@ -167,14 +168,14 @@ class Saved(NamedTuple):
 
 
 def _encode(v, Dx, position, B):
-    """x = relu(v Dx) and its rotation q, both (H, B*T, N)."""
+    """Return x = relu(v Dx) and its rotation q, both (H, B*T, N)."""
     x = mx.maximum(v @ Dx, 0)
     q = rotate(x.reshape(x.shape[0], B, -1, x.shape[-1]), position)
     return x, q.reshape(x.shape)
 
 
 def forward_segment(vs, S, weights, position, C, masks=(None, None)):
-    """v' (B, T, D) of a segment, the state after it (H, B, N, D) in float32, and its Saved."""
+    """Return v' (B, T, D) of a segment, the float32 state after it (H, B, N, D), and its Saved."""
     (B, T, D), (Dx, Dy, E) = vs.shape, weights
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     x, q = _encode(v, Dx, position, B)
@@ -191,7 +192,7 @@ def forward_segment(vs, S, weights, position, C, masks=(None, None)):
 
 
 def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
-    """dv (B, T, D) of a segment, and R and dW with its contribution, last segment first."""
+    """Return dv (B, T, D) of a segment, and add it to R and dW; the last segment comes first."""
     (B, T, D), (Dx, Dy, E) = vs.shape, weights
     (mask, mask_v), (S, scores, a, o, prefix_states, x, g, q, y) = masks, saved
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
@@ -241,8 +242,10 @@ def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
 
 
 def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
-    """(begin, end) of each segment: whole chunks, at most `rows` rows; the last incomplete chunk is
-    a segment. Those of a very long block are larger, up to `max_rows`: there are few to compile.
+    """Return (begin, end) of each segment: whole chunks, at most `rows` rows.
+
+    The last incomplete chunk is a segment. Those of a very long block are larger, up to `max_rows`:
+    there are few to compile.
     """
     C = compute.chunk
     longest = min(math.ceil(T / MAX_SEGMENTS / C), compute.max_rows // B // C) * C
@@ -252,10 +255,10 @@ def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
 
 
 def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, rate_v=0.0):
-    """v' (B, T, D) in float32 of v (B, T, D); encoder, encoder_v (H, D, N); decoder (H, N, D).
+    """Apply the layer to v (B, T, D); return v' (B, T, D) in float32.
 
-    With a `key`, dropout of `rate` acts on y and of `rate_v` on ln(o). The same key and segments
-    give the same masks.
+    encoder, encoder_v (H, D, N); decoder (H, N, D). With a `key`, dropout of `rate` acts on y and
+    of `rate_v` on ln(o). The same key and segments give the same masks.
     """
     (B, T, D), (H, _, N) = v.shape, encoder.shape
     parts, C = segments(B, T, compute), compute.chunk

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, and which MEMORY_MODE fits.
+"""Estimate the memory of a training step, and select a MEMORY_MODE that fits.
 
 The estimate is the sum of what the forward pass saves, what one segment needs while it is computed,
 and the parameters with their gradients and moments.
@@ -23,7 +23,7 @@ CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
 
 
 def compute_for(config, memory: str, dtype: str) -> Compute:
-    """MEMORY_MODE and DTYPE for the layer; dtype "auto" is bfloat16 on a GPU, else float32."""
+    """Return the Compute of a MEMORY_MODE; dtype "auto" is bfloat16 on a GPU, else float32."""
     rows, saved_activations = MODES[memory]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
     max_rows = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
@@ -39,7 +39,7 @@ CGROUP_FILES = (  # by version: limit, usage, the reclaimable field of memory.st
 
 
 def available() -> float:
-    """Bytes a run may use: a Mac's recommended working set, a GPU's memory, else free RAM.
+    """Return the bytes a run may use: a Mac's working set, a GPU's memory, else free RAM.
 
     Free RAM respects the limits of a container or a service manager.
     """
@@ -55,7 +55,7 @@ def available() -> float:
 
 
 def cgroup_rooms(cgroup: Path = Path("/proc/self/cgroup")) -> list[float]:
-    """Free bytes under each limit on this process's control groups, after infinity."""
+    """Return the free bytes under each limit on this process's control groups, after infinity."""
     rooms = [math.inf]
     with suppress(OSError, ValueError):
         for line in cgroup.read_text().splitlines():
@@ -72,7 +72,7 @@ def cgroup_rooms(cgroup: Path = Path("/proc/self/cgroup")) -> list[float]:
 
 
 def _room(group: Path, limit: str, used: str, cached: str) -> float:
-    """Free bytes under a group's limit; infinity without one. Page cache counts as free."""
+    """Return the free bytes under a group's limit, or infinity. Page cache counts as free."""
     try:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         maximum, usage = (float((group / name).read_text()) for name in (limit, used))
@@ -87,7 +87,7 @@ CPU_AHEAD = 1.2  # MLX allocates before it computes; on a CPU no limit stops it
 
 
 def estimate(config, B: int, T: int, compute: Compute) -> float:
-    """Peak bytes of a training step on blocks (B, T), within 20 % of those in docs/log.md."""
+    """Estimate the peak bytes of a step on blocks (B, T), within 20 % of those in docs/log.md."""
     D, H, N = config.n_embd, config.n_head, config.neurons_per_head
     V, L, e, C, rows = config.vocab_size, config.n_layer, compute.dtype.size, compute.chunk, B * T
     activation = H * N * e  # of one row
@@ -104,12 +104,12 @@ def estimate(config, B: int, T: int, compute: Compute) -> float:
 
 
 def extra_state_bytes(s: SimpleNamespace) -> int:
-    """Bytes of the EMA of the weights, of which an update needs two copies."""
+    """Return the bytes of the EMA of the weights, of which an update needs two copies."""
     return 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0
 
 
 def select_mode(s: SimpleNamespace) -> tuple[str, Compute, float]:
-    """The name of the memory mode, its Compute, and its estimated peak in bytes.
+    """Select a memory mode: its name, its Compute, and its estimated peak in bytes.
 
     "auto" selects the fastest mode that fits. Raises UserError, with settings that fit, if none
     does.
@@ -133,19 +133,19 @@ def set_limit(peak: float) -> None:
 
 
 def slow_note(s: SimpleNamespace) -> str:
-    """A warning where a batch takes about a minute or more: a large model on a CPU."""
+    """Return a warning if a batch takes about a minute or more: a large model on a CPU."""
     work = s.BDH_CONFIG.n_parameters * s.BATCH_SIZE * s.BLOCK_SIZE
     return " (a batch may take minutes on a CPU)" if not on_gpu() and work > 10**11 else ""
 
 
 def is_exhausted(error: RuntimeError) -> bool:
-    """Whether Metal or CUDA reports that memory is exhausted; on a CPU the process is killed."""
+    """Test for an error by which Metal or CUDA says that memory is out; a CPU kills the process."""
     texts = ("out of memory", "Unable to allocate", "Insufficient Memory", "maximum allowed buffer")
     return any(text in str(error) for text in (*texts, "Resource limit"))
 
 
 def oom_advice(s: SimpleNamespace, peak: float) -> str:
-    """A message with the estimated peak, the available memory and the nearest fitting settings."""
+    """Say the estimated peak, the available memory and the nearest settings that fit."""
     fits, settings = [], set()
     B, T, config = s.BATCH_SIZE, s.BLOCK_SIZE, s.BDH_CONFIG
     candidates = [("MEMORY_MODE small", B, T, config)]
@@ -172,5 +172,5 @@ def oom_advice(s: SimpleNamespace, peak: float) -> str:
 
 
 def halvings(n: int) -> list[int]:
-    """The integers among n/2, n/4, ... down to 1."""
+    """List the integers among n/2, n/4, ... down to 1."""
     return [n >> i for i in range(1, n.bit_length()) if n % (1 << i) == 0]

@@ -10,7 +10,7 @@ ROPE_BASE = 2.0**16  # longest wavelength of the rotation, in units of 2 pi byte
 
 @lru_cache(maxsize=2)
 def _rope_table(T: int, N: int) -> mx.array:
-    """exp(i t w) of t < T and each neuron pair's w, (T, N/2), from float64."""
+    """Return exp(i t w) of t < T and each neuron pair's w, (T, N/2), from float64."""
     return mx.array(rope_phases(np.arange(T), N))
 
 
@@ -43,20 +43,21 @@ def rotate(x: mx.array, position: int = 0, sign: int = 1) -> mx.array:
 
 
 def frequencies(N: int) -> np.ndarray:
-    """Radians per byte of each pair of neurons, (N/2,) float64."""
+    """Return the radians per byte of each pair of neurons, (N/2,) float64."""
     return ROPE_BASE ** (-np.arange(0, N, 2) / N)
 
 
 def phase_increments(position: int, N: int) -> np.ndarray:
-    """The phases of the N/2 pairs at `position`, uint32 in 2^-32 of a circle, from float64. Their
-    sums and products wrap as angles do.
+    """Return the phases of the N/2 pairs at `position`, uint32 in 2^-32 of a circle, from float64.
+
+    Their sums and products wrap as angles do.
     """
     circles = position * frequencies(N) / (2 * np.pi) % 1
     return np.round(circles * 2**32).astype(np.uint64).astype(np.uint32)
 
 
 def rope_phases(positions, N: int) -> np.ndarray:
-    """exp(i t w) of positions t for the N/2 pairs of neurons: (.., N/2) complex64 from float64."""
+    """Return exp(i t w) of positions t for the N/2 pairs: (.., N/2) complex64 from float64."""
     angles = np.multiply.outer(positions, frequencies(N))
     return np.exp(1j * angles).astype(np.complex64)
 

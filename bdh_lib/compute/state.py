@@ -36,7 +36,7 @@ Buffer = step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuff
 
 
 class State(NamedTuple):
-    """The state after some bytes. It is immutable, so a caller can continue it many times.
+    """A state is what the model remembers. It is immutable, so it can be continued many times.
 
     State() is empty; State(window=W) remembers at most W bytes. A state of batch 1 can continue
     with any batch: the rows share its synapses until their own bytes are added.
@@ -50,7 +50,7 @@ class State(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """B; 0 for an empty state."""
+        """Return B; 0 for an empty state."""
         if self.buffer:
             return self.buffer.values[0].shape[0]
         return self.synapses[0].shape[1] if self.synapses else 0
@@ -63,7 +63,7 @@ class State(NamedTuple):
 
 
 def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
-    """logits (B, T, V) of idx (B, T) read after `state`, and the new State.
+    """Read idx (B, T) after `state`; return logits (B, T, V) and the new State.
 
     It does not check its arguments: it runs at each byte, and a check waits for values of the GPU.
     """
@@ -75,7 +75,7 @@ def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, St
 
 
 def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
-    """The next byte's logits (B, V) after idx (B, T >= 1) of any length, and the new State.
+    """Read idx (B, T >= 1) of any length; return the next byte's logits (B, V) and the new State.
 
     Raises UserError for an idx or a state that does not fit the model.
     """
@@ -89,13 +89,13 @@ def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array,
 
 
 def check_model(model) -> None:
-    """Raise UserError for what is no model."""
+    """Raise UserError for an object that is no model."""
     if not hasattr(model, "encoder_v"):
         raise UserError(f"the model is of type {type(model).__name__}; it must be a BDH")
 
 
 def check_prompt(model, idx) -> mx.array:
-    """idx (B, T >= 1) as an MLX array. Raises UserError if it is no batch of bytes."""
+    """Convert idx (B, T >= 1) to an MLX array. Raises UserError if it is no batch of bytes."""
     check_model(model)
     if not isinstance(idx, mx.array | np.ndarray):
         raise UserError(
@@ -147,7 +147,7 @@ def _broadcast(model, idx: mx.array, state: State | None) -> State:
 
 
 def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
-    """idx split at the limits of memory and at the ends of the window's parts."""
+    """Split idx at the limits of memory and at the ends of the window's parts."""
     B, T = idx.shape
     if T == 1:  # in decoding the GPU waits for the host here
         return [idx]
@@ -175,7 +175,7 @@ def _part(window: int) -> int:
 
 
 def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
-    """v (B, T, D) after the last layer for one piece idx (B, T), and the new State."""
+    """Read one piece idx (B, T); return v (B, T, D) after the last layer and the new State."""
     T = idx.shape[1]
     if T == 1:
         return _read_byte(model, idx, state)
@@ -201,7 +201,7 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
 
 
 def _add_updates(state: State, updates: Sequence[mx.array]) -> State:
-    """The state with each layer's update (H, B, N, D) added to its synapses, without a buffer."""
+    """Add each layer's update (H, B, N, D) to the state's synapses, and drop its buffer."""
 
     def plus(old, new):
         return tuple(map(mx.add, old, new)) if old else tuple(new)
@@ -221,7 +221,7 @@ def _add_updates(state: State, updates: Sequence[mx.array]) -> State:
 
 
 def flush_pending(state: State) -> State:
-    """The state with the buffer's bytes added to the synapses, one product per layer."""
+    """Add the buffer's bytes to the state's synapses, by one product per layer."""
     buffer = state.buffer
     if not buffer or not buffer.count:
         return state._replace(buffer=None)
@@ -232,7 +232,7 @@ def flush_pending(state: State) -> State:
 
 
 def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
-    """v (B, 1, D) after the last layer for one byte idx (B, 1), and the new State."""
+    """Read one byte idx (B, 1); return v (B, 1, D) after the last layer and the new State."""
     decode_step = _decode_step_of(model)
     if state.buffer and state.buffer.decode_step is not decode_step:  # of another device or dtype
         state = flush_pending(state)
@@ -245,7 +245,7 @@ def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
 
 
 def _flush(state: State) -> State:
-    """flush_pending, in one pass with the new int8 synapses where the step uses those."""
+    """Flush the buffer as flush_pending does; int8 synapses are made in the same pass."""
     if state.window or not state.synapses or not state.buffer.is_int8:
         return flush_pending(state)
     synapses, buffer = state.buffer.flush(state.synapses, state.position)
@@ -253,7 +253,7 @@ def _flush(state: State) -> State:
 
 
 def _decode_step_of(model):
-    """The model's step for the device, with weights laid out for it; cached in model.decode_step.
+    """Return the model's step for the device, with weights laid out for it; cached in decode_step.
 
     It is made anew when a weight was replaced. A weight that was changed by index
     (`model.encoder[0] = 0`) stays the same object: set model.decode_step to None afterwards.
@@ -271,8 +271,10 @@ def _decode_step_of(model):
 
 
 def prefetch_one(steps: Iterator) -> Iterator:
-    """The items of an endless stream. On a GPU, the next step is submitted before an item is
-    yielded, so that the GPU computes while the host reads.
+    """Yield the items of an endless stream.
+
+    On a GPU, the next step is submitted before an item is yielded, so that the GPU computes while
+    the host reads.
     """
     if not on_gpu():
         return (yield from steps)

@@ -18,7 +18,7 @@ GATHER, GATHER_DY = 0.3, 0.15  # largest active fractions at which rows are gath
 
 
 class PendingBuffer(NamedTuple):
-    """The last `count` bytes, which are not in the synapses yet.
+    """The buffer holds the last `count` bytes, which are not in the synapses yet.
 
     States share the arrays. A state that holds all their bytes (`shared_length`) writes the next
     byte in place; any other copies the arrays first.
@@ -35,7 +35,7 @@ class PendingBuffer(NamedTuple):
     is_int8 = False  # class attribute: the step reads the float32 synapses
 
     def pending(self) -> list[tuple[mx.array, mx.array]]:
-        """Per layer, the keys (H, B, N, count) and values (B, count, D)."""
+        """Return the keys (H, B, N, count) and values (B, count, D) per layer."""
         cut = [
             (k[..., : self.count, :], v[:, : self.count]) for k, v in zip(*self[1:3], strict=True)
         ]
@@ -43,7 +43,7 @@ class PendingBuffer(NamedTuple):
 
 
 class DecodeStep:
-    """The model's weights as NumPy arrays, and the step that reads them."""
+    """The step reads one byte, with the model's weights as NumPy arrays."""
 
     def __init__(self, model):
         H, D, N = model.encoder.shape
@@ -54,7 +54,7 @@ class DecodeStep:
         self.gathered = np.empty((H * N, D), np.float32)  # a buffer for rows
 
     def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
-        """An empty buffer for B rows."""
+        """Make an empty buffer for B rows."""
         H, D, N, L = self.shape
         shapes = [(H, B, BUFFER_BYTES, N), (B, BUFFER_BYTES, D)]
         keys, values = (tuple(np.empty(s, np.float32) for _ in range(L)) for s in shapes)
@@ -62,8 +62,9 @@ class DecodeStep:
         return PendingBuffer(0, keys, values, [0], position, base_state, self)
 
     def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
-        """v (B, 1, D) of one byte idx (B, 1), and the new buffer. Rows are separate: each has its
-        own active neurons.
+        """Read one byte idx (B, 1); return v (B, 1, D) and the new buffer.
+
+        Rows are separate: each has its own active neurons.
         """
         if buffer.shared_length[0] > buffer.count:
             keys, values = (tuple(map(np.copy, arrays)) for arrays in (buffer.keys, buffer.values))
@@ -74,7 +75,7 @@ class DecodeStep:
         return mx.array(np.stack(rows)[:, None]), buffer._replace(count=buffer.count + 1)
 
     def _row(self, byte, b, phase, buffer):
-        """v (D,) of one byte of row b, whose key and value it writes into the buffer."""
+        """Read one byte of row b; return v (D,) and write its key and value into the buffer."""
         embed, encoder, encoder_v, encoder_v_rows, decoder = self.weights
         (H, D, N, _), count = self.shape, buffer.count
         v = _ln(embed[byte])
@@ -94,7 +95,7 @@ class DecodeStep:
         return v
 
     def _rows_by(self, q, rows, pairs=False):
-        """q (n,) @ rows (n, D); it reads only the rows where q is not 0 if these are few.
+        """Return q (n,) @ rows (n, D), reading only the rows where q is not 0 if these are few.
 
         `pairs`: rows is (n/2, 2 * D), since q's neurons rotate in pairs.
         """
@@ -108,7 +109,7 @@ class DecodeStep:
         return q @ gathered.reshape(-1, D)
 
     def _gated(self, x, a, encoder_v, rows):
-        """y (H*N,) = relu(a Dy) * x of x (H*N,), a (H, D); by active neurons if these are few."""
+        """Return y = relu(a Dy) * x of x (H*N,), a (H, D), by active neurons if these are few."""
         H, _, N, _ = self.shape
         active = np.flatnonzero(x)
         if len(active) > GATHER_DY * len(x):
@@ -123,6 +124,6 @@ class DecodeStep:
 
 
 def _ln(x: np.ndarray) -> np.ndarray:
-    """layer.ln of NumPy arrays."""
+    """Compute layer.ln with NumPy."""
     x = x - x.mean(-1, keepdims=True)
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-5))

@@ -77,7 +77,7 @@ QUANTIZE = (
 
 
 class PendingBuffer(NamedTuple):
-    """The last `count` bytes, which are not in the synapses yet.
+    """The buffer holds the last `count` bytes, which are not in the synapses yet.
 
     States share the arrays. A state that holds all their bytes (`shared_length`) writes the next
     byte in place; any other copies them first. MLX's graph does not show the write, so later work
@@ -95,7 +95,7 @@ class PendingBuffer(NamedTuple):
     decode_step: "DecodeStep"  # the step that reads and writes it
 
     def pending(self) -> list[tuple[mx.array, mx.array]]:
-        """Per layer, the keys (H, B, N, count) and values (B, count, D), float32."""
+        """Return the keys (H, B, N, count) and values (B, count, D) per layer, float32."""
         mx.eval(self.previous_v)
         layers, (H, B, pairs, *_) = [], self.keys[0].shape
         for k, v in zip(self.keys, self.values, strict=True):
@@ -105,11 +105,11 @@ class PendingBuffer(NamedTuple):
 
     @property
     def is_int8(self) -> bool:
-        """Whether the kernels read int8 synapses."""
+        """Tell whether the kernels read int8 synapses."""
         return self.keys[0].dtype != mx.float32
 
     def flush(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "PendingBuffer"]:
-        """The synapses with the bytes of a full int8 buffer, and an empty buffer."""
+        """Add the bytes of a full int8 buffer to the synapses; return them and an empty buffer."""
         layers = zip(synapses, self.keys, self.values, strict=True)
         S, *quantized = zip(*(fold(*layer, self.previous_v) for layer in layers), strict=True)
         base_state, B = list(zip(*quantized, strict=True)), len(self.values[0])
@@ -118,26 +118,26 @@ class PendingBuffer(NamedTuple):
 
 @lru_cache
 def _count(n: int) -> mx.array:
-    """[n] in the GPU's memory: MLX puts a new array of 8 bytes or less in the host's."""
+    """Return [n] in the GPU's memory: MLX puts a new array of 8 bytes or less in the host's."""
     count = mx.arange(BUFFER_BYTES + 1)[n : n + 1]
     mx.eval(count)
     return count
 
 
 def fits(model) -> bool:
-    """Whether the kernels support this machine and the model's shape."""
+    """Test whether the kernels support this machine and the model's shape."""
     D = model.config.n_embd
     return D % 16 == 0 and D <= 256 and THREADS // D * D % 32 == 0 and on_gpu() and _has_ampere()
 
 
 @lru_cache
 def _has_ampere() -> bool:
-    """Whether the GPU has asynchronous copies and bfloat16 products (CUDA, 2020 or later)."""
+    """Test for asynchronous copies and bfloat16 products (CUDA, GPUs of 2020 or later)."""
     return mx.cuda.is_available() and mx.device_info().get("compute_capability_major", 0) >= 8
 
 
 class DecodeStep:
-    """The model's weights as rows of neurons, (H, N, D), and the step that reads them."""
+    """The step reads one byte, with the model's weights as rows of neurons, (H, N, D)."""
 
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
@@ -149,14 +149,14 @@ class DecodeStep:
         mx.eval(self.weights)
 
     def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
-        """An empty buffer for B rows."""
+        """Make an empty buffer for B rows."""
         H, D, N, L = self.shape
         synapses = synapses or [mx.zeros((H, 1, N, D))] * L
         exact = self.dtype == mx.float32
         return self.empty_buffer(position, [(S, S) if exact else quantize(S) for S in synapses], B)
 
     def empty_buffer(self, position: int, base_state, B: int) -> PendingBuffer:
-        """An empty buffer for B rows over `base_state`."""
+        """Make an empty buffer for B rows over `base_state`."""
         H, D, N, L = self.shape
         keys = tuple(mx.zeros((H, B, N // 2, BUFFER_BYTES, 2), self.dtype) for _ in range(L))
         values = tuple(mx.zeros((B, BUFFER_BYTES, D), self.dtype) for _ in range(L))
@@ -169,7 +169,7 @@ class DecodeStep:
         return buffer
 
     def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
-        """v (B, 1, D) of one byte idx (B, 1), and the new buffer."""
+        """Read one byte idx (B, 1); return v (B, 1, D) and the new buffer."""
         if buffer.shared_length[0] > buffer.count:
             buffer = self._copy(buffer)
         v = self.compiled(idx, self.weights, _count(buffer.count), *buffer[1:3], *buffer[4:8])
@@ -177,7 +177,7 @@ class DecodeStep:
         return v, buffer._replace(count=buffer.count + 1, previous_v=v)
 
     def _copy(self, buffer: PendingBuffer) -> PendingBuffer:
-        """A copy with new arrays, without the bytes that other states wrote after `count`."""
+        """Copy the buffer's arrays, without the bytes that other states wrote after `count`."""
         mx.eval(buffer.previous_v)
         valid = mx.arange(BUFFER_BYTES)[:, None] < buffer.count
         keys, values = (
@@ -191,7 +191,7 @@ class DecodeStep:
 
 
 def step(idx, weights, count, keys, values, begin, base_state, done, previous_v):
-    """v (B, 1, D) of one byte idx (B, 1), whose key and value are written in place.
+    """Read one byte idx (B, 1), write its key and value in place, and return v (B, 1, D).
 
     No other state may share keys and values. MLX's graph does not show the write: previous_v, v of
     the previous byte, makes this byte wait, and any other reader must wait for v.
@@ -203,7 +203,7 @@ def step(idx, weights, count, keys, values, begin, base_state, done, previous_v)
     G, G_fire = (PAIRS_ONE, NEURONS_ONE) if single else (PAIRS, NEURONS)
 
     def blocks(n, G, limit):
-        """Blocks for one row's head of n pairs or neurons."""
+        """Return the blocks for one row's head of n pairs or neurons."""
         return min(-(-limit // (H * B)), -(-n // (W * G)))
 
     def run(kernel, P, G, inputs, *outputs):
@@ -229,19 +229,19 @@ def step(idx, weights, count, keys, values, begin, base_state, done, previous_v)
 
 
 def quantize(S: mx.array) -> tuple[mx.array, mx.array]:
-    """S (H, B, N, D) as int8, and the scale of each row (H, B, N)."""
+    """Convert S (H, B, N, D) to int8; return it and the scale of each row (H, B, N)."""
     return _run_rows(QUANTIZE, S, S.shape[1], [S], *_int8_outputs(S.shape))
 
 
 def fold(S, keys, values, previous_v):
-    """S (H, B or 1, N, D) with the bytes of a full buffer: float32, int8 and its scales."""
+    """Add a full buffer's bytes to S (H, B or 1, N, D): float32, int8 and its scales."""
     (H, _, N, D), B = S.shape, values.shape[0]
     outputs = ((H, B, N, D), mx.float32), *_int8_outputs((H, B, N, D))
     return _run_rows(FOLD, S, B, [S, keys, values, previous_v], *outputs)
 
 
 def _int8_outputs(shape):
-    """Scales, and S as uint64 of 8 int8: MLX submits work after 10^9 numbers of whatever size."""
+    """Return shapes of S, in uint64 of 8 int8, and scales: MLX submits work after 10^9 numbers."""
     *rows, D = shape
     return ((*rows, D // 8), mx.uint64), (tuple(rows), mx.float32)
 

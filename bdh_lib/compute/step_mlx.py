@@ -15,7 +15,7 @@ BUFFER_BYTES = 24  # each byte rewrites their keys; S is rewritten once in so ma
 
 
 class PendingBuffer(NamedTuple):
-    """The last `count` bytes, which are not in the synapses yet."""
+    """The buffer holds the last `count` bytes, which are not in the synapses yet."""
 
     count: int
     keys: tuple[mx.array, ...]  # per layer, rotated x: (H, B, BUFFER_BYTES, N)
@@ -27,7 +27,7 @@ class PendingBuffer(NamedTuple):
     is_int8 = False  # class attribute: the step reads the float32 synapses
 
     def pending(self) -> list[tuple[mx.array, mx.array]]:
-        """Per layer, the keys (H, B, N, count) and values (B, count, D), float32."""
+        """Return the keys (H, B, N, count) and values (B, count, D) per layer, float32."""
         cut = [
             (k[..., : self.count, :], v[:, : self.count]) for k, v in zip(*self[1:3], strict=True)
         ]
@@ -35,7 +35,7 @@ class PendingBuffer(NamedTuple):
 
 
 class DecodeStep:
-    """The model's weights, and the step that reads them."""
+    """The step reads one byte, with the model's weights in the dtype of the products."""
 
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
@@ -46,7 +46,7 @@ class DecodeStep:
         mx.eval(self.weights)
 
     def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
-        """An empty buffer for B rows."""
+        """Make an empty buffer for B rows."""
         H, D, N, L = self.shape
         keys = tuple(mx.zeros((H, B, BUFFER_BYTES, N), self.dtype) for _ in range(L))
         values = tuple(mx.zeros((B, BUFFER_BYTES, D)) for _ in range(L))
@@ -56,13 +56,13 @@ class DecodeStep:
         )
 
     def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
-        """v (B, 1, D) of one byte idx (B, 1), and the new buffer."""
+        """Read one byte idx (B, 1); return v (B, 1, D) and the new buffer."""
         v, keys, values = self.compiled(idx, self.weights, mx.array(buffer.count), *buffer[1:5])
         return v, buffer._replace(count=buffer.count + 1, keys=keys, values=values)
 
 
 def step(idx, weights, count, keys, values, begin, base_state):
-    """v (B, 1, D) of one byte idx (B, 1), and the new keys and values."""
+    """Read one byte idx (B, 1); return v (B, 1, D) and the new keys and values."""
     embed, encoder, encoder_v, decoder, increments = weights
     (H, D, N), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     angles = (begin + count.astype(mx.uint32) * increments).view(mx.int32) * (math.pi / 2**31)

@@ -61,7 +61,7 @@ def save_history() -> None:
 
 
 def read_input(prompt: str = "> ") -> str:
-    """A line, or the lines between two lines of triple quotes. Raises EOFError at the end."""
+    """Read a line, or the lines between two lines of triple quotes. Raises EOFError at the end."""
     line = input(prompt)
     if line.strip() != '"""':
         return line
@@ -73,7 +73,7 @@ def read_input(prompt: str = "> ") -> str:
 
 
 class Session:
-    """Turns with a model of a training mode (None: the input has no format)."""
+    """A session takes turns with a model of a training mode (None: the input has no format)."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Session:
             save_history()
 
     def next_line(self) -> str | None:
-        """The next input, or None at the end. Ctrl-C discards the line."""
+        """Read the next input, or None at the end. Ctrl-C discards the line."""
         while True:
             try:
                 return read_input()
@@ -199,7 +199,7 @@ class Session:
         self.warned = bool(note)
 
     def format_prompt(self, line: str) -> bytes:
-        """The line in the format of the mode, after the end of the previous record."""
+        """Return the line in the format of the mode, after the end of the previous record."""
         if self.mode is None:
             return line.encode(errors="surrogateescape")
         fields = {"system": self.system, "instruction": line}
@@ -210,7 +210,7 @@ class Session:
 
 
 def missing_end(text: bytes, mode: str) -> bytes:
-    """What `text` lacks of the end of a record and the separator after it."""
+    """Return what `text` lacks of the end of a record and the separator after it."""
     if not text:
         return b""
     end = ((formats.STOP if mode == "full" else "") + formats.SEPARATOR).encode()

@@ -20,7 +20,7 @@ from bdh_lib.generation.sampling import PAD, Sampling, append_token, uniforms
 
 
 def pad_batch(texts: Sequence[bytes]) -> np.ndarray:
-    """Texts as one array (B, T) of bytes, padded with PAD at the end."""
+    """Pack texts into one array (B, T) of bytes, padded with PAD at the end."""
     idx = np.full((len(texts), max(map(len, texts))), PAD, np.int32)
     for row, text in zip(idx, texts, strict=True):
         row[: len(text)] = np.frombuffer(text, np.uint8)
@@ -30,7 +30,7 @@ def pad_batch(texts: Sequence[bytes]) -> np.ndarray:
 def read_prompt(
     model, idx: np.ndarray | mx.array, state: State | None = None
 ) -> tuple[mx.array, State]:
-    """The next byte's logits (B, V) after the prompt idx (B, T >= 1), and the new State.
+    """Read the prompt idx (B, T >= 1); return the next byte's logits (B, V) and the new State.
 
     Raises UserError for an empty prompt, and if the logits are not finite.
     """
@@ -49,7 +49,7 @@ def stream(
     seen: np.ndarray,
     forced: Sequence[bytes] = (),
 ) -> Iterator[tuple[list[int], State]]:
-    """An endless stream of the next byte of each row and the state after it, at constant cost.
+    """Yield the next byte of each row and the state after it, without end, at constant cost.
 
     logits (B, V) and state come from `read_prompt`; seen (B, T) are the previous bytes, which some
     filters need. Each row first takes its `forced` bytes, then drawn ones.
@@ -74,7 +74,7 @@ def stream(
 
 
 def _host_arrays(token: mx.array) -> list[mx.array]:
-    """token (B,) as arrays of up to 8 bytes, which CUDA keeps in memory that the host can read.
+    """Split token (B,) into arrays of up to 8 bytes, which CUDA keeps where the host can read.
 
     A larger array would move to managed memory, where a later write has to wait (docs/log.md).
     """
@@ -85,7 +85,7 @@ def _host_arrays(token: mx.array) -> list[mx.array]:
 
 
 class StopMatcher:
-    """Passes bytes up to the first stop string, which may begin in the `context` before them.
+    """The matcher passes bytes up to the first stop string, which may begin in the `context`.
 
     Bytes that may begin a stop string stay `pending` until the next bytes decide.
     """
@@ -96,7 +96,7 @@ class StopMatcher:
         self.context, self.pending = context[max(0, len(context) - self.lookback) :], b""
 
     def feed(self, piece: bytes) -> bytes:
-        """The bytes that are certain to precede a stop string; none once one is `matched`."""
+        """Return the bytes that certainly precede a stop string; none once one is `matched`."""
         if self.matched:
             return b""
         text, new = self.context + self.pending + piece, len(self.context)
@@ -115,7 +115,7 @@ class StopMatcher:
         return text[new:cut]
 
     def end(self) -> bytes:
-        """The pending bytes, at the end of the input."""
+        """Return the pending bytes, at the end of the input."""
         pending, self.pending = self.pending, b""
         return pending
 
@@ -129,7 +129,7 @@ def generate_batch(
     budget: int,
     state: State | None = None,
 ) -> Iterator[tuple[int, bytes, bool]]:
-    """(row, completion, whether a stop string ended it) for each prompt, in the order they end.
+    """Yield row, completion and whether a stop string ended it, for each prompt as it ends.
 
     Each prompt has at least a byte; all follow `state`; `budget` is the maximum bytes of a row.
     The common prefix is read once, then all prompts up to the length of the shortest. The rest of
@@ -158,8 +158,9 @@ def generate_batch(
 
 
 def complete_prompts(model, prompts: Sequence[str], n_bytes: int, seed: int, stop) -> Iterator[str]:
-    """The text of each prompt with its completion; the same seed gives the same draws. The iterator
-    ends once `stop` has received a signal.
+    """Yield the text of each prompt with its completion; the same seed gives the same draws.
+
+    The iterator ends once `stop` has received a signal.
     """
     sampling = Sampling(temperature=0.8, top_k=50)
     for prompt, key in zip(prompts, mx.random.split(mx.random.key(seed), 9), strict=False):
@@ -176,7 +177,7 @@ def complete_prompts(model, prompts: Sequence[str], n_bytes: int, seed: int, sto
 def context_length_warning(
     model, window: int | None, length: int, loaded: bool = False
 ) -> str | None:
-    """A note if a text of `length` bytes is longer than the training blocks, else None."""
+    """Return a note if a text of `length` bytes is longer than the training blocks, else None."""
     trained = model.trained_length
     if not trained or length <= trained or window:
         return None
@@ -189,17 +190,17 @@ def context_length_warning(
 
 
 def decode_text(data: bytes, whole: bool = False) -> str:
-    """Bytes as text; invalid UTF-8 becomes \\xff. `whole` omits an incomplete last character."""
+    """Decode bytes; invalid UTF-8 becomes \\xff. `whole` omits an incomplete last character."""
     return codecs.getincrementaldecoder("utf-8")("backslashreplace").decode(data, not whole)
 
 
 def parse_escapes(text: str) -> bytes:
-    """The bytes of an argument, with \\n as a line break; invalid UTF-8 stays unchanged."""
+    """Return the bytes of an argument, with \\n as a line break; invalid UTF-8 is unchanged."""
     return text.replace("\\n", "\n").encode(errors="surrogateescape")
 
 
 class Terminal:
-    """Prints bytes as they come: complete characters, with invalid UTF-8 and controls escaped."""
+    """The terminal prints complete characters as their bytes come, and escapes unsafe ones."""
 
     def __init__(self, raw: bool = False):
         self.raw = raw

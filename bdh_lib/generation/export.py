@@ -55,12 +55,12 @@ CELL = {ord("|"): r"\|", ord("\n"): " ", ord("<"): "&lt;"}  # text in a table
 
 
 def official_config(config: BDHConfig) -> dict:
-    """The fields of the official configuration, which lacks dropout_v, a setting of training."""
+    """Return the fields of the official configuration, which lacks dropout_v."""
     return {name: value for name, value in asdict(config).items() if name != "dropout_v"}
 
 
 def training_command(settings: dict) -> str:
-    """The command with all settings of the run, except paths and the like."""
+    """Return the command with all settings of the run, except paths and the like."""
     words = ["python", "train_mlx.py"]
     for name, value in settings.items():
         if name not in (
@@ -79,7 +79,7 @@ def training_command(settings: dict) -> str:
 
 
 def facts(checkpoint: Path) -> tuple[dict, dict]:
-    """Rows of the card's table, and settings, of a run's checkpoint; empty for a bare file."""
+    """Return rows of the card's table, and settings, of a checkpoint; empty for a bare file."""
     try:
         about = files.read_json_object(checkpoint / "config.json")
         settings, step = runs.valid_settings(about["settings"]), about["step"]

@@ -29,7 +29,7 @@ MAX_TEXTS = 10**6  # of one command
 
 
 class Decoding(NamedTuple):
-    """A model and the settings by which it writes, the same for all texts of a command."""
+    """The decoding is a model and how it writes, the same for all texts of a command."""
 
     model: BDH
     sampling: Sampling
@@ -40,7 +40,7 @@ class Decoding(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A text to generate: its prompt, and where the prompt comes from."""
+    """A job is a text to generate: its prompt, and where the prompt comes from."""
 
     line: int  # of the prompt in its file
     sample: int | None  # number of the text among those of its prompt; None: it is the only one
@@ -52,7 +52,7 @@ class Job(NamedTuple):
 
 
 def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
-    """A job for each sample of each prompt in a JSONL file. Raises UserError naming the line."""
+    """Read a JSONL file: a job for each sample of each prompt. Raises UserError naming the line."""
     try:
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except OSError as error:
@@ -81,7 +81,7 @@ def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
 
 
 def sample_jobs(line: int, record: dict, prompt: bytes, samples: int) -> list[Job]:
-    """A job for each of the `samples` texts of one prompt."""
+    """Return a job for each of the `samples` texts of one prompt."""
     numbers = range(1, samples + 1) if samples > 1 else [None]
     return [Job(line, sample, record, prompt) for sample in numbers]
 
@@ -97,7 +97,10 @@ def check_json(record) -> None:
 
 
 def prompts_of(record: dict, mode: str | None) -> list[bytes]:
-    """A record's `prompt` unchanged; without one, its training text up to the response."""
+    """Return a record's `prompt` unchanged; without one, its training text up to the response.
+
+    A chat gives a prompt for each exchange. Raises UserError for a record that gives none.
+    """
     if not isinstance(record, dict):
         raise UserError("not a JSON object")
     if isinstance(record.get("prompt"), str):
@@ -118,7 +121,7 @@ def prompts_of(record: dict, mode: str | None) -> list[bytes]:
 
 
 def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
-    """Batches of up to `size` jobs of similar prompts: lengths differ by at most `spread` bytes."""
+    """Group up to `size` jobs of similar prompts: lengths differ by at most `spread` bytes."""
     batch = []
     for job in sorted(jobs, key=lambda job: len(job.prompt)):
         if batch and (len(batch) == size or len(job.prompt) - len(batch[0].prompt) > spread):
@@ -132,7 +135,7 @@ def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
 def complete_jobs(
     jobs: list[Job], decoding: Decoding, batch_size: int, remaining: list[Job] | None = None
 ) -> Iterator[tuple[Job, str, bool]]:
-    """Each job with its text and whether a stop string ended it, in the order they end.
+    """Yield each job, its text and whether a stop string ended it, in the order they end.
 
     It yields only `remaining` jobs, but batches and draws are those of all jobs.
     """
@@ -153,15 +156,17 @@ def complete_jobs(
 
 
 def source_digest(weights: Path, mode: str | None, flags: dict) -> str:
-    """A short digest of all that determines the texts: the weights and the flags."""
+    """Return a short digest of all that determines the texts: the weights and the flags."""
     flags = {k: str(v) for k, v in flags.items() if k not in ("model", "prompts", "out", "mode")}
     identity = json.dumps([files.sha256_file(weights), mode, flags])
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 def result_line(job: Job, source: str, text: str, stopped: bool) -> str:
-    """A line of JSON: the job's record, `line`, `prompt`, `completion`, `stopped`, and `by`, the
-    digest of the `source`. Fields of the record with these names go to `given`.
+    """Format a result as JSON: the job's record and what it gave.
+
+    Added are `line`, `prompt`, `completion`, `stopped`, `sample` if there are several, and `by`,
+    the digest of the `source`. Fields of the record with these names go to `given`.
     """
     result = {"prompt": decode_text(job.prompt), "completion": text, "stopped": stopped}
     result |= {"line": job.line, "by": source}
@@ -172,14 +177,14 @@ def result_line(job: Job, source: str, text: str, stopped: bool) -> str:
 
 
 def result_key(line: str | bytes) -> str:
-    """A line of results without the answer, as a key. Raises an error if it is no such line."""
+    """Return a line of results without its answer, as a key. Raises an error for another line."""
     result = files.parse_json(line)
     del result["completion"], result["stopped"]
     return json.dumps(result, sort_keys=True)
 
 
 def remaining_jobs(jobs: list[Job], out: Path | None, source: str) -> list[Job]:
-    """The jobs whose texts are not in the file `out`.
+    """Return the jobs whose texts are not in the file `out`.
 
     It removes an incomplete last line, which a full disk leaves. Raises UserError if the file holds
     anything but results of these jobs.
@@ -234,7 +239,7 @@ def write_results(
 
 @contextmanager
 def open_output(file: Path | None) -> Iterator[Callable[[str], None]]:
-    """A function that appends a line to a file, or prints it if `file` is None.
+    """Yield a function that appends a line to a file, or prints it if `file` is None.
 
     Raises UserError. It removes a new file that stays empty.
     """

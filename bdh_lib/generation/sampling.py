@@ -29,7 +29,7 @@ MIN_TOP_P = 2.0**-126  # a smaller number is 0 in float32
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a draw, in the order in which they act. Raises UserError for an invalid one.
+    """The settings of a draw act in this order. Raises UserError for an invalid one.
 
     Each filter sees the renormalized probabilities that the filters before it left.
     """
@@ -48,7 +48,7 @@ class Sampling:
             raise UserError(f"utf8 is {self.utf8!r}; it must be True or False")
 
     def recent(self, seen: np.ndarray) -> mx.array | None:
-        """The last bytes (B, WINDOW) of seen (B, T), padded; None if no filter uses them."""
+        """Return the last bytes (B, WINDOW) of seen (B, T), padded; None if no filter uses them."""
         if not self.utf8 and self.repetition_penalty == 1:
             return None
         seen = seen[:, -WINDOW:]
@@ -56,14 +56,14 @@ class Sampling:
         return mx.array(np.pad(seen, padding, constant_values=PAD), mx.int32)
 
     def draw(self, logits: mx.array, recent: mx.array | None, u: mx.array) -> mx.array:
-        """One byte (B,) for the logits (B, V), by u (B, 1) from `uniforms`."""
+        """Draw a byte (B,) for the logits (B, V), by u (B, 1) from `uniforms`."""
         if self.utf8 and logits.shape[-1] != 256:
             raise UserError(f"utf8 needs a vocabulary of 256 bytes; this one has {logits.shape[1]}")
         return _compiled(self)(logits, recent, u)
 
 
 def uniforms(key: mx.array, B: int) -> Iterator[mx.array]:
-    """Endless random numbers u (B, 1), drawn AT_ONCE at a time, since each call costs on a GPU.
+    """Yield random numbers u (B, 1) without end; AT_ONCE a call, since a call costs on a GPU.
 
     u is so far below 1 that the rounded product u * p is always less than p.
     """
@@ -73,7 +73,7 @@ def uniforms(key: mx.array, B: int) -> Iterator[mx.array]:
 
 
 def append_token(recent: mx.array | None, token: mx.array) -> mx.array | None:
-    """`recent` with the token (B,) appended to each row."""
+    """Append the token (B,) to each row of `recent`, and drop the oldest."""
     if recent is not None:
         return mx.concatenate([recent[:, 1:], token[:, None].astype(mx.int32)], 1)
 
@@ -98,7 +98,7 @@ def _draw(s: Sampling, logits, recent, u):
 
 
 def _utf8_state(recent):
-    """The state (B,) of the UTF-8 automaton after the last 3 bytes, the most before a last byte."""
+    """Return the UTF-8 automaton's state (B,) after 3 bytes, the most before a last byte."""
     following = mx.array(NEXT)
     first, second, third = recent[:, -3:].T % 256  # PAD becomes 255, which begins no character
     return following[following[following[0][first], second], third]
@@ -112,7 +112,7 @@ def _penalised(logits, recent, penalty):
 
 
 def _filtered(s: Sampling, logits, u):
-    """A draw (B,) from softmax(logits) after top-k, top-p and min-p, in order of probability."""
+    """Draw (B,) from softmax(logits) after top-k, top-p and min-p, in order of probability."""
     if s.top_k is s.top_p is s.min_p is None:
         return _choice(logits, u)
     order = mx.argsort(-logits, -1)
@@ -130,7 +130,7 @@ def _filtered(s: Sampling, logits, u):
 
 
 def _choice(logits, u):
-    """A draw (B,) from softmax(logits), by u (B, 1) below 1: the first index where the cumulative
+    """Draw (B,) from softmax(logits), by u (B, 1) below 1: the first index where the cumulative
     probability exceeds u times the total.
 
     Probabilities are integers in units of 2^-30, so the sums are exact: CUDA does not add in order,
@@ -154,8 +154,10 @@ TRANSITIONS = (  # state, first and last byte, next state
 
 
 def _automaton() -> tuple[np.ndarray, np.ndarray]:
-    """Whether a byte is legal in a state, and the next state, both (8, 256). An illegal byte is
-    read as in state 0."""
+    """Return whether a byte is legal in a state, and the next state, both (8, 256).
+
+    An illegal byte is read as in state 0.
+    """
     legal, following = np.zeros((8, 256), bool), np.zeros((8, 256), np.int32)
     for state, low, high, next_state in TRANSITIONS:
         legal[state, low : high + 1] = True

@@ -17,12 +17,12 @@ STATE_FORMAT = "bdh-mlx state 2"
 
 
 def weights_sha256(model: BDH) -> str:
-    """sha256 of the weights, which identifies the model of a state."""
+    """Return the sha256 of the weights, which identifies the model of a state."""
     return sha256_arrays(dict(tree_flatten(model.parameters())))
 
 
 def check_state_file(path: str | Path) -> Path:
-    """The expanded `path` of a state to save. Raises UserError if it is certain to fail."""
+    """Expand the `path` of a state to save. Raises UserError if it is certain to fail."""
     if (path := files.expand_user(path, "the path of a state")).suffix != ".safetensors":
         raise UserError(f"{path} not saved: name a .safetensors file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -60,7 +60,7 @@ def save_state(path: str | Path, model: BDH, state: State) -> None:
 
 
 def load_state(path: str | Path, model: BDH) -> State:
-    """The state that `save_state` wrote. Raises UserError if it is damaged or another model's."""
+    """Load what `save_state` wrote. Raises UserError if it is damaged or another model's."""
     path = files.expand_user(path, "the path of a state")
     if not path.is_file():
         reason = "it is a folder" if path.is_dir() else "there is no such file"

@@ -31,7 +31,7 @@ TOP = 10  # neurons and synapses listed
 
 
 class LayerTrace(NamedTuple):
-    """One layer's reading of T bytes: x, y (H, T, N); q rotated x; v (T, D)."""
+    """The trace holds what one layer computed of T bytes: x, y (H, T, N); q rotated x; v (T, D)."""
 
     x: mx.array
     y: mx.array
@@ -40,7 +40,7 @@ class LayerTrace(NamedTuple):
 
 
 def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[LayerTrace]:
-    """The LayerTrace of each layer for a text."""
+    """Yield the LayerTrace of each layer for a text."""
     v = ln(model.embed(mx.array([list(text)])))
     for _ in range(model.config.n_layer):
         out, _, saved = forward_segment(v, None, model.weights(), 0, len(text))
@@ -52,7 +52,7 @@ def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[LayerTrace]:
 
 
 def top_entries(values: mx.array, count: int = TOP) -> list[tuple[list[int], float]]:
-    """Index and value of the largest positive entries, largest first."""
+    """Return index and value of the largest positive entries, largest first."""
     flat = values.reshape(-1)
     count = min(count, flat.size)
     places = np.array(mx.argpartition(-flat, count - 1)[:count])
@@ -63,7 +63,7 @@ def top_entries(values: mx.array, count: int = TOP) -> list[tuple[list[int], flo
 
 
 def synapses(model: bdh_mlx.BDH, layer: LayerTrace) -> dict[str, list[dict]]:
-    """The strongest synapses after the last byte, and the synapses that it read most."""
+    """Find the strongest synapses after the last byte, and the synapses that it read most."""
     written, read = [], []
     for h in range(model.config.n_head):  # a head at a time: neurons by neurons is large
         S = layer.q[h, :-1].T @ layer.v[:-1]
@@ -85,9 +85,10 @@ def synapses(model: bdh_mlx.BDH, layer: LayerTrace) -> dict[str, list[dict]]:
 
 
 def trace(model: bdh_mlx.BDH, text: bytes) -> tuple[dict, np.ndarray, np.ndarray]:
-    """A summary for JSON; the share of neurons firing (L, T); y summed over layers (T, H*N).
+    """Summarize a text for JSON; return also two arrays.
 
-    A head and an index identify a neuron, since the layers share their neurons.
+    They are the share of neurons that fire (L, T), and y summed over the layers (T, H*N). A head
+    and an index identify a neuron, since the layers share their neurons.
     """
     summaries, shares, summed = [], [], 0
     for layer in layers(model, text):
@@ -117,8 +118,10 @@ def trace(model: bdh_mlx.BDH, text: bytes) -> tuple[dict, np.ndarray, np.ndarray
 
 
 def selective_neurons(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]]:
-    """For each text, the neurons that fire more on it than on the others: their firing rates per
-    byte and layer on it (`here`), and on the other text where they fire most (`elsewhere`).
+    """Find for each text the neurons that fire more on it than on the others.
+
+    Their firing rates are per byte and layer: on it (`here`), and on the other text where they
+    fire most (`elsewhere`).
     """
     rates = []
     for text in texts:
@@ -141,7 +144,7 @@ def selective_neurons(model: bdh_mlx.BDH, texts: list[bytes]) -> list[list[dict]
 
 
 def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
-    """A figure: above, the share of neurons that fire by byte and layer; below, the top 40."""
+    """Draw the share of neurons that fire by byte and layer; below it, the top 40 neurons."""
     from bdh_lib.plots import INK, canvas, panel  # late: it takes a second
 
     neurons = np.argsort(-summed.sum(0))[:40]
@@ -165,8 +168,10 @@ def picture(text: bytes, shares: np.ndarray, summed: np.ndarray, N: int):
 
 
 def output_paths(out: Path | None) -> tuple[Path, Path]:
-    """The paths of the picture and the JSON file: trace.png and trace.json in the folder `out`, or
-    `out` with these suffixes. Raises UserError if that would replace another file.
+    """Return the paths of the picture and the JSON file.
+
+    They are trace.png and trace.json in the folder `out`, or `out` with these suffixes. Raises
+    UserError if that would replace another file.
     """
     stem = out or Path()
     if stem.is_dir():
