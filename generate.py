@@ -61,7 +61,8 @@ from bdh_lib.training import evaluation
 
 PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
 the mode"""
-STOP = r"""end before this text, \n in it a line break; may be repeated (in mode full a line ---)"""
+STOP = r"""end before this text, \n in it a line break; may be repeated (in mode full a line ---, or
+the next question)"""
 LOAD = (
     "go on from a saved state, with a --prompt of a byte or more: an empty one starts a new record"
 )
@@ -69,7 +70,11 @@ LONG_PROMPT = 1000  # bytes of a prompt that the default model reads in seconds 
 DTYPES = ("bfloat16", "float32")
 PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so keep it near 1 (1)"
 
-EXCLUSIVE_JOBS = {"evaluate": ["mode", "dtype"], "trace": ["out"], "export": []}  # their flags
+EXCLUSIVE_JOBS = {
+    "evaluate": ["mode", "dtype", "columns"],
+    "trace": ["out"],
+    "export": [],
+}  # their flags
 NUMBERS = LIMITS | {  # of each flag that takes one
     "max_new_tokens": whole(1, 10**12),
     "samples": whole(1, MAX_TEXTS),
@@ -79,6 +84,7 @@ NUMBERS = LIMITS | {  # of each flag that takes one
 }
 PATHS = ("model", "prompt_file", "prompts", "export", "load_state", "save_state", "out")
 TEXTS = ("evaluate", "trace", "stop")  # an empty --prompt begins a record
+COLUMNS = "which column of --prompts or --evaluate is what, as COLUMNS of train_mlx.py"
 OUT = "file for the texts of --prompts (stdout); name of the picture and JSON of --trace (trace)"
 TRACE = "no text but what fires on TEXT (@FILE: on its lines); several times: what tells them apart"
 EXPORT = "no text but weights, config and a model card for others, in FOLDER"
@@ -111,6 +117,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--evaluate", "no text but the loss on a file or data set, by field", metavar="DATA")
     add("--trace", TRACE, action="append", metavar="TEXT")
     add("--export", EXPORT, metavar="FOLDER")
+
+    add = parser.add_argument
+    add("--columns", help=COLUMNS, metavar="FIELD=NAME,...")
 
     add = group("what was read before it, and how much is remembered")
     add("--load-state", LOAD, metavar="FILE.safetensors")
@@ -180,6 +189,8 @@ def check_flags(args: argparse.Namespace, typed: dict) -> None:
         raise UserError("--save-state keeps the state of one text; leave out what makes several")
     if args.out and not (args.prompts or args.trace):
         raise UserError("--out is for the texts of --prompts and for --trace; give one of them")
+    if args.columns and not (args.prompts or args.evaluate):
+        raise UserError("--columns is for the records of --prompts and --evaluate; give one")
     if args.raw and several:
         raise UserError("--raw writes one text; leave out --prompts and --samples")
     if args.temperature == 0:
@@ -203,17 +214,17 @@ def prompt_of(args: argparse.Namespace) -> bytes:
 
 
 def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
-    """Return the stop strings: --stop, else the last line of a record of mode full."""
+    """Return the stop strings: --stop, else what ends a response of mode full."""
     if args.no_stop:
         return []
     if args.stop is None:
-        return [f"{formats.STOP}\n".encode()] if mode == "full" else []
+        return [stop.encode() for stop in formats.END_OF_RESPONSE] if mode == "full" else []
     return [parse_escapes(text) for text in args.stop]
 
 
 def complete_file(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
     """Write the completions of --prompts to --out, or to stdout, after those that it holds."""
-    jobs = read_jobs(args.prompts, mode, args.samples)
+    jobs = read_jobs(args.prompts, mode, args.samples, args.columns)
     warn_context_length(max(len(job.prompt) for job in jobs), decoding, args)
     print_prompt_length(sum(len(job.prompt) for job in jobs))
     source = source_digest(weights, mode, vars(args))
@@ -293,13 +304,14 @@ def main(argv: list[str] | None = None) -> int:
     state = initial_state(model, args)
     decoding = Decoding(model, sampling, key, stops, args.max_new_tokens, state)
     if args.evaluate is not None:
-        print(evaluation.evaluation_table(model, args.evaluate, mode, trained))
+        print(evaluation.evaluation_table(model, args.evaluate, mode, trained, args.columns))
     elif args.prompts is not None:
         complete_file(decoding, weights, mode, args)
     elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():
         if args.save_state or args.raw or args.samples > 1:
             raise UserError("a session takes no --save-state (type /save), --raw or --samples")
-        chat.Session(model, sampling, key, stops, args.max_new_tokens, mode, state).run()
+        chats = runs.trained_on_chats(weights)
+        chat.Session(model, sampling, key, stops, args.max_new_tokens, mode, state, chats).run()
     else:
         complete_prompt(decoding, prompt_of(args), args)
     return 0

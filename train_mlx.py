@@ -28,6 +28,7 @@ from bdh_mlx import BDHConfig
 TRAINING_MODE: str = "both"  # what to train on: "system", "instruction", "both" or "full"
 LOSS_ON: str = "all"  # bytes that count in the training loss: "all", or "response" (mode full only)
 DATASET: str = "Severian/Internal-Knowledge-Map"  # hub name, file, folder, or "sample"
+COLUMNS: str | None = None  # "instruction=query,response=reply"; none: by the names of columns
 # Training
 BLOCK_SIZE: int = 4096  # context length in training, in bytes
 BATCH_SIZE: int = 2  # sequences computed at once, by each process
@@ -112,7 +113,8 @@ from mlx.utils import tree_map
 from bdh_lib import cli, files, flags
 from bdh_lib.compute import memory
 from bdh_lib.compute.state import WINDOW_PARTS
-from bdh_lib.data import split
+from bdh_lib.data.columns import parse_columns
+from bdh_lib.data.describe import data_changes, describe
 from bdh_lib.data.formats import (
     FIELDS,
     MAX_NEW_TOKENS,
@@ -121,6 +123,8 @@ from bdh_lib.data.formats import (
     format_example,  # noqa: F401  what a record becomes, for other scripts
     sample_prompts,
 )
+from bdh_lib.data.prepare import data_settings, prepare
+from bdh_lib.data.split import bytes_to_evaluate, has_field
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.flags import Settings
 from bdh_lib.generation.decoding import complete_prompts
@@ -222,7 +226,7 @@ def load_prepared(s: Settings, mode: str) -> tuple[dict, Stream, Stream]:
     Raises UserError where a side is empty.
     """
     cache, refresh = Path(s.CHECKPOINT_DIR) / ".data", vars(s).get("refresh_data", False)
-    folder = split.prepare(s.DATASET, mode, s.VAL_FRACTION, s.SEED, cache, refresh)
+    folder = prepare(data_settings(s, mode), cache, refresh)
     report = json.loads((folder / "data.json").read_text())
     if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
         raise UserError(f"the {empty[0]} split of mode {mode} is empty; take more data")
@@ -230,7 +234,7 @@ def load_prepared(s: Settings, mode: str) -> tuple[dict, Stream, Stream]:
         Stream(*(np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")))
         for side in ("train", "val")
     )
-    read = split.bytes_to_evaluate(folder, s.EVAL_BYTES)
+    read = bytes_to_evaluate(folder, s.EVAL_BYTES)
     return report, train, Stream(*(array[:read] for array in val))
 
 
@@ -250,7 +254,7 @@ def open_split(s: Settings) -> tuple[dict, Stream, Stream]:
         ("training bytes", train, "take other data"),
         ("validation bytes read", val, "raise EVAL_BYTES"),
     ):
-        if s.LOSS_ON != "all" and not split.has_field(fields, s.LOSS_ON):
+        if s.LOSS_ON != "all" and not has_field(fields, s.LOSS_ON):
             raise UserError(
                 f"LOSS_ON is {s.LOSS_ON!r}, and the {len(fields):,} {side} have none of it; "
                 f"{cure} or set LOSS_ON to 'all'"
@@ -355,7 +359,7 @@ def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[
             )
         old = info["settings"] | info["versions"]
         old[GLOBAL_BATCH] = blocks_per_update(Settings(**info["settings"]))
-        changes = checkpoints.settings_changes(old, new) | split.data_changes(info["data"], report)
+        changes = checkpoints.settings_changes(old, new) | data_changes(info["data"], report)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
     fixed = [name for name in changes if name in FIXED_ON_RESUME]
@@ -535,7 +539,7 @@ def load_split(s: Settings, world: World) -> tuple[dict, Stream, Stream]:
     every = world.all_gather_object(settings | sums)
     if unlike := [k for k in every[0] if any(one[k] != every[0][k] for one in every)]:
         raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
-    print(escape_controls(split.describe(report)))
+    print(escape_controls(describe(report)))
     print(f"plan: {schedule_summary(s, len(train.bytes))}; "
           f"an evaluation reads {len(val.bytes):,} bytes")  # fmt: skip
     return report, train, val
@@ -815,6 +819,7 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
     "TRAINING_MODE": choice(*REQUIRED_FIELDS),
     "LOSS_ON": choice("all", "response"),
     "DATASET": text(),
+    "COLUMNS": text(none=True),
     "BLOCK_SIZE": whole(1),
     "BATCH_SIZE": whole(1),
     "GRAD_ACCUM": whole(1),
@@ -882,6 +887,7 @@ def check_settings(s: Settings) -> None:
     for name, rule in RULES.items():  # PHASES may have put other values in
         check(name, getattr(s, name), rule)
     checkpoints.run_folder(s)  # RUN_NAME
+    parse_columns(s.COLUMNS)
     if s.LOSS_ON not in ("all", *REQUIRED_FIELDS[s.TRAINING_MODE]):
         raise UserError(
             f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "

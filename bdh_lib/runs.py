@@ -83,6 +83,15 @@ def settings_of(weights: Path) -> dict:
     return valid_settings(settings)
 
 
+def trained_on_chats(weights: Path) -> bool:
+    """Whether chats of several turns were among the training data, by the config.json beside it."""
+    try:
+        data = files.read_json_object(weights.with_name("config.json")).get("data", {})
+    except UserError:
+        return False
+    return isinstance(data, dict) and bool(data.get("several_turns"))
+
+
 def valid_settings(settings: dict) -> dict:
     """Drop settings of a wrong type from those of a config.json, which may hold anything."""
     settings = dict(settings)

@@ -117,13 +117,11 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
     Records of the same instruction go to the same side, so that no held-out one was trained on.
     """
     from bdh_lib.data import columns, sources
-    from bdh_lib.data.formats import FIELDS, SEPARATOR, field_segments
+    from bdh_lib.data.formats import FIELDS, SEPARATOR, field_segments, to_turns
 
-    lines = file.read_text(errors="replace").split("\n")
-    records = [columns.detect(sources._parse_line(line))[1][0] for line in lines if line.strip()]
-    records = [
-        r for r in records if not columns.invalid_reason(r, ("system", "instruction", "response"))
-    ]
+    found = [r for r in sources.read_records(str(file)) if isinstance(r, dict)]
+    records = [dict(columns.detect(record).turns) for record in found]
+    records = [r for r in records if r.keys() == {"system", "instruction", "response"}]
     instructions = list(dict.fromkeys(r["instruction"] for r in records))
     order = np.random.default_rng(0).permutation(len(instructions))
     held_out = {instructions[i] for i in order[: round(share * len(instructions))]}
@@ -134,7 +132,9 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
         for side, side_records in sides.items():
             segments = []
             for record in side_records:
-                segments += [("", SEPARATOR)] * bool(segments) + field_segments(record, mode)
+                segments += [("", SEPARATOR)] * bool(segments) + field_segments(
+                    to_turns(record), mode
+                )
             parts = [(FIELDS.index(field), text.encode()) for field, text in segments]
             (folder / mode / f"{side}.bin").write_bytes(b"".join(text for _, text in parts))
             labels = b"".join(bytes([field]) * len(text) for field, text in parts)

@@ -218,7 +218,8 @@ def test_a_stop_string_shows_no_part_of_itself_however_the_text_is_cut():
 
 def test_a_record_ends_in_mode_full_at_a_line_of_three_dashes(tmp_path, output):
     args = generate.parse_args(["m"])
-    assert generate.stop_strings(args, "full") == [b"\n---\n"]
+    stops = [b"\n---\n", b"\n\n### Instruction:\n"]
+    assert generate.stop_strings(args, "full") == stops
     assert generate.stop_strings(args, "both") == []
     assert generate.stop_strings(generate.parse_args(["m", "--no-stop"]), "full") == []
     following = list(range(256))
@@ -539,7 +540,7 @@ def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, t
         ("\0", "not JSON"),
         ('{"system": "s"}', "instruction missing"),
         ('{"instruction": null}', "instruction is null, not text"),
-        ('{"instruction": "i", "system": 5}', "system is int, not text"),
+        ('{"instruction": "i", "system": {}}', "system is dict, not text"),
     ],
 )
 def test_a_bad_line_of_prompts_is_named(line, reason, chaos, tmp_path):
@@ -558,7 +559,7 @@ def test_a_bad_line_of_prompts_is_named(line, reason, chaos, tmp_path):
 )
 def test_what_a_model_would_answer_need_not_be_there(record):
     asked = b"### Instruction:\ni\n\n### Response:\n"
-    assert jobs.prompts_of(record, "full") == [asked]
+    assert jobs.prompt_of_record(record, "full") == asked
 
 
 def test_blank_lines_of_prompts_count_but_ask_nothing(chaos, tmp_path, output):
@@ -581,9 +582,9 @@ def test_batches_hold_prompts_of_similar_length_each_once():
 def test_an_opening_is_the_beginning_of_the_training_text(mode):
     record = {"system": "sys", "instruction": "ask", "response": "reply"}
     text = formats.format_example(record, mode)
-    opening = formats.format_prompt(record, mode)
+    opening = formats.format_prompt(formats.to_turns(record), mode)
     assert text == opening + ("reply\n---" if mode == "full" else "")
-    assert formats.format_prompt({"text": "plain"}, mode) == "plain"
+    assert formats.format_prompt([("text", "plain")], mode) == "plain"
 
 
 # ---------------------------------------------------------------------------- text and the terminal
@@ -765,15 +766,29 @@ def test_a_session_answers_as_its_whole_transcript_would(monkeypatch, capsys, ch
     assert greedy(model, asked, 30) == answer
 
 
+ASKED_AGAIN = b"### Instruction:\nq\n\n### Response:\n"
+PLAIN = b"### System:\nS\n\n### Instruction:\nq"
+
+
 @pytest.mark.parametrize(
-    ("output", "mode", "missing"),
+    ("said", "mode", "chats", "read"),
     [
-        *((b"", "full", b""), (b"ans", "full", b"\n---\n\n"), (b"ans\n---\n", "full", b"\n")),
-        *((b"ans\n--", "full", b"-\n\n"), (b"ans\n", "both", b"\n"), (b"ans", "system", b"\n\n")),
+        (b"ans", "full", False, b"\n---\n\n### System:\nS\n\n" + ASKED_AGAIN),
+        (b"ans\n--", "full", False, b"-\n\n### System:\nS\n\n" + ASKED_AGAIN),
+        (b"ans\n---\n", "full", False, b"\n### System:\nS\n\n" + ASKED_AGAIN),
+        (b"ans", "full", True, b"\n\n" + ASKED_AGAIN),
+        (b"ans\n\n### Instruction:\n", "full", True, ASKED_AGAIN.partition(b"\n")[2]),
+        (b"ans\n---\n", "full", True, b"\n### System:\nS\n\n" + ASKED_AGAIN),
+        (b"ans\n", "both", False, b"\n" + PLAIN),
+        (b"ans", "instruction", True, b"\n\nq"),
     ],
 )
-def test_a_turn_begins_after_the_end_of_a_record(output, mode, missing):
-    assert chat.missing_end(output, mode) == missing
+def test_a_turn_goes_on_as_the_model_was_trained(said, mode, chats, read, chaos):
+    session = chat.Session(bdh_mlx.load_model(chaos), GREEDY, KEY, [], 9, mode, None, chats)
+    session.system, session.text = "S", bytearray(said)
+    assert session.format_prompt("q") == read
+    session.text = bytearray()
+    assert read.endswith(session.format_prompt("q")[-9:])
 
 
 # --------------------------------------------------------------------------------------- evaluation

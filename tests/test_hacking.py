@@ -84,11 +84,12 @@ def test_another_schedule(tmp_path):
 
 
 def test_another_column(tmp_path, unedited):
-    data = tmp_path / "replies.jsonl"
-    records = [{"question": f"What is {i}?", "reply": f"It is the number {i}."} for i in range(100)]
+    data = tmp_path / "personas.jsonl"
+    records = [{"persona": f"You are {i}.", "question": f"Who is {i}?", "answer": f"I am {i}."}
+               for i in range(100)]  # fmt: skip
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    output, _ = train(unedited, "--dataset", str(data), "--run-name", "replies", code=2)
-    assert "response" in output
+    output, _ = train(unedited, "--dataset", str(data), "--run-name", "personas")
+    assert "columns not used" in output and "field system" not in output
     output, _ = train(project(tmp_path / "edited", "The data"), "--dataset", str(data))
-    assert "structure question/reply: 100.0% of records" in output
-    assert re.search(r"field response: in 100.0% of records", output)
+    assert "structure persona/question/answer: 100.0% of records" in output
+    assert re.search(r"field system: in 100.0% of records", output)

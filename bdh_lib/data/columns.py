@@ -1,91 +1,281 @@
 """Which columns of a record, or turns of a chat, are its system text, instruction and response."""
 
+import datetime
+import decimal
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
+from types import MappingProxyType
+from typing import NamedTuple
 
-COLUMNS = {  # our field: the columns that mean it, first found wins
-    "system": ("system",),
-    "instruction": ("instruction", "prompt", "question"),
-    "response": ("response", "output", "completion", "answer"),
+from bdh_lib.data.formats import SEPARATOR
+from bdh_lib.errors import UserError
+
+ALIASES = {  # names of columns by what they hold, in small letters; the first one found counts
+    "messages": ("messages", "conversations", "conversation"),
+    "system": ("system", "system_prompt"),
+    "instruction": ("instruction", "prompt", "question", "query", "problem", "inputs", "input"),
+    "response": (
+        *("response", "output", "completion", "answer", "answers", "target", "targets"),
+        *("reply", "solution", "chosen"),
+    ),
+    "context": ("context", "input", "passage"),  # appended to the instruction
+    "text": ("text",),
 }
-SPEAKERS = {  # our field: the roles of a chat that speak it, in small letters
+SPEAKERS = {  # the roles of a chat by field, in small letters
     "system": ("system", "developer"),
     "instruction": ("user", "human"),
     "response": ("assistant", "gpt", "chatgpt", "model", "bot", "ai"),
 }
 FIELD_OF = {role: field for field, roles in SPEAKERS.items() for role in roles}
+TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles that are left out
+ROLE, CONTENT, CALLS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
 UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
+TOOL_CALL, TOOL_ANSWER = "reply that only calls tools", "answer of a tool"
+NO_QUESTION, NO_ANSWER = "reply without a question before it", "question without a reply after it"
+FURTHER_ANSWER = "answers beside the first one of a record"
 
 
-def detect(record: dict, questions: bool = False) -> tuple[str, list[dict | str]]:
-    """The name of the record's structure, and a list of its contents by field, unchecked.
+class Parsed(NamedTuple):
+    """What a record holds that can be trained on, and what of it is left out."""
 
-    A chat gives one content for each answer, each with the chat's system text, and a reason (a str)
-    for each turn whose role is unknown. With `questions` it gives no reasons, but a content for a
-    question that ends the chat. Alpaca's `input` is appended to its instruction.
+    structure: str  # name of what was found, by the columns that are read
+    columns: tuple[str, ...] = ()
+    turns: Sequence[tuple[str, str]] = ()  # (field of formats.FIELDS, text), in their order
+    problems: Mapping[str, str] = MappingProxyType({})  # by field: why it is not among the turns
+    left_out: Sequence[str] = ()  # a reason for each turn, or part of one, that is not
+
+
+def is_broken(problem: str | None) -> bool:
+    """Whether a field is there and no valid text, by the reason that find_problem gives."""
+    return bool(problem) and not problem.endswith((" empty", " is null, not text"))
+
+
+def parse_columns(columns: str | None) -> dict[str, str]:
+    """Column by field of COLUMNS, as in "instruction=query,context=": "" is no column.
+
+    Raises UserError.
     """
-    for name in ("messages", "conversations"):
-        if isinstance(record.get(name), list):
-            return name, _split_chat(record[name], questions)
-    column_of = {f: next((c for c in cs if c in record), None) for f, cs in COLUMNS.items()}
-    fields = {field: record[column] for field, column in column_of.items() if column}
-    names = [column for column in column_of.values() if column]
-    if not names:
-        return (
-            ("text", [record])
-            if "text" in record
-            else (f"unknown ({', '.join(record)[:80]})", [{}])
-        )
-    if isinstance(extra := record.get("input"), str) and isinstance(fields.get("instruction"), str):
-        names.insert(names.index(column_of["instruction"]) + 1, "input")
-        fields["instruction"] += f"\n\n{extra}" if extra.strip() else ""
-    return "/".join(names), [fields]
+    result = {}
+    for pair in (columns or "").split(",") if columns else []:
+        field, equals, column = map(str.strip, pair.partition("="))
+        if not equals or field not in ALIASES or field in result:
+            raise UserError(
+                f"COLUMNS is {columns!r}; it must be like instruction=query,response=answer, with "
+                f"fields among {', '.join(ALIASES)}, each once"
+            )
+        result[field] = column
+    return result
 
 
-def _split_chat(turns: list, questions: bool) -> list[dict | str]:
-    turns = [turn if isinstance(turn, dict) else {} for turn in turns]
-    spoken = [
-        (FIELD_OF.get(str(t.get("role", t.get("from"))).lower()), t.get("content", t.get("value")))
-        for t in turns
-    ]
-    known_turns = [turn for turn in spoken if turn[0]]
-    exchange, exchanges = {}, []
-    for field, some in groupby(known_turns, lambda turn: turn[0]):
-        exchange[field] = _join_contents([content for _, content in some])
-        if field == "response":
-            exchanges.append(exchange)
-            exchange = {"system": exchange["system"]} if "system" in exchange else {}
-    if questions and "instruction" in exchange:
-        exchanges.append(exchange)
-    unknown = [] if questions else [UNKNOWN_ROLE] * (len(spoken) - len(known_turns))
-    return (exchanges or [{}]) + unknown
+@lru_cache(maxsize=1024)
+def choose_columns(names: tuple[str, ...], columns: str | None = None) -> dict[str, str]:
+    """Column by field, for a record with columns of these names: as COLUMNS says, else by alias."""
+    by_name = {name.strip().lower(): name for name in reversed(names)}
+    chosen = parse_columns(columns)
+    result = {field: by_name.get(column.lower()) for field, column in chosen.items()}
+    for field, aliases in ALIASES.items():
+        if field not in chosen:
+            free = (by_name[a] for a in aliases if a in by_name)
+            result[field] = next((name for name in free if name not in result.values()), None)
+    return {field: name for field, name in result.items() if name is not None}
 
 
-def _join_contents(contents: list):
-    """The contents of turns in a row by one speaker, or one of them that is not text."""
-    contents = [c for c in contents if c is not None and c != ""] or contents[:1]
-    odd = [c for c in contents if not isinstance(c, str)]
-    return odd[0] if odd else "\n\n".join(contents)
+def detect(record: dict | list, columns: str | None = None) -> Parsed:
+    """What a record holds: a chat, the fields of an instruction, or plain text.
+
+    `columns` is COLUMNS. A bare list is a chat.
+    """
+    if isinstance(record, list):
+        return _parse_chat("list of turns", record, ())
+    column = choose_columns(tuple(record), columns)
+    value = {field: record[name] for field, name in column.items()}
+    if "messages" in value and not isinstance(value["messages"], list):
+        problem = f"{column['messages']} is {_type_name(value['messages'])}, not a list of turns"
+        if not value.keys() & {"instruction", "response"}:
+            return Parsed(
+                column["messages"], (column["messages"],), (), dict.fromkeys(SPEAKERS, problem)
+            )
+    elif "messages" in value:
+        return _parse_chat_columns(value, column, "messages", value["messages"])
+    if (turns := _turns_of(value.get("instruction"), value.get("response"))) is not None:
+        return _parse_chat_columns(value, column, ("instruction", "response"), turns)
+    if value.keys() & SPEAKERS.keys():
+        return _parse_fields(value, column)
+    if "text" in value:
+        return _parse_text(value["text"], column["text"])
+    return Parsed(f"unknown ({', '.join(record)[:80]})")
 
 
-def invalid_reason(fields: dict | str, wanted: tuple[str, ...]) -> str | None:
-    """Why this content cannot be trained on, or None where every wanted field is valid text."""
-    if isinstance(fields, str):
-        return fields
-    for name in wanted:
-        value = fields.get(name)
-        if name not in fields:
-            return f"{name} missing"
-        if not isinstance(value, str):
-            return f"{name} is {'null' if value is None else type(value).__name__}, not text"
-        if not value.strip():
-            return f"{name} empty"
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return f"{name} with a lone surrogate"
+def _type_name(value) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _parse_text(value, column: str) -> Parsed:
+    if problem := find_problem("text", text := as_text(value)):
+        return Parsed("text", (column,), (), {"text": problem})
+    return Parsed("text", (column,), [("text", text)])
+
+
+def _parse_fields(value: dict, column: dict[str, str]) -> Parsed:
+    """Each field from a column of its own; the context is appended to the instruction."""
+    text = {field: as_text(value[field]) for field in (*SPEAKERS, "context") if field in value}
+    left_out = []
+    if "response" in text:
+        text["response"], has_more = _first_answer(text["response"])
+        left_out += [FURTHER_ANSWER] * has_more
+    problems = {field: find_problem(field, text[field]) for field in SPEAKERS if field in text}
+    if "instruction" in text and text.get("context") is not None:
+        text["instruction"], problems["instruction"] = _append_context(**text)
+    problems = {field: problem for field, problem in problems.items() if problem}
+    turns = [(f, text[f]) for f in SPEAKERS if f in text and f not in problems]
+    order = ("system", "instruction", "context", "response")
+    names = [column[f] for f in order if f in text and (f != "context" or "instruction" in text)]
+    return Parsed("/".join(names), tuple(names), turns, problems, left_out)
+
+
+def _append_context(instruction, context, **_others) -> tuple[object, str | None]:
+    """Both with a blank line between, and why they cannot be trained on; a context may be empty."""
+    if isinstance(context, list) and all(isinstance(part, str) for part in context):
+        context = SEPARATOR.join(context)
+    problem = find_problem("context", context)
+    if problem == "context empty":
+        return instruction, find_problem("instruction", instruction)
+    if problem or not isinstance(instruction, str):
+        return instruction, problem or find_problem("instruction", instruction)
+    text = SEPARATOR.join(part for part in (instruction, context) if part.strip())
+    return text, find_problem("instruction", text)
+
+
+def _first_answer(value) -> tuple[object, bool]:
+    """The first of several answers, as SQuAD lists them, and whether there are others."""
+    if isinstance(value, dict):
+        value = value.get("text", value.get("value", value))
+    if isinstance(value, list) and all(isinstance(answer, str) for answer in value):
+        return (value[0] if value else ""), len(set(value)) > 1
+    return value, False
+
+
+def as_text(value):
+    """A number, a truth value or a date as text, and what is none of them as it is."""
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, (datetime.date, datetime.time)):
+        return str(value)
+    if isinstance(value, (int, float, decimal.Decimal)) and math.isfinite(value):
+        return str(value)
+    return value
+
+
+def find_problem(field: str, value) -> str | None:
+    """Why a value cannot be trained on, or None where it is valid text."""
+    if not isinstance(value, str):
+        return f"{field} is {_type_name(value)}, not text"
+    if not value.strip():
+        return f"{field} empty"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"{field} with a lone surrogate"
     return None
 
 
-def valid_fields(fields: dict | str) -> dict[str, str]:
-    """The fields of this content that can be trained on."""
-    return {f: fields[f] for f in (*COLUMNS, "text") if not invalid_reason(fields, (f,))}
+# ------------------------------------------------------------------------------------------- chats
+
+
+def is_chat(value) -> bool:
+    """Whether this is a list of turns, each with a role and a content."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(t, dict) and {*t} & {*ROLE} and {*t} & {*CONTENT, *CALLS} for t in value)
+    )
+
+
+def _turns_of(instruction, response) -> list | None:
+    """The turns of a prompt and a reply, one of which is a list of turns, as TRL has them."""
+    if not is_chat(instruction) and not is_chat(response):
+        return None
+    if is_chat(response) and FIELD_OF.get(_role(response[0])) != "response":
+        return response  # it repeats the prompt
+    ask = instruction if is_chat(instruction) else [{"role": "user", "content": instruction}]
+    if response is None:
+        return ask
+    return ask + (response if is_chat(response) else [{"role": "assistant", "content": response}])
+
+
+def _parse_chat_columns(value: dict, column: dict[str, str], fields, turns: list) -> Parsed:
+    """A chat in the columns of `fields`; a system text may stand in a column of its own."""
+    names = [column[field] for field in column if field in fields]
+    system = as_text(value.get("system"))
+    if find_problem("system", system) is None:
+        turns = [{"role": "system", "content": system}, *turns]
+        names = [column["system"], *names]
+    return _parse_chat("/".join(names), turns, tuple(names))
+
+
+def _role(turn: dict) -> str:
+    return str(next((turn[key] for key in ROLE if key in turn), None)).strip().lower()
+
+
+def _parse_chat(structure: str, turns: list, columns: tuple[str, ...]) -> Parsed:
+    """The turns of a chat: those in a row of one speaker are one, joined by a blank line."""
+    left_out, spoken = [], []
+    for turn in turns:
+        field, text, reasons = _parse_turn(turn)
+        left_out += reasons
+        if text is not None:
+            spoken.append((field, text))
+    joined = [
+        (field, SEPARATOR.join(text for _, text in group))
+        for field, group in groupby(spoken, lambda turn: turn[0])
+    ]
+    asked, result = False, []
+    for field, text in joined:
+        if field == "response" and not asked:
+            left_out.append(NO_QUESTION)
+            continue
+        asked = field == "instruction" or (asked and field == "system")
+        result.append((field, text))
+    return Parsed(structure, columns, result, {}, left_out)
+
+
+def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
+    """Field and text of a turn, None where it has none; the reasons for what is left out."""
+    if not isinstance(turn, dict):
+        return "", None, [f"turn that is {_type_name(turn)}, not an object"]
+    role, content = _role(turn), next((turn[key] for key in CONTENT if key in turn), None)
+    if role in TOOLS:
+        return "", None, [TOOL_ANSWER if role != "function_call" else TOOL_CALL]
+    if role not in FIELD_OF:
+        return "", None, [UNKNOWN_ROLE]
+    text, reasons = _join_parts(as_text(content))
+    if problem := find_problem("turn", text):
+        calls = any(turn.get(key) for key in CALLS)
+        return "", None, [*reasons, TOOL_CALL if calls and not text else problem]
+    return FIELD_OF[role], text, reasons
+
+
+def _join_parts(content) -> tuple[object, list[str]]:
+    """A content that is a list of parts as one text, and a reason for each part that is no text."""
+    if not isinstance(content, list):
+        return content, []
+    texts, left_out = [], []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            texts.append(text)
+        else:
+            kind = part.get("type", "") if isinstance(part, dict) else _type_name(part)
+            left_out.append(f"part of a turn, of type {str(kind)[:30]}")
+    return SEPARATOR.join(texts), left_out
+
+
+def unused_values(record: dict | list, parsed: Parsed) -> Iterator[tuple[str, int]]:
+    """Name and length in bytes of each column that is not read."""
+    for name, value in record.items() if isinstance(record, dict) else ():
+        if name not in parsed.columns and value is not None and value != "":
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            yield name, len(text.encode(errors="surrogatepass"))

@@ -31,7 +31,9 @@ SAMPLE_NOTES = {  # what to make of a mode's samples, said where they are printe
 }
 MAX_NEW_TOKENS = 500  # bytes that a model writes, where nothing else is said
 SEPARATOR = "\n\n"  # between records
-STOP = "\n---"  # ends a response; part of it, since a model must learn to stop
+STOP = "\n---"  # ends the last response of a record; part of it, for a model must learn to stop
+END_OF_RESPONSE = (f"{STOP}\n", f"{SEPARATOR}### Instruction:\n")  # the second one within a chat
+Turns = list[tuple[str, str]]  # of a record: (field, text) in their order
 
 
 def sample_prompts(mode: str, has: Collection[str]) -> list[str]:
@@ -41,46 +43,78 @@ def sample_prompts(mode: str, has: Collection[str]) -> list[str]:
     """
     if not set(REQUIRED_FIELDS[mode]) & set(has):
         return [SEPARATOR]
-    of_system = "system" in required_fields(mode, has)
+    of_system = mode != "full" or "system" in has
     return [p for p in PROMPTS[mode] if of_system or not p.startswith("### System")]
 
 
-def required_fields(mode: str, has: Collection[str]) -> tuple[str, ...]:
-    """Fields that a record must have in `mode`, of data whose records have the fields `has`: in
-    `full` no system text where no record has one (Alpaca, questions and answers).
-    """
-    return tuple(f for f in REQUIRED_FIELDS[mode] if f != "system" or f in has or mode != "full")
+def needed_fields(mode: str) -> tuple[str, ...]:
+    """Fields without which a record has no text in `mode`: `full` does without a system text."""
+    return tuple(f for f in REQUIRED_FIELDS[mode] if f != "system" or mode != "full")
 
 
-def field_segments(record: dict, mode: str) -> list[tuple[str, str]]:
-    """The training text of one record in one mode, as (field, text) pieces in their order.
-
-    The field is one of FIELDS; plain text (`text` alone) is the same in all modes. Without a system
-    text its section is left out.
-    """
+def to_turns(record: dict) -> Turns:
+    """The turns of a record that is given by field; plain text is a turn of its own."""
     if "text" in record:
         return [("text", record["text"])]
-    if mode in ("system", "instruction"):
-        return [(mode, record[mode])]
+    return [(field, record[field]) for field in REQUIRED_FIELDS["full"] if record.get(field)]
+
+
+def field_segments(turns: Turns, mode: str) -> Turns:
+    """The turns as one text of `mode`, as (field, text) pieces in their order.
+
+    The field is one of FIELDS. Modes of several fields have a header before each, and `full` a mark
+    at its end. Plain text is the same in all modes.
+    """
+    if turns[0][0] == "text" or mode in ("system", "instruction"):
+        return [turn for turn in turns if turn[0] in ("text", mode)]
     segments = []
-    for field in REQUIRED_FIELDS[mode]:
-        if field != "system" or record.get("system"):
+    for field, text in turns:
+        if field in REQUIRED_FIELDS[mode]:
             header = f"{SEPARATOR if segments else ''}### {field.capitalize()}:\n"
-            end = STOP if field == "response" else ""
-            segments += [("", header), (field, record[field] + end)]
+            segments += [("", header), (field, text)]
+    if segments and segments[-1][0] == "response":
+        segments[-1] = ("response", segments[-1][1] + STOP)
     return segments
 
 
-def format_example(record: dict, mode: str) -> str:
-    """The training text of one record in one mode."""
-    return "".join(text for _, text in field_segments(record, mode))
+def training_texts(turns: Turns, mode: str) -> list[Turns]:
+    """The training texts of a record in `mode`, each as field_segments gives it.
 
-
-def format_prompt(record: dict, mode: str) -> str:
-    """The training text of a record as far as it is given: what a model of that mode goes on with.
-
-    That is an instruction in `both`, a response in `full`.
+    A chat is one text of `full`, up to its last response. In `instruction` and `both` each
+    instruction is one, in `both` after the system text before it; in `system` each system text.
     """
-    parts = [text for _, text in field_segments(record | {"response": ""}, mode)]
-    asks = mode == "full" and "text" not in record
-    return "".join(parts[:-1] if asks else parts)
+    if turns and turns[0][0] == "text":
+        return [turns]
+    if mode in ("system", "instruction"):
+        return [[turn] for turn in turns if turn[0] == mode]
+    if mode == "both":
+        parts, system = [], None
+        for turn in turns:
+            system = turn if turn[0] == "system" else system
+            if turn[0] == "instruction" and system:
+                parts.append([system, turn])
+        return [field_segments(part, mode) for part in parts]
+    ends = [i + 1 for i, turn in enumerate(turns) if turn[0] == "response"]
+    return [field_segments(turns[: ends[-1]], mode)] if ends and len(turns) > 1 else []
+
+
+def format_example(record: dict, mode: str) -> str:
+    """The training text of one record, given by field, in one mode."""
+    return "".join(text for _, text in field_segments(to_turns(record), mode))
+
+
+def format_prompt(turns: Turns, mode: str) -> str:
+    """The training text of a record up to its last instruction: what a model goes on with.
+
+    In `full` the header of a response follows. In `both` the text has the last system text alone.
+    """
+    if turns[0][0] == "text":
+        return turns[0][1]
+    if mode in ("system", "instruction"):
+        return [text for field, text in turns if field == mode][-1]
+    end = max(i for i, turn in enumerate(turns) if turn[0] == "instruction")
+    if mode == "both":
+        systems = [turn for turn in turns[:end] if turn[0] == "system"]
+        turns, end = [*systems[-1:], turns[end]], len(systems[-1:])
+    text = "".join(text for _, text in field_segments(turns[: end + 1], mode))
+    return text + f"{SEPARATOR}### Response:\n" if mode == "full" else text

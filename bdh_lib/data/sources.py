@@ -1,39 +1,47 @@
-"""Where records come from: files, folders of them, the hub."""
+"""Where records come from: files, folders of them, the hub; and which split each is of."""
 
-import csv
-import logging
 import os
 import re
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple
 
 from tqdm import tqdm
 
+from bdh_lib.data import hub, parsers
+from bdh_lib.data.parsers import FILE_KINDS
 from bdh_lib.errors import UserError
-from bdh_lib.files import expand_user, parse_json
+from bdh_lib.files import expand_user
 
 SAMPLE = Path(__file__).with_name("sample.jsonl")
-FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # a byte as surrogateescape gives it
-HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?(?:#(.+))?")
-WAYS_ON = (
-    "Ways on: --dataset FILE for a local file, --dataset sample for the embedded one, "
-    "`hf auth login` for a private or gated data set"
-)
-SPLIT = ("train.bin", "val.bin", "train.fields", "val.fields")  # a folder with these is used as is
+READY = ("train.bin", "val.bin", "train.fields", "val.fields")  # a folder with these is used as is
 WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
     (".data/.lock",),
     ("metrics.jsonl", "config.json"),
     ("model.safetensors",),
 )
+SPLITS = {  # words in names of files, folders and splits, by what they are used for
+    "train": ("train", "training"),
+    "val": ("valid", "val", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+ABOUT = re.compile(r"(readme|license|licence|changelog|contributing|notice)\b", re.IGNORECASE)
 LARGE = 20e6  # bytes of files that take longer to read than QUIET
 QUIET, LINE_EVERY = 2, 5  # seconds before a bar is drawn; between lines where there is none
-HUB_SECONDS = 10  # that the hub may take to answer at all; a hanging one would cost 400 s
+
+
+class Source(NamedTuple):
+    """The parts of a data set: "train" and "val" where they are given, else "all".
+
+    A part is a list of files, or a split of the hub. `left_out` names what is in no part.
+    """
+
+    parts: dict[str, Iterable]
+    left_out: list[str]
 
 
 def find(dataset: str) -> list[Path] | None:
@@ -44,17 +52,113 @@ def find(dataset: str) -> list[Path] | None:
         return [SAMPLE]
     path = expand_user(dataset, "DATASET")
     kind = _kind(path)
+    if kind is None and (folder := _named_split(path)[0]):
+        return _split_files(folder, _named_split(path)[1])
     if kind == stat.S_IFDIR:
-        return _ready_files(path) or _data_files(path)
+        return _ready_files(path) or _data_files(path)[0]
     if kind is not None:
         _check_regular(path)
-        if path.suffix not in FILE_KINDS:
-            raise UserError(f"DATASET {path} ends in none of {', '.join(FILE_KINDS)}")
+        if parsers.file_kind(path) not in FILE_KINDS:
+            raise UserError(
+                f"DATASET {path} ends in none of {', '.join(FILE_KINDS)} "
+                f"(and {', '.join(parsers.COMPRESSED)} after it)"
+            )
         return [path]
-    no_name = "/" in dataset and not HUB_NAME.fullmatch(dataset)
-    if no_name or path.suffix in FILE_KINDS or dataset.startswith((".", "/", "~")):
+    no_name = "/" in dataset and not hub.NAME.fullmatch(dataset)
+    if no_name or parsers.file_kind(path) in FILE_KINDS or dataset.startswith((".", "/", "~")):
         raise UserError(f"DATASET {path} does not exist (looked from {Path.cwd()})")
     return None
+
+
+def _named_split(path: Path) -> tuple[Path | None, str]:
+    """Folder and split of FOLDER#SPLIT, if there is such a folder."""
+    folder, mark, split = str(path).rpartition("#")
+    return (Path(folder) if mark and Path(folder).is_dir() else None), split
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """The files of one split of a folder. Raises UserError."""
+    files = _data_files(folder)[0]
+    purpose = {file: split_of(file.relative_to(folder)) for file in files}
+    chosen = [file for file in files if purpose[file] and purpose[file] == SPLIT_OF.get(split)]
+    if not chosen:
+        splits = ", ".join(sorted({*purpose.values()} - {None})) or "none"
+        raise UserError(f"DATASET {folder} has no files of a split {split!r}; it has: {splits}")
+    return chosen
+
+
+def split_of(name: Path | str) -> str | None:
+    """What the words of a name say that it is for, the file's before its folder's."""
+    for part in reversed(Path(name).parts):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in SPLIT_OF:
+                return SPLIT_OF[word]
+    return None
+
+
+def open_source(dataset: str) -> Source:
+    """The parts of a data set. Raises UserError where they cannot be told apart."""
+    files = find(dataset)
+    if files is None:
+        return _hub_source(dataset)
+    path = expand_user(dataset, "DATASET")
+    if not path.is_dir():
+        return Source({"all": files}, [])
+    left_out = _data_files(path)[1]
+    by_split = {name: [] for name in (*SPLITS, None)}
+    for file in files:
+        by_split[split_of(file.relative_to(path))].append(file)
+    if not by_split["val"] and not by_split["test"]:
+        return Source({"all": files}, left_out)
+    train = sorted(by_split["train"] + by_split[None])
+    held_out = [(f"{path}#test", by_split["test"])]
+    return _split_source(dataset, train, by_split["val"], held_out, left_out)
+
+
+def _split_source(dataset: str, train, val, test: list[tuple], left_out: list[str]) -> Source:
+    """The parts of a data set whose splits are given. Raises UserError without one to train on."""
+    if not train:
+        others = [f"{dataset}#{SPLITS['val'][2]}"] * bool(val) + [
+            name for name, part in test if part
+        ]
+        raise UserError(
+            f"DATASET {dataset} has no split to train on; name one of its splits: "
+            f"{', '.join(others)}"
+        )
+    for name, part in test:
+        if part:
+            files = f", {_names(part)}" if isinstance(part, list) else f", {len(part):,} records"
+            left_out = [*left_out, f"the test split{files}; to evaluate on it: --evaluate {name}"]
+    return Source({"train": train, "val": val} if val else {"all": train}, left_out)
+
+
+def _hub_source(dataset: str) -> Source:
+    """The splits of a data set on the hub. Raises UserError where it is not clear what is which."""
+    print(f"reading DATASET {dataset} ...", flush=True)
+    splits = hub.load(dataset)
+    if len(splits) == 1:
+        return Source({"all": next(iter(splits.values()))}, [])
+    exact = {SPLIT_OF[name]: split for name, split in splits.items() if name in SPLIT_OF}
+    if "train" not in exact:
+        name = dataset.partition("#")[0]
+        raise UserError(
+            f"DATASET {dataset} has the splits {', '.join(splits)}, none of them named train; "
+            f"name the one to train on, as in {name}#{next(iter(splits))}"
+        )
+    others = [name for name in splits if name not in SPLIT_OF]
+    left_out = (
+        [f"the splits {', '.join(others)}; name one to take it: {dataset}#{others[0]}"]
+        if others
+        else []
+    )
+    test = [(f"{dataset}#{name}", splits[name]) for name in splits if SPLIT_OF.get(name) == "test"]
+    return _split_source(dataset, exact["train"], exact.get("val", []), test, left_out)
+
+
+def _names(files: list[Path], most: int = 3) -> str:
+    """The first names of files, and how many others there are."""
+    more = f" and {len(files) - most:,} others" if len(files) > most else ""
+    return ", ".join(file.name for file in files[:most]) + more
 
 
 def _kind(path: Path) -> int | None:
@@ -84,7 +188,7 @@ def _check_regular(file: Path) -> None:
 
 def _ready_files(folder: Path) -> list[Path]:
     """The files of a ready split, if the folder is one. Raises UserError."""
-    ready = [folder / name for name in SPLIT if _kind(folder / name) is not None]
+    ready = [folder / name for name in READY if _kind(folder / name) is not None]
     for file in ready:
         _check_regular(file)
     missing = [name for name in ("train.bin", "val.bin") if folder / name not in ready]
@@ -93,21 +197,32 @@ def _ready_files(folder: Path) -> list[Path]:
     return ready
 
 
-def _data_files(folder: Path) -> list[Path]:
-    """The data files in a folder and its subfolders. Raises UserError.
+def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The data files in a folder and its subfolders, and what is left out of it. Raises UserError.
 
     Hidden files and folders are left out, and folders that this project writes: runs and prepared
-    data may lie beside the data.
+    data may lie beside the data. So are texts about the data, such as README.md.
     """
-    files = []
+    files, others, written = [], [], []
     for at, folders, names in os.walk(folder, onerror=_unreadable):
-        folders[:] = [f for f in folders if f[0] != "." and not _is_written_here(Path(at, f))]
-        files += [Path(at, n) for n in names if n[0] != "." and Path(n).suffix in FILE_KINDS]
+        written += [Path(at, f) for f in folders if f[0] != "." and _is_written_here(Path(at, f))]
+        folders[:] = [f for f in folders if f[0] != "." and Path(at, f) not in written]
+        for name in sorted(names):
+            if name[0] != ".":
+                is_data = parsers.file_kind(Path(name)) in FILE_KINDS and not _is_about(Path(name))
+                (files if is_data else others).append(Path(at, name))
     for file in files:
         _check_regular(file)
     if not files:
         raise UserError(f"DATASET {folder} is a folder without {', '.join(FILE_KINDS)} files")
-    return sorted(files)
+    left_out = [f"{len(others):,} other files: {_names(others)}"] if others else []
+    left_out += [f"runs and models: {_names(written)}"] if written else []
+    return sorted(files), left_out
+
+
+def _is_about(file: Path) -> bool:
+    """Whether a text file is about the data, as README.md is."""
+    return parsers.file_kind(file) in (".txt", ".md") and bool(ABOUT.match(file.name))
 
 
 def _is_written_here(folder: Path) -> bool:
@@ -118,21 +233,29 @@ def _is_written_here(folder: Path) -> bool:
 
 def ready_split(dataset: str) -> list[Path]:
     """Its files, if that is what `dataset` names."""
-    return [file for file in find(dataset) or [] if file.name in SPLIT]
+    return [file for file in find(dataset) or [] if file.name in READY]
 
 
-def read_records(dataset: str) -> Iterator[dict | str]:
-    """Every record of `dataset` in order; a str in place of a record says why one is unreadable.
+def read_parts(dataset: str, source: Source) -> Iterator[tuple[str, dict | list | str]]:
+    """Every record with the name of its part; a str in place of one says why it is unreadable.
 
     What takes long shows a line, and a bar on a terminal.
     """
     files, what = find(dataset), f"reading DATASET {dataset}"
-    if files is None:
-        print(f"{what} ...", flush=True)
-    else:
-        print_if_large(what, files)
-    sources = map(_read_file, files) if files else [_read_hub(dataset)]
-    yield from shown(chain.from_iterable(sources), what)
+    print_if_large(what, files or [])
+    records = (
+        (name, record)
+        for name, part in source.parts.items()
+        for record in (
+            chain.from_iterable(map(parsers.read_file, part)) if files else hub.rows(dataset, part)
+        )
+    )
+    yield from shown(records, what)
+
+
+def read_records(dataset: str) -> Iterator[dict | list | str]:
+    """The records of all parts of a data set, in their order."""
+    return (record for _, record in read_parts(dataset, open_source(dataset)))
 
 
 def print_if_large(what: str, files: list[Path], large: float = LARGE) -> None:
@@ -151,162 +274,3 @@ def shown(records: Iterable, what: str) -> Iterator:
             last_line = time.monotonic()
             print(f"{what}: {i:,} records ...", flush=True)
         yield record
-
-
-def _read_file(file: Path) -> Iterator[dict | str]:
-    try:
-        if file.suffix == ".parquet":
-            yield from _parquet_rows(file)
-        else:
-            # bytes that are not UTF-8 come as lone surrogates, which no valid UTF-8 holds
-            how = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
-            with file.open(newline="" if file.suffix == ".csv" else None, **how) as lines:
-                yield from PARSERS[file.suffix](lines)
-    except Exception as error:  # parsers raise errors of many kinds
-        cause = error.__cause__ or error
-        reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
-        raise UserError(f"DATASET {file} cannot be read as {file.suffix}: {reason}") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[dict]:
-    from pyarrow.parquet import ParquetFile  # imported late: a resume does without
-
-    with ParquetFile(file) as rows:
-        for batch in rows.iter_batches(1000):
-            yield from batch.to_pylist()
-
-
-def _is_utf8(text: str) -> bool:
-    return text.isascii() or not NOT_UTF8.search(text)
-
-
-def _parse_lines(lines: Iterable[str]) -> Iterator[dict | str]:
-    """The record of each line: a bad one costs one, a large one itself thrice."""
-    return map(_parse_line, lines)
-
-
-def _parse_line(line: str) -> dict | str:
-    if not line.strip("\ufeff \t\r\n"):
-        return "blank line"
-    if not _is_utf8(line):
-        return "not valid UTF-8"
-    try:
-        record = parse_json(line.removeprefix("\ufeff"))
-    except ValueError:  # also a number of too many digits, brackets too deep
-        return "not JSON"
-    return record if isinstance(record, dict) else "not a JSON object"
-
-
-def _parse_document(lines: TextIO) -> Iterator[dict | str]:
-    """The records of a JSON list, of one object, or of a line each. Raises ValueError."""
-    first = lines.readline()
-    if isinstance(_parse_line(first), dict):
-        yield from _parse_lines(chain([first], lines))
-    elif text := (first + lines.read()).strip():
-        if not _is_utf8(text):
-            raise ValueError("it is not valid UTF-8; save it as UTF-8")
-        document = parse_json(text)
-        for record in document if isinstance(document, list) else [document]:
-            yield record if isinstance(record, dict) else "not a JSON object"
-
-
-def _parse_rows(lines: Iterable[str]) -> Iterator[dict | str]:
-    """The rows of a CSV, all values text. Raises csv.Error for quotes that do not end."""
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(lines, restval="", strict=True)
-    if not _is_utf8("".join(rows.fieldnames or [])):
-        raise csv.Error("its first line is not valid UTF-8; save it as UTF-8")
-    try:
-        for row in rows:
-            if None in row:
-                yield "more values than columns"
-            else:
-                yield row if _is_utf8("".join(row.values())) else "not valid UTF-8"
-    except csv.Error as error:
-        raise csv.Error(f"line {rows.reader.line_num:,}: {error}") from None
-
-
-def _parse_paragraphs(lines: Iterable[str]) -> Iterator[dict | str]:
-    """What stands between the blank lines of a text."""
-    for blank, some in groupby(lines, lambda line: line == "\n"):
-        if not blank:
-            text = "".join(some).removesuffix("\n")
-            yield {"text": text} if _is_utf8(text) else "not valid UTF-8"
-
-
-PARSERS = {
-    ".jsonl": _parse_lines,
-    ".json": _parse_document,
-    ".csv": _parse_rows,
-    ".txt": _parse_paragraphs,
-}
-
-
-def parse_hub_name(dataset: str) -> tuple[str, str | None, str | None, str | None]:
-    """Name, config, revision and split of a name on the hub. Raises UserError."""
-    if match := HUB_NAME.fullmatch(dataset):
-        return match.groups()
-    raise UserError(
-        f"DATASET {dataset!r} is neither a file nor a hub name, which looks like user/name, "
-        f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
-    )
-
-
-def commit(dataset: str) -> str | None:
-    """The commit that a name on the hub means now, or None where the hub does not tell."""
-    name, _, revision, _ = parse_hub_name(dataset)
-    is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
-    return revision if is_commit else _ask_hub(name, revision)
-
-
-@lru_cache  # a run reads one commit, and a hub that hangs is asked once
-def _ask_hub(name: str, revision: str | None) -> str | None:
-    """The commit of a revision. A hub that does not answer is not asked again by this process."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return HfApi().dataset_info(name, revision=revision, timeout=HUB_SECONDS).sha
-    except (HfHubHTTPError, ValueError):  # it answers: `load_dataset` tells what is wrong
-        return None
-    except Exception as error:  # several libraries have errors of their own
-        constants.HF_HUB_OFFLINE |= not _is_local(error)
-        return None
-
-
-def _is_local(error: Exception) -> bool:
-    """Whether it is of this machine's files, and not of the network."""
-    network = (ConnectionError, TimeoutError)
-    return isinstance(error, OSError) and bool(error.strerror) and not isinstance(error, network)
-
-
-def _read_hub(dataset: str) -> Iterator[dict]:
-    name, config, revision, split = parse_hub_name(dataset)
-    sha = _ask_hub(name, revision) or revision
-    import datasets
-    from huggingface_hub import constants
-
-    datasets.config.HF_HUB_OFFLINE = offline = constants.HF_HUB_OFFLINE
-    if offline and not os.environ.get("HF_HUB_OFFLINE"):
-        print("warning: the hub does not answer; looking in the cache of earlier downloads")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries, told as one error
-    try:
-        yield from datasets.load_dataset(name, config, revision=sha, split=split or "train")
-    except datasets.exceptions.DatasetNotFoundError as error:
-        unknown = "is no file or folder here, and not on the hub, or private there"
-        what = "is gated" if "gated" in str(error) else unknown
-        raise UserError(f"DATASET {name} {what}. {WAYS_ON}") from None
-    except OSError as error:
-        if _is_local(error):
-            raise UserError(
-                f"DATASET {name}: {error.filename or 'what the hub sends'} cannot be written: "
-                f"{error.strerror}; set HF_HOME to a folder that can be"
-            ) from None
-        reason = "it is not in the cache either" if offline else " ".join(str(error).split())[:200]
-        raise UserError(
-            f"DATASET {name} is no file or folder here, and the hub is out of reach ({reason}). "
-            f"{WAYS_ON}"
-        ) from None
-    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"DATASET {dataset}: {reason}. {WAYS_ON}") from None

@@ -30,6 +30,8 @@ from bdh_lib.generation.states import save_state
 from bdh_mlx import BDH
 
 PIECE = 256  # bytes of a prompt that are read at once
+END_OF_RECORD = f"{formats.STOP}\n".encode()
+MOST_OVERLAP = 64  # bytes: longer than all that ends a record or begins a turn
 HISTORY = Path("~/.bdh_history").expanduser()
 HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
 /temp 0.7     temperature; 0: the likeliest byte
@@ -84,10 +86,16 @@ class Session:
         budget: int,
         mode: str | None,
         state: State | None = None,
+        chats: bool = False,
     ):
         self.start = state or State()  # the state before the session
         self.model, self.sampling, self.key = model, sampling, key
-        self.stops, self.budget, self.mode = stops, budget, mode
+        self.stops, self.budget, self.mode, self.chats = (
+            stops,
+            budget,
+            mode,
+            chats and mode == "full",
+        )
         self.system, self.saved_files, self.warned = "", set(), False  # warned: text is too long
         self.reset()
 
@@ -199,19 +207,26 @@ class Session:
         self.warned = bool(note)
 
     def format_prompt(self, line: str) -> bytes:
-        """Return the line in the format of the mode, after the end of the previous record."""
+        """Return the line in the format of the mode, after what the session's text lacks before it.
+
+        A model of chats goes on with the chat, as it was trained; any other begins a new record.
+        """
         if self.mode is None:
             return line.encode(errors="surrogateescape")
         fields = {"system": self.system, "instruction": line}
         if self.mode == "system":
             fields["system"] = line
-        prompt = formats.format_prompt(fields, self.mode).encode(errors="surrogateescape")
-        return missing_end(self.text, self.mode) + prompt
+        goes_on = self.chats and self.text and not self.text.endswith(END_OF_RECORD)
+        turns = [("instruction", line)] if goes_on else formats.to_turns(fields)
+        prompt = formats.format_prompt(turns, self.mode)
+        if not self.text:
+            return prompt.encode(errors="surrogateescape")
+        stop = formats.STOP if self.mode == "full" and not goes_on else ""
+        return missing_part(self.text, f"{stop}{formats.SEPARATOR}{prompt}")
 
 
-def missing_end(text: bytes, mode: str) -> bytes:
-    """Return what `text` lacks of the end of a record and the separator after it."""
-    if not text:
-        return b""
-    end = ((formats.STOP if mode == "full" else "") + formats.SEPARATOR).encode()
-    return end[max(n for n in range(len(end) + 1) if text.endswith(end[:n])) :]
+def missing_part(text: bytes, following: str) -> bytes:
+    """Return what of `following` does not stand at the end of `text` already."""
+    following = following.encode(errors="surrogateescape")
+    overlap = range(min(len(following), MOST_OVERLAP) + 1)
+    return following[max(n for n in overlap if text.endswith(following[:n])) :]

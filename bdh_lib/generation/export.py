@@ -14,7 +14,7 @@ from pathlib import Path
 
 import bdh_mlx
 from bdh_lib import files, runs
-from bdh_lib.data import split
+from bdh_lib.data.describe import count_text
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.flags import flag_of
@@ -87,7 +87,7 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
             "data": settings["DATASET"],
             "mode": settings["TRAINING_MODE"],
             "iterations": f"{step:,}",
-            "training data": f"{split.count_text(about['data']['train']['records'])}"
+            "training data": f"{count_text(about['data']['train']['records'])}"
             f"{about['data']['train']['bytes']:,} bytes",
         }
     except (UserError, ValueError, KeyError, TypeError):

@@ -51,8 +51,11 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------------------- prompts and batches
 
 
-def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
-    """Read a JSONL file: a job for each sample of each prompt. Raises UserError naming the line."""
+def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = None) -> list[Job]:
+    """Read a JSONL file: a job for each sample of each line. Raises UserError naming the line.
+
+    `chosen` is COLUMNS.
+    """
     try:
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except OSError as error:
@@ -66,15 +69,14 @@ def read_jobs(file: Path, mode: str | None, samples: int) -> list[Job]:
         try:
             record = files.parse_json(line)
             check_json(record)
-            prompts = prompts_of(record, mode)
+            prompt = prompt_of_record(record, mode, chosen)
         except ValueError as error:
             reason = error if isinstance(error, UserError) else "not JSON"
             raise UserError(f"--prompts {file} line {number}: {reason}") from None
-        if len(jobs) + len(prompts) * samples > MAX_TEXTS:
+        if len(jobs) + samples > MAX_TEXTS:
             demand = f"--prompts {file} with --samples {samples} asks"
             raise UserError(f"{demand} for more than {MAX_TEXTS:,} texts; ask for fewer at once")
-        for prompt in prompts:
-            jobs += sample_jobs(number, record, prompt, samples)
+        jobs += sample_jobs(number, record, prompt, samples)
     if not jobs:
         raise UserError(f"--prompts {file} holds no prompt")
     return jobs
@@ -96,28 +98,28 @@ def check_json(record) -> None:
         raise UserError("it holds a number that JSON cannot (NaN, or above 1.8e308)") from None
 
 
-def prompts_of(record: dict, mode: str | None) -> list[bytes]:
-    """Return a record's `prompt` unchanged; without one, its training text up to the response.
+def prompt_of_record(record: dict, mode: str | None, chosen: str | None = None) -> bytes:
+    """Return a record's `prompt` unchanged; without one, its text of `mode` up to the last response.
 
-    A chat gives a prompt for each exchange. Raises UserError for a record that gives none.
+    `chosen` is COLUMNS: with it, `prompt` is a column as any other. Raises UserError.
     """
     if not isinstance(record, dict):
         raise UserError("not a JSON object")
-    if isinstance(record.get("prompt"), str):
-        return [record["prompt"].encode(errors="surrogatepass")]
-    if "prompt" in record:
-        raise UserError(f"prompt is {type(record['prompt']).__name__}, not text")
+    prompt = record.get("prompt")
+    if isinstance(prompt, str) and not chosen:
+        return prompt.encode(errors="surrogatepass")
+    if prompt is not None and not isinstance(prompt, str) and not columns.is_chat(prompt):
+        raise UserError(f"prompt is {type(prompt).__name__}, not text")
     if mode is None:
         raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
-    structure, contents = columns.detect(record, questions=True)
-    needed = "text" if structure == "text" else "system" if mode == "system" else "instruction"
-    for content in contents:
-        optional = ("system",) if content.get("system") else ()
-        if reason := columns.invalid_reason(content, (needed, *optional)):
-            raise UserError(reason)
-    return [
-        formats.format_prompt(columns.valid_fields(content), mode).encode() for content in contents
-    ]
+    parsed = columns.detect(record, chosen)
+    is_text = parsed.structure == "text"
+    needed = "text" if is_text else "system" if mode == "system" else "instruction"
+    if needed not in dict(parsed.turns):
+        raise UserError(parsed.problems.get(needed, f"{needed} missing"))
+    if mode in ("both", "full") and columns.is_broken(parsed.problems.get("system")):
+        raise UserError(parsed.problems["system"])
+    return formats.format_prompt(parsed.turns, mode).encode()
 
 
 def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:

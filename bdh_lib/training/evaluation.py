@@ -15,8 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from bdh_lib.compute.layer import forward_segment, ln
-from bdh_lib.data import split
+from bdh_lib.data.describe import count_text, skip_lines
 from bdh_lib.data.formats import FIELDS
+from bdh_lib.data.prepare import load_unsplit
 from bdh_lib.errors import UserError
 from bdh_lib.files import expand_user
 from bdh_lib.tables import format_table
@@ -95,7 +96,9 @@ def compile_shapes(losses: Callable, n_bytes: int, B: int, T: int) -> None:
             losses(zeros, zeros)
 
 
-def evaluation_table(model: BDH, dataset: str, mode: str | None, settings: dict) -> str:
+def evaluation_table(
+    model: BDH, dataset: str, mode: str | None, settings: dict, columns: str | None = None
+) -> str:
     """A table of the loss by field, in nats and bits per byte. Raises UserError."""
     if mode is None:
         raise UserError("the checkpoint names no training mode to format records in; give --mode")
@@ -105,7 +108,7 @@ def evaluation_table(model: BDH, dataset: str, mode: str | None, settings: dict)
     print(f"reading {dataset}", file=sys.stderr)
     # the table alone is on stdout, not that large data are being read
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        about, stream, fields = split.load_unsplit(dataset, mode, Path(folder))
+        about, stream, fields = load_unsplit(dataset, mode, Path(folder), columns)
     if len(stream) < 2:
         raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
     T, B = model.trained_length or DEFAULT_BLOCK_SIZE, settings.get("BATCH_SIZE", 1)
@@ -118,9 +121,9 @@ def evaluation_table(model: BDH, dataset: str, mode: str | None, settings: dict)
     counts = {name or "headers": n for name, n in zip(FIELDS, count, strict=True)}
     n_bytes = len(stream) - 1
     lines = [
-        f"{about['dataset']}: {split.count_text(about['records'])}mode {mode}, "
+        f"{about['dataset']}: {count_text(about['records'])}mode {mode}, "
         f"{len(stream):,} bytes in blocks of {T:,}, as the trainer validates",
-        *(f"  {skip}" for skip in split.skip_lines(about)),
+        *(f"  {skip}" for skip in skip_lines(about)),
     ]
     rows = [("field", "bytes", "share", "nats/byte", "bits/byte")]
     for name, mean in (means | {"whole": whole}).items():

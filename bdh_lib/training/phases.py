@@ -9,8 +9,8 @@ from pathlib import Path
 
 from bdh_lib import files
 from bdh_lib.compute import memory
-from bdh_lib.data import split
 from bdh_lib.data.formats import REQUIRED_FIELDS
+from bdh_lib.data.prepare import cache_key, data_settings
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings
 from bdh_lib.runs import find_weights
@@ -63,7 +63,7 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) 
     serve; kept in modes.json, by field too. loss_in(model, mode) -> nats, nats by field.
     """
     results = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
-    results["data"] = split.cache_key(s.DATASET, s.TRAINING_MODE, s.VAL_FRACTION, s.SEED)
+    results["data"] = cache_key(data_settings(s, s.TRAINING_MODE))
     file = run / "modes.json"
     with suppress(OSError, ValueError):
         earlier = files.parse_json(file.read_text())

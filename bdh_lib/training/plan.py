@@ -4,7 +4,6 @@ A byte model learns every fault of its data literally, so the data come first.
 """
 
 import hashlib
-import json
 import re
 import time
 from collections import Counter
@@ -17,15 +16,11 @@ import mlx.core as mx
 import numpy as np
 
 from bdh_lib.compute import memory
-from bdh_lib.data import columns, sources, split
-from bdh_lib.data.formats import (
-    FIELDS,
-    REQUIRED_FIELDS,
-    STOP,
-    field_segments,
-    format_example,
-    required_fields,
-)
+from bdh_lib.data import sources
+from bdh_lib.data.describe import describe
+from bdh_lib.data.formats import FIELDS, REQUIRED_FIELDS, STOP, Turns
+from bdh_lib.data.prepare import IN_VAL, data_settings, prepare
+from bdh_lib.data.texts import parse, texts_or_reason
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.tables import format_table
 from bdh_lib.training import phases
@@ -37,7 +32,8 @@ UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
     rb"[\xc2-\xc5][\x80-\xbf]|\xe2[\x80-\xbf]{2}|\xf0[\x90-\xbf][\x80-\xbf]{2}"
 )
 NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
-SHOWN = 600  # bytes of the record that is printed
+SHOWN = 600  # bytes of a record that are printed
+MOST_EXAMPLES = 10  # of structures, a record each
 
 # ------------------------------------------------------------------------------------- data doctor
 
@@ -54,7 +50,7 @@ class Findings:
     digests: list = field(default_factory=list)  # of each training text of the run's own mode
     fields: dict = field(default_factory=dict)  # of each such record, the digest of each field
     in_val: list = field(default_factory=list)  # whether it validates, of each such record
-    example: str = ""
+    examples: dict = field(default_factory=dict)  # by structure: the text of its first record
 
 
 def digest(text: str) -> int:
@@ -82,50 +78,45 @@ def mojibake(text: str) -> str | None:
 def examine(s: SimpleNamespace) -> Findings:
     """Read every record once more; note what is odd in it and which side of the split has it."""
     findings = Findings()
-    cache = Path(s.CHECKPOINT_DIR) / ".data"
-    folder = split.prepare(s.DATASET, s.TRAINING_MODE, s.VAL_FRACTION, s.SEED, cache)
-    has = json.loads((folder / "data.json").read_text())["fields"]
-    in_val = iter(np.load(folder / split.IN_VAL).tolist())
+    folder = prepare(data_settings(s, s.TRAINING_MODE), Path(s.CHECKPOINT_DIR) / ".data")
+    in_val = iter(np.load(folder / IN_VAL).tolist())
     for record in sources.read_records(s.DATASET):
-        contents = columns.detect(record)[1] if isinstance(record, dict) else []
-        for content in filter(None, map(columns.valid_fields, contents)):
-            validates = next(in_val, False)  # a set on the hub may have grown since
-            serves = [
-                m
-                for m in REQUIRED_FIELDS
-                if "text" in content or {*required_fields(m, has)} <= {*content}
-            ]
-            for mode in serves:
-                findings.usable[mode] += 1
-                for name, text in field_segments(content, mode):
-                    findings.of_mode[mode][name] += len(text.encode())
-            if s.TRAINING_MODE in serves:
-                _note(findings, content, format_example(content, s.TRAINING_MODE), s)
-                findings.in_val.append(validates)
+        parsed = parse(record, s.COLUMNS)
+        for mode in REQUIRED_FIELDS:
+            texts, _ = texts_or_reason(parsed, mode)
+            findings.usable[mode] += len(texts)
+            for text in texts:
+                for name, piece in text:
+                    findings.of_mode[mode][name] += len(piece.encode())
+                if mode == s.TRAINING_MODE:
+                    _note(findings, parsed.structure, text, s)
+                    findings.in_val.append(next(in_val, False))  # the hub may have grown since
     return findings
 
 
-def _note(found: Findings, content: dict, text: str, s: SimpleNamespace) -> None:
-    used = {
-        name: content[name]
-        for name in ("text", *REQUIRED_FIELDS[s.TRAINING_MODE])
-        if name in content
-    }
-    found.example = found.example or text
-    found.digests.append(digest(text))
-    for name, value in used.items():
-        found.fields.setdefault(name, []).append(digest(" ".join(value.split()).lower()))
+def _note(findings: Findings, structure: str, pieces: Turns, s: SimpleNamespace) -> None:
+    """Note one training text, in pieces by field, of the run's own mode."""
+    values = {}
+    for name, piece in pieces:
+        if name:
+            values.setdefault(name, []).append(piece)
+    fields = {name: "\n\n".join(parts).removesuffix(STOP) for name, parts in values.items()}
+    text = "".join(piece for _, piece in pieces)
+    findings.examples.setdefault(structure, text)
+    findings.digests.append(digest(text))
+    for name, value in fields.items():
+        findings.fields.setdefault(name, []).append(digest(" ".join(value.split()).lower()))
     if len(text.encode()) > s.BLOCK_SIZE:
-        found.odd["longer than BLOCK_SIZE"] += 1
-    for name, value in used.items():
+        findings.odd["longer than BLOCK_SIZE"] += 1
+    for name, value in fields.items():
         if header := HEADER.search(value):
-            found.odd[f"`{header[0]}` inside {name}"] += 1
+            findings.odd[f"`{header[0]}` inside {name}"] += 1
         if name == "response" and STOP in value:
-            found.odd["the end mark `---` inside response"] += 1
+            findings.odd["the end mark `---` inside response"] += 1
         if wrong := mojibake(value):
-            found.odd[f"mojibake in {name}, such as `{wrong}`"[:60]] += 1
+            findings.odd[f"mojibake in {name}, such as `{wrong}`"[:60]] += 1
         if "\ufffd" in value:
-            found.odd[f"U+FFFD, a character lost before, in {name}"] += 1
+            findings.odd[f"U+FFFD, a character lost before, in {name}"] += 1
 
 
 def oddities(found: Findings) -> list[str]:
@@ -238,9 +229,11 @@ def print_records(s: SimpleNamespace) -> dict[str, int]:
     print("\nthe records that this mode trains on, what is odd in them and what validation shares:")
     print(escape_controls("\n".join(oddities(findings))))
     print(f"\nrecords and bytes by mode:\n{modes(findings)}")
-    raw = findings.example.encode()
-    print(f"\nthe first record as trained on, {len(raw):,} bytes, of which up to {SHOWN}:")
-    print(f"  {raw[:SHOWN]!r}")
+    for structure, text in list(findings.examples.items())[:MOST_EXAMPLES]:
+        raw = text.encode()
+        print(escape_controls(f"\nthe first record of structure {structure} as trained on, "
+                              f"{len(raw):,} bytes, of which up to {SHOWN}:"))  # fmt: skip
+        print(f"  {raw[:SHOWN]!r}")
     return {mode: round(n.total() * (1 - s.VAL_FRACTION)) for mode, n in findings.of_mode.items()}
 
 
@@ -260,7 +253,7 @@ def print_run(trainer: ModuleType, s: SimpleNamespace) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
     about, train, (val, _) = trainer.open_split(s)
     train_bytes = train.bytes
-    print(escape_controls(split.describe(about)))
+    print(escape_controls(describe(about)))
     sizes = print_split(*train) if sources.ready_split(s.DATASET) else print_records(s)
     sizes[s.TRAINING_MODE] = len(train_bytes)
 

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bdh_lib import cli, files, flags, runs
-from bdh_lib.data import split
+from bdh_lib.data.describe import describe
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.plots import INK, LINES, canvas, drawn, label, legend, panel
 from bdh_lib.tables import format_table
@@ -78,7 +78,7 @@ def _is_described(name: str, value) -> bool:
     """Whether the page can tell of a part of config.json."""
     if name == "data" and value:
         try:
-            split.describe(value)
+            describe(value)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
             return False
     return True
@@ -281,7 +281,7 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
             + "</details>"
             for i, (step, texts) in enumerate(samples)
         ),
-        "Data": f"<pre>{text(split.describe(about))}</pre>" if about else "",
+        "Data": f"<pre>{text(describe(about))}</pre>" if about else "",
         "Settings": f'<div class="two">{html_table(list(settings.items()))}</div>',
         "Machine": html_table(list(config["versions"].items())),
     }

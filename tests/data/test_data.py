@@ -23,16 +23,28 @@ import pytest
 from conftest import ROOT
 
 import train_mlx
-from bdh_lib.data import columns, formats, sources, split
+from bdh_lib.data import columns, formats, sources, texts
+from bdh_lib.data import hub as hub_access
+from bdh_lib.data import prepare as preparing
+from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS
+from bdh_lib.data.prepare import DataSettings, load_unsplit
+from bdh_lib.data.split import VAL_ENDS, bytes_to_evaluate
 from bdh_mlx import UserError
 from train_mlx import format_example
 
 RECORD = {"system": "Be kind.", "instruction": "Greet.", "response": "Hello, wörld"}
 
 
-def prepare(source, cache, mode="full", val_share=0.1, seed=1):
-    folder = split.prepare(str(source), mode, val_share, seed, cache)
+def prepared(source, cache, mode="full", val_fraction=0.1, seed=1, columns=None):
+    """The folder of prepared data."""
+    settings = DataSettings(str(source), mode, val_fraction, seed, columns)
+    return preparing.prepare(settings, cache)
+
+
+def prepare(source, cache, *args, **kwargs):
+    """The report, and the bytes of both sides."""
+    folder = prepared(source, cache, *args, **kwargs)
     sides = {side: (folder / f"{side}.bin").read_bytes() for side in ("train", "val")}
     return json.loads((folder / "data.json").read_text()), sides["train"], sides["val"]
 
@@ -67,8 +79,8 @@ def test_every_record_is_on_one_side_and_every_byte_is_kept(tmp_path):
 
 
 def test_each_byte_is_labelled_with_its_field(tmp_path):
-    folder = split.prepare(
-        str(write_jsonl(tmp_path / "d.jsonl", numbered(30))), "full", 0.2, 1, tmp_path / "cache"
+    folder = prepared(
+        write_jsonl(tmp_path / "d.jsonl", numbered(30)), tmp_path / "cache", val_fraction=0.2
     )
     for side in ("train", "val"):
         text = np.fromfile(folder / f"{side}.bin", np.uint8)
@@ -97,122 +109,6 @@ def test_the_split_follows_the_seed(tmp_path):
     assert one == again != other
 
 
-@pytest.mark.parametrize(
-    ("record", "structure", "fields"),
-    [
-        (RECORD, "system/instruction/response", RECORD),
-        (
-            {"instruction": "Add.", "input": "1 2", "output": "3"},
-            "instruction/input/output",
-            {"instruction": "Add.\n\n1 2", "response": "3"},
-        ),
-        (
-            {"instruction": "Sing.", "input": "", "output": "La"},
-            "instruction/input/output",
-            {"instruction": "Sing.", "response": "La"},
-        ),
-        (
-            {"prompt": "a", "completion": "b"},
-            "prompt/completion",
-            {"instruction": "a", "response": "b"},
-        ),
-        (
-            {"question": "a", "answer": "b"},
-            "question/answer",
-            {"instruction": "a", "response": "b"},
-        ),
-        ({"text": "plain"}, "text", {"text": "plain"}),
-        (
-            {
-                "messages": [
-                    {"role": "system", "content": "s"},
-                    {"role": "user", "content": "u"},
-                    {"role": "assistant", "content": "a"},
-                ]
-            },
-            "messages",
-            {"system": "s", "instruction": "u", "response": "a"},
-        ),
-        (
-            {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
-            "conversations",
-            {"instruction": "u", "response": "a"},
-        ),
-        ({"other": 1}, "unknown (other)", {}),
-    ],
-)
-def test_structures_are_detected(record, structure, fields):
-    assert columns.detect(record) == (structure, [fields])
-
-
-def test_a_long_chat_gives_one_entry_per_answer():
-    turns = [("system", "s"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
-    record = {"messages": [{"role": who, "content": what} for who, what in turns]}
-    assert columns.detect(record)[1] == [
-        {"system": "s", "instruction": "1", "response": "2"},
-        {"system": "s", "instruction": "3", "response": "4"},
-    ]
-
-
-def chat(*turns):
-    return {"messages": [{"role": who, "content": what} for who, what in turns]}
-
-
-def test_turns_in_a_row_are_one_by_a_blank_line():
-    output = [("user", "Here is my text"), ("user", ""), ("user", "Sum it up")]
-    every = [("system", "s"), ("developer", "t"), *output, ("assistant", "a"), ("assistant", "b")]
-    result = {"system": "s\n\nt", "instruction": "Here is my text\n\nSum it up"}
-    answered = result | {"response": "a\n\nb"}
-    assert columns.detect(chat(*every)) == ("messages", [answered])
-    asked = columns.detect(chat(*every, ("user", "c"), ("user", "d")), questions=True)[1]
-    assert asked == [answered, {"system": "s\n\nt", "instruction": "c\n\nd"}]
-    odd = columns.detect(chat(("user", "q"), ("user", 5), ("assistant", "a")))[1]
-    assert odd == [{"instruction": 5, "response": "a"}]  # the reason is told of it
-    empty = columns.detect(chat(("user", ""), ("user", None), ("assistant", "a")))[1]
-    assert columns.invalid_reason(empty[0], ("instruction",)) == "instruction empty"
-
-
-@pytest.mark.parametrize("reply", ["assistant", "gpt", "chatgpt", "model", "bot", "ai", "Model"])
-@pytest.mark.parametrize("system", ["system", "developer", "System"])
-def test_roles_by_other_names(reply, system):
-    exchange = {"system": "s", "instruction": "q", "response": "a"}
-    assert columns.detect(chat((system, "s"), ("User", "q"), (reply, "a")))[1] == [exchange]
-
-
-def test_turns_of_unknown_roles_are_counted_and_cost_themselves_alone(tmp_path):
-    tool = [("user", "price {}?"), ("assistant", None), ("tool", "{}"), ("assistant", "It is {}")]
-    chats = [chat(*((who, what and what.format(i)) for who, what in tool)) for i in range(20)]
-    exchange = {"instruction": "price 3?", "response": "It is 3"}
-    assert columns.detect(chats[3])[1] == [exchange, columns.UNKNOWN_ROLE]
-    assert columns.detect(chats[3], questions=True)[1] == [exchange]
-    report, train, val = prepare(write_jsonl(tmp_path / "d.jsonl", chats), tmp_path / "cache")
-    assert report["skipped"] == {columns.UNKNOWN_ROLE: 20} and report["exchanges"] == 20
-    assert (train + val).count(b"It is") == 20
-    strange = [chat(("narrator", "x"), ("hero", "y"))] * 3
-    with pytest.raises(UserError, match="skipped 6: turn of a role that is none of system, dev"):
-        prepare(write_jsonl(tmp_path / "d.jsonl", strange), tmp_path / "cache")
-
-
-def test_a_chat_may_end_with_a_question():
-    record = {"messages": [{"role": "user", "content": "3"}]}
-    assert columns.detect(record)[1] == [{}]  # nothing to train on
-    assert columns.detect(record, questions=True)[1] == [{"instruction": "3"}]
-    record["messages"] += [{"role": "assistant", "content": "4"}, {"role": "user", "content": "5"}]
-    answered = {"instruction": "3", "response": "4"}
-    assert columns.detect(record)[1] == [answered]
-    assert columns.detect(record, questions=True)[1] == [answered, {"instruction": "5"}]
-
-
-def test_exchanges_are_told_beside_the_records_that_hold_them(tmp_path):
-    turns = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
-    chats = [{"messages": [{"role": who, "content": f"{what}{i}"} for who, what in turns]}
-             for i in range(10)]  # fmt: skip
-    report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", chats), tmp_path / "cache")
-    result = split.describe(report)
-    assert "10 records" in result and "20 exchanges in them" in result
-    assert "field instruction: in 100.0% of records" in result
-
-
 def test_prompts_leave_out_sections_that_the_data_do_not_have():
     every = formats.PROMPTS["full"]
     assert formats.sample_prompts("full", {"system", "instruction", "response"}) == every
@@ -228,11 +124,11 @@ def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
     bad = [
         "not json",
         "[1, 2]",
-        {"instruction": "i", "response": "r"},
+        {"system": "s", "response": "r"},
         RECORD | {"response": None},
-        RECORD | {"response": 5},
-        RECORD | {"instruction": ["x"]},
-        RECORD | {"system": "  "},
+        RECORD | {"response": float("nan")},
+        RECORD | {"instruction": {"x": 1}},
+        RECORD | {"instruction": "  "},
         RECORD | {"system": "\ud800"},
         {"messages": "broken"},
         {"messages": [3]},
@@ -245,15 +141,16 @@ def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
     assert report["skipped"] == {
         "not JSON": 1,
         "not a JSON object": 1,
-        "system missing": 3,
+        "instruction missing": 2,
         "response is null, not text": 1,
-        "response is int, not text": 1,
-        "instruction is list, not text": 1,
-        "system empty": 1,
+        "response is float, not text": 1,
+        "instruction is dict, not text": 1,
+        "instruction empty": 1,
         "system with a lone surrogate": 1,
+        "messages is str, not a list of turns": 1,
         "not valid UTF-8": 1,
-        columns.UNKNOWN_ROLE: 1,
     }
+    assert report["left_out"] == {"turn that is str, not an object": 1}
     assert report["first_skipped"]["not a JSON object"] == 22
     texts = [format_example(r, "full").encode() for r in numbered(20)]
     assert len(train) + len(val) == sum(map(len, texts)) + 2 * 18  # two streams, 18 joints
@@ -315,10 +212,19 @@ def test_a_csv_that_is_not_one_is_told_by_its_line(tmp_path):
         {"instruction": "a", "response": "b,\nc"},
         {"instruction": "a", "response": ""},
     ]
-    file.write_text('instruction,response\na,"b\na,b\n')
-    with pytest.raises(UserError, match=r"cannot be read as \.csv: line 3: unexpected end"):
-        list(sources.read_records(str(file)))
-    file.write_text("instruction,response\na,b\n", encoding="utf-16")
+    file.write_text('instruction,response\na,"b\nc,d\n"e"f,g\nh,i\n')
+    assert list(sources.read_records(str(file))) == [
+        "row with a wrong quote (',' expected after '\"')",
+        {"instruction": "c", "response": "d"},
+        "row with a wrong quote (',' expected after '\"')",
+        {"instruction": "h", "response": "i"},
+    ]
+    file.write_text('instruction,response\na,"b\nc,d\n')
+    assert list(sources.read_records(str(file))) == [
+        "row with a wrong quote (unexpected end of data)",
+        {"instruction": "c", "response": "d"},
+    ]
+    file.write_bytes("instruction,rèsponse\na,b\n".encode("latin-1"))
     with pytest.raises(UserError, match="its first line is not valid UTF-8"):
         list(sources.read_records(str(file)))
     long = "x" * 10**6
@@ -333,8 +239,10 @@ ODD_JSON = {
     "5": ["not a JSON object"],
     "null": ["not a JSON object"],
     '[{"text": "a"}, 5, [], null]': [{"text": "a"}, *["not a JSON object"] * 3],
+    '{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}': [{"text": "a"}, {"text": "b"}],
+    '{"text":\n"a"}\n{"text": "b"}': [{"text": "a"}, {"text": "b"}],
     '{"a": {"text": "b"}}': [{"a": {"text": "b"}}],
-    '\n[\n{"text": 1},\n{"text": "a"}]': [{"text": 1}, {"text": "a"}],
+    '\n[\n{"text": 1.50},\n{"text": "a"}]': [{"text": "1.50"}, {"text": "a"}],
     '{"text": "a"}\n{"text": "b", "c": null}\nnot': [
         {"text": "a"}, {"text": "b", "c": None}, "not JSON",
     ],
@@ -342,7 +250,7 @@ ODD_JSON = {
     " \n": [],
     "[" * 100_000: "nested too deep",
     '[{"text": "a"}': "Expecting ',' delimiter: line 1 column 15",
-    '[{"text": ' + "9" * 5000 + "}]": "Exceeds the limit",
+    '[{"text": ' + "9" * 5000 + "}]": [{"text": "9" * 5000}],
 }  # fmt: skip
 
 
@@ -365,8 +273,8 @@ def test_a_parquet_file_keeps_its_values(tmp_path):
 def test_structures_that_are_all_different_do_not_fill_the_screen(tmp_path):
     records = numbered(20) + [{f"key {i}": 1} for i in range(500)]
     report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "cache")
-    assert len(report["structures"]) == split.MOST_STRUCTURES and report["records"] == 520
-    assert split.describe(report).count("\n") < 30
+    assert len(report["structures"]) == texts.MOST_NAMES and report["records"] == 520
+    assert describe(report).count("\n") < 30
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt"])
@@ -386,22 +294,22 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     tmp_path, monkeypatch, capsys
 ):
     source = write_jsonl(tmp_path / "d.jsonl", numbered(20))
-    ready = split.prepare(str(source), "full", 0.1, 1, tmp_path / "cache")
+    ready = prepared(source, tmp_path / "cache", "full", 0.1, 1)
     assert capsys.readouterr() == ("", "")  # what is quick says nothing
     for name, value in (("LARGE", 0), ("QUIET", 0), ("LINE_EVERY", -1)):
         monkeypatch.setattr(sources, name, value)
     monkeypatch.setattr(sources.print_if_large, "__defaults__", (0,))
     what = f"reading DATASET {source}"
-    split.prepare(str(source), "full", 0.1, 2, tmp_path / "cache")
+    prepared(source, tmp_path / "cache", "full", 0.1, 2)
     out, err = capsys.readouterr()
     assert f"{what} (0 MB) ...\n" in out and f"{what}: 20 records ...\n" in out
     assert "writing train: 18 records ...\n" in out and err == ""
     monkeypatch.setattr(sys, "stderr", Terminal())
-    split.prepare(str(source), "full", 0.1, 3, tmp_path / "cache")
+    prepared(source, tmp_path / "cache", "full", 0.1, 3)
     assert f"{what}: 20 records" in sys.stderr.getvalue()
     assert f"{what}: 20" not in capsys.readouterr().out
-    assert split.is_intact(ready) and "checking the prepared data" in capsys.readouterr().out
-    split.prepare(str(ready), "full", 0.1, 3, tmp_path / "cache")
+    assert preparing.is_intact(ready) and "checking the prepared data" in capsys.readouterr().out
+    prepared(ready, tmp_path / "cache", "full", 0.1, 3)
     assert f"copying DATASET {ready} (0 MB) ...\n" in capsys.readouterr().out
 
 
@@ -409,7 +317,7 @@ def test_a_wait_for_another_process_is_told(tmp_path, capsys):
     with (tmp_path / ".lock").open("a") as held, (tmp_path / ".lock").open("a") as lock:
         fcntl.flock(held, fcntl.LOCK_EX)
         threading.Timer(0.2, lambda: fcntl.flock(held, fcntl.LOCK_UN)).start()
-        split._wait_for(lock, tmp_path)
+        preparing._wait_for(lock, tmp_path)
     assert (
         f"waiting for another process that prepares data in {tmp_path}" in capsys.readouterr().out
     )
@@ -435,8 +343,8 @@ def test_a_mode_the_data_cannot_serve_says_what_is_lacking_and_what_would_work(t
     assert "lacking system." in str(error.value)
     assert "skipped 3: system missing (first: record 1)" in str(error.value)
     assert str(error.value).endswith("Modes that would work: instruction, full")
-    file = write_jsonl(tmp_path / "d.jsonl", [{"Question": "q", "Answer": "a"}] * 3)
-    with pytest.raises(UserError, match="skipped 3: instruction missing"):
+    file = write_jsonl(tmp_path / "d.jsonl", [{"ask": "q", "Answer": "a"}] * 3)
+    with pytest.raises(UserError, match=r"skipped 3: instruction missing.*--columns instruction="):
         prepare(file, tmp_path / "cache", mode="full")
     (tmp_path / "d.jsonl").write_text("")
     with pytest.raises(UserError, match="is empty"):
@@ -444,20 +352,18 @@ def test_a_mode_the_data_cannot_serve_says_what_is_lacking_and_what_would_work(t
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [".lock"]  # nothing half made
 
 
-def test_full_leaves_out_a_section_that_no_record_has(tmp_path):
-    """Answers to questions train without system texts; but one record's system text tells that
-    the others lack theirs.
-    """
+def test_full_leaves_out_the_section_of_system_texts_that_are_not_there(tmp_path):
     asked = [{"question": f"q{i}", "answer": f"a{i}", "system": None} for i in range(20)]
     report, *sides = prepare(write_jsonl(tmp_path / "d.jsonl", asked), tmp_path / "cache")
     found = b"".join(side + b"\n\n" for side in sides).decode()
     expected = [f"### Instruction:\nq{i}\n\n### Response:\na{i}\n---\n\n" for i in range(20)]
     assert sorted(found.split("---\n\n")) == sorted("".join(expected).split("---\n\n"))
-    assert "no record has a system text" in split.describe(report) and not report["skipped"]
-    result = [r | {"system": "Be kind."} if i % 2 else r for i, r in enumerate(asked)]
-    report, *_ = prepare(write_jsonl(tmp_path / "d.jsonl", result), tmp_path / "cache")
-    assert report["skipped"] == {"system is null, not text": 10}
-    assert "no record has" not in split.describe(report)
+    assert "no record has a system text" in describe(report) and not report["skipped"]
+    result = [r | {"system": "Be kind."} if i % 4 else r for i, r in enumerate(asked)]
+    report, *sides = prepare(write_jsonl(tmp_path / "d.jsonl", result), tmp_path / "cache")
+    assert "5 of 20 have no system text: full is trained without its section" in describe(report)
+    assert b"".join(sides).count(b"### System:\nBe kind.\n\n### Instruction:\nq") == 15
+    assert report["train"]["records"] + report["val"]["records"] == 20 and not report["skipped"]
 
 
 def test_data_that_cannot_be_read_are_not_called_a_cache_that_cannot_be_written(
@@ -469,10 +375,10 @@ def test_data_that_cannot_be_read_are_not_called_a_cache_that_cannot_be_written(
     def copyfile(source, target, error=errno.EACCES):
         raise OSError(error, os.strerror(error), str(source), None, str(target))
 
-    monkeypatch.setattr(split.shutil, "copyfile", copyfile)
+    monkeypatch.setattr(preparing.shutil, "copyfile", copyfile)
     with pytest.raises(UserError, match=r"(train|val)\.bin cannot be read: Permission denied"):
         prepare(tmp_path, tmp_path / "cache")
-    monkeypatch.setattr(split.shutil, "copyfile", partial(copyfile, error=errno.ENOSPC))
+    monkeypatch.setattr(preparing.shutil, "copyfile", partial(copyfile, error=errno.ENOSPC))
     with pytest.raises(UserError, match="cache cannot be written: No space left"):
         prepare(tmp_path, tmp_path / "cache")
 
@@ -480,7 +386,7 @@ def test_data_that_cannot_be_read_are_not_called_a_cache_that_cannot_be_written(
 def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "d.jsonl", numbered(20))
     first = prepare(file, tmp_path / "cache")
-    monkeypatch.setattr(sources, "read_records", lambda dataset: pytest.fail("read again"))
+    monkeypatch.setattr(sources, "read_parts", lambda *args: pytest.fail("read again"))
     assert prepare(file, tmp_path / "cache") == first
     monkeypatch.undo()
     write_jsonl(file, numbered(21))
@@ -514,16 +420,17 @@ def hub(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
     def begin(output, rows=20):
-        sources._ask_hub.cache_clear()
+        hub_access._ask.cache_clear()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", output == "offline")
         monkeypatch.setattr(Hub, "answer", output)
         port = 9 if output == "silent" else server.server_port
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-        load = lambda *a, revision, **k: [r | {"system": revision} for r in numbered(rows)]  # noqa: E731
+        split = lambda revision: [r | {"system": revision} for r in numbered(rows)]  # noqa: E731
+        load = lambda *a, revision, **k: {"train": split(revision)}  # noqa: E731
         monkeypatch.setattr(datasets, "load_dataset", load)
 
     yield begin
-    sources._ask_hub.cache_clear()
+    hub_access._ask.cache_clear()
     server.shutdown()
     server.server_close()
 
@@ -541,7 +448,7 @@ def hub(monkeypatch):
     ],
 )
 def test_names_that_mean_nothing_are_refused_without_asking_the_hub(name, complaint, monkeypatch):
-    monkeypatch.setattr(sources, "_ask_hub", lambda *name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub_access, "_ask", lambda *name: pytest.fail("asked the hub"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=complaint):
         list(sources.read_records(name))
@@ -640,7 +547,7 @@ def test_a_file_that_may_not_be_read_is_named(another_user, name):
         with pytest.raises(UserError, match=rf"{name} cannot be read.*Permission denied"):
             prepare(source, another_user / "cache")
         with pytest.raises(UserError, match=rf"{name} cannot be read.*Permission denied"):
-            split.load_unsplit(str(source), "full", another_user / "tmp")
+            load_unsplit(str(source), "full", another_user / "tmp")
 
 
 def test_a_folder_that_may_not_be_read_is_named(another_user):
@@ -678,9 +585,9 @@ def test_runs_and_hidden_files_in_a_folder_are_no_data(tmp_path, monkeypatch, na
             (here / run / file).write_text('{"text": "no data"}\n')
     write_jsonl(here / ".hidden.jsonl", numbered(40))
     assert prepare(".", Path(name) / ".data") == first
-    monkeypatch.setattr(split, "_make", lambda *a: pytest.fail("prepared again"))
+    monkeypatch.setattr(preparing, "_make", lambda *a: pytest.fail("prepared again"))
     assert prepare(".", Path(name) / ".data") == first
-    assert split.load_unsplit(".", "full", tmp_path)[0]["records"] == 29  # for an evaluation
+    assert load_unsplit(".", "full", tmp_path)[0]["records"] == 29  # for an evaluation
 
 
 @pytest.mark.parametrize(
@@ -713,14 +620,19 @@ def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(
 def test_a_hub_name_carries_configuration_revision_and_split(hub, monkeypatch):
     hub("silent")
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [RECORD])
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return [RECORD] if kwargs["split"] else {"train": [RECORD], "other": [RECORD] * 5}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name in ("user/name", "name:cfg", "user/name:cfg@v1.0#test[:10%]", "user/name@refs/pr/1"):
         assert list(sources.read_records(name)) == [RECORD]
     assert [(*a, k["revision"], k["split"]) for a, k in asked] == [
-        ("user/name", None, None, "train"),
-        ("name", "cfg", None, "train"),
+        ("user/name", None, None, None),
+        ("name", "cfg", None, None),
         ("user/name", "cfg", "v1.0", "test[:10%]"),
-        ("user/name", None, "refs/pr/1", "train"),
+        ("user/name", None, "refs/pr/1", None),
     ]
 
 
@@ -778,19 +690,19 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
     hub(OLD)
     report, train, _ = prepare("user/name", tmp_path)
     assert report["commit"] == OLD and OLD.encode() in train  # that commit is what is read
-    assert f"data: user/name (commit {OLD}), 20 records" in split.describe(report)
+    assert f"data: user/name (commit {OLD}), 20 records" in describe(report)
     hub(NEW, rows=30)
     report, train, _ = prepare("user/name", tmp_path)
     assert (report["commit"], report["records"]) == (NEW, 30) and NEW.encode() in train
     assert Hub.requests == ["/api/datasets/user/name"] * 2  # once by each process
-    monkeypatch.setattr(split, "_make", lambda *a: pytest.fail("prepared again"))
+    monkeypatch.setattr(preparing, "_make", lambda *a: pytest.fail("prepared again"))
     for output, there in ((OLD, OLD), (NEW, NEW)):
         hub(output)
         assert prepare("user/name", tmp_path)[0]["commit"] == there
     hub("silent")
-    split.cache_key("user/name@v1.0", "full", 0.1, 1)
+    preparing.cache_key(DataSettings("user/name@v1.0", "full", 0.1, 1))
     hub(OLD)
-    split.cache_key("user/name:cfg@v1.0#test", "full", 0.1, 1)
+    preparing.cache_key(DataSettings("user/name:cfg@v1.0#test", "full", 0.1, 1))
     assert Hub.requests[-1] == "/api/datasets/user/name/revision/v1.0"
 
 
@@ -798,10 +710,10 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
 def test_a_hub_that_does_not_tell_leaves_the_newest_prepared_data(hub, tmp_path, capsys, output):
     for i, commit in enumerate((NEW, OLD)):
         hub(commit)
-        folder = split.prepare("user/name", "full", 0.1, 1, tmp_path)
+        folder = prepared("user/name", tmp_path)
         os.utime(folder / "data.json", (1e9 - i * 1e6,) * 2)
-        split.prepare("user/name", "full", 0.1, 2, tmp_path)  # of another seed
-        split.prepare("user/other", "full", 0.1, 1, tmp_path)
+        prepared("user/name", tmp_path, seed=2)  # of another seed
+        prepared("user/other", tmp_path)
     hub(output)
     capsys.readouterr()
     assert prepare("user/name", tmp_path)[0]["commit"] == NEW
@@ -815,7 +727,7 @@ def test_a_commit_that_is_named_is_not_asked_for(hub, tmp_path, monkeypatch):
     hub(OLD)
     prepare("user/name", tmp_path)
     hub(NEW)
-    monkeypatch.setattr(split, "_make", lambda *a: pytest.fail("prepared again"))
+    monkeypatch.setattr(preparing, "_make", lambda *a: pytest.fail("prepared again"))
     assert prepare(f"user/name@{OLD}", tmp_path)[0]["commit"] == OLD  # how to go back
     hub("silent")
     assert prepare(f"user/name@{OLD}", tmp_path)[0]["commit"] == OLD
@@ -825,20 +737,21 @@ def test_a_commit_that_is_named_is_not_asked_for(hub, tmp_path, monkeypatch):
 def test_refreshed_data_are_prepared_anew_once(hub, tmp_path, monkeypatch, local):
     source = write_jsonl(tmp_path / "d.jsonl", numbered(20)) if local else "user/name"
     hub(OLD)
-    how = (str(source), "full", 0.1, 1, tmp_path / "cache")
-    folder = split.prepare(*how)
+    settings, cache = DataSettings(str(source), "full", 0.1, 1), tmp_path / "cache"
+    folder = preparing.prepare(settings, cache)
     made = folder.stat().st_ino
-    assert split.prepare(*how, refresh=True).stat().st_ino == made  # by this process itself
-    monkeypatch.setattr(split, "STARTED", time.time() + 9)
-    assert split.prepare(*how).stat().st_ino == made
-    read = sources.read_records
-    monkeypatch.setattr(sources, "read_records", lambda dataset: ["not JSON"])
+    again = partial(preparing.prepare, settings, cache, refresh=True)
+    assert again().stat().st_ino == made  # by this process itself
+    monkeypatch.setattr(preparing, "STARTED", time.time() + 9)
+    assert preparing.prepare(settings, cache).stat().st_ino == made
+    read = sources.read_parts
+    monkeypatch.setattr(sources, "read_parts", lambda *args: [("all", "not JSON")])
     with pytest.raises(UserError, match="no record"):
-        split.prepare(*how, refresh=True)
-    assert split.is_intact(folder)  # a failure costs nothing
+        again()
+    assert preparing.is_intact(folder)  # a failure costs nothing
     calls = []
-    monkeypatch.setattr(sources, "read_records", lambda dataset: calls.append(1) or read(dataset))
-    assert split.prepare(*how, refresh=True) == folder and calls and split.is_intact(folder)
+    monkeypatch.setattr(sources, "read_parts", lambda *args: calls.append(1) or read(*args))
+    assert again() == folder and calls and preparing.is_intact(folder)
 
 
 def test_the_flag_refreshes(tmp_path, monkeypatch):
@@ -846,10 +759,10 @@ def test_the_flag_refreshes(tmp_path, monkeypatch):
     args = ["--dataset", str(source), "--checkpoint-dir", str(tmp_path), "--block-size", "16"]
     s = train_mlx.settings([*args, "--refresh-data"])
     train_mlx.open_split(train_mlx.settings(args))
-    monkeypatch.setattr(split, "STARTED", time.time() + 9)
+    monkeypatch.setattr(preparing, "STARTED", time.time() + 9)
     asked = []
-    make = split._make
-    monkeypatch.setattr(split, "_make", lambda *a: asked.append(a) or make(*a))
+    make = preparing._make
+    monkeypatch.setattr(preparing, "_make", lambda *a: asked.append(a) or make(*a))
     train_mlx.open_split(train_mlx.settings(args))
     assert not asked
     train_mlx.open_split(s)
@@ -870,9 +783,7 @@ def test_without_a_network_the_script_says_so_and_exits_with_2(tmp_path):
 def test_the_embedded_sample_is_sound():
     records = list(sources.read_records("sample"))
     assert 400 <= len(records) <= 700
-    assert all(
-        columns.invalid_reason(r, ("system", "instruction", "response")) is None for r in records
-    )
+    assert all([f for f, _ in columns.detect(r).turns] == [*RECORD] for r in records)
     for field in RECORD:
         assert len({r[field] for r in records}) == len(records)
     assert np.mean([len(format_example(r, "full")) for r in records]) > 700
@@ -893,7 +804,7 @@ def many(systems, records, seed=0):
 
 def dealt(file, cache, mode, share=0.1):
     """The texts of each side in a mode, as sets."""
-    _, *sides = prepare(file, cache, mode=mode, val_share=share)
+    _, *sides = prepare(file, cache, mode=mode, val_fraction=share)
     joint = "\n\n### System" if mode in ("both", "full") else "\n\n"
     return [
         {t.removeprefix("### System").removeprefix(":") for t in s.decode().split(joint)}
@@ -904,7 +815,7 @@ def dealt(file, cache, mode, share=0.1):
 @pytest.mark.parametrize("systems", [1, 3, 40, 100])
 def test_a_record_held_out_in_one_mode_trains_in_none(tmp_path, systems):
     records = many(systems, 400)
-    file = write_jsonl(tmp_path / "d.jsonl", [*records, {"instruction": "Lone.", "response": "r"}])
+    file = write_jsonl(tmp_path / "d.jsonl", [*records, {"instruction": "Lone."}])
     modes = ["instruction", "both", "full"] + ["system"] * (systems > 3)
     sides = {mode: dealt(file, tmp_path / "cache", mode) for mode in modes}
     text = lambda r, mode: format_example(r, mode).removeprefix("### System:")  # noqa: E731
@@ -953,9 +864,9 @@ def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_pa
                                                  for i, r in enumerate(answers)])  # fmt: skip
     orders = []
     for cache, seed in (("one", 1), ("again", 1), ("other", 2)):
-        folder = split.prepare(str(tmp_path), "full", 0.3, seed, tmp_path / cache / ".data")
+        folder = prepared(tmp_path, tmp_path / cache / ".data", "full", 0.3, seed)
         val = (folder / "val.bin").read_bytes()
-        read = split.bytes_to_evaluate(folder, len(val) // 2)
+        read = bytes_to_evaluate(folder, len(val) // 2)
         records = val[:read].split(b"\n---\n\n")
         assert 0.48 * len(val) < read <= len(val) // 2 and val[:read].endswith(b"\n---")
         assert val[read:].startswith(b"\n\n### System:\n")
@@ -966,15 +877,15 @@ def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_pa
         assert val.count(b"Greet. ") * len(b"Greet. ") <= np.count_nonzero(fields == 2)
         orders.append(records)
         for limit, expected in ((2, 1), (len(records[0]) + 4, 1), (len(val), 180), (10**9, 180)):
-            read = split.bytes_to_evaluate(folder, limit)
+            read = bytes_to_evaluate(folder, limit)
             assert len(val[:read].split(b"\n---\n\n")) == expected  # at least one, whole
-        assert split.bytes_to_evaluate(folder, None) is None
+        assert bytes_to_evaluate(folder, None) is None
         train = (folder / "train.bin").read_bytes()
         result = [record.split(b"### Response:\n")[1][:1] for record in train.split(b"\n---\n\n")]
         assert result == sorted(result)  # training stays in the order of the data
     assert orders[0] == orders[1] != orders[2]
-    (folder / split.VAL_ENDS).write_bytes(b"damaged")
-    assert not split.is_intact(folder)
+    (folder / VAL_ENDS).write_bytes(b"damaged")
+    assert not preparing.is_intact(folder)
 
 
 def test_a_training_side_without_what_loss_on_counts_is_refused(tmp_path):
@@ -1004,11 +915,11 @@ def test_a_ready_split_is_taken_as_it_is(tmp_path):
     assert (train, val) == (bytes(range(256)), b"held out")
     assert (report["train"]["bytes"], report["val"]["bytes"]) == (256, 8)
     (source / "val.fields").write_bytes(b"\1\1\1\1\2\2\2\2")
-    folder = split.prepare(str(source), "full", 0.1, 1, tmp_path / "cache")
+    folder = prepared(source, tmp_path / "cache", "full", 0.1, 1)
     assert (folder / "val.fields").read_bytes() == b"\1\1\1\1\2\2\2\2"
     assert (folder / "train.fields").read_bytes() == bytes([FIELDS.index("text")]) * 256
-    assert split.is_intact(folder)
-    report, stream, fields = split.load_unsplit(str(source), "full", tmp_path)  # for an evaluation
+    assert preparing.is_intact(folder)
+    report, stream, fields = load_unsplit(str(source), "full", tmp_path)  # for an evaluation
     assert (report["records"], stream.tobytes()) == (None, b"held out")
     assert fields[3:5].tolist() == [1, 2]
     (source / "val.fields").write_bytes(b"\1")
@@ -1026,7 +937,7 @@ def test_a_disk_that_fills_while_data_are_prepared_leaves_nothing(tmp_path, limi
             prepare(source, tmp_path / "cache")
         with pytest.raises(UserError, match="way cannot be written: File too large"):
             (tmp_path / "way").mkdir()
-            split.load_unsplit(str(source), "full", tmp_path / "way")
+            load_unsplit(str(source), "full", tmp_path / "way")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [".lock"]

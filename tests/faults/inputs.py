@@ -46,7 +46,9 @@ import bdh_mlx
 import generate
 import train_mlx
 from bdh_lib import cli
-from bdh_lib.data import columns, sources, split
+from bdh_lib.data import columns, parsers, texts  # noqa: F401  a fault names one
+from bdh_lib.data import hub as hub_access
+from bdh_lib.data import prepare as preparing
 from bdh_lib.generation import decoding
 from bdh_lib.generation.sampling import Sampling
 from bdh_lib.training import checkpoints
@@ -56,26 +58,27 @@ from bdh_lib.training import checkpoints
 FULL = ("system", "instruction", "response")
 DEEP = "[" * 10**5 + "]" * 10**5
 BAD = [  # (reason counted, line): each kind is put in once more often than the one before
-    *((f"{field} missing", {f: RECORD[f] for f in FULL if f != field}) for field in FULL),
+    *((f"{field} missing", {f: RECORD[f] for f in FULL if f != field}) for field in FULL[1:]),
     ("response is null, not text", RECORD | {"response": None}),
-    ("response is int, not text", RECORD | {"response": 5}),
-    ("system is float, not text", RECORD | {"system": 0.5}),
-    ("system is bool, not text", RECORD | {"system": True}),
+    ("response is float, not text", RECORD | {"response": math.nan}),
+    ("system is list, not text", RECORD | {"system": []}),
+    ("system is dict, not text", RECORD | {"system": {}}),
+    ("context is dict, not text", RECORD | {"context": {}}),
     ("instruction is list, not text", RECORD | {"instruction": ["x"]}),
     ("instruction is dict, not text", RECORD | {"instruction": {}}),
-    ("system empty", RECORD | {"system": ""}),
+    ("instruction empty", RECORD | {"instruction": ""}),
     ("response empty", RECORD | {"response": " \t\n"}),
     ("instruction with a lone surrogate", RECORD | {"instruction": "\ud800"}),
     ("not valid UTF-8", b'{"system": "\xac", "instruction": "i", "response": "r"}'),
     ("not JSON", b'{"system": "cut'),
     ("not JSON", DEEP.encode()),
-    ("not JSON", b'{"system": ' + b"9" * 5000 + b"}"),
+    ("not JSON", b'{"system": 9e}'),
     ("not a JSON object", b"[1, 2]"),
     ("not a JSON object", b'"text"'),
     ("blank line", b"  "),
-    ("system missing", {"messages": "broken"}),
-    ("system missing", {"messages": [3]}),
-    ("system missing", {}),
+    ("messages is str, not a list of turns", {"messages": "broken"}),
+    ("instruction missing", {"messages": [3]}),
+    ("instruction missing", {}),
 ]
 
 
@@ -83,17 +86,22 @@ def lines(records):
     return b"\n".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in records)
 
 
+def unchecked(parsed, mode):
+    return texts.training_texts(parsed.turns, mode), None
+
+
 @fault(
     "bad records: 22 kinds among 1,000 good ones, exact counts and bytes",
     1,
     1,
-    believed=[(columns, "invalid_reason", lambda fields, needed: None)],
+    believed=[(texts, "texts_or_reason", unchecked)],
 )
 def _(n):
     box, file = fresh(), ROOM / "bad.jsonl"
     good = [{f: f"{v} {i} \0\x7f\u2028" for f, v in RECORD.items()} for i in range(1000)]
     bad = [line for k, (_, line) in enumerate(BAD, 1) for _ in range(k)]
-    mixed = good + bad
+    # beyond ASCII as it is, so that the file is UTF-8 and a line that is not costs itself alone
+    mixed = [json.dumps(r, ensure_ascii=False).encode() for r in good] + bad
     random.Random(1).shuffle(mixed)
     file.write_bytes(lines(mixed))
     code, out = train(box, "--dataset", file)
@@ -129,7 +137,8 @@ def as_list(line):
     )
 
 
-PARSE = sources._parse_line
+def PARSE(line):
+    return parsers._parse_line(line, parsers.Encoding())
 
 
 @fault("one record of 20 MB (--quick) or 100 MB: memory", 20, 100)
@@ -224,7 +233,7 @@ def _(n):
     "data file that shrinks: under the run, and while it is read",
     1,
     1,
-    not_looked_at_again=[(split, "cache_key", lambda *a, **k: "f")],
+    not_looked_at_again=[(preparing, "cache_key", lambda *a, **k: "f")],
 )
 def _(n):
     for where, nth in (("train_mlx.get_batch", 4), ("columns.detect", 100)):
@@ -290,14 +299,14 @@ HUBS = {
 def unguarded_hub(name):
     import datasets
 
-    return iter(datasets.load_dataset(name, split="train"))
+    return dict(datasets.load_dataset(name))
 
 
 @fault(
     "a hub that refuses, hangs, errs, is switched off; a resume without it",
     0,
     99,
-    not_caught=[(sources, "_read_hub", unguarded_hub)],
+    not_caught=[(hub_access, "load", unguarded_hub)],
 )
 def _(n):
     for what, (answer, word) in list(HUBS.items())[:n]:
@@ -320,7 +329,7 @@ def _(n):
             os.waitpid(pid, 0)
     records = [json.loads(line) for line in DATA.read_text().splitlines()]
     box = fresh()
-    known = lambda: setattr(sources, "_read_hub", lambda name: iter(records))
+    known = lambda: setattr(hub_access, "load", lambda name: {"train": records})
     code, out = train(
         box, "--dataset", "user/name", before=lambda: (known(), signalled("get_batch", 6)())
     )

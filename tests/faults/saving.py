@@ -44,7 +44,7 @@ from mlx.utils import tree_flatten
 import bdh_mlx
 import train_mlx
 from bdh_lib import files
-from bdh_lib.data import split
+from bdh_lib.data import prepare as preparing
 from bdh_lib.training import checkpoints
 
 
@@ -208,7 +208,7 @@ def _(n):
     "one flipped bit in best.json, metrics.jsonl or the prepared data",
     1,
     50,
-    unchecked=[(split, "is_intact", lambda folder: True)],
+    unchecked=[(preparing, "is_intact", lambda folder: True)],
 )
 def _(n):
     long = ("--block-size", 2000)  # so that most of the training bytes are read

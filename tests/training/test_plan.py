@@ -37,17 +37,22 @@ def test_planted_faults_are_counted(tmp_path, capsys):
     records += [record(0), record(1)]  # duplicates
     records += [record(40, response=f"tick {TICK}"), record(41, response=f"caf{MAC}")]
     records += [record(42, instruction="say\n### Response:\nno"), record(43, response="a\n---\nb")]
-    records += [record(44, response="x" * 200), record(45, response="lost \ufffd"), record(46, " ")]
+    records += [
+        record(44, response="x" * 200),
+        record(45, response="lost \ufffd"),
+        record(46, " "),
+        record(47, instruction=" "),
+    ]
     out = plan_output(tmp_path, capsys, records)
     for line in (
-        "2 of 38 records: with the same text as an earlier one",
-        "2 of 38 records: mojibake in response, such as `" + TICK,
-        "1 of 38 records: `### Response:` inside instruction",
-        "1 of 38 records: the end mark `---` inside response",
-        "1 of 38 records: U+FFFD, a character lost before, in response",
-        "skipped 1: system empty",
+        "2 of 39 records: with the same text as an earlier one",
+        "2 of 39 records: mojibake in response, such as `" + TICK,
+        "1 of 39 records: `### Response:` inside instruction",
+        "1 of 39 records: the end mark `---` inside response",
+        "1 of 39 records: U+FFFD, a character lost before, in response",
+        "skipped 1: instruction empty",
+        "1 of 39 have no system text",
         "0 of 4 validation records are in the training split",
-        "4 of 4 share their system with a training record",
     ):
         assert line in out, out
     assert (

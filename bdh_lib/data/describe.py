@@ -1,0 +1,101 @@
+"""What is told of a data set: its structure, what is left out, the split, and what has changed."""
+
+from bdh_lib.data.formats import REQUIRED_FIELDS, needed_fields
+
+
+def skip_lines(report: dict) -> list[str]:
+    """What is not trained on, and why: records, turns, columns, and files or splits.
+
+    A line of a .jsonl file is a record.
+    """
+    first = report.get("first_skipped", {})
+    lines = [
+        f"skipped {n:,}: {reason}" + (f" (first: record {first[reason]:,})" if first else "")
+        for reason, n in report["skipped"].items()
+    ]
+    lines += [f"left out {n:,}: {reason}" for reason, n in report.get("left_out", {}).items()]
+    if unused := report.get("unused"):
+        total = report["bytes_read"]
+        shares = [f"{name} {column['bytes'] / total:.1%}" for name, column in unused.items()]
+        lines.append(f"columns not used, with their share of all bytes: {', '.join(shares)}")
+    return lines + [f"not read: {what}" for what in report.get("not_read", [])]
+
+
+def cannot_serve(report: dict) -> str:
+    """Why a data set has no text in a mode, and the ways on."""
+    mode, fields, unused = report["mode"], report["fields"], report["unused"]
+    if not report["records"]:
+        return f"DATASET {report['dataset']} is empty: it has no record"
+    lacking = [f for f in needed_fields(mode) if f not in fields]
+    works = [m for m in REQUIRED_FIELDS if set(needed_fields(m)) <= set(fields)]
+    line = (
+        f"DATASET {report['dataset']} has no record for TRAINING_MODE {mode!r}, which needs "
+        f"{', '.join(needed_fields(mode))}: lacking "
+        f"{', '.join(lacking) or 'them together in one record'}. "
+        f"Structure: {', '.join(report['structures']) or 'no records'}; "
+        f"{'; '.join(skip_lines(report)[:3]) or 'nothing skipped'}. "
+    )
+    if unused:
+        pairs = ",".join(f"{field}=COLUMN" for field in lacking or needed_fields(mode))
+        line += f"Where one of the columns {', '.join(unused)} holds it: --columns {pairs}. "
+    return f"{line}Modes that would work: {', '.join(works) or 'none'}"
+
+
+def data_changes(saved: dict, current: dict) -> dict[str, str]:
+    """How the bytes of two reports differ, under "train data" and "val data", where they do."""
+    changes = {}
+    for side in ("train", "val"):
+        if saved[side]["sha256"] != current[side]["sha256"]:
+            old, new = (
+                f"{count_text(of[side]['records'])}{of[side]['bytes']:,} bytes, {dataset_label(of)}"
+                for of in (saved, current)
+            )
+            change = f"there {old}, here {new}" if old != new else f"other bytes, as many: {old}"
+            changes[f"{side} data"] = f"{side} data: {change}"
+    return changes
+
+
+def dataset_label(report: dict) -> str:
+    """The data set of a report, with its commit where it is on the hub."""
+    commit = report.get("commit")
+    return report["dataset"] + (f" (commit {commit})" if commit else "")
+
+
+def count_text(records: int | None) -> str:
+    """So many records, before what else is told of them; of a ready split, which has none, ""."""
+    return "" if records is None else f"{records:,} records, "
+
+
+def describe(report: dict) -> str:
+    """The report of `prepare` for people: structure, fields, what is left out, the split."""
+    lines = [f"data: {dataset_label(report)}, {count_text(report['records'])}mode {report['mode']}"]
+    for structure, n in report["structures"].items():
+        share = "" if n is None else f": {n / report['records']:.1%} of records"
+        lines.append(f"  structure {structure}{share}")
+    n_texts = report.get("texts", report["records"])  # a ready split has none
+    lines += [_field_line(name, field, report) for name, field in report["fields"].items()]
+    if several := report.get("several_turns"):
+        lines.append(f"  chats of several turns: {several:,}, each a record of its own")
+    if n_texts and n_texts > report["records"] - sum(report["skipped"].values()):
+        lines.append(f"  {n_texts:,} texts of this mode in them, each a record from here on")
+    if without := report.get("without_system"):
+        which = "no record has" if without == n_texts else f"{without:,} of {n_texts:,} have no"
+        article = " a" if without == n_texts else ""
+        lines.append(f"  {which}{article} system text: full is trained without its section there")
+    lines += [f"  {skip}" for skip in skip_lines(report)]
+    if report["shared"]:
+        lines.append(f"  left out of validation {report['shared']:,}: text also in training")
+    for side, name in (("train", "training"), ("val", "validation")):
+        given = ", as given" if report.get("given_validation") and side == "val" else ""
+        size = f"{count_text(report[side]['records'])}{report[side]['bytes']:,} bytes"
+        lines.append(f"  {name}{given}: {size}")
+    return "\n".join(lines)
+
+
+def _field_line(name: str, field: dict, report: dict) -> str:
+    """How many records have a field, how long it is, and whether the mode trains on it."""
+    trained = name in ("text", *REQUIRED_FIELDS[report["mode"]])
+    return (
+        f"  field {name}: in {field['records'] / report['records']:.1%} of records, mean length "
+        f"{field['mean_length']:,.0f} characters{'' if trained else ', not part of this mode'}"
+    )

@@ -1,0 +1,123 @@
+"""Data sets and models on the Hugging Face hub, and what to do where it does not give them."""
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
+from bdh_lib.errors import UserError
+
+NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?(?:#(.+))?")
+WAYS_ON = (
+    "Ways on: --dataset FILE for a local file, --dataset sample for the embedded one, "
+    "`hf auth login` for a private or gated data set"
+)
+TIMEOUT = 10  # seconds that the hub may take to answer at all; a hanging one would cost 400 s
+
+
+def parse_name(dataset: str) -> tuple[str, str | None, str | None, str | None]:
+    """Name, config, revision and split of a name on the hub. Raises UserError."""
+    if match := NAME.fullmatch(dataset):
+        return match.groups()
+    raise UserError(
+        f"DATASET {dataset!r} is neither a file nor a hub name, which looks like user/name, "
+        f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
+    )
+
+
+def commit(dataset: str) -> str | None:
+    """The commit that a name on the hub means now, or None where the hub does not tell."""
+    name, _, revision, _ = parse_name(dataset)
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
+    return revision if is_commit else _ask(name, revision)
+
+
+@lru_cache  # a run reads one commit, and a hub that hangs is asked once
+def _ask(name: str, revision: str | None) -> str | None:
+    """The commit of a revision. A hub that does not answer is not asked again by this process."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT).sha
+    except (HfHubHTTPError, ValueError):  # it answers: `load_dataset` tells what is wrong
+        return None
+    except Exception as error:  # several libraries have errors of their own
+        constants.HF_HUB_OFFLINE |= not _is_local(error)
+        return None
+
+
+def _is_local(error: Exception) -> bool:
+    """Whether it is of this machine's files, and not of the network."""
+    network = (ConnectionError, TimeoutError)
+    return isinstance(error, OSError) and bool(error.strerror) and not isinstance(error, network)
+
+
+def load(dataset: str) -> dict:
+    """The splits of a data set by name: the one that its name asks for, else all.
+
+    Raises UserError with the way on.
+    """
+    name, config, revision, split = parse_name(dataset)
+    sha = _ask(name, revision) or revision
+    import datasets
+    from huggingface_hub import constants
+
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
+    if constants.HF_HUB_OFFLINE and not os.environ.get("HF_HUB_OFFLINE"):
+        print("warning: the hub does not answer; looking in the cache of earlier downloads")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries, told as one error
+    try:
+        loaded = datasets.load_dataset(name, config, revision=sha, split=split)
+    except Exception as error:  # several libraries have errors of their own
+        raise _user_error(dataset, error) from None
+    return {split: loaded} if split else dict(loaded)
+
+
+def rows(dataset: str, split: Iterable[dict]) -> Iterator[dict]:
+    """The records of a split. Raises UserError where one cannot be decoded."""
+    try:
+        yield from split
+    except Exception as error:
+        raise _user_error(dataset, error) from None
+
+
+def _user_error(dataset: str, error: Exception) -> Exception:
+    """One line for an error of the hub's libraries, with the way on; an error of ours as it is."""
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+    from huggingface_hub import constants
+
+    name, reason = parse_name(dataset)[0], " ".join(str(error).split())
+    if isinstance(error, DatasetNotFoundError):
+        unknown = "is no file or folder here, and not on the hub, or private there"
+        what = "is gated: ask for access on its page" if "gated" in reason else unknown
+    elif isinstance(error, DataFilesNotFoundError):
+        what = "on the hub holds no data file of a known kind"
+    elif _is_local(error):
+        file = error.filename or "what the hub sends"
+        what = (
+            f"needs a folder to write in: {file} cannot be written: {error.strerror}; set HF_HOME"
+        )
+        return UserError(f"DATASET {name} {what}")
+    elif isinstance(error, OSError):
+        cache = "it is not in the cache either"
+        reason = cache if constants.HF_HUB_OFFLINE else reason[:200]
+        what = f"is no file or folder here, and the hub is out of reach ({reason})"
+    else:
+        what = _explain(name, reason)
+    return UserError(f"DATASET {name} {what}. {WAYS_ON}")
+
+
+def _explain(name: str, reason: str) -> str:
+    """What the library refuses, with the way on where it is known."""
+    if match := re.search(r"Config name is missing.*?available configs: \[(.*?)\]", reason):
+        configs = re.findall(r"'([^']+)'", match[1])
+        shown = ", ".join(configs[:10]) + (", ..." if configs[10:] else "")
+        return f"has several configurations, {shown}: name one, as in {name}:{configs[0]}"
+    if "scripts are no longer supported" in reason:
+        return (
+            "is a script, which is not run here; look for its Parquet files: "
+            f"{name}@refs/convert/parquet"
+        )
+    return f"cannot be read: {reason[:300]}"

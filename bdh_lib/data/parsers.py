@@ -1,0 +1,326 @@
+"""From a file to its records, one at a time: JSON, tables, Parquet, text; compressed or not."""
+
+import bz2
+import codecs
+import csv
+import gzip
+import json
+import lzma
+from collections.abc import Iterable, Iterator
+from functools import partial
+from io import TextIOWrapper
+from itertools import chain, groupby
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from bdh_lib.data.columns import is_chat
+from bdh_lib.errors import UserError
+from bdh_lib.files import parse_json
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+MARKS = {  # byte order marks, the longer ones first
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+NOT_UTF8, NOT_JSON, NO_OBJECT = "not valid UTF-8", "not JSON", "not a JSON object"
+DELIMITERS = ",;\t"
+
+
+def file_kind(file: Path) -> str:
+    """The ending that says how a file is read, in small letters, without that of a compression."""
+    if file.suffix.lower() in COMPRESSED:
+        file = file.with_suffix("")
+    return file.suffix.lower()
+
+
+def read_file(file: Path) -> Iterator[dict | list | str]:
+    """The records of a file; a str says why one is unreadable. Raises UserError."""
+    kind, encoding = file_kind(file), Encoding()
+    try:
+        with COMPRESSED.get(file.suffix.lower(), Path.open)(file, "rb") as raw:
+            if kind == ".parquet":
+                yield from _parquet_rows(raw)
+                return
+            with _open_text(raw, encoding) as lines:
+                yield from PARSERS[kind](lines, encoding)
+    except Exception as error:  # parsers raise errors of many kinds
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:300]
+        raise UserError(f"DATASET {file} cannot be read as {kind}: {reason}") from None
+    if encoding.is_another:
+        raise UserError(f"DATASET {file} {encoding.advice(file)}")
+
+
+# --------------------------------------------------------------------------------------- encodings
+
+
+class Encoding:
+    """What the lines of a file tell of its encoding, which is UTF-8 or told by a mark.
+
+    Bytes that are not UTF-8 come as lone surrogates, which no valid UTF-8 holds.
+    """
+
+    def __init__(self):
+        self.n_invalid, self.sample, self.has_others = 0, "", False
+
+    def is_valid(self, text: str) -> bool:
+        """Whether a text is valid UTF-8; notes what it tells."""
+        if text.isascii():
+            return True
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.n_invalid += 1
+            self.sample = self.sample or text
+            return False
+        self.has_others = True
+        return True
+
+    @property
+    def is_another(self) -> bool:
+        """Whether no text beyond ASCII is UTF-8, and more than one is not."""
+        return self.n_invalid > 1 and not self.has_others
+
+    def advice(self, file: Path) -> str:
+        """What the encoding is likely to be, and how to convert the file."""
+        high = [b >= 0x80 for b in self.sample.encode("utf-8", "surrogateescape")]
+        alone = sum(a and not b for a, b in zip(high, [*high[1:], False], strict=True))
+        if 2 * alone > sum(high):  # accents among other letters
+            name, what = "WINDOWS-1252", "Windows-1252, of Western Europe"
+        else:
+            name, what = "ENCODING", "one of another script: Windows-1251, GB18030, Shift_JIS ..."
+        return (
+            f"is not UTF-8, most likely {what}; convert it: "
+            f"iconv -f {name} -t UTF-8 '{file}' > 'new{file_kind(file)}'"
+        )
+
+
+def _open_text(raw: BinaryIO, encoding: Encoding) -> TextIOWrapper:
+    """The text of a file, its ends of lines as they are. Raises ValueError for UTF-16 unmarked."""
+    start = raw.read(4096)
+    raw.seek(0)
+    name = next((MARKS[mark] for mark in MARKS if start.startswith(mark)), None)
+    if name is None and start.count(0) > len(start) / 5:
+        raise ValueError(
+            "it looks like UTF-16 without its mark; iconv -f UTF-16LE -t UTF-8 does it"
+        )
+    errors = "surrogatepass" if name in ("utf-16", "utf-32") else "surrogateescape"
+    return TextIOWrapper(raw, encoding=name or "utf-8", errors=errors, newline="")
+
+
+# -------------------------------------------------------------------------------------------- JSON
+
+
+def _load(text: str):
+    """JSON with its numbers as they stand in the text. Raises ValueError."""
+    return parse_json(text, parse_int=str, parse_float=str)
+
+
+def _parse_line(line: str, encoding: Encoding):
+    """The value in a line, or a str that says why there is none."""
+    if _is_blank(line):
+        return "blank line"
+    if not encoding.is_valid(line):
+        return NOT_UTF8
+    try:
+        value = _load(line.removeprefix("\ufeff"))
+    except ValueError:  # also brackets too deep
+        return NOT_JSON
+    return value if isinstance(value, (dict, list)) else NO_OBJECT
+
+
+def _records_of(value) -> Iterator[dict | list | str]:
+    """The records of a JSON value: an object, a chat, or a list of them."""
+    if isinstance(value, (dict, str)) or is_chat(value):
+        yield value
+    elif value and all(isinstance(item, (dict, list)) for item in value):
+        for item in value:
+            yield item if isinstance(item, dict) or is_chat(item) else NO_OBJECT
+    else:
+        yield NO_OBJECT
+
+
+def _parse_lines(lines: Iterable[str], encoding: Encoding) -> Iterator[dict | list | str]:
+    """The records of each line: a bad one costs one, a large one itself thrice."""
+    for value in map(partial(_parse_line, encoding=encoding), lines):
+        yield from _records_of(value)
+
+
+def _parse_json_lines(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | list | str]:
+    """A line for each record, or one document under the name of lines."""
+    start = [*_first_lines(lines, 2)]
+    is_document = _is_document(start)
+    lines = chain(start, lines)
+    del start  # a record may be large
+    if not is_document:
+        yield from _parse_lines(lines, encoding)
+        return
+    text = "".join(lines)
+    try:
+        records = [*_parse_document(text, encoding)]
+    except ValueError:
+        records = _parse_lines(text.splitlines(keepends=True), encoding)
+    yield from records
+
+
+def _is_blank(line: str) -> bool:
+    return not line.strip("\ufeff \t\r\n")
+
+
+def _first_lines(lines: Iterator[str], count: int) -> Iterator[str]:
+    """Lines up to the `count`-th that is not blank."""
+    for line in lines:
+        yield line
+        count -= not _is_blank(line)
+        if not count:
+            return
+
+
+def _is_document(start: list[str]) -> bool:
+    """Whether the lines begin a JSON document over several lines, or are the only one."""
+    values = [_parse_line(line, Encoding()) for line in start if not _is_blank(line)]
+    return len(values) == 1 or all(value == NOT_JSON for value in values)
+
+
+def _parse_json_file(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | list | str]:
+    """The records of a document, or of a line each. Raises ValueError."""
+    lines = iter(lines)
+    first = next(lines, "")
+    if isinstance(_parse_line(first, Encoding()), dict) and (second := next(lines, "")):
+        yield from _parse_lines(chain([first, second], lines), encoding)
+    else:
+        yield from _parse_document(first + "".join(lines), encoding)
+
+
+def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str]:
+    """The records of JSON values, one after the other; a single object may wrap them in a list.
+
+    Raises ValueError.
+    """
+    if not encoding.is_valid(text):
+        encoding.n_invalid += 1  # a document is whole or nothing
+        if encoding.is_another:
+            raise ValueError(f"it {encoding.advice(Path('FILE.json'))}")
+        raise ValueError("it is not valid UTF-8; save it as UTF-8")
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)
+    values, at, text = [], 0, text.removeprefix("\ufeff").strip()
+    while at < len(text):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except RecursionError:
+            raise ValueError("its brackets are nested too deep") from None
+        values.append(value)
+        while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+            at += 1
+    for value in values:
+        is_single = len(values) == 1 and isinstance(value, dict)
+        wrapped = _wrapped_list(value) if is_single else None
+        if isinstance(value, list) and not is_chat(value):
+            for item in value:
+                yield item if isinstance(item, dict) or is_chat(item) else NO_OBJECT
+        elif wrapped is not None:
+            yield from wrapped
+        else:
+            yield value if isinstance(value, (dict, list)) else NO_OBJECT
+
+
+def _wrapped_list(value: dict) -> list | None:
+    """The list of records that an object holds, as in {"version": "1", "data": [...]}."""
+    lists = [item for item in value.values() if isinstance(item, list)]
+    if len(lists) != 1 or is_chat(lists[0]) or not lists[0]:
+        return None
+    return lists[0] if all(isinstance(r, dict) or is_chat(r) for r in lists[0]) else None
+
+
+# -------------------------------------------------------------------------------- tables and text
+
+
+def _parse_csv(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | str]:
+    """The rows of a table with a header, all values text; a bad row costs itself alone.
+
+    The delimiter is the one of DELIMITERS that cuts the header into most columns. Raises csv.Error.
+    """
+    csv.field_size_limit(2**31 - 1)
+    lines = iter(lines)
+    header = next((line for line in lines if line.strip()), "")
+    if not encoding.is_valid(header):
+        raise csv.Error("its first line is not valid UTF-8; save it as UTF-8")
+    columns, delimiter = max(
+        ((next(csv.reader([header], delimiter=d), []), d) for d in DELIMITERS),
+        key=lambda pair: len(pair[0]),
+    )
+    for row in _csv_rows(lines, delimiter):
+        if isinstance(row, str):
+            yield row
+        elif len(row) > len(columns):
+            yield "more values than columns"
+        elif not encoding.is_valid("".join(row)):
+            yield NOT_UTF8
+        elif row:
+            yield dict(zip(columns, row + [""] * (len(columns) - len(row)), strict=True))
+
+
+def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[list[str] | str]:
+    """The values of each row; a str in place of one with a wrong quote.
+
+    A quote that does not end would take the rows after it: they are read again.
+    """
+    row, again = [], []
+
+    def feed():
+        while line := (again.pop(0) if again else next(lines, "")):
+            row.append(line)
+            yield line
+
+    reader = csv.reader(feed(), delimiter=delimiter, strict=True)
+    while True:
+        row.clear()
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield f"row with a wrong quote ({error})"
+            again[:0] = row[1:]
+            reader = csv.reader(feed(), delimiter=delimiter, strict=True)
+
+
+def _parse_paragraphs(lines: Iterable[str], encoding: Encoding) -> Iterator[dict | str]:
+    """What stands between the blank lines of a text; each end of a line is \\n."""
+    plain = (line.rstrip("\r\n") + "\n" * line.endswith(("\r", "\n")) for line in lines)
+    for blank, group in groupby(plain, lambda line: line == "\n"):
+        if not blank:
+            text = "".join(group).removesuffix("\n")
+            yield {"text": text} if encoding.is_valid(text) else NOT_UTF8
+
+
+def _parquet_rows(raw: BinaryIO) -> Iterator[dict]:
+    """The rows of a table of Parquet; a float of 32 bits as short as it was written."""
+    from pyarrow import types  # imported late: a resume does without
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(raw) as rows:
+        short = [f.name for f in rows.schema_arrow if types.is_floating(f.type)]
+        short = [name for name in short if rows.schema_arrow.field(name).type.bit_width < 64]
+        for batch in rows.iter_batches(1000):
+            for row in batch.to_pylist():
+                for name in short:
+                    row[name] = None if row[name] is None else float(str(np.float32(row[name])))
+                yield row
+
+
+PARSERS = {
+    ".jsonl": _parse_json_lines,
+    ".ndjson": _parse_json_lines,
+    ".json": _parse_json_file,
+    ".csv": _parse_csv,
+    ".tsv": _parse_csv,
+    ".txt": _parse_paragraphs,
+    ".md": _parse_paragraphs,
+}
+FILE_KINDS = (*PARSERS, ".parquet")

@@ -1,0 +1,306 @@
+"""From a data set to two files of bytes: its records are split, formatted, written and cached.
+
+Records are read one at a time (a .json that is one list is read whole), what is on the hub by the
+`datasets` library, and the prepared bytes are memory mapped, so a data set of many gigabytes needs
+little memory and a resumed run needs no network.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+from bdh_lib.data import describe, hub, sources
+from bdh_lib.data.formats import FIELDS, SEPARATOR
+from bdh_lib.data.split import VAL_ENDS, choose_validation, write_split
+from bdh_lib.data.texts import Texts, write_texts
+from bdh_lib.errors import UserError
+from bdh_lib.files import parse_json, sha256_file
+
+IN_VAL = "in_val.npy"  # in prepared data: of each text of the mode, whether it validates
+STARTED = time.time()  # about when this process started
+
+
+class DataSettings(NamedTuple):
+    """What prepared bytes depend on, beside the data's own: settings of the same names."""
+
+    dataset: str
+    mode: str
+    val_fraction: float
+    seed: int
+    columns: str | None = None
+
+    def as_dict(self) -> dict:
+        """These, and the version of what is made of them, as data.json keeps it."""
+        rules = {"split": "by record, validation shuffled", "text": "chats whole, numbers as text"}
+        return self._asdict() | rules
+
+
+def data_settings(s: SimpleNamespace, mode: str) -> DataSettings:
+    """What the data of a run depend on, in any mode."""
+    return DataSettings(s.DATASET, mode, s.VAL_FRACTION, s.SEED, s.COLUMNS)
+
+
+def cache_key(settings: DataSettings) -> str:
+    """Name of the prepared bytes: changes with the files (path, size, time), the commit on the hub
+    or a setting.
+    """
+    content = settings.as_dict()
+    if files := sources.find(settings.dataset):
+        stats = [(str(file.resolve()), file.stat()) for file in files]
+        content["dataset"] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    else:
+        name, config, revision, split = hub.parse_name(settings.dataset)
+        content["dataset"] = [name, config, split, hub.commit(settings.dataset) or revision]
+    key = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def prepare(settings: DataSettings, cache: Path, refresh: bool = False) -> Path:
+    """Folder with train.bin, val.bin (uint8) and data.json (the report), made once and then reused.
+
+    train.fields and val.fields say which of FIELDS each byte belongs to. Raises UserError when
+    nothing can be trained on. `refresh` makes what was made before this process began anew.
+
+    A validation split that is given is used. Else records are held out, in every mode the same: the
+    split is drawn by their fields and not by the mode's text, so a record that validates in one
+    mode trains in none. A text of the mode that both sides share is left out of validation.
+    The records of train.bin are in the order of the data, those of val.bin in a seeded one.
+    """
+    folder, dataset = cache / cache_key(settings), settings.dataset
+    with _locked(cache):
+        if not refresh and sources.find(dataset) is None and not hub.commit(dataset):
+            folder = _newest(cache, settings) or folder
+        if not is_intact(folder) or (refresh and _made_at(folder) < STARTED):
+            _make(folder, settings)
+        return folder
+
+
+def _made_at(folder: Path) -> float:
+    return (folder / "data.json").stat().st_mtime
+
+
+def _newest(cache: Path, settings: DataSettings) -> Path | None:
+    """The newest prepared data of a name on the hub, for when the hub does not tell its commit."""
+    for folder in sorted((f.parent for f in cache.glob("*/data.json")), key=_made_at, reverse=True):
+        if is_intact(folder):
+            report = parse_json((folder / "data.json").read_text())
+            if report.get("made_from") == settings.as_dict():
+                when = time.strftime("%Y-%m-%d", time.localtime(_made_at(folder)))
+                print(
+                    f"the hub does not tell of DATASET {report['dataset']}; taking what was "
+                    f"prepared on {when} of commit {report['commit'] or 'unknown'}"
+                )
+                return folder
+    return None
+
+
+@contextmanager
+def _locked(cache: Path) -> Iterator[None]:
+    """Hold the folder of prepared data, swept of what a killed process left. Raises UserError."""
+    with _writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / ".lock").open("a") as lock:
+            _wait_for(lock, cache)
+            for litter in cache.glob("*.tmp"):
+                shutil.rmtree(litter)
+            yield
+
+
+def _wait_for(lock, cache: Path) -> None:
+    """Take the lock, which another trainer that prepares data may hold for long."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process that prepares data in {cache} ...")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tell an OSError of writing below `folder`, or of a file that is read there, as UserError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        file = error.filename or folder  # a failed write names no file
+        reason = error.strerror or error
+        if full or Path(file).is_relative_to(folder):
+            raise UserError(f"{folder} cannot be written: {reason}") from None
+        raise UserError(f"{file} cannot be read: {reason}") from None
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether prepared data are whole: each side as long as, and the bytes that, data.json says."""
+    try:
+        report = parse_json((folder / "data.json").read_text())
+        sources.print_if_large(
+            "checking the prepared data", [*folder.iterdir()], 50 * sources.LARGE
+        )
+        if report.pop("sha256") != _sha256_of(report):
+            return False
+        for side in ("train", "val"):
+            for kind, name in (("bin", "sha256"), ("fields", "fields_sha256")):
+                if sha256_file(folder / f"{side}.{kind}") != report[side][name]:
+                    return False
+        for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
+            if (expected := report.get(name)) and sha256_file(folder / file) != expected:
+                return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def _sha256_of(report: dict) -> str:
+    return hashlib.sha256(json.dumps(report).encode()).hexdigest()
+
+
+def _make(folder: Path, settings: DataSettings) -> None:
+    making, dataset = folder.with_name(f"{folder.name}.tmp"), settings.dataset
+    making.mkdir()
+    try:
+        if ready := sources.ready_split(dataset):
+            report = _copy_split(ready, dataset, settings.mode, making)
+        else:
+            report = _split(settings, making)
+        report["made_from"] = settings.as_dict()
+        report["commit"] = None if sources.find(dataset) else hub.commit(dataset)
+        sealed = report | {"sha256": _sha256_of(report)}
+        (making / "data.json").write_text(json.dumps(sealed, indent=1))
+        if cache_key(settings) != folder.name:
+            raise UserError(f"DATASET {dataset} changed while it was read; start again")
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or to be made anew
+        making.replace(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _split(settings: DataSettings, folder: Path) -> dict:
+    """Read, format and deal out the records; the report. Raises UserError."""
+    source = sources.open_source(settings.dataset)
+    texts = write_texts(settings.dataset, settings.mode, folder, settings.columns, source)
+    report = texts.report | {"given_validation": "val" in source.parts}
+    if report["given_validation"]:
+        in_val = texts.validates
+    else:
+        _check_distinct(texts, settings)
+        in_val = choose_validation(texts.keys, settings.val_fraction, settings.seed)
+    held_out = in_val[texts.records]
+    shared = held_out & np.isin(texts.digests, texts.digests[~held_out])
+    report["shared"] = int(shared.sum())
+    _check_sides(texts, held_out, shared, settings)
+    validates = held_out & ~shared
+    # in a seeded order, so that the first EVAL_BYTES are of all files and not of the first alone
+    val = np.random.default_rng(settings.seed).permutation(np.flatnonzero(validates))
+    np.save(folder / IN_VAL, validates)
+    np.save(folder / VAL_ENDS, np.cumsum(texts.lengths[val] + len(SEPARATOR)) - len(SEPARATOR))
+    for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
+        report[name] = sha256_file(folder / file)
+    return report | write_split(folder, texts.lengths, np.flatnonzero(~held_out), val)
+
+
+def _skips(report: dict) -> str:
+    return "; ".join(describe.skip_lines(report)[:3])
+
+
+def _check_distinct(texts: Texts, settings: DataSettings) -> None:
+    """Raise UserError for data that have one distinct record, of which no split can be drawn."""
+    if len(np.unique(texts.keys[-1])) < 2:
+        raise UserError(
+            f"DATASET {settings.dataset} has 1 distinct record, a split needs at least 2; "
+            f"{_skips(texts.report) or 'nothing skipped'}"
+            f"{'; a record of a .txt ends at a blank line' if '.txt' in settings.dataset else ''}"
+        )
+
+
+def _check_sides(texts: Texts, held_out, shared, settings: DataSettings) -> None:
+    """Raise UserError where a side of the split has no text, or validation none of its own."""
+    dataset, mode, n = settings.dataset, settings.mode, len(texts.lengths)
+    for side, chosen in (("held out", held_out), ("left to train on", ~held_out)):
+        if not chosen.any():
+            skips = _skips(texts.report)
+            raise UserError(
+                f"DATASET {dataset}: none of the {n:,} records of TRAINING_MODE {mode!r} is "
+                f"{side}; change VAL_FRACTION ({settings.val_fraction}) or SEED, or take more data"
+                f"{'; ' if skips else ''}{skips}"
+            )
+    if shared.sum() == held_out.sum():
+        raise UserError(
+            f"DATASET {dataset} has {len(np.unique(texts.digests))} distinct texts in "
+            f"TRAINING_MODE {mode!r}, each of more records than VAL_FRACTION "
+            f"({settings.val_fraction}) holds out: raise it, take more data or another mode"
+        )
+
+
+def load_unsplit(
+    dataset: str, mode: str, folder: Path, columns: str | None = None
+) -> tuple[dict, np.ndarray, np.ndarray]:
+    """All of a data set as one side of a split: report, bytes, and the index in FIELDS of each.
+
+    Of a ready split, or a validation that is given, it is the held out side. `folder` is for files
+    on the way. Raises UserError when nothing of it has the fields of `mode`.
+    """
+    with _writing(folder):
+        if ready := sources.ready_split(dataset):
+            held_out = [file for file in ready if file.stem == "val"]
+            report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
+        else:
+            source = sources.open_source(dataset)
+            if "val" in source.parts:
+                source = source._replace(parts={"val": source.parts["val"]})
+            texts = write_texts(dataset, mode, folder, columns, source)
+            report, lengths = texts.report, texts.lengths
+            report["dataset"] += ", held out side" if "val" in source.parts else ""
+            write_split(folder, lengths, np.array([], int), np.arange(len(lengths)))
+    stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
+    return report, stream, fields
+
+
+def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dict:
+    """Take a split that is there, raw bytes; without .fields beside it, all is `text`. The report.
+
+    Raises UserError where a .fields file does not fit its bytes.
+    """
+    sides = [file for file in files if file.suffix == ".bin"]
+    sources.print_if_large(f"copying DATASET {dataset}", files, 10 * sources.LARGE)
+    report = {"dataset": dataset, "mode": mode, "records": None, "fields": {}, "skipped": {}}
+    report |= {"structures": {"ready split": None}, "shared": 0}
+    for file in sides:
+        _check_bytes(file)
+        side, labels = folder / file.name, file.with_suffix(".fields")
+        shutil.copyfile(file, side)
+        size = file.stat().st_size
+        if labels in files:
+            if labels.stat().st_size != size:
+                raise UserError(f"DATASET {labels} must have a byte for each of {file}'s {size:,}")
+            if size and np.fromfile(labels, np.uint8).max() >= len(FIELDS):
+                raise UserError(f"DATASET {labels} holds more than the {len(FIELDS)} FIELDS")
+            shutil.copyfile(labels, side.with_suffix(".fields"))
+        else:
+            text = np.full(size, FIELDS.index("text"), np.uint8)
+            text.tofile(side.with_suffix(".fields"))
+        sums = {"sha256": sha256_file(side)}
+        sums["fields_sha256"] = sha256_file(side.with_suffix(".fields"))
+        report[file.stem] = {"records": None, "bytes": size} | sums
+    return report
+
+
+def _check_bytes(file: Path) -> None:
+    """Raise UserError for tokens of 16 bits, as nanoGPT writes them under the same name."""
+    sample = np.fromfile(file, np.uint8, 2_000_000)
+    high = sample[1::2]
+    is_even = file.stat().st_size % 2 == 0
+    if is_even and len(high) and np.mean(high == 0) > 0.02 and high.max() <= 50_304 >> 8:
+        raise UserError(
+            f"DATASET {file} holds tokens of 16 bits, as nanoGPT prepares them; BDH reads bytes: "
+            "give the text itself, as a .txt or .jsonl file"
+        )

@@ -1,0 +1,201 @@
+"""The training texts of all records of a data set, written to two files, and a report of them."""
+
+import hashlib
+import json
+from array import array
+from collections import Counter
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from bdh_lib.data import columns, sources
+from bdh_lib.data.describe import cannot_serve
+from bdh_lib.data.formats import FIELDS, Turns, needed_fields, training_texts
+from bdh_lib.errors import UserError
+
+MOST_NAMES = 20  # of structures and of columns in a report, where each record has its own
+
+
+class Texts(NamedTuple):
+    """The texts of a mode, as they lie in all.bin one after the other, and their records.
+
+    Of each text: its length in bytes, a digest, and the index of its record among those with any
+    turn. Of each such record: the digests of system, instruction and all turns (3, records), 0 for
+    none, and whether its part of the data is the validation.
+    """
+
+    report: dict
+    lengths: np.ndarray
+    digests: np.ndarray
+    records: np.ndarray
+    keys: np.ndarray
+    validates: np.ndarray
+
+
+class Tally:
+    """Counts of what records hold, and of what of them is not trained on."""
+
+    def __init__(self):
+        self.structures, self.skipped, self.left_out = Counter(), Counter(), Counter()
+        self.first_skipped = {}
+        self.records, self.turns, self.characters = Counter(), Counter(), Counter()  # by field
+        self.columns, self.unused, self.unused_bytes = set(), Counter(), Counter()
+        self.n_bytes = self.n_texts = self.without_system = self.several_turns = 0
+
+    def add(self, record, parsed: columns.Parsed, reason: str | None, mode: str) -> None:
+        """Count one record, which is skipped for `reason` or has texts of `mode`."""
+        self.structures[parsed.structure] += 1
+        self.left_out.update(parsed.left_out)
+        self.records.update(list(dict.fromkeys(field for field, _ in parsed.turns)))
+        for field, text in parsed.turns:
+            self.turns[field] += 1
+            self.characters[field] += len(text)
+            self.n_bytes += len(text.encode())
+        if isinstance(record, dict):
+            self.columns.update(record)
+        for name, size in columns.unused_values(record, parsed):
+            self.unused[name] += 1
+            self.unused_bytes[name] += size
+        if reason:
+            self.skipped[reason] += 1
+            self.first_skipped.setdefault(reason, self.structures.total())
+        elif mode == "full" and self.is_text_of_fields(parsed):
+            fields = [field for field, _ in parsed.turns]
+            self.without_system += "system" not in fields
+            self.several_turns += fields.count("response") > 1
+            self.left_out.update([columns.NO_ANSWER] * (fields[-1] == "instruction"))
+
+    @staticmethod
+    def is_text_of_fields(parsed: columns.Parsed) -> bool:
+        return bool(parsed.turns) and parsed.turns[0][0] != "text"
+
+    def report(self) -> dict:
+        """The counts, as data.json keeps them."""
+        fields = {
+            field: {
+                "records": n,
+                "texts": self.turns[field],
+                "mean_length": self.characters[field] / self.turns[field],
+            }
+            for field, n in self.records.items()
+        }
+        unused = {
+            name: {"records": self.unused[name], "bytes": size}
+            for name, size in self.unused_bytes.most_common(MOST_NAMES)
+        }
+        return {
+            "records": self.structures.total(),
+            "texts": self.n_texts,
+            "structures": dict(self.structures.most_common(MOST_NAMES)),
+            "fields": fields,
+            "skipped": dict(self.skipped.most_common()),
+            "first_skipped": self.first_skipped,
+            "left_out": dict(self.left_out.most_common(MOST_NAMES)),
+            "unused": unused,
+            "bytes_read": self.n_bytes + self.unused_bytes.total(),
+            "without_system": self.without_system,
+            "several_turns": self.several_turns,
+        }
+
+
+def texts_or_reason(parsed: columns.Parsed, mode: str) -> tuple[list[Turns], str | None]:
+    """The training texts of a record in a mode, or why it has none.
+
+    A system text that is there and broken costs `full` the record, one that is not there does not.
+    """
+    present = {field for field, _ in parsed.turns}
+    needed = ("text",) if "text" in present | parsed.problems.keys() else needed_fields(mode)
+    for field in needed:
+        if field not in present:
+            return [], parsed.problems.get(field, f"{field} missing")
+    if mode == "full" and columns.is_broken(problem := parsed.problems.get("system")):
+        return [], problem
+    texts = training_texts(parsed.turns, mode)
+    return texts, None if texts else "system missing before the instruction"
+
+
+def parse(record: dict | list | str, chosen: str | None) -> columns.Parsed:
+    """What a record holds; a str in place of one says why it is unreadable."""
+    if isinstance(record, str):
+        return columns.Parsed("unreadable", problems=dict.fromkeys(FIELDS, record))
+    return columns.detect(record, chosen)
+
+
+def write_texts(
+    dataset: str, mode: str, folder: Path, chosen: str | None, source: sources.Source
+) -> Texts:
+    """Write the texts that the records have in a mode to all.bin and all.fields.
+
+    `chosen` is COLUMNS. Raises UserError where there is no text.
+    """
+    tally = Tally()
+    lengths, digests, owners, keys = array("Q"), array("Q"), array("Q"), array("Q")
+    validates = array("B")
+    with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
+        for part, record in sources.read_parts(dataset, source):
+            parsed = parse(record, chosen)
+            found, reason = texts_or_reason(parsed, mode)
+            tally.add(record, parsed, reason, mode)
+            for text in found:
+                length, digest = _write_text(text, out, labels)
+                lengths.append(length)
+                digests.append(digest)
+                owners.append(len(validates))
+            if parsed.turns:
+                keys.extend(_record_keys(parsed.turns))
+                validates.append(part == "val")
+    tally.n_texts = len(lengths)
+    report = {"dataset": dataset, "mode": mode, **tally.report(), "not_read": source.left_out}
+    _check_columns(chosen, tally.columns)
+    if not lengths:
+        raise UserError(cannot_serve(report))
+    keys = np.array(keys, np.uint64).reshape(-1, 3).T
+    return Texts(
+        report, *map(np.array, (lengths, digests, owners)), keys, np.array(validates, bool)
+    )
+
+
+def _check_columns(chosen: str | None, names: set[str]) -> None:
+    """Raise UserError where COLUMNS names a column that no record has."""
+    lower = {name.strip().lower() for name in names}
+    for column in columns.parse_columns(chosen).values():
+        if column and column.lower() not in lower:
+            shown = ", ".join(sorted(names)[:MOST_NAMES]) or "none"
+            raise UserError(f"COLUMNS names {column!r}, which no record has; they have: {shown}")
+
+
+def _write_text(text: Turns, out: BinaryIO, labels: BinaryIO) -> tuple[int, int]:
+    """Write a text and the field of each of its bytes; its length in bytes and its digest."""
+    length, digest = 0, hashlib.blake2b(digest_size=8)
+    for field, piece in text:
+        part = piece.encode()
+        out.write(part)
+        digest.update(part)
+        n = len(part)
+        del part  # a record may be large
+        labels.write(bytes([FIELDS.index(field)]) * n)
+        length += n
+    return length, int.from_bytes(digest.digest())
+
+
+def _record_keys(turns: Turns) -> list[int]:
+    """Digests of a record's first system text and first instruction, and of all its turns."""
+    first = dict(reversed(turns))
+    keys = (first.get("system"), first.get("instruction"), sorted(turns))
+    return [_digest(key) if key else 0 for key in keys]
+
+
+def _digest(key: str | Turns) -> int:
+    """64-bit blake2b of json.dumps(key), fed in pieces of 1 MB: a record may be large."""
+    if isinstance(key, str):
+        texts, joints = [key], ['"', '"']
+    else:
+        texts = [text for pair in key for text in pair]
+        joints = ['[["', *(['", "', '"], ["'] * len(key))[:-1], '"]]']
+    digest = hashlib.blake2b(digest_size=8)
+    for joint, text in zip(joints, [*texts, ""], strict=True):
+        digest.update(joint.encode())
+        for i in range(0, len(text), 10**6):
+            digest.update(json.dumps(text[i : i + 10**6])[1:-1].encode())
+    return int.from_bytes(digest.digest())

@@ -1,0 +1,240 @@
+"""What a record holds, by the names of its columns, and what of it is left out."""
+
+import decimal
+
+import pytest
+
+from bdh_lib.data import columns
+from bdh_lib.data.formats import format_prompt, training_texts
+from bdh_mlx import UserError
+
+SYSTEM, INSTRUCTION, RESPONSE = ("system", "s"), ("instruction", "q"), ("response", "a")
+
+
+def chat(*turns, **others):
+    return {"messages": [{"role": role, "content": text} for role, text in turns]} | others
+
+
+def texts(record, mode="full"):
+    turns = columns.detect(record).turns
+    return ["".join(piece for _, piece in text) for text in training_texts(turns, mode)]
+
+
+RECORDS = {
+    "ours": ({"system": "s", "instruction": "q", "response": "a"}, [SYSTEM, INSTRUCTION, RESPONSE]),
+    "Alpaca": (
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        [("instruction", "Add.\n\n1 2"), ("response", "3")],
+    ),
+    "no input": ({"instruction": "q", "input": "", "output": "a"}, [INSTRUCTION, RESPONSE]),
+    "input alone": ({"input": "q", "output": "a"}, [INSTRUCTION, RESPONSE]),
+    "Dolly": (
+        {"instruction": "q", "context": "c", "response": "a", "category": "x"},
+        [("instruction", "q\n\nc"), RESPONSE],
+    ),
+    "capitals": ({"Instruction": "q", " RESPONSE ": "a"}, [INSTRUCTION, RESPONSE]),
+    "OpenOrca": (
+        {"id": "1", "system_prompt": "s", "question": "q", "response": "a"},
+        [SYSTEM, INSTRUCTION, RESPONSE],
+    ),
+    "SQuAD": (
+        {"question": "q", "context": "c", "answers": {"text": ["a"], "answer_start": [3]}},
+        [("instruction", "q\n\nc"), RESPONSE],
+    ),
+    "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, [INSTRUCTION, RESPONSE]),
+    "numbers": (
+        {"question": 5, "answer": 4.5, "system": True},
+        [("system", "true"), ("instruction", "5"), ("response", "4.5")],
+    ),
+    "decimals": (
+        {"question": "q", "answer": decimal.Decimal("1.50")},
+        [INSTRUCTION, ("response", "1.50")],
+    ),
+    "text": ({"text": "plain", "url": "u"}, [("text", "plain")]),
+    "messages": (
+        chat(("system", "s"), ("user", "q"), ("assistant", "a")),
+        [SYSTEM, INSTRUCTION, RESPONSE],
+    ),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        [INSTRUCTION, RESPONSE],
+    ),
+    "LMSYS": (
+        {"conversation": [{"role": "user", "content": "q"}, {"role": "chatgpt", "content": "a"}]},
+        [INSTRUCTION, RESPONSE],
+    ),
+    "system beside a chat": (
+        chat(("user", "q"), ("assistant", "a"), system="s"),
+        [SYSTEM, INSTRUCTION, RESPONSE],
+    ),
+    "bare list": (
+        [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+        [INSTRUCTION, RESPONSE],
+    ),
+    "TRL": (
+        {
+            "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+            "completion": [{"role": "assistant", "content": "a"}],
+        },
+        [SYSTEM, INSTRUCTION, RESPONSE],
+    ),
+    "TRL, preferences": (
+        {
+            "prompt": "q",
+            "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+        },
+        [INSTRUCTION, RESPONSE],
+    ),
+    "text and a reply in turns": (
+        {"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]},
+        [INSTRUCTION, RESPONSE],
+    ),
+    "parts": (
+        chat(("user", [{"type": "text", "text": "q"}]), ("assistant", ["a"])),
+        [INSTRUCTION, RESPONSE],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_each_structure_gives_its_turns(name):
+    record, turns = RECORDS[name]
+    assert columns.detect(record).turns == turns
+
+
+@pytest.mark.parametrize("field", columns.ALIASES)
+def test_every_documented_name_of_a_column_is_read(field):
+    for name in columns.ALIASES[field]:
+        record = {"instruction": "i", name.upper(): "x"} if field == "context" else {name: "x"}
+        if field == "messages":
+            record = {name: [{"role": "user", "content": "x"}]}
+        parsed = columns.detect(record)
+        assert "x" in parsed.turns[0][1] and set(parsed.columns) == set(record)
+
+
+def test_columns_that_are_not_read_are_named_with_their_bytes():
+    record = {"question": "q", "answer": "a", "solution": "é", "score": 1.5, "tags": ["x"], "n": ""}
+    unused = dict(columns.unused_values(record, columns.detect(record)))
+    assert unused == {"solution": 2, "score": 3, "tags": 5}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "turns"),
+    [
+        (
+            "instruction=query,response=reply,system=persona,context=passage",
+            [("system", "s"), ("instruction", "q\n\nc"), ("response", "a")],
+        ),
+        ("system=Persona, context=", [("system", "s"), ("instruction", "q"), ("response", "a")]),
+        ("response=passage", [("instruction", "q"), ("response", "c")]),
+        ("messages=turns", [("instruction", "x")]),
+        ("text=persona,instruction=,response=", [("text", "s")]),
+    ],
+)
+def test_columns_may_be_named(chosen, turns):
+    record = {"persona": "s", "query": "q", "passage": "c", "reply": "a"}
+    record["turns"] = [{"role": "user", "content": "x"}]
+    assert columns.detect(record, chosen).turns == turns
+
+
+@pytest.mark.parametrize("chosen", ["instruction", "answer=x", "response=a,response=b", "=", ","])
+def test_names_of_columns_that_mean_nothing_are_refused(chosen):
+    with pytest.raises(UserError, match="it must be like instruction=query,response=answer"):
+        columns.parse_columns(chosen)
+
+
+@pytest.mark.parametrize(
+    ("record", "problems"),
+    [
+        ({"instruction": "q", "response": None}, {"response": "response is null, not text"}),
+        ({"instruction": {"a": 1}}, {"instruction": "instruction is dict, not text"}),
+        ({"instruction": "q", "context": {"a": 1}}, {"instruction": "context is dict, not text"}),
+        ({"instruction": " ", "response": "\ud800"}, {"instruction": "instruction empty"}),
+        ({"response": float("nan")}, {"response": "response is float, not text"}),
+        ({"question": "q", "answers": {"text": []}}, {"response": "response empty"}),
+        ({"text": 5}, {}),
+        ({"other": 1}, {}),
+    ],
+)
+def test_what_is_no_text_has_a_reason(record, problems):
+    parsed = columns.detect(record)
+    for field, reason in problems.items():
+        assert parsed.problems[field].startswith(reason)
+        assert field not in dict(parsed.turns)
+
+
+def test_turns_in_a_row_are_one_by_a_blank_line():
+    asked = [("user", "Here is my text"), ("user", ""), ("user", "Sum it up")]
+    record = chat(
+        ("system", "s"), ("developer", "t"), *asked, ("assistant", "a"), ("assistant", "b")
+    )
+    parsed = columns.detect(record)
+    assert parsed.turns == [
+        ("system", "s\n\nt"),
+        ("instruction", "Here is my text\n\nSum it up"),
+        ("response", "a\n\nb"),
+    ]
+    assert parsed.left_out == ["turn empty"]
+
+
+@pytest.mark.parametrize("reply", ["assistant", "gpt", "chatgpt", "model", "bot", "ai", "Model"])
+@pytest.mark.parametrize("ask", ["user", "human", "Human"])
+@pytest.mark.parametrize("system", ["system", "developer", "System"])
+def test_roles_by_other_names(system, ask, reply):
+    parsed = columns.detect(chat((system, "s"), (ask, "q"), (reply, "a")))
+    assert parsed.turns == [SYSTEM, INSTRUCTION, RESPONSE]
+
+
+def test_calls_of_tools_are_left_out_and_the_question_is_kept():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}
+    record = chat(("user", "price?"))
+    record["messages"] += [call, {"role": "tool", "content": "3"}]
+    record["messages"] += [{"role": "assistant", "content": "It is 3"}]
+    parsed = columns.detect(record)
+    assert parsed.turns == [("instruction", "price?"), ("response", "It is 3")]
+    assert parsed.left_out == [columns.TOOL_CALL, columns.TOOL_ANSWER]
+
+
+def test_each_turn_that_is_left_out_has_a_reason():
+    image = [{"type": "image_url"}, {"type": "text", "text": "q"}]
+    record = chat(("assistant", "Hi!"), ("user", image), ("narrator", "x"), ("assistant", "a"))
+    record["messages"] += [5, {"role": "user", "content": {"a": 1}}]
+    parsed = columns.detect(record)
+    assert parsed.turns == [INSTRUCTION, RESPONSE]
+    assert sorted(parsed.left_out) == sorted(
+        [
+            "part of a turn, of type image_url",
+            columns.UNKNOWN_ROLE,
+            "turn that is int, not an object",
+            "turn is dict, not text",
+            columns.NO_QUESTION,
+        ]
+    )
+
+
+LONG = chat(("system", "s"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"))
+
+
+def test_a_chat_is_one_text_of_full_and_one_of_each_question_elsewhere():
+    assert texts(LONG) == [
+        "### System:\ns\n\n### Instruction:\n1\n\n### Response:\n2"
+        "\n\n### Instruction:\n3\n\n### Response:\n4\n---"
+    ]
+    assert texts(LONG, "instruction") == ["1", "3"]
+    assert texts(LONG, "both") == [
+        "### System:\ns\n\n### Instruction:\n1",
+        "### System:\ns\n\n### Instruction:\n3",
+    ]
+    assert texts(LONG, "system") == ["s"]
+
+
+def test_a_question_at_the_end_of_a_chat_is_asked_and_not_trained_on_in_full():
+    open_chat = {"messages": [*LONG["messages"], {"role": "user", "content": "5"}]}
+    assert texts(open_chat) == texts(LONG)
+    assert texts(open_chat, "instruction") == ["1", "3", "5"]
+    turns = columns.detect(open_chat).turns
+    assert format_prompt(turns, "full") == (
+        texts(LONG)[0].removesuffix("\n---") + "\n\n### Instruction:\n5\n\n### Response:\n"
+    )
+    assert format_prompt(turns, "instruction") == "5"
+    assert format_prompt(turns, "both") == "### System:\ns\n\n### Instruction:\n5"
