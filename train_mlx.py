@@ -95,14 +95,12 @@ PRESETS = {
 
 import json
 import math
-import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -112,31 +110,29 @@ from mlx.utils import tree_map
 
 from bdh_lib import cli, files, flags
 from bdh_lib.compute import memory
-from bdh_lib.compute.state import WINDOW_PARTS
 from bdh_lib.data.columns import parse_columns
-from bdh_lib.data.describe import data_changes, describe
 from bdh_lib.data.formats import (
     FIELDS,
-    MAX_NEW_TOKENS,
     REQUIRED_FIELDS,
-    SAMPLE_NOTES,
     format_example,  # noqa: F401  what a record becomes, for other scripts
     sample_prompts,
 )
-from bdh_lib.data.prepare import data_settings, prepare
-from bdh_lib.data.split import bytes_to_evaluate, has_field
-from bdh_lib.errors import UserError, escape_controls
-from bdh_lib.flags import Settings
+from bdh_lib.errors import UserError
+from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.generation.decoding import complete_prompts
 from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
-from bdh_lib.training import checkpoints, phases, plan, selfcheck
+from bdh_lib.training import checkpoints, phases, plan, selfcheck, summary
 from bdh_lib.training.advice import advise, byte_baselines
+from bdh_lib.training.dataset import load_prepared, load_split
 from bdh_lib.training.distributed import World, is_lost
-from bdh_lib.training.evaluation import byte_losses, compile_shapes, evaluate, neuron_activity
+from bdh_lib.training.ema import copy_tree, ema_applied
+from bdh_lib.training.evaluation import byte_losses, compile_evaluation, evaluate, neuron_activity
 from bdh_lib.training.report import redraw
+from bdh_lib.training.resume import resume_or_init
 from bdh_lib.training.runlog import Meter, RunLog, main_process_prints
+from bdh_lib.training.schedule import blocks_per_update, total_steps
 from bdh_lib.training.signals import StopSignal, default_signals
-from bdh_mlx import BDH, load_model
+from bdh_mlx import BDH
 
 # -------------------------------------------------------------------------------------------- data
 
@@ -213,85 +209,6 @@ def loss_weights(fields: np.ndarray, batch_index: int, count: int, s: Settings) 
 # ---------------------------------------------------------------------------------------- training
 
 
-class Stream(NamedTuple):
-    """One side of the split: uint8 arrays of one length, memory mapped."""
-
-    bytes: np.ndarray
-    fields: np.ndarray  # of each byte its place in FIELDS
-
-
-def load_prepared(s: Settings, mode: str) -> tuple[dict, Stream, Stream]:
-    """The report of the data, and (bytes, fields) of training and of validation, for a mode.
-
-    Raises UserError where a side is empty.
-    """
-    cache, refresh = Path(s.CHECKPOINT_DIR) / ".data", vars(s).get("refresh_data", False)
-    folder = prepare(data_settings(s, mode), cache, refresh)
-    report = json.loads((folder / "data.json").read_text())
-    if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
-        raise UserError(f"the {empty[0]} split of mode {mode} is empty; take more data")
-    train, val = (
-        Stream(*(np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")))
-        for side in ("train", "val")
-    )
-    read = bytes_to_evaluate(folder, s.EVAL_BYTES)
-    return report, train, Stream(*(array[:read] for array in val))
-
-
-def open_split(s: Settings) -> tuple[dict, Stream, Stream]:
-    """The data's report, then bytes and fields to train on, and those that evaluations read."""
-    report, train, val = load_prepared(s, s.TRAINING_MODE)
-    for side, least, cure in (
-        ("train", s.BLOCK_SIZE + 1, "lower BLOCK_SIZE"),
-        ("val", 2, "raise VAL_FRACTION"),
-    ):
-        if report[side]["bytes"] < least:
-            raise UserError(
-                f"the {side} split has {report[side]['bytes']:,} bytes and needs {least:,} "
-                f"(BLOCK_SIZE is {s.BLOCK_SIZE:,}): {cure} or take more data"
-            )
-    for side, (_, fields), cure in (
-        ("training bytes", train, "take other data"),
-        ("validation bytes read", val, "raise EVAL_BYTES"),
-    ):
-        if s.LOSS_ON != "all" and not has_field(fields, s.LOSS_ON):
-            raise UserError(
-                f"LOSS_ON is {s.LOSS_ON!r}, and the {len(fields):,} {side} have none of it; "
-                f"{cure} or set LOSS_ON to 'all'"
-            )
-    return report, train, val
-
-
-def blocks_per_update(s: Settings) -> int:
-    """Blocks that an update reads, over all processes."""
-    return s.BATCH_SIZE * s.GRAD_ACCUM * vars(s).get("PROCESSES", 1)
-
-
-def total_steps(s: Settings, n_bytes: int) -> int:
-    """Update at which the run ends: MAX_ITERS or the end of EPOCHS, one of which is set."""
-    blocks = math.ceil(n_bytes / s.BLOCK_SIZE)
-    by_epochs = math.ceil(s.EPOCHS * blocks / blocks_per_update(s)) if s.EPOCHS else math.inf
-    return min(s.MAX_ITERS or math.inf, by_epochs)
-
-
-def schedule_summary(s: Settings, n_bytes: int) -> str:
-    """How long the run is, and whether MAX_ITERS or EPOCHS ends it before the other."""
-    total, bytes_per_update = total_steps(s, n_bytes), s.BLOCK_SIZE * blocks_per_update(s)
-    epochs, cut = total * bytes_per_update / n_bytes, ""
-    if epochs < (s.EPOCHS or 0):
-        cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:g})"
-    elif total < (s.MAX_ITERS or 0):
-        cut = f"; EPOCHS ({s.EPOCHS:g}) ends it before MAX_ITERS ({s.MAX_ITERS:,})"
-    coverage = f"{total * bytes_per_update:,} bytes or {epochs:.2f} epochs"
-    return f"{total:,} iterations of {bytes_per_update:,} bytes are {coverage}{cut}"
-
-
-def settings_dict(s: Settings) -> dict:
-    """The settings and those of the model as JSON; a value that JSON cannot hold, as text."""
-    own = {k: v for k, v in vars(s).items() if k.isupper() and k != "BDH_CONFIG"}
-    return {name: flags.as_json(value) for name, value in (own | asdict(s.BDH_CONFIG)).items()}
-
-
 def init_model(s: Settings, compute: memory.Compute) -> tuple[BDH, optim.AdamW, dict]:
     """A model with fresh weights, its optimizer, and the average of its weights ({}: none)."""
     mx.random.seed(s.SEED)
@@ -302,130 +219,11 @@ def init_model(s: Settings, compute: memory.Compute) -> tuple[BDH, optim.AdamW, 
     return model, optimizer, copy_tree(model.parameters()) if s.EMA_DECAY else {}
 
 
-def copy_tree(tree: dict) -> dict:
-    """The same arrays in containers of their own."""
-    return tree_map(lambda array: array, tree)
-
-
-def resume_or_init(run: Path, s: Settings, report: dict, model, optimizer, ema) -> tuple[int, list]:
-    """Load the run's last checkpoint, else the weights of INIT_FROM, else nothing.
-
-    Gives the step that is reached, and the ancestry of the weights. Raises UserError.
-    """
-    if not (step := checkpoints.newest_valid(run)):
-        return 0, init_from(s, model, ema) if s.INIT_FROM else []
-    info = checkpoints.read_info(run, step)
-    changes = changes_on_resume(run, info, s, report)
-    check_origin(run, info.get("ancestry", []), s)
-    with ema_applied(model, ema):  # as it was saved
-        checkpoints.load(run, step, model, optimizer, ema)
-    print("; ".join([f"start: continues {run} after iteration {step}", *changes]))
-    print_new_rate(info, s, step, report)
-    return step, info.get("ancestry", [])
-
-
-def origin_of(s: Settings) -> Path:
-    """Where the weights of INIT_FROM lie: in CHECKPOINT_DIR, else at the path itself."""
-    inside = Path(s.CHECKPOINT_DIR, s.INIT_FROM)
-    return inside if inside.exists() else Path(s.INIT_FROM)
-
-
-def init_from(s: Settings, model: BDH, ema: dict) -> list:
-    """Give model and average the weights of INIT_FROM; their ancestry. Raises UserError."""
-    if not (origin := origin_of(s)).exists():
-        raise UserError(
-            f"INIT_FROM {s.INIT_FROM}: there is no such run in {s.CHECKPOINT_DIR}, and no such "
-            "path; train that run first, or name another"
-        )
-    source = load_model(origin)
-    unlike = checkpoints.settings_changes(asdict(source.config), asdict(s.BDH_CONFIG))
-    if unlike := [text for name, text in unlike.items() if "dropout" not in name]:
-        raise UserError(f"INIT_FROM {s.INIT_FROM} is of another shape: {'; '.join(unlike)}")
-    model.update(source.parameters())
-    if ema:
-        ema.update(copy_tree(model.parameters()))
-    print(f"start: weights of {s.INIT_FROM}, a new optimizer")
-    return phases.ancestry(origin)
-
-
-def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[str]:
-    """What has changed since a checkpoint, in words. Raises UserError for what may not change."""
-    new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_update(s)}
-    try:
-        if missing := RULES.keys() & {*FIXED_ON_RESUME} - info["settings"].keys():
-            raise UserError(
-                f"{run} is of another format: it has no {min(missing)}. Set RUN_NAME to start "
-                f"another run, with INIT_FROM {run.name} from these weights"
-            )
-        old = info["settings"] | info["versions"]
-        old[GLOBAL_BATCH] = blocks_per_update(Settings(**info["settings"]))
-        changes = checkpoints.settings_changes(old, new) | data_changes(info["data"], report)
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
-    fixed = [name for name in changes if name in FIXED_ON_RESUME]
-    of_data = [name for name in fixed if name.endswith(" data")]
-    if "TRAINING_MODE" in fixed or "SEED" in fixed:  # they change the data, too
-        fixed = [name for name in fixed if name not in of_data]
-    if fixed:
-        shown = [*map(changes.get, fixed[:5]), *(["and others"] if len(fixed) > 5 else [])]
-        weights = f", with INIT_FROM {run.name} from these weights" if fixed == of_data else ""
-        raise UserError(
-            f"{run} holds a run with other settings ({'; '.join(shown)}). Set them back to go on "
-            f"with it, or set RUN_NAME to start another{weights}"
-        )
-    return list(changes.values())
-
-
-def check_origin(run: Path, ancestry: list, s: Settings) -> None:
-    """Raise UserError where a run started from other weights than those of INIT_FROM."""
-    if s.INIT_FROM and not ancestry:
-        raise UserError(
-            f"{run} did not start from {s.INIT_FROM}; set RUN_NAME to start another run"
-        )
-    current = ancestry
-    if s.INIT_FROM and (origin := origin_of(s)).exists():
-        with suppress(UserError):  # its checkpoints are gone: the run has all that it needs
-            current = phases.ancestry(origin)
-    if ancestry and current[-1]["sha256"] != ancestry[-1]["sha256"]:
-        raise UserError(
-            f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
-            f"{s.INIT_FROM} are others now; set RUN_NAME to start another run from them"
-        )
-
-
-def print_new_rate(info: dict, s: Settings, step: int, report: dict) -> None:
-    """Say when a resumed run goes on with another learning rate than it would have had."""
-    old = Settings(**vars(s) | info["settings"])  # settings of the user's own may be new
-    old_end = total_steps(old, info["data"]["train"]["bytes"])
-    new_rate = learning_rate(step, total_steps(s, report["train"]["bytes"]), s)
-    planned = learning_rate(step, old_end, old)
-    if abs(new_rate - planned) > 0.01 * planned:
-        last = learning_rate(step - 1, old_end, old)
-        print(f"learning rate: {last:.2e} at iteration {step}, {new_rate:.2e} from here on")
-
-
 def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
     """idx with `share` of its bytes replaced by bytes from anywhere in it."""
     where, which = mx.random.split(mx.random.split(key, 2)[1])
     others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=which)]
     return mx.where(mx.random.uniform(shape=idx.shape, key=where) < share, others, idx)
-
-
-@contextmanager
-def ema_applied(model: BDH, ema: dict) -> Iterator[None]:
-    """Put the average of the weights, if there is one, into the model, to evaluate or save it."""
-
-    def swap():
-        if ema:
-            weights = copy_tree(model.parameters())
-            model.update(ema)
-            ema.update(weights)
-
-    swap()
-    try:
-        yield
-    finally:
-        swap()
 
 
 def compile_steps(
@@ -478,9 +276,10 @@ def main(argv: list[str] | None = None) -> int:
     for slip in flags.slips(sys.modules[__name__], RULES):
         print(f"warning: {slip}", file=sys.stderr)
     if base.selfcheck:
-        return selfcheck.run_checks(sys.modules[__name__])
+        return selfcheck.run_checks(compile_steps)
     if base.plan:
-        return plan.print_plan(sys.modules[__name__], base)
+        functions = plan.Functions(settings, init_model, compile_steps, get_batch)
+        return plan.print_plan(base, PRESETS, functions)
     cli.ignore_closed_output()
     world = World()
     base.json_to = sys.stdout if base.json else None  # where print goes no more from here on
@@ -531,34 +330,6 @@ def evaluate_mode(s: Settings, stop: StopSignal, model: BDH, mode: str) -> tuple
     return evaluate(losses, *load_prepared(s, mode)[2], s.BATCH_SIZE, s.BLOCK_SIZE, stop)
 
 
-def load_split(s: Settings, world: World) -> tuple[dict, Stream, Stream]:
-    """As open_split, printed. Raises UserError where processes have different data or settings."""
-    report, train, val = open_split(s)
-    settings = {k: v for k, v in settings_dict(s).items() if k in RULES or k in vars(s.BDH_CONFIG)}
-    sums = {side: report[side]["sha256"] for side in ("train", "val")}
-    every = world.all_gather_object(settings | sums)
-    if unlike := [k for k in every[0] if any(one[k] != every[0][k] for one in every)]:
-        raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
-    print(escape_controls(describe(report)))
-    print(f"plan: {schedule_summary(s, len(train.bytes))}; "
-          f"an evaluation reads {len(val.bytes):,} bytes")  # fmt: skip
-    return report, train, val
-
-
-def fields_in(fields: np.ndarray) -> set[str]:
-    return {FIELDS[i] for i in np.unique(fields)}
-
-
-def print_start(s: Settings, run: Path, val: tuple, mode: str, dtype, peak: float) -> None:
-    """Print what is trained, in which memory mode, and what to expect of its samples."""
-    n_parameters = s.BDH_CONFIG.n_parameters
-    print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
-    name = str(dtype).removeprefix("mlx.core.")
-    print(f"memory: {mode}, {name}, estimated peak {peak / 1e9:.2f} GB")
-    fields = fields_in(val.fields) & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
-    print(f"note: {SAMPLE_NOTES[s.TRAINING_MODE if fields else 'text']}")
-
-
 def begin_run(run: Path, s: Settings, report: dict, ancestry: list, trees: list, world) -> dict:
     """Check that the checkpoints will fit on the disk, and write config.json.
 
@@ -602,15 +373,6 @@ def evaluation_results(s, step, model, eval_losses, val, stop, world) -> dict:
     return results | neuron_activity(model, val.bytes, s.BLOCK_SIZE)
 
 
-def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
-    """byte_losses of the model, compiled for the shapes that an evaluation of n_bytes reads."""
-    eval_losses = mx.compile(partial(byte_losses, model), inputs=[model.state])
-    print("compiling the evaluation, once")
-    with default_signals():
-        compile_shapes(eval_losses, n_bytes, s.BATCH_SIZE, s.BLOCK_SIZE)
-    return eval_losses
-
-
 def broadcast_state(world: World, model: BDH, optimizer, ema: dict) -> None:
     """Give all processes the state of the first one. Call it before compiling the step."""
     model.update(world.broadcast(model.parameters()))
@@ -643,7 +405,7 @@ def sum_gradients(s, step, micro_step, train_split, stop, world) -> tuple:
 
 def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: StopSignal) -> list[str]:
     """What the model writes after the prompts of its mode."""
-    prompts = sample_prompts(s.TRAINING_MODE, fields_in(val.fields))
+    prompts = sample_prompts(s.TRAINING_MODE, summary.fields_in(val.fields))
     if s.SAMPLE_BYTES > 1000:
         print(f"writing {len(prompts)} samples of {s.SAMPLE_BYTES:,} bytes")
     return list(complete_prompts(model, prompts, s.SAMPLE_BYTES, s.SEED + step, stop))
@@ -662,22 +424,24 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
 
     # ---- data: bytes to train on and to evaluate on, and the field of each
     stop.has_unsaved_work = False
-    report, train_split, val = load_split(s, world)
-    n_steps = total_steps(s, len(train_split.bytes))
+    report, train_split, val = load_split(s, {*RULES, *asdict(s.BDH_CONFIG)}, world)
+    n_bytes = len(train_split.bytes)
+    n_steps = total_steps(s, n_bytes)
 
     # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh
     memory_mode, compute, peak = memory.select_mode(s)  # before the model takes any
     model, optimizer, ema = init_model(s, compute)
-    resumed = resume_or_init(run, s, report, model, optimizer, ema) if world.is_main else None
-    first_step, ancestry = world.broadcast_object(resumed)
+    first_step, ancestry = world.broadcast_object(
+        world.is_main and resume_or_init(run, s, report, model, optimizer, ema, learning_rate)
+    )
     broadcast_state(world, model, optimizer, ema)
 
     # ---- log: metrics.jsonl, best.json and the terminal; config.json of the run
     log = RunLog(run, first_step, world, s.json_to)
     if is_finished(s, first_step, n_steps, log):
-        print(f"finished: {finished_reason(s, run, first_step, n_steps, log.best)}")
+        print(f"finished: {summary.finished_reason(s, run, first_step, n_steps, log.best)}")
         return 0
-    print_start(s, run, val, memory_mode, compute.dtype, peak)
+    summary.print_start(s, run, val, memory_mode, compute.dtype, peak)
     info = begin_run(run, s, report, ancestry, [model.parameters(), optimizer.state, ema], world)
 
     # ---- compiled functions
@@ -741,7 +505,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         meter.stop(step + 1, loss.item(), norm.item(), counts)
         if meter.consecutive_skips == s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(f"no sound update in {s.MAX_CONSECUTIVE_SKIPS} iterations; last batch: "
-                           f"{batch_location(s, step, len(train_split.bytes))}")  # fmt: skip
+                           f"{batch_location(s, step, n_bytes)}")  # fmt: skip
         if (step + 1) % s.LOG_FREQ == 0 and meter.losses:
             log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **meter.read(step + 1))
 
@@ -749,8 +513,8 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     if stop.requested:
         print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
         return 128 + stop.requested
-    print_summary(s, run, n_steps, results, log.best, len(train_split.bytes), meter.minutes())
-    print(f"sample_it: {sample_command(s, run, fields_in(val.fields))}")
+    summary.print_summary(s, run, n_steps, results, log.best, n_bytes, meter.minutes())
+    print(f"sample_it: {summary.sample_command(s, run, summary.fields_in(val.fields))}")
     return 0
 
 
@@ -761,60 +525,8 @@ def is_finished(s: Settings, step: int, n_steps: int, log: RunLog) -> bool:
     return log.last_eval == step and (step == n_steps or log.patience_exceeded(s.PATIENCE))
 
 
-def finished_reason(s: Settings, run: Path, step: int, total: int, best: dict) -> str:
-    """Why nothing is left to do, and which setting to change to continue."""
-    if step >= total:
-        return f"{run} has {step:,} iterations of {total:,}; to go on, raise MAX_ITERS or EPOCHS"
-    return (
-        f"{run} stopped early after {step:,} iterations, its best is of {best['step']:,}; "
-        f"to go on, raise PATIENCE ({s.PATIENCE}) or lift it with --patience none"
-    )
-
-
-def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, n_bytes, minutes) -> None:
-    """Print the results of a finished run, for people and grep; `last` is its last evaluation."""
-    ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
-    if last["step"] < n_steps:
-        ended = f"early, {s.PATIENCE} validations without a better one"
-    epochs = last["step"] * s.BLOCK_SIZE * blocks_per_update(s) / n_bytes
-    values = {
-        "epochs": f"{epochs:.2f}",
-        "minutes": f"{minutes:.1f}",
-        "peak_gb": f"{mx.get_peak_memory() / 1e9:.2f}",
-        "run": run,
-        "iterations": last["step"],
-        "parameters": s.BDH_CONFIG.n_parameters,
-        "val_loss": f"{last['val_loss']:.4f}",
-        "val_bpb": f"{last['val_bpb']:.4f}",
-        "monitored_on": f"{s.LOSS_ON} bytes",
-        "best_monitored": f"{best['monitored_loss']:.4f}",
-        "best_step": best["step"],
-        "ended": ended,
-        "active_x": " ".join(f"{share:.1%}" for share in last["active_x"]),  # layer by layer
-        "active_y": " ".join(f"{share:.1%}" for share in last["active_y"]),
-        "look_at_it": run / "report.html",
-    }
-    print("\n".join(f"{name}: {value}" for name, value in values.items()))
-
-
-def sample_command(s: Settings, run: Path, fields: set[str]) -> str:
-    """A command that lets the finished run write, within the blocks that it was trained on."""
-    prompt = sample_prompts(s.TRAINING_MODE, fields)[0]
-    python = Path(sys.executable)  # of make's .venv, which the user's shell may not know
-    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
-    words = [python, "generate.py", run, "--prompt", prompt.replace("\n", "\\n")]
-    if len(prompt) + MAX_NEW_TOKENS > s.BLOCK_SIZE:
-        words += ["--window", max(s.BLOCK_SIZE, WINDOW_PARTS)]
-    return shlex.join(map(str, words))
-
-
 # ------------------------------------------------------------------------------------------- flags
 
-# Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
-GLOBAL_BATCH = "BATCH_SIZE x GRAD_ACCUM x processes"
-FIXED_ON_RESUME = ["TRAINING_MODE", "BLOCK_SIZE", GLOBAL_BATCH, "SEED"]
-FIXED_ON_RESUME += ["LOSS_ON", "EVAL_BYTES", "EMA_DECAY", "train data", "val data"]
-FIXED_ON_RESUME += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 RULES = {  # what each setting may be; one that is not here, a user's own, may be anything
     "TRAINING_MODE": choice(*REQUIRED_FIELDS),
     "LOSS_ON": choice("all", "response"),

@@ -101,6 +101,12 @@ def as_json(value):
         return as_text(value)
 
 
+def settings_dict(s: Settings) -> dict:
+    """The settings and those of the model as JSON; a value that JSON cannot hold, as text."""
+    own = {k: v for k, v in vars(s).items() if k.isupper() and k != "BDH_CONFIG"}
+    return {name: as_json(value) for name, value in (own | asdict(s.BDH_CONFIG)).items()}
+
+
 def as_text(value) -> str:
     """Convert a value to text, which Python refuses for very long integers."""
     try:

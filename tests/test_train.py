@@ -22,7 +22,7 @@ import generate
 import train_mlx
 from bdh_lib import flags, runs
 from bdh_lib.generation import export
-from bdh_lib.training import checkpoints, evaluation
+from bdh_lib.training import checkpoints, evaluation, schedule, summary
 from bdh_mlx import UserError
 
 
@@ -72,17 +72,15 @@ def test_the_learning_rate_rises_then_falls_to_its_share():
 
 def test_the_run_ends_at_the_sooner_of_iterations_and_epochs():
     s = SimpleNamespace(BLOCK_SIZE=10, BATCH_SIZE=2, GRAD_ACCUM=1, MAX_ITERS=7, EPOCHS=3.0)
-    assert train_mlx.total_steps(s, 95) == 7
+    assert schedule.total_steps(s, 95) == 7
     s.MAX_ITERS = None
-    assert train_mlx.total_steps(s, 95) == 15
-    assert "MAX_ITERS" not in train_mlx.schedule_summary(s, 95)
+    assert schedule.total_steps(s, 95) == 15
+    assert "MAX_ITERS" not in schedule.schedule_summary(s, 95)
     s.MAX_ITERS = 14
-    assert "14 iterations of 20 bytes are 280 bytes or 2.95" in train_mlx.schedule_summary(s, 95)
-    assert train_mlx.schedule_summary(s, 95).endswith("; MAX_ITERS ends it before EPOCHS (3)")
+    assert "14 iterations of 20 bytes are 280 bytes or 2.95" in schedule.schedule_summary(s, 95)
+    assert schedule.schedule_summary(s, 95).endswith("; MAX_ITERS ends it before EPOCHS (3)")
     s.EPOCHS = None
-    assert train_mlx.total_steps(s, 95) == 14 and train_mlx.schedule_summary(s, 95).endswith(
-        "epochs"
-    )
+    assert schedule.total_steps(s, 95) == 14 and schedule.schedule_summary(s, 95).endswith("epochs")
 
 
 @pytest.mark.parametrize("n", [2, 7, 9, 50, 81])
@@ -400,7 +398,7 @@ def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys):
     assert args.prompt == "### Instruction:\nAnalyze the ethical implications".replace("\n", "\\n")
     assert args.window == 64 and args.model == tmp_path / "full"
     s = SimpleNamespace(BLOCK_SIZE=2, TRAINING_MODE="full")
-    assert "--window 4" in train_mlx.sample_command(s, tmp_path, {"text"})
+    assert "--window 4" in summary.sample_command(s, tmp_path, {"text"})
 
 
 def test_other_settings_in_the_same_run_are_refused_by_name(straight):

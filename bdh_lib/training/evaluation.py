@@ -20,6 +20,7 @@ from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import load_unsplit
 from bdh_lib.errors import UserError
 from bdh_lib.files import expand_user
+from bdh_lib.flags import Settings
 from bdh_lib.tables import format_table
 from bdh_lib.training.distributed import World
 from bdh_lib.training.signals import default_signals
@@ -94,6 +95,15 @@ def compile_shapes(losses: Callable, n_bytes: int, B: int, T: int) -> None:
         if 0 not in shape:
             zeros = mx.zeros(shape, mx.int32)
             losses(zeros, zeros)
+
+
+def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
+    """byte_losses of the model, compiled for the shapes that an evaluation of n_bytes reads."""
+    eval_losses = mx.compile(partial(byte_losses, model), inputs=[model.state])
+    print("compiling the evaluation, once")
+    with default_signals():
+        compile_shapes(eval_losses, n_bytes, s.BATCH_SIZE, s.BLOCK_SIZE)
+    return eval_losses
 
 
 def evaluation_table(

@@ -7,10 +7,12 @@ import hashlib
 import re
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +26,10 @@ from bdh_lib.data.texts import parse, texts_or_reason
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.tables import format_table
 from bdh_lib.training import phases
+from bdh_lib.training.dataset import open_split
+from bdh_lib.training.evaluation import byte_losses
 from bdh_lib.training.runlog import duration
+from bdh_lib.training.schedule import blocks_per_update, schedule_summary, total_steps
 from bdh_lib.training.signals import default_signals
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
@@ -145,6 +150,15 @@ def oddities(found: Findings) -> list[str]:
 # ----------------------------------------------------------------------------------------- the run
 
 
+class Functions(NamedTuple):
+    """Functions of the trainer, whose cost is measured, and `settings`, which reads a preset."""
+
+    settings: Callable
+    init_model: Callable
+    compile_steps: Callable
+    get_batch: Callable
+
+
 def modes(found: Findings) -> str:
     """Records and bytes of each mode, by field."""
     rows = [("mode", "records", "bytes", "bytes by field")]
@@ -162,18 +176,18 @@ def peaks(s: SimpleNamespace) -> list[float]:
     return [(memory.estimate(*shape, compute) + besides) / 1e9 for compute in computes]
 
 
-def presets(trainer: ModuleType, sizes: dict[str, int]) -> str:
+def presets(preset_names: Iterable[str], functions: Functions, sizes: dict[str, int]) -> str:
     """Each preset on so many bytes of each mode, its other settings as the constants say."""
     rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.MODES, "fits")]
-    for name in trainer.PRESETS:
+    for name in preset_names:
         try:
-            s = trainer.settings(["--preset", name])
+            s = functions.settings(["--preset", name])
         except UserError:
             rows.append((name, "does not go with the constants", *[""] * (len(rows[0]) - 2)))
             continue
         n_bytes = sizes[s.TRAINING_MODE]
-        total = trainer.total_steps(s, n_bytes) if n_bytes else 0
-        read = total * s.BLOCK_SIZE * trainer.blocks_per_update(s)
+        total = total_steps(s, n_bytes) if n_bytes else 0
+        read = total * s.BLOCK_SIZE * blocks_per_update(s)
         gb = peaks(s)
         fits = [k for k, g in zip(memory.MODES, gb, strict=True) if g * 1e9 <= memory.available()]
         rows.append(
@@ -185,20 +199,20 @@ def presets(trainer: ModuleType, sizes: dict[str, int]) -> str:
 
 
 def measure(
-    trainer: ModuleType, s: SimpleNamespace, train_bytes: np.ndarray, compute
+    functions: Functions, s: SimpleNamespace, train_bytes: np.ndarray, compute
 ) -> tuple[float, float]:
     """Seconds of an update and of an evaluation's batch: the median of three after a first."""
-    model, optimizer, ema = trainer.init_model(s, compute)
-    micro_step, apply_update, state = trainer.compile_steps(
+    model, optimizer, ema = functions.init_model(s, compute)
+    micro_step, apply_update, state = functions.compile_steps(
         model, optimizer, ema, s.GRAD_CLIP, s.BYTE_NOISE, s.EMA_DECAY
     )
-    losses_of = mx.compile(partial(trainer.byte_losses, model), inputs=[model.state])
+    losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     B, T = s.BATCH_SIZE, s.BLOCK_SIZE
     weights = mx.full((B, T), 1 / (B * T))
     steps, evaluations = [], []
     print(f"\nmeasuring the speed{memory.slow_note(s)}: compiling, then 4 updates")
     for i in range(4):
-        batch = trainer.get_batch(train_bytes, i * B, B, T, s.SEED)
+        batch = functions.get_batch(train_bytes, i * B, B, T, s.SEED)
         tick = time.perf_counter()
         with default_signals():
             loss, gradients = micro_step(*batch, weights, mx.random.key(i))
@@ -213,13 +227,13 @@ def measure(
     return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
 
 
-def print_plan(trainer: ModuleType, given: SimpleNamespace) -> int:
+def print_plan(base: SimpleNamespace, preset_names: Iterable[str], functions: Functions) -> int:
     """Print the plan, of each of PHASES in turn; 0. Raises UserError for unusable data."""
-    for s in phases.chain(given):
+    for s in phases.chain(base):
         if s.PHASES:
             after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""
             print(f"\n=== phase {s.RUN_NAME}{after}\n")
-        print_run(trainer, s)
+        print_run(s, preset_names, functions)
     return 0
 
 
@@ -249,22 +263,22 @@ def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
     return dict.fromkeys(REQUIRED_FIELDS, len(stream))
 
 
-def print_run(trainer: ModuleType, s: SimpleNamespace) -> None:
+def print_run(s: SimpleNamespace, preset_names: Iterable[str], functions: Functions) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
-    about, train, (val, _) = trainer.open_split(s)
+    about, train, (val, _) = open_split(s)
     train_bytes = train.bytes
     print(escape_controls(describe(about)))
     sizes = print_split(*train) if sources.ready_split(s.DATASET) else print_records(s)
     sizes[s.TRAINING_MODE] = len(train_bytes)
 
-    total = trainer.total_steps(s, len(train_bytes))
-    per_iter = s.BLOCK_SIZE * trainer.blocks_per_update(s)
+    total = total_steps(s, len(train_bytes))
+    per_iter = s.BLOCK_SIZE * blocks_per_update(s)
     n = s.BDH_CONFIG.n_parameters
     fits = memory.available() / 1e9
     estimates = zip(memory.MODES, peaks(s), strict=True)
     each = 4 * n * (4 if s.EMA_DECAY else 3)  # weights and their averages
     checkpoints = (s.KEEP_CHECKPOINTS + 2) * each  # the best, and one being written
-    print(f"\nrun: {trainer.schedule_summary(s, len(train_bytes))}")
+    print(f"\nrun: {schedule_summary(s, len(train_bytes))}")
     print(f"model: {n:,} parameters, on {mx.default_device()}")
     print(
         f"memory: {', '.join(f'{k} {gb:.2f} GB' for k, gb in estimates)}; {fits:.1f} GB to be had"
@@ -273,10 +287,10 @@ def print_run(trainer: ModuleType, s: SimpleNamespace) -> None:
     print(f"disk: checkpoints {checkpoints / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
     if not s.PHASES:
         print("\npresets on these data (estimated memory of a step by MEMORY_MODE):")
-        print(presets(trainer, sizes))
+        print(presets(preset_names, functions, sizes))
 
     name, compute, _ = memory.select_mode(s)
-    step, evaluation = measure(trainer, s, train_bytes, compute)
+    step, evaluation = measure(functions, s, train_bytes, compute)
     times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val) / (s.BATCH_SIZE * s.BLOCK_SIZE)
     print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 updates")

@@ -8,9 +8,9 @@ Tolerances are shares of the largest number compared; a GPU adds up in another o
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,12 +41,10 @@ def random_model() -> bdh_mlx.BDH:
     return model
 
 
-def random_bytes(n: int) -> np.ndarray:
-    return np.random.default_rng(SEED).integers(0, 256, n, dtype=np.uint8)
-
-
-def batch_number(trainer: ModuleType, step: int) -> tuple[mx.array, mx.array]:
-    return trainer.get_batch(random_bytes(1000), step * B, B, T, SEED)
+def random_batch(step: int) -> tuple[mx.array, mx.array]:
+    """Bytes and the ones that follow them, (B, T) each."""
+    block = np.random.default_rng([SEED, step]).integers(0, 256, (B, T + 1), dtype=np.int32)
+    return mx.array(block[:, :-1]), mx.array(block[:, 1:])
 
 
 def relative_error(one: mx.array, other: mx.array) -> float:
@@ -59,9 +57,10 @@ def tolerance() -> float:
 
 
 # ------------------------------------------------- the checks: (measured, tolerance) of each
+# Each is given the trainer's compile_steps.
 
 
-def five_arrays(trainer: ModuleType) -> tuple[float, float]:
+def five_arrays(_: Callable) -> tuple[float, float]:
     names = {name for name, _ in tree_flatten(bdh_mlx.BDH(CONFIG).trainable_parameters())}
     return len(names ^ FIVE), 0
 
@@ -71,9 +70,9 @@ def largest(differences) -> float:
     return float(np.max([*differences]))
 
 
-def defined(trainer: ModuleType) -> tuple[float, float]:
+def defined(_: Callable) -> tuple[float, float]:
     """Loss and gradients in chunks of several lengths, and by the definition."""
-    model, batch, losses = random_model(), batch_number(trainer, 0), []
+    model, batch, losses = random_model(), random_batch(0), []
     for chunk in (None, 7, 32, T):
         model.compute = replace(model.compute, chunk=chunk or T)
         call = model if chunk else model.quadratic
@@ -83,8 +82,8 @@ def defined(trainer: ModuleType) -> tuple[float, float]:
     return largest(relative_error(a, b) for a, b in pairs), tolerance()
 
 
-def byte_by_byte(trainer: ModuleType) -> tuple[float, float]:
-    model, (idx, _) = random_model(), batch_number(trainer, 0)
+def byte_by_byte(_: Callable) -> tuple[float, float]:
+    model, (idx, _) = random_model(), random_batch(0)
     state, logits = None, []
     for t in range(T):
         out, state = model.read(idx[:, t : t + 1], state)
@@ -93,38 +92,38 @@ def byte_by_byte(trainer: ModuleType) -> tuple[float, float]:
     return relative_error(model(idx)[0], mx.concatenate(logits, 1)), tolerance()
 
 
-def saved_and_loaded(trainer: ModuleType) -> tuple[float, float]:
+def saved_and_loaded(_: Callable) -> tuple[float, float]:
     model = random_model()
-    batch = batch_number(trainer, 0)
+    batch = random_batch(0)
     with tempfile.TemporaryDirectory() as folder:
         bdh_mlx.save_model(model, Path(folder) / "model.safetensors")
         loaded = bdh_mlx.load_model(Path(folder) / "model.safetensors")
     return abs(model(*batch)[1].item() - loaded(*batch)[1].item()), 0
 
 
-def resumed(trainer: ModuleType) -> tuple[float, float]:
+def resumed(compile_steps: Callable) -> tuple[float, float]:
     """Six updates at once, and three, a checkpoint, and three; the largest difference of a weight.
 
     0 on a CPU. A GPU adds up the gradient of the embedding in no fixed order, which Adam amplifies.
     """
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        straight = updated(trainer, Path(one), 0, 6)
-        updated(trainer, Path(other), 0, 3)
-        again = updated(trainer, Path(other), 3, 6)
+        straight = updated(compile_steps, Path(one), 0, 6)
+        updated(compile_steps, Path(other), 0, 3)
+        again = updated(compile_steps, Path(other), 3, 6)
     pairs = zip(tree_flatten(straight), tree_flatten(again), strict=True)
     return largest(relative_error(a, b) for (_, a), (_, b) in pairs), GPU if memory.on_gpu() else 0
 
 
-def updated(trainer: ModuleType, run: Path, first: int, last: int) -> dict:
+def updated(compile_steps: Callable, run: Path, first: int, last: int) -> dict:
     """Parameters after updates first .. last-1, from checkpoint `first`; leaves one of `last`."""
     mx.random.seed(SEED)
     model, optimizer = bdh_mlx.BDH(CONFIG), optim.AdamW(1e-3, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     if first:
         checkpoints.load(run, first, model, optimizer)
-    micro_step, apply_update, state = trainer.compile_steps(model, optimizer, {}, 1.0)
+    micro_step, apply_update, state = compile_steps(model, optimizer, {}, 1.0)
     for step in range(first, last):
-        batch = batch_number(trainer, step)
+        batch = random_batch(step)
         weights = mx.full((B, T), 1 / (B * T))
         mx.eval(apply_update(*micro_step(*batch, weights, mx.random.key(step))), state)
     checkpoints.save(run, last, model, optimizer, {})
@@ -136,7 +135,7 @@ def devices() -> tuple | None:
     return (mx.gpu, mx.cpu) if memory.on_gpu() else None
 
 
-def gpu_is_cpu(trainer: ModuleType) -> tuple[float, float]:
+def gpu_is_cpu(_: Callable) -> tuple[float, float]:
     """Loss and every gradient, dropout included, on both."""
     if not (both := devices()):
         raise Skipped("no GPU that MLX uses")
@@ -144,7 +143,7 @@ def gpu_is_cpu(trainer: ModuleType) -> tuple[float, float]:
     try:
         for device in both:
             mx.set_default_device(device)
-            model, batch = random_model(), batch_number(trainer, 0)
+            model, batch = random_model(), random_batch(0)
             gradient = nn.value_and_grad(model, lambda *a, model=model: model(*a)[1])
             results.append(tree_flatten(gradient(*batch, mx.random.key(SEED))))
             mx.eval(results)
@@ -163,14 +162,14 @@ CHECKS = {
 }
 
 
-def run_checks(trainer: ModuleType) -> int:
+def run_checks(compile_steps: Callable) -> int:
     """Print the table; 0 when every check that could be made holds."""
     os.environ["MLX_ENABLE_TF32"] = "0"  # CUDA: products of all bits; read at the first product
     print(f"{mx.default_device()}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     failed, began = 0, time.perf_counter()
     for name, check in CHECKS.items():
         try:
-            measured, allowed = check(trainer)
+            measured, allowed = check(compile_steps)
             good = measured <= allowed
             result = f"{'ok' if good else 'FAILED':<8}{measured:.1e} (at most {allowed:.0e})"
         except Skipped as reason:

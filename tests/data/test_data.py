@@ -23,6 +23,7 @@ import pytest
 from conftest import ROOT
 
 import train_mlx
+from bdh_lib import flags
 from bdh_lib.data import columns, formats, sources, texts
 from bdh_lib.data import hub as hub_access
 from bdh_lib.data import prepare as preparing
@@ -30,6 +31,7 @@ from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import DataSettings, load_unsplit
 from bdh_lib.data.split import VAL_ENDS, bytes_to_evaluate
+from bdh_lib.training import dataset
 from bdh_mlx import UserError
 from train_mlx import format_example
 
@@ -758,15 +760,15 @@ def test_the_flag_refreshes(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "d.jsonl", numbered(40))
     args = ["--dataset", str(source), "--checkpoint-dir", str(tmp_path), "--block-size", "16"]
     s = train_mlx.settings([*args, "--refresh-data"])
-    train_mlx.open_split(train_mlx.settings(args))
+    dataset.open_split(train_mlx.settings(args))
     monkeypatch.setattr(preparing, "STARTED", time.time() + 9)
     asked = []
     make = preparing._make
     monkeypatch.setattr(preparing, "_make", lambda *a: asked.append(a) or make(*a))
-    train_mlx.open_split(train_mlx.settings(args))
+    dataset.open_split(train_mlx.settings(args))
     assert not asked
-    train_mlx.open_split(s)
-    assert len(asked) == 1 and "refresh_data" not in train_mlx.settings_dict(s)
+    dataset.open_split(s)
+    assert len(asked) == 1 and "refresh_data" not in flags.settings_dict(s)
 
 
 def test_without_a_network_the_script_says_so_and_exits_with_2(tmp_path):
@@ -896,13 +898,13 @@ def test_a_training_side_without_what_loss_on_counts_is_refused(tmp_path):
     args = ["--dataset", str(split), "--checkpoint-dir", str(tmp_path / "ck")]
     s = train_mlx.settings([*args, "--training-mode", "full", "--loss-on", "response"])
     with pytest.raises(UserError, match="9,000 training bytes have none of it; take other data"):
-        train_mlx.open_split(s)
+        dataset.open_split(s)
     (split / "train.fields").write_bytes(b"\1" * 8999 + b"\3")
-    _, train, val = train_mlx.open_split(s)
+    _, train, val = dataset.open_split(s)
     assert len(train[0]) == len(val[0]) == 9000  # a ready split is in no other order
     (split / "val.fields").write_bytes(b"\1" * 9000)
     with pytest.raises(UserError, match="validation bytes read have none of it; raise EVAL_BYTES"):
-        train_mlx.open_split(s)
+        dataset.open_split(s)
 
 
 def test_a_ready_split_is_taken_as_it_is(tmp_path):

@@ -51,7 +51,7 @@ from bdh_lib.data import hub as hub_access
 from bdh_lib.data import prepare as preparing
 from bdh_lib.generation import decoding
 from bdh_lib.generation.sampling import Sampling
-from bdh_lib.training import checkpoints
+from bdh_lib.training import checkpoints, resume
 
 # ------------------------------------------------------------------------------------------ data
 
@@ -195,7 +195,7 @@ def _(n):
     yield refusal(*train(fresh(), "--training-mode", "fulll"), "TRAINING_MODE", "full"), None
 
 
-NOT_SHAS = [n for n in train_mlx.FIXED_ON_RESUME if "data" not in n]
+NOT_SHAS = [n for n in resume.FIXED_ON_RESUME if "data" not in n]
 
 
 @fault(

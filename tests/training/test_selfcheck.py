@@ -96,5 +96,5 @@ def test_each_check_can_fail(monkeypatch, capsys, check, breaks):
 
 def test_a_check_that_breaks_has_failed(monkeypatch, capsys):
     monkeypatch.setattr(selfcheck, "CHECKS", {"divides": lambda _: 1 / 0})
-    assert selfcheck.run_checks(train_mlx) == 1
+    assert selfcheck.run_checks(train_mlx.compile_steps) == 1
     assert "FAILED  ZeroDivisionError" in capsys.readouterr().out

@@ -1,0 +1,82 @@
+"""The prepared data of a run: bytes to train on and to evaluate, and the field of each."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bdh_lib.data.describe import describe
+from bdh_lib.data.prepare import data_settings, prepare
+from bdh_lib.data.split import bytes_to_evaluate, has_field
+from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.flags import Settings, settings_dict
+from bdh_lib.training.distributed import World
+from bdh_lib.training.schedule import schedule_summary
+
+
+class Stream(NamedTuple):
+    """One side of the split: uint8 arrays of one length, memory mapped."""
+
+    bytes: np.ndarray
+    fields: np.ndarray  # of each byte its place in FIELDS
+
+
+def load_prepared(s: Settings, mode: str) -> tuple[dict, Stream, Stream]:
+    """The report of the data, and (bytes, fields) of training and of validation, for a mode.
+
+    Raises UserError where a side is empty.
+    """
+    cache, refresh = Path(s.CHECKPOINT_DIR) / ".data", vars(s).get("refresh_data", False)
+    folder = prepare(data_settings(s, mode), cache, refresh)
+    report = json.loads((folder / "data.json").read_text())
+    if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
+        raise UserError(f"the {empty[0]} split of mode {mode} is empty; take more data")
+    train, val = (
+        Stream(*(np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")))
+        for side in ("train", "val")
+    )
+    read = bytes_to_evaluate(folder, s.EVAL_BYTES)
+    return report, train, Stream(*(array[:read] for array in val))
+
+
+def open_split(s: Settings) -> tuple[dict, Stream, Stream]:
+    """The data's report, then bytes and fields to train on, and those that evaluations read."""
+    report, train, val = load_prepared(s, s.TRAINING_MODE)
+    for side, least, cure in (
+        ("train", s.BLOCK_SIZE + 1, "lower BLOCK_SIZE"),
+        ("val", 2, "raise VAL_FRACTION"),
+    ):
+        if report[side]["bytes"] < least:
+            raise UserError(
+                f"the {side} split has {report[side]['bytes']:,} bytes and needs {least:,} "
+                f"(BLOCK_SIZE is {s.BLOCK_SIZE:,}): {cure} or take more data"
+            )
+    for side, (_, fields), cure in (
+        ("training bytes", train, "take other data"),
+        ("validation bytes read", val, "raise EVAL_BYTES"),
+    ):
+        if s.LOSS_ON != "all" and not has_field(fields, s.LOSS_ON):
+            raise UserError(
+                f"LOSS_ON is {s.LOSS_ON!r}, and the {len(fields):,} {side} have none of it; "
+                f"{cure} or set LOSS_ON to 'all'"
+            )
+    return report, train, val
+
+
+def load_split(s: Settings, compared: Collection[str], world: World) -> tuple[dict, Stream, Stream]:
+    """As open_split, printed. Raises UserError where processes differ in data or settings.
+
+    `compared` names the settings that must be the same.
+    """
+    report, train, val = open_split(s)
+    settings = {k: v for k, v in settings_dict(s).items() if k in compared}
+    sums = {side: report[side]["sha256"] for side in ("train", "val")}
+    every = world.all_gather_object(settings | sums)
+    if unlike := [k for k in every[0] if any(one[k] != every[0][k] for one in every)]:
+        raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
+    print(escape_controls(describe(report)))
+    print(f"plan: {schedule_summary(s, len(train.bytes))}; "
+          f"an evaluation reads {len(val.bytes):,} bytes")  # fmt: skip
+    return report, train, val

@@ -1,0 +1,132 @@
+"""Where a run begins: at its last checkpoint, at the weights of another run, or at random ones."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.optimizers as optim
+
+from bdh_lib.data.describe import data_changes
+from bdh_lib.errors import UserError
+from bdh_lib.flags import Settings, settings_dict
+from bdh_lib.training import checkpoints, phases
+from bdh_lib.training.ema import copy_tree, ema_applied
+from bdh_lib.training.schedule import blocks_per_update, total_steps
+from bdh_mlx import BDH, load_model
+
+# Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
+GLOBAL_BATCH = "BATCH_SIZE x GRAD_ACCUM x processes"
+FIXED_ON_RESUME = ["TRAINING_MODE", "BLOCK_SIZE", GLOBAL_BATCH, "SEED"]
+FIXED_ON_RESUME += ["LOSS_ON", "EVAL_BYTES", "EMA_DECAY", "train data", "val data"]
+FIXED_ON_RESUME += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
+
+
+def resume_or_init(
+    run: Path,
+    s: Settings,
+    report: dict,
+    model: BDH,
+    optimizer: optim.Optimizer,
+    ema: dict,
+    learning_rate: Callable[[int, int, Settings], float],
+) -> tuple[int, list]:
+    """Load the run's last checkpoint, else the weights of INIT_FROM, else nothing.
+
+    Gives the step that is reached, and the ancestry of the weights. Raises UserError.
+    """
+    if not (step := checkpoints.newest_valid(run)):
+        return 0, init_from(s, model, ema) if s.INIT_FROM else []
+    info = checkpoints.read_info(run, step)
+    changes = changes_on_resume(run, info, s, report)
+    check_origin(run, info.get("ancestry", []), s)
+    with ema_applied(model, ema):  # as it was saved
+        checkpoints.load(run, step, model, optimizer, ema)
+    print("; ".join([f"start: continues {run} after iteration {step}", *changes]))
+    print_new_rate(info, s, step, report, learning_rate)
+    return step, info.get("ancestry", [])
+
+
+def origin_of(s: Settings) -> Path:
+    """Where the weights of INIT_FROM lie: in CHECKPOINT_DIR, else at the path itself."""
+    inside = Path(s.CHECKPOINT_DIR, s.INIT_FROM)
+    return inside if inside.exists() else Path(s.INIT_FROM)
+
+
+def init_from(s: Settings, model: BDH, ema: dict) -> list:
+    """Give model and average the weights of INIT_FROM; their ancestry. Raises UserError."""
+    if not (origin := origin_of(s)).exists():
+        raise UserError(
+            f"INIT_FROM {s.INIT_FROM}: there is no such run in {s.CHECKPOINT_DIR}, and no such "
+            "path; train that run first, or name another"
+        )
+    source = load_model(origin)
+    unlike = checkpoints.settings_changes(asdict(source.config), asdict(s.BDH_CONFIG))
+    if unlike := [text for name, text in unlike.items() if "dropout" not in name]:
+        raise UserError(f"INIT_FROM {s.INIT_FROM} is of another shape: {'; '.join(unlike)}")
+    model.update(source.parameters())
+    if ema:
+        ema.update(copy_tree(model.parameters()))
+    print(f"start: weights of {s.INIT_FROM}, a new optimizer")
+    return phases.ancestry(origin)
+
+
+def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[str]:
+    """What has changed since a checkpoint, in words. Raises UserError for what may not change."""
+    new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_update(s)}
+    try:
+        if (
+            missing := {name for name in FIXED_ON_RESUME if name.isupper()}
+            - info["settings"].keys()
+        ):
+            raise UserError(
+                f"{run} is of another format: it has no {min(missing)}. Set RUN_NAME to start "
+                f"another run, with INIT_FROM {run.name} from these weights"
+            )
+        old = info["settings"] | info["versions"]
+        old[GLOBAL_BATCH] = blocks_per_update(Settings(**info["settings"]))
+        changes = checkpoints.settings_changes(old, new) | data_changes(info["data"], report)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
+    fixed = [name for name in changes if name in FIXED_ON_RESUME]
+    of_data = [name for name in fixed if name.endswith(" data")]
+    if "TRAINING_MODE" in fixed or "SEED" in fixed:  # they change the data, too
+        fixed = [name for name in fixed if name not in of_data]
+    if fixed:
+        shown = [*map(changes.get, fixed[:5]), *(["and others"] if len(fixed) > 5 else [])]
+        weights = f", with INIT_FROM {run.name} from these weights" if fixed == of_data else ""
+        raise UserError(
+            f"{run} holds a run with other settings ({'; '.join(shown)}). Set them back to go on "
+            f"with it, or set RUN_NAME to start another{weights}"
+        )
+    return list(changes.values())
+
+
+def check_origin(run: Path, ancestry: list, s: Settings) -> None:
+    """Raise UserError where a run started from other weights than those of INIT_FROM."""
+    if s.INIT_FROM and not ancestry:
+        raise UserError(
+            f"{run} did not start from {s.INIT_FROM}; set RUN_NAME to start another run"
+        )
+    current = ancestry
+    if s.INIT_FROM and (origin := origin_of(s)).exists():
+        with suppress(UserError):  # its checkpoints are gone: the run has all that it needs
+            current = phases.ancestry(origin)
+    if ancestry and current[-1]["sha256"] != ancestry[-1]["sha256"]:
+        raise UserError(
+            f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
+            f"{s.INIT_FROM} are others now; set RUN_NAME to start another run from them"
+        )
+
+
+def print_new_rate(
+    info: dict, s: Settings, step: int, report: dict, learning_rate: Callable
+) -> None:
+    """Say when a resumed run goes on with another learning rate than it would have had."""
+    old = Settings(**vars(s) | info["settings"])  # settings of the user's own may be new
+    old_end = total_steps(old, info["data"]["train"]["bytes"])
+    new_rate = learning_rate(step, total_steps(s, report["train"]["bytes"]), s)
+    planned = learning_rate(step, old_end, old)
+    if abs(new_rate - planned) > 0.01 * planned:
+        last = learning_rate(step - 1, old_end, old)
+        print(f"learning rate: {last:.2e} at iteration {step}, {new_rate:.2e} from here on")

@@ -1,0 +1,81 @@
+"""What a run prints of itself before its first update and after its last one."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from bdh_lib.compute.state import WINDOW_PARTS
+from bdh_lib.data.formats import (
+    FIELDS,
+    MAX_NEW_TOKENS,
+    REQUIRED_FIELDS,
+    SAMPLE_NOTES,
+    sample_prompts,
+)
+from bdh_lib.flags import Settings
+from bdh_lib.training.dataset import Stream
+from bdh_lib.training.schedule import blocks_per_update
+
+
+def fields_in(fields: np.ndarray) -> set[str]:
+    return {FIELDS[i] for i in np.unique(fields)}
+
+
+def print_start(s: Settings, run: Path, val: Stream, mode: str, dtype, peak: float) -> None:
+    """Print what is trained, in which memory mode, and what to expect of its samples."""
+    n_parameters = s.BDH_CONFIG.n_parameters
+    print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
+    name = str(dtype).removeprefix("mlx.core.")
+    print(f"memory: {mode}, {name}, estimated peak {peak / 1e9:.2f} GB")
+    fields = fields_in(val.fields) & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
+    print(f"note: {SAMPLE_NOTES[s.TRAINING_MODE if fields else 'text']}")
+
+
+def finished_reason(s: Settings, run: Path, step: int, total: int, best: dict) -> str:
+    """Why nothing is left to do, and which setting to change to continue."""
+    if step >= total:
+        return f"{run} has {step:,} iterations of {total:,}; to go on, raise MAX_ITERS or EPOCHS"
+    return (
+        f"{run} stopped early after {step:,} iterations, its best is of {best['step']:,}; "
+        f"to go on, raise PATIENCE ({s.PATIENCE}) or lift it with --patience none"
+    )
+
+
+def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, n_bytes, minutes) -> None:
+    """Print the results of a finished run, for people and grep; `last` is its last evaluation."""
+    ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
+    if last["step"] < n_steps:
+        ended = f"early, {s.PATIENCE} validations without a better one"
+    epochs = last["step"] * s.BLOCK_SIZE * blocks_per_update(s) / n_bytes
+    values = {
+        "epochs": f"{epochs:.2f}",
+        "minutes": f"{minutes:.1f}",
+        "peak_gb": f"{mx.get_peak_memory() / 1e9:.2f}",
+        "run": run,
+        "iterations": last["step"],
+        "parameters": s.BDH_CONFIG.n_parameters,
+        "val_loss": f"{last['val_loss']:.4f}",
+        "val_bpb": f"{last['val_bpb']:.4f}",
+        "monitored_on": f"{s.LOSS_ON} bytes",
+        "best_monitored": f"{best['monitored_loss']:.4f}",
+        "best_step": best["step"],
+        "ended": ended,
+        "active_x": " ".join(f"{share:.1%}" for share in last["active_x"]),  # layer by layer
+        "active_y": " ".join(f"{share:.1%}" for share in last["active_y"]),
+        "look_at_it": run / "report.html",
+    }
+    print("\n".join(f"{name}: {value}" for name, value in values.items()))
+
+
+def sample_command(s: Settings, run: Path, fields: set[str]) -> str:
+    """A command that lets the finished run write, within the blocks that it was trained on."""
+    prompt = sample_prompts(s.TRAINING_MODE, fields)[0]
+    python = Path(sys.executable)  # of make's .venv, which the user's shell may not know
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+    words = [python, "generate.py", run, "--prompt", prompt.replace("\n", "\\n")]
+    if len(prompt) + MAX_NEW_TOKENS > s.BLOCK_SIZE:
+        words += ["--window", max(s.BLOCK_SIZE, WINDOW_PARTS)]
+    return shlex.join(map(str, words))
