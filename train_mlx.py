@@ -10,13 +10,9 @@ metrics.jsonl, and report.html to look at.
 """
 
 if __name__ == "__main__":  # cli.run imports it as a module: errors in settings are one line
-    import signal
+    from bdh_lib import start
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-    from bdh_lib import cli
-
-    cli.run(__file__)
+    start.run(__file__)
 
 import bdh_mlx
 from bdh_mlx import BDHConfig
@@ -123,7 +119,7 @@ from bdh_lib.generation.decoding import complete_prompts
 from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
 from bdh_lib.training import checkpoints, phases, plan, selfcheck, summary
 from bdh_lib.training.advice import advise, byte_baselines
-from bdh_lib.training.dataset import load_prepared, load_split
+from bdh_lib.training.dataset import Stream, load_prepared, load_split
 from bdh_lib.training.distributed import World, is_lost
 from bdh_lib.training.ema import copy_tree, ema_applied
 from bdh_lib.training.evaluation import byte_losses, compile_evaluation, evaluate, neuron_activity
@@ -303,6 +299,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_or_explain(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     """Run train(), and turn failures that are expected into a line and an exit code."""
+    stop.has_unsaved_work = False
     try:
         return train(s, run, stop, world)
     except RuntimeError as error:
@@ -352,7 +349,15 @@ def micro_batches(s: Settings, step: int, world: World) -> range:
     return range(step * batches + world.rank, (step + 1) * batches, world.size)
 
 
-def evaluation_results(s, step, model, eval_losses, val, stop, world) -> dict:
+def evaluation_results(
+    s: Settings,
+    step: int,
+    model: BDH,
+    eval_losses: Callable,
+    val: Stream,
+    stop: StopSignal,
+    world: World,
+) -> dict:
     """Losses on the validation bytes, and the share of neurons at work, for the log.
 
     `monitored_loss` (nats) is the loss on the bytes that LOSS_ON counts. best.json, PATIENCE,
@@ -380,7 +385,14 @@ def broadcast_state(world: World, model: BDH, optimizer, ema: dict) -> None:
         tree.update(world.broadcast(tree))
 
 
-def sum_gradients(s, step, micro_step, train_split, stop, world) -> tuple:
+def sum_gradients(
+    s: Settings,
+    step: int,
+    micro_step: Callable,
+    train_split: Stream,
+    stop: StopSignal,
+    world: World,
+) -> tuple[tuple[mx.array, dict], bool]:
     """Loss and gradients of an update, summed over its batches on all processes.
 
     Gives also whether any target counts. A signal ends it early where there is one process.
@@ -411,9 +423,10 @@ def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: StopSign
     return list(complete_prompts(model, prompts, s.SAMPLE_BYTES, s.SEED + step, stop))
 
 
-def batch_location(s: Settings, step: int, n_bytes: int) -> str:
+def batch_location(s: Settings, step: int, train_split: Stream) -> str:
     """Which bytes an update read."""
-    count, shown = blocks_per_update(s), min(blocks_per_update(s), 64)
+    count, n_bytes = blocks_per_update(s), len(train_split.bytes)
+    shown = min(count, 64)
     starts = block_starts(n_bytes, step * count, shown, s.BLOCK_SIZE, s.SEED).tolist()
     more = f" and {count - shown:,} others" if count > shown else ""
     return f"{s.BLOCK_SIZE} bytes each from {starts}{more} of the training bytes"
@@ -423,10 +436,8 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     """Train one run: 0 at its end, 128 + signal if stopped. Raises Diverged, UserError."""
 
     # ---- data: bytes to train on and to evaluate on, and the field of each
-    stop.has_unsaved_work = False
     report, train_split, val = load_split(s, {*RULES, *asdict(s.BDH_CONFIG)}, world)
-    n_bytes = len(train_split.bytes)
-    n_steps = total_steps(s, n_bytes)
+    n_steps = total_steps(s, len(train_split.bytes))
 
     # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh
     memory_mode, compute, peak = memory.select_mode(s)  # before the model takes any
@@ -505,7 +516,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         meter.stop(step + 1, loss.item(), norm.item(), counts)
         if meter.consecutive_skips == s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(f"no sound update in {s.MAX_CONSECUTIVE_SKIPS} iterations; last batch: "
-                           f"{batch_location(s, step, n_bytes)}")  # fmt: skip
+                           f"{batch_location(s, step, train_split)}")  # fmt: skip
         if (step + 1) % s.LOG_FREQ == 0 and meter.losses:
             log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **meter.read(step + 1))
 
@@ -513,7 +524,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     if stop.requested:
         print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
         return 128 + stop.requested
-    summary.print_summary(s, run, n_steps, results, log.best, n_bytes, meter.minutes())
+    summary.print_summary(s, run, n_steps, results, log.best, train_split, meter.minutes())
     print(f"sample_it: {summary.sample_command(s, run, summary.fields_in(val.fields))}")
     return 0
 
@@ -531,38 +542,38 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
     "TRAINING_MODE": choice(*REQUIRED_FIELDS),
     "LOSS_ON": choice("all", "response"),
     "DATASET": text(),
-    "COLUMNS": text(none=True),
+    "COLUMNS": text(allow_none=True),
     "BLOCK_SIZE": whole(1),
     "BATCH_SIZE": whole(1),
     "GRAD_ACCUM": whole(1),
-    "MAX_ITERS": whole(1, none=True),
-    "EPOCHS": number("above 0 and at most 1,000,000", lambda x: 0 < x <= 1e6, none=True),
-    "PATIENCE": whole(1, none=True),
+    "MAX_ITERS": whole(1, allow_none=True),
+    "EPOCHS": number("above 0 and at most 1,000,000", lambda x: 0 < x <= 1e6, allow_none=True),
+    "PATIENCE": whole(1, allow_none=True),
     "LEARNING_RATE": number("from 1e-12 to 1,000", lambda x: 1e-12 <= x <= 1000),
     "MIN_LR_RATIO": number("above 0 and at most 1", lambda x: 0 < x <= 1),
     "WARMUP_ITERS": whole(0),
-    "LR_DECAY_ITERS": whole(1, none=True),
+    "LR_DECAY_ITERS": whole(1, allow_none=True),
     "WEIGHT_DECAY": number("from 0 to 1,000", lambda x: 0 <= x <= 1000),
-    "GRAD_CLIP": number("from 1e-12 to 1e12", lambda x: 1e-12 <= x <= 1e12, none=True),
+    "GRAD_CLIP": number("from 1e-12 to 1e12", lambda x: 1e-12 <= x <= 1e12, allow_none=True),
     "EMA_DECAY": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
     "BYTE_NOISE": number("at least 0 and below 1", lambda x: 0 <= x < 1),
     "MAX_CONSECUTIVE_SKIPS": whole(1),
-    "BDH_CONFIG": Rule(BDHConfig, needs="a BDHConfig(...)"),
+    "BDH_CONFIG": Rule(BDHConfig, description="a BDHConfig(...)"),
     "DTYPE": choice("auto", "bfloat16", "float32"),
     "MEMORY_MODE": choice("auto", *memory.MODES),
     "IGNORE_MEMORY_CHECK": switch(),
     "SEED": whole(0, 2**32 - 1),  # it makes a key of 64 bits with the number of a batch
     "VAL_FRACTION": number("above 0 and below 1", lambda x: 0 < x < 1),
-    "EVAL_BYTES": whole(2, 2**62, none=True),
+    "EVAL_BYTES": whole(2, 2**62, allow_none=True),
     "LOG_FREQ": whole(1),
     "EVAL_FREQ": whole(1),
     "SAVE_FREQ": whole(1),
     "KEEP_CHECKPOINTS": whole(1),
     "SAMPLE_BYTES": whole(0, 10**6),
     "CHECKPOINT_DIR": text(),
-    "RUN_NAME": text(none=True),
-    "INIT_FROM": text(none=True),
-    "PHASES": text(none=True),
+    "RUN_NAME": text(allow_none=True),
+    "INIT_FROM": text(allow_none=True),
+    "PHASES": text(allow_none=True),
 }
 
 

@@ -126,7 +126,7 @@ def parse_value(name: str, value: str | bool, rule: Rule | None):
         converted = rule.kind(value)
     except ValueError:
         raise UserError(
-            f"{name} is {value!r}; it must be {rule.needs or KINDS[rule.kind]}{or_none}"
+            f"{name} is {value!r}; it must be {rule.description or KINDS[rule.kind]}{or_none}"
         ) from None
     check(name, converted, rule)
     return converted

@@ -14,25 +14,25 @@ class Rule(NamedTuple):
 
     kind: type | None  # None: anything, and no flag
     allow_none: bool = False  # whether None is valid, which is `none` as a flag
-    needs: str = ""  # description of the valid values, which follows "it must be"
+    description: str = ""  # of the valid values; it follows "it must be"
     is_valid: Callable = lambda value: True  # for values of `kind`
     choices: Collection[str] = ()
 
 
-def whole(minimum: int, maximum: int = LARGEST, none: bool = False) -> Rule:
-    """The rule admits whole numbers from `minimum` to `maximum`, and None if `none`."""
-    needs = f"a whole number from {minimum:,} to {maximum:,}"
-    return Rule(int, none, needs, lambda n: minimum <= n <= maximum)
+def whole(minimum: int, maximum: int = LARGEST, allow_none: bool = False) -> Rule:
+    """The rule admits whole numbers from `minimum` to `maximum`, and None if `allow_none`."""
+    description = f"a whole number from {minimum:,} to {maximum:,}"
+    return Rule(int, allow_none, description, lambda n: minimum <= n <= maximum)
 
 
-def number(needs: str, is_valid: Callable, none: bool = False) -> Rule:
-    """The rule admits numbers for which `is_valid`, and None if `none`; `needs` describes them."""
-    return Rule(float, none, f"a number {needs}", is_valid)
+def number(description: str, is_valid: Callable, allow_none: bool = False) -> Rule:
+    """The rule admits numbers for which `is_valid`, and None if `allow_none`."""
+    return Rule(float, allow_none, f"a number {description}", is_valid)
 
 
-def text(none: bool = False) -> Rule:
-    """The rule admits text that is not blank, and None if `none`."""
-    return Rule(str, none, "text that is not empty", lambda value: value.strip())
+def text(allow_none: bool = False) -> Rule:
+    """The rule admits text that is not blank, and None if `allow_none`."""
+    return Rule(str, allow_none, "text that is not empty", lambda value: value.strip())
 
 
 def switch() -> Rule:
@@ -55,9 +55,9 @@ def check(name: str, value, rule: Rule) -> None:
         return
     or_none = " or None" if rule.allow_none else ""
     near = did_you_mean(str(value), rule.choices)
-    raise UserError(f"{name} is {value!r}; it must be {rule.needs}{or_none}{near}")
+    raise UserError(f"{name} is {value!r}; it must be {rule.description}{or_none}{near}")
 
 
 # Rules that BDH.generate and bdh_lib/generation/sampling.py share; imports only point down to here.
 TEMPERATURE = number("that is 0 or 0.000001 to 1,000,000", lambda x: x == 0 or 1e-6 <= x <= 1e6)
-TOP_K = whole(1, 65536, none=True)
+TOP_K = whole(1, 65536, allow_none=True)

@@ -28,7 +28,7 @@ from bdh_lib.errors import UserError
 from bdh_lib.rules import check, whole
 
 WINDOW_PARTS = 4
-WINDOW = whole(WINDOW_PARTS, 2**40, none=True)  # valid windows, bytes
+WINDOW = whole(WINDOW_PARTS, 2**40, allow_none=True)  # valid windows, bytes
 CPU_ROWS = 1024  # bytes * batch read at once, which bounds the memory
 GPU_ROWS = {48e9: 32768, 0: 4096}  # the same by memory in bytes: more rows are faster (docs/log.md)
 MAX_BYTEWISE = 16  # bytes that a CPU reads one by one: its GEMM of few rows is slow

@@ -99,7 +99,7 @@ def check_json(record) -> None:
 
 
 def prompt_of_record(record: dict, mode: str | None, chosen: str | None = None) -> bytes:
-    """Return a record's `prompt` unchanged; without one, its text of `mode` up to the last response.
+    """Return a record's `prompt` unchanged; without one, its text of `mode` up to the answer.
 
     `chosen` is COLUMNS: with it, `prompt` is a column as any other. Raises UserError.
     """

@@ -21,8 +21,8 @@ LIMITS = {
     "repetition_penalty": number("from 0.000001 to 1,000,000; 1: none", lambda x: 1e-6 <= x <= 1e6),
     "temperature": TEMPERATURE,
     "top_k": TOP_K,
-    "top_p": number("above 0 and at most 1", lambda x: 0 < x <= 1, none=True),
-    "min_p": number("from 0 to 1", lambda x: 0 <= x <= 1, none=True),
+    "top_p": number("above 0 and at most 1", lambda x: 0 < x <= 1, allow_none=True),
+    "min_p": number("from 0 to 1", lambda x: 0 <= x <= 1, allow_none=True),
 }
 MIN_TOP_P = 2.0**-126  # a smaller number is 0 in float32
 

@@ -7,13 +7,9 @@ The trainer redraws them at each evaluation. Losses are in bits per byte.
 """
 
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
-    import signal
+    from bdh_lib import start
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-    from bdh_lib import cli
-
-    cli.run(__file__)
+    start.run(__file__)
 
 import html
 import math

@@ -44,12 +44,12 @@ def finished_reason(s: Settings, run: Path, step: int, total: int, best: dict) -
     )
 
 
-def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, n_bytes, minutes) -> None:
+def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, train_split, minutes) -> None:
     """Print the results of a finished run, for people and grep; `last` is its last evaluation."""
     ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
     if last["step"] < n_steps:
         ended = f"early, {s.PATIENCE} validations without a better one"
-    epochs = last["step"] * s.BLOCK_SIZE * blocks_per_update(s) / n_bytes
+    epochs = last["step"] * s.BLOCK_SIZE * blocks_per_update(s) / len(train_split.bytes)
     values = {
         "epochs": f"{epochs:.2f}",
         "minutes": f"{minutes:.1f}",

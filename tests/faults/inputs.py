@@ -202,7 +202,7 @@ NOT_SHAS = [n for n in resume.FIXED_ON_RESUME if "data" not in n]
     "data changed between save and resume",
     1,
     1,
-    not_compared=[(train_mlx, "FIXED_ON_RESUME", NOT_SHAS)],
+    not_compared=[(resume, "FIXED_ON_RESUME", NOT_SHAS)],
 )
 def _(n):
     content = DATA.read_bytes()

@@ -45,7 +45,7 @@ import bdh_mlx
 import train_mlx
 from bdh_lib import files
 from bdh_lib.data import prepare as preparing
-from bdh_lib.training import checkpoints
+from bdh_lib.training import checkpoints, resume
 
 
 def save_in_place(run, step, model, optimizer, info, raw=None):
@@ -323,7 +323,7 @@ def _(n):
     "checkpoint of other settings, of another format, of another version",
     1,
     1,
-    not_compared=[(train_mlx, "FIXED_ON_RESUME", [])],
+    not_compared=[(resume, "FIXED_ON_RESUME", [])],
 )
 def _(n):
     for flag, value in (("n-layer", 2), ("n-embd", 16), ("block-size", 8), ("seed", 5)):
