@@ -520,7 +520,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         if (step + 1) % s.LOG_FREQ == 0 and meter.losses:
             log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **meter.read(step + 1))
 
-    meter.bar.close()
+    meter.progress.bar.close()
     if stop.requested:
         print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
         return 128 + stop.requested

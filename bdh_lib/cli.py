@@ -23,7 +23,7 @@ class Interrupts:
 class Output(io.TextIOWrapper):
     """The stream remembers an `error` of writing to stdout or stderr: argparse swallows it.
 
-    Once it `endures`, a reader that is gone no longer matters.
+    Once it `endures`, a reader that is gone no longer matters; nobody needs to read stderr.
     """
 
     endures, error = False, None
@@ -93,6 +93,7 @@ def open_streams() -> None:
         encoding = stream.encoding if stream else "utf-8"
         options = {"encoding": encoding, "errors": "backslashreplace", "line_buffering": True}
         setattr(sys, name, Output(raw, **options))
+    sys.stderr.endures = True
 
 
 def import_script(file: str):

@@ -56,6 +56,15 @@ def test_a_training_run_does_not_need_its_output(tmp_path, how):
     assert done.returncode == 0 and (tmp_path / "full" / "step-000002").is_dir()
 
 
+@pytest.mark.parametrize("name", ["generate", "prompts"])
+def test_notes_that_cannot_be_written_cost_nothing(run, tmp_path, name):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Hi"}\n')
+    command = {"generate": commands(run)["generate"]}
+    command["prompts"] = ("generate.py", run, "--prompts", tmp_path / "p.jsonl")
+    done = script(*command[name], shell="2>/dev/full")
+    assert done.returncode == 0 and "Hi" in done.stdout
+
+
 def test_a_reader_that_is_gone_is_no_error(run):
     read, write = os.pipe()
     os.close(read)

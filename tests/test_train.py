@@ -385,7 +385,7 @@ def test_a_refused_start_leaves_no_folder(tmp_path, monkeypatch):
     assert (tmp_path / "full").is_dir()
 
 
-def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys):
+def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys, monkeypatch):
     """Without system texts none is asked for, and a text stays within the blocks."""
     asked = [{"question": f"q {i}" * 9, "answer": f"a {i}" * 9} for i in range(30)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, asked)))
@@ -399,6 +399,9 @@ def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys):
     assert args.window == 64 and args.model == tmp_path / "full"
     s = SimpleNamespace(BLOCK_SIZE=2, TRAINING_MODE="full")
     assert "--window 4" in summary.sample_command(s, tmp_path, {"text"})
+    monkeypatch.chdir(tmp_path)
+    elsewhere = shlex.split(summary.sample_command(s, tmp_path, {"text"}))
+    assert elsewhere[:2] == [sys.executable, str(ROOT / "generate.py")]
 
 
 def test_other_settings_in_the_same_run_are_refused_by_name(straight):

@@ -13,7 +13,7 @@ A window limits how far back the state reaches: S is the sum of WINDOW_PARTS str
 oldest stretch is dropped, so the state covers the last W - W / WINDOW_PARTS to W bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import pairwise
 from typing import NamedTuple
@@ -74,10 +74,13 @@ def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, St
     return mx.concatenate(logits, 1), state
 
 
-def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
+def prefill(
+    model, idx: mx.array, state: State | None = None, progress: Callable[[int], None] | None = None
+) -> tuple[mx.array, State]:
     """Read idx (B, T >= 1) of any length; return the next byte's logits (B, V) and the new State.
 
-    Raises UserError for an idx or a state that does not fit the model.
+    It calls `progress` with the number of bytes of each piece that is read. Raises UserError for an
+    idx or a state that does not fit the model.
     """
     idx = check_prompt(model, idx)
     check_state(model, state)
@@ -85,6 +88,8 @@ def prefill(model, idx: mx.array, state: State | None = None) -> tuple[mx.array,
     for piece in _pieces(model, idx, state):
         out, state = _read_piece(model, piece, state)
         mx.eval(out, state)
+        if progress:
+            progress(piece.size)
     return out[:, -1] @ model.lm_head, state
 
 

@@ -3,18 +3,16 @@
 import os
 import re
 import stat
-import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from bdh_lib.data import hub, parsers
 from bdh_lib.data.parsers import FILE_KINDS
 from bdh_lib.errors import UserError
 from bdh_lib.files import expand_user
+from bdh_lib.progress import counted
 
 SAMPLE = Path(__file__).with_name("sample.jsonl")
 READY = ("train.bin", "val.bin", "train.fields", "val.fields")  # a folder with these is used as is
@@ -30,8 +28,7 @@ SPLITS = {  # words in names of files, folders and splits, by what they are used
 }
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 ABOUT = re.compile(r"(readme|license|licence|changelog|contributing|notice)\b", re.IGNORECASE)
-LARGE = 20e6  # bytes of files that take longer to read than QUIET
-QUIET, LINE_EVERY = 2, 5  # seconds before a bar is drawn; between lines where there is none
+LARGE = 20e6  # bytes of files that take seconds to read
 
 
 class Source(NamedTuple):
@@ -250,7 +247,7 @@ def read_parts(dataset: str, source: Source) -> Iterator[tuple[str, dict | list 
             chain.from_iterable(map(parsers.read_file, part)) if files else hub.rows(dataset, part)
         )
     )
-    yield from shown(records, what)
+    yield from counted(records, what, "records")
 
 
 def read_records(dataset: str) -> Iterator[dict | list | str]:
@@ -263,14 +260,3 @@ def print_if_large(what: str, files: list[Path], large: float = LARGE) -> None:
     size = sum(file.stat().st_size for file in files)
     if size > large:
         print(f"{what} ({size / 1e6:,.0f} MB) ...", flush=True)
-
-
-def shown(records: Iterable, what: str) -> Iterator:
-    """The records, with a bar on a terminal, and elsewhere a line every few seconds."""
-    bar = tqdm(records, what, disable=None, delay=QUIET, unit=" records")
-    last_line = time.monotonic()
-    for i, record in enumerate(bar, 1):
-        if bar.disable and time.monotonic() > last_line + LINE_EVERY:
-            last_line = time.monotonic()
-            print(f"{what}: {i:,} records ...", flush=True)
-        yield record

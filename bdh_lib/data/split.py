@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bdh_lib.data.formats import FIELDS, SEPARATOR
-from bdh_lib.data.sources import shown
+from bdh_lib.progress import counted
 
 VAL_ENDS = "val_ends.npy"  # in prepared data: where each record of val.bin ends
 
@@ -52,7 +52,7 @@ def _copy_parts(source, parts: Iterable, separator: bytes, target: Path) -> tupl
     """Write the parts (begin, length) of `source` to a file; gives its size and its sha256."""
     digest = hashlib.sha256()
     with target.open("wb") as out:
-        for begin, length in shown(parts, f"writing {target.stem}"):
+        for begin, length in counted(parts, f"writing {target.stem}", "records"):
             source.seek(begin)
             piece = (separator if out.tell() else b"") + source.read(length)
             out.write(piece)

@@ -27,6 +27,7 @@ from bdh_lib.generation.decoding import (
 )
 from bdh_lib.generation.sampling import Sampling
 from bdh_lib.generation.states import save_state
+from bdh_lib.progress import Progress
 from bdh_mlx import BDH
 
 PIECE = 256  # bytes of a prompt that are read at once
@@ -62,6 +63,10 @@ def save_history() -> None:
         readline.write_history_file(HISTORY)
 
 
+class QuotedText(str):
+    """Lines between triple quotes: text, even where they look like a command."""
+
+
 def read_input(prompt: str = "> ") -> str:
     """Read a line, or the lines between two lines of triple quotes. Raises EOFError at the end."""
     line = input(prompt)
@@ -71,7 +76,7 @@ def read_input(prompt: str = "> ") -> str:
     with suppress(EOFError):  # Ctrl-D ends the text, too
         while (line := input(". ")).strip() != '"""':
             lines.append(line)
-    return "\n".join(lines)
+    return QuotedText("\n".join(lines))
 
 
 class Session:
@@ -112,12 +117,15 @@ class Session:
         )
         print(f"note: {note}\n/help lists the commands")
         try:
-            while (line := self.next_line()) is not None and line.strip() != "/quit":
+            while (line := self.next_line()) is not None:
+                is_command = line.startswith("/") and not isinstance(line, QuotedText)
+                if is_command and line.strip() == "/quit":
+                    break
                 try:
-                    if line.startswith("/"):
+                    if is_command:
                         name, *argument = line.split(None, 1)
                         self.command(name, *argument or [""])
-                    elif line:
+                    elif line.strip():
                         self.turn(line)
                 except UserError as error:
                     print(f"error: {escape_controls(str(error))}")
@@ -184,10 +192,12 @@ class Session:
         prompt, terminal = self.format_prompt(line), Terminal()
         stop = StopMatcher(self.stops, prompt)
         try:
-            for begin in range(0, len(prompt), PIECE):  # Ctrl-C acts between them
-                piece = prompt[begin : begin + PIECE]
-                logits, self.state = read_prompt(self.model, pad_batch([piece]), self.state)
-                self.text += piece
+            with Progress("reading", len(prompt), "bytes") as progress:
+                for begin in range(0, len(prompt), PIECE):  # Ctrl-C acts between them
+                    piece = prompt[begin : begin + PIECE]
+                    logits, self.state = read_prompt(self.model, pad_batch([piece]), self.state)
+                    self.text += piece
+                    progress.update(len(piece))
             seen = pad_batch([self.text])
             tokens = stream(self.model, logits, self.state, self.sampling, key, seen)
             for token, state in islice(tokens, self.budget):

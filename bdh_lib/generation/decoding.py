@@ -17,6 +17,7 @@ import numpy as np
 from bdh_lib.compute.state import State, prefetch_one, prefill, read
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.generation.sampling import PAD, Sampling, append_token, uniforms
+from bdh_lib.progress import Progress
 
 
 def pad_batch(texts: Sequence[bytes]) -> np.ndarray:
@@ -32,9 +33,11 @@ def read_prompt(
 ) -> tuple[mx.array, State]:
     """Read the prompt idx (B, T >= 1); return the next byte's logits (B, V) and the new State.
 
-    Raises UserError for an empty prompt, and if the logits are not finite.
+    A long prompt shows on stderr how much is read. Raises UserError for an empty prompt, and if the
+    logits are not finite.
     """
-    logits, state = prefill(model, idx, state)
+    with Progress("reading the prompt", idx.size, "bytes", file=sys.stderr) as progress:
+        logits, state = prefill(model, idx, state, progress.update)
     if not mx.isfinite(logits).all().item():
         raise UserError("the model's numbers are not finite: its training diverged")
     return logits, state

@@ -12,7 +12,6 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from tqdm import tqdm
 
 from bdh_lib.compute.layer import forward_segment, ln
 from bdh_lib.data.describe import count_text, skip_lines
@@ -21,13 +20,13 @@ from bdh_lib.data.prepare import load_unsplit
 from bdh_lib.errors import UserError
 from bdh_lib.files import expand_user
 from bdh_lib.flags import Settings
+from bdh_lib.progress import Progress
 from bdh_lib.tables import format_table
 from bdh_lib.training.distributed import World
 from bdh_lib.training.signals import default_signals
 from bdh_mlx import BDH
 
 # On a terminal, of what takes over a second; it leaves no line behind.
-QUIET_BAR = {"unit_scale": True, "leave": False, "delay": 1, "disable": None}
 ACTIVITY_BYTES = 4096  # validation bytes over which the active neurons are counted
 ACTIVITY_CHUNK = 256  # of them at once
 DEFAULT_BLOCK_SIZE = 4096  # where the checkpoint does not say what it was trained on
@@ -50,7 +49,7 @@ def evaluate(
     n = len(val) - 1
     nats, count = np.zeros(len(FIELDS)), np.bincount(fields[1:], minlength=len(FIELDS))
     parts = [*pairwise([*range(0, n - n % T, B * T), n - n % T, n])][rank::size]
-    with tqdm(total=n // size, desc="evaluation", unit="B", **QUIET_BAR) as bar:
+    with Progress("evaluating", n // size, "bytes") as progress:
         for begin, end in parts:
             if end > begin and not (stop and stop.requested):
                 rows = (max(1, (end - begin) // T), -1)
@@ -58,7 +57,7 @@ def evaluate(
                                 for i in (0, 1))  # fmt: skip
                 each = np.array(losses(mx.array(idx), mx.array(targets))).ravel()
                 nats += np.bincount(fields[begin + 1 : end + 1], each, len(FIELDS))
-                bar.update(end - begin)
+                progress.update(end - begin)
     if world:
         nats = np.sum(world.all_gather_object(nats.tolist()), 0)
     present = {name or "headers": i for i, name in enumerate(FIELDS) if count[i]}
@@ -126,7 +125,8 @@ def evaluation_table(
     losses = mx.compile(partial(byte_losses, model))
     with default_signals():
         compile_shapes(losses, len(stream), B, T)
-    whole, means = evaluate(losses, stream, fields, B, T)
+    with redirect_stdout(sys.stderr):
+        whole, means = evaluate(losses, stream, fields, B, T)
     count = np.bincount(fields[1:], minlength=len(FIELDS)).tolist()
     counts = {name or "headers": n for name, n in zip(FIELDS, count, strict=True)}
     n_bytes = len(stream) - 1

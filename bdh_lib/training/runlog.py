@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bdh_lib import files
 from bdh_lib.errors import UserError
+from bdh_lib.progress import Progress
 from bdh_lib.training import checkpoints
 from bdh_lib.training.distributed import World
 
@@ -124,7 +125,7 @@ class Meter:
 
     def __init__(self, step: int, n_steps: int, bytes_per_step: int):
         self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
-        self.bar = tqdm(total=n_steps, initial=step, disable=None, unit="it")
+        self.progress = Progress("training", n_steps, "iterations", step)
         self.skipped = self.consecutive_skips = 0  # updates whose numbers were not finite
         self.start_time = time.perf_counter()
         self.clear()
@@ -144,7 +145,7 @@ class Meter:
         else:
             self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
             tqdm.write(f"iter {step:>6} | update skipped: loss {loss}, norm {norm}")
-        self.bar.update()
+        self.progress.update()
         if step > self.first_step + 1:
             self.seconds += time.perf_counter() - self.step_start
             self.timed_bytes += self.bytes_per_step
@@ -164,6 +165,7 @@ class Meter:
             "seconds_left": elapsed / done * (self.n_steps - step),
         }
         self.clear()
+        self.progress.prints_lines = False  # those of the log are signs of life from here on
         return values
 
 

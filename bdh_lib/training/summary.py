@@ -19,6 +19,8 @@ from bdh_lib.flags import Settings
 from bdh_lib.training.dataset import Stream
 from bdh_lib.training.schedule import blocks_per_update
 
+PROJECT = Path(__file__).resolve().parents[2]
+
 
 def fields_in(fields: np.ndarray) -> set[str]:
     return {FIELDS[i] for i in np.unique(fields)}
@@ -70,12 +72,17 @@ def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, train_spli
     print("\n".join(f"{name}: {value}" for name, value in values.items()))
 
 
+def from_here(path: Path) -> Path:
+    """The path from the current folder, if it lies there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def sample_command(s: Settings, run: Path, fields: set[str]) -> str:
     """A command that lets the finished run write, within the blocks that it was trained on."""
     prompt = sample_prompts(s.TRAINING_MODE, fields)[0]
-    python = Path(sys.executable)  # of make's .venv, which the user's shell may not know
-    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
-    words = [python, "generate.py", run, "--prompt", prompt.replace("\n", "\\n")]
+    # make's .venv, which the user's shell may not know, and the script beside this package
+    python, script = map(from_here, (Path(sys.executable), PROJECT / "generate.py"))
+    words = [python, script, run, "--prompt", prompt.replace("\n", "\\n")]
     if len(prompt) + MAX_NEW_TOKENS > s.BLOCK_SIZE:
         words += ["--window", max(s.BLOCK_SIZE, WINDOW_PARTS)]
     return shlex.join(map(str, words))

@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT
 
 import train_mlx
-from bdh_lib import flags
+from bdh_lib import flags, progress
 from bdh_lib.data import columns, formats, sources, texts
 from bdh_lib.data import hub as hub_access
 from bdh_lib.data import prepare as preparing
@@ -298,8 +298,9 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     source = write_jsonl(tmp_path / "d.jsonl", numbered(20))
     ready = prepared(source, tmp_path / "cache", "full", 0.1, 1)
     assert capsys.readouterr() == ("", "")  # what is quick says nothing
-    for name, value in (("LARGE", 0), ("QUIET", 0), ("LINE_EVERY", -1)):
-        monkeypatch.setattr(sources, name, value)
+    monkeypatch.setattr(sources, "LARGE", 0)
+    for name, value in (("DELAY", 0), ("LINE_EVERY", -1)):
+        monkeypatch.setattr(progress, name, value)
     monkeypatch.setattr(sources.print_if_large, "__defaults__", (0,))
     what = f"reading DATASET {source}"
     prepared(source, tmp_path / "cache", "full", 0.1, 2)
@@ -308,7 +309,7 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     assert "writing train: 18 records ...\n" in out and err == ""
     monkeypatch.setattr(sys, "stderr", Terminal())
     prepared(source, tmp_path / "cache", "full", 0.1, 3)
-    assert f"{what}: 20 records" in sys.stderr.getvalue()
+    assert f"\r{what}: " in sys.stderr.getvalue()
     assert f"{what}: 20" not in capsys.readouterr().out
     assert preparing.is_intact(ready) and "checking the prepared data" in capsys.readouterr().out
     prepared(ready, tmp_path / "cache", "full", 0.1, 3)

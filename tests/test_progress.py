@@ -1,0 +1,58 @@
+"""Signs of life: a bar on a terminal, lines elsewhere."""
+
+import io
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import train
+
+from bdh_lib import progress
+from bdh_lib.generation.decoding import read_prompt
+from bdh_lib.training.evaluation import evaluate
+from bdh_mlx import BDH, BDHConfig
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """A line for each update where there is no terminal."""
+    monkeypatch.setattr(progress, "LINE_EVERY", -1)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch):
+    assert [*progress.counted("ab", "copying", "files")] == ["a", "b"]
+    assert capsys.readouterr() == ("copying: 1 files ...\ncopying: 2 files ...\n", "")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setattr(progress, "DELAY", 0)
+    with progress.Progress("reading", 10, "bytes") as shown:
+        shown.update(4)
+        shown.bar.refresh()
+        assert "reading:  40%" in shown.bar.fp.getvalue()
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_quick_says_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", 4)
+    assert [*progress.counted("ab", "copying", "files")] == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_long_prompt_and_an_evaluation_show_how_far_they_are(capsys):
+    model = BDH(BDHConfig(n_layer=1, n_embd=8, n_head=1, mlp_internal_dim_multiplier=2))
+    read_prompt(model, np.zeros((1, 5000), np.int32))
+    assert "reading the prompt: 1,024 of 5,000 bytes ...\n" in capsys.readouterr().err
+    text = np.zeros(101, np.uint8)
+    evaluate(lambda idx, targets: mx.zeros(idx.shape), text, text, 2, 10)
+    assert "evaluating: 20 of 100 bytes ...\n" in capsys.readouterr().out
+
+
+def test_updates_are_told_up_to_the_first_line_of_the_log(tmp_path, capsys):
+    train(tmp_path, "--max-iters", "6", "--log-freq", "3")
+    out = capsys.readouterr().out
+    assert "training: 1 of 6 iterations ...\ntraining: 2 of 6" in out
+    assert "iter      3 |" in out and "training: 4 of 6" not in out
