@@ -51,6 +51,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     sample = (ROOT / "bdh_lib/data/sample.jsonl").read_text()
     (folder / "my_records.jsonl").write_text(sample)
+    rows = "".join(f"Who is {i}?,I am {i}.,You are {i}.\n" for i in range(40))
+    (folder / "my_qa.csv").write_text(f"ask,say,persona\n{rows}")
     (folder / "my_text.txt").write_text("A paragraph.\n\n" * 20 + "Another one.\n\n" * 200)
     (folder / "held_out.jsonl").write_text("".join(sample.splitlines(keepends=True)[:3]))
     (folder / "asked.jsonl").write_text('{"prompt": "a"}\n{"instruction": "b"}\n')
