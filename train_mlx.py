@@ -486,7 +486,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
             if stop.requested:
                 save(step)
                 break
-            if step and results["monitored_loss"] < log.best.get("monitored_loss", math.inf):
+            if step and log.is_best(results["monitored_loss"]):
                 save(step)
                 log.write_best(step, results["monitored_loss"])
             log.write(**results, advice=advise([*log.history, results], s, n_steps, baselines))
@@ -506,14 +506,14 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         # one update: micro-batches on each process, then one step of AdamW
         meter.start()
         optimizer.learning_rate = lr = learning_rate(step, n_steps, s)
-        (loss, gradients), counts = sum_gradients(s, step, micro_step, train_split, stop, world)
+        (loss, gradients), counted = sum_gradients(s, step, micro_step, train_split, stop, world)
         if stop.requested:  # the update is not whole: the run is saved as it was after the last one
             save(step)
             break
         norm = apply_update(loss, gradients)
         mx.eval(state, norm)
         stop.has_unsaved_work = True  # from here on there is work to save
-        meter.stop(step + 1, loss.item(), norm.item(), counts)
+        meter.stop(step + 1, loss.item(), norm.item(), counted)
         if meter.consecutive_skips == s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(f"no sound update in {s.MAX_CONSECUTIVE_SKIPS} iterations; last batch: "
                            f"{batch_location(s, step, train_split)}")  # fmt: skip

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -22,6 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from bdh_lib import files
 from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.flags import Settings
 from bdh_mlx import BDH, save_model
 
 SAVED = ".saved"  # says that the run had a checkpoint, should they all be deleted
@@ -36,7 +36,7 @@ class NoValidCheckpoint(UserError):
 # ---------------------------------------------------------------------------------- the run folder
 
 
-def run_folder(s: SimpleNamespace) -> Path:
+def run_folder(s: Settings) -> Path:
     """Where the run of these settings is. Raises UserError for a name that could leave there."""
     name = s.TRAINING_MODE if s.RUN_NAME is None else s.RUN_NAME
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
@@ -79,8 +79,8 @@ def lock_run(run: Path) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):  # another one comes in, or it is gone
-                own = {".lock", "metrics.jsonl"}
-                if is_new and {f.name for f in run.iterdir()} <= own:  # refused before it trained
+                names = {f.name for f in run.iterdir()}
+                if is_new and names <= {".lock", "metrics.jsonl"}:  # refused before it trained
                     shutil.rmtree(run)
 
 
@@ -259,9 +259,9 @@ def read_info(run: Path, step: int) -> dict:
     return files.parse_json((folder(run, step) / "config.json").read_text())
 
 
-def settings_changes(there: dict, here: dict) -> dict[str, str]:
-    """What is not the same in both, by its name: "SEED: there 1, here 2"."""
-    return {k: f"{k}: there {there.get(k)}, here {v}" for k, v in here.items() if there.get(k) != v}
+def settings_changes(old: dict, new: dict) -> dict[str, str]:
+    """Describe each value of `new` that `old` does not have, by name: "SEED: there 1, here 2"."""
+    return {k: f"{k}: there {old.get(k)}, here {v}" for k, v in new.items() if old.get(k) != v}
 
 
 # ------------------------------------------------------------------------------------------- disk
@@ -269,12 +269,12 @@ def settings_changes(there: dict, here: dict) -> dict[str, str]:
 
 def check_space(run: Path, trees: list, count: int) -> None:
     """Raise UserError unless `count` checkpoints of these arrays fit on the disk of `run`."""
-    one = sum(array.nbytes for _, array in tree_flatten(trees))
+    size = sum(array.nbytes for _, array in tree_flatten(trees))
     free = shutil.disk_usage(run).free
-    if free < count * one * 1.05:
+    if free < count * size * 1.05:
         raise UserError(
             f"{run}: {free / 1e6:,.0f} MB free on its disk; {count} checkpoints of "
-            f"{one / 1e6:,.0f} MB do not fit; lower KEEP_CHECKPOINTS or make room"
+            f"{size / 1e6:,.0f} MB do not fit; lower KEEP_CHECKPOINTS or make room"
         )
 
 

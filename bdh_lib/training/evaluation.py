@@ -55,8 +55,8 @@ def evaluate(
                 rows = (max(1, (end - begin) // T), -1)
                 idx, targets = (val[begin + i : end + i].astype(np.int32).reshape(rows)
                                 for i in (0, 1))  # fmt: skip
-                each = np.array(losses(mx.array(idx), mx.array(targets))).ravel()
-                nats += np.bincount(fields[begin + 1 : end + 1], each, len(FIELDS))
+                nats_by_byte = np.array(losses(mx.array(idx), mx.array(targets))).ravel()
+                nats += np.bincount(fields[begin + 1 : end + 1], nats_by_byte, len(FIELDS))
                 progress.update(end - begin)
     if world:
         nats = np.sum(world.all_gather_object(nats.tolist()), 0)
@@ -79,7 +79,7 @@ def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float
             for i in range(L):
                 v, S[i], saved = forward_segment(v, S[i], model.weights(), position, ACTIVITY_CHUNK)
                 x, y = saved.x, saved.y
-                active[:, i] += [mx.mean(of > 0).item() * v.shape[1] for of in (x, y)]
+                active[:, i] += [mx.mean(neurons > 0).item() * v.shape[1] for neurons in (x, y)]
                 excited = excited | mx.any(x > 0, -2)
             mx.eval(excited)  # or each x would be kept to the end
     x, y = (active / len(watched)).tolist()

@@ -32,7 +32,7 @@ def chain(s: Settings) -> list[Settings]:
     for i, phase in enumerate(s.PHASES.split(","), 1):
         try:
             mode, epochs, rate = PHASE.fullmatch(phase).groups()
-            own = {
+            overrides = {
                 "TRAINING_MODE": mode,
                 "EPOCHS": None if epochs == "none" else float(epochs),
                 "LEARNING_RATE": s.LEARNING_RATE if rate is None else float(rate),
@@ -42,9 +42,9 @@ def chain(s: Settings) -> list[Settings]:
                 f"PHASES has {phase!r}; it must be mode:epochs or mode:epochs@learning_rate, "
                 'joined by commas: "system:3,instruction:3@2e-5"'
             ) from None
-        own["RUN_NAME"] = f"{s.RUN_NAME or 'phases'}-{i}-{mode}"
-        own["INIT_FROM"] = runs[-1].RUN_NAME if runs else s.INIT_FROM
-        runs.append(Settings(**vars(s) | own))
+        overrides["RUN_NAME"] = f"{s.RUN_NAME or 'phases'}-{i}-{mode}"
+        overrides["INIT_FROM"] = runs[-1].RUN_NAME if runs else s.INIT_FROM
+        runs.append(Settings(**vars(s) | overrides))
     return runs
 
 
@@ -52,10 +52,10 @@ def ancestry(source: Path) -> list[dict]:
     """The weights file that `source` means and those it came from, the eldest first, by sha256."""
     file = find_weights(source)
     try:
-        before = files.parse_json(file.with_name("config.json").read_text()).get("ancestry", [])
+        ancestors = files.parse_json(file.with_name("config.json").read_text()).get("ancestry", [])
     except (OSError, ValueError, AttributeError):  # a bare file of weights, or another's
-        before = []
-    return [*before, {"weights": str(file), "sha256": files.sha256_file(file)}]
+        ancestors = []
+    return [*ancestors, {"weights": str(file), "sha256": files.sha256_file(file)}]
 
 
 def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) -> dict[str, float]:
@@ -76,7 +76,7 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) 
         with suppress(UserError):  # a mode without data
             loss, nats = loss_in(model, mode)
             bpb[mode] = loss / math.log(2)
-            fields[mode] = {field: of / math.log(2) for field, of in nats.items()}
+            fields[mode] = {field: loss / math.log(2) for field, loss in nats.items()}
     if not stop.requested:
         results |= {"val_bpb": bpb, "val_bpb_fields": fields}
         files.atomic_write_text(file, json.dumps(results, indent=1))

@@ -25,7 +25,7 @@ from bdh_lib.tables import format_table
 from bdh_lib.training import evaluation, runlog
 
 POINTS = 1000  # of a curve, at most
-_told = set()  # runs whose report failed
+_warned = set()  # runs whose report failed
 
 # ------------------------------------------------------------------------------------------- a run
 
@@ -46,8 +46,8 @@ def _no_run(run: Path) -> str:
     if log.exists():
         return f"{run / 'metrics.jsonl'} is damaged: it is no log of a run"
     runs = sorted(file.parent.name for file in run.glob("*/metrics.jsonl"))
-    which = f"one or more of the runs in it: {', '.join(runs)}" if runs else "the folder of a run"
-    return f"{run} holds no metrics.jsonl; name {which}"
+    remedy = f"one or more of the runs in it: {', '.join(runs)}" if runs else "the folder of a run"
+    return f"{run} holds no metrics.jsonl; name {remedy}"
 
 
 def _read_config(run: Path) -> dict:
@@ -65,8 +65,8 @@ def _read_config(run: Path) -> dict:
         else:
             damaged.append(name)
     if damaged:
-        what = f"{', '.join(damaged)} not as the trainer writes it"
-        print(f"warning: {run / 'config.json'} is damaged: {what}", file=sys.stderr)
+        problem = f"{', '.join(damaged)} not as the trainer writes it"
+        print(f"warning: {run / 'config.json'} is damaged: {problem}", file=sys.stderr)
     return config | {"settings": runs.valid_settings(config["settings"])}
 
 
@@ -140,14 +140,18 @@ def curves(config: dict, lines: list[dict]):
     grid = figure.add_gridspec(2, 3, height_ratios=[1.7, 1])
     loss = figure.add_subplot(grid[0, :])
     panel(loss, "bits per byte")
-    of, in_bits = monitored_name(config), bits(lines)
+    monitored, in_bits = monitored_name(config), bits(lines)
     loss.plot(
-        *series(in_bits, "bpb"), color=LINES[0], linewidth=1, alpha=0.7, label=f"training, {of}"
+        *series(in_bits, "bpb"),
+        color=LINES[0],
+        linewidth=1,
+        alpha=0.7,
+        label=f"training, {monitored}",
     )
     steps, values = series([m for m in in_bits if m["step"]] or in_bits, "monitored_bpb")
     lowest = f", best {best(lines)['monitored_bpb']:.3f}" if best(lines) else ""
     loss.plot(steps, values, color=LINES[1], linewidth=2, marker="o", markersize=3,
-              label=f"validation, {of}{lowest}")  # fmt: skip
+              label=f"validation, {monitored}{lowest}")  # fmt: skip
     fields = sorted({f for m in lines for f in m.get("val_bpb_fields", ())})
     for color, field in zip(LINES[2:], fields, strict=False):
         of_field = [m | {field: m.get("val_bpb_fields", {}).get(field)} for m in lines if m["step"]]
@@ -243,8 +247,8 @@ def activity_html(lines: list[dict]) -> str:
                 for share in (float(x), float(y))
             )
             rows += f"<tr><td>layer {i}</td>{bars}</tr>"
-        what = ("x: excited by the byte", "y: fire, given the memory")
-        head = "<tr><th>" + "".join(f'<th colspan="2">{name}' for name in what)
+        titles = ("x: excited by the byte", "y: fire, given the memory")
+        head = "<tr><th>" + "".join(f'<th colspan="2">{name}' for name in titles)
         rows = f"<table>{head}{rows}</table>"
     if "dead" in (lowest := best(lines)):
         rows += (
@@ -282,21 +286,21 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
         "Machine": html_table(list(config["versions"].items())),
     }
     body = "".join(f"<h2>{name}</h2>{part}" for name, part in parts.items() if part)
-    what = f"mode {settings.get('TRAINING_MODE')}, data {settings.get('DATASET')}"
+    subtitle = f"mode {settings.get('TRAINING_MODE')}, data {settings.get('DATASET')}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{text(run.name)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<style>{STYLE}</style><h1>{text(run.name)}</h1><p class="dim">{text(what)}</p>'
+        f'<style>{STYLE}</style><h1>{text(run.name)}</h1><p class="dim">{text(subtitle)}</p>'
         f"{tiles(config, lines)}{body}</html>\n"
     )
 
 
 def transcript(lines: list[dict]) -> str:
     """samples.md: what the model said at each evaluation, the newest last."""
-    at = {m["step"]: m["val_bpb"] for m in lines if "val_bpb" in m}
+    bpb = {m["step"]: m["val_bpb"] for m in lines if "val_bpb" in m}
     parts = ["# Samples\n"]
     for step, texts in samples_of(lines):
-        loss = f", validation {at[step]:.4f} bits per byte" if step in at else ""
+        loss = f", validation {bpb[step]:.4f} bits per byte" if step in bpb else ""
         parts.append(f"## Iteration {step:,}{loss}\n")
         for sample in map(escape_controls, texts):
             fence = "```"
@@ -325,14 +329,14 @@ def write_report(run: Path) -> None:
 
 
 def redraw(run: Path) -> None:
-    """`write` for the trainer: what goes wrong here is told once, and does not end a run."""
+    """Call `write_report` for the trainer: an error is one warning, and does not end the run."""
     try:
         write_report(run)
     except Exception as error:
-        if run not in _told:
+        if run not in _warned:
             reason = escape_controls(" ".join(str(error).split()))[:200]
             print(f"warning: no report in {run}: {reason}")
-        _told.add(run)
+        _warned.add(run)
 
 
 def compare(runs: list[Path], out: Path) -> str:
@@ -356,15 +360,15 @@ def compare(runs: list[Path], out: Path) -> str:
     for i, run in enumerate(runs):
         config, lines = read_run(run)
         s = {"BLOCK_SIZE": 1, "BATCH_SIZE": 1, "GRAD_ACCUM": 1, "PROCESSES": 1} | config["settings"]
-        each = s["BLOCK_SIZE"] * s["BATCH_SIZE"] * s["GRAD_ACCUM"] * s["PROCESSES"] / 1e6
+        mb = s["BLOCK_SIZE"] * s["BATCH_SIZE"] * s["GRAD_ACCUM"] * s["PROCESSES"] / 1e6
         for axes, key in zip(panels, ("monitored_bpb", "bpb"), strict=True):
             steps, values = series([m for m in bits(lines) if m["step"]], key)
             style = {"color": LINES[i % len(LINES)], "linestyle": ("-", "--")[i // len(LINES) % 2]}
-            axes.plot([n * each for n in steps], values, label=label(run), linewidth=1.3, **style)
+            axes.plot([n * mb for n in steps], values, label=label(run), linewidth=1.3, **style)
         speeds = sorted(series(lines, "bytes_per_s")[1]) or [0]
         rows.append(
             (str(run), f"{config.get('parameters', 0):,}", f"{lines[-1]['step']:,}",
-             f"{lines[-1]['step'] * each:.2f}", f"{best(lines).get('monitored_bpb', math.nan):.4f}",
+             f"{lines[-1]['step'] * mb:.2f}", f"{best(lines).get('monitored_bpb', math.nan):.4f}",
              monitored_name(config), f"{speeds[len(speeds) // 2]:,.0f}")
         )  # fmt: skip
     legend(panels[0])

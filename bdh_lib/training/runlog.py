@@ -94,6 +94,10 @@ class RunLog:
         self.world.barrier()  # none goes on, or leaves, before it is on the disk
         self.last_saved = step
 
+    def is_best(self, monitored_loss: float) -> bool:
+        """Say whether a loss in nats is below that of the best evaluation so far, if any."""
+        return monitored_loss < self.best.get("monitored_loss", math.inf)
+
     def write_best(self, step: int, monitored_loss: float) -> None:
         """Name the checkpoint of `step` the best one."""
         self.best = {"step": step, "monitored_loss": monitored_loss}
@@ -137,11 +141,14 @@ class Meter:
         """An update begins."""
         self.step_start = time.perf_counter()
 
-    def stop(self, step: int, loss: float, norm: float, counts: bool) -> None:
-        """End update number `step`; its loss is averaged if it `counts`. The first one compiles."""
+    def stop(self, step: int, loss: float, norm: float, has_targets: bool) -> None:
+        """End update number `step`; its loss is averaged where it has any targets.
+
+        The first update is not timed, because it compiles.
+        """
         if math.isfinite(loss) and math.isfinite(norm):
             self.consecutive_skips = 0
-            self.losses += [loss] if counts else []
+            self.losses += [loss] if has_targets else []
         else:
             self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
             tqdm.write(f"iter {step:>6} | update skipped: loss {loss}, norm {norm}")

@@ -16,12 +16,12 @@ def default_signals() -> Iterator[None]:
     """Let the system end the process at a signal: MLX traces the graph of a long block or a deep
     model in one call of many seconds, and Python hears no signal before it returns.
     """
-    heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
-    before = {n: signal.signal(n, signal.SIG_DFL) for n in heard}
+    caught = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+    handlers = {n: signal.signal(n, signal.SIG_DFL) for n in caught}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -38,8 +38,8 @@ class StopSignal:
         self.world = world
 
     def __enter__(self):
-        heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
-        self.before = {n: signal.signal(n, self.on_signal) for n in heard}
+        caught = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in caught}
         read, self.write = os.pipe()
         os.set_blocking(self.write, False)
         signal.set_wakeup_fd(self.write)
@@ -47,7 +47,7 @@ class StopSignal:
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         os.close(self.write)
