@@ -251,7 +251,8 @@ def print_stream(decoding: Decoding, prompt: bytes, args: argparse.Namespace) ->
     terminal, stop = Terminal(args.raw), StopMatcher(stops, prompt)
     terminal.write(prompt)
     idx = pad_batch([prompt or formats.SEPARATOR.encode()])
-    tokens = stream(model, *read_prompt(model, idx, state), sampling, key, idx)
+    logits, state = read_prompt(model, idx, state)
+    tokens = stream(model, logits, state, sampling, key, idx)
     try:
         for i, (token, state) in enumerate(tokens, 1):  # noqa: B007  the last state is saved
             terminal.write(stop.feed(bytes(token)))

@@ -216,8 +216,9 @@ def init_model(s: Settings, compute: memory.Compute) -> tuple[BDH, optim.AdamW, 
 
 
 def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
-    """idx with `share` of its bytes replaced by bytes from anywhere in it."""
-    where, which = mx.random.split(mx.random.split(key, 2)[1])
+    """Replace `share` of the bytes of idx by bytes from anywhere in it."""
+    # of another key than the model's: it splits `key` for dropout, into as many as it has layers
+    where, which = mx.random.split(key ^ mx.array([0x9E3779B9, 0x7F4A7C15], mx.uint32))
     others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=which)]
     return mx.where(mx.random.uniform(shape=idx.shape, key=where) < share, others, idx)
 
@@ -299,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_or_explain(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     """Run train(), and turn failures that are expected into a line and an exit code."""
-    stop.has_unsaved_work = False
+    stop.has_trained = False
     try:
         return train(s, run, stop, world)
     except RuntimeError as error:
@@ -363,7 +364,7 @@ def evaluation_results(
     `monitored_loss` (nats) is the loss on the bytes that LOSS_ON counts. best.json, PATIENCE,
     advice and reports go by it. Raises Diverged.
     """
-    if step == 0 or not stop.has_unsaved_work:
+    if step == 0 or not stop.has_trained:
         note = memory.slow_note(s)
         print(f"evaluating {len(val.bytes):,} bytes before iteration {step + 1}{note}")
     val_loss, nats = evaluate(eval_losses, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop, world)
@@ -397,14 +398,14 @@ def sum_gradients(
 
     Gives also whether any target counts. A signal ends it early where there is one process.
     """
-    if not stop.has_unsaved_work:
+    if not stop.has_trained:
         print("compiling the training step, once (a minute or more on a new machine)")
     (stream, fields), loss, gradients = train_split, 0.0, None
     n_targets = n_targets_in_update(fields, step, s)
     for i in micro_batches(s, step, world):
         batch = get_batch(stream, i * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
         weights = mx.array(loss_weights(fields, i, n_targets, s))
-        with nullcontext() if stop.has_unsaved_work else default_signals():
+        with nullcontext() if stop.has_trained else default_signals():
             key = mx.random.key(s.SEED * 2**32 + i)
             micro_loss, micro_gradients = micro_step(*batch, weights, key)
         loss = loss + micro_loss
@@ -512,7 +513,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
             break
         norm = apply_update(loss, gradients)
         mx.eval(state, norm)
-        stop.has_unsaved_work = True  # from here on there is work to save
+        stop.has_trained = True  # from here on there is work to save
         meter.stop(step + 1, loss.item(), norm.item(), counted)
         if meter.consecutive_skips == s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(f"no sound update in {s.MAX_CONSECUTIVE_SKIPS} iterations; last batch: "

@@ -120,7 +120,7 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
     from bdh_lib.data.formats import FIELDS, SEPARATOR, field_segments, to_turns
 
     found = [r for r in sources.read_records(str(file)) if isinstance(r, dict)]
-    records = [dict(columns.detect(record).turns) for record in found]
+    records = [dict(columns.parse_record(record).turns) for record in found]
     records = [r for r in records if r.keys() == {"system", "instruction", "response"}]
     instructions = list(dict.fromkeys(r["instruction"] for r in records))
     order = np.random.default_rng(0).permutation(len(instructions))

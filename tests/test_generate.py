@@ -28,6 +28,7 @@ import generate
 import train_mlx
 from bdh_lib import runs
 from bdh_lib.data import formats, sources
+from bdh_lib.data.parsers import parse_exactly
 from bdh_lib.errors import escape_controls
 from bdh_lib.generation import chat, decoding, jobs, states
 from bdh_lib.generation.decoding import (
@@ -874,6 +875,34 @@ def test_an_interrupted_text_saves_its_state_too(chaos, tmp_path, monkeypatch, c
     with pytest.raises(KeyboardInterrupt):
         generate.main([*f"{chaos} --prompt abc --max-new-tokens 5 --save-state {file}".split()])
     assert states.load_state(file, bdh_mlx.load_model(chaos)).position == 8
+
+
+def test_a_text_that_is_interrupted_before_its_first_byte_saves_what_was_read(
+    chaos, tmp_path, monkeypatch
+):
+    def stopped(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(generate, "stream", stopped)
+    file = tmp_path / "s.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        generate.main([str(chaos), "--prompt", "abcdef", "--save-state", str(file)])
+    assert states.load_state(file, bdh_mlx.load_model(chaos)).position == 6
+
+
+def test_prompts_are_read_as_training_reads_its_records():
+    record = parse_exactly('{"text": 1.50, "n": 1e5}')
+    assert jobs.prompt_of_record(record, "instruction", "instruction=text") == b"1.50"
+    turns = {"text": [{"role": "user", "content": "q"}]}
+    asked = b"### Instruction:\nq\n\n### Response:\n"
+    assert jobs.prompt_of_record(turns, "full", "messages=text") == asked
+
+
+def test_numbers_of_a_prompt_stand_as_in_its_line_and_in_its_record(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"instruction": 1.50, "id": 7}\n')
+    (job,) = jobs.read_jobs(tmp_path / "p.jsonl", "instruction", 1)
+    assert job.prompt == b"1.50" and job.record == {"instruction": 1.5, "id": 7}
 
 
 def test_interrupted_prompts_tell_how_many_are_written_and_keep_them(

@@ -12,6 +12,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -22,7 +23,8 @@ import generate
 import train_mlx
 from bdh_lib import flags, runs
 from bdh_lib.generation import export
-from bdh_lib.training import checkpoints, evaluation, schedule, summary
+from bdh_lib.training import checkpoints, evaluation, runlog, schedule, summary
+from bdh_lib.training.ema import copy_tree
 from bdh_mlx import UserError
 
 
@@ -68,6 +70,60 @@ def test_the_learning_rate_rises_then_falls_to_its_share():
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
     assert np.all(np.diff(rates[10:]) < 0)
+
+
+def test_a_share_of_the_bytes_is_replaced_by_others_of_the_batch():
+    idx = mx.array(np.arange(4096).reshape(4, 1024) % 251)
+    for share in (0.05, 0.5):
+        result = np.array(train_mlx.corrupt_bytes(idx, share, mx.random.key(1)))
+        replaced = np.mean(result != np.array(idx))
+        assert replaced == pytest.approx(share * 250 / 251, abs=0.02) and result.max() < 251
+
+
+@pytest.mark.parametrize("n_layer", range(1, 13))
+def test_noise_is_drawn_by_a_key_that_dropout_does_not_use(monkeypatch, n_layer):
+    key, split, drawn = mx.random.key(5), mx.random.split, []
+    watched = lambda *args: drawn.append(split(*args)) or drawn[-1]  # noqa: E731
+    monkeypatch.setattr(train_mlx.mx.random, "split", watched)
+    train_mlx.corrupt_bytes(mx.zeros((1, 8), mx.int32), 0.5, key)
+    (noise,) = (np.array(keys).tolist() for keys in drawn)
+    used = [*np.array(split(key, n_layer)).tolist(), *np.array(split(key, n_layer + 1)).tolist()]
+    assert not [k for k in noise if k in used]
+
+
+def test_the_average_starts_fast_and_slows_down_to_its_decay():
+    mx.random.seed(1)
+    model = bdh_mlx.BDH(bdh_mlx.BDHConfig(1, 8, 0.0, 1, 2))
+    optimizer = optim.AdamW(1e-2)
+    optimizer.init(model.trainable_parameters())
+    ema = copy_tree(model.parameters())
+    micro_step, apply_update, state = train_mlx.compile_steps(model, optimizer, ema, 1.0, 0, 0.5)
+    expected = np.array(ema["lm_head"], np.float64)
+    idx, weights = mx.array([[1, 2, 3, 4]]), mx.full((1, 4), 0.25)
+    for step in range(1, 14):
+        mx.eval(apply_update(*micro_step(idx, idx, weights, mx.random.key(step))), state)
+        rate = 1 - min(0.5, step / (step + 9))
+        expected += rate * (np.array(model.lm_head) - expected)
+        assert np.allclose(np.array(ema["lm_head"]), expected, atol=1e-6), step
+
+
+def test_each_batch_of_a_seed_has_a_key_of_its_own(tmp_path, monkeypatch):
+    seeds, key = [], mx.random.key
+    monkeypatch.setattr(train_mlx.mx.random, "key", lambda seed: seeds.append(seed) or key(seed))
+    for seed in (1, 2):
+        train(tmp_path / str(seed), "--max-iters", 3, "--seed", seed)
+    batches = [seed for seed in seeds if seed >= 2**32]
+    assert batches == [seed * 2**32 + i for seed in (1, 2) for i in range(3)]
+
+
+def test_the_first_update_is_not_timed(monkeypatch):
+    meter = runlog.Meter(0, 5, 1000)
+    clock = iter([0.0, 100.0, 102.0])  # a start, a start and its end; the first end reads no clock
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock))
+    for step in (1, 2):
+        meter.start()
+        meter.stop(step, 1.0, 1.0, True)
+    assert meter.timed_bytes / meter.seconds == 500
 
 
 def test_the_run_ends_at_the_sooner_of_iterations_and_epochs():

@@ -10,7 +10,7 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import NamedTuple
 
-from bdh_lib.data.formats import SEPARATOR
+from bdh_lib.data.formats import FIELDS, SEPARATOR
 from bdh_lib.errors import UserError
 
 ALIASES = {  # names of columns by what they hold, in small letters; the first one found counts
@@ -34,23 +34,34 @@ TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles
 ROLE, CONTENT, CALLS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
 UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
 TOOL_CALL, TOOL_ANSWER = "reply that only calls tools", "answer of a tool"
-NO_QUESTION, NO_ANSWER = "reply without a question before it", "question without a reply after it"
+NO_QUESTION = "reply without a question before it"
 FURTHER_ANSWER = "answers beside the first one of a record"
+
+
+class Problem(NamedTuple):
+    """Why a field of a record cannot be trained on."""
+
+    reason: str
+    is_absent: bool = False  # nothing is there: no value, or an empty one
 
 
 class Parsed(NamedTuple):
     """What a record holds that can be trained on, and what of it is left out."""
 
-    structure: str  # name of what was found, by the columns that are read
+    kind: str  # "chat", "fields", "text", or "unknown" where nothing can be read
+    structure: str  # a name for people, by the columns that are read
     columns: tuple[str, ...] = ()
     turns: Sequence[tuple[str, str]] = ()  # (field of formats.FIELDS, text), in their order
-    problems: Mapping[str, str] = MappingProxyType({})  # by field: why it is not among the turns
+    problems: Mapping[str, Problem] = MappingProxyType({})  # by field that is not among the turns
     left_out: Sequence[str] = ()  # a reason for each turn, or part of one, that is not
 
+    def reason(self, field: str) -> str:
+        """Say why a field is not among the turns."""
+        return self.problems[field].reason if field in self.problems else f"{field} missing"
 
-def is_broken(problem: str | None) -> bool:
-    """Whether a field is there and no valid text, by the reason that find_problem gives."""
-    return bool(problem) and not problem.endswith((" empty", " is null, not text"))
+    def is_broken(self, field: str) -> bool:
+        """Say whether a field is there and cannot be trained on."""
+        return field in self.problems and not self.problems[field].is_absent
 
 
 def parse_columns(columns: str | None) -> dict[str, str]:
@@ -83,30 +94,43 @@ def choose_columns(names: tuple[str, ...], columns: str | None = None) -> dict[s
     return {field: name for field, name in result.items() if name is not None}
 
 
-def detect(record: dict | list, columns: str | None = None) -> Parsed:
-    """What a record holds: a chat, the fields of an instruction, or plain text.
+def parse_record(record: dict | list | str, columns: str | None = None) -> Parsed:
+    """Find what a record holds: a chat, the fields of an instruction, or plain text.
 
-    `columns` is COLUMNS. A bare list is a chat.
+    `columns` is COLUMNS. A bare list is a chat; a str says why the record is unreadable.
     """
+    if isinstance(record, str):
+        return Parsed("unknown", "unreadable", problems=dict.fromkeys(FIELDS, Problem(record)))
     if isinstance(record, list):
         return _parse_chat("list of turns", record, ())
-    column = choose_columns(tuple(record), columns)
+    column = _columns_of(record, columns)
     value = {field: record[name] for field, name in column.items()}
-    if "messages" in value and not isinstance(value["messages"], list):
-        problem = f"{column['messages']} is {_type_name(value['messages'])}, not a list of turns"
-        if not value.keys() & {"instruction", "response"}:
-            return Parsed(
-                column["messages"], (column["messages"],), (), dict.fromkeys(SPEAKERS, problem)
-            )
-    elif "messages" in value:
-        return _parse_chat_columns(value, column, "messages", value["messages"])
+    messages, has_fields = value.get("messages"), value.keys() & {"instruction", "response"}
+    if isinstance(messages, list):
+        return _parse_chat_columns(value, column, ("messages",), messages)
+    if messages is not None and not has_fields:
+        name = column["messages"]
+        problem = Problem(f"{name} is {type(messages).__name__}, not a list of turns")
+        return Parsed("unknown", name, (name,), (), dict.fromkeys(SPEAKERS, problem))
     if (turns := _turns_of(value.get("instruction"), value.get("response"))) is not None:
         return _parse_chat_columns(value, column, ("instruction", "response"), turns)
     if value.keys() & SPEAKERS.keys():
         return _parse_fields(value, column)
     if "text" in value:
         return _parse_text(value["text"], column["text"])
-    return Parsed(f"unknown ({', '.join(record)[:80]})")
+    return Parsed("unknown", f"unknown ({', '.join(record)[:80]})")
+
+
+def _columns_of(record: dict, columns: str | None) -> dict[str, str]:
+    """Return the column of each field. A column that is null or empty counts where no other does:
+    tables give every record all columns.
+    """
+    filled = tuple(name for name, value in record.items() if value is not None and value != "")
+    column = dict(choose_columns(filled, columns))
+    if len(filled) < len(record) and not column.keys() & {"messages", "text"}:
+        others = choose_columns(tuple(record), columns).items()
+        column |= {f: name for f, name in others if f not in column and name not in column.values()}
+    return column
 
 
 def _type_name(value) -> str:
@@ -115,36 +139,36 @@ def _type_name(value) -> str:
 
 def _parse_text(value, column: str) -> Parsed:
     if problem := find_problem("text", text := as_text(value)):
-        return Parsed("text", (column,), (), {"text": problem})
-    return Parsed("text", (column,), [("text", text)])
+        return Parsed("text", "text", (column,), (), {"text": problem})
+    return Parsed("text", "text", (column,), [("text", text)])
 
 
 def _parse_fields(value: dict, column: dict[str, str]) -> Parsed:
-    """Each field from a column of its own; the context is appended to the instruction."""
+    """Take each field from a column of its own; the context is appended to the instruction."""
     text = {field: as_text(value[field]) for field in (*SPEAKERS, "context") if field in value}
     left_out = []
     if "response" in text:
         text["response"], has_more = _first_answer(text["response"])
         left_out += [FURTHER_ANSWER] * has_more
     problems = {field: find_problem(field, text[field]) for field in SPEAKERS if field in text}
-    if "instruction" in text and text.get("context") is not None:
+    if "instruction" in text and "context" in text:
         text["instruction"], problems["instruction"] = _append_context(**text)
     problems = {field: problem for field, problem in problems.items() if problem}
     turns = [(f, text[f]) for f in SPEAKERS if f in text and f not in problems]
     order = ("system", "instruction", "context", "response")
     names = [column[f] for f in order if f in text and (f != "context" or "instruction" in text)]
-    return Parsed("/".join(names), tuple(names), turns, problems, left_out)
+    return Parsed("fields", "/".join(names), tuple(names), turns, problems, left_out)
 
 
-def _append_context(instruction, context, **_others) -> tuple[object, str | None]:
-    """Both with a blank line between, and why they cannot be trained on; a context may be empty."""
+def _append_context(instruction, context, **_others) -> tuple[object, Problem | None]:
+    """Join both by a blank line; give also why the result cannot be trained on."""
     if isinstance(context, list) and all(isinstance(part, str) for part in context):
         context = SEPARATOR.join(context)
     problem = find_problem("context", context)
-    if problem == "context empty":
-        return instruction, find_problem("instruction", instruction)
+    if problem and not problem.is_absent:
+        return instruction, problem
     if problem or not isinstance(instruction, str):
-        return instruction, problem or find_problem("instruction", instruction)
+        return instruction, find_problem("instruction", instruction)
     text = SEPARATOR.join(part for part in (instruction, context) if part.strip())
     return text, find_problem("instruction", text)
 
@@ -169,16 +193,16 @@ def as_text(value):
     return value
 
 
-def find_problem(field: str, value) -> str | None:
-    """Why a value cannot be trained on, or None where it is valid text."""
+def find_problem(field: str, value) -> Problem | None:
+    """Return why a value cannot be trained on, or None where it is valid text."""
     if not isinstance(value, str):
-        return f"{field} is {_type_name(value)}, not text"
+        return Problem(f"{field} is {_type_name(value)}, not text", value is None)
     if not value.strip():
-        return f"{field} empty"
+        return Problem(f"{field} empty", True)
     try:
         value.encode()
     except UnicodeEncodeError:
-        return f"{field} with a lone surrogate"
+        return Problem(f"{field} with a lone surrogate")
     return None
 
 
@@ -239,7 +263,7 @@ def _parse_chat(structure: str, turns: list, columns: tuple[str, ...]) -> Parsed
             continue
         asked = field == "instruction" or (asked and field == "system")
         result.append((field, text))
-    return Parsed(structure, columns, result, {}, left_out)
+    return Parsed("chat", structure, columns, result, {}, left_out)
 
 
 def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
@@ -254,7 +278,7 @@ def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
     text, reasons = _join_parts(as_text(content))
     if problem := find_problem("turn", text):
         calls = any(turn.get(key) for key in CALLS)
-        return "", None, [*reasons, TOOL_CALL if calls and not text else problem]
+        return "", None, [*reasons, TOOL_CALL if calls and not text else problem.reason]
     return FIELD_OF[role], text, reasons
 
 

@@ -33,6 +33,10 @@ MAX_NEW_TOKENS = 500  # bytes that a model writes, where nothing else is said
 SEPARATOR = "\n\n"  # between records
 STOP = "\n---"  # ends the last response of a record; part of it, for a model must learn to stop
 END_OF_RESPONSE = (f"{STOP}\n", f"{SEPARATOR}### Instruction:\n")  # the second one within a chat
+NO_REPLY = "question without a reply after it"
+NO_REPLY_TO_SYSTEM = "system text without a reply after it"
+NO_SYSTEM = "question without a system text before it"
+NO_QUESTION_TO_SYSTEM = "system text without a question after it"
 Turns = list[tuple[str, str]]  # of a record: (field, text) in their order
 
 
@@ -77,25 +81,41 @@ def field_segments(turns: Turns, mode: str) -> Turns:
     return segments
 
 
-def training_texts(turns: Turns, mode: str) -> list[Turns]:
-    """The training texts of a record in `mode`, each as field_segments gives it.
+def training_texts(turns: Turns, mode: str) -> tuple[list[Turns], list[str]]:
+    """Return the texts of a record in `mode`, and a reason for each turn that is in none of them.
 
-    A chat is one text of `full`, up to its last response. In `instruction` and `both` each
-    instruction is one, in `both` after the system text before it; in `system` each system text.
+    A text is as field_segments gives it. A chat is one text of `full`, up to its last response. In
+    `instruction` and `both` each instruction is one, in `both` after the system text before it; in
+    `system` each system text is one. Turns of fields that the mode does not need have no reason.
     """
     if turns and turns[0][0] == "text":
-        return [turns]
+        return [turns], []
     if mode in ("system", "instruction"):
-        return [[turn] for turn in turns if turn[0] == mode]
-    if mode == "both":
-        parts, system = [], None
-        for turn in turns:
-            system = turn if turn[0] == "system" else system
-            if turn[0] == "instruction" and system:
-                parts.append([system, turn])
-        return [field_segments(part, mode) for part in parts]
-    ends = [i + 1 for i, turn in enumerate(turns) if turn[0] == "response"]
-    return [field_segments(turns[: ends[-1]], mode)] if ends and len(turns) > 1 else []
+        return [[turn] for turn in turns if turn[0] == mode], []
+    parts, left_out = (_full_parts if mode == "full" else _both_parts)(turns)
+    return [field_segments(part, mode) for part in parts], left_out
+
+
+def _full_parts(turns: Turns) -> tuple[list[Turns], list[str]]:
+    """Return the turns up to the last response as one part."""
+    end = max((i + 1 for i, turn in enumerate(turns) if turn[0] == "response"), default=0)
+    reasons = {"instruction": NO_REPLY, "system": NO_REPLY_TO_SYSTEM}
+    return [turns[:end]] if end else [], [reasons[field] for field, _ in turns[end:]]
+
+
+def _both_parts(turns: Turns) -> tuple[list[Turns], list[str]]:
+    """Return each instruction after the last system text before it."""
+    parts, left_out, system, is_used = [], [], None, True
+    for turn in turns:
+        if turn[0] == "system":
+            left_out += [] if is_used else [NO_QUESTION_TO_SYSTEM]
+            system, is_used = turn, False
+        elif turn[0] == "instruction" and system:
+            parts.append([system, turn])
+            is_used = True
+        elif turn[0] == "instruction":
+            left_out.append(NO_SYSTEM)
+    return parts, left_out + ([] if is_used else [NO_QUESTION_TO_SYSTEM])
 
 
 def format_example(record: dict, mode: str) -> str:

@@ -6,10 +6,11 @@ import csv
 import gzip
 import json
 import lzma
+from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from io import TextIOWrapper
-from itertools import chain, groupby
+from itertools import chain, dropwhile, groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,15 +21,16 @@ from bdh_lib.errors import UserError
 from bdh_lib.files import parse_json
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-MARKS = {  # byte order marks, the longer ones first
+BOMS = {  # byte order marks, the longer ones first
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-NOT_UTF8, NOT_JSON, NO_OBJECT = "not valid UTF-8", "not JSON", "not a JSON object"
+NOT_UTF8, NOT_JSON, NOT_AN_OBJECT = "not valid UTF-8", "not JSON", "not a JSON object"
 DELIMITERS = ",;\t"
+LARGEST_ROW = 64_000_000  # characters of a row of a table that takes several lines
 
 
 def file_kind(file: Path) -> str:
@@ -52,7 +54,7 @@ def read_file(file: Path) -> Iterator[dict | list | str]:
         cause = error.__cause__ or error
         reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:300]
         raise UserError(f"DATASET {file} cannot be read as {kind}: {reason}") from None
-    if encoding.is_another:
+    if encoding.is_not_utf8:
         raise UserError(f"DATASET {file} {encoding.advice(file)}")
 
 
@@ -66,7 +68,7 @@ class Encoding:
     """
 
     def __init__(self):
-        self.n_invalid, self.sample, self.has_others = 0, "", False
+        self.n_invalid, self.sample, self.has_valid_non_ascii = 0, "", False
 
     def is_valid(self, text: str) -> bool:
         """Whether a text is valid UTF-8; notes what it tells."""
@@ -78,13 +80,13 @@ class Encoding:
             self.n_invalid += 1
             self.sample = self.sample or text
             return False
-        self.has_others = True
+        self.has_valid_non_ascii = True
         return True
 
     @property
-    def is_another(self) -> bool:
+    def is_not_utf8(self) -> bool:
         """Whether no text beyond ASCII is UTF-8, and more than one is not."""
-        return self.n_invalid > 1 and not self.has_others
+        return self.n_invalid > 1 and not self.has_valid_non_ascii
 
     def advice(self, file: Path) -> str:
         """What the encoding is likely to be, and how to convert the file."""
@@ -104,11 +106,9 @@ def _open_text(raw: BinaryIO, encoding: Encoding) -> TextIOWrapper:
     """The text of a file, its ends of lines as they are. Raises ValueError for UTF-16 unmarked."""
     start = raw.read(4096)
     raw.seek(0)
-    name = next((MARKS[mark] for mark in MARKS if start.startswith(mark)), None)
+    name = next((BOMS[mark] for mark in BOMS if start.startswith(mark)), None)
     if name is None and start.count(0) > len(start) / 5:
-        raise ValueError(
-            "it looks like UTF-16 without its mark; iconv -f UTF-16LE -t UTF-8 does it"
-        )
+        raise ValueError("it looks like UTF-16 without its mark: iconv -f UTF-16LE -t UTF-8")
     errors = "surrogatepass" if name in ("utf-16", "utf-32") else "surrogateescape"
     return TextIOWrapper(raw, encoding=name or "utf-8", errors=errors, newline="")
 
@@ -116,8 +116,8 @@ def _open_text(raw: BinaryIO, encoding: Encoding) -> TextIOWrapper:
 # -------------------------------------------------------------------------------------------- JSON
 
 
-def _load(text: str):
-    """JSON with its numbers as they stand in the text. Raises ValueError."""
+def parse_exactly(text: str):
+    """Parse JSON, with its numbers as they stand in the text. Raises ValueError."""
     return parse_json(text, parse_int=str, parse_float=str)
 
 
@@ -128,43 +128,50 @@ def _parse_line(line: str, encoding: Encoding):
     if not encoding.is_valid(line):
         return NOT_UTF8
     try:
-        value = _load(line.removeprefix("\ufeff"))
+        value = parse_exactly(line.removeprefix("\ufeff"))
     except ValueError:  # also brackets too deep
         return NOT_JSON
-    return value if isinstance(value, (dict, list)) else NO_OBJECT
+    holds_records = isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)
+    return value if isinstance(value, dict) or holds_records else NOT_AN_OBJECT
 
 
 def _records_of(value) -> Iterator[dict | list | str]:
-    """The records of a JSON value: an object, a chat, or a list of them."""
-    if isinstance(value, (dict, str)) or is_chat(value):
-        yield value
-    elif value and all(isinstance(item, (dict, list)) for item in value):
+    """Yield the records of a JSON value: an object, a chat, or a list of them."""
+    if isinstance(value, list) and not is_chat(value):
         for item in value:
-            yield item if isinstance(item, dict) or is_chat(item) else NO_OBJECT
+            yield item if isinstance(item, dict) or is_chat(item) else NOT_AN_OBJECT
     else:
-        yield NO_OBJECT
+        yield value if isinstance(value, (dict, list)) else NOT_AN_OBJECT
 
 
 def _parse_lines(lines: Iterable[str], encoding: Encoding) -> Iterator[dict | list | str]:
     """The records of each line: a bad one costs one, a large one itself thrice."""
     for value in map(partial(_parse_line, encoding=encoding), lines):
-        yield from _records_of(value)
+        yield from [value] if isinstance(value, str) else _records_of(value)
 
 
-def _parse_json_lines(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | list | str]:
-    """A line for each record, or one document under the name of lines."""
+def _parse_json(
+    lines: Iterator[str], encoding: Encoding, is_lines: bool = False
+) -> Iterator[dict | list | str]:
+    """Read a line for each record, or one document over several lines. Raises ValueError.
+
+    A file that `is_lines` by its name is read as lines where it is no document either.
+    """
+    lines = iter(lines)
     start = [*_first_lines(lines, 2)]
-    is_document = _is_document(start)
+    is_document = _is_document(start, is_lines)
     lines = chain(start, lines)
     del start  # a record may be large
     if not is_document:
         yield from _parse_lines(lines, encoding)
         return
-    text = "".join(lines)
+    lines = [*lines]
     try:
-        records = [*_parse_document(text, encoding)]
+        records = [*_parse_document("".join(lines), encoding)]
     except ValueError:
-        records = _parse_lines(text.splitlines(keepends=True), encoding)
+        if not is_lines:
+            raise
+        records = _parse_lines(lines, encoding)
     yield from records
 
 
@@ -173,7 +180,7 @@ def _is_blank(line: str) -> bool:
 
 
 def _first_lines(lines: Iterator[str], count: int) -> Iterator[str]:
-    """Lines up to the `count`-th that is not blank."""
+    """Yield the lines up to the `count`-th that is not blank."""
     for line in lines:
         yield line
         count -= not _is_blank(line)
@@ -181,20 +188,16 @@ def _first_lines(lines: Iterator[str], count: int) -> Iterator[str]:
             return
 
 
-def _is_document(start: list[str]) -> bool:
-    """Whether the lines begin a JSON document over several lines, or are the only one."""
-    values = [_parse_line(line, Encoding()) for line in start if not _is_blank(line)]
-    return len(values) == 1 or all(value == NOT_JSON for value in values)
-
-
-def _parse_json_file(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | list | str]:
-    """The records of a document, or of a line each. Raises ValueError."""
-    lines = iter(lines)
-    first = next(lines, "")
-    if isinstance(_parse_line(first, Encoding()), dict) and (second := next(lines, "")):
-        yield from _parse_lines(chain([first, second], lines), encoding)
-    else:
-        yield from _parse_document(first + "".join(lines), encoding)
+def _is_document(start: list[str], is_lines: bool) -> bool:
+    """Tell a JSON document by its first two lines that are not blank, or by its only one."""
+    texts = [line for line in start if not _is_blank(line)]
+    values = [_parse_line(line, Encoding()) for line in texts]
+    if len(values) < 2:
+        return True
+    if is_lines:
+        opens = texts[0].lstrip("\ufeff \t")[0] in "[{"
+        return opens and all(value == NOT_JSON for value in values)
+    return not isinstance(values[0], dict)
 
 
 def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str]:
@@ -204,7 +207,7 @@ def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str
     """
     if not encoding.is_valid(text):
         encoding.n_invalid += 1  # a document is whole or nothing
-        if encoding.is_another:
+        if encoding.is_not_utf8:
             raise ValueError(f"it {encoding.advice(Path('FILE.json'))}")
         raise ValueError("it is not valid UTF-8; save it as UTF-8")
     decoder = json.JSONDecoder(parse_int=str, parse_float=str)
@@ -217,16 +220,10 @@ def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str
         values.append(value)
         while text[at : at + 1] in (" ", "\t", "\r", "\n"):
             at += 1
+    if len(values) == 1 and isinstance(values[0], dict):
+        values = _wrapped_list(values[0]) or values
     for value in values:
-        is_single = len(values) == 1 and isinstance(value, dict)
-        wrapped = _wrapped_list(value) if is_single else None
-        if isinstance(value, list) and not is_chat(value):
-            for item in value:
-                yield item if isinstance(item, dict) or is_chat(item) else NO_OBJECT
-        elif wrapped is not None:
-            yield from wrapped
-        else:
-            yield value if isinstance(value, (dict, list)) else NO_OBJECT
+        yield from _records_of(value)
 
 
 def _wrapped_list(value: dict) -> list | None:
@@ -241,20 +238,22 @@ def _wrapped_list(value: dict) -> list | None:
 
 
 def _parse_csv(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | str]:
-    """The rows of a table with a header, all values text; a bad row costs itself alone.
+    """Read the rows of a table with a header, all values text; a bad row costs itself alone.
 
     The delimiter is the one of DELIMITERS that cuts the header into most columns. Raises csv.Error.
     """
     csv.field_size_limit(2**31 - 1)
-    lines = iter(lines)
-    header = next((line for line in lines if line.strip()), "")
-    if not encoding.is_valid(header):
+    lines = dropwhile(_is_blank, lines)
+    first = next(lines, "")
+    delimiter = max(DELIMITERS, key=lambda d: len(next(csv.reader([first], delimiter=d), [])))
+    rows = _csv_rows(chain([first], lines), delimiter)
+    columns = next(rows, [])
+    if isinstance(columns, str):
+        raise csv.Error(f"its header: {columns}")
+    if not encoding.is_valid("".join(columns)):
         raise csv.Error("its first line is not valid UTF-8; save it as UTF-8")
-    columns, delimiter = max(
-        ((next(csv.reader([header], delimiter=d), []), d) for d in DELIMITERS),
-        key=lambda pair: len(pair[0]),
-    )
-    for row in _csv_rows(lines, delimiter):
+    columns = _unique(columns)
+    for row in rows:
         if isinstance(row, str):
             yield row
         elif len(row) > len(columns):
@@ -265,16 +264,29 @@ def _parse_csv(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | str]
             yield dict(zip(columns, row + [""] * (len(columns) - len(row)), strict=True))
 
 
-def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[list[str] | str]:
-    """The values of each row; a str in place of one with a wrong quote.
+def _unique(columns: list[str]) -> list[str]:
+    """Number the columns of a name that an earlier one has: the first one keeps it."""
+    return [
+        f"{name} ({columns[:i].count(name) + 1})" if name in columns[:i] else name
+        for i, name in enumerate(columns)
+    ]
 
-    A quote that does not end would take the rows after it: they are read again.
+
+def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[list[str] | str]:
+    """Yield the values of each row; a str in place of one with a wrong quote.
+
+    A quote that does not end would take the rows after it: they are read again, and no row takes
+    more than LARGEST_ROW.
     """
-    row, again = [], []
+    row, again = [], deque()
 
     def feed():
-        while line := (again.pop(0) if again else next(lines, "")):
+        size = 0
+        while line := (again.popleft() if again else next(lines, "")):
+            size = size + len(line) if row else len(line)
             row.append(line)
+            if size > LARGEST_ROW and len(row) > 1:
+                raise csv.Error(f"it does not end within {LARGEST_ROW:,} characters")
             yield line
 
     reader = csv.reader(feed(), delimiter=delimiter, strict=True)
@@ -286,7 +298,7 @@ def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[list[str] | str]
             return
         except csv.Error as error:
             yield f"row with a wrong quote ({error})"
-            again[:0] = row[1:]
+            again.extendleft(reversed(row[1:]))
             reader = csv.reader(feed(), delimiter=delimiter, strict=True)
 
 
@@ -315,9 +327,9 @@ def _parquet_rows(raw: BinaryIO) -> Iterator[dict]:
 
 
 PARSERS = {
-    ".jsonl": _parse_json_lines,
-    ".ndjson": _parse_json_lines,
-    ".json": _parse_json_file,
+    ".jsonl": partial(_parse_json, is_lines=True),
+    ".ndjson": partial(_parse_json, is_lines=True),
+    ".json": _parse_json,
     ".csv": _parse_csv,
     ".tsv": _parse_csv,
     ".txt": _parse_paragraphs,

@@ -143,9 +143,7 @@ def is_intact(folder: Path) -> bool:
     """Whether prepared data are whole: each side as long as, and the bytes that, data.json says."""
     try:
         report = parse_json((folder / "data.json").read_text())
-        sources.print_if_large(
-            "checking the prepared data", [*folder.iterdir()], 50 * sources.LARGE
-        )
+        sources.print_if_large("checking the prepared data", [*folder.iterdir()], 50)
         if report.pop("sha256") != _sha256_of(report):
             return False
         for side in ("train", "val"):
@@ -187,8 +185,9 @@ def _make(folder: Path, settings: DataSettings) -> None:
 def _split(settings: DataSettings, folder: Path) -> dict:
     """Read, format and deal out the records; the report. Raises UserError."""
     source = sources.open_source(settings.dataset)
-    texts = write_texts(settings.dataset, settings.mode, folder, settings.columns, source)
-    report = texts.report | {"given_validation": "val" in source.parts}
+    texts = write_texts(source, settings.mode, folder, settings.columns)
+    report = texts.report
+    report["given_validation"] = "val" in source.parts
     if report["given_validation"]:
         in_val = texts.validates
     else:
@@ -208,16 +207,12 @@ def _split(settings: DataSettings, folder: Path) -> dict:
     return report | write_split(folder, texts.lengths, np.flatnonzero(~held_out), val)
 
 
-def _skips(report: dict) -> str:
-    return "; ".join(describe.skip_lines(report)[:3])
-
-
 def _check_distinct(texts: Texts, settings: DataSettings) -> None:
     """Raise UserError for data that have one distinct record, of which no split can be drawn."""
     if len(np.unique(texts.keys[-1])) < 2:
         raise UserError(
             f"DATASET {settings.dataset} has 1 distinct record, a split needs at least 2; "
-            f"{_skips(texts.report) or 'nothing skipped'}"
+            f"{'; '.join(describe.skip_lines(texts.report)[:3]) or 'nothing skipped'}"
             f"{'; a record of a .txt ends at a blank line' if '.txt' in settings.dataset else ''}"
         )
 
@@ -225,15 +220,22 @@ def _check_distinct(texts: Texts, settings: DataSettings) -> None:
 def _check_sides(texts: Texts, held_out, shared, settings: DataSettings) -> None:
     """Raise UserError where a side of the split has no text, or validation none of its own."""
     dataset, mode, n = settings.dataset, settings.mode, len(texts.lengths)
+    is_given = texts.report["given_validation"]
     for side, chosen in (("held out", held_out), ("left to train on", ~held_out)):
         if not chosen.any():
-            skips = _skips(texts.report)
+            cure = f"change VAL_FRACTION ({settings.val_fraction}) or SEED, or take more data"
+            if is_given:
+                cure = "look at the files of that split, or name those to train on alone"
             raise UserError(
                 f"DATASET {dataset}: none of the {n:,} records of TRAINING_MODE {mode!r} is "
-                f"{side}; change VAL_FRACTION ({settings.val_fraction}) or SEED, or take more data"
-                f"{'; ' if skips else ''}{skips}"
+                f"{'; '.join([side, cure, *describe.skip_lines(texts.report)[:3]])}"
             )
     if shared.sum() == held_out.sum():
+        if is_given:
+            raise UserError(
+                f"DATASET {dataset}: every text of its validation is trained on, too, in "
+                f"TRAINING_MODE {mode!r}; take another validation, or another mode"
+            )
         raise UserError(
             f"DATASET {dataset} has {len(np.unique(texts.digests))} distinct texts in "
             f"TRAINING_MODE {mode!r}, each of more records than VAL_FRACTION "
@@ -257,7 +259,7 @@ def load_unsplit(
             source = sources.open_source(dataset)
             if "val" in source.parts:
                 source = source._replace(parts={"val": source.parts["val"]})
-            texts = write_texts(dataset, mode, folder, columns, source)
+            texts = write_texts(source, mode, folder, columns)
             report, lengths = texts.report, texts.lengths
             report["dataset"] += ", held out side" if "val" in source.parts else ""
             write_split(folder, lengths, np.array([], int), np.arange(len(lengths)))
@@ -271,7 +273,7 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
     Raises UserError where a .fields file does not fit its bytes.
     """
     sides = [file for file in files if file.suffix == ".bin"]
-    sources.print_if_large(f"copying DATASET {dataset}", files, 10 * sources.LARGE)
+    sources.print_if_large(f"copying DATASET {dataset}", files, 10)
     report = {"dataset": dataset, "mode": mode, "records": None, "fields": {}, "skipped": {}}
     report |= {"structures": {"ready split": None}, "shared": 0}
     for file in sides:

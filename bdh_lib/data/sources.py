@@ -3,7 +3,7 @@
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +21,10 @@ WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
     ("metrics.jsonl", "config.json"),
     ("model.safetensors",),
 )
-SPLITS = {  # words in names of files, folders and splits, by what they are used for
+SPLITS = {  # words in names of files, folders and splits by their use, as `datasets` takes them
     "train": ("train", "training"),
     "val": ("valid", "val", "validation", "dev"),
-    "test": ("test", "testing"),
+    "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 ABOUT = re.compile(r"(readme|license|licence|changelog|contributing|notice)\b", re.IGNORECASE)
@@ -37,8 +37,10 @@ class Source(NamedTuple):
     A part is a list of files, or a split of the hub. `left_out` names what is in no part.
     """
 
+    dataset: str
     parts: dict[str, Iterable]
-    left_out: list[str]
+    left_out: Sequence[str] = ()
+    is_local: bool = True
 
 
 def find(dataset: str) -> list[Path] | None:
@@ -94,62 +96,56 @@ def split_of(name: Path | str) -> str | None:
 
 
 def open_source(dataset: str) -> Source:
-    """The parts of a data set. Raises UserError where they cannot be told apart."""
+    """Find the parts of a data set. Raises UserError where they cannot be told apart."""
     files = find(dataset)
     if files is None:
         return _hub_source(dataset)
     path = expand_user(dataset, "DATASET")
     if not path.is_dir():
-        return Source({"all": files}, [])
+        return Source(dataset, {"all": files})
     left_out = _data_files(path)[1]
     by_split = {name: [] for name in (*SPLITS, None)}
     for file in files:
         by_split[split_of(file.relative_to(path))].append(file)
     if not by_split["val"] and not by_split["test"]:
-        return Source({"all": files}, left_out)
-    train = sorted(by_split["train"] + by_split[None])
-    held_out = [(f"{path}#test", by_split["test"])]
-    return _split_source(dataset, train, by_split["val"], held_out, left_out)
-
-
-def _split_source(dataset: str, train, val, test: list[tuple], left_out: list[str]) -> Source:
-    """The parts of a data set whose splits are given. Raises UserError without one to train on."""
-    if not train:
-        others = [f"{dataset}#{SPLITS['val'][2]}"] * bool(val) + [
-            name for name, part in test if part
-        ]
-        raise UserError(
-            f"DATASET {dataset} has no split to train on; name one of its splits: "
-            f"{', '.join(others)}"
-        )
-    for name, part in test:
-        if part:
-            files = f", {_names(part)}" if isinstance(part, list) else f", {len(part):,} records"
-            left_out = [*left_out, f"the test split{files}; to evaluate on it: --evaluate {name}"]
-    return Source({"train": train, "val": val} if val else {"all": train}, left_out)
+        return Source(dataset, {"all": files}, left_out)
+    if test := by_split["test"]:
+        left_out = [*left_out, _test_line(_names(test), f"{path}#test")]
+    if not (train := sorted(by_split["train"] + by_split[None])):
+        others = {"validation": by_split["val"], "test": test}
+        raise _no_train_split(dataset, [name for name, part in others.items() if part])
+    parts = {"train": train, "val": by_split["val"]} if by_split["val"] else {"all": train}
+    return Source(dataset, parts, left_out)
 
 
 def _hub_source(dataset: str) -> Source:
-    """The splits of a data set on the hub. Raises UserError where it is not clear what is which."""
+    """Take the splits of a data set on the hub by their names. Raises UserError without `train`."""
     print(f"reading DATASET {dataset} ...", flush=True)
     splits = hub.load(dataset)
     if len(splits) == 1:
-        return Source({"all": next(iter(splits.values()))}, [])
-    exact = {SPLIT_OF[name]: split for name, split in splits.items() if name in SPLIT_OF}
-    if "train" not in exact:
-        name = dataset.partition("#")[0]
-        raise UserError(
-            f"DATASET {dataset} has the splits {', '.join(splits)}, none of them named train; "
-            f"name the one to train on, as in {name}#{next(iter(splits))}"
-        )
-    others = [name for name in splits if name not in SPLIT_OF]
-    left_out = (
-        [f"the splits {', '.join(others)}; name one to take it: {dataset}#{others[0]}"]
-        if others
-        else []
+        return Source(dataset, {"all": next(iter(splits.values()))}, is_local=False)
+    taken = {use: next((w for w in words if w in splits), None) for use, words in SPLITS.items()}
+    if not taken["train"]:
+        raise _no_train_split(dataset, [*splits])
+    left_out = []
+    if others := [name for name in splits if name not in taken.values()]:
+        left_out += [f"the splits {', '.join(others)}; name one to take it: {dataset}#{others[0]}"]
+    if test := taken["test"]:
+        left_out += [_test_line(f"{len(splits[test]):,} records", f"{dataset}#{test}")]
+    train, val = taken["train"], taken["val"]
+    parts = {"train": splits[train], "val": splits[val]} if val else {"all": splits[train]}
+    return Source(dataset, parts, left_out, is_local=False)
+
+
+def _test_line(what: str, name: str) -> str:
+    return f"the test split, {what}; to evaluate on it: --evaluate {name}"
+
+
+def _no_train_split(dataset: str, splits: list[str]) -> UserError:
+    return UserError(
+        f"DATASET {dataset} has the splits {', '.join(splits)} and no split to train on; "
+        f"name one, as in {dataset}#{splits[0]}"
     )
-    test = [(f"{dataset}#{name}", splits[name]) for name in splits if SPLIT_OF.get(name) == "test"]
-    return _split_source(dataset, exact["train"], exact.get("val", []), test, left_out)
 
 
 def _names(files: list[Path], most: int = 3) -> str:
@@ -233,30 +229,33 @@ def ready_split(dataset: str) -> list[Path]:
     return [file for file in find(dataset) or [] if file.name in READY]
 
 
-def read_parts(dataset: str, source: Source) -> Iterator[tuple[str, dict | list | str]]:
-    """Every record with the name of its part; a str in place of one says why it is unreadable.
+def read_parts(source: Source) -> Iterator[tuple[str, dict | list | str]]:
+    """Yield every record with the name of its part; a str says why one is unreadable.
 
     What takes long shows a line, and a bar on a terminal.
     """
-    files, what = find(dataset), f"reading DATASET {dataset}"
-    print_if_large(what, files or [])
+    what = f"reading DATASET {source.dataset}"
+    if source.is_local:
+        print_if_large(what, [file for part in source.parts.values() for file in part])
     records = (
         (name, record)
         for name, part in source.parts.items()
-        for record in (
-            chain.from_iterable(map(parsers.read_file, part)) if files else hub.rows(dataset, part)
-        )
+        for record in (_read_files(part) if source.is_local else hub.rows(source.dataset, part))
     )
     yield from counted(records, what, "records")
 
 
+def _read_files(files: list[Path]) -> Iterator[dict | list | str]:
+    return chain.from_iterable(map(parsers.read_file, files))
+
+
 def read_records(dataset: str) -> Iterator[dict | list | str]:
-    """The records of all parts of a data set, in their order."""
-    return (record for _, record in read_parts(dataset, open_source(dataset)))
+    """Yield the records of all parts of a data set, in their order."""
+    return (record for _, record in read_parts(open_source(dataset)))
 
 
-def print_if_large(what: str, files: list[Path], large: float = LARGE) -> None:
-    """Say what is being done with the files where it takes a while."""
+def print_if_large(what: str, files: list[Path], times: float = 1) -> None:
+    """Say what is being done with the files where they are `times` as large as LARGE."""
     size = sum(file.stat().st_size for file in files)
-    if size > large:
+    if size > times * LARGE:
         print(f"{what} ({size / 1e6:,.0f} MB) ...", flush=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -33,6 +34,14 @@ class Texts(NamedTuple):
     validates: np.ndarray
 
 
+class Formatted(NamedTuple):
+    """The training texts of a record in a mode, or why it has none."""
+
+    texts: list[Turns]
+    left_out: Sequence[str] = ()  # a reason for each turn that is in no text
+    skipped: str | None = None
+
+
 class Tally:
     """Counts of what records hold, and of what of them is not trained on."""
 
@@ -43,10 +52,11 @@ class Tally:
         self.columns, self.unused, self.unused_bytes = set(), Counter(), Counter()
         self.n_bytes = self.n_texts = self.without_system = self.several_turns = 0
 
-    def add(self, record, parsed: columns.Parsed, reason: str | None, mode: str) -> None:
-        """Count one record, which is skipped for `reason` or has texts of `mode`."""
+    def add(self, record, parsed: columns.Parsed, formatted: Formatted, mode: str) -> None:
+        """Count one record and what of it is skipped or left out in `mode`."""
         self.structures[parsed.structure] += 1
-        self.left_out.update(parsed.left_out)
+        self.left_out.update([*parsed.left_out, *formatted.left_out])
+        self.n_texts += len(formatted.texts)
         self.records.update(list(dict.fromkeys(field for field, _ in parsed.turns)))
         for field, text in parsed.turns:
             self.turns[field] += 1
@@ -57,18 +67,13 @@ class Tally:
         for name, size in columns.unused_values(record, parsed):
             self.unused[name] += 1
             self.unused_bytes[name] += size
-        if reason:
-            self.skipped[reason] += 1
-            self.first_skipped.setdefault(reason, self.structures.total())
-        elif mode == "full" and self.is_text_of_fields(parsed):
-            fields = [field for field, _ in parsed.turns]
+        if formatted.skipped:
+            self.skipped[formatted.skipped] += 1
+            self.first_skipped.setdefault(formatted.skipped, self.structures.total())
+        elif mode == "full" and parsed.kind != "text":
+            fields = [field for field, _ in formatted.texts[0]]
             self.without_system += "system" not in fields
             self.several_turns += fields.count("response") > 1
-            self.left_out.update([columns.NO_ANSWER] * (fields[-1] == "instruction"))
-
-    @staticmethod
-    def is_text_of_fields(parsed: columns.Parsed) -> bool:
-        return bool(parsed.turns) and parsed.turns[0][0] != "text"
 
     def report(self) -> dict:
         """The counts, as data.json keeps them."""
@@ -99,32 +104,24 @@ class Tally:
         }
 
 
-def texts_or_reason(parsed: columns.Parsed, mode: str) -> tuple[list[Turns], str | None]:
-    """The training texts of a record in a mode, or why it has none.
+def format_record(parsed: columns.Parsed, mode: str) -> Formatted:
+    """Format a record in a mode.
 
     A system text that is there and broken costs `full` the record, one that is not there does not.
     """
     present = {field for field, _ in parsed.turns}
-    needed = ("text",) if "text" in present | parsed.problems.keys() else needed_fields(mode)
-    for field in needed:
+    for field in ("text",) if parsed.kind == "text" else needed_fields(mode):
         if field not in present:
-            return [], parsed.problems.get(field, f"{field} missing")
-    if mode == "full" and columns.is_broken(problem := parsed.problems.get("system")):
-        return [], problem
-    texts = training_texts(parsed.turns, mode)
-    return texts, None if texts else "system missing before the instruction"
+            return Formatted([], (), parsed.reason(field))
+    if mode == "full" and parsed.is_broken("system"):
+        return Formatted([], (), parsed.reason("system"))
+    texts, left_out = training_texts(parsed.turns, mode)
+    if not texts:
+        return Formatted([], (), "system missing before the instruction")
+    return Formatted(texts, left_out)
 
 
-def parse(record: dict | list | str, chosen: str | None) -> columns.Parsed:
-    """What a record holds; a str in place of one says why it is unreadable."""
-    if isinstance(record, str):
-        return columns.Parsed("unreadable", problems=dict.fromkeys(FIELDS, record))
-    return columns.detect(record, chosen)
-
-
-def write_texts(
-    dataset: str, mode: str, folder: Path, chosen: str | None, source: sources.Source
-) -> Texts:
+def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | None) -> Texts:
     """Write the texts that the records have in a mode to all.bin and all.fields.
 
     `chosen` is COLUMNS. Raises UserError where there is no text.
@@ -133,11 +130,11 @@ def write_texts(
     lengths, digests, owners, keys = array("Q"), array("Q"), array("Q"), array("Q")
     validates = array("B")
     with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
-        for part, record in sources.read_parts(dataset, source):
-            parsed = parse(record, chosen)
-            found, reason = texts_or_reason(parsed, mode)
-            tally.add(record, parsed, reason, mode)
-            for text in found:
+        for part, record in sources.read_parts(source):
+            parsed = columns.parse_record(record, chosen)
+            formatted = format_record(parsed, mode)
+            tally.add(record, parsed, formatted, mode)
+            for text in formatted.texts:
                 length, digest = _write_text(text, out, labels)
                 lengths.append(length)
                 digests.append(digest)
@@ -145,8 +142,8 @@ def write_texts(
             if parsed.turns:
                 keys.extend(_record_keys(parsed.turns))
                 validates.append(part == "val")
-    tally.n_texts = len(lengths)
-    report = {"dataset": dataset, "mode": mode, **tally.report(), "not_read": source.left_out}
+    report = {"dataset": source.dataset, "mode": mode, **tally.report()}
+    report["not_read"] = list(source.left_out)
     _check_columns(chosen, tally.columns)
     if not lengths:
         raise UserError(cannot_serve(report))

@@ -59,22 +59,25 @@ def official_config(config: BDHConfig) -> dict:
     return {name: value for name, value in asdict(config).items() if name != "dropout_v"}
 
 
+LOCAL = ("CHECKPOINT_DIR", "RUN_NAME", "IGNORE_MEMORY_CHECK", "PROCESSES", "PHASES")
+
+
+def without_folders(name: str) -> str:
+    """Return the last part of an absolute path, which names local folders; other names whole."""
+    return Path(name).name if name.startswith(("/", "~")) else name
+
+
 def training_command(settings: dict) -> str:
-    """Return the command with all settings of the run, except paths and the like."""
+    """Return the command with the settings of the run, but for those that are LOCAL."""
     words = ["python", "train_mlx.py"]
     for name, value in settings.items():
-        if name not in (
-            "CHECKPOINT_DIR",
-            "RUN_NAME",
-            "IGNORE_MEMORY_CHECK",
-            "PROCESSES",
-            "PHASES",
-        ):
-            flag = flag_of(name)
-            if isinstance(value, bool):
-                words.append(flag if value else f"--no-{flag[2:]}")
-            else:
-                words += [flag, "none" if value is None else str(value)]
+        flag = flag_of(name)
+        if isinstance(value, bool) and name not in LOCAL:
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif name not in LOCAL:
+            is_path = name in ("DATASET", "INIT_FROM") and value
+            shown = without_folders(str(value)) if is_path else value
+            words += [flag, "none" if shown is None else str(shown)]
     return escape_controls(shlex.join(words))
 
 
@@ -84,7 +87,7 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
         about = files.read_json_object(checkpoint / "config.json")
         settings, step = runs.valid_settings(about["settings"]), about["step"]
         rows = {
-            "data": settings["DATASET"],
+            "data": without_folders(settings["DATASET"]),
             "mode": settings["TRAINING_MODE"],
             "iterations": f"{step:,}",
             "training data": f"{count_text(about['data']['train']['records'])}"

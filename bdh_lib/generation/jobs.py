@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from bdh_lib import files
 from bdh_lib.compute.state import State
 from bdh_lib.data import columns, formats
+from bdh_lib.data.parsers import parse_exactly
 from bdh_lib.errors import UserError
 from bdh_lib.generation.decoding import decode_text, generate_batch
 from bdh_lib.generation.sampling import Sampling
+from bdh_lib.progress import Progress
 from bdh_mlx import BDH
 
 MAX_TEXTS = 10**6  # of one command
@@ -69,7 +70,11 @@ def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = N
         try:
             record = files.parse_json(line)
             check_json(record)
-            prompt = prompt_of_record(record, mode, chosen)
+            if isinstance(record, dict) and ("prompt" not in record or chosen):
+                # as in training, with numbers as they stand in the line
+                prompt = prompt_of_record(parse_exactly(line), mode, chosen)
+            else:
+                prompt = prompt_of_record(record, mode)
         except ValueError as error:
             reason = error if isinstance(error, UserError) else "not JSON"
             raise UserError(f"--prompts {file} line {number}: {reason}") from None
@@ -112,13 +117,13 @@ def prompt_of_record(record: dict, mode: str | None, chosen: str | None = None) 
         raise UserError(f"prompt is {type(prompt).__name__}, not text")
     if mode is None:
         raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
-    parsed = columns.detect(record, chosen)
-    is_text = parsed.structure == "text"
+    parsed = columns.parse_record(record, chosen)
+    is_text = parsed.kind == "text"
     needed = "text" if is_text else "system" if mode == "system" else "instruction"
     if needed not in dict(parsed.turns):
-        raise UserError(parsed.problems.get(needed, f"{needed} missing"))
-    if mode in ("both", "full") and columns.is_broken(parsed.problems.get("system")):
-        raise UserError(parsed.problems["system"])
+        raise UserError(parsed.reason(needed))
+    if mode in ("both", "full") and parsed.is_broken("system"):
+        raise UserError(parsed.reason("system"))
     return formats.format_prompt(parsed.turns, mode).encode()
 
 
@@ -227,12 +232,12 @@ def write_results(
     try:
         with (
             open_output(out) as put,
-            tqdm(total=total, initial=done, disable=None, unit="text") as bar,
+            Progress("writing", total, "texts", done, sys.stderr) as progress,
         ):
             for job, text, stopped in results:
                 put(result_line(job, source, text, stopped))
                 done += 1
-                bar.update()
+                progress.update()
     except KeyboardInterrupt:
         hint = "; the same command goes on" if out else ""
         print(f"stopped: {done} of {total} texts are written{hint}", file=sys.stderr)

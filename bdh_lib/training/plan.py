@@ -19,10 +19,11 @@ import numpy as np
 
 from bdh_lib.compute import memory
 from bdh_lib.data import sources
+from bdh_lib.data.columns import parse_record
 from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS, REQUIRED_FIELDS, STOP, Turns
 from bdh_lib.data.prepare import IN_VAL, data_settings, prepare
-from bdh_lib.data.texts import parse, texts_or_reason
+from bdh_lib.data.texts import format_record
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.tables import format_table
 from bdh_lib.training import phases
@@ -86,9 +87,9 @@ def examine(s: SimpleNamespace) -> Findings:
     folder = prepare(data_settings(s, s.TRAINING_MODE), Path(s.CHECKPOINT_DIR) / ".data")
     in_val = iter(np.load(folder / IN_VAL).tolist())
     for record in sources.read_records(s.DATASET):
-        parsed = parse(record, s.COLUMNS)
+        parsed = parse_record(record, s.COLUMNS)
         for mode in REQUIRED_FIELDS:
-            texts, _ = texts_or_reason(parsed, mode)
+            texts = format_record(parsed, mode).texts
             findings.usable[mode] += len(texts)
             for text in texts:
                 for name, piece in text:

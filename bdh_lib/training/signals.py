@@ -34,7 +34,7 @@ class StopSignal:
     """
 
     def __init__(self, world: World):
-        self.requested, self.received, self.has_unsaved_work = 0, 0, False
+        self.requested, self.received, self.has_trained = 0, 0, False
         self.world = world
 
     def __enter__(self):
@@ -62,7 +62,7 @@ class StopSignal:
         heard = 0
         while number := os.read(read, 1):
             heard += 1
-            if heard > 1 or not self.has_unsaved_work:
+            if heard > 1 or not self.has_trained:
                 why = "at the second signal" if heard > 1 else "before there was new work to save"
                 with suppress(OSError):  # nobody reads
                     os.write(2, f"stopped {why}\n".encode())

@@ -16,8 +16,8 @@ def chat(*turns, **others):
 
 
 def texts(record, mode="full"):
-    turns = columns.detect(record).turns
-    return ["".join(piece for _, piece in text) for text in training_texts(turns, mode)]
+    turns = columns.parse_record(record).turns
+    return ["".join(piece for _, piece in text) for text in training_texts(turns, mode)[0]]
 
 
 RECORDS = {
@@ -99,7 +99,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_each_structure_gives_its_turns(name):
     record, turns = RECORDS[name]
-    assert columns.detect(record).turns == turns
+    assert columns.parse_record(record).turns == turns
 
 
 @pytest.mark.parametrize("field", columns.ALIASES)
@@ -108,13 +108,13 @@ def test_every_documented_name_of_a_column_is_read(field):
         record = {"instruction": "i", name.upper(): "x"} if field == "context" else {name: "x"}
         if field == "messages":
             record = {name: [{"role": "user", "content": "x"}]}
-        parsed = columns.detect(record)
+        parsed = columns.parse_record(record)
         assert "x" in parsed.turns[0][1] and set(parsed.columns) == set(record)
 
 
 def test_columns_that_are_not_read_are_named_with_their_bytes():
     record = {"question": "q", "answer": "a", "solution": "é", "score": 1.5, "tags": ["x"], "n": ""}
-    unused = dict(columns.unused_values(record, columns.detect(record)))
+    unused = dict(columns.unused_values(record, columns.parse_record(record)))
     assert unused == {"solution": 2, "score": 3, "tags": 5}
 
 
@@ -134,7 +134,7 @@ def test_columns_that_are_not_read_are_named_with_their_bytes():
 def test_columns_may_be_named(chosen, turns):
     record = {"persona": "s", "query": "q", "passage": "c", "reply": "a"}
     record["turns"] = [{"role": "user", "content": "x"}]
-    assert columns.detect(record, chosen).turns == turns
+    assert columns.parse_record(record, chosen).turns == turns
 
 
 @pytest.mark.parametrize("chosen", ["instruction", "answer=x", "response=a,response=b", "=", ","])
@@ -157,9 +157,9 @@ def test_names_of_columns_that_mean_nothing_are_refused(chosen):
     ],
 )
 def test_what_is_no_text_has_a_reason(record, problems):
-    parsed = columns.detect(record)
+    parsed = columns.parse_record(record)
     for field, reason in problems.items():
-        assert parsed.problems[field].startswith(reason)
+        assert parsed.problems[field].reason.startswith(reason)
         assert field not in dict(parsed.turns)
 
 
@@ -168,7 +168,7 @@ def test_turns_in_a_row_are_one_by_a_blank_line():
     record = chat(
         ("system", "s"), ("developer", "t"), *asked, ("assistant", "a"), ("assistant", "b")
     )
-    parsed = columns.detect(record)
+    parsed = columns.parse_record(record)
     assert parsed.turns == [
         ("system", "s\n\nt"),
         ("instruction", "Here is my text\n\nSum it up"),
@@ -181,7 +181,7 @@ def test_turns_in_a_row_are_one_by_a_blank_line():
 @pytest.mark.parametrize("ask", ["user", "human", "Human"])
 @pytest.mark.parametrize("system", ["system", "developer", "System"])
 def test_roles_by_other_names(system, ask, reply):
-    parsed = columns.detect(chat((system, "s"), (ask, "q"), (reply, "a")))
+    parsed = columns.parse_record(chat((system, "s"), (ask, "q"), (reply, "a")))
     assert parsed.turns == [SYSTEM, INSTRUCTION, RESPONSE]
 
 
@@ -190,7 +190,7 @@ def test_calls_of_tools_are_left_out_and_the_question_is_kept():
     record = chat(("user", "price?"))
     record["messages"] += [call, {"role": "tool", "content": "3"}]
     record["messages"] += [{"role": "assistant", "content": "It is 3"}]
-    parsed = columns.detect(record)
+    parsed = columns.parse_record(record)
     assert parsed.turns == [("instruction", "price?"), ("response", "It is 3")]
     assert parsed.left_out == [columns.TOOL_CALL, columns.TOOL_ANSWER]
 
@@ -199,7 +199,7 @@ def test_each_turn_that_is_left_out_has_a_reason():
     image = [{"type": "image_url"}, {"type": "text", "text": "q"}]
     record = chat(("assistant", "Hi!"), ("user", image), ("narrator", "x"), ("assistant", "a"))
     record["messages"] += [5, {"role": "user", "content": {"a": 1}}]
-    parsed = columns.detect(record)
+    parsed = columns.parse_record(record)
     assert parsed.turns == [INSTRUCTION, RESPONSE]
     assert sorted(parsed.left_out) == sorted(
         [
@@ -210,6 +210,27 @@ def test_each_turn_that_is_left_out_has_a_reason():
             columns.NO_QUESTION,
         ]
     )
+
+
+def test_a_reply_needs_a_question_since_the_last_reply():
+    between = chat(("user", "q"), ("system", "s"), ("assistant", "a"))
+    assert columns.parse_record(between).turns == [INSTRUCTION, SYSTEM, RESPONSE]
+    after = chat(("user", "q"), ("assistant", "a"), ("system", "s"), ("assistant", "b"))
+    parsed = columns.parse_record(after)
+    assert parsed.turns == [INSTRUCTION, RESPONSE, SYSTEM]
+    assert parsed.left_out == [columns.NO_QUESTION]
+
+
+def test_the_last_system_text_is_the_one_of_a_question():
+    first = [("system", "s"), ("user", "1"), ("assistant", "2")]
+    record = chat(*first, ("system", "t"), ("user", "3"))
+    assert texts(record, "both") == [
+        "### System:\ns\n\n### Instruction:\n1",
+        "### System:\nt\n\n### Instruction:\n3",
+    ]
+    turns = columns.parse_record(record).turns
+    assert format_prompt(turns, "both") == "### System:\nt\n\n### Instruction:\n3"
+    assert format_prompt(turns, "system") == "t"
 
 
 LONG = chat(("system", "s"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"))
@@ -232,7 +253,7 @@ def test_a_question_at_the_end_of_a_chat_is_asked_and_not_trained_on_in_full():
     open_chat = {"messages": [*LONG["messages"], {"role": "user", "content": "5"}]}
     assert texts(open_chat) == texts(LONG)
     assert texts(open_chat, "instruction") == ["1", "3", "5"]
-    turns = columns.detect(open_chat).turns
+    turns = columns.parse_record(open_chat).turns
     assert format_prompt(turns, "full") == (
         texts(LONG)[0].removesuffix("\n---") + "\n\n### Instruction:\n5\n\n### Response:\n"
     )

@@ -30,7 +30,7 @@ from bdh_lib.data import prepare as preparing
 from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import DataSettings, load_unsplit
-from bdh_lib.data.split import VAL_ENDS, bytes_to_evaluate
+from bdh_lib.data.split import VAL_ENDS, bytes_to_evaluate, choose_validation
 from bdh_lib.training import dataset
 from bdh_mlx import UserError
 from train_mlx import format_example
@@ -301,7 +301,7 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     monkeypatch.setattr(sources, "LARGE", 0)
     for name, value in (("DELAY", 0), ("LINE_EVERY", -1)):
         monkeypatch.setattr(progress, name, value)
-    monkeypatch.setattr(sources.print_if_large, "__defaults__", (0,))
+    monkeypatch.setattr(sources, "LARGE", 0)
     what = f"reading DATASET {source}"
     prepared(source, tmp_path / "cache", "full", 0.1, 2)
     out, err = capsys.readouterr()
@@ -684,6 +684,7 @@ def test_a_cache_of_downloads_that_cannot_be_written_is_no_silent_hub(
     with pytest.raises(UserError, match=complaint) as result:
         list(sources.read_records("user/name"))
     assert ("set HF_HOME" in str(result.value)) == ("written" in complaint)
+    assert ("out of reach" in complaint) == huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -786,7 +787,7 @@ def test_without_a_network_the_script_says_so_and_exits_with_2(tmp_path):
 def test_the_embedded_sample_is_sound():
     records = list(sources.read_records("sample"))
     assert 400 <= len(records) <= 700
-    assert all([f for f, _ in columns.detect(r).turns] == [*RECORD] for r in records)
+    assert all([f for f, _ in columns.parse_record(r).turns] == [*RECORD] for r in records)
     for field in RECORD:
         assert len({r[field] for r in records}) == len(records)
     assert np.mean([len(format_example(r, "full")) for r in records]) > 700
@@ -839,6 +840,16 @@ def test_the_split_holds_out_its_share_and_whole_systems_where_they_fit(tmp_path
     assert report["val"]["records"] == round(0.1 * len(records)) and report["shared"] == 0
     train, val = dealt(file, tmp_path / "cache", "system")
     assert val and len(train) + len(val) == 40
+
+
+def test_half_of_the_share_is_drawn_by_whole_system_texts():
+    sizes = [*[10] * 50, 500]  # a text of half of the records never fits
+    system = np.repeat(np.arange(1, 52), sizes)
+    keys = np.stack([system, np.zeros_like(system), np.arange(1, 1001)]).astype(np.uint64)
+    for seed in range(20):
+        in_val = choose_validation(keys, 0.1, seed)
+        whole = [np.all(in_val[system == text]) for text in range(1, 52)]
+        assert in_val.sum() == 100 and sum(whole) == 5 and not whole[-1], seed
 
 
 def test_few_records_with_a_system_text_are_not_all_held_out(tmp_path):

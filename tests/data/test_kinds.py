@@ -17,8 +17,9 @@ import pytest
 from conftest import ROOT
 from hub_stub import COMMIT, serving
 
+from bdh_lib.data import formats, parsers, sources
+from bdh_lib.data import hub as hub_access
 from bdh_lib.data import prepare as preparing
-from bdh_lib.data import sources
 from bdh_lib.data.describe import describe
 from bdh_lib.data.prepare import DataSettings, load_unsplit
 from bdh_mlx import UserError
@@ -58,6 +59,7 @@ KINDS = {  # file: its content, and what its training bytes must and must not ho
     "list.json": (json.dumps(rows(asked), indent=1), excerpt(3), None),
     "wrapped.json": (json.dumps({"version": "1", "data": rows(asked)}), excerpt(3), None),
     "wrapped.jsonl": (json.dumps({"data": rows(asked)}), excerpt(3), None),
+    "wrapped, then blank.json": (json.dumps({"data": rows(asked)}) + "\n\n", excerpt(3), None),
     "array.jsonl": (json.dumps(rows(asked), indent=2), excerpt(3), None),
     "array in a line.jsonl": (json.dumps(rows(asked)), excerpt(3), None),
     "array of lines.jsonl": (
@@ -146,7 +148,7 @@ KINDS = {  # file: its content, and what its training bytes must and must not ho
     ),
     "half with system.jsonl": (
         jsonl(*(asked(i) | {"system": "" if i % 2 else f"sys {i}"} for i in range(N))),
-        f"---\n\n{excerpt(3)}"[:20], None,
+        f"---\n\n{excerpt(3)}", None,
     ),
     "replacement character.jsonl": (
         jsonl(*(asked(i) | {"response": f"\ufffd {i}"} for i in range(N))),
@@ -290,6 +292,68 @@ def test_columns_are_taken_as_the_setting_says(tmp_path):
         prepared(tmp_path / "d.jsonl", tmp_path / "cache", columns="instruction=qury,response=say")
 
 
+def test_a_column_that_is_empty_gives_way_to_one_that_is_filled(tmp_path):
+    """A table gives every record all columns, and those that it lacks as null or empty."""
+    records = [*rows(asked), *({"text": f"plain {i}"} for i in range(N))]
+    records += [{"question": f"also {i}", "answers": f"yes {i}"} for i in range(N)]
+    names = ("instruction", "response", "text", "question", "answers", "messages")
+    full = [{name: record.get(name) for name in names} for record in records]
+    (tmp_path / "d.jsonl").write_text(jsonl(*records))
+    datasets.Dataset.from_list(full).to_parquet(tmp_path / "d.parquet")
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(full)
+    texts = {kind: prepared(tmp_path / f"d.{kind}", tmp_path / "c")[1]
+             for kind in ("jsonl", "parquet", "csv")}  # fmt: skip
+    assert texts["jsonl"] == texts["parquet"] == texts["csv"]
+    assert excerpt(3) in texts["csv"] and "\n\nplain 3" in texts["csv"]
+    assert "### Instruction:\nalso 3\n\n### Response:\nyes 3\n---" in texts["csv"]
+
+
+@pytest.mark.parametrize("bad", ["# one\n# two\n", "{ one\n[ two\n", "{ one\n\n{ two\n"])
+def test_bad_lines_at_the_start_cost_themselves_alone(tmp_path, bad):
+    (tmp_path / "d.jsonl").write_text(bad + jsonl({"text": "a\u2028b\x85\x0c"}, {"text": "c"}))
+    records = [*sources.read_records(str(tmp_path / "d.jsonl"))]
+    assert [r for r in records if isinstance(r, dict)] == [
+        {"text": "a\u2028b\x85\x0c"},
+        {"text": "c"},
+    ]
+    assert records.count("not JSON") == 2
+
+
+def test_a_quote_that_never_ends_costs_its_row_and_a_bounded_memory(tmp_path, monkeypatch):
+    lines = ["instruction,response", '"a,b', *(f"q{i},r{i}" for i in range(300))]
+    (tmp_path / "d.csv").write_text("\n".join(lines) + "\n")
+    for limit in (10**6, 200):
+        monkeypatch.setattr(parsers, "LARGEST_ROW", limit)
+        bad, *good = sources.read_records(str(tmp_path / "d.csv"))
+        assert bad.startswith("row with a wrong quote")
+        assert good == [{"instruction": f"q{i}", "response": f"r{i}"} for i in range(300)]
+
+
+def test_a_header_is_read_as_the_rows_are(tmp_path):
+    (tmp_path / "d.csv").write_text('question,"ans\nwer",answer,answer\nq,x,a,b\n')
+    assert [*sources.read_records(str(tmp_path / "d.csv"))] == [
+        {"question": "q", "ans\nwer": "x", "answer": "a", "answer (2)": "b"}
+    ]
+    (tmp_path / "d.csv").write_text('question,"answer"x\nq,x\n')
+    with pytest.raises(UserError, match=r"as \.csv: its header: row with a wrong quote"):
+        [*sources.read_records(str(tmp_path / "d.csv"))]
+
+
+def test_turns_that_a_mode_cannot_place_are_counted(tmp_path):
+    early = [talk(("user", f"early {i}"), ("system", "S"), ("user", f"late {i}")) for i in range(N)]
+    (tmp_path / "d.jsonl").write_text(jsonl(*early))
+    report, text = prepared(tmp_path / "d.jsonl", tmp_path / "cache", "both")
+    assert report["left_out"] == {formats.NO_SYSTEM: N} and "early" not in text
+    tail = [talk(("user", f"q{i}"), ("assistant", "a"), ("system", "T")) for i in range(N)]
+    (tmp_path / "d.jsonl").write_text(jsonl(*tail))
+    report, text = prepared(tmp_path / "d.jsonl", tmp_path / "cache")
+    assert report["left_out"] == {formats.NO_REPLY_TO_SYSTEM: N}
+    assert report["without_system"] == N and report["several_turns"] == 0
+
+
 def test_the_trainer_and_the_generator_take_the_flag(tmp_path):
     records = [{"ask": f"ask {i}", "say": f"reply {i}"} for i in range(40)]
     (tmp_path / "d.jsonl").write_text(jsonl(*records))
@@ -329,10 +393,12 @@ def test_splits_that_are_given_are_used(tmp_path, val, names):
     folder = split_folder(tmp_path / "set", *(names.format(s) for s in ("train", val, "test")))
     report, text = prepared(folder, tmp_path / "cache")
     assert (report["train"]["records"], report["val"]["records"]) == (20, 5)
-    assert (
-        "test q3" not in text
-        and "val q3" in text.partition("val q")[1] + text.partition("val q")[2]
-    )
+    assert "test q" not in text
+    settings = DataSettings(str(folder), "full", 0.1, 1)
+    files = preparing.prepare(settings, tmp_path / "cache")
+    sides = [(files / f"{side}.bin").read_text() for side in ("train", "val")]
+    assert [side.count("train q") for side in sides] == [20, 0]
+    assert [side.count("val q") for side in sides] == [0, 5]
     told = describe(report)
     assert "validation, as given: 5 records" in told
     assert f"not read: the test split, {Path(names.format('test')).name}" in told
@@ -354,12 +420,39 @@ def test_a_tenth_is_held_out_where_no_validation_is_given(tmp_path):
 
 def test_splits_that_cannot_be_told_apart_are_asked_for(tmp_path):
     folder = split_folder(tmp_path / "set", "validation.jsonl", "test.jsonl")
-    with pytest.raises(UserError, match=r"no split to train on; name one.*#validation, .*#test"):
+    with pytest.raises(UserError, match=r"splits validation, test and no split to train.*#val"):
         prepared(folder, tmp_path / "cache")
     with pytest.raises(UserError, match="no files of a split 'tset'; it has: test, val"):
         prepared(f"{folder}#tset", tmp_path / "cache")
     plain = split_folder(tmp_path / "plain", "a.jsonl", "train.jsonl")
     assert prepared(plain, tmp_path / "cache")[0]["records"] == 25
+
+
+def test_a_validation_that_cannot_serve_is_told_as_such(tmp_path):
+    folder = split_folder(tmp_path / "set", "train.jsonl", "valid.jsonl")
+    (folder / "valid.jsonl").write_text(jsonl({"prompt": "alone"}))
+    with pytest.raises(UserError, match="held out; look at the files of that split"):
+        prepared(folder, tmp_path / "cache")
+    (folder / "valid.jsonl").write_text((folder / "train.jsonl").read_text())
+    with pytest.raises(UserError, match="every text of its validation is trained on, too"):
+        prepared(folder, tmp_path / "cache")
+
+
+def test_a_file_is_of_the_split_that_its_own_name_says():
+    assert sources.split_of(Path("test/train.jsonl")) == "train"
+    assert sources.split_of(Path("train/part.jsonl")) == "train"
+    assert sources.split_of(Path("latest/contest.jsonl")) is None
+    assert sources.split_of(Path("eval.jsonl")) == sources.split_of("evaluation_set") == "test"
+
+
+def test_one_split_of_each_use_is_taken_from_the_hub_and_the_others_are_named(monkeypatch):
+    splits = {"dev": [1], "training": [2], "train": [3], "validation": [4], "extra": [5]}
+    monkeypatch.setattr(hub_access, "load", lambda dataset: splits)
+    source = sources.open_source("user/name")
+    assert source.parts == {"train": [3], "val": [4]}
+    assert source.left_out == [
+        "the splits dev, training, extra; name one to take it: user/name#dev"
+    ]
 
 
 def test_a_text_of_the_validation_that_is_trained_on_is_left_out_of_it(tmp_path):
@@ -427,7 +520,7 @@ HUB = {
     "user/plain": ["5 records", f"commit {COMMIT}", "training: 4 records"],
     "user/splits": ["validation, as given: 5", "the test split, 5 records", "user/splits#test"],
     "user/splits#test": ["5 records", "training: 4 records"],
-    "user/sft": ["the splits train_sft, test_sft, none of them named train", "user/sft#train_sft"],
+    "user/sft": ["the splits train_sft, test_sft and no split to train on", "user/sft#train_sft"],
     "user/sft#train_sft": ["20 records"],
     "user/configs": ["several configurations, main, hard: name one, as in user/configs:main"],
     "user/configs:main": ["20 records"],
@@ -448,4 +541,5 @@ def test_each_kind_of_data_on_the_hub(hub, tmp_path, name):
 def test_what_was_read_from_the_hub_needs_no_network_later(hub, tmp_path):
     first = plan_data(hub, tmp_path, "user/plain")
     later = plan_data("http://127.0.0.1:9", tmp_path, "user/plain")
-    assert "taking what was prepared on" in later and "training: 4 records" in first + later
+    assert "training: 4 records" in first
+    assert "taking what was prepared on" in later and "training: 4 records" in later

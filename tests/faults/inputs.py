@@ -87,14 +87,14 @@ def lines(records):
 
 
 def unchecked(parsed, mode):
-    return texts.training_texts(parsed.turns, mode), None
+    return texts.Formatted(texts.training_texts(parsed.turns, mode)[0])
 
 
 @fault(
     "bad records: 22 kinds among 1,000 good ones, exact counts and bytes",
     1,
     1,
-    believed=[(texts, "texts_or_reason", unchecked)],
+    believed=[(texts, "format_record", unchecked)],
 )
 def _(n):
     box, file = fresh(), ROOM / "bad.jsonl"
@@ -236,7 +236,7 @@ def _(n):
     not_looked_at_again=[(preparing, "cache_key", lambda *a, **k: "f")],
 )
 def _(n):
-    for where, nth in (("train_mlx.get_batch", 4), ("columns.detect", 100)):
+    for where, nth in (("train_mlx.get_batch", 4), ("columns.parse_record", 100)):
         owner, name = where.split(".")
         box = fresh()
         (box / "d.jsonl").write_bytes(DATA.read_bytes())

@@ -123,7 +123,7 @@ class Deaf:
 
 PHASES = {  # the call that starts it, and which
     "start": (checkpoints, "newest_valid", 1),
-    "data preparation": (columns, "detect", 5),
+    "data preparation": (columns, "parse_record", 5),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
     "step": (train_mlx, "get_batch", 6),
     "evaluation": (train_mlx, "evaluate", 3),
@@ -176,7 +176,7 @@ TINY_PHASES = {
     "sampling": (decoding, "stream", 4),
     "save": (files, "flush", 3),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
-    "data preparation": (columns, "detect", 5),
+    "data preparation": (columns, "parse_record", 5),
 }
 
 

@@ -15,6 +15,7 @@ import bdh_mlx
 import generate
 import train_mlx
 from bdh_lib.data.sources import SAMPLE
+from bdh_lib.generation import export
 from bdh_mlx import UserError
 
 
@@ -52,6 +53,14 @@ def test_the_card_tells_where_a_run_comes_from(tmp_path):
     one, two = bdh_mlx.load_model(tmp_path / "full"), bdh_mlx.load_model(folder)
     pairs = zip(tree_flatten(one.parameters()), tree_flatten(two.parameters()), strict=True)
     assert one.config == two.config and all(mx.array_equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def test_a_card_shows_no_folder_of_this_machine():
+    settings = {"DATASET": "/home/me/data/d.jsonl", "INIT_FROM": "~/runs/secret", "RUN_NAME": "r"}
+    command = export.training_command(settings)
+    assert command == "python train_mlx.py --dataset d.jsonl --init-from secret"
+    assert export.training_command({"INIT_FROM": None}).endswith("--init-from none")
+    assert export.without_folders("user/name") == "user/name"
 
 
 def test_nothing_is_written_over(tmp_path):
@@ -118,4 +127,4 @@ def test_a_hostile_data_name_stays_in_its_cell(tmp_path):
     assert train(tmp_path, "--max-iters", 1, "--dataset", data) == 0
     generate.main([str(tmp_path / "full"), "--export", str(tmp_path / "shared")])
     card = (tmp_path / "shared" / "README.md").read_text()
-    assert rf"| data | {tmp_path}/a\|b &lt;script>.jsonl |" in card.splitlines()
+    assert r"| data | a\|b &lt;script>.jsonl |" in card.splitlines()

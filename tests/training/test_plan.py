@@ -60,6 +60,13 @@ def test_planted_faults_are_counted(tmp_path, capsys):
     )
 
 
+def test_presets_are_planned_on_the_bytes_that_are_left_to_train_on(tmp_path, capsys):
+    out = plan_output(tmp_path, capsys, [record(i, system=f"s{i}" * 9) for i in range(200)])
+    n_bytes = int(re.search(r"^ *system +200 +([\d,]+)", out, re.M)[1].replace(",", ""))
+    row = re.search(r"^ *phase1-64gb +system +\S+ +([\d,]+) +([\d.]+)", out, re.M)
+    assert float(row[2]) == pytest.approx(int(row[1]) * 8192 / (0.9 * n_bytes), rel=0.01)
+
+
 def test_a_character_lost_before_is_found_where_it_stands_as_it_is(tmp_path, capsys):
     records = [record(i) for i in range(20)] + [record(20, response="lost \ufffd")]
     out = plan_output(tmp_path, capsys, records, ascii=False)
