@@ -135,7 +135,7 @@ from bdh_mlx import BDH
 
 @lru_cache(maxsize=2)
 def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
-    """First byte of each block of an epoch, in the order of the epoch.
+    """Return the first byte of each block of an epoch, in the order of the epoch.
 
     The blocks tile the stream, which is taken as a ring, from an offset that each epoch draws: each
     byte is a target once, and fewer than T of them twice.
@@ -146,7 +146,9 @@ def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def block_starts(n_bytes: int, first: int, count: int, T: int, seed: int) -> np.ndarray:
-    """First byte of the blocks first .. first+count-1 of a run, over as many epochs as needed."""
+    """Return the first byte of the blocks first .. first+count-1 of a run, over as many epochs as
+    needed.
+    """
     n_blocks = math.ceil(n_bytes / T)
     indices = [divmod(block, n_blocks) for block in range(first, first + count)]
     return np.array([epoch_starts(n_bytes, T, seed, epoch)[i] for epoch, i in indices])
@@ -155,7 +157,7 @@ def block_starts(n_bytes: int, first: int, count: int, T: int, seed: int) -> np.
 def get_batch(
     stream: np.ndarray, first: int, B: int, T: int, seed: int
 ) -> tuple[mx.array, mx.array]:
-    """Blocks first .. first+B-1 of a run as idx and targets (B, T).
+    """Return the blocks first .. first+B-1 of a run as idx and targets (B, T).
 
     They are a function of the arguments alone, so that a resumed run reads on where it stopped.
     """
@@ -168,7 +170,9 @@ def get_batch(
 
 
 def learning_rate(step: int, total: int, s: Settings) -> float:
-    """Rate of update number `step` (from 0): a linear rise, then half a cosine down to the end."""
+    """Return the rate of update number `step` (from 0): a linear rise, then half a cosine down to
+    the end.
+    """
     if step < s.WARMUP_ITERS:
         return s.LEARNING_RATE * (step + 1) / s.WARMUP_ITERS
     end = s.LR_DECAY_ITERS or total
@@ -178,7 +182,7 @@ def learning_rate(step: int, total: int, s: Settings) -> float:
 
 
 def target_mask(fields: np.ndarray, batch_index: int, s: Settings) -> np.ndarray:
-    """Which targets (B, T) of a run's batch number `batch_index` count in its loss."""
+    """Return which targets (B, T) of a run's batch number `batch_index` count in its loss."""
     if s.LOSS_ON == "all":
         return np.ones((s.BATCH_SIZE, s.BLOCK_SIZE), bool)
     batch = (batch_index * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
@@ -186,7 +190,7 @@ def target_mask(fields: np.ndarray, batch_index: int, s: Settings) -> np.ndarray
 
 
 def n_targets_in_update(fields: np.ndarray, step: int, s: Settings) -> int:
-    """How many targets count in the loss of update number `step`, over all its batches."""
+    """Return how many targets count in the loss of update number `step`, over all its batches."""
     batches = blocks_per_update(s) // s.BATCH_SIZE
     if s.LOSS_ON == "all":
         return blocks_per_update(s) * s.BLOCK_SIZE
@@ -194,7 +198,7 @@ def n_targets_in_update(fields: np.ndarray, step: int, s: Settings) -> int:
 
 
 def loss_weights(fields: np.ndarray, batch_index: int, count: int, s: Settings) -> np.ndarray:
-    """Weight of each target (B, T) of a batch in the loss of its update.
+    """Return the weight of each target (B, T) of a batch in the loss of its update.
 
     That loss is the mean over the `count` targets that count in all batches of the update, on all
     processes: their weights are 1 / count, those of the others 0.
@@ -206,7 +210,9 @@ def loss_weights(fields: np.ndarray, batch_index: int, count: int, s: Settings) 
 
 
 def init_model(s: Settings, compute: memory.Compute) -> tuple[BDH, optim.AdamW, dict]:
-    """A model with fresh weights, its optimizer, and the average of its weights ({}: none)."""
+    """Return a model with fresh weights, its optimizer, and the average of its weights ({}:
+    none).
+    """
     mx.random.seed(s.SEED)
     model = BDH(s.BDH_CONFIG)
     model.compute = compute
@@ -226,7 +232,7 @@ def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
 def compile_steps(
     model: BDH, optimizer, ema: dict, clip: float | None, noise: float = 0, decay: float = 0
 ) -> tuple[Callable, Callable, list]:
-    """The two halves of an update, compiled, and the state that they change.
+    """Return the two halves of an update, compiled, and the state that they change.
 
     micro_step(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
     apply_update(loss, gradients), each summed over the batches -> norm.
@@ -245,7 +251,7 @@ def compile_steps(
 
     @compiled
     def apply_update(loss, gradients):
-        """One step of AdamW; nothing changes where the loss or the gradient is not finite."""
+        """Take one step of AdamW; nothing changes where the loss or the gradient is not finite."""
         gradients, norm = optim.clip_grad_norm(gradients, clip or math.inf)
         before = copy_tree(state)
         optimizer.update(model, gradients)
@@ -323,7 +329,9 @@ def train_or_explain(s: Settings, run: Path, stop: StopSignal, world: World) -> 
 
 
 def evaluate_mode(s: Settings, stop: StopSignal, model: BDH, mode: str) -> tuple[float, dict]:
-    """What `evaluate` gives on the validation bytes of any mode. Raises UserError without data."""
+    """Return what `evaluate` gives on the validation bytes of any mode. Raises UserError without
+    data.
+    """
     losses = mx.compile(partial(byte_losses, model))
     return evaluate(losses, *load_prepared(s, mode)[2], s.BATCH_SIZE, s.BLOCK_SIZE, stop)
 
@@ -345,7 +353,7 @@ def begin_run(run: Path, s: Settings, report: dict, ancestry: list, trees: list,
 
 
 def micro_batches(s: Settings, step: int, world: World) -> range:
-    """Numbers, in the run, of this process's batches of an update."""
+    """Return the numbers, in the run, of this process's batches of an update."""
     batches = blocks_per_update(s) // s.BATCH_SIZE
     return range(step * batches + world.rank, (step + 1) * batches, world.size)
 
@@ -359,7 +367,7 @@ def evaluation_results(
     stop: StopSignal,
     world: World,
 ) -> dict:
-    """Losses on the validation bytes, and the share of neurons at work, for the log.
+    """Return the losses on the validation bytes, and the share of neurons at work, for the log.
 
     `monitored_loss` (nats) is the loss on the bytes that LOSS_ON counts. best.json, PATIENCE,
     advice and reports go by it. Raises Diverged.
@@ -394,7 +402,7 @@ def sum_gradients(
     stop: StopSignal,
     world: World,
 ) -> tuple[tuple[mx.array, dict], bool]:
-    """Loss and gradients of an update, summed over its batches on all processes.
+    """Return the loss and gradients of an update, summed over its batches on all processes.
 
     Gives also whether any target counts. A signal ends it early where there is one process.
     """
@@ -417,7 +425,7 @@ def sum_gradients(
 
 
 def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: StopSignal) -> list[str]:
-    """What the model writes after the prompts of its mode."""
+    """Return what the model writes after the prompts of its mode."""
     prompts = sample_prompts(s.TRAINING_MODE, summary.fields_in(val.fields))
     if s.SAMPLE_BYTES > 1000:
         print(f"writing {len(prompts)} samples of {s.SAMPLE_BYTES:,} bytes")
@@ -425,7 +433,7 @@ def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: StopSign
 
 
 def batch_location(s: Settings, step: int, train_split: Stream) -> str:
-    """Which bytes an update read."""
+    """Return which bytes an update read."""
     count, n_bytes = blocks_per_update(s), len(train_split.bytes)
     shown = min(count, 64)
     starts = block_starts(n_bytes, step * count, shown, s.BLOCK_SIZE, s.SEED).tolist()
@@ -531,7 +539,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
 
 
 def is_finished(s: Settings, step: int, n_steps: int, log: RunLog) -> bool:
-    """Whether a run at `step` has nothing left to train or to evaluate."""
+    """Tell whether a run at `step` has nothing left to train or to evaluate."""
     if step > n_steps:  # MAX_ITERS or EPOCHS were lowered
         return True
     return log.last_eval == step and (step == n_steps or log.patience_exceeded(s.PATIENCE))
@@ -579,7 +587,7 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
 
 
 def settings(argv: list[str] | None = None) -> Settings:
-    """The constants at the top, changed by a preset, changed by flags. Raises UserError."""
+    """Return the constants at the top, changed by a preset, changed by flags. Raises UserError."""
     s, typed = flags.parse(sys.modules[__name__], RULES, PRESETS, ACTIONS, argv)
     refuse_flags_without_effect(s, typed)
     for name in ("CHECKPOINT_DIR", "INIT_FROM"):  # no shell reads a constant

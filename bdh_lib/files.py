@@ -51,10 +51,10 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
-def parse_json(text: str | bytes, **options):
+def parse_json(text: str | bytes):
     """Parse JSON. Raises ValueError, also for text that is nested too deep."""
     try:
-        return json.loads(text, **options)
+        return json.loads(text)
     except RecursionError:
         raise ValueError("its brackets are nested too deep") from None
 

@@ -65,7 +65,7 @@ class Parsed(NamedTuple):
 
 
 def parse_columns(columns: str | None) -> dict[str, str]:
-    """Column by field of COLUMNS, as in "instruction=query,context=": "" is no column.
+    """Return the column by field of COLUMNS, as in "instruction=query,context=": "" is no column.
 
     Raises UserError.
     """
@@ -83,7 +83,9 @@ def parse_columns(columns: str | None) -> dict[str, str]:
 
 @lru_cache(maxsize=1024)
 def choose_columns(names: tuple[str, ...], columns: str | None = None) -> dict[str, str]:
-    """Column by field, for a record with columns of these names: as COLUMNS says, else by alias."""
+    """Return the column by field, for a record with columns of these names: as COLUMNS says, else
+    by alias.
+    """
     by_name = {name.strip().lower(): name for name in reversed(names)}
     chosen = parse_columns(columns)
     result = {field: by_name.get(column.lower()) for field, column in chosen.items()}
@@ -174,7 +176,7 @@ def _append_context(instruction, context, **_others) -> tuple[object, Problem | 
 
 
 def _first_answer(value) -> tuple[object, bool]:
-    """The first of several answers, as SQuAD lists them, and whether there are others."""
+    """Return the first of several answers, as SQuAD lists them, and whether there are others."""
     if isinstance(value, dict):
         value = value.get("text", value.get("value", value))
     if isinstance(value, list) and all(isinstance(answer, str) for answer in value):
@@ -183,7 +185,7 @@ def _first_answer(value) -> tuple[object, bool]:
 
 
 def as_text(value):
-    """A number, a truth value or a date as text, and what is none of them as it is."""
+    """Return a number, a truth value or a date as text, and any other value as it is."""
     if isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (datetime.date, datetime.time)):
@@ -210,7 +212,7 @@ def find_problem(field: str, value) -> Problem | None:
 
 
 def is_chat(value) -> bool:
-    """Whether this is a list of turns, each with a role and a content."""
+    """Tell whether this is a list of turns, each with a role and a content."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -219,7 +221,9 @@ def is_chat(value) -> bool:
 
 
 def _turns_of(instruction, response) -> list | None:
-    """The turns of a prompt and a reply, one of which is a list of turns, as TRL has them."""
+    """Return the turns of a prompt and a reply, one of which is a list of turns, as TRL has
+    them.
+    """
     if not is_chat(instruction) and not is_chat(response):
         return None
     if is_chat(response) and FIELD_OF.get(_role(response[0])) != "response":
@@ -231,7 +235,7 @@ def _turns_of(instruction, response) -> list | None:
 
 
 def _parse_chat_columns(value: dict, column: dict[str, str], fields, turns: list) -> Parsed:
-    """A chat in the columns of `fields`; a system text may stand in a column of its own."""
+    """Return a chat in the columns of `fields`; a system text may stand in a column of its own."""
     names = [column[field] for field in column if field in fields]
     system = as_text(value.get("system"))
     if find_problem("system", system) is None:
@@ -245,7 +249,7 @@ def _role(turn: dict) -> str:
 
 
 def _parse_chat(structure: str, turns: list, columns: tuple[str, ...]) -> Parsed:
-    """The turns of a chat: those in a row of one speaker are one, joined by a blank line."""
+    """Return the turns of a chat: those in a row of one speaker are one, joined by a blank line."""
     left_out, spoken = [], []
     for turn in turns:
         field, text, reasons = _parse_turn(turn)
@@ -267,7 +271,9 @@ def _parse_chat(structure: str, turns: list, columns: tuple[str, ...]) -> Parsed
 
 
 def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
-    """Field and text of a turn, None where it has none; the reasons for what is left out."""
+    """Return the field and text of a turn, None where it has none; the reasons for what is left
+    out.
+    """
     if not isinstance(turn, dict):
         return "", None, [f"turn that is {_type_name(turn)}, not an object"]
     role, content = _role(turn), next((turn[key] for key in CONTENT if key in turn), None)
@@ -283,7 +289,9 @@ def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
 
 
 def _join_parts(content) -> tuple[object, list[str]]:
-    """A content that is a list of parts as one text, and a reason for each part that is no text."""
+    """Return a content that is a list of parts as one text, and a reason for each part that is no
+    text.
+    """
     if not isinstance(content, list):
         return content, []
     texts, left_out = [], []
@@ -298,7 +306,7 @@ def _join_parts(content) -> tuple[object, list[str]]:
 
 
 def unused_values(record: dict | list, parsed: Parsed) -> Iterator[tuple[str, int]]:
-    """Name and length in bytes of each column that is not read."""
+    """Yield the name and length in bytes of each column that is not read."""
     for name, value in record.items() if isinstance(record, dict) else ():
         if name not in parsed.columns and value is not None and value != "":
             text = value if isinstance(value, str) else json.dumps(value, default=str)

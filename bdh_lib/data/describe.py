@@ -4,7 +4,7 @@ from bdh_lib.data.formats import REQUIRED_FIELDS, needed_fields
 
 
 def skip_lines(report: dict) -> list[str]:
-    """What is not trained on, and why: records, turns, columns, and files or splits.
+    """Say what is not trained on, and why: records, turns, columns, and files or splits.
 
     A line of a .jsonl file is a record.
     """
@@ -22,7 +22,7 @@ def skip_lines(report: dict) -> list[str]:
 
 
 def cannot_serve(report: dict) -> str:
-    """Why a data set has no text in a mode, and the ways on."""
+    """Say why a data set has no text in a mode, and the ways on."""
     mode, fields, unused = report["mode"], report["fields"], report["unused"]
     if not report["records"]:
         return f"DATASET {report['dataset']} is empty: it has no record"
@@ -42,7 +42,7 @@ def cannot_serve(report: dict) -> str:
 
 
 def data_changes(saved: dict, current: dict) -> dict[str, str]:
-    """How the bytes of two reports differ, under "train data" and "val data", where they do."""
+    """Say how the bytes of two reports differ, under "train data" and "val data", where they do."""
     changes = {}
     for side in ("train", "val"):
         if saved[side]["sha256"] != current[side]["sha256"]:
@@ -56,18 +56,18 @@ def data_changes(saved: dict, current: dict) -> dict[str, str]:
 
 
 def dataset_label(report: dict) -> str:
-    """The data set of a report, with its commit where it is on the hub."""
+    """Return the data set of a report, with its commit where it is on the hub."""
     commit = report.get("commit")
     return report["dataset"] + (f" (commit {commit})" if commit else "")
 
 
 def count_text(records: int | None) -> str:
-    """So many records, before what else is told of them; of a ready split, which has none, ""."""
+    """Return "12 records, " to stand before other numbers; "" for a ready split, which has none."""
     return "" if records is None else f"{records:,} records, "
 
 
 def describe(report: dict) -> str:
-    """The report of `prepare` for people: structure, fields, what is left out, the split."""
+    """Return the report of `prepare` for people: structure, fields, what is left out, the split."""
     lines = [f"data: {dataset_label(report)}, {count_text(report['records'])}mode {report['mode']}"]
     for structure, n in report["structures"].items():
         share = "" if n is None else f": {n / report['records']:.1%} of records"
@@ -93,7 +93,7 @@ def describe(report: dict) -> str:
 
 
 def _field_line(name: str, field: dict, report: dict) -> str:
-    """How many records have a field, how long it is, and whether the mode trains on it."""
+    """Say how many records have a field, how long it is, and whether the mode trains on it."""
     trained = name in ("text", *REQUIRED_FIELDS[report["mode"]])
     return (
         f"  field {name}: in {field['records'] / report['records']:.1%} of records, mean length "

@@ -41,7 +41,7 @@ Turns = list[tuple[str, str]]  # of a record: (field, text) in their order
 
 
 def sample_prompts(mode: str, has: Collection[str]) -> list[str]:
-    """Prompts for samples in `mode`; `has` is the set of fields in the data.
+    """Return the prompts for samples in `mode`; `has` is the set of fields in the data.
 
     Plain text gets a record separator; data without system texts get no prompt with one.
     """
@@ -52,19 +52,21 @@ def sample_prompts(mode: str, has: Collection[str]) -> list[str]:
 
 
 def needed_fields(mode: str) -> tuple[str, ...]:
-    """Fields without which a record has no text in `mode`: `full` does without a system text."""
+    """Return the fields without which a record has no text in `mode`: `full` does without a system
+    text.
+    """
     return tuple(f for f in REQUIRED_FIELDS[mode] if f != "system" or mode != "full")
 
 
 def to_turns(record: dict) -> Turns:
-    """The turns of a record that is given by field; plain text is a turn of its own."""
+    """Return the turns of a record that is given by field; plain text is a turn of its own."""
     if "text" in record:
         return [("text", record["text"])]
     return [(field, record[field]) for field in REQUIRED_FIELDS["full"] if record.get(field)]
 
 
 def field_segments(turns: Turns, mode: str) -> Turns:
-    """The turns as one text of `mode`, as (field, text) pieces in their order.
+    """Return the turns as one text of `mode`, as (field, text) pieces in their order.
 
     The field is one of FIELDS. Modes of several fields have a header before each, and `full` a mark
     at its end. Plain text is the same in all modes.
@@ -119,12 +121,12 @@ def _both_parts(turns: Turns) -> tuple[list[Turns], list[str]]:
 
 
 def format_example(record: dict, mode: str) -> str:
-    """The training text of one record, given by field, in one mode."""
+    """Return the training text of one record, given by field, in one mode."""
     return "".join(text for _, text in field_segments(to_turns(record), mode))
 
 
 def format_prompt(turns: Turns, mode: str) -> str:
-    """The training text of a record up to its last instruction: what a model goes on with.
+    """Return the training text of a record up to its last instruction: what a model goes on with.
 
     In `full` the header of a response follows. In `both` the text has the last system text alone.
     """

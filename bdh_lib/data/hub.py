@@ -17,7 +17,7 @@ TIMEOUT = 10  # seconds that the hub may take to answer at all; a hanging one wo
 
 
 def parse_name(dataset: str) -> tuple[str, str | None, str | None, str | None]:
-    """Name, config, revision and split of a name on the hub. Raises UserError."""
+    """Return the name, config, revision and split of a name on the hub. Raises UserError."""
     if match := NAME.fullmatch(dataset):
         return match.groups()
     raise UserError(
@@ -27,7 +27,7 @@ def parse_name(dataset: str) -> tuple[str, str | None, str | None, str | None]:
 
 
 def commit(dataset: str) -> str | None:
-    """The commit that a name on the hub means now, or None where the hub does not tell."""
+    """Return the commit that a name on the hub means now, or None where the hub does not tell."""
     name, _, revision, _ = parse_name(dataset)
     is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
     return revision if is_commit else _ask(name, revision)
@@ -35,7 +35,9 @@ def commit(dataset: str) -> str | None:
 
 @lru_cache  # a run reads one commit, and a hub that hangs is asked once
 def _ask(name: str, revision: str | None) -> str | None:
-    """The commit of a revision. A hub that does not answer is not asked again by this process."""
+    """Return the commit of a revision. A hub that does not answer is not asked again by this
+    process.
+    """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -49,13 +51,13 @@ def _ask(name: str, revision: str | None) -> str | None:
 
 
 def _is_local(error: Exception) -> bool:
-    """Whether it is of this machine's files, and not of the network."""
+    """Tell whether an error is of this machine's files, and not of the network."""
     network = (ConnectionError, TimeoutError)
     return isinstance(error, OSError) and bool(error.strerror) and not isinstance(error, network)
 
 
 def load(dataset: str) -> dict:
-    """The splits of a data set by name: the one that its name asks for, else all.
+    """Return the splits of a data set by name: the one that its name asks for, else all.
 
     Raises UserError with the way on.
     """
@@ -76,7 +78,7 @@ def load(dataset: str) -> dict:
 
 
 def rows(dataset: str, split: Iterable[dict]) -> Iterator[dict]:
-    """The records of a split. Raises UserError where one cannot be decoded."""
+    """Yield the records of a split. Raises UserError where one cannot be decoded."""
     try:
         yield from split
     except Exception as error:
@@ -84,7 +86,9 @@ def rows(dataset: str, split: Iterable[dict]) -> Iterator[dict]:
 
 
 def _user_error(dataset: str, error: Exception) -> Exception:
-    """One line for an error of the hub's libraries, with the way on; an error of ours as it is."""
+    """Return one line for an error of the hub's libraries, with the way on; an error of ours as it
+    is.
+    """
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub import constants
 
@@ -110,7 +114,7 @@ def _user_error(dataset: str, error: Exception) -> Exception:
 
 
 def _explain(name: str, reason: str) -> str:
-    """What the library refuses, with the way on where it is known."""
+    """Return what the library refuses, with the way on where it is known."""
     if match := re.search(r"Config name is missing.*?available configs: \[(.*?)\]", reason):
         configs = re.findall(r"'([^']+)'", match[1])
         shown = ", ".join(configs[:10]) + (", ..." if configs[10:] else "")

@@ -18,7 +18,6 @@ import numpy as np
 
 from bdh_lib.data.columns import is_chat
 from bdh_lib.errors import UserError
-from bdh_lib.files import parse_json
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 BOMS = {  # byte order marks, the longer ones first
@@ -29,19 +28,22 @@ BOMS = {  # byte order marks, the longer ones first
     codecs.BOM_UTF16_BE: "utf-16",
 }
 NOT_UTF8, NOT_JSON, NOT_AN_OBJECT = "not valid UTF-8", "not JSON", "not a JSON object"
+DECODER = json.JSONDecoder(parse_int=str, parse_float=str)
 DELIMITERS = ",;\t"
 LARGEST_ROW = 64_000_000  # characters of a row of a table that takes several lines
 
 
 def file_kind(file: Path) -> str:
-    """The ending that says how a file is read, in small letters, without that of a compression."""
+    """Return the ending that says how a file is read, in small letters, without that of a
+    compression.
+    """
     if file.suffix.lower() in COMPRESSED:
         file = file.with_suffix("")
     return file.suffix.lower()
 
 
 def read_file(file: Path) -> Iterator[dict | list | str]:
-    """The records of a file; a str says why one is unreadable. Raises UserError."""
+    """Yield the records of a file; a str says why one is unreadable. Raises UserError."""
     kind, encoding = file_kind(file), Encoding()
     try:
         with COMPRESSED.get(file.suffix.lower(), Path.open)(file, "rb") as raw:
@@ -71,7 +73,7 @@ class Encoding:
         self.n_invalid, self.sample, self.has_valid_non_ascii = 0, "", False
 
     def is_valid(self, text: str) -> bool:
-        """Whether a text is valid UTF-8; notes what it tells."""
+        """Tell whether a text is valid UTF-8, and note what it says of the file."""
         if text.isascii():
             return True
         try:
@@ -85,11 +87,11 @@ class Encoding:
 
     @property
     def is_not_utf8(self) -> bool:
-        """Whether no text beyond ASCII is UTF-8, and more than one is not."""
+        """Tell whether no text beyond ASCII is UTF-8, and more than one is not."""
         return self.n_invalid > 1 and not self.has_valid_non_ascii
 
     def advice(self, file: Path) -> str:
-        """What the encoding is likely to be, and how to convert the file."""
+        """Return what the encoding is likely to be, and how to convert the file."""
         high = [b >= 0x80 for b in self.sample.encode("utf-8", "surrogateescape")]
         alone = sum(a and not b for a, b in zip(high, [*high[1:], False], strict=True))
         if 2 * alone > sum(high):  # accents among other letters
@@ -103,7 +105,9 @@ class Encoding:
 
 
 def _open_text(raw: BinaryIO, encoding: Encoding) -> TextIOWrapper:
-    """The text of a file, its ends of lines as they are. Raises ValueError for UTF-16 unmarked."""
+    """Return the text of a file, its ends of lines as they are. Raises ValueError for UTF-16
+    unmarked.
+    """
     start = raw.read(4096)
     raw.seek(0)
     name = next((BOMS[mark] for mark in BOMS if start.startswith(mark)), None)
@@ -118,11 +122,14 @@ def _open_text(raw: BinaryIO, encoding: Encoding) -> TextIOWrapper:
 
 def parse_exactly(text: str):
     """Parse JSON, with its numbers as they stand in the text. Raises ValueError."""
-    return parse_json(text, parse_int=str, parse_float=str)
+    try:
+        return DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
 
 
 def _parse_line(line: str, encoding: Encoding):
-    """The value in a line, or a str that says why there is none."""
+    """Return the value in a line, or a str that says why there is none."""
     if _is_blank(line):
         return "blank line"
     if not encoding.is_valid(line):
@@ -145,7 +152,7 @@ def _records_of(value) -> Iterator[dict | list | str]:
 
 
 def _parse_lines(lines: Iterable[str], encoding: Encoding) -> Iterator[dict | list | str]:
-    """The records of each line: a bad one costs one, a large one itself thrice."""
+    """Yield the records of each line: a bad one costs one, a large one itself thrice."""
     for value in map(partial(_parse_line, encoding=encoding), lines):
         yield from [value] if isinstance(value, str) else _records_of(value)
 
@@ -201,7 +208,8 @@ def _is_document(start: list[str], is_lines: bool) -> bool:
 
 
 def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str]:
-    """The records of JSON values, one after the other; a single object may wrap them in a list.
+    """Yield the records of JSON values, one after the other; a single object may wrap them in a
+    list.
 
     Raises ValueError.
     """
@@ -210,11 +218,10 @@ def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str
         if encoding.is_not_utf8:
             raise ValueError(f"it {encoding.advice(Path('FILE.json'))}")
         raise ValueError("it is not valid UTF-8; save it as UTF-8")
-    decoder = json.JSONDecoder(parse_int=str, parse_float=str)
     values, at, text = [], 0, text.removeprefix("\ufeff").strip()
     while at < len(text):
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, at = DECODER.raw_decode(text, at)
         except RecursionError:
             raise ValueError("its brackets are nested too deep") from None
         values.append(value)
@@ -227,7 +234,7 @@ def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str
 
 
 def _wrapped_list(value: dict) -> list | None:
-    """The list of records that an object holds, as in {"version": "1", "data": [...]}."""
+    """Return the list of records that an object holds, as in {"version": "1", "data": [...]}."""
     lists = [item for item in value.values() if isinstance(item, list)]
     if len(lists) != 1 or is_chat(lists[0]) or not lists[0]:
         return None
@@ -312,7 +319,7 @@ def _parse_paragraphs(lines: Iterable[str], encoding: Encoding) -> Iterator[dict
 
 
 def _parquet_rows(raw: BinaryIO) -> Iterator[dict]:
-    """The rows of a table of Parquet; a float of 32 bits as short as it was written."""
+    """Yield the rows of a table of Parquet; a float of 32 bits as short as it was written."""
     from pyarrow import types  # imported late: a resume does without
     from pyarrow.parquet import ParquetFile
 

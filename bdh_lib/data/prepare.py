@@ -1,8 +1,8 @@
 """From a data set to two files of bytes: its records are split, formatted, written and cached.
 
-Records are read one at a time (a .json that is one list is read whole), what is on the hub by the
-`datasets` library, and the prepared bytes are memory mapped, so a data set of many gigabytes needs
-little memory and a resumed run needs no network.
+Records are read one at a time (a JSON document over several lines is read whole), those of the hub
+by the `datasets` library, and the prepared bytes are memory mapped, so a data set of many gigabytes
+needs little memory and a resumed run needs no network.
 """
 
 import errno
@@ -40,19 +40,19 @@ class DataSettings(NamedTuple):
     columns: str | None = None
 
     def as_dict(self) -> dict:
-        """These, and the version of what is made of them, as data.json keeps it."""
+        """Return these, and the version of what is made of them, as data.json keeps it."""
         rules = {"split": "by record, validation shuffled", "text": "chats whole, numbers as text"}
         return self._asdict() | rules
 
 
 def data_settings(s: SimpleNamespace, mode: str) -> DataSettings:
-    """What the data of a run depend on, in any mode."""
+    """Return what the data of a run depend on, in any mode."""
     return DataSettings(s.DATASET, mode, s.VAL_FRACTION, s.SEED, s.COLUMNS)
 
 
 def cache_key(settings: DataSettings) -> str:
-    """Name of the prepared bytes: changes with the files (path, size, time), the commit on the hub
-    or a setting.
+    """Return the name of the prepared bytes: changes with the files (path, size, time), the commit
+    on the hub or a setting.
     """
     content = settings.as_dict()
     if files := sources.find(settings.dataset):
@@ -66,7 +66,8 @@ def cache_key(settings: DataSettings) -> str:
 
 
 def prepare(settings: DataSettings, cache: Path, refresh: bool = False) -> Path:
-    """Folder with train.bin, val.bin (uint8) and data.json (the report), made once and then reused.
+    """Return a folder with train.bin, val.bin (uint8) and data.json (the report), made once and
+    then reused.
 
     train.fields and val.fields say which of FIELDS each byte belongs to. Raises UserError when
     nothing can be trained on. `refresh` makes what was made before this process began anew.
@@ -90,7 +91,9 @@ def _made_at(folder: Path) -> float:
 
 
 def _newest(cache: Path, settings: DataSettings) -> Path | None:
-    """The newest prepared data of a name on the hub, for when the hub does not tell its commit."""
+    """Return the newest prepared data of a name on the hub, for when the hub does not tell its
+    commit.
+    """
     for folder in sorted((f.parent for f in cache.glob("*/data.json")), key=_made_at, reverse=True):
         if is_intact(folder):
             report = parse_json((folder / "data.json").read_text())
@@ -127,7 +130,7 @@ def _wait_for(lock, cache: Path) -> None:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Tell an OSError of writing below `folder`, or of a file that is read there, as UserError."""
+    """Raise UserError for an OSError of writing below `folder`, or of a file that is read there."""
     try:
         yield
     except OSError as error:
@@ -140,7 +143,9 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether prepared data are whole: each side as long as, and the bytes that, data.json says."""
+    """Tell whether prepared data are whole: each side as long as, and the bytes that, data.json
+    says.
+    """
     try:
         report = parse_json((folder / "data.json").read_text())
         sources.print_if_large("checking the prepared data", [*folder.iterdir()], 50)
@@ -193,7 +198,7 @@ def _split(settings: DataSettings, folder: Path) -> dict:
     else:
         _check_distinct(texts, settings)
         in_val = choose_validation(texts.keys, settings.val_fraction, settings.seed)
-    held_out = in_val[texts.records]
+    held_out = np.repeat(in_val, texts.counts)
     shared = held_out & np.isin(texts.digests, texts.digests[~held_out])
     report["shared"] = int(shared.sum())
     _check_sides(texts, held_out, shared, settings)
@@ -246,7 +251,8 @@ def _check_sides(texts: Texts, held_out, shared, settings: DataSettings) -> None
 def load_unsplit(
     dataset: str, mode: str, folder: Path, columns: str | None = None
 ) -> tuple[dict, np.ndarray, np.ndarray]:
-    """All of a data set as one side of a split: report, bytes, and the index in FIELDS of each.
+    """Return all of a data set as one side of a split: report, bytes, and the index in FIELDS of
+    each.
 
     Of a ready split, or a validation that is given, it is the held out side. `folder` is for files
     on the way. Raises UserError when nothing of it has the fields of `mode`.

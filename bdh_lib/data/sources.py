@@ -44,7 +44,10 @@ class Source(NamedTuple):
 
 
 def find(dataset: str) -> list[Path] | None:
-    """The local files that `dataset` names, or None for a name on the hub. Raises UserError."""
+    """Return the local files that `dataset` names, or None for a name on the hub.
+
+    Raises UserError.
+    """
     if not dataset.strip():
         raise UserError("DATASET is empty; name a file, a folder, a data set on the hub, or sample")
     if dataset == "sample":
@@ -70,13 +73,13 @@ def find(dataset: str) -> list[Path] | None:
 
 
 def _named_split(path: Path) -> tuple[Path | None, str]:
-    """Folder and split of FOLDER#SPLIT, if there is such a folder."""
+    """Return the folder and split of FOLDER#SPLIT, if there is such a folder."""
     folder, mark, split = str(path).rpartition("#")
     return (Path(folder) if mark and Path(folder).is_dir() else None), split
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    """The files of one split of a folder. Raises UserError."""
+    """Return the files of one split of a folder. Raises UserError."""
     files = _data_files(folder)[0]
     purpose = {file: split_of(file.relative_to(folder)) for file in files}
     chosen = [file for file in files if purpose[file] and purpose[file] == SPLIT_OF.get(split)]
@@ -87,7 +90,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def split_of(name: Path | str) -> str | None:
-    """What the words of a name say that it is for, the file's before its folder's."""
+    """Return what the words of a name say that it is for, the file's before its folder's."""
     for part in reversed(Path(name).parts):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in SPLIT_OF:
@@ -149,13 +152,13 @@ def _no_train_split(dataset: str, splits: list[str]) -> UserError:
 
 
 def _names(files: list[Path], most: int = 3) -> str:
-    """The first names of files, and how many others there are."""
+    """Return the first names of files, and how many others there are."""
     more = f" and {len(files) - most:,} others" if len(files) > most else ""
     return ", ".join(file.name for file in files[:most]) + more
 
 
 def _kind(path: Path) -> int | None:
-    """What `stat` calls the kind of a file, or None where nothing is. Raises UserError."""
+    """Return what `stat` calls the kind of a file, or None where nothing is. Raises UserError."""
     try:
         str(path).encode()
         return stat.S_IFMT(path.stat().st_mode)
@@ -180,7 +183,7 @@ def _check_regular(file: Path) -> None:
 
 
 def _ready_files(folder: Path) -> list[Path]:
-    """The files of a ready split, if the folder is one. Raises UserError."""
+    """Return the files of a ready split, if the folder is one. Raises UserError."""
     ready = [folder / name for name in READY if _kind(folder / name) is not None]
     for file in ready:
         _check_regular(file)
@@ -191,7 +194,8 @@ def _ready_files(folder: Path) -> list[Path]:
 
 
 def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The data files in a folder and its subfolders, and what is left out of it. Raises UserError.
+    """Return the data files in a folder and its subfolders, and what is left out of it. Raises
+    UserError.
 
     Hidden files and folders are left out, and folders that this project writes: runs and prepared
     data may lie beside the data. So are texts about the data, such as README.md.
@@ -214,18 +218,18 @@ def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _is_about(file: Path) -> bool:
-    """Whether a text file is about the data, as README.md is."""
+    """Tell whether a text file is about the data, as README.md is."""
     return parsers.file_kind(file) in (".txt", ".md") and bool(ABOUT.match(file.name))
 
 
 def _is_written_here(folder: Path) -> bool:
-    """Whether a folder is a CHECKPOINT_DIR, a run, a checkpoint or an exported model."""
+    """Tell whether a folder is a CHECKPOINT_DIR, a run, a checkpoint or an exported model."""
     there = os.path.exists  # Path's own raises for a folder that may not be entered
     return any(all(there(folder / name) for name in mark) for mark in WRITTEN_HERE)
 
 
 def ready_split(dataset: str) -> list[Path]:
-    """Its files, if that is what `dataset` names."""
+    """Return the files of a ready split, if that is what `dataset` names."""
     return [file for file in find(dataset) or [] if file.name in READY]
 
 

@@ -13,7 +13,7 @@ VAL_ENDS = "val_ends.npy"  # in prepared data: where each record of val.bin ends
 
 
 def choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """For each record, whether it validates: a seeded draw of about `share` of them.
+    """Return for each record whether it validates: a seeded draw of about `share` of them.
 
     Half are drawn by whole system texts (or instructions, where systems are too few or none), with
     all their records, since modes that train on one field need texts of it seen nowhere else; the
@@ -61,7 +61,8 @@ def _copy_parts(source, parts: Iterable, separator: bytes, target: Path) -> tupl
 
 
 def bytes_to_evaluate(folder: Path, limit: int | None) -> int | None:
-    """Bytes of val.bin that an evaluation reads: whole records, at least one, else up to `limit`.
+    """Return the bytes of val.bin that an evaluation reads: whole records, at least one, else up to
+    `limit`.
 
     A ready split does not tell where its records end and is cut at `limit`.
     """
@@ -73,6 +74,6 @@ def bytes_to_evaluate(folder: Path, limit: int | None) -> int | None:
 
 
 def has_field(fields: np.ndarray, name: str) -> bool:
-    """Whether any byte is of this field; `fields` may be larger than the memory."""
+    """Tell whether any byte is of this field; `fields` may be larger than the memory."""
     million, wanted = 10**6, FIELDS.index(name)
     return any(wanted in fields[i : i + million] for i in range(0, len(fields), million))

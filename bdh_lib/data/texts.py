@@ -5,6 +5,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -15,21 +16,22 @@ from bdh_lib.data.describe import cannot_serve
 from bdh_lib.data.formats import FIELDS, Turns, needed_fields, training_texts
 from bdh_lib.errors import UserError
 
+PIECE = 10**6  # characters of a record that are hashed at once
 MOST_NAMES = 20  # of structures and of columns in a report, where each record has its own
 
 
 class Texts(NamedTuple):
     """The texts of a mode, as they lie in all.bin one after the other, and their records.
 
-    Of each text: its length in bytes, a digest, and the index of its record among those with any
-    turn. Of each such record: the digests of system, instruction and all turns (3, records), 0 for
-    none, and whether its part of the data is the validation.
+    Of each text: its length in bytes and a digest. Of each record that has any turn: the number of
+    its texts, the digests of system, instruction and all turns (3, records), 0 for none, and
+    whether its part of the data is the validation.
     """
 
     report: dict
     lengths: np.ndarray
     digests: np.ndarray
-    records: np.ndarray
+    counts: np.ndarray
     keys: np.ndarray
     validates: np.ndarray
 
@@ -55,13 +57,15 @@ class Tally:
     def add(self, record, parsed: columns.Parsed, formatted: Formatted, mode: str) -> None:
         """Count one record and what of it is skipped or left out in `mode`."""
         self.structures[parsed.structure] += 1
-        self.left_out.update([*parsed.left_out, *formatted.left_out])
         self.n_texts += len(formatted.texts)
-        self.records.update(list(dict.fromkeys(field for field, _ in parsed.turns)))
+        for reason in chain(parsed.left_out, formatted.left_out):
+            self.left_out[reason] += 1
         for field, text in parsed.turns:
             self.turns[field] += 1
             self.characters[field] += len(text)
-            self.n_bytes += len(text.encode())
+            self.n_bytes += len(text) if text.isascii() else len(text.encode())
+        for field in dict.fromkeys(field for field, _ in parsed.turns):
+            self.records[field] += 1
         if isinstance(record, dict):
             self.columns.update(record)
         for name, size in columns.unused_values(record, parsed):
@@ -76,7 +80,7 @@ class Tally:
             self.several_turns += fields.count("response") > 1
 
     def report(self) -> dict:
-        """The counts, as data.json keeps them."""
+        """Return the counts, as data.json keeps them."""
         fields = {
             field: {
                 "records": n,
@@ -127,8 +131,8 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
     `chosen` is COLUMNS. Raises UserError where there is no text.
     """
     tally = Tally()
-    lengths, digests, owners, keys = array("Q"), array("Q"), array("Q"), array("Q")
-    validates = array("B")
+    lengths, digests, keys = array("Q"), array("Q"), array("Q")
+    counts, validates = array("I"), array("B")
     with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
         for part, record in sources.read_parts(source):
             parsed = columns.parse_record(record, chosen)
@@ -138,9 +142,9 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
                 length, digest = _write_text(text, out, labels)
                 lengths.append(length)
                 digests.append(digest)
-                owners.append(len(validates))
             if parsed.turns:
                 keys.extend(_record_keys(parsed.turns))
+                counts.append(len(formatted.texts))
                 validates.append(part == "val")
     report = {"dataset": source.dataset, "mode": mode, **tally.report()}
     report["not_read"] = list(source.left_out)
@@ -148,9 +152,8 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
     if not lengths:
         raise UserError(cannot_serve(report))
     keys = np.array(keys, np.uint64).reshape(-1, 3).T
-    return Texts(
-        report, *map(np.array, (lengths, digests, owners)), keys, np.array(validates, bool)
-    )
+    lengths, digests, counts = map(np.array, (lengths, digests, counts))
+    return Texts(report, lengths, digests, counts, keys, np.array(validates, bool))
 
 
 def _check_columns(chosen: str | None, names: set[str]) -> None:
@@ -177,22 +180,26 @@ def _write_text(text: Turns, out: BinaryIO, labels: BinaryIO) -> tuple[int, int]
 
 
 def _record_keys(turns: Turns) -> list[int]:
-    """Digests of a record's first system text and first instruction, and of all its turns."""
+    """Return the digests of a record's first system text and first instruction, and of all its
+    turns.
+    """
     first = dict(reversed(turns))
     keys = (first.get("system"), first.get("instruction"), sorted(turns))
     return [_digest(key) if key else 0 for key in keys]
 
 
 def _digest(key: str | Turns) -> int:
-    """64-bit blake2b of json.dumps(key), fed in pieces of 1 MB: a record may be large."""
-    if isinstance(key, str):
-        texts, joints = [key], ['"', '"']
-    else:
-        texts = [text for pair in key for text in pair]
-        joints = ['[["', *(['", "', '"], ["'] * len(key))[:-1], '"]]']
+    """Return the 64-bit blake2b of json.dumps(key), fed in pieces: a record may be large."""
     digest = hashlib.blake2b(digest_size=8)
+    texts = [key] if isinstance(key, str) else [text for pair in key for text in pair]
+    if sum(map(len, texts)) <= PIECE:
+        digest.update(json.dumps(key).encode())
+        return int.from_bytes(digest.digest())
+    joints = ['"', '"']
+    if not isinstance(key, str):
+        joints = ['[["', *(['", "', '"], ["'] * len(key))[:-1], '"]]']
     for joint, text in zip(joints, [*texts, ""], strict=True):
         digest.update(joint.encode())
-        for i in range(0, len(text), 10**6):
-            digest.update(json.dumps(text[i : i + 10**6])[1:-1].encode())
+        for i in range(0, len(text), PIECE):
+            digest.update(json.dumps(text[i : i + PIECE])[1:-1].encode())
     return int.from_bytes(digest.digest())

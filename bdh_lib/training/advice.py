@@ -22,7 +22,7 @@ REFERENCE_RATE = 1e-3  # of the official training, and of the best of docs/log.m
 
 
 def order_0(data: np.ndarray) -> float:
-    """Nats per byte of a model that knows only how often each byte occurs in `data`.
+    """Return the nats per byte of a model that knows only how often each byte occurs in `data`.
 
     Without any data that is the uniform model.
     """
@@ -33,15 +33,15 @@ def order_0(data: np.ndarray) -> float:
 
 
 def byte_baselines(loss_on: str, train: tuple, val: tuple) -> tuple[float, float]:
-    """Nats per byte, of the first million of each (bytes, fields) that LOSS_ON counts: order_0 of
-    val, and a model that counted in train which byte follows which.
+    """Return the nats per byte, of the first million of each (bytes, fields) that LOSS_ON counts:
+    order_0 of val, and a model that counted in train which byte follows which.
     """
     train_bytes, val_bytes = (first_counted(loss_on, *side) for side in (train, val))
     return order_0(val_bytes), order_n(train_bytes, val_bytes, order=1) * math.log(2)
 
 
 def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.ndarray:
-    """The first MAX_BYTES bytes of `stream` that LOSS_ON counts, wherever they stand."""
+    """Return the first MAX_BYTES bytes of `stream` that LOSS_ON counts, wherever they stand."""
     if loss_on == "all":
         return np.array(stream[:MAX_BYTES])
     parts, count = [np.empty(0, np.uint8)], 0
@@ -55,9 +55,10 @@ def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.nd
 
 
 def advise(
-    history: list[dict], s: SimpleNamespace, total: int, known: tuple[float, float]
+    history: list[dict], s: SimpleNamespace, total: int, baselines: tuple[float, float]
 ) -> dict[str, str]:
-    """Advice by the name of its sign, for the evaluation that ends `history` (metrics.jsonl).
+    """Return the advice by the name of its sign, for the evaluation that ends `history`
+    (metrics.jsonl).
 
     total: updates of the whole run; baselines: what `byte_baselines` gives.
     """
@@ -75,8 +76,8 @@ def advise(
         loss={b: float(np.mean([m["loss"] for m in lines[a, b]])) for a, b in lines},
         lines=list(lines.values()),
         total=total,
-        order_0=known[0],
-        order_1=known[1],
+        order_0=baselines[0],
+        order_1=baselines[1],
     )
     for sign in (overfitting, too_high, stuck, not_coherent, slow):
         if advice := sign(run, s):
@@ -93,7 +94,7 @@ def higher_rate(s: SimpleNamespace) -> str:
 
 
 def describe_change(run: SimpleNamespace, then: int) -> str:
-    """How both losses went from the evaluation at `then` to the last one."""
+    """Say how both losses went from the evaluation at `then` to the last one."""
     text = f"from iteration {then} to {run.now} validation went from {run.val[then]:.4f} to "
     text += f"{run.val[run.now]:.4f}"
     if then:
@@ -135,7 +136,7 @@ def too_high(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
 
 
 def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
-    """The rest of the run at this pace would not leave noise, or gain a MIN_RISE."""
+    """Advise where the rest of the run at this pace would not leave noise, or gain a MIN_RISE."""
     if run.before < max(1, s.WARMUP_ITERS) or run.lines[-1][-1]["lr"] < s.LEARNING_RATE / 2:
         return None  # slow for another reason
     intervals = min(20, (run.total - run.now) / (run.now - run.before))
@@ -176,7 +177,8 @@ def slow(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
 
 
 def order_n(train: np.ndarray, val: np.ndarray, order: int = 3) -> float:
-    """Mean bits per byte of val under byte counts of train, in contexts of up to `order` bytes.
+    """Return the mean bits per byte of val under byte counts of train, in contexts of up to `order`
+    bytes.
 
     Witten-Bell: p_k(b | c) = (count(c b) + followers(c) p_{k-1}(b | c')) / (count(c) +
     followers(c)), with c' one byte shorter, followers the number of distinct bytes seen after c,
@@ -200,7 +202,7 @@ def order_n(train: np.ndarray, val: np.ndarray, order: int = 3) -> float:
 
 
 def _windows(stream: np.ndarray, width: int) -> np.ndarray:
-    """Every `width` bytes in a row as one number."""
+    """Return every `width` bytes in a row as one number."""
     n = max(0, len(stream) - width + 1)
     number = np.zeros(n, np.uint64)
     for i in range(width):
@@ -209,7 +211,7 @@ def _windows(stream: np.ndarray, width: int) -> np.ndarray:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """The value of each key asked for, 0 for one that is not there."""
+    """Return the value of each key asked for, 0 for one that is not there."""
     if not len(keys):
         return np.zeros(len(queries), int)
     at = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)

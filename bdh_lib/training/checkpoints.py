@@ -37,7 +37,9 @@ class NoValidCheckpoint(UserError):
 
 
 def run_folder(s: Settings) -> Path:
-    """Where the run of these settings is. Raises UserError for a name that could leave there."""
+    """Return where the run of these settings is. Raises UserError for a name that could leave
+    there.
+    """
     name = s.TRAINING_MODE if s.RUN_NAME is None else s.RUN_NAME
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
         raise UserError(f"RUN_NAME is {name!r}; it must be 1 to 64 of the characters A-Za-z0-9._-")
@@ -49,7 +51,7 @@ def folder(run: Path, step: int) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    """Steps with a checkpoint in `run`, ascending."""
+    """Return the steps with a checkpoint in `run`, ascending."""
     names = [f.name[5:] for f in run.glob("step-*") if f.is_dir() and not f.is_symlink()]
     return sorted(int(n) for n in names if n.isdigit() and folder(run, int(n)).name[5:] == n)
 
@@ -92,7 +94,7 @@ def write_best(run: Path, step: int, monitored_loss: float) -> None:
 
 
 def read_best(run: Path) -> dict:
-    """The best evaluation so far (checkpoint, step, monitored_loss in nats); {} before any.
+    """Return the best evaluation so far (checkpoint, step, monitored_loss in nats); {} before any.
 
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
     evaluation is the best then.
@@ -121,7 +123,7 @@ def read_best(run: Path) -> dict:
 
 
 def unused(run: Path, name: str) -> Path:
-    """`name` with the first number behind it that no file has yet."""
+    """Return `name` with the first number behind it that no file has yet."""
     return next(p for i in range(10**6) if not (p := run / f"{name}-{i}").exists())
 
 
@@ -172,7 +174,7 @@ def save(run: Path, step: int, model: BDH, optimizer, info: dict, raw: dict | No
 
 
 def find_corruption(checkpoint: Path) -> str | None:
-    """Why the checkpoint cannot be trusted, or None when each file is as it was written."""
+    """Return why the checkpoint cannot be trusted, or None when each file is as it was written."""
     if not checkpoint.is_dir():
         return f"{checkpoint.name} is not there"
     try:
@@ -197,7 +199,8 @@ def find_corruption(checkpoint: Path) -> str | None:
 
 
 def newest_valid(run: Path) -> int:
-    """Step of the newest sound checkpoint, 0 if there is none at all; damaged ones are set aside.
+    """Return the step of the newest sound checkpoint, 0 if there is none at all; damaged ones are
+    set aside.
 
     Raises NoValidCheckpoint when none of the checkpoints is valid, or when they are gone: a run
     never starts anew silently.
@@ -233,7 +236,7 @@ def load(run: Path, step: int, model: BDH, optimizer, raw: dict | None = None) -
 
 
 def _arrays_like(tree, file: Path):
-    """The file's arrays as such a tree. Raises UserError naming each one that differs."""
+    """Return the file's arrays as such a tree. Raises UserError naming each one that differs."""
     arrays, expected = read_arrays(file)[0], dict(tree_flatten(tree))
     differ = []
     for name in sorted(expected.keys() | arrays.keys()):
@@ -255,7 +258,7 @@ def _finite(named: Iterable[tuple[str, mx.array]]) -> bool:
 
 
 def read_info(run: Path, step: int) -> dict:
-    """config.json of a checkpoint: step, settings, data, versions."""
+    """Return config.json of a checkpoint: step, settings, data, versions."""
     return files.parse_json((folder(run, step) / "config.json").read_text())
 
 

@@ -24,7 +24,7 @@ class Stream(NamedTuple):
 
 
 def load_prepared(s: Settings, mode: str) -> tuple[dict, Stream, Stream]:
-    """The report of the data, and (bytes, fields) of training and of validation, for a mode.
+    """Return the report of the data, and (bytes, fields) of training and of validation, for a mode.
 
     Raises UserError where a side is empty.
     """
@@ -42,7 +42,9 @@ def load_prepared(s: Settings, mode: str) -> tuple[dict, Stream, Stream]:
 
 
 def open_split(s: Settings) -> tuple[dict, Stream, Stream]:
-    """The data's report, then bytes and fields to train on, and those that evaluations read."""
+    """Return the data's report, then bytes and fields to train on, and those that evaluations
+    read.
+    """
     report, train, val = load_prepared(s, s.TRAINING_MODE)
     for side, least, cure in (
         ("train", s.BLOCK_SIZE + 1, "lower BLOCK_SIZE"),
@@ -66,7 +68,8 @@ def open_split(s: Settings) -> tuple[dict, Stream, Stream]:
 
 
 def load_split(s: Settings, compared: Collection[str], world: World) -> tuple[dict, Stream, Stream]:
-    """As open_split, printed. Raises UserError where processes differ in data or settings.
+    """Open the data as open_split does, and print what they are. Raises UserError where processes
+    differ in data or settings.
 
     `compared` names the settings that must be the same.
     """

@@ -26,13 +26,15 @@ class World:
         self.is_main = self.rank == 0  # it alone writes
 
     def all_reduce_sum(self, tree):
-        """The sum of float32 arrays over the processes, in one buffer; not to be differentiated."""
+        """Return the sum of float32 arrays over the processes, in one buffer; not to be
+        differentiated.
+        """
         if self.size == 1:
             return tree
         return tree_map(lambda mean: mean * self.size, nn.average_gradients(tree, self.group))
 
     def broadcast(self, tree):
-        """The first process's arrays; the others give arrays of the same shapes."""
+        """Return the first process's arrays; the others give arrays of the same shapes."""
         if self.size == 1:
             return tree
         named = sorted(tree_flatten(tree))  # a loaded tree has another order, and order is all here
@@ -41,7 +43,9 @@ class World:
         )
 
     def all_gather_object(self, value) -> list:
-        """What each process gave, in their order; anything that JSON holds, floats to the bit."""
+        """Return what each process gave, in their order; anything that JSON holds, floats to the
+        bit.
+        """
         if self.size == 1:
             return [value]
         raw = json.dumps(value).encode()
@@ -54,11 +58,11 @@ class World:
         return [json.loads(bytes(r[:n].tolist())) for r, n in zip(rows, lengths, strict=True)]
 
     def broadcast_object(self, value):
-        """What the first process gave."""
+        """Return what the first process gave."""
         return self.all_gather_object(value if self.is_main else None)[0]
 
     def barrier(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have come here."""
         self.all_gather_object(None)
 
     def _sum(self, array: mx.array) -> mx.array:
@@ -68,5 +72,5 @@ class World:
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether it is how MLX says that another process is gone."""
+    """Tell whether MLX says by an error that another process is gone."""
     return any(text in str(error) for text in LOST)

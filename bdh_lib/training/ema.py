@@ -9,7 +9,7 @@ from bdh_mlx import BDH
 
 
 def copy_tree(tree: dict) -> dict:
-    """The same arrays in containers of their own."""
+    """Return the same arrays in containers of their own."""
     return tree_map(lambda array: array, tree)
 
 

@@ -26,21 +26,20 @@ from bdh_lib.training.distributed import World
 from bdh_lib.training.signals import default_signals
 from bdh_mlx import BDH
 
-# On a terminal, of what takes over a second; it leaves no line behind.
 ACTIVITY_BYTES = 4096  # validation bytes over which the active neurons are counted
 ACTIVITY_CHUNK = 256  # of them at once
 DEFAULT_BLOCK_SIZE = 4096  # where the checkpoint does not say what it was trained on
 
 
 def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
-    """Loss of each target in nats, (B, T), in training and in evaluation."""
+    """Return the loss of each target in nats, (B, T), in training and in evaluation."""
     return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
 
 
 def evaluate(
     losses, val, fields, B: int, T: int, stop=None, world: World | None = None
 ) -> tuple[float, dict[str, float]]:
-    """Mean nats per byte of val, and of the bytes of each field, without dropout.
+    """Return the mean nats per byte of val, and of the bytes of each field, without dropout.
 
     val is read in blocks of T, the last one shorter. `fields` is the index in FIELDS of each byte
     of val. The processes of `world` evaluate disjoint blocks.
@@ -65,7 +64,8 @@ def evaluate(
 
 
 def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int]:
-    """Share of active neurons by layer (`active_x`, `active_y`), and the number of `dead` ones.
+    """Return the share of active neurons by layer (`active_x`, `active_y`), and the number of
+    `dead` ones.
 
     A neuron is active where it is not 0, and dead where no layer excites it. They are counted over
     the first ACTIVITY_BYTES of val in blocks of T, without dropout. The paper names 5 % for x.
@@ -97,7 +97,9 @@ def compile_shapes(losses: Callable, n_bytes: int, B: int, T: int) -> None:
 
 
 def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
-    """byte_losses of the model, compiled for the shapes that an evaluation of n_bytes reads."""
+    """Return byte_losses of the model, compiled for the shapes that an evaluation of n_bytes
+    reads.
+    """
     eval_losses = mx.compile(partial(byte_losses, model), inputs=[model.state])
     print("compiling the evaluation, once")
     with default_signals():
@@ -108,7 +110,7 @@ def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
 def evaluation_table(
     model: BDH, dataset: str, mode: str | None, settings: dict, columns: str | None = None
 ) -> str:
-    """A table of the loss by field, in nats and bits per byte. Raises UserError."""
+    """Return a table of the loss by field, in nats and bits per byte. Raises UserError."""
     if mode is None:
         raise UserError("the checkpoint names no training mode to format records in; give --mode")
     path = expand_user(dataset, "--evaluate")

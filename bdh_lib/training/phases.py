@@ -22,7 +22,7 @@ PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")
 
 
 def chain(s: Settings) -> list[Settings]:
-    """The settings of each run that PHASES names; without it, `s` alone. Raises UserError.
+    """Return the settings of each run that PHASES names; without it, `s` alone. Raises UserError.
 
     Run i of RUN_NAME r is r-1-system, r-2-instruction and so on, its INIT_FROM the run before.
     """
@@ -49,7 +49,9 @@ def chain(s: Settings) -> list[Settings]:
 
 
 def ancestry(source: Path) -> list[dict]:
-    """The weights file that `source` means and those it came from, the eldest first, by sha256."""
+    """Return the weights file that `source` means and those it came from, the eldest first, by
+    sha256.
+    """
     file = find_weights(source)
     try:
         ancestors = files.parse_json(file.with_name("config.json").read_text()).get("ancestry", [])
@@ -59,8 +61,8 @@ def ancestry(source: Path) -> list[dict]:
 
 
 def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) -> dict[str, float]:
-    """Bits per byte of the run's best weights on the validation bytes of every mode that the data
-    serve; kept in modes.json, by field too. loss_in(model, mode) -> nats, nats by field.
+    """Return the bits per byte of the run's best weights on the validation bytes of every mode that
+    the data serve; kept in modes.json, by field too. loss_in(model, mode) -> nats, nats by field.
     """
     results = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
     results["data"] = cache_key(data_settings(s, s.TRAINING_MODE))
@@ -84,8 +86,8 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) 
 
 
 def forgetting_table(rows: dict[str, dict[str, float]]) -> str:
-    """Bits per byte of every mode's held-out bytes after each run; (+0.31) has been forgotten since
-    an earlier one.
+    """Return the bits per byte of every mode's held-out bytes after each run; (+0.31) has been
+    forgotten since an earlier one.
     """
     modes = list(next(iter(rows.values())))
     table, lowest = [("run", *modes)], {}

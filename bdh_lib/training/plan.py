@@ -64,7 +64,9 @@ def digest(text: str) -> int:
 
 
 def _bytes_under(codec: str) -> dict[int, int]:
-    """Byte by character of an 8-bit codec; a byte that it leaves undefined stands for itself."""
+    """Return the byte by character of an 8-bit codec; a byte that it leaves undefined stands for
+    itself.
+    """
     decoded = {b: bytes([b]).decode(codec, "ignore") or chr(b) for b in range(128, 256)}
     return {ord(character): b for b, character in decoded.items()}
 
@@ -73,7 +75,9 @@ CODECS = [_bytes_under(codec) for codec in ("cp1252", "latin1", "mac_roman")]
 
 
 def mojibake(text: str) -> str | None:
-    """The first UTF-8 of `text` that was read as Windows or Mac text, such as `â€™`, if any."""
+    """Return the first UTF-8 of `text` that was read as Windows or Mac text, such as `â€™`, if
+    any.
+    """
     for match in NOT_ASCII.finditer(text):
         for codec in CODECS:
             if sequence := UTF_8.search(bytes(codec.get(ord(c), 0) for c in match[0])):
@@ -126,7 +130,7 @@ def _note(findings: Findings, structure: str, pieces: Turns, s: SimpleNamespace)
 
 
 def oddities(found: Findings) -> list[str]:
-    """The findings as lines; mojibake is summed up by its field."""
+    """Return the findings as lines; mojibake is summed up by its field."""
     n = len(found.digests)
     odd = Counter()
     for name, count in found.odd.items():
@@ -161,7 +165,7 @@ class Functions(NamedTuple):
 
 
 def modes(found: Findings) -> str:
-    """Records and bytes of each mode, by field."""
+    """Return the records and bytes of each mode, by field."""
     rows = [("mode", "records", "bytes", "bytes by field")]
     for mode, sizes in found.of_mode.items():
         parts = ", ".join(f"{name or 'headers'} {size:,}" for name, size in sizes.items())
@@ -170,7 +174,7 @@ def modes(found: Findings) -> str:
 
 
 def peaks(s: SimpleNamespace) -> list[float]:
-    """Estimated peak memory of a step in GB, for each setting of MEMORY_MODE."""
+    """Return the estimated peak memory of a step in GB, for each setting of MEMORY_MODE."""
     shape = (s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE)
     computes = [memory.compute_for(s.BDH_CONFIG, name, s.DTYPE) for name in memory.MODES]
     besides = memory.extra_state_bytes(s)
@@ -178,7 +182,7 @@ def peaks(s: SimpleNamespace) -> list[float]:
 
 
 def presets(preset_names: Iterable[str], functions: Functions, sizes: dict[str, int]) -> str:
-    """Each preset on so many bytes of each mode, its other settings as the constants say."""
+    """Return each preset on so many bytes of each mode, its other settings as the constants say."""
     rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.MODES, "fits")]
     for name in preset_names:
         try:
@@ -202,7 +206,9 @@ def presets(preset_names: Iterable[str], functions: Functions, sizes: dict[str, 
 def measure(
     functions: Functions, s: SimpleNamespace, train_bytes: np.ndarray, compute
 ) -> tuple[float, float]:
-    """Seconds of an update and of an evaluation's batch: the median of three after a first."""
+    """Return the seconds of an update and of an evaluation's batch: the median of three after a
+    first.
+    """
     model, optimizer, ema = functions.init_model(s, compute)
     micro_step, apply_update, state = functions.compile_steps(
         model, optimizer, ema, s.GRAD_CLIP, s.BYTE_NOISE, s.EMA_DECAY
@@ -253,7 +259,7 @@ def print_records(s: SimpleNamespace) -> dict[str, int]:
 
 
 def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
-    """The same of the training side of a ready split, which has no records to look at."""
+    """Print the same of the training side of a ready split, which has no records to look at."""
     rows = [("field", "training bytes")]
     for i, name in enumerate(FIELDS):
         if n := np.count_nonzero(fields == i):

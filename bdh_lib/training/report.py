@@ -31,7 +31,9 @@ _warned = set()  # runs whose report failed
 
 
 def read_run(run: Path) -> tuple[dict, list[dict]]:
-    """config.json and the lines of metrics.jsonl of a run. Raises UserError where there is none."""
+    """Return config.json and the lines of metrics.jsonl of a run. Raises UserError where there is
+    none.
+    """
     lines = [_sound(m) for m in runlog.read_log(run / "metrics.jsonl") if type(m["step"]) is int]
     if not lines:
         raise UserError(_no_run(run))
@@ -51,7 +53,9 @@ def _no_run(run: Path) -> str:
 
 
 def _read_config(run: Path) -> dict:
-    """config.json, without what is not as the trainer writes it, of which a warning tells."""
+    """Return config.json, without what is not as the trainer writes it, of which a warning
+    tells.
+    """
     config, damaged = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}, []
     try:
         content = files.read_json_object(run / "config.json")
@@ -71,7 +75,7 @@ def _read_config(run: Path) -> dict:
 
 
 def _is_described(name: str, value) -> bool:
-    """Whether the page can tell of a part of config.json."""
+    """Tell whether the page can tell of a part of config.json."""
     if name == "data" and value:
         try:
             describe(value)
@@ -81,7 +85,7 @@ def _is_described(name: str, value) -> bool:
 
 
 def _sound(m: dict) -> dict:
-    """A line of the log without values of another type than the trainer writes."""
+    """Return a line of the log without values of another type than the trainer writes."""
     others = ("val_bpb_fields", "advice", "samples", "active_x", "active_y")
     numbers = {k: value for k, value in m.items() if k not in others and _is_number(value)}
     fields, advice, samples, x, y = map(m.get, others)
@@ -98,14 +102,14 @@ def _sound(m: dict) -> dict:
 
 
 def _is_number(value) -> bool:
-    """Whether a value is a number that can be drawn."""
+    """Tell whether a value is a number that can be drawn."""
     right = isinstance(value, int | float) and not isinstance(value, bool)
     return right and abs(value) < 1e300
 
 
 def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the lines that have a number under `key`, thinned to about POINTS; the
-    last one stays.
+    """Return the steps and values of the lines that have a number under `key`, thinned to about
+    POINTS; the last one stays.
     """
     points = [(m["step"], m[key]) for m in lines if _is_number(m.get(key))]
     step = math.ceil(len(points) / POINTS) or 1
@@ -115,19 +119,19 @@ def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def bits(lines: list[dict]) -> list[dict]:
-    """The lines with the training loss, and the one that judges, in bits per byte too."""
+    """Return the lines with the training loss, and the one that judges, in bits per byte too."""
     names = (("loss", "bpb"), ("monitored_loss", "monitored_bpb"))
     return [m | {b: m[a] / math.log(2) for a, b in names if a in m} for m in lines]
 
 
 def best(lines: list[dict]) -> dict:
-    """The evaluation that judges the run best, that of the untrained model aside."""
+    """Return the evaluation that judges the run best, that of the untrained model aside."""
     evaluated = [m for m in bits(lines) if "monitored_loss" in m and m["step"]]
     return min(evaluated, key=lambda m: m["monitored_loss"], default={})
 
 
 def monitored_name(config: dict) -> str:
-    """Which bytes judge a run: "all bytes" or "response bytes"."""
+    """Return which bytes judge a run: "all bytes" or "response bytes"."""
     return f"{config['settings'].get('LOSS_ON', 'all')} bytes"
 
 
@@ -135,7 +139,7 @@ def monitored_name(config: dict) -> str:
 
 
 def curves(config: dict, lines: list[dict]):
-    """Loss above; learning rate, gradient norm and speed below; a matplotlib figure."""
+    """Draw the loss above; learning rate, gradient norm and speed below; a matplotlib figure."""
     figure = canvas(9, 5.4)
     grid = figure.add_gridspec(2, 3, height_ratios=[1.7, 1])
     loss = figure.add_subplot(grid[0, :])
@@ -199,7 +203,7 @@ summary { cursor: pointer; padding: .3rem 0; border-bottom: 1px solid var(--line
 
 
 def text(value) -> str:
-    """Any value as safe HTML text."""
+    """Return any value as safe HTML text."""
     if isinstance(value, float):
         value = f"{value:.4g}"
     if type(value) is int:
@@ -215,7 +219,7 @@ def html_table(rows: list, head: tuple = (), kind: str = "") -> str:
 
 
 def tiles(config: dict, lines: list[dict]) -> str:
-    """The figures to see first."""
+    """Return the figures to see first."""
     last, lowest = lines[-1], best(lines)
     speeds = sorted(series(lines, "bytes_per_s")[1])
     facts = [
@@ -236,7 +240,7 @@ def samples_of(lines: list[dict]) -> list[tuple[int, list[str]]]:
 
 
 def activity_html(lines: list[dict]) -> str:
-    """Share of neurons that fire per layer, and how many never did in the best model."""
+    """Return the share of neurons that fire per layer, and how many never did in the best model."""
     shares = [(m["active_x"], m["active_y"]) for m in lines if "active_y" in m]
     rows = ""
     if shares:
@@ -260,7 +264,7 @@ def activity_html(lines: list[dict]) -> str:
 
 
 def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
-    """report.html: one page that needs no other file."""
+    """Return report.html: one page that needs no other file."""
     settings, about = config["settings"], config["data"]
     evaluated = [m for m in lines if m.get("val_bpb_fields")]
     fields = list(evaluated[-1]["val_bpb_fields"].items()) if evaluated else []
@@ -296,7 +300,7 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
 
 
 def transcript(lines: list[dict]) -> str:
-    """samples.md: what the model said at each evaluation, the newest last."""
+    """Return samples.md: what the model said at each evaluation, the newest last."""
     bpb = {m["step"]: m["val_bpb"] for m in lines if "val_bpb" in m}
     parts = ["# Samples\n"]
     for step, texts in samples_of(lines):

@@ -48,7 +48,7 @@ def resume_or_init(
 
 
 def origin_of(s: Settings) -> Path:
-    """Where the weights of INIT_FROM lie: in CHECKPOINT_DIR, else at the path itself."""
+    """Return where the weights of INIT_FROM lie: in CHECKPOINT_DIR, else at the path itself."""
     inside = Path(s.CHECKPOINT_DIR, s.INIT_FROM)
     return inside if inside.exists() else Path(s.INIT_FROM)
 
@@ -72,7 +72,9 @@ def init_from(s: Settings, model: BDH, ema: dict) -> list:
 
 
 def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[str]:
-    """What has changed since a checkpoint, in words. Raises UserError for what may not change."""
+    """Return what has changed since a checkpoint, in words. Raises UserError for what may not
+    change.
+    """
     new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_update(s)}
     try:
         if (

@@ -21,7 +21,7 @@ from bdh_lib.training.distributed import World
 
 
 def read_log(path: Path) -> list[dict]:
-    """The valid lines of a metrics.jsonl; none without a file."""
+    """Return the valid lines of a metrics.jsonl; none without a file."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -32,7 +32,9 @@ def read_log(path: Path) -> list[dict]:
 
 
 def crc32(m: dict) -> int:
-    """Checksum of a line without its own: a flipped bit may leave JSON of another meaning."""
+    """Return the checksum of a line without its own: a flipped bit may leave JSON of another
+    meaning.
+    """
     m = {name: value for name, value in m.items() if name != "crc32"}
     return zlib.crc32(json.dumps(m).encode())
 
@@ -42,7 +44,7 @@ def with_checksum(m: dict) -> str:
 
 
 def evaluated_steps(history: list[dict]) -> list[int]:
-    """The steps that were evaluated, in order."""
+    """Return the steps that were evaluated, in order."""
     return [m["step"] for m in history if "val_loss" in m]
 
 
@@ -64,7 +66,7 @@ class RunLog:
             files.atomic_write_text(self.path, "".join(map(with_checksum, self.history)))
 
     def valid_lines(self, step: int) -> list[dict]:
-        """The valid lines. A log with invalid ones is set aside, with a warning.
+        """Return the valid lines. A log with invalid ones is set aside, with a warning.
 
         The last line may be cut, as by a kill.
         """
@@ -78,12 +80,14 @@ class RunLog:
 
     @property
     def last_eval(self) -> int:
-        """The last step that was evaluated, -1 before any, or where the best one is lost."""
+        """Return the last step that was evaluated, -1 before any, or where the best one is lost."""
         steps = evaluated_steps(self.history)
         return max(steps, default=-1) if self.best or steps == [0] else -1
 
     def patience_exceeded(self, patience: int | None) -> bool:
-        """Whether `patience` evaluations came after the best one, over all resumes of the run."""
+        """Tell whether `patience` evaluations came after the best one, over all resumes of the
+        run.
+        """
         since = [e for e in evaluated_steps(self.history) if e > self.best.get("step", math.inf)]
         return patience is not None and len(since) >= patience
 
@@ -138,7 +142,7 @@ class Meter:
         self.losses, self.seconds, self.timed_bytes = [], 0.0, 0
 
     def start(self) -> None:
-        """An update begins."""
+        """Begin an update."""
         self.step_start = time.perf_counter()
 
     def stop(self, step: int, loss: float, norm: float, has_targets: bool) -> None:
@@ -158,11 +162,13 @@ class Meter:
             self.timed_bytes += self.bytes_per_step
 
     def minutes(self) -> float:
-        """Since the loop began, the first evaluation included."""
+        """Return the minutes since the loop began, the first evaluation included."""
         return (time.perf_counter() - self.start_time) / 60
 
     def read(self, step: int) -> dict:
-        """Mean loss, speed and time left after `step`, for the log; resets the averages."""
+        """Return the mean loss, speed and time left after `step`, for the log; resets the
+        averages.
+        """
         elapsed, done = time.perf_counter() - self.start_time, step - self.first_step
         values = {
             "loss": sum(self.losses) / len(self.losses),
@@ -177,7 +183,7 @@ class Meter:
 
 
 def format_line(m: dict) -> str:
-    """A line of metrics.jsonl as the terminal shows it."""
+    """Return a line of metrics.jsonl as the terminal shows it."""
     if "samples" in m:
         return "\n".join(f"--- sample at iteration {m['step']}\n{text}" for text in m["samples"])
     if "val_loss" in m:
@@ -195,7 +201,7 @@ def format_line(m: dict) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In minutes, hours or days."""
+    """Return a duration in minutes, hours or days."""
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{seconds / 60:.1f} min"
@@ -204,7 +210,9 @@ def duration(seconds: float) -> str:
 
 
 def main_process_prints(json_to, world: World):
-    """A context in which only the main process prints, to stderr where stdout has JSON lines."""
+    """Return a context in which only the main process prints, to stderr where stdout has JSON
+    lines.
+    """
     if not world.is_main:
         return redirect_stdout(Path(os.devnull).open("w"))
     return redirect_stdout(sys.stderr) if json_to else nullcontext()

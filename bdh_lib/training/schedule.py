@@ -6,19 +6,21 @@ from bdh_lib.flags import Settings
 
 
 def blocks_per_update(s: Settings) -> int:
-    """Blocks that an update reads, over all processes."""
+    """Return the blocks that an update reads, over all processes."""
     return s.BATCH_SIZE * s.GRAD_ACCUM * vars(s).get("PROCESSES", 1)
 
 
 def total_steps(s: Settings, n_bytes: int) -> int:
-    """Update at which the run ends: MAX_ITERS or the end of EPOCHS, one of which is set."""
+    """Return the update at which the run ends: MAX_ITERS or the end of EPOCHS, one of which is
+    set.
+    """
     blocks = math.ceil(n_bytes / s.BLOCK_SIZE)
     by_epochs = math.ceil(s.EPOCHS * blocks / blocks_per_update(s)) if s.EPOCHS else math.inf
     return min(s.MAX_ITERS or math.inf, by_epochs)
 
 
 def schedule_summary(s: Settings, n_bytes: int) -> str:
-    """How long the run is, and whether MAX_ITERS or EPOCHS ends it before the other."""
+    """Say how long the run is, and whether MAX_ITERS or EPOCHS ends it before the other."""
     total, bytes_per_update = total_steps(s, n_bytes), s.BLOCK_SIZE * blocks_per_update(s)
     epochs, cut = total * bytes_per_update / n_bytes, ""
     if epochs < (s.EPOCHS or 0):

@@ -34,7 +34,9 @@ class Skipped(Exception):
 
 
 def random_model() -> bdh_mlx.BDH:
-    """Weights larger than at initialisation, so that logits are far from uniform."""
+    """Return a model with weights larger than at initialisation: its logits are far from
+    uniform.
+    """
     mx.random.seed(SEED)
     model = bdh_mlx.BDH(CONFIG)
     model.update({k: 8 * v for k, v in model.parameters().items() if isinstance(v, mx.array)})
@@ -42,13 +44,13 @@ def random_model() -> bdh_mlx.BDH:
 
 
 def random_batch(step: int) -> tuple[mx.array, mx.array]:
-    """Bytes and the ones that follow them, (B, T) each."""
+    """Return the bytes and the ones that follow them, (B, T) each."""
     block = np.random.default_rng([SEED, step]).integers(0, 256, (B, T + 1), dtype=np.int32)
     return mx.array(block[:, :-1]), mx.array(block[:, 1:])
 
 
 def relative_error(one: mx.array, other: mx.array) -> float:
-    """Largest difference, as a share of the largest number."""
+    """Return the largest difference, as a share of the largest number."""
     return (mx.max(mx.abs(one - other)) / mx.max(mx.abs(one))).item()
 
 
@@ -66,12 +68,12 @@ def five_arrays(_: Callable) -> tuple[float, float]:
 
 
 def largest(differences) -> float:
-    """Python's max would drop a NaN."""
+    """Return the largest number, and NaN where there is one: Python's max would drop it."""
     return float(np.max([*differences]))
 
 
 def defined(_: Callable) -> tuple[float, float]:
-    """Loss and gradients in chunks of several lengths, and by the definition."""
+    """Compare loss and gradients in chunks of several lengths and by the definition."""
     model, batch, losses = random_model(), random_batch(0), []
     for chunk in (None, 7, 32, T):
         model.compute = replace(model.compute, chunk=chunk or T)
@@ -102,7 +104,7 @@ def saved_and_loaded(_: Callable) -> tuple[float, float]:
 
 
 def resumed(compile_steps: Callable) -> tuple[float, float]:
-    """Six updates at once, and three, a checkpoint, and three; the largest difference of a weight.
+    """Compare six updates at once with three, a checkpoint and three: the largest difference.
 
     0 on a CPU. A GPU adds up the gradient of the embedding in no fixed order, which Adam amplifies.
     """
@@ -115,7 +117,9 @@ def resumed(compile_steps: Callable) -> tuple[float, float]:
 
 
 def updated(compile_steps: Callable, run: Path, first: int, last: int) -> dict:
-    """Parameters after updates first .. last-1, from checkpoint `first`; leaves one of `last`."""
+    """Return the parameters after updates first .. last-1, from checkpoint `first`; leaves one of
+    `last`.
+    """
     mx.random.seed(SEED)
     model, optimizer = bdh_mlx.BDH(CONFIG), optim.AdamW(1e-3, bias_correction=True)
     optimizer.init(model.trainable_parameters())
@@ -131,12 +135,12 @@ def updated(compile_steps: Callable, run: Path, first: int, last: int) -> dict:
 
 
 def devices() -> tuple | None:
-    """The GPU and the CPU, None where there is no GPU."""
+    """Return the GPU and the CPU, None where there is no GPU."""
     return (mx.gpu, mx.cpu) if memory.on_gpu() else None
 
 
 def gpu_is_cpu(_: Callable) -> tuple[float, float]:
-    """Loss and every gradient, dropout included, on both."""
+    """Compare loss and every gradient, dropout included, on both."""
     if not (both := devices()):
         raise Skipped("no GPU that MLX uses")
     before, results = mx.default_device(), []

@@ -58,7 +58,9 @@ class StopSignal:
             self.requested = number
 
     def watch(self, read: int) -> None:
-        """In a thread, since Python calls no handler while MLX computes or compiles in C++."""
+        """Watch in a thread, since Python calls no handler while MLX computes or compiles in
+        C++.
+        """
         heard = 0
         while number := os.read(read, 1):
             heard += 1

@@ -37,7 +37,7 @@ def print_start(s: Settings, run: Path, val: Stream, mode: str, dtype, peak: flo
 
 
 def finished_reason(s: Settings, run: Path, step: int, total: int, best: dict) -> str:
-    """Why nothing is left to do, and which setting to change to continue."""
+    """Say why nothing is left to do, and which setting to change to continue."""
     if step >= total:
         return f"{run} has {step:,} iterations of {total:,}; to go on, raise MAX_ITERS or EPOCHS"
     return (
@@ -73,12 +73,14 @@ def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, train_spli
 
 
 def from_here(path: Path) -> Path:
-    """The path from the current folder, if it lies there."""
+    """Return the path from the current folder, if it lies there."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def sample_command(s: Settings, run: Path, fields: set[str]) -> str:
-    """A command that lets the finished run write, within the blocks that it was trained on."""
+    """Return a command that lets the finished run write, within the blocks that it was trained
+    on.
+    """
     prompt = sample_prompts(s.TRAINING_MODE, fields)[0]
     # make's .venv, which the user's shell may not know, and the script beside this package
     python, script = map(from_here, (Path(sys.executable), PROJECT / "generate.py"))

@@ -389,7 +389,7 @@ def series(val, loss, start=5.6, **of_lines):
 
 def advised(history, *args, total=1000):
     s = train_mlx.settings(["--learning-rate", "1e-3", "--warmup-iters", "10", *args])
-    return advise(history, s, total, known=(3.25, 2.5))
+    return advise(history, s, total, baselines=(3.25, 2.5))
 
 
 FALLING = [[4.0, 3.0, 2.8, 2.7], [2.6, 2.5, 2.4, 2.4], [2.3, 2.3, 2.2, 2.2]]
