@@ -191,7 +191,7 @@ TINY_PHASES = {
 def _(n):
     for owner, name, nth in list(TINY_PHASES.values()) * n:
         box = fresh()
-        if name == "detect":
+        if name == "parse_record":
             shutil.rmtree(box / ".data")
         tell = lambda w: at_call(owner, name, nth, lambda: os.write(w, b"."))
         seconds, code = latency(box, before=tell, numbers=[signal.SIGTERM], base=TINY)
