@@ -21,10 +21,9 @@ def flush(path: Path) -> None:
     """Flush the file or folder to the drive itself; fsync alone stops at a Mac's drive cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        if hasattr(fcntl, "F_FULLFSYNC"):
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(descriptor)
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    except (AttributeError, OSError):  # Linux has no such call; network drives and ZFS refuse it
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

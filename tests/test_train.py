@@ -1,5 +1,6 @@
 """The loop: batches, schedule, evaluation, exact resume, settings, and what a user meets."""
 
+import errno
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ from helpers import ARGS, arrays, metrics, same, train
 import bdh_mlx
 import generate
 import train_mlx
-from bdh_lib import flags, runs
+from bdh_lib import files, flags, runs
 from bdh_lib.generation import export
 from bdh_lib.training import checkpoints, evaluation, runlog, schedule, summary
 from bdh_lib.training.ema import copy_tree
@@ -518,6 +519,23 @@ def test_a_checkpoint_is_written_before_the_evaluation_of_its_step(tmp_path, mon
     with pytest.raises(MemoryError):
         train(tmp_path, "--max-iters", 9, "--eval-freq", 4)
     assert checkpoints.steps(tmp_path / "full")[-1] == 4
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_where_a_full_flush_is_refused_fsync_flushes(tmp_path, monkeypatch, supported):
+    calls = []
+
+    def fcntl(descriptor, command):  # as on a Mac, with a drive of its own or of the network
+        calls.append(command)
+        if not supported:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", "full", raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", fcntl)
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: calls.append("fsync"))
+    files.atomic_write_text(tmp_path / "file", "text")
+    assert calls == 2 * (["full"] if supported else ["full", "fsync"])  # the file, its folder
+    assert (tmp_path / "file").read_text() == "text"
 
 
 def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
