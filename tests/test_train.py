@@ -442,6 +442,17 @@ def test_a_refused_start_leaves_no_folder(tmp_path, monkeypatch):
     assert (tmp_path / "full").is_dir()
 
 
+def test_a_run_whose_name_differs_in_case_alone_is_refused(tmp_path):
+    train(tmp_path, "--max-iters", 1)
+    with pytest.raises(UserError, match=r"/Full and .*/full, which exists, differ in case alone"):
+        train(tmp_path, "--max-iters", 1, "--run-name", "Full")
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".data", "full"]
+    if not (tmp_path / "FULL").exists():  # a disk that tells them apart may hold both from before
+        (tmp_path / "Full").mkdir()
+        assert train(tmp_path, "--max-iters", 1, "--run-name", "Full") == 0
+        assert train(tmp_path, "--max-iters", 1) == 0
+
+
 def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys, monkeypatch):
     """Without system texts none is asked for, and a text stays within the blocks."""
     asked = [{"question": f"q {i}" * 9, "answer": f"a {i}" * 9} for i in range(30)]

@@ -56,11 +56,26 @@ def steps(run: Path) -> list[int]:
     return sorted(int(n) for n in names if n.isdigit() and folder(run, int(n)).name[5:] == n)
 
 
+def refuse_other_case(run: Path) -> None:
+    """Raise UserError where the name of `run` and that of a file beside it differ in case alone.
+
+    To a Mac's disk both are one folder, so one run would go on with the other.
+    """
+    names = [file.name for file in run.parent.iterdir()] if run.parent.is_dir() else []
+    others = [name for name in names if name.lower() == run.name.lower()]
+    if others and run.name not in others:
+        raise UserError(
+            f"{run} and {run.parent / others[0]}, which exists, differ in case alone, and a Mac "
+            f"takes both for one; set RUN_NAME to {others[0]} or to another name"
+        )
+
+
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
     """Hold `run` for one trainer, swept of what a killed one left. Raises UserError."""
     is_new = not run.exists()
     try:
+        refuse_other_case(run)
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("a")
     except OSError as error:
