@@ -10,7 +10,6 @@ The processes hold the same weights and take the same decisions; the first one a
 import json
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
@@ -26,12 +25,11 @@ class World:
         self.is_main = self.rank == 0  # it alone writes
 
     def all_reduce_sum(self, tree):
-        """Return the sum of float32 arrays over the processes, in one buffer; not to be
-        differentiated.
+        """Return the sum of float32 arrays over the processes, evaluated; not to be differentiated.
+
+        The arrays must have the same order in each process.
         """
-        if self.size == 1:
-            return tree
-        return tree_map(lambda mean: mean * self.size, nn.average_gradients(tree, self.group))
+        return tree if self.size == 1 else tree_map(self._sum, tree)
 
     def broadcast(self, tree):
         """Return the first process's arrays; the others give arrays of the same shapes."""
@@ -67,7 +65,9 @@ class World:
 
     def _sum(self, array: mx.array) -> mx.array:
         summed = mx.distributed.all_sum(array, group=self.group)
-        mx.eval(summed)  # now: all processes must take their sums in one order
+        # Now: all processes must take their sums in one order, and macOS ends a program whose GPU
+        # waits some 5 s for another process.
+        mx.eval(summed)
         return summed
 
 
