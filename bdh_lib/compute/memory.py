@@ -20,6 +20,7 @@ from bdh_lib.errors import UserError
 MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, saved_activations
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
 CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
+METAL_ROWS = 2048  # 34 GFLOP a product by default: macOS ends GPU work that delays its display
 
 
 def compute_for(config, memory: str, dtype: str) -> Compute:
@@ -27,7 +28,8 @@ def compute_for(config, memory: str, dtype: str) -> Compute:
     rows, saved_activations = MODES[memory]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
     max_rows = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
-    rows = min(rows, max_rows if on_gpu() else CPU_ROWS)
+    on_metal = on_gpu() and mx.metal.is_available()
+    rows = min(rows, METAL_ROWS if on_metal else rows, max_rows if on_gpu() else CPU_ROWS)
     return Compute(dtype, default_chunk(config.n_embd), rows, max_rows, saved_activations)
 
 

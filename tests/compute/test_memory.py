@@ -1,11 +1,14 @@
 """What memory a run may take, in a container or a service with a limit of its own."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bdh_lib.compute import memory
+from bdh_lib.compute.layer import segments
+from bdh_mlx import BDHConfig
 
 GB = 10**9
 
@@ -67,3 +70,18 @@ def test_available_is_what_the_limit_leaves(monkeypatch):
     assert memory.available() == pytest.approx(0.9 * free / 2)
     monkeypatch.setattr(memory, "cgroup_rooms", lambda: [math.inf, -5.0])
     assert memory.available() == 0
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "metal", "rows"),
+    [(True, True, 2048), (True, False, 32768), (False, True, 1024), (False, False, 1024)],
+)
+def test_segments_are_short_on_metal_alone(monkeypatch, on_gpu, metal, rows):
+    monkeypatch.setattr(memory, "on_gpu", lambda: on_gpu)
+    monkeypatch.setattr(memory.mx.metal, "is_available", lambda: metal)
+    config, compute = BDHConfig(), memory.compute_for(BDHConfig(), "fast", "bfloat16")
+    assert compute.rows == rows
+    parts = segments(2, 4096, compute)  # of the default batch
+    assert max(end - begin for begin, end in parts) == min(4096, rows // 2)
+    wide = replace(config, mlp_internal_dim_multiplier=4096)  # one array must fit into a buffer
+    assert memory.compute_for(wide, "fast", "bfloat16").rows == min(rows, 1024)
