@@ -53,6 +53,7 @@ EVAL_BYTES: int | None = 1_000_000  # validation bytes read at most, always the 
 LOG_FREQ: int = 50  # updates between lines
 EVAL_FREQ: int = 250  # updates between validations and samples
 SAVE_FREQ: int = 500  # updates between checkpoints
+SAVE_MINUTES: float | None = 10  # minutes between checkpoints at most; none: SAVE_FREQ alone
 KEEP_CHECKPOINTS: int = 3  # latest checkpoints kept, besides the best
 SAMPLE_BYTES: int = 200  # length of each sample
 # Runs
@@ -482,8 +483,8 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         last_step = step == n_steps
         stop.sync()
 
-        # every SAVE_FREQ updates: save first, so that a crash in the evaluation loses nothing
-        if last_step or stop.requested or step % s.SAVE_FREQ == 0:
+        # by SAVE_FREQ or SAVE_MINUTES: save first, so that a crash in the evaluation loses nothing
+        if last_step or stop.requested or log.is_save_due(step, s.SAVE_FREQ, s.SAVE_MINUTES):
             save(step)
         if stop.requested:
             break
@@ -577,6 +578,7 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
     "LOG_FREQ": whole(1),
     "EVAL_FREQ": whole(1),
     "SAVE_FREQ": whole(1),
+    "SAVE_MINUTES": number("above 0 and at most 10,000", lambda x: 0 < x <= 1e4, allow_none=True),
     "KEEP_CHECKPOINTS": whole(1),
     "SAMPLE_BYTES": whole(0, 10**6),
     "CHECKPOINT_DIR": text(),

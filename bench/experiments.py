@@ -33,7 +33,10 @@ import jobs as queue  # noqa: E402
 from bdh_lib.training.advice import order_n  # noqa: E402
 
 SEEDS = 3
-QUIET = "--sample-bytes 0 --save-freq 1000000 --keep-checkpoints 1 --eval-bytes none --epochs none"
+QUIET = (
+    "--sample-bytes 0 --save-freq 1000000 --save-minutes none --keep-checkpoints 1 "
+    "--eval-bytes none --epochs none"
+)
 
 # Parity: what the official train.py does, and every byte block the same on both sides. No
 # schedule, no clipping; validation every 100 updates over all validation bytes.

@@ -557,6 +557,26 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
     assert checkpoints.read_best(tmp_path / "full")["step"] == 4
 
 
+@pytest.mark.parametrize("minutes", [10, "none"])
+def test_a_checkpoint_is_written_when_minutes_have_passed(tmp_path, straight, monkeypatch, minutes):
+    saved, save, now, get_batch = [], checkpoints.save, [0.0], train_mlx.get_batch
+
+    def four_minutes(*args):
+        now[0] += 240
+        return get_batch(*args)
+
+    monkeypatch.setattr(train_mlx, "get_batch", four_minutes)
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        checkpoints, "save", lambda run, step, *a: saved.append(step) or save(run, step, *a)
+    )
+    rare = ("--eval-freq", 100, "--save-freq", 8, "--keep-checkpoints", 2)
+    train(tmp_path, "--max-iters", 12, "--save-minutes", minutes, *rare)
+    assert saved == ([8, 12] if minutes == "none" else [3, 6, 8, 11, 12])
+    assert checkpoints.steps(tmp_path / "full") == saved[-2:]
+    assert same(arrays(tmp_path, 12), arrays(straight, 12))
+
+
 def rewrite_best(run, **best):
     best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
     (run / "best.json").write_text(json.dumps(best))

@@ -58,7 +58,7 @@ class RunLog:
 
     def __init__(self, run: Path, step: int, world: World, json_to=None):
         self.run, self.world, self.json_to = run, world, json_to
-        self.path, self.last_saved = run / "metrics.jsonl", step
+        self.path, self.last_saved, self.save_time = run / "metrics.jsonl", step, time.monotonic()
         lines = self.valid_lines(step) if world.is_main else []
         self.history = world.broadcast_object([m for m in lines if step and m["step"] <= step])
         self.best = world.broadcast_object(checkpoints.read_best(run) if world.is_main else None)
@@ -96,7 +96,15 @@ class RunLog:
         if self.world.is_main:
             write()
         self.world.barrier()  # none goes on, or leaves, before it is on the disk
-        self.last_saved = step
+        self.last_saved, self.save_time = step, time.monotonic()
+
+    def is_save_due(self, step: int, freq: int, minutes: float | None) -> bool:
+        """Tell whether `freq` divides the step, or `minutes` have passed since the last save.
+
+        The clock of the main process decides; all processes call this at once.
+        """
+        late = minutes is not None and time.monotonic() - self.save_time >= 60 * minutes
+        return step % freq == 0 or self.world.broadcast_object(late)
 
     def is_best(self, monitored_loss: float) -> bool:
         """Say whether a loss in nats is below that of the best evaluation so far, if any."""

@@ -159,6 +159,27 @@ def test_processes_with_different_data_are_told(tmp_path):
         assert code == 2 and "the processes differ in SEED" in err and "Traceback" not in err
 
 
+OTHER_CLOCK = """
+import os, sys
+sys.path.insert(0, {root!r})
+from types import SimpleNamespace
+import train_mlx
+from bdh_lib.training import runlog
+clock = (lambda: 0.0) if os.environ["MLX_RANK"] == "{stopped}" else runlog.time.monotonic
+runlog.time = SimpleNamespace(monotonic=clock, perf_counter=runlog.time.perf_counter)
+sys.exit(train_mlx.main())
+"""
+
+
+@pytest.mark.parametrize(("stopped", "saved"), [(0, [6]), (1, [4, 5, 6])])
+def test_the_clock_of_the_first_process_says_when_to_save(tmp_path, stopped, saved):
+    code = OTHER_CLOCK.format(root=str(ROOT), stopped=stopped)
+    args = ("--max-iters", 6, "--save-freq", 99, "--eval-freq", 99, "--save-minutes", 1e-9)
+    processes = start(tmp_path, "-c", code, *ARGS, "--checkpoint-dir", tmp_path, *args)
+    assert [code for code, *_ in ended(processes)] == [0, 0]
+    assert checkpoints.steps(tmp_path / "full") == saved
+
+
 TOGETHER = """
 import math, sys
 sys.path.insert(0, {root!r})
