@@ -105,7 +105,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
-from bdh_lib import cli, files, flags
+from bdh_lib import cli, files, flags, plots
 from bdh_lib.compute import memory
 from bdh_lib.data.columns import parse_columns
 from bdh_lib.data.formats import (
@@ -285,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         functions = plan.Functions(settings, init_model, compile_steps, get_batch)
         return plan.print_plan(base, PRESETS, functions)
     cli.ignore_closed_output()
+    plots.find_fonts()  # before MLX computes anything
     world = World()
     base.json_to = sys.stdout if base.json else None  # where print goes no more from here on
     with main_process_prints(base.json_to, world), StopSignal(world) as stop:

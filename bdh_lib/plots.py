@@ -2,11 +2,24 @@
 
 import io
 import logging
+import sys
+from contextlib import suppress
+from importlib import import_module
 
 from bdh_lib import files
 from bdh_lib.errors import escape_controls
 
 INK, LINES = "#808080", ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", "#d1495b"]
+
+
+def find_fonts() -> None:
+    """Let matplotlib search for fonts on a Mac; call it before MLX computes anything.
+
+    The first search forks the process, which can hang once Metal is at work, and takes seconds.
+    """
+    if sys.platform == "darwin":
+        with suppress(Exception):  # the first report tells what is wrong
+            import_module("matplotlib.font_manager")
 
 
 def canvas(width: float, height: float):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from helpers import metrics, train
 
+import train_mlx
+from bdh_lib import plots
 from bdh_lib.training import report
 from bdh_mlx import UserError
 
@@ -249,3 +251,19 @@ def test_names_are_no_formulas(run, tmp_path):
     (other / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
     assert report.main([str(other)]) == 0
     assert report.main([str(other), str(other), "--out", str(tmp_path / "c.png")]) == 0
+
+
+@pytest.mark.parametrize("platform", ["darwin", "linux"])
+def test_on_a_mac_fonts_are_found_before_mlx_is_used(tmp_path, monkeypatch, platform):
+    found = []
+
+    def find(name):
+        found.append(name)
+        raise ImportError("No module named 'matplotlib'")  # a run does not need it
+
+    monkeypatch.setattr(plots, "import_module", find)
+    monkeypatch.setattr(plots.sys, "platform", platform)
+    monkeypatch.setattr(train_mlx, "World", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path)
+    assert found == ["matplotlib.font_manager"] * (platform == "darwin")
