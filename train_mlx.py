@@ -61,6 +61,7 @@ CHECKPOINT_DIR: str = "checkpoints_mlx"  # holds one folder per run, and the pre
 RUN_NAME: str | None = None  # folder of this run; none: the training mode
 INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (phase 2)
 PHASES: str | None = None  # a chain, mode:EPOCHS@LEARNING_RATE each: "system:3,full:2@3e-5"
+KEEP_AWAKE: bool = True  # a Mac does not sleep while it trains; its display may
 
 ACTIONS = {
     "plan": "print the planned run and problems of its data, then exit",
@@ -118,7 +119,7 @@ from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.generation.decoding import complete_prompts
 from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
-from bdh_lib.training import checkpoints, phases, plan, selfcheck, summary
+from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary
 from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.dataset import Stream, load_prepared, load_split
 from bdh_lib.training.distributed import World, is_lost
@@ -288,7 +289,11 @@ def main(argv: list[str] | None = None) -> int:
     plots.find_fonts()  # before MLX computes anything
     world = World()
     base.json_to = sys.stdout if base.json else None  # where print goes no more from here on
-    with main_process_prints(base.json_to, world), StopSignal(world) as stop:
+    with (
+        macos.kept_awake(base.KEEP_AWAKE),
+        main_process_prints(base.json_to, world),
+        StopSignal(world) as stop,
+    ):
         for s in phases.chain(base):
             s.PROCESSES = world.size
             run = checkpoints.run_folder(s)
@@ -586,6 +591,7 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
     "RUN_NAME": text(allow_none=True),
     "INIT_FROM": text(allow_none=True),
     "PHASES": text(allow_none=True),
+    "KEEP_AWAKE": switch(),
 }
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -667,6 +668,39 @@ def test_phase_two_starts_from_the_weights_of_phase_one(tmp_path, capsys):
     with pytest.raises(UserError, match=shape + "here 32$"):
         args = ("--n-layer", 3, "--n-embd", 32, "--dropout", 0)
         train(tmp_path, "--run-name", "x", "--init-from", "system", *args)
+
+
+# ------------------------------------------------------------------------------------------ a Mac
+
+
+@pytest.fixture
+def caffeinate(tmp_path, monkeypatch):
+    """A stand-in for the program of a Mac, which writes its arguments and its pid to a file."""
+    (folder := tmp_path / "bin").mkdir()
+    program, told = folder / "caffeinate", folder / "told"
+    program.write_text(f'#!/bin/sh\necho "$@" $$ > {told}\nexec sleep 60\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    return told
+
+
+def test_a_mac_is_kept_awake_while_it_trains_and_its_display_is_not(tmp_path, caffeinate):
+    assert train(tmp_path, "--max-iters", 2) == 0
+    *arguments, pid = caffeinate.read_text().split()
+    assert arguments == ["-i", "-s", "-w", str(os.getpid())]
+    with pytest.raises(ProcessLookupError):  # it ended with the run, as a notebook does not
+        os.kill(int(pid), 0)
+
+
+@pytest.mark.parametrize("case", ["--no-keep-awake", "--plan", "linux", "missing"])
+def test_nothing_is_kept_awake_without_need(tmp_path, caffeinate, monkeypatch, case):
+    if case == "linux":
+        monkeypatch.setattr(sys, "platform", "linux")
+    if case == "missing":
+        (caffeinate.parent / "caffeinate").unlink()
+    assert train(tmp_path, "--max-iters", 1, *([case] if case.startswith("--") else [])) == 0
+    assert not caffeinate.exists()
 
 
 # ------------------------------------------------------------------------------- settings and flags
