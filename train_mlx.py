@@ -290,6 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     world = World()
     base.json_to = sys.stdout if base.json else None  # where print goes no more from here on
     with (
+        # without argv this run is all that the process does
+        macos.restarted_after_gpu_fault(base, argv is None and world.size == 1),
         macos.kept_awake(base.KEEP_AWAKE),
         main_process_prints(base.json_to, world),
         StopSignal(world) as stop,

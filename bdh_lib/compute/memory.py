@@ -149,6 +149,11 @@ def is_exhausted(error: RuntimeError) -> bool:
     return any(text in str(error) for text in (*texts, "Resource limit"))
 
 
+def is_gpu_fault(error: RuntimeError) -> bool:
+    """Test for an error by which Metal says that macOS ended the GPU's work with memory left."""
+    return "[METAL] Command buffer execution failed" in str(error) and not is_exhausted(error)
+
+
 def oom_advice(s: SimpleNamespace, peak: float) -> str:
     """Say the estimated peak, the available memory and the nearest settings that fit."""
     fits, settings = [], set()

@@ -1,4 +1,4 @@
-"""What a Mac needs of a long run: it stays awake."""
+"""What a Mac needs of a long run: it stays awake, and goes on after macOS ended the GPU's work."""
 
 import os
 import shutil
@@ -6,6 +6,27 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from bdh_lib.compute import memory
+from bdh_lib.errors import UserError
+from bdh_lib.flags import Settings
+from bdh_lib.training import checkpoints, phases
+
+RESTARTS = "BDH_RESTARTS"  # environment: restarts since the newest checkpoint; its step, by run
+MAX_RESTARTS = 3  # in a row, without a newer checkpoint
+ADVICE = (
+    "Let the display sleep while it trains. The environment variable "
+    "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 helped on some Macs; another one crashed all the same while "
+    "its display was on"
+)
+
+
+class GpuFault(UserError):
+    """macOS ended the GPU's work, and the process does not restart itself."""
+
+    exit_code = 1
 
 
 @contextmanager
@@ -25,3 +46,37 @@ def kept_awake(wanted: bool) -> Iterator[None]:
             yield
         finally:
             caffeinate.terminate()
+
+
+@contextmanager
+def restarted_after_gpu_fault(s: Settings, allowed: bool) -> Iterator[None]:
+    """Start the command of this process anew when macOS ends the GPU's work, if `allowed`.
+
+    MLX's arrays may be poisoned then, so the next process goes on from the newest checkpoint.
+    Raises GpuFault where a restart is not allowed, or has not helped MAX_RESTARTS times.
+    """
+    try:
+        yield
+        return
+    except RuntimeError as error:
+        if not memory.is_gpu_fault(error):
+            raise
+        reason = f"macOS ended the GPU's work: {' '.join(str(error).split())}. {ADVICE}"
+    if not allowed or (count := count_restart(s)) > MAX_RESTARTS:
+        raise GpuFault(f"{reason}. Checkpoints are as they were; the same command goes on")
+    again = f"restart {count} of at most {MAX_RESTARTS} without a newer one"
+    tqdm.write(f"warning: {reason}. Going on from the newest checkpoint: {again}", file=sys.stderr)
+    sys.stdout.flush()
+    # a second --refresh-data could find other data than the run began with
+    arguments = [word for word in sys.orig_argv[1:] if word != "--refresh-data"]
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def count_restart(s: Settings) -> int:
+    """Count the restarts since the newest checkpoint, this one too, for the next process."""
+    runs = map(checkpoints.run_folder, phases.chain(s))
+    newest = str([max(checkpoints.steps(run), default=0) for run in runs])
+    count, _, since = os.environ.get(RESTARTS, "").partition(" ")
+    count = int(count) + 1 if since == newest else 1
+    os.environ[RESTARTS] = f"{count} {newest}"
+    return count

@@ -85,3 +85,19 @@ def test_segments_are_short_on_metal_alone(monkeypatch, on_gpu, metal, rows):
     assert max(end - begin for begin, end in parts) == min(4096, rows // 2)
     wide = replace(config, mlp_internal_dim_multiplier=4096)  # one array must fit into a buffer
     assert memory.compute_for(wide, "fast", "bfloat16").rows == min(rows, 1024)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_fault"),
+    [
+        ("Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInter", True),
+        ("Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)", True),
+        ("Ignored (for causing prior/excessive GPU errors) (00000004:kIOGPUCommand", True),
+        ("Internal Error (0000000e:Internal Error)", True),
+        ("Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)", False),
+    ],
+)
+def test_a_gpu_fault_is_told_from_exhausted_memory(text, is_fault):
+    error = RuntimeError(f"[METAL] Command buffer execution failed: {text}")
+    assert (memory.is_gpu_fault(error), memory.is_exhausted(error)) == (is_fault, not is_fault)
+    assert not memory.is_gpu_fault(RuntimeError(text))

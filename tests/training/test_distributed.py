@@ -159,6 +159,35 @@ def test_processes_with_different_data_are_told(tmp_path):
         assert code == 2 and "the processes differ in SEED" in err and "Traceback" not in err
 
 
+FAULTY = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_mlx
+from bdh_lib import cli
+n_targets, calls = train_mlx.n_targets_in_update, []
+
+def faulty(*args):
+    calls.append(args)
+    if len(calls) == 6 and os.environ["MLX_RANK"] == "1":
+        raise RuntimeError("[METAL] Command buffer execution failed: Caused GPU Timeout Error")
+    return n_targets(*args)
+
+train_mlx.n_targets_in_update = faulty
+cli.run("train_mlx")
+"""
+
+
+def test_a_gpu_fault_of_one_process_ends_all_and_restarts_none(tmp_path):
+    code = FAULTY.format(root=str(ROOT))
+    args = ("--checkpoint-dir", tmp_path, "--max-iters", 10**6)
+    first, second = ended(start(tmp_path, "-c", code, *ARGS, *args))
+    assert (first[0], second[0]) == (1, 1)
+    assert "process 0 lost another one" in first[2]
+    assert second[2].count("error: macOS ended the GPU's work: [METAL] ") == 1
+    assert "Traceback" not in second[2] and "newest checkpoint" not in second[2]
+    assert checkpoints.newest_valid(tmp_path / "full") >= 4
+
+
 OTHER_CLOCK = """
 import os, sys
 sys.path.insert(0, {root!r})
