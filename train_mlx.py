@@ -39,6 +39,7 @@ LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the 
 WEIGHT_DECAY: float = 0.1  # AdamW's, as in the paper
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: no clipping
 EMA_DECAY: float = 0.0  # decay of the exponential moving average of the weights; 0: off
+SHUFFLE_RECORDS: bool = False  # a new order of the records in each epoch; plain text keeps its own
 BYTE_NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
 MAX_CONSECUTIVE_SKIPS: int = 10  # updates in a row that are not finite before the run stops
 # Model, and how it is computed
@@ -121,7 +122,7 @@ from bdh_lib.generation.decoding import complete_prompts
 from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary
 from bdh_lib.training.advice import advise, byte_baselines
-from bdh_lib.training.dataset import Stream, load_prepared, load_split
+from bdh_lib.training.dataset import Split, load_prepared, load_split
 from bdh_lib.training.distributed import World, is_lost
 from bdh_lib.training.ema import copy_tree, ema_applied
 from bdh_lib.training.evaluation import byte_losses, compile_evaluation, evaluate, neuron_activity
@@ -147,24 +148,39 @@ def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
     return rng.permutation(starts) % n_bytes
 
 
-def block_starts(n_bytes: int, first: int, count: int, T: int, seed: int) -> np.ndarray:
-    """Return the first byte of the blocks first .. first+count-1 of a run, over as many epochs as
-    needed.
+@lru_cache(maxsize=2)
+def epoch_order(split: Split, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw an order of the records for an epoch, and write them in it to a ring of bytes, in mind.
+
+    Return where each record ends in that ring, and its distance from there to its place in `split`.
     """
-    n_blocks = math.ceil(n_bytes / T)
-    indices = [divmod(block, n_blocks) for block in range(first, first + count)]
-    return np.array([epoch_starts(n_bytes, T, seed, epoch)[i] for epoch, i in indices])
+    lengths = np.diff(split.record_ends, prepend=0)
+    order = np.random.default_rng([seed, epoch, 1]).permutation(len(lengths))
+    ends = np.cumsum(lengths[order])
+    return ends, split.record_ends[order] - ends
 
 
-def get_batch(
-    stream: np.ndarray, first: int, B: int, T: int, seed: int
-) -> tuple[mx.array, mx.array]:
-    """Return the blocks first .. first+B-1 of a run as idx and targets (B, T).
+def batch_positions(split: Split, batch_index: int, s: Settings) -> np.ndarray:
+    """Return which bytes of `split` the blocks of a run's batch number `batch_index` hold.
 
-    They are a function of the arguments alone, so that a resumed run reads on where it stopped.
+    (B, T + 1) positions, of the inputs and of one target more. They are a function of the arguments
+    alone, so that a resumed run reads on where it stopped.
     """
-    starts = block_starts(len(stream), first, B, T, seed)
-    blocks = stream[(starts[:, None] + np.arange(T + 1)) % len(stream)].astype(np.int32)
+    B, T, n_bytes = s.BATCH_SIZE, s.BLOCK_SIZE, len(split.bytes)
+    blocks = []
+    for block in range(batch_index * B, (batch_index + 1) * B):
+        epoch, i = divmod(block, math.ceil(n_bytes / T))
+        ring = (epoch_starts(n_bytes, T, s.SEED, epoch)[i] + np.arange(T + 1)) % n_bytes
+        if s.SHUFFLE_RECORDS and split.record_ends is not None:
+            ends, distances = epoch_order(split, s.SEED, epoch)
+            ring += distances[np.searchsorted(ends, ring, side="right")]
+        blocks.append(ring)
+    return np.stack(blocks)
+
+
+def get_batch(split: Split, batch_index: int, s: Settings) -> tuple[mx.array, mx.array]:
+    """Return a run's batch number `batch_index` as idx and targets (B, T)."""
+    blocks = split.bytes[batch_positions(split, batch_index, s)].astype(np.int32)
     return mx.array(blocks[:, :-1]), mx.array(blocks[:, 1:])
 
 
@@ -183,29 +199,29 @@ def learning_rate(step: int, total: int, s: Settings) -> float:
     return s.LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def target_mask(fields: np.ndarray, batch_index: int, s: Settings) -> np.ndarray:
+def target_mask(split: Split, batch_index: int, s: Settings) -> np.ndarray:
     """Return which targets (B, T) of a run's batch number `batch_index` count in its loss."""
     if s.LOSS_ON == "all":
         return np.ones((s.BATCH_SIZE, s.BLOCK_SIZE), bool)
-    batch = (batch_index * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
-    return np.array(get_batch(fields, *batch)[1]) == FIELDS.index(s.LOSS_ON)
+    positions = batch_positions(split, batch_index, s)[:, 1:]
+    return split.fields[positions] == FIELDS.index(s.LOSS_ON)
 
 
-def n_targets_in_update(fields: np.ndarray, step: int, s: Settings) -> int:
+def n_targets_in_update(split: Split, step: int, s: Settings) -> int:
     """Return how many targets count in the loss of update number `step`, over all its batches."""
     batches = blocks_per_update(s) // s.BATCH_SIZE
     if s.LOSS_ON == "all":
         return blocks_per_update(s) * s.BLOCK_SIZE
-    return sum(int(target_mask(fields, step * batches + i, s).sum()) for i in range(batches))
+    return sum(int(target_mask(split, step * batches + i, s).sum()) for i in range(batches))
 
 
-def loss_weights(fields: np.ndarray, batch_index: int, count: int, s: Settings) -> np.ndarray:
+def loss_weights(split: Split, batch_index: int, count: int, s: Settings) -> np.ndarray:
     """Return the weight of each target (B, T) of a batch in the loss of its update.
 
     That loss is the mean over the `count` targets that count in all batches of the update, on all
     processes: their weights are 1 / count, those of the others 0.
     """
-    return target_mask(fields, batch_index, s).astype(np.float32) / np.float32(max(1, count))
+    return target_mask(split, batch_index, s).astype(np.float32) / np.float32(max(1, count))
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -342,7 +358,8 @@ def evaluate_mode(s: Settings, stop: StopSignal, model: BDH, mode: str) -> tuple
     data.
     """
     losses = mx.compile(partial(byte_losses, model))
-    return evaluate(losses, *load_prepared(s, mode)[2], s.BATCH_SIZE, s.BLOCK_SIZE, stop)
+    val = load_prepared(s, mode)[2]
+    return evaluate(losses, val.bytes, val.fields, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
 
 
 def begin_run(run: Path, s: Settings, report: dict, ancestry: list, trees: list, world) -> dict:
@@ -372,7 +389,7 @@ def evaluation_results(
     step: int,
     model: BDH,
     eval_losses: Callable,
-    val: Stream,
+    val: Split,
     stop: StopSignal,
     world: World,
 ) -> dict:
@@ -384,7 +401,8 @@ def evaluation_results(
     if step == 0 or not stop.has_trained:
         note = memory.slow_note(s)
         print(f"evaluating {len(val.bytes):,} bytes before iteration {step + 1}{note}")
-    val_loss, nats = evaluate(eval_losses, *val, s.BATCH_SIZE, s.BLOCK_SIZE, stop, world)
+    sizes = (s.BATCH_SIZE, s.BLOCK_SIZE)
+    val_loss, nats = evaluate(eval_losses, val.bytes, val.fields, *sizes, stop, world)
     if stop.requested:
         return {}
     if not math.isfinite(val_loss):
@@ -407,7 +425,7 @@ def sum_gradients(
     s: Settings,
     step: int,
     micro_step: Callable,
-    train_split: Stream,
+    train_split: Split,
     stop: StopSignal,
     world: World,
 ) -> tuple[tuple[mx.array, dict], bool]:
@@ -417,11 +435,10 @@ def sum_gradients(
     """
     if not stop.has_trained:
         print("compiling the training step, once (a minute or more on a new machine)")
-    (stream, fields), loss, gradients = train_split, 0.0, None
-    n_targets = n_targets_in_update(fields, step, s)
+    loss, gradients, n_targets = 0.0, None, n_targets_in_update(train_split, step, s)
     for i in micro_batches(s, step, world):
-        batch = get_batch(stream, i * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED)
-        weights = mx.array(loss_weights(fields, i, n_targets, s))
+        batch = get_batch(train_split, i, s)
+        weights = mx.array(loss_weights(train_split, i, n_targets, s))
         with nullcontext() if stop.has_trained else default_signals():
             key = mx.random.key(s.SEED * 2**32 + i)
             micro_loss, micro_gradients = micro_step(*batch, weights, key)
@@ -433,7 +450,7 @@ def sum_gradients(
     return world.all_reduce_sum((loss, gradients)), n_targets > 0
 
 
-def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: StopSignal) -> list[str]:
+def write_samples(s: Settings, step: int, model: BDH, val: Split, stop: StopSignal) -> list[str]:
     """Return what the model writes after the prompts of its mode."""
     prompts = sample_prompts(s.TRAINING_MODE, summary.fields_in(val.fields))
     if s.SAMPLE_BYTES > 1000:
@@ -441,12 +458,12 @@ def write_samples(s: Settings, step: int, model: BDH, val: tuple, stop: StopSign
     return list(complete_prompts(model, prompts, s.SAMPLE_BYTES, s.SEED + step, stop))
 
 
-def batch_location(s: Settings, step: int, train_split: Stream) -> str:
-    """Return which bytes an update read."""
-    count, n_bytes = blocks_per_update(s), len(train_split.bytes)
-    shown = min(count, 64)
-    starts = block_starts(n_bytes, step * count, shown, s.BLOCK_SIZE, s.SEED).tolist()
-    more = f" and {count - shown:,} others" if count > shown else ""
+def batch_location(s: Settings, step: int, train_split: Split) -> str:
+    """Return where in the training bytes the blocks of an update begin."""
+    count = blocks_per_update(s)
+    first, shown = step * count // s.BATCH_SIZE, range(math.ceil(min(count, 64) / s.BATCH_SIZE))
+    starts = [int(n) for i in shown for n in batch_positions(train_split, first + i, s)[:, 0]][:64]
+    more = f" and {count - len(starts):,} others" if count > len(starts) else ""
     return f"{s.BLOCK_SIZE} bytes each from {starts}{more} of the training bytes"
 
 
@@ -574,6 +591,7 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
     "WEIGHT_DECAY": number("from 0 to 1,000", lambda x: 0 <= x <= 1000),
     "GRAD_CLIP": number("from 1e-12 to 1e12", lambda x: 1e-12 <= x <= 1e12, allow_none=True),
     "EMA_DECAY": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
+    "SHUFFLE_RECORDS": switch(),
     "BYTE_NOISE": number("at least 0 and below 1", lambda x: 0 <= x < 1),
     "MAX_CONSECUTIVE_SKIPS": whole(1),
     "BDH_CONFIG": Rule(BDHConfig, description="a BDHConfig(...)"),

@@ -282,6 +282,7 @@ def official(job: dict, path: str) -> dict:
     import torch
 
     import train_mlx
+    from bdh_lib.training.dataset import Split
 
     spec = importlib.util.spec_from_file_location("official_bdh", path)
     official = importlib.util.module_from_spec(spec)
@@ -293,6 +294,7 @@ def official(job: dict, path: str) -> dict:
     train, val = (
         np.fromfile(Path(s.DATASET, f"{side}.bin"), np.uint8) for side in ("train", "val")
     )
+    split = Split(train, np.zeros_like(train))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(s.SEED)
     torch.set_float32_matmul_precision("high")
@@ -304,8 +306,8 @@ def official(job: dict, path: str) -> dict:
     )
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
 
-    def blocks(stream, starts, length):
-        rows = stream[(starts[:, None] + np.arange(length + 1)) % len(stream)].astype(np.int64)
+    def blocks(stream, positions):
+        rows = stream[positions].astype(np.int64)
         rows = torch.from_numpy(rows).to(device)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -317,7 +319,7 @@ def official(job: dict, path: str) -> dict:
         groups = [(starts[i : i + s.BATCH_SIZE], T) for i in range(0, len(starts), s.BATCH_SIZE)]
         for where, length in [*groups, (np.array([n - n % T]), n % T)]:
             if length:
-                idx, targets = blocks(val, where, length)
+                idx, targets = blocks(val, where[:, None] + np.arange(length + 1))
                 with autocast:
                     nats += model(idx, targets)[1].item() * targets.numel()
         model.train()
@@ -330,11 +332,9 @@ def official(job: dict, path: str) -> dict:
         if step == s.MAX_ITERS or stop:
             break
         tick = time.perf_counter()
-        where = train_mlx.block_starts(
-            len(train), step * s.BATCH_SIZE, s.BATCH_SIZE, s.BLOCK_SIZE, s.SEED
-        )
+        where = train_mlx.batch_positions(split, step, s)
         with autocast:
-            loss = step_model(*blocks(train, where, s.BLOCK_SIZE))[1]
+            loss = step_model(*blocks(train, where))[1]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

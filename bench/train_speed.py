@@ -21,6 +21,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = (
@@ -150,10 +151,13 @@ def curve(file: str, rate: float, steps: int = 200, B: int = 2, T: int = 512) ->
     import numpy as np
 
     import train_mlx
+    from bdh_lib.training.dataset import Split
 
     stream, apart = np.fromfile(file, np.uint8), {system: [] for system in systems}
+    split = Split(stream, np.zeros_like(stream))
+    s = SimpleNamespace(BATCH_SIZE=B, BLOCK_SIZE=T, SEED=0, SHUFFLE_RECORDS=False)
     for i in range(steps):
-        batch = train_mlx.get_batch(stream, i * B, B, T, 0)
+        batch = train_mlx.get_batch(split, i, s)
         losses = {system: step(*batch) for system, step in runs.items()}
         for system in systems:
             apart[system].append(abs(losses[system] - losses["quadratic"]))

@@ -26,6 +26,7 @@ import train_mlx
 from bdh_lib import files, flags, runs
 from bdh_lib.generation import export
 from bdh_lib.training import checkpoints, evaluation, macos, runlog, schedule, summary
+from bdh_lib.training.dataset import Split, load_prepared
 from bdh_lib.training.ema import copy_tree
 from bdh_mlx import UserError
 
@@ -41,28 +42,73 @@ def straight(tmp_path_factory):
 # ----------------------------------------------------------------------------- batches and schedule
 
 
+def batches(split, first, count, *, B=1, T=10, shuffle=False):
+    """The blocks of `count` batches of a run, (count * B, T) inputs and targets."""
+    s = SimpleNamespace(BATCH_SIZE=B, BLOCK_SIZE=T, SEED=1, SHUFFLE_RECORDS=shuffle)
+    both = [train_mlx.get_batch(split, i, s) for i in range(first, first + count)]
+    return tuple(
+        np.concatenate([np.array(side) for side in sides]) for sides in zip(*both, strict=True)
+    )
+
+
+def split_of(n, lengths=None):
+    return Split(np.arange(n), np.zeros(n), None if lengths is None else np.cumsum(lengths))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize(("n", "T"), [(1000, 10), (1003, 10), (11, 10)])
-def test_an_epoch_has_every_byte_as_a_target_and_few_twice(n, T):
-    stream = np.arange(n)
+def test_an_epoch_has_every_byte_as_a_target_and_few_twice(n, T, shuffle):
     blocks = math.ceil(n / T)
-    idx, targets = train_mlx.get_batch(stream, 0, blocks, T, seed=1)
-    times = np.bincount(np.array(targets).ravel(), minlength=n)
+    split = split_of(n, [3, 5] * (n // 8) + [n % 8] * (n % 8 > 0))
+    idx, targets = batches(split, 0, blocks, T=T, shuffle=shuffle)
+    times = np.bincount(targets.ravel(), minlength=n)
     assert times.min() == 1 and (times - 1).sum() == blocks * T - n < T
-    assert np.array_equal((np.array(idx) + 1) % n, np.array(targets))
+    in_order = (idx + 1) % n == targets
+    assert in_order.all() if not shuffle else in_order.mean() > 0.5  # 3 of 4 lie in one record
 
 
 def test_each_epoch_has_its_own_order_and_offset():
-    stream = np.arange(1000)
-    one, two = (np.array(train_mlx.get_batch(stream, i, 100, 10, 1)[0])[:, 0] for i in (0, 100))
+    split = split_of(1000)
+    one, two = (batches(split, i, 100)[0][:, 0] for i in (0, 100))
     assert one[0] % 10 != two[0] % 10  # offsets; true of this seed
     assert not np.array_equal(np.diff(one), np.full(99, 10))  # shuffled
 
 
-def test_batches_are_a_function_of_their_number_across_epochs():
-    stream = np.arange(95)
-    whole = np.array(train_mlx.get_batch(stream, 0, 40, 10, 1)[0])
-    parts = [np.array(train_mlx.get_batch(stream, i, 4, 10, 1)[0]) for i in range(0, 40, 4)]
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_batches_are_a_function_of_their_number_across_epochs(shuffle):
+    split = split_of(95, [19] * 5)
+    whole = batches(split, 0, 40, shuffle=shuffle)[0]
+    parts = [batches(split, i, 1, B=4, shuffle=shuffle)[0] for i in range(10)]
     assert np.array_equal(whole, np.concatenate(parts))
+
+
+def test_records_follow_each_other_in_a_new_order_in_each_epoch_and_stay_whole():
+    split = split_of(1000, [10] * 100)
+    orders = []
+    for epoch in range(3):
+        targets = batches(split, 20 * epoch, 20, T=50, shuffle=True)[1]
+        inside = targets[:, :-1] % 10 < 9
+        assert np.all(np.diff(targets)[inside] == 1)
+        orders.append([*dict.fromkeys((targets // 10).ravel().tolist())])
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    again = batches(split, 40, 20, T=50, shuffle=True)[1]
+    assert np.array_equal(again, targets)
+
+
+def test_plain_text_and_ready_splits_are_not_shuffled(tmp_path):
+    (tmp_path / "story.txt").write_text("\n\n".join(f"Paragraph {i} of it." for i in range(50)))
+    (tmp_path / "ready").mkdir()
+    for side in ("train", "val"):
+        (tmp_path / f"ready/{side}.bin").write_bytes(b"some text\n" * 50)
+    args = "--block-size 8 --training-mode full --shuffle-records --checkpoint-dir"
+    for dataset, is_shuffled in (("story.txt", False), ("ready", False), ("sample", True)):
+        name = dataset if dataset == "sample" else str(tmp_path / dataset)
+        s = train_mlx.settings([*args.split(), str(tmp_path / "ck"), "--dataset", name])
+        train_split = load_prepared(s, "full")[1]
+        assert (train_split.record_ends is not None) == is_shuffled
+        if is_shuffled:
+            assert train_split.record_ends[-1] == len(train_split.bytes)
 
 
 def test_the_learning_rate_rises_then_falls_to_its_share():
@@ -186,9 +232,7 @@ def test_a_resume_that_loses_something_ends_elsewhere(tmp_path, straight, monkey
         monkeypatch.setattr(checkpoints, "load", without_optimizer)
     if lost == "data position":
         get_batch = train_mlx.get_batch
-        monkeypatch.setattr(
-            train_mlx, "get_batch", lambda data, first, *a: get_batch(data, first - 10, *a)
-        )
+        monkeypatch.setattr(train_mlx, "get_batch", lambda split, i, s: get_batch(split, i - 5, s))
     if lost == "dropout":
         key = mx.random.key
         monkeypatch.setattr(mx.random, "key", lambda seed: key(seed + 1))

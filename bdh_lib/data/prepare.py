@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bdh_lib.data import describe, hub, sources
-from bdh_lib.data.formats import FIELDS, SEPARATOR
-from bdh_lib.data.split import VAL_ENDS, choose_validation, write_split
+from bdh_lib.data.formats import FIELDS
+from bdh_lib.data.split import ENDS, choose_validation, write_split
 from bdh_lib.data.texts import Texts, write_texts
 from bdh_lib.errors import UserError
 from bdh_lib.files import parse_json, sha256_file
@@ -151,16 +151,14 @@ def is_intact(folder: Path) -> bool:
         sources.print_if_large("checking the prepared data", [*folder.iterdir()], 50)
         if report.pop("sha256") != _sha256_of(report):
             return False
+        sums = {IN_VAL: report.get("in_val_sha256")}  # a ready split has none
         for side in ("train", "val"):
-            for kind, name in (("bin", "sha256"), ("fields", "fields_sha256")):
-                if sha256_file(folder / f"{side}.{kind}") != report[side][name]:
-                    return False
-        for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
-            if (expected := report.get(name)) and sha256_file(folder / file) != expected:
-                return False
+            sums[f"{side}.bin"] = report[side]["sha256"]
+            sums[f"{side}.fields"] = report[side]["fields_sha256"]
+            sums[ENDS.format(side=side)] = report[side].get("ends_sha256")
+        return all(sha256_file(folder / file) == digest for file, digest in sums.items() if digest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return True
 
 
 def _sha256_of(report: dict) -> str:
@@ -206,9 +204,7 @@ def _split(settings: DataSettings, folder: Path) -> dict:
     # in a seeded order, so that the first EVAL_BYTES are of all files and not of the first alone
     val = np.random.default_rng(settings.seed).permutation(np.flatnonzero(validates))
     np.save(folder / IN_VAL, validates)
-    np.save(folder / VAL_ENDS, np.cumsum(texts.lengths[val] + len(SEPARATOR)) - len(SEPARATOR))
-    for name, file in (("in_val_sha256", IN_VAL), ("val_ends_sha256", VAL_ENDS)):
-        report[name] = sha256_file(folder / file)
+    report["in_val_sha256"] = sha256_file(folder / IN_VAL)
     return report | write_split(folder, texts.lengths, np.flatnonzero(~held_out), val)
 
 

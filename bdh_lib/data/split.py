@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from bdh_lib.data.formats import FIELDS, SEPARATOR
+from bdh_lib.files import sha256_file
 from bdh_lib.progress import counted
 
-VAL_ENDS = "val_ends.npy"  # in prepared data: where each record of val.bin ends
+ENDS = "{side}_ends.npy"  # in prepared data: where each text of train.bin or val.bin ends
 
 
 def choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -45,6 +46,11 @@ def write_split(folder: Path, lengths: np.ndarray, train: np.ndarray, val: np.nd
                 name = "sha256" if kind == "bin" else "fields_sha256"
                 report[side] |= {"bytes": size, name: digest}
         (folder / f"all.{kind}").unlink()
+    for side, which in sides.items():
+        file = folder / ENDS.format(side=side)
+        ends = np.cumsum(lengths[which].astype(np.int64) + len(SEPARATOR)) - len(SEPARATOR)
+        np.save(file, ends)
+        report[side]["ends_sha256"] = sha256_file(file)
     return report
 
 
@@ -60,15 +66,20 @@ def _copy_parts(source, parts: Iterable, separator: bytes, target: Path) -> tupl
         return out.tell(), digest.hexdigest()
 
 
-def bytes_to_evaluate(folder: Path, limit: int | None) -> int | None:
+def record_ends(folder: Path, side: str) -> np.ndarray | None:
+    """Return where each record of a side of prepared data ends; a ready split does not tell."""
+    file = folder / ENDS.format(side=side)
+    return np.load(file) if file.is_file() else None
+
+
+def bytes_to_evaluate(ends: np.ndarray | None, limit: int | None) -> int | None:
     """Return the bytes of val.bin that an evaluation reads: whole records, at least one, else up to
     `limit`.
 
-    A ready split does not tell where its records end and is cut at `limit`.
+    `ends` is what record_ends gives.
     """
-    if limit is None or not (folder / VAL_ENDS).is_file():
+    if limit is None or ends is None:
         return limit
-    ends = np.load(folder / VAL_ENDS)
     whole_ones = int(np.searchsorted(ends, limit, side="right"))
     return int(ends[max(0, whole_ones - 1)])
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from bdh_lib.data.formats import FIELDS
+from bdh_lib.training.dataset import Split
 
 MIN_RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
 LOSS_JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ updates, to the next
@@ -32,11 +33,13 @@ def order_0(data: np.ndarray) -> float:
     return float(-np.sum(share[share > 0] * np.log(share[share > 0])))
 
 
-def byte_baselines(loss_on: str, train: tuple, val: tuple) -> tuple[float, float]:
-    """Return the nats per byte, of the first million of each (bytes, fields) that LOSS_ON counts:
-    order_0 of val, and a model that counted in train which byte follows which.
+def byte_baselines(loss_on: str, train: Split, val: Split) -> tuple[float, float]:
+    """Return the nats per byte, of the first million of each side that LOSS_ON counts: order_0 of
+    val, and a model that counted in train which byte follows which.
     """
-    train_bytes, val_bytes = (first_counted(loss_on, *side) for side in (train, val))
+    train_bytes, val_bytes = (
+        first_counted(loss_on, side.bytes, side.fields) for side in (train, val)
+    )
     return order_0(val_bytes), order_n(train_bytes, val_bytes, order=1) * math.log(2)
 
 

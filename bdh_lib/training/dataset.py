@@ -2,29 +2,31 @@
 
 import json
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from bdh_lib.data.describe import describe
 from bdh_lib.data.prepare import data_settings, prepare
-from bdh_lib.data.split import bytes_to_evaluate, has_field
+from bdh_lib.data.split import bytes_to_evaluate, has_field, record_ends
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import schedule_summary
 
 
-class Stream(NamedTuple):
-    """One side of the split: uint8 arrays of one length, memory mapped."""
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The arrays hold one side of the split: uint8, memory mapped, of one length."""
 
     bytes: np.ndarray
     fields: np.ndarray  # of each byte its place in FIELDS
+    record_ends: np.ndarray | None = None  # where each record ends, if records can be shuffled
 
 
-def load_prepared(s: Settings, mode: str) -> tuple[dict, Stream, Stream]:
-    """Return the report of the data, and (bytes, fields) of training and of validation, for a mode.
+def load_prepared(s: Settings, mode: str) -> tuple[dict, Split, Split]:
+    """Return the report of the data, and both sides of the split, for a mode.
 
     Raises UserError where a side is empty.
     """
@@ -34,17 +36,17 @@ def load_prepared(s: Settings, mode: str) -> tuple[dict, Stream, Stream]:
     if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
         raise UserError(f"the {empty[0]} split of mode {mode} is empty; take more data")
     train, val = (
-        Stream(*(np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")))
+        [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
         for side in ("train", "val")
     )
-    read = bytes_to_evaluate(folder, s.EVAL_BYTES)
-    return report, train, Stream(*(array[:read] for array in val))
+    read = bytes_to_evaluate(record_ends(folder, "val"), s.EVAL_BYTES)
+    # plain text says something by its order, across the blank lines that end its records
+    ends = None if "text" in report["fields"] else record_ends(folder, "train")
+    return report, Split(*train, ends), Split(*(array[:read] for array in val))
 
 
-def open_split(s: Settings) -> tuple[dict, Stream, Stream]:
-    """Return the data's report, then bytes and fields to train on, and those that evaluations
-    read.
-    """
+def open_split(s: Settings) -> tuple[dict, Split, Split]:
+    """Return the data's report, what to train on, and what evaluations read. Raises UserError."""
     report, train, val = load_prepared(s, s.TRAINING_MODE)
     for side, least, cure in (
         ("train", s.BLOCK_SIZE + 1, "lower BLOCK_SIZE"),
@@ -55,19 +57,19 @@ def open_split(s: Settings) -> tuple[dict, Stream, Stream]:
                 f"the {side} split has {report[side]['bytes']:,} bytes and needs {least:,} "
                 f"(BLOCK_SIZE is {s.BLOCK_SIZE:,}): {cure} or take more data"
             )
-    for side, (_, fields), cure in (
+    for side, split, cure in (
         ("training bytes", train, "take other data"),
         ("validation bytes read", val, "raise EVAL_BYTES"),
     ):
-        if s.LOSS_ON != "all" and not has_field(fields, s.LOSS_ON):
+        if s.LOSS_ON != "all" and not has_field(split.fields, s.LOSS_ON):
             raise UserError(
-                f"LOSS_ON is {s.LOSS_ON!r}, and the {len(fields):,} {side} have none of it; "
+                f"LOSS_ON is {s.LOSS_ON!r}, and the {len(split.bytes):,} {side} have none of it; "
                 f"{cure} or set LOSS_ON to 'all'"
             )
     return report, train, val
 
 
-def load_split(s: Settings, compared: Collection[str], world: World) -> tuple[dict, Stream, Stream]:
+def load_split(s: Settings, compared: Collection[str], world: World) -> tuple[dict, Split, Split]:
     """Open the data as open_split does, and print what they are. Raises UserError where processes
     differ in data or settings.
 

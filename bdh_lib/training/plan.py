@@ -27,7 +27,7 @@ from bdh_lib.data.texts import format_record
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.tables import format_table
 from bdh_lib.training import phases
-from bdh_lib.training.dataset import open_split
+from bdh_lib.training.dataset import Split, open_split
 from bdh_lib.training.evaluation import byte_losses
 from bdh_lib.training.runlog import duration
 from bdh_lib.training.schedule import blocks_per_update, schedule_summary, total_steps
@@ -203,9 +203,7 @@ def presets(preset_names: Iterable[str], functions: Functions, sizes: dict[str, 
     return format_table(rows, "  ")
 
 
-def measure(
-    functions: Functions, s: SimpleNamespace, train_bytes: np.ndarray, compute
-) -> tuple[float, float]:
+def measure(functions: Functions, s: SimpleNamespace, train: Split, compute) -> tuple[float, float]:
     """Return the seconds of an update and of an evaluation's batch: the median of three after a
     first.
     """
@@ -219,7 +217,7 @@ def measure(
     steps, evaluations = [], []
     print(f"\nmeasuring the speed{memory.slow_note(s)}: compiling, then 4 updates")
     for i in range(4):
-        batch = functions.get_batch(train_bytes, i * B, B, T, s.SEED)
+        batch = functions.get_batch(train, i, s)
         tick = time.perf_counter()
         with default_signals():
             loss, gradients = micro_step(*batch, weights, mx.random.key(i))
@@ -272,10 +270,11 @@ def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
 
 def print_run(s: SimpleNamespace, preset_names: Iterable[str], functions: Functions) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
-    about, train, (val, _) = open_split(s)
+    about, train, val = open_split(s)
     train_bytes = train.bytes
     print(escape_controls(describe(about)))
-    sizes = print_split(*train) if sources.ready_split(s.DATASET) else print_records(s)
+    is_ready = sources.ready_split(s.DATASET)
+    sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s)
     sizes[s.TRAINING_MODE] = len(train_bytes)
 
     total = total_steps(s, len(train_bytes))
@@ -297,9 +296,9 @@ def print_run(s: SimpleNamespace, preset_names: Iterable[str], functions: Functi
         print(presets(preset_names, functions, sizes))
 
     name, compute, _ = memory.select_mode(s)
-    step, evaluation = measure(functions, s, train_bytes, compute)
+    step, evaluation = measure(functions, s, train, compute)
     times = total // s.EVAL_FREQ + 1
-    evaluating = times * evaluation * len(val) / (s.BATCH_SIZE * s.BLOCK_SIZE)
+    evaluating = times * evaluation * len(val.bytes) / (s.BATCH_SIZE * s.BLOCK_SIZE)
     print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 updates")
     whole = duration(total * step + evaluating)
     print(f"time to the end: {whole}, {duration(evaluating)} of it {times} evaluations; no samples")

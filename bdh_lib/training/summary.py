@@ -16,7 +16,7 @@ from bdh_lib.data.formats import (
     sample_prompts,
 )
 from bdh_lib.flags import Settings
-from bdh_lib.training.dataset import Stream
+from bdh_lib.training.dataset import Split
 from bdh_lib.training.schedule import blocks_per_update
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ def fields_in(fields: np.ndarray) -> set[str]:
     return {FIELDS[i] for i in np.unique(fields)}
 
 
-def print_start(s: Settings, run: Path, val: Stream, mode: str, dtype, peak: float) -> None:
+def print_start(s: Settings, run: Path, val: Split, mode: str, dtype, peak: float) -> None:
     """Print what is trained, in which memory mode, and what to expect of its samples."""
     n_parameters = s.BDH_CONFIG.n_parameters
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")

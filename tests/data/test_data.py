@@ -30,7 +30,7 @@ from bdh_lib.data import prepare as preparing
 from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import DataSettings, load_unsplit
-from bdh_lib.data.split import VAL_ENDS, bytes_to_evaluate, choose_validation
+from bdh_lib.data.split import bytes_to_evaluate, choose_validation, record_ends
 from bdh_lib.training import dataset
 from bdh_mlx import UserError
 from train_mlx import format_example
@@ -880,7 +880,7 @@ def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_pa
     for cache, seed in (("one", 1), ("again", 1), ("other", 2)):
         folder = prepared(tmp_path, tmp_path / cache / ".data", "full", 0.3, seed)
         val = (folder / "val.bin").read_bytes()
-        read = bytes_to_evaluate(folder, len(val) // 2)
+        read = bytes_to_evaluate(record_ends(folder, "val"), len(val) // 2)
         records = val[:read].split(b"\n---\n\n")
         assert 0.48 * len(val) < read <= len(val) // 2 and val[:read].endswith(b"\n---")
         assert val[read:].startswith(b"\n\n### System:\n")
@@ -891,14 +891,14 @@ def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_pa
         assert val.count(b"Greet. ") * len(b"Greet. ") <= np.count_nonzero(fields == 2)
         orders.append(records)
         for limit, expected in ((2, 1), (len(records[0]) + 4, 1), (len(val), 180), (10**9, 180)):
-            read = bytes_to_evaluate(folder, limit)
+            read = bytes_to_evaluate(record_ends(folder, "val"), limit)
             assert len(val[:read].split(b"\n---\n\n")) == expected  # at least one, whole
-        assert bytes_to_evaluate(folder, None) is None
+        assert bytes_to_evaluate(record_ends(folder, "val"), None) is None
         train = (folder / "train.bin").read_bytes()
         result = [record.split(b"### Response:\n")[1][:1] for record in train.split(b"\n---\n\n")]
         assert result == sorted(result)  # training stays in the order of the data
     assert orders[0] == orders[1] != orders[2]
-    (folder / VAL_ENDS).write_bytes(b"damaged")
+    (folder / "val_ends.npy").write_bytes(b"damaged")
     assert not preparing.is_intact(folder)
 
 
@@ -913,7 +913,7 @@ def test_a_training_side_without_what_loss_on_counts_is_refused(tmp_path):
         dataset.open_split(s)
     (split / "train.fields").write_bytes(b"\1" * 8999 + b"\3")
     _, train, val = dataset.open_split(s)
-    assert len(train[0]) == len(val[0]) == 9000  # a ready split is in no other order
+    assert len(train.bytes) == len(val.bytes) == 9000  # a ready split is in no other order
     (split / "val.fields").write_bytes(b"\1" * 9000)
     with pytest.raises(UserError, match="validation bytes read have none of it; raise EVAL_BYTES"):
         dataset.open_split(s)

@@ -19,6 +19,7 @@ from bdh_lib.data.formats import FIELDS
 from bdh_lib.generation import export, trace
 from bdh_lib.training import checkpoints, report
 from bdh_lib.training.advice import advise, byte_baselines, first_counted, order_0, order_n
+from bdh_lib.training.dataset import Split
 from bdh_lib.training.evaluation import neuron_activity
 from bdh_mlx import UserError
 
@@ -35,18 +36,18 @@ def settings(*args):
 
 def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update():
     fields = np.random.default_rng(0).permutation(np.repeat([0, RESPONSE], [90, 10])).astype("u1")
-    s = settings()
+    s, split = settings(), Split(fields, fields)  # bytes that are their own fields
     for step in range(5):
-        count = train_mlx.n_targets_in_update(fields, step, s)
-        weights = [train_mlx.loss_weights(fields, 2 * step + i, count, s) for i in (0, 1)]
+        count = train_mlx.n_targets_in_update(split, step, s)
+        weights = [train_mlx.loss_weights(split, 2 * step + i, count, s) for i in (0, 1)]
         weights = np.array(weights)
-        labels = [train_mlx.get_batch(fields, 4 * step + 2 * i, 2, 8, s.SEED)[1] for i in (0, 1)]
+        labels = [train_mlx.get_batch(split, 2 * step + i, s)[1] for i in (0, 1)]
         assert np.array_equal(weights > 0, np.array(labels) == RESPONSE)
         assert weights.sum() == pytest.approx(1 if weights.any() else 0, rel=1e-5)
         assert len(np.unique(weights[weights > 0])) <= 1  # unequal batches, equal bytes
     every = settings("--loss-on", "all")
-    count = train_mlx.n_targets_in_update(fields, 0, every)
-    everything = np.array([train_mlx.loss_weights(fields, i, count, every) for i in (0, 1)])
+    count = train_mlx.n_targets_in_update(split, 0, every)
+    everything = np.array([train_mlx.loss_weights(split, i, count, every) for i in (0, 1)])
     assert np.all(everything == np.float32(1 / 32))
 
 
@@ -463,13 +464,13 @@ def test_what_counting_knows_is_that_of_the_bytes_that_count():
     train = np.array([1, 2, 1, 3] * 5000, np.uint8)  # after 1 two bytes are as likely
     fields = np.tile(np.array([0, 3], np.uint8), 10000)
     every, answers = (
-        byte_baselines(on, (train, fields), (train, fields)) for on in ("all", "response")
+        byte_baselines(on, Split(train, fields), Split(train, fields)) for on in ("all", "response")
     )
     assert every[1] == pytest.approx(math.log(2) / 2, abs=0.01)
     assert every == (order_0(train), order_n(train, train, 1) * math.log(2))
     assert answers == (order_0(train[1::2]), order_n(train[1::2], train[1::2], 1) * math.log(2))
     never_seen = np.array([1, 9], np.uint8), fields[:2]
-    assert byte_baselines("all", (train, fields), never_seen)[1] > 10
+    assert byte_baselines("all", Split(train, fields), Split(*never_seen))[1] > 10
 
 
 def test_the_order_0_entropy_is_that_of_the_byte_frequencies():
@@ -542,7 +543,7 @@ def test_counting_reads_the_first_million_of_the_bytes_that_count():
     fields = np.repeat(np.array([4, 3], np.uint8), [len(book), len(answers)])
     side = (stream, fields)
     expected = (order_0(answers), order_n(answers, answers, 1) * math.log(2))
-    assert byte_baselines("response", side, side) == expected
+    assert byte_baselines("response", Split(*side), Split(*side)) == expected
     assert len(first_counted("response", np.tile(answers, 5000), np.full(1_500_000, 3))) == 10**6
 
 
@@ -555,4 +556,6 @@ def test_streams_shorter_than_the_order_are_counted_too(n_train, n_val):
         assert math.isfinite(bits) and bits > 0
         assert bits == 8 or (n_train and n_val > order), "what is unknown costs 8 bits"
     labels = [np.full(n, 3) for n in (n_train, n_val)]
-    assert np.isfinite(byte_baselines("response", (train, labels[0]), (val, labels[1]))).all()
+    assert np.isfinite(
+        byte_baselines("response", Split(train, labels[0]), Split(val, labels[1]))
+    ).all()
