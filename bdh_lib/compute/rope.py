@@ -1,11 +1,19 @@
 """Rotation of neurons, and of a state, by the position of their byte (RoPE)."""
 
+import os
 from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
 
+from bdh_lib.errors import UserError
+
 ROPE_BASE = 2.0**16  # longest wavelength of the rotation, in units of 2 pi bytes
+
+if device := os.environ.get("BDH_DEVICE"):
+    if device != "cpu":
+        raise UserError(f"BDH_DEVICE is {device!r}; set it to cpu, or unset it for the GPU")
+    mx.set_default_device(mx.cpu)
 
 
 @lru_cache(maxsize=2)
@@ -20,6 +28,7 @@ def _apply_rope(x, phases):
 
 
 def on_gpu() -> bool:
+    """Tell whether MLX computes on a GPU; BDH_DEVICE=cpu in the environment keeps it from one."""
     return mx.default_device() == mx.gpu
 
 
