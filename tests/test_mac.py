@@ -1,6 +1,8 @@
 """What a Mac needs, as far as Linux can tell: no test here has run on a Mac."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -22,3 +24,42 @@ def test_the_tests_and_their_child_processes_compute_on_the_cpu(device, output):
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(output)
     else:
         assert done.stdout.startswith(f"{output}BDH-MLX, mlx")
+
+
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("bdh_lib/**/*.py"), *ROOT.glob("bench/*.py")]
+SOURCES += [file for file in ROOT.glob("tests/**/*.py") if file.parent.name != "faults"]  # Linux's
+LINUX = re.compile(r"\W*/(proc|sys|dev/shm|dev/full)\b")
+GUARD = re.compile(r"\.exists\(\)|\.is_dir\(\)|suppress\(OSError")
+
+
+def test_no_process_is_forked_and_no_folder_of_linux_is_taken_for_granted():
+    """A fork may only exec, since Metal does not survive it. The guard is in the same function."""
+    found = []
+    for file in SOURCES:
+        lines = file.read_text().splitlines()
+        nodes = [*ast.walk(ast.parse("\n".join(lines)))]
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+        for node in nodes:
+            at = getattr(node, "lineno", 0)
+            inside = [f for f in functions if f.body[0].lineno <= at <= f.end_lineno]
+            around = lines[inside[0].lineno - 1 : inside[0].end_lineno] if inside else lines
+            names = [getattr(node, "module", ""), *getattr(node, "names", [])]
+            names = {getattr(name, "name", name) for name in names}
+            forks = getattr(node, "attr", "") in ("fork", "forkpty", "multiprocessing")
+            linux = isinstance(node, ast.Constant) and LINUX.match(str(node.value))
+            if (
+                "multiprocessing" in names
+                or (forks and "os.exec" not in "\n".join(around))
+                or (linux and not GUARD.search("\n".join(around)))
+            ):
+                found.append(f"{file.relative_to(ROOT)}:{at}")
+    assert found == []
+
+
+def test_the_faults_which_fork_are_refused_on_a_mac():
+    code = "import runpy, shutil, sys; sys.argv = ['faults']; sys.path[0] = 'tests/faults'\n"
+    code += "names = runpy.run_path('tests/faults/__main__.py', run_name='faults')\n"
+    code += "shutil.rmtree(names['ROOM']); sys.platform = 'darwin'; names['main']()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: a fork of a process that loaded")

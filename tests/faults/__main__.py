@@ -6,10 +6,10 @@
     python tests/faults --gpu-difference   # the same 50 iterations twice: the largest difference
 
 A try is a fork of this process, which has imported everything and computed nothing (MLX's threads
-do not survive a fork), and runs train_mlx.py to its very end. It is survived when what the user
-sees is right, and when the next start ends in the bits of a run that met no fault, having lost at
-most one save interval, with no litter left. Each class of faults also meets a trainer whose
-protection has been taken out (column `control`): there, tries must fail.
+do not survive a fork; nor does Metal, so a Mac is refused), and runs train_mlx.py to its very end.
+It is survived when what the user sees is right, and when the next start ends in the bits of a run
+that met no fault, having lost at most one save interval, with no litter left. Each class of faults
+also meets a trainer whose protection has been taken out (column `control`): there, tries must fail.
 """
 
 import argparse
@@ -82,6 +82,8 @@ def main():
     options = parser.parse_args()
     if options.gpu_difference:
         return differences()
+    if sys.platform == "darwin":
+        sys.exit("error: a fork of a process that loaded Metal hangs or crashes; run this on Linux")
     DATA.write_text(
         "".join(json.dumps({k: f"{v} {i}" for k, v in RECORD.items()}) + "\n" for i in range(400))
     )
