@@ -3,6 +3,8 @@
 # make faults: every fault of tests/faults in full, 8 minutes.
 PYTHON ?= python3
 BIN = .venv/bin
+INSTALL_PYTHON = Install a newer one, on a Mac by xcode-select --install and \
+  brew install python@3.13 (or the installer of python.org)
 
 .PHONY: train test lint faults
 
@@ -21,8 +23,10 @@ lint: .venv/ready-dev
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $(PYTHON) is older than 3.11; use: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
-	$(PYTHON) -m venv .venv
+	  { echo "error: $(PYTHON) does not run, or is older than 3.11. $(INSTALL_PYTHON)," \
+	    "then: make PYTHON=python3.13 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) bdh_lib/platform_check.py
+	@$(BIN)/python -c 'import mlx.core' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
