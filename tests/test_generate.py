@@ -17,6 +17,7 @@ import sys
 import time
 import unicodedata
 from itertools import islice
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -739,6 +740,23 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting, tmp_path):
         assert screen.ended() == 0
     text = (tmp_path / "said").read_bytes()
     assert text.startswith(b"### Instruction:\ngo\n\n### Response:\n\x0b\x0c") and len(text) > 80
+
+
+@pytest.mark.parametrize("library", ["GNU readline", "libedit readline", None])
+def test_lines_that_cannot_be_pasted_as_one_text_are_told(
+    library, monkeypatch, capsys, chaos, tmp_path
+):
+    """None: a Python without the module."""
+    bound = []
+    fake = SimpleNamespace(__doc__=f"Importing this module enables line editing using {library}.")
+    fake.read_history_file = fake.set_history_length = fake.write_history_file = lambda _: None
+    fake.parse_and_bind = bound.append
+    monkeypatch.setitem(sys.modules, "readline", fake if library else None)
+    monkeypatch.setattr(chat.Session, "next_line", lambda _: None)
+    monkeypatch.setattr(chat, "HISTORY", tmp_path / "history")
+    chat.Session(bdh_mlx.load_model(chaos), Sampling(), KEY, [], 9, "full").run()
+    assert ('go between two lines of """' in capsys.readouterr().out) == (not bound)
+    assert len(bound) == (library == "GNU readline")
 
 
 def test_the_end_of_input_ends_a_text_of_several_lines(monkeypatch):

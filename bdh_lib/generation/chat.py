@@ -42,16 +42,19 @@ HELP = '''/system TEXT  system text of the turns to come; without TEXT they have
 """           on a line of its own begins and ends a text of several lines'''
 
 
-def enable_line_editing() -> None:
-    """Give input() line editing, a history, and pasted text of several lines as one input."""
-    with suppress(ImportError):  # some Pythons have no readline; input() works without
+def enable_line_editing() -> bool:
+    """Give input() line editing and a history; tell whether pasted lines become one input."""
+    try:
         import readline
-
-        with suppress(OSError):
-            readline.read_history_file(HISTORY)
-        readline.set_history_length(1000)
-        if "libedit" not in readline.__doc__:  # libedit cannot paste lines; its users type """
-            readline.parse_and_bind("set enable-bracketed-paste on")
+    except ImportError:  # some Pythons have none; input() works without
+        return False
+    with suppress(OSError):
+        readline.read_history_file(HISTORY)
+    readline.set_history_length(1000)
+    if "libedit" in readline.__doc__:  # a Mac's: each pasted line would be a turn of its own
+        return False
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    return True
 
 
 def save_history() -> None:
@@ -110,12 +113,14 @@ class Session:
 
     def run(self) -> None:
         """Take turns until Ctrl-D or /quit."""
-        enable_line_editing()
+        pastes_lines = enable_line_editing()
         Interrupts.end_the_process = False  # Ctrl-C ends an answer, not the session
         note = formats.SAMPLE_NOTES.get(
             self.mode, "no training mode is known: text is read as it is"
         )
         print(f"note: {note}\n/help lists the commands")
+        if not pastes_lines:
+            print('several lines, also pasted ones, go between two lines of """')
         try:
             while (line := self.next_line()) is not None:
                 is_command = line.startswith("/") and not isinstance(line, QuotedText)
