@@ -152,9 +152,12 @@ def test_the_page_on_training_names_every_sample_prompt():
         assert "`" + prompt.replace("\n", "\\n") + "`" in text
 
 
-def test_no_command_has_a_comment():
-    """zsh on a Mac takes it as arguments."""
-    assert [line for line in LINES if re.search(r"(^|\s)#", line)] == []
+def test_a_mac_takes_every_command_as_it_is_pasted():
+    """zsh has no comments, expands * ? [ outside of quotes and ! within them, ` everywhere."""
+    assert {kind for kind, _ in BLOCKS} == {"bash", "python", "diff"}  # no other shell
+    for line in LINES:
+        assert not re.search(r"[!`]|(^|\s)#", line), line
+        assert not re.search(r"[?*\[]", re.sub(r"'[^']*'|\"[^\"]*\"", "", line)), line
 
 
 @pytest.mark.parametrize("file", WRITTEN, ids=lambda file: file.name)
