@@ -63,3 +63,9 @@ def test_the_faults_which_fork_are_refused_on_a_mac():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: a fork of a process that loaded")
+
+
+def test_a_page_that_starts_two_processes_says_that_one_mac_gains_nothing():
+    pages = [page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
+    pages = [" ".join(page.split()) for page in pages if "mlx.launch -n" in page]
+    assert pages and all("On one Mac the two would share one GPU" in page for page in pages)
