@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import ssl
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
@@ -14,6 +15,12 @@ WAYS_ON = (
     "`hf auth login` for a private or gated data set"
 )
 TIMEOUT = 10  # seconds that the hub may take to answer at all; a hanging one would cost 400 s
+
+
+class Silence:
+    """The class keeps why the hub is out of reach, for the error that follows."""
+
+    reason = ""
 
 
 def parse_name(dataset: str) -> tuple[str, str | None, str | None, str | None]:
@@ -47,12 +54,13 @@ def _ask(name: str, revision: str | None) -> str | None:
         return None
     except Exception as error:  # several libraries have errors of their own
         constants.HF_HUB_OFFLINE |= not _is_local(error)
+        Silence.reason = " ".join(str(error).split())
         return None
 
 
 def _is_local(error: Exception) -> bool:
     """Tell whether an error is of this machine's files, and not of the network."""
-    network = (ConnectionError, TimeoutError)
+    network = (ConnectionError, TimeoutError, ssl.SSLError)
     return isinstance(error, OSError) and bool(error.strerror) and not isinstance(error, network)
 
 
@@ -68,7 +76,7 @@ def load(dataset: str) -> dict:
 
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
     if constants.HF_HUB_OFFLINE and not os.environ.get("HF_HUB_OFFLINE"):
-        print("warning: the hub does not answer; looking in the cache of earlier downloads")
+        print("warning: the hub is out of reach; looking in the cache of earlier downloads")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries, told as one error
     try:
         loaded = datasets.load_dataset(name, config, revision=sha, split=split)
@@ -90,7 +98,6 @@ def _user_error(dataset: str, error: Exception) -> Exception:
     is.
     """
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-    from huggingface_hub import constants
 
     name, reason = parse_name(dataset)[0], " ".join(str(error).split())
     if isinstance(error, DatasetNotFoundError):
@@ -105,12 +112,21 @@ def _user_error(dataset: str, error: Exception) -> Exception:
         )
         return UserError(f"DATASET {name} {what}")
     elif isinstance(error, OSError):
-        cache = "it is not in the cache either"
-        reason = cache if constants.HF_HUB_OFFLINE else reason[:200]
-        what = f"is no file or folder here, and the hub is out of reach ({reason})"
+        what = f"is no file or folder here, and the hub is out of reach ({_unreached(reason)})"
     else:
         what = _explain(name, reason)
     return UserError(f"DATASET {name} {what}. {WAYS_ON}")
+
+
+def _unreached(reason: str) -> str:
+    """Return why the hub is out of reach, as it was told when the hub was asked first."""
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    reason = (Silence.reason if offline else reason)[:200]
+    if "certificate" in reason.lower():
+        reason += "; a network with a certificate of its own needs SSL_CERT_FILE"
+    return reason + ("; it is not in the cache either" if offline else "")
 
 
 def _explain(name: str, reason: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import huggingface_hub
@@ -687,6 +689,26 @@ def test_a_cache_of_downloads_that_cannot_be_written_is_no_silent_hub(
         list(sources.read_records("user/name"))
     assert ("set HF_HOME" in str(result.value)) == ("written" in complaint)
     assert ("out of reach" in complaint) == huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+UNTRUSTED = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"
+
+
+@pytest.mark.parametrize(
+    ("asked", "loaded"),
+    [
+        (RuntimeError(UNTRUSTED), ConnectionError("Couldn't reach user/name")),  # wrapped by httpx2
+        (ssl.SSLCertVerificationError(1, UNTRUSTED),) * 2,
+    ],
+)
+def test_a_certificate_that_is_not_trusted_is_named_with_the_way_on(
+    hub, monkeypatch, asked, loaded
+):
+    hub(OLD)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", Mock(side_effect=asked))
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=loaded))
+    with pytest.raises(UserError, match=r"out of reach \(\[SSL: CERT.*failed; .*SSL_CERT_FILE"):
+        list(sources.read_records("user/name"))
 
 
 OLD, NEW = "a" * 40, "b" * 40
