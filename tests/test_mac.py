@@ -5,9 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from conftest import ROOT
+
+import train_mlx
+from bdh_lib.compute import memory, rope, state
 
 
 @pytest.mark.parametrize(
@@ -69,3 +74,55 @@ def test_a_page_that_starts_two_processes_says_that_one_mac_gains_nothing():
     pages = [page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
     pages = [" ".join(page.split()) for page in pages if "mlx.launch -n" in page]
     assert pages and all("On one Mac the two would share one GPU" in page for page in pages)
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+BUFFER = "[METAL] Command buffer execution failed: "
+METAL_TEXTS = {  # of MLX 0.32's backend for Metal, and of Metal itself: whether memory is out
+    "[malloc] Unable to allocate 536870912 bytes.": True,
+    "[metal::malloc] Attempting to allocate 9000000000 bytes which is greater than the maximum "
+    "allowed buffer size of 8589934592 bytes.": True,
+    "[metal::malloc] Resource limit (499000) exceeded.": True,
+    f"{BUFFER}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory).": True,
+    f"{BUFFER}Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInterac"
+    "tivity).": False,
+    f"{BUFFER}Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout).": False,
+    f"{BUFFER}Ignored (for causing prior/excessive GPU errors) (00000004:kIOGPUCommandBufferCall"
+    "backErrorSubmissionsIgnored).": False,
+    f"{BUFFER}Internal Error.": False,
+}
+
+
+@pytest.mark.parametrize(("text", "is_out"), METAL_TEXTS.items())
+def test_a_text_of_metal_is_exhausted_memory_or_not(text, is_out):
+    assert memory.is_exhausted(RuntimeError(text)) == is_out
+
+
+@pytest.mark.parametrize(
+    ("working_set", "preset", "mode"),  # bytes, as Macs with 16 and 64 GB report them
+    [
+        (11_453_246_122, "both-64gb", "balanced"),
+        (11_453_246_122, "both-16gb", "fast"),
+        (51_539_607_552, "both-64gb", "fast"),
+        (51_539_607_552, "small-data", "fast"),
+    ],
+)
+def test_each_size_of_mac_gets_the_fastest_mode_that_it_holds(
+    monkeypatch, working_set, preset, mode
+):
+    for module in (memory, rope, state):
+        monkeypatch.setattr(module, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(
+        mx, "device_info", lambda: {"max_recommended_working_set_size": working_set}
+    )
+    name, compute, peak = memory.select_mode(train_mlx.settings(["--preset", preset]))
+    assert (name, compute.dtype) == (mode, mx.bfloat16) and peak < working_set
+    assert working_set > 2**35 or state._rows(compute.dtype) == 4096
+
+
+def test_the_memory_of_a_macs_cpu_is_a_share_of_all_where_no_proc_tells_what_is_free(monkeypatch):
+    monkeypatch.setattr(memory, "Path", lambda path: Path(f"/nowhere{path}"))
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 10**6, "SC_PAGE_SIZE": 16384}.get)
+    assert memory.available() == 0.7 * 16384e6

@@ -49,6 +49,7 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(module, "on_gpu", lambda: True)
     mac = {"max_recommended_working_set_size": 3 * 2**34}  # 48 of 64 GB: the largest pieces
     monkeypatch.setattr(mx, "device_info", lambda: mac)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "custom_function", CustomFunction)
     monkeypatch.setattr(mx, "depends", lambda arrays, on: arrays)
     monkeypatch.setattr(mx, "eval", lambda *arrays: None)
