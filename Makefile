@@ -1,12 +1,13 @@
 # make train: everything from nothing, then the main job on the embedded sample.
 # make test:  everything from nothing, then the tests.   make lint: format and lint check.
 # make faults: every fault of tests/faults in full, 8 minutes.
+# make mac-audit: the kernels of Metal that this project needs, in MLX's packages for macOS (123 MB).
 PYTHON ?= python3
 BIN = .venv/bin
 INSTALL_PYTHON = Install a newer one, on a Mac by xcode-select --install and \
   brew install python@3.13 (or the installer of python.org)
 
-.PHONY: train test lint faults
+.PHONY: train test lint faults mac-audit
 
 train: .venv/ready
 	$(BIN)/python train_mlx.py --preset tiny --dataset sample
@@ -16,6 +17,9 @@ test: .venv/ready-dev
 
 faults: .venv/ready-dev
 	$(BIN)/python tests/faults
+
+mac-audit: .venv/ready
+	$(BIN)/python tests/mac_audit.py
 
 lint: .venv/ready-dev
 	$(BIN)/ruff format --check .

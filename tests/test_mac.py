@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mac_audit
 import mlx.core as mx
 import pytest
 from conftest import ROOT
@@ -126,3 +127,16 @@ def test_the_memory_of_a_macs_cpu_is_a_share_of_all_where_no_proc_tells_what_is_
     monkeypatch.setattr(memory, "Path", lambda path: Path(f"/nowhere{path}"))
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 10**6, "SC_PAGE_SIZE": 16384}.get)
     assert memory.available() == 0.7 * 16384e6
+
+
+# ------------------------------------------------------------------------------ make mac-audit
+
+
+def test_the_audit_of_metals_library_names_what_is_missing():
+    kernels = mac_audit.expand(mac_audit.KERNELS)
+    assert {"rope_single_bfloat16", "vjp_layer_normfloat32", "v_Selectuint64"} <= {*kernels}
+    metallib = b"".join(b"NAME\x12\x00%s\x00TYPE" % name.encode() for name in kernels[1:])
+    library = b"\0".join(mac_audit.TEXTS[:-1])
+    found = mac_audit.missing(mac_audit.KERNELS, metallib, library)
+    assert found == [kernels[0], mac_audit.TEXTS[-1].decode()]
+    assert all(text in " ".join(METAL_TEXTS) for text in map(bytes.decode, mac_audit.TEXTS))
