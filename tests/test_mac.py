@@ -140,3 +140,11 @@ def test_the_audit_of_metals_library_names_what_is_missing():
     found = mac_audit.missing(mac_audit.KERNELS, metallib, library)
     assert found == [kernels[0], mac_audit.TEXTS[-1].decode()]
     assert all(text in " ".join(METAL_TEXTS) for text in map(bytes.decode, mac_audit.TEXTS))
+
+
+def test_the_workflow_calls_make_on_linux_and_a_mac():
+    workflow = (ROOT / ".github/workflows/test.yml").read_text()
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    called = re.findall(r"run: make (.*)", workflow)
+    assert called and {*called} <= {*targets}
+    assert "ubuntu" in workflow and "macos-" in workflow and "has never been run" in workflow
