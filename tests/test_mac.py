@@ -148,3 +148,21 @@ def test_the_workflow_calls_make_on_linux_and_a_mac():
     called = re.findall(r"run: make (.*)", workflow)
     assert called and {*called} <= {*targets}
     assert "ubuntu" in workflow and "macos-" in workflow and "has never been run" in workflow
+
+
+# -------------------------------------------------------------------------------- docs/mac.md
+
+
+def test_the_estimates_of_the_page_follow_from_its_own_figures():
+    text = (ROOT / "docs/mac.md").read_text()
+    assert "Nothing on this page was run on a Mac" in text and "are estimates" in text
+    assert "(docs/mac.md)" in (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| M\d.*\|$", text, re.M)
+    assert len(rows) >= 7
+    for row in rows:
+        cells = [re.findall(r"[\d.]+", cell.replace(",", "")) for cell in row.split("|")[2:-1]]
+        (peak,), (bandwidth,), speeds, hours, (bound,) = [[*map(float, cell)] for cell in cells]
+        for speed, time, share in zip(speeds, reversed(hours), (0.45, 0.65), strict=True):
+            assert speed == pytest.approx(share * peak * 1e12 / 1.94e9, rel=0.04), row
+            assert time == pytest.approx(3 * 3.6e6 / speed / 3600, abs=0.06), row
+        assert bound == pytest.approx(bandwidth * 1e9 / 503e6, rel=0.04), row
