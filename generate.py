@@ -30,7 +30,7 @@ from bdh_lib import cli, runs
 from bdh_lib.compute.memory import compute_for
 from bdh_lib.compute.state import WINDOW as STATE_WINDOW
 from bdh_lib.compute.state import State
-from bdh_lib.data import formats
+from bdh_lib.data import formats, hub
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.files import expand_user
 from bdh_lib.flags import Parser, flag_of
@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument
     add("--version", action="version", version=cli.version())
-    add("model", help="run folder, checkpoint folder or .safetensors file")
+    add("model", help="run folder, checkpoint folder, .safetensors file or hf:USER/NAME")
     add(
         "--mode",
         choices=formats.REQUIRED_FIELDS,
@@ -153,7 +153,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if name in typed:
             check(flag_name(name), typed[name], rule._replace(allow_none=False))
     for name in PATHS:
-        if name in typed:
+        if name in typed and not hub.is_model(typed[name]):
             setattr(args, name, expand_user(typed[name], flag_name(name)))
     for name in TEXTS:
         texts = typed.get(name, [])
@@ -285,6 +285,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Raises UserError."""
     args = parse_args(argv)
     cli.check_temporary_folder()
+    if hub.is_model(str(args.model)):
+        args.model = hub.download_model(args.model)
     if args.export:
         return export.export_model(args.model, args.export)
     if args.trace:

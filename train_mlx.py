@@ -60,7 +60,7 @@ SAMPLE_BYTES: int = 200  # length of each sample
 # Runs
 CHECKPOINT_DIR: str = "checkpoints_mlx"  # holds one folder per run, and the prepared data
 RUN_NAME: str | None = None  # folder of this run; none: the training mode
-INIT_FROM: str | None = None  # run or checkpoint whose weights start this run (phase 2)
+INIT_FROM: str | None = None  # run, checkpoint or hf:USER/NAME whose weights start this run
 PHASES: str | None = None  # a chain, mode:EPOCHS@LEARNING_RATE each: "system:3,full:2@3e-5"
 KEEP_AWAKE: bool = True  # a Mac does not sleep while it trains; its display may
 
@@ -109,6 +109,7 @@ from mlx.utils import tree_map
 
 from bdh_lib import cli, files, flags, plots
 from bdh_lib.compute import memory
+from bdh_lib.data import hub
 from bdh_lib.data.columns import parse_columns
 from bdh_lib.data.formats import (
     FIELDS,
@@ -620,8 +621,8 @@ def settings(argv: list[str] | None = None) -> Settings:
     s, typed = flags.parse(sys.modules[__name__], RULES, PRESETS, ACTIONS, argv)
     refuse_flags_without_effect(s, typed)
     for name in ("CHECKPOINT_DIR", "INIT_FROM"):  # no shell reads a constant
-        if getattr(s, name):
-            setattr(s, name, str(files.expand_user(getattr(s, name), name)))
+        if (value := getattr(s, name)) and not hub.is_model(value):
+            setattr(s, name, str(files.expand_user(value, name)))
     s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(s.BDH_CONFIG)})
     for run in phases.chain(s):
         check_settings(run)

@@ -4,8 +4,10 @@ import logging
 import os
 import re
 import ssl
+import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 
 from bdh_lib.errors import UserError
 
@@ -83,6 +85,42 @@ def load(dataset: str) -> dict:
     except Exception as error:  # several libraries have errors of their own
         raise _user_error(dataset, error) from None
     return {split: loaded} if split else dict(loaded)
+
+
+def is_model(name: str) -> bool:
+    """Tell whether a name means a model on the hub, hf:USER/NAME or hf:USER/NAME@REVISION."""
+    return name.startswith("hf:")
+
+
+def download_model(name: str) -> Path:
+    """Return the folder with the weights of a model on the hub, from the cache if that has them.
+
+    It takes safetensors alone: other files of weights can run code when they are opened. Raises
+    UserError with the way on.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    repository, _, revision = name.removeprefix("hf:").partition("@")
+    files, reason = ["model.safetensors", "config.json"], "has no model.safetensors"
+    print(f"looking up {name}", file=sys.stderr)
+    try:
+        folder = snapshot_download(
+            repository, revision=revision or None, allow_patterns=files, etag_timeout=TIMEOUT
+        )
+        if Path(folder, "model.safetensors").is_file():
+            return Path(folder)
+    except errors.GatedRepoError:
+        reason = "is gated: ask for access on its page, then `hf auth login`"
+    except errors.RevisionNotFoundError:
+        reason = f"has no revision {revision}"
+    except errors.RepositoryNotFoundError:
+        reason = "is not on the hub, or private there: `hf auth login`"
+    except errors.HFValidationError:
+        reason = "is no name of a model, which looks like hf:user/name or hf:user/name@revision"
+    except Exception as error:  # several libraries have errors of their own
+        text = " ".join(str(error).split())
+        reason = f"is not in the cache, and the hub is out of reach ({_unreached(text)})"
+    raise UserError(f"{name} {reason}")
 
 
 def rows(dataset: str, split: Iterable[dict]) -> Iterator[dict]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.optimizers as optim
 
+from bdh_lib.data import hub
 from bdh_lib.data.describe import data_changes
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings, settings_dict
@@ -48,7 +49,11 @@ def resume_or_init(
 
 
 def origin_of(s: Settings) -> Path:
-    """Return where the weights of INIT_FROM lie: in CHECKPOINT_DIR, else at the path itself."""
+    """Return where the weights of INIT_FROM lie: in CHECKPOINT_DIR, at the path itself, or in the
+    cache of the hub. Raises UserError where the hub does not give them.
+    """
+    if hub.is_model(s.INIT_FROM):
+        return hub.download_model(s.INIT_FROM)
     inside = Path(s.CHECKPOINT_DIR, s.INIT_FROM)
     return inside if inside.exists() else Path(s.INIT_FROM)
 
@@ -111,7 +116,8 @@ def check_origin(run: Path, ancestry: list, s: Settings) -> None:
             f"{run} did not start from {s.INIT_FROM}; set RUN_NAME to start another run"
         )
     current = ancestry
-    if s.INIT_FROM and (origin := origin_of(s)).exists():
+    # a model of the hub may have changed there since, and need not be asked for again
+    if s.INIT_FROM and not hub.is_model(s.INIT_FROM) and (origin := origin_of(s)).exists():
         with suppress(UserError):  # its checkpoints are gone: the run has all that it needs
             current = phases.ancestry(origin)
     if ancestry and current[-1]["sha256"] != ancestry[-1]["sha256"]:
