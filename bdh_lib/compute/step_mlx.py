@@ -12,6 +12,7 @@ from bdh_lib.compute.layer import ln, residual
 from bdh_lib.compute.rope import phase_increments
 
 BUFFER_BYTES = 24  # each byte rewrites their keys; S is rewritten once in so many bytes
+PARTS = 32  # of the neurons in `recall`, at most; a power of two
 
 
 class PendingBuffer(NamedTuple):
@@ -39,8 +40,10 @@ class DecodeStep:
 
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
-        weights = [ln(model.embed.weight), *(w.astype(self.dtype) for w in model.weights())]
-        self.weights = [*weights, mx.array(phase_increments(1, N))]
+        encoder, encoder_v, decoder = model.weights()
+        decoder = mx.contiguous(decoder.swapaxes(-1, -2))  # (H, D, N), see `step`
+        weights = [w.astype(self.dtype) for w in (encoder, encoder_v, decoder)]
+        self.weights = [ln(model.embed.weight), *weights, mx.array(phase_increments(1, N))]
         self.shape = H, D, N, model.config.n_layer
         self.compiled = mx.compile(step)
         mx.eval(self.weights)
@@ -61,8 +64,22 @@ class DecodeStep:
         return v, buffer._replace(count=buffer.count + 1, keys=keys, values=values)
 
 
+def recall(q: mx.array, S: mx.array) -> mx.array:
+    """Return q @ S (H, B, 1, D) of q (H, B, 1, N) and S (H, B or 1, N, D).
+
+    It sums the products of parts of the neurons. At once, Metal would compute the D sums of a head
+    in D / 32 threadgroups, which do not occupy its GPU.
+    """
+    (H, B, _, N), (*rows, _, D) = q.shape, S.shape
+    parts = math.gcd(N, PARTS)
+    return (q.reshape(H, B, parts, 1, -1) @ S.reshape(*rows, parts, -1, D)).sum(2)
+
+
 def step(idx, weights, count, keys, values, begin, base_state):
-    """Read one byte idx (B, 1); return v (B, 1, D) and the new keys and values."""
+    """Read one byte idx (B, 1); return v (B, 1, D) and the new keys and values.
+
+    `decoder` is (H, D, N): Metal multiplies by a transposed matrix in more threadgroups.
+    """
     embed, encoder, encoder_v, decoder, increments = weights
     (H, D, N), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     angles = (begin + count.astype(mx.uint32) * increments).view(mx.int32) * (math.pi / 2**31)
@@ -74,9 +91,9 @@ def step(idx, weights, count, keys, values, begin, base_state):
         x0, x1 = x0[..., 0], x1[..., 0]
         q = mx.stack([x0 * cos - x1 * sin, x1 * cos + x0 * sin], -1).reshape(H, B, 1, N)
         scores = mx.where(mx.less(slot, count), q.astype(dtype) @ K.swapaxes(-1, -2), 0)
-        a = (q @ S + scores.astype(mx.float32) @ V).reshape(H, B, D)
+        a = (recall(q, S) + scores.astype(mx.float32) @ V).reshape(H, B, D)
         y = x * mx.maximum(ln(a).astype(dtype) @ encoder_v, 0)
-        o = (y @ decoder).astype(mx.float32).sum(0)
+        o = (y @ decoder.swapaxes(-1, -2)).astype(mx.float32).sum(0)
         updated.append((mx.where(is_new, q.astype(dtype), K), mx.where(is_new, v, V)))
         v = residual(v, o.reshape(B, 1, D))
     return v, *zip(*updated, strict=True)

@@ -40,7 +40,8 @@ class Late:
     def step(self, idx, weights, count, keys, values, begin, base_state, done, before):
         self.arrive(before)
         embed, encoder, encoder_v, decoder, turns = weights
-        weights = embed, encoder.swapaxes(-1, -2), encoder_v.swapaxes(-1, -2), decoder, turns
+        transposed = (w.swapaxes(-1, -2) for w in (encoder, encoder_v, decoder))
+        weights = embed, *transposed, turns
         (H, B, pairs, K, _), S = keys[0].shape, [S for S, _ in base_state]
         rows = [k.swapaxes(2, 3).reshape(H, B, K, 2 * pairs) for k in keys]
         v, *after = step_mlx.step(idx, weights, count, rows, values, begin, S)
@@ -132,6 +133,30 @@ def test_a_stream_is_gone_on_from_where_it_stopped(step):
     drawn, more = mx.array([tokens for tokens, _ in written]).T, random_bytes(2, 5)
     text = mx.concatenate([mx.array(prompt), drawn, more], 1)
     assert close(model.read(more, written[-1][1])[0], model.quadratic(text)[0][:, -5:])
+
+
+@pytest.mark.parametrize(("N", "parts"), [(64, 32), (48, 16), (10, 2)])
+@pytest.mark.parametrize("rows", [1, 3])  # of the synapses, which a batch may share
+def test_synapses_are_read_in_parts_of_the_neurons(N, parts, rows, monkeypatch):
+    q = mx.random.normal((2, 3, 1, N), key=mx.random.key(0))
+    S, shapes, product = (
+        mx.random.normal((2, rows, N, 5), key=mx.random.key(1)),
+        [],
+        mx.array.__matmul__,
+    )
+    monkeypatch.setattr(
+        mx.array, "__matmul__", lambda a, b: (shapes.append(b.shape), product(a, b))[1]
+    )
+    read = step_mlx.recall(q, S)
+    assert shapes == [(2, rows, parts, N // parts, 5)] and read.shape == (2, 3, 1, 5)
+    exact = np.array(q, np.float64) @ np.array(S, np.float64)
+    assert np.abs(np.array(read) - exact).max() < 1e-5
+
+
+def test_the_decoder_of_a_gpu_s_step_has_its_neurons_last():
+    model = random_model()
+    decoder = step_mlx.DecodeStep(model).weights[3]
+    assert decoder.tolist() == model.weights()[2].swapaxes(-1, -2).tolist()
 
 
 def test_rows_of_a_batch_are_singles_and_share_a_state(step):
