@@ -30,7 +30,7 @@ from bdh_lib.rules import check, whole
 WINDOW_PARTS = 4
 WINDOW = whole(WINDOW_PARTS, 2**40, allow_none=True)  # valid windows, bytes
 CPU_ROWS = 1024  # bytes * batch read at once, which bounds the memory
-GPU_ROWS = {48e9: 32768, 0: 4096}  # the same by memory in bytes: more rows are faster (docs/log.md)
+GPU_ROWS = {48e9: 32768, 0: 4096}  # by a card's own memory in bytes: more are faster (docs/log.md)
 MAX_BYTEWISE = 16  # bytes that a CPU reads one by one: its GEMM of few rows is slow
 Buffer = step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuffer
 
@@ -170,8 +170,7 @@ def _rows(dtype: mx.Dtype) -> int:
         return CPU_ROWS
     if dtype == mx.float32:
         return 512  # mx.fast.rope's error is 6e-8 per position
-    info = mx.device_info()  # Metal has the first key, CUDA the second
-    memory = info.get("max_recommended_working_set_size", info.get("total_memory", 0))
+    memory = mx.device_info().get("total_memory", 0)  # CUDA's key: a Mac gains nothing from more
     return next(rows for minimum, rows in GPU_ROWS.items() if memory >= minimum)
 
 

@@ -335,6 +335,24 @@ def test_a_prompt_of_a_megabyte_takes_the_memory_of_a_short_one():
     assert peaks[1] < 1.2 * peaks[0] + 2**22  # the prompt and its pieces
 
 
+@pytest.mark.parametrize(
+    ("info", "rows"),
+    [
+        ({"memory_size": 68.7e9, "max_recommended_working_set_size": 51.5e9}, 4096),  # a Mac
+        ({"memory_size": 17.2e9, "max_recommended_working_set_size": 11.8e9}, 4096),
+        ({"total_memory": 85e9}, 32768),
+        ({"total_memory": 25e9}, 4096),
+    ],
+)
+def test_only_a_large_card_reads_much_of_a_prompt_at_once(info, rows, monkeypatch):
+    monkeypatch.setattr(state, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    model = random_model()
+    model.compute = replace(model.compute, dtype=mx.bfloat16)
+    pieces = state._pieces(model, mx.zeros((1, 40000), mx.int32), State())
+    assert [piece.size for piece in pieces[:-1]] == [rows] * (40000 // rows)
+
+
 def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(monkeypatch):
     """As on a GPU, whose reader gets each byte once the next is under way."""
     model, report = random_model(), []
