@@ -27,7 +27,7 @@ import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 import mlx.core as mx
 
 from bdh_lib import cli, runs
-from bdh_lib.compute.memory import compute_for
+from bdh_lib.compute.memory import compute_for, limit_cache
 from bdh_lib.compute.state import WINDOW as STATE_WINDOW
 from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
@@ -285,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Raises UserError."""
     args = parse_args(argv)
     cli.check_temporary_folder()
+    limit_cache()
     if hub.is_model(str(args.model)):
         args.model = hub.download_model(args.model)
     if args.export:

@@ -28,6 +28,7 @@ import bdh_mlx
 import generate
 import train_mlx
 from bdh_lib import runs
+from bdh_lib.compute import memory
 from bdh_lib.data import formats, sources
 from bdh_lib.data.parsers import parse_exactly
 from bdh_lib.errors import escape_controls
@@ -101,6 +102,15 @@ def output(capfdbinary):
         return capfdbinary.readouterr().out
 
     return run
+
+
+@pytest.mark.parametrize("on_metal", [False, True])
+def test_the_cache_of_freed_buffers_is_limited_on_metal(on_metal, counting, output, monkeypatch):
+    limits = []
+    monkeypatch.setattr(memory, "on_metal", lambda: on_metal)
+    monkeypatch.setattr(mx, "set_cache_limit", limits.append)
+    assert output(counting, "--prompt", "a", "--max-new-tokens", 2) == b"abc\n"
+    assert limits == [2 * 10**9] * on_metal
 
 
 # ------------------------------------------------------------------------------- places and batches

@@ -21,6 +21,11 @@ MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
 CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
 METAL_ROWS = 2048  # 34 GFLOP a product by default: macOS ends GPU work that delays its display
+CACHE_BYTES = 2 * 10**9  # of freed buffers that generation keeps on Metal
+
+
+def on_metal() -> bool:
+    return on_gpu() and mx.metal.is_available()
 
 
 def compute_for(config, memory: str, dtype: str) -> Compute:
@@ -28,8 +33,7 @@ def compute_for(config, memory: str, dtype: str) -> Compute:
     rows, saved_activations = MODES[memory]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
     max_rows = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
-    on_metal = on_gpu() and mx.metal.is_available()
-    rows = min(rows, METAL_ROWS if on_metal else rows, max_rows if on_gpu() else CPU_ROWS)
+    rows = min(rows, METAL_ROWS if on_metal() else rows, max_rows if on_gpu() else CPU_ROWS)
     return Compute(dtype, default_chunk(config.n_embd), rows, max_rows, saved_activations)
 
 
@@ -132,6 +136,12 @@ def set_limit(peak: float) -> None:
     """
     if on_gpu():
         mx.set_memory_limit(int(0.95 * peak))
+
+
+def limit_cache() -> None:
+    """Limit MLX's cache on Metal, where each text's length leaves buffers that no other reuses."""
+    if on_metal():
+        mx.set_cache_limit(CACHE_BYTES)
 
 
 def slow_note(s: SimpleNamespace) -> str:
