@@ -1,6 +1,7 @@
 """What memory a run may take, in a container or a service with a limit of its own."""
 
 import math
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,59 @@ def test_available_is_what_the_limit_leaves(monkeypatch):
     assert memory.available() == pytest.approx(0.9 * free / 2)
     monkeypatch.setattr(memory, "cgroup_rooms", lambda: [math.inf, -5.0])
     assert memory.available() == 0
+
+
+VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                                3857.
+Pages active:                            446206.
+Pages inactive:                          443760.
+Pages speculative:                         1075.
+Pages throttled:                              0.
+Pages wired down:                        181483.
+Pages purgeable:                          17340.
+"Translation faults":                8667427138.
+File-backed pages:                       294894.
+Pages occupied by compressor:            442179.
+"""
+
+
+@pytest.fixture
+def mac(monkeypatch):
+    """Stands for a Mac: gives the bytes to be had by what vm_stat prints, or an error of it."""
+
+    def available(vm_stat, working_set=12e9):
+        def run(command, **options):
+            assert command == ["/usr/bin/vm_stat"] and not options["close_fds"]
+            if isinstance(vm_stat, Exception):
+                raise vm_stat
+            return subprocess.CompletedProcess(command, 0, vm_stat, "")
+
+        memory.mac_room.cache_clear()
+        monkeypatch.setattr(memory.sys, "platform", "darwin")
+        monkeypatch.setattr(memory.subprocess, "run", run)
+        info = {"max_recommended_working_set_size": working_set} if working_set else {}
+        monkeypatch.setattr(memory.mx, "device_info", lambda: info)
+        return memory.available()
+
+    yield available
+    memory.mac_room.cache_clear()
+
+
+def test_a_mac_has_what_other_programs_leave(mac):
+    free = 0.9 * 16384 * (3857 + 443760 + 1075)  # 6.6 GB of 25
+    assert mac(VM_STAT) == mac(VM_STAT, None) == pytest.approx(free)
+    assert mac(VM_STAT, 5e9) == 5e9
+    assert mac(VM_STAT.replace("443760", "999999")) == 12e9
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(), subprocess.TimeoutExpired("vm_stat", 10), "", VM_STAT.replace("free", "unused")],
+)
+def test_a_mac_whose_vm_stat_fails_has_a_share_of_its_memory(mac, fault):
+    memory_size = memory.os.sysconf("SC_PHYS_PAGES") * memory.os.sysconf("SC_PAGE_SIZE")
+    assert mac(fault, None) == 0.6 * memory_size
+    assert mac(fault, 10**6) == 10**6
 
 
 @pytest.mark.parametrize(
