@@ -37,8 +37,11 @@ def compute_for(config, memory: str, dtype: str) -> Compute:
     rows, saved_activations = MODES[memory]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
     max_rows = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
-    rows = min(rows, METAL_ROWS if on_metal() else rows, max_rows if on_gpu() else CPU_ROWS)
-    return Compute(dtype, default_chunk(config.n_embd), rows, max_rows, saved_activations)
+    chunk = default_chunk(config.n_embd)
+    if on_metal():  # a Mac before M5 has fewer FLOP for a byte of traffic, so small squares pay
+        rows, chunk = min(rows, METAL_ROWS), max(128, chunk // 2)
+    rows = min(rows, max_rows if on_gpu() else CPU_ROWS)
+    return Compute(dtype, chunk, rows, max_rows, saved_activations)
 
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -153,12 +156,16 @@ def select_mode(s: SimpleNamespace) -> tuple[str, Compute, float]:
 
 
 def set_limit(peak: float) -> None:
-    """Limit MLX to `peak` bytes on a GPU, where it runs ahead; on a CPU a limit only costs time.
+    """Limit MLX to about `peak` bytes on a GPU, where it runs ahead; on a CPU it only costs time.
 
-    MLX exceeds the limit by about 5 % before it waits.
+    MLX exceeds the limit by about 5 % before it waits. Near it, Metal frees all cached buffers and
+    makes them anew in each step: it gets half as much again where that leaves room.
     """
+    limit = 0.95 * peak
+    if on_metal():
+        limit = max(limit, min(1.5 * peak, 0.7 * available()))
     if on_gpu():
-        mx.set_memory_limit(int(0.95 * peak))
+        mx.set_memory_limit(int(limit))
 
 
 def limit_cache() -> None:

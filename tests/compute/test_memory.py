@@ -127,18 +127,45 @@ def test_a_mac_whose_vm_stat_fails_has_a_share_of_its_memory(mac, fault):
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "metal", "rows"),
-    [(True, True, 2048), (True, False, 32768), (False, True, 1024), (False, False, 1024)],
+    ("on_gpu", "metal", "rows", "chunk"),
+    [
+        (True, True, 2048, 256),
+        (True, False, 32768, 512),
+        (False, True, 1024, 512),
+        (False, False, 1024, 512),
+    ],
 )
-def test_segments_are_short_on_metal_alone(monkeypatch, on_gpu, metal, rows):
+def test_segments_and_chunks_are_short_on_metal_alone(monkeypatch, on_gpu, metal, rows, chunk):
     monkeypatch.setattr(memory, "on_gpu", lambda: on_gpu)
     monkeypatch.setattr(memory.mx.metal, "is_available", lambda: metal)
     config, compute = BDHConfig(), memory.compute_for(BDHConfig(), "fast", "bfloat16")
-    assert compute.rows == rows
+    assert (compute.rows, compute.chunk) == (rows, chunk)
     parts = segments(2, 4096, compute)  # of the default batch
     assert max(end - begin for begin, end in parts) == min(4096, rows // 2)
     wide = replace(config, mlp_internal_dim_multiplier=4096)  # one array must fit into a buffer
     assert memory.compute_for(wide, "fast", "bfloat16").rows == min(rows, 1024)
+    assert memory.compute_for(BDHConfig(n_embd=64), "fast", "bfloat16").chunk == 128
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "metal", "available", "limit"),
+    [
+        (True, True, 48, 15),  # GB, of a peak of 10
+        (True, True, 20, 14),
+        (True, True, 11, 9.5),
+        (True, False, 48, 9.5),
+        (False, True, 48, None),
+        (False, False, 48, None),
+    ],
+)
+def test_the_limit_leaves_metal_room_for_its_cache(monkeypatch, on_gpu, metal, available, limit):
+    limits = []
+    monkeypatch.setattr(memory, "on_gpu", lambda: on_gpu)
+    monkeypatch.setattr(memory.mx.metal, "is_available", lambda: metal)
+    monkeypatch.setattr(memory, "available", lambda: available * GB)
+    monkeypatch.setattr(memory.mx, "set_memory_limit", limits.append)
+    memory.set_limit(10 * GB)
+    assert limits == ([] if limit is None else [limit * GB])
 
 
 @pytest.mark.parametrize(
