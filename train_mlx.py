@@ -50,7 +50,7 @@ IGNORE_MEMORY_CHECK: bool = False  # start even if the estimate exceeds the avai
 # Evaluation, log and checkpoints
 SEED: int = 1337  # of weights, split, data order, dropout and samples
 VAL_FRACTION: float = 0.1  # of the records, held out
-EVAL_BYTES: int | None = 1_000_000  # validation bytes read at most, always the same; none: all
+EVAL_BYTES: int | None = 200_000  # validation bytes read at most, always the same; none: all
 LOG_FREQ: int = 50  # updates between lines
 EVAL_FREQ: int = 250  # updates between validations and samples
 SAVE_FREQ: int = 500  # updates between checkpoints
@@ -80,10 +80,11 @@ PRESETS = {
     "phase1-64gb": LARGE + "system --max-iters 3000 --learning-rate 1e-4",
     "phase2-64gb": LARGE + "instruction --max-iters 3000 --learning-rate 5e-5 --init-from system",
     "both-16gb": "--training-mode both --block-size 2048 --batch-size 1 --max-iters 5000 "
-    "--learning-rate 5e-5",
+    "--learning-rate 5e-5 --eval-bytes 50000",
     "tiny": "--n-layer 3 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0.05 "
     "--training-mode full --block-size 256 --batch-size 8 --max-iters 350 --epochs none "
-    "--learning-rate 4e-3 --warmup-iters 20 --log-freq 25 --eval-freq 175 --save-freq 175",
+    "--learning-rate 4e-3 --warmup-iters 20 --log-freq 25 --eval-freq 175 --save-freq 175 "
+    "--eval-bytes 45000",
     # The recipe that docs/log.md measures on a megabyte of text, 6.4M parameters
     "small-data": "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 "
     "--byte-noise 0.05 --weight-decay 1 --ema-decay 0.99 --block-size 512 --batch-size 32 "

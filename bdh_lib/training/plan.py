@@ -300,5 +300,7 @@ def print_run(s: SimpleNamespace, preset_names: Iterable[str], functions: Functi
     times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val.bytes) / (s.BATCH_SIZE * s.BLOCK_SIZE)
     print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 updates")
-    whole = duration(total * step + evaluating)
-    print(f"time to the end: {whole}, {duration(evaluating)} of it {times} evaluations; no samples")
+    whole = total * step + evaluating
+    share = f"{duration(evaluating)} ({evaluating / whole:.1%}) of it"
+    evaluations = f"{times} evaluations of {len(val):,} bytes"
+    print(f"time to the end: {duration(whole)}, {share} {evaluations}; no samples")

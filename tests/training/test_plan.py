@@ -8,6 +8,7 @@ from helpers import ARGS
 
 import train_mlx
 from bdh_lib.training import plan
+from bdh_lib.training.schedule import blocks_per_update
 
 TICK = "✓".encode().decode("mac_roman")
 MAC = "é".encode().decode("mac_roman")
@@ -158,6 +159,25 @@ def test_each_phase_is_planned(tmp_path, capsys):
     assert "mode full" in two and "time to the end" in one and "time to the end" in two
     assert "12 iterations of" in two and "MAX_ITERS ends it before EPOCHS (2)" in two
     assert "EPOCHS (1) ends it before MAX_ITERS (12)" in one
+
+
+def test_the_share_of_evaluations_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "measure", lambda *_: (2.0, 0.5))  # of 128 bytes each
+    records = [record(i, response="word " * 20) for i in range(100)]
+    out = plan_output(tmp_path, capsys, records, "--max-iters", "10", "--eval-freq", "5")
+    folders = ["--dataset", str(tmp_path / "data.jsonl"), "--checkpoint-dir", str(tmp_path / "ck")]
+    evaluated = len(plan.open_split(train_mlx.settings([*ARGS, *folders]))[2].bytes)
+    seconds = 3 * 0.5 * evaluated / 128
+    share = f"{seconds / (20 + seconds):.1%}"
+    assert f" ({share}) of it 3 evaluations of {evaluated} bytes; no samples" in out
+
+
+@pytest.mark.parametrize("preset", [None, *train_mlx.PRESETS])
+def test_evaluations_take_at_most_a_twentieth_of_the_time(preset):
+    s = train_mlx.settings(["--preset", preset] if preset else [])
+    forward = 0.37  # of an update's operations, for the same bytes
+    between = s.EVAL_FREQ * blocks_per_update(s) * s.BLOCK_SIZE
+    assert forward * s.EVAL_BYTES < 0.05 * between
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(90, "1.5 min"), (7260, "2 h 01 min")])
