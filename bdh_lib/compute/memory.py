@@ -36,6 +36,8 @@ def compute_for(config, memory: str, dtype: str) -> Compute:
     """Return the Compute of a MEMORY_MODE; dtype "auto" is bfloat16 on a GPU, else float32."""
     rows, saved_activations = MODES[memory]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
+    if dtype == mx.float32 and on_metal():  # or an M5 rounds to 11 bits; read at the first product
+        os.environ.setdefault("MLX_ENABLE_TF32", "0")
     max_rows = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
     chunk = default_chunk(config.n_embd)
     if on_metal():  # a Mac before M5 has fewer FLOP for a byte of traffic, so small squares pay

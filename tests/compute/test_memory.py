@@ -148,6 +148,24 @@ def test_segments_and_chunks_are_short_on_metal_alone(monkeypatch, on_gpu, metal
 
 
 @pytest.mark.parametrize(
+    ("dtype", "metal", "before", "after"),
+    [
+        ("float32", True, {}, {"MLX_ENABLE_TF32": "0"}),
+        ("float32", True, {"MLX_ENABLE_TF32": "1"}, {"MLX_ENABLE_TF32": "1"}),
+        ("auto", True, {}, {}),
+        ("bfloat16", True, {}, {}),
+        ("float32", False, {}, {}),
+    ],
+)
+def test_float32_on_metal_has_all_its_bits(monkeypatch, dtype, metal, before, after):
+    monkeypatch.setattr(memory.os, "environ", before)
+    monkeypatch.setattr(memory, "on_gpu", lambda: True)
+    monkeypatch.setattr(memory, "on_metal", lambda: metal)
+    memory.compute_for(BDHConfig(), "small", dtype)
+    assert before == after
+
+
+@pytest.mark.parametrize(
     ("on_gpu", "metal", "available", "limit"),
     [
         (True, True, 48, 15),  # GB, of a peak of 10
