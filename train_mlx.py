@@ -37,6 +37,7 @@ MIN_LR_RATIO: float = 0.1  # at the end of the cosine, as a share of LEARNING_RA
 WARMUP_ITERS: int = 100  # linear warm-up, in updates
 LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
 WEIGHT_DECAY: float = 0.1  # AdamW's, as in the paper
+BETA2: float = 0.999  # AdamW's decay of the mean of squared gradients
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: no clipping
 EMA_DECAY: float = 0.0  # decay of the exponential moving average of the weights; 0: off
 SHUFFLE_RECORDS: bool = False  # a new order of the records in each epoch; plain text keeps its own
@@ -236,7 +237,9 @@ def init_model(s: Settings, compute: memory.Compute) -> tuple[BDH, optim.AdamW, 
     mx.random.seed(s.SEED)
     model = BDH(s.BDH_CONFIG)
     model.compute = compute
-    optimizer = optim.AdamW(s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY, bias_correction=True)
+    optimizer = optim.AdamW(
+        s.LEARNING_RATE, [0.9, s.BETA2], weight_decay=s.WEIGHT_DECAY, bias_correction=True
+    )
     optimizer.init(model.trainable_parameters())
     return model, optimizer, copy_tree(model.parameters()) if s.EMA_DECAY else {}
 
@@ -591,6 +594,7 @@ RULES = {  # what each setting may be; one that is not here, a user's own, may b
     "WARMUP_ITERS": whole(0),
     "LR_DECAY_ITERS": whole(1, allow_none=True),
     "WEIGHT_DECAY": number("from 0 to 1,000", lambda x: 0 <= x <= 1000),
+    "BETA2": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
     "GRAD_CLIP": number("from 1e-12 to 1e12", lambda x: 1e-12 <= x <= 1e12, allow_none=True),
     "EMA_DECAY": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
     "SHUFFLE_RECORDS": switch(),

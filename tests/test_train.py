@@ -446,6 +446,27 @@ def test_a_resumed_run_tells_a_rate_that_jumps(tmp_path, capsys):
     assert "learning rate:" not in capsys.readouterr().out  # nothing has changed
 
 
+def test_a_resumed_run_trains_at_its_new_rate(tmp_path):
+    """The optimizer's state, which is restored, holds the old rate; it must not come back."""
+    rates = {"same": 1e-3, "other": 1e-5}
+    for name, rate in rates.items():
+        train(tmp_path / name, "--max-iters", 4)
+        train(tmp_path / name, "--max-iters", 8, "--learning-rate", rate)
+    logged = {n: [m["lr"] for m in metrics(tmp_path / n) if m.get("step", 0) > 4 and "lr" in m]
+              for n in rates}  # fmt: skip
+    assert logged["other"] == pytest.approx([lr / 100 for lr in logged["same"]])
+    moved = {n: np.abs(arrays(tmp_path / n, 8)["0.encoder"] - arrays(tmp_path / n, 4)["0.encoder"])
+             for n in rates}  # fmt: skip
+    assert moved["other"].mean() < 0.05 * moved["same"].mean()
+
+
+def test_beta2_weighs_the_squared_gradients(tmp_path):
+    train(tmp_path, "--max-iters", 1, "--beta2", 0.75)
+    state = arrays(tmp_path, 1)
+    gradient = state["1.encoder.m"] / 0.1  # of the first update, from a mean that began at 0
+    np.testing.assert_allclose(state["1.encoder.v"], 0.25 * gradient**2, rtol=1e-4)
+
+
 def test_more_accumulation_takes_no_more_memory(tmp_path, monkeypatch):
     """A million batches an update: what is made for all of them at once is not for each byte."""
     largest, real = [0], np.full
