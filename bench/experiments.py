@@ -3,6 +3,7 @@
     python bench/experiments.py parity --official bdh.py --text tinyshakespeare.txt
     python bench/experiments.py recipe --text tinyshakespeare.txt
     python bench/experiments.py guide --records instructions_5mb.jsonl
+    python bench/experiments.py records --records instructions_5mb.jsonl --only "recipe"
     python bench/experiments.py parity recipe --official bdh.py --text ... --gpus 2 --minutes 8
     python bench/experiments.py plot results.jsonl curves.png [parity]
 
@@ -37,17 +38,19 @@ QUIET = (
     "--sample-bytes 0 --save-freq 1000000 --save-minutes none --keep-checkpoints 1 "
     "--eval-bytes none --epochs none"
 )
+# The optimizer and the order of the data that the first three experiments were measured with.
+PLAIN = "--n-layer 6 --weight-decay 0.1 --beta2 0.999 --ema-decay 0 --no-shuffle-records "
 
 # Parity: what the official train.py does, and every byte block the same on both sides. No
 # schedule, no clipping; validation every 100 updates over all validation bytes.
-PARITY = (
+PARITY = PLAIN + (
     "--block-size 512 --batch-size 32 --max-iters 700 --learning-rate 1e-3 --weight-decay 0.1 "
     "--dropout 0.1 --warmup-iters 0 --min-lr-ratio 1 --grad-clip none --eval-freq 100 "
     "--patience none"
 )
 
 # The recipe: flags of a job over RECIPE's. The order is that of importance.
-RECIPE = (
+RECIPE = PLAIN + (
     "--mlp-internal-dim-multiplier 32 --dropout 0.5 --weight-decay 0.3 --block-size 512 "
     "--batch-size 32 --max-iters 1500 --learning-rate 1e-3 --min-lr-ratio 0.1 "
     "--warmup-iters 100 --grad-clip 1 --eval-freq 100 --patience 3"
@@ -74,9 +77,30 @@ SWEEP = {
     "multiplier 16": "--mlp-internal-dim-multiplier 16 --dropout 0.4",
 }
 
+# A few MB of records: flags of a job over those of RECORDS. The first one is the default of
+# train_mlx.py, with all its updates.
+RECORDS = (
+    "--training-mode full --n-layer 6 --dropout 0.3 --block-size 2048 --batch-size 2 "
+    "--max-iters 2400 --learning-rate 1e-3 --weight-decay 0.5 --beta2 0.999 --ema-decay 0.99 "
+    "--shuffle-records --eval-freq 500 --patience none"
+)
+RECORDS_SWEEP = {
+    "recipe": "--n-layer 4 --beta2 0.95 --max-iters 10000",
+    "half as long": "--n-layer 4 --beta2 0.95 --max-iters 5000",
+    "layers 3": "--n-layer 3 --beta2 0.95 --max-iters 6600",
+    "layers 4": "--n-layer 4 --max-iters 3600",
+    "multiplier 64": "--mlp-internal-dim-multiplier 64 --max-iters 4400",
+    "beta2 0.95": "--beta2 0.95",
+    "layers 6": "",
+    "batch 1": "--batch-size 1 --max-iters 4800",
+    "rate 2e-3": "--learning-rate 2e-3",
+    "blocks of 4096, in one order": "--block-size 4096 --no-shuffle-records",
+    "blocks of 4096": "--block-size 4096",
+}
+
 # The guide: its modes at equal bytes, the default model, one rate for all; then its Options at
 # their own settings, three epochs each.
-GUIDE = "--block-size 4096 --batch-size 2 --eval-freq 250"
+GUIDE = f"{PLAIN} --dropout 0.1 --block-size 4096 --batch-size 2 --eval-freq 250"
 RATE = "--learning-rate 1e-3"
 OWN = "--epochs 3 --warmup-iters 100 --max-iters"
 ARMS = {  # name: phases of (mode, share of the updates, flags)
@@ -155,8 +179,9 @@ def seconds(flags: str) -> float:
     s = train_mlx.settings(flags.split())
     c, B, T = s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE
     size = c.n_embd**2 * c.mlp_internal_dim_multiplier / 256 / 32768 * c.n_layer / 6
-    epoch = Path(s.DATASET, "train.bin").stat().st_size / (B * T)
-    iters = min(s.MAX_ITERS, (s.EPOCHS or math.inf) * epoch)
+    iters = s.MAX_ITERS
+    if s.EPOCHS:
+        iters = min(iters, s.EPOCHS * Path(s.DATASET, "train.bin").stat().st_size / (B * T))
     return 25 + iters * (0.008 + (0.1 if T <= 512 else 0.15) * size * B * T / 16384)
 
 
@@ -175,14 +200,22 @@ def parity_jobs(args) -> list[dict]:
 
 
 def recipe_jobs(args) -> list[dict]:
-    data = split_text(args.text, args.work / "text")
+    return sweep_jobs("recipe", RECIPE, SWEEP, split_text(args.text, args.work / "text"), args)
+
+
+def records_jobs(args) -> list[dict]:
+    return sweep_jobs("records", RECORDS, RECORDS_SWEEP, args.records.resolve(), args)
+
+
+def sweep_jobs(what: str, base: str, sweep: dict[str, str], data: Path, args) -> list[dict]:
+    """The jobs of a sweep, or those that --only names, with all seeds."""
     jobs = []
-    for name, flags in SWEEP.items():
+    for name, flags in sweep.items():
         if args.only and name not in args.only:
             continue
         for seed in range(args.seeds if args.only else 1):
-            flags_of = f"{RECIPE} {QUIET} --dataset {data} {flags} --seed {seed}"
-            jobs.append({"in": "recipe", "name": f"recipe: {name}, seed {seed}", "of": name,
+            flags_of = f"{base} {QUIET} --dataset {data} {flags} --seed {seed}"
+            jobs.append({"in": what, "name": f"{what}: {name}, seed {seed}", "of": name,
                           "phases": [flags_of],
                           "seconds": seconds(flags_of) * (0.4 + 0.6 * args.per_gpu)})  # fmt: skip
     return jobs
@@ -213,7 +246,12 @@ def guide_jobs(args) -> list[dict]:
     return jobs
 
 
-JOBS = {"parity": parity_jobs, "recipe": recipe_jobs, "guide": guide_jobs}
+JOBS = {
+    "parity": parity_jobs,
+    "recipe": recipe_jobs,
+    "guide": guide_jobs,
+    "records": records_jobs,
+}
 
 
 # ---------------------------------------------------------------------------------- inside of a job

@@ -17,7 +17,10 @@ SMALL = (
     f"{MODEL} --dataset sample --training-mode full --block-size 64 --batch-size 2 --epochs none"
 )
 QUIET = "--sample-bytes 1 --eval-bytes 500 --log-freq 1 --eval-freq 5 --save-freq 4"
-ARGS = f"{SMALL} {QUIET} --warmup-iters 2 --lr-decay-iters 20 --learning-rate 1e-3".split()
+OFFICIAL = "--ema-decay 0 --weight-decay 0.1 --beta2 0.999"  # a short run is no average
+ARGS = (
+    f"{SMALL} {QUIET} {OFFICIAL} --warmup-iters 2 --lr-decay-iters 20 --learning-rate 1e-3".split()
+)
 
 
 def random_model(config=CONFIG, seed=0, scale=10):

@@ -24,7 +24,7 @@ def test_help_shows_every_setting_under_its_heading(capsys):
         train_mlx.settings(["--help"])
     text = capsys.readouterr().out
     groups = re.findall(r"^(\S.*):\n((?:  .*\n)+)", text, re.M)
-    of = {name: re.findall(r"^  (--[a-z-]+)", body, re.M) for name, body in groups}
+    of = {name: re.findall(r"^  (--[a-z0-9-]+)", body, re.M) for name, body in groups}
     assert list(of)[1:3] == ["Data", "Training"] and "--dataset" in of["Data"]
     assert "--n-layer" in of["Model, and how it is computed"] and "--plan" in of["options"]
     shown = {flag for name, flags in of.items() if name != "options" for flag in flags}
@@ -188,7 +188,10 @@ def test_a_pasted_block_is_the_settings_and_trains(tmp_path, block, where):
 
 @pytest.mark.parametrize("preset", [name for name in BLOCKS if name in train_mlx.PRESETS])
 def test_a_preset_is_its_block(tmp_path, preset):
-    by_lines = vars(copied(tmp_path, in_place(BLOCKS[preset])).settings([]))
+    # what the block does not say is that of the official code, as its writer had it
+    official = train_mlx.OFFICIAL.split()
+    official += ["--eval-bytes", "50000"] if preset == "both-16gb" else []
+    by_lines = vars(copied(tmp_path, in_place(BLOCKS[preset])).settings(official))
     by_preset = vars(train_mlx.settings(["--preset", preset]))
     start = {"INIT_FROM": "system"} if preset == "phase2-64gb" else {}  # its weights
     assert by_preset == by_lines | start

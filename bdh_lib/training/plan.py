@@ -302,5 +302,5 @@ def print_run(s: SimpleNamespace, preset_names: Iterable[str], functions: Functi
     print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 updates")
     whole = total * step + evaluating
     share = f"{duration(evaluating)} ({evaluating / whole:.1%}) of it"
-    evaluations = f"{times} evaluations of {len(val):,} bytes"
+    evaluations = f"{times} evaluations of {len(val.bytes):,} bytes"
     print(f"time to the end: {duration(whole)}, {share} {evaluations}; no samples")
