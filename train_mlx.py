@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     for slip in flags.slips(sys.modules[__name__], RULES):
         print(f"warning: {slip}", file=sys.stderr)
     if base.selfcheck:
-        return selfcheck.run_checks(compile_steps)
+        return selfcheck.run_checks(compile_steps, base.DTYPE)
     if base.plan:
         functions = plan.Functions(settings, init_model, compile_steps, get_batch)
         return plan.print_plan(base, PRESETS, functions)
@@ -644,7 +644,7 @@ def refuse_flags_without_effect(s: Settings, typed: set[str]) -> None:
     """Raise UserError for typed flags that have no effect beside others."""
     idle = {}
     if s.selfcheck:
-        idle["--selfcheck"] = typed - {"selfcheck"}
+        idle["--selfcheck"] = typed - {"selfcheck", "DTYPE"}
     if s.plan:
         idle["--plan"] = typed & {"json"}
     if s.PHASES is not None:

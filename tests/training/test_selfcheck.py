@@ -7,7 +7,17 @@ import pytest
 
 import bdh_mlx
 import train_mlx
+from bdh_lib.compute import layer
 from bdh_lib.training import checkpoints, selfcheck
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A layer as trained takes seconds; tests/test_readme.py runs all at its full size."""
+    config = bdh_mlx.BDHConfig(n_layer=1, n_embd=32, n_head=2, mlp_internal_dim_multiplier=16)
+    monkeypatch.setattr(selfcheck, "LAYER", config)
+    monkeypatch.setattr(selfcheck, "LAYER_BYTES", 300)
+    monkeypatch.setattr(selfcheck, "MOST_ROWS", 64)
 
 
 def lines(capsys):
@@ -20,6 +30,33 @@ def test_it_passes_here(capsys):
     results = {name: output[name].split()[0] for name in selfcheck.CHECKS}
     assert results.pop("GPU = CPU") == ("skipped" if selfcheck.devices() is None else "ok")
     assert set(results.values()) == {"ok"}
+
+
+def test_it_checks_the_precision_that_training_takes(capsys):
+    assert train_mlx.main(["--selfcheck", "--dtype", "bfloat16"]) == 0
+    output = lines(capsys)
+    for name, bound in zip(selfcheck.AS_TRAINED, ("2e-02", "1e-01"), strict=True):
+        measured = float(output[name].split()[1])
+        assert output[name].endswith(f"(at most {bound})") and measured > 1e-3, name
+
+
+def test_the_cpu_is_the_arbiter_of_metal(monkeypatch):
+    devices, stream = [], mx.stream
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: "the GPU")
+    monkeypatch.setattr(mx, "stream", lambda device: (devices.append(device), stream(mx.cpu))[1])
+    selfcheck.layer_as_trained(None, "float32")
+    assert devices == ["the GPU", mx.cpu]
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("fails", [*selfcheck.AS_TRAINED, "GPU = CPU"])
+def test_a_fault_as_trained_names_the_way_on(monkeypatch, capsys, on_gpu, fails):
+    monkeypatch.setattr(selfcheck, "CHECKS", {fails: lambda *_: (float("nan"), 1)})
+    monkeypatch.setattr(selfcheck.memory, "on_gpu", lambda: on_gpu)
+    assert selfcheck.run_checks(train_mlx.compile_steps) == 1
+    told = "--dtype float32, or update macOS" in capsys.readouterr().out
+    assert told == (on_gpu and fails in selfcheck.AS_TRAINED)
 
 
 def one_more_array(monkeypatch):
@@ -76,6 +113,27 @@ def computes_otherwise_the_second_time(monkeypatch):
     monkeypatch.setattr(bdh_mlx.BDH, "__call__", other)
 
 
+def leaves_a_tile_out(monkeypatch):
+    matmul = mx.matmul
+
+    def other(a, b):
+        out = matmul(a, b)
+        out[-1, -8:, -8:] = 0
+        return out
+
+    monkeypatch.setattr(mx, "matmul", other)
+
+
+def forgets_a_head_of_the_last_chunk(monkeypatch):
+    states = layer._chunk_states
+
+    def other(S, k, v, reverse=False):
+        prefix, total = states(S, k, v, reverse)
+        return prefix, total * mx.array([1, 0])[:, None, None, None]
+
+    monkeypatch.setattr(layer, "_chunk_states", other)
+
+
 @pytest.mark.parametrize(
     ("check", "breaks"),
     [
@@ -85,6 +143,8 @@ def computes_otherwise_the_second_time(monkeypatch):
         ("saved and loaded: the same loss", loads_something_else),
         ("stopped and resumed = straight", loses_the_optimizer),
         ("GPU = CPU", computes_otherwise_the_second_time),
+        ("products as trained = NumPy's", leaves_a_tile_out),
+        ("layer as trained = the definition", forgets_a_head_of_the_last_chunk),
     ],
 )
 def test_each_check_can_fail(monkeypatch, capsys, check, breaks):
@@ -95,6 +155,6 @@ def test_each_check_can_fail(monkeypatch, capsys, check, breaks):
 
 
 def test_a_check_that_breaks_has_failed(monkeypatch, capsys):
-    monkeypatch.setattr(selfcheck, "CHECKS", {"divides": lambda _: 1 / 0})
+    monkeypatch.setattr(selfcheck, "CHECKS", {"divides": lambda *_: 1 / 0})
     assert selfcheck.run_checks(train_mlx.compile_steps) == 1
     assert "FAILED  ZeroDivisionError" in capsys.readouterr().out
