@@ -7,6 +7,9 @@ Two checks take the shapes and the precision of training: kernels have been wron
 """
 
 import os
+import platform
+import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -222,6 +225,8 @@ def run_checks(compile_steps: Callable, dtype: str = "auto") -> int:
     """Print the table; 0 when every check that could be made holds. `dtype` is DTYPE."""
     os.environ["MLX_ENABLE_TF32"] = "0"  # CUDA: products of all bits; read at the first product
     print(f"{mx.default_device()}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
+    if sys.platform == "darwin":
+        print(about_mac(platform.mac_ver()[0], mx.device_info(mx.gpu).get("device_name", "no GPU")))
     failed, began = [], time.perf_counter()
     for name, check in CHECKS.items():
         try:
@@ -239,6 +244,14 @@ def run_checks(compile_steps: Callable, dtype: str = "auto") -> int:
     verdict = f"{len(failed)} of {len(CHECKS)} FAILED" if failed else "all hold"
     print(f"{verdict}, in {time.perf_counter() - began:.1f} s")
     return int(bool(failed))
+
+
+def about_mac(release: str, chip: str) -> str:
+    """Return the versions of a Mac, with a warning where MLX's wheel is built for a newer macOS."""
+    about = f"macOS {release}, {chip}"
+    if "M5" in chip and re.match(r"(26|16)\.[01]\b", release):  # an older Python sees 16 for 26
+        about += "\nwarning: MLX for an M5 is built for macOS 26.2; update macOS, or it may fail"
+    return about
 
 
 def versions() -> dict:

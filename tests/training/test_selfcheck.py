@@ -59,6 +59,28 @@ def test_a_fault_as_trained_names_the_way_on(monkeypatch, capsys, on_gpu, fails)
     assert told == (on_gpu and fails in selfcheck.AS_TRAINED)
 
 
+@pytest.mark.parametrize(
+    ("release", "chip", "warned"),
+    [
+        ("26.0", "Apple M5", True),
+        ("26.1.3", "Apple M5 Max", True),
+        ("16.1", "Apple M5", True),
+        ("26.2", "Apple M5", False),
+        ("26.10", "Apple M5", False),
+        ("26.1", "Apple M4 Max", False),
+        ("15.1", "Apple M1", False),
+    ],
+)
+def test_a_mac_is_told_and_warned_of(monkeypatch, capsys, release, chip, warned):
+    monkeypatch.setattr(selfcheck, "CHECKS", {})
+    monkeypatch.setattr(selfcheck.sys, "platform", "darwin")
+    monkeypatch.setattr(selfcheck.platform, "mac_ver", lambda: (release, ("", "", ""), "arm64"))
+    monkeypatch.setattr(mx, "device_info", lambda device: {"device_name": chip})
+    assert selfcheck.run_checks(train_mlx.compile_steps) == 0
+    output = capsys.readouterr().out
+    assert f"macOS {release}, {chip}\n" in output and ("update macOS" in output) == warned
+
+
 def one_more_array(monkeypatch):
     before = bdh_mlx.BDH.__init__
 
