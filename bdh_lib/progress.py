@@ -2,15 +2,20 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from threading import Event, Thread
 from typing import TextIO
 
 from tqdm import tqdm
 
 DELAY, LINE_EVERY = 1, 4  # seconds before a bar is drawn; between lines where there is none
+POLL = 0.5  # seconds between two looks of a heartbeat at what was shown
 
 
 class Progress:
     """Shows how much of a piece of work is done: `with Progress("reading", 100, "bytes") as p`."""
+
+    last_shown = 0.0  # time.monotonic() when any of them, or a heartbeat, last showed something
 
     def __init__(
         self, what: str, total: int | None, unit: str, initial: int = 0, file: TextIO | None = None
@@ -27,9 +32,10 @@ class Progress:
     def update(self, n: int = 1) -> None:
         """Count n units as done."""
         self.done += n
-        self.bar.update(n)
+        if self.bar.update(n):
+            Progress.last_shown = time.monotonic()
         if self.prints_lines and time.monotonic() > self.last_line + LINE_EVERY:
-            self.last_line = time.monotonic()
+            self.last_line = Progress.last_shown = time.monotonic()
             of = f" of {self.total:,}" if self.total else ""
             print(f"{self.what}: {self.done:,}{of} {self.unit} ...", file=self.file, flush=True)
 
@@ -46,3 +52,28 @@ def counted(items: Iterable, what: str, unit: str) -> Iterator:
         for item in items:
             yield item
             progress.update()
+
+
+@contextmanager
+def heartbeat(what: str) -> Iterator[None]:
+    """Print `what` after each LINE_EVERY seconds of the block in which nothing else was shown.
+
+    A thread prints: one call may take long, and so may many steps that are too short for a line.
+    """
+    start = Progress.last_shown = time.monotonic()
+    ended = Event()
+
+    def beat():
+        while not ended.wait(POLL):
+            if (now := time.monotonic()) > Progress.last_shown + LINE_EVERY:
+                Progress.last_shown = now
+                with suppress(OSError):  # nobody reads: the next print of the block raises it
+                    tqdm.write(f"{what}: {now - start:,.0f} s ...")
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

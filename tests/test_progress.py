@@ -1,6 +1,7 @@
 """Signs of life: a bar on a terminal, lines elsewhere."""
 
 import io
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from helpers import train
 
 from bdh_lib import progress
+from bdh_lib.data import parsers
 from bdh_lib.generation.decoding import read_prompt
 from bdh_lib.training.evaluation import evaluate
 from bdh_mlx import BDH, BDHConfig
@@ -40,6 +42,33 @@ def test_what_is_quick_says_nothing(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY", 4)
     assert [*progress.counted("ab", "copying", "files")] == ["a", "b"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_heartbeat_speaks_where_nothing_else_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "POLL", 0.01)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.1)
+    with progress.heartbeat("preparing"):
+        for _ in range(30):  # pieces of work that are each too short for a line
+            assert [*progress.counted("a", "copying", "files")] == ["a"]
+            time.sleep(0.01)
+    assert "preparing: 0 s ...\n" in capsys.readouterr().out
+    monkeypatch.setattr(progress, "LINE_EVERY", 60)
+    with progress.heartbeat("preparing"):
+        time.sleep(0.1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_puts_off_the_next_heartbeat():
+    before = time.monotonic()
+    assert [*progress.counted("a", "copying", "files")] == ["a"]
+    assert progress.Progress.last_shown >= before
+
+
+def test_a_heartbeat_speaks_while_a_large_document_is_parsed(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "POLL", 0.001)
+    with progress.heartbeat("parsing"):
+        assert len(parsers.parse_exactly(f"[{'{},' * 10**6}{{}}]")) == 10**6 + 1
+    assert capsys.readouterr().out.count("parsing: 0 s ...\n") > 3
 
 
 def test_a_long_prompt_and_an_evaluation_show_how_far_they_are(capsys):

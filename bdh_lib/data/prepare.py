@@ -25,6 +25,7 @@ from bdh_lib.data.split import ENDS, choose_validation, write_split
 from bdh_lib.data.texts import Texts, write_texts
 from bdh_lib.errors import UserError
 from bdh_lib.files import parse_json, sha256_file
+from bdh_lib.progress import heartbeat
 
 IN_VAL = "in_val.npy"  # in prepared data: of each text of the mode, whether it validates
 STARTED = time.time()  # about when this process started
@@ -77,13 +78,15 @@ def prepare(settings: DataSettings, cache: Path, refresh: bool = False) -> Path:
     mode trains in none. A text of the mode that both sides share is left out of validation.
     The records of train.bin are in the order of the data, those of val.bin in a seeded one.
     """
-    folder, dataset = cache / cache_key(settings), settings.dataset
-    with _locked(cache):
-        if not refresh and sources.find(dataset) is None and not hub.commit(dataset):
-            folder = _newest(cache, settings) or folder
-        if not is_intact(folder) or (refresh and _made_at(folder) < STARTED):
-            _make(folder, settings)
-        return folder
+    dataset = settings.dataset
+    with heartbeat(f"preparing DATASET {dataset}"):
+        folder = cache / cache_key(settings)
+        with _locked(cache):
+            if not refresh and sources.find(dataset) is None and not hub.commit(dataset):
+                folder = _newest(cache, settings) or folder
+            if not is_intact(folder) or (refresh and _made_at(folder) < STARTED):
+                _make(folder, settings)
+            return folder
 
 
 def _made_at(folder: Path) -> float:
@@ -253,7 +256,7 @@ def load_unsplit(
     Of a ready split, or a validation that is given, it is the held out side. `folder` is for files
     on the way. Raises UserError when nothing of it has the fields of `mode`.
     """
-    with _writing(folder):
+    with heartbeat(f"preparing DATASET {dataset}"), _writing(folder):
         if ready := sources.ready_split(dataset):
             held_out = [file for file in ready if file.stem == "val"]
             report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)

@@ -25,6 +25,7 @@ from bdh_lib.data.formats import FIELDS, REQUIRED_FIELDS, STOP, Turns
 from bdh_lib.data.prepare import IN_VAL, data_settings, prepare
 from bdh_lib.data.texts import format_record
 from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.progress import heartbeat
 from bdh_lib.tables import format_table
 from bdh_lib.training import phases
 from bdh_lib.training.dataset import Split, open_split
@@ -244,9 +245,11 @@ def print_plan(base: SimpleNamespace, preset_names: Iterable[str], functions: Fu
 
 def print_records(s: SimpleNamespace) -> dict[str, int]:
     """Print what the records hold; gives the training bytes of each mode."""
-    findings = examine(s)
+    with heartbeat(f"examining DATASET {s.DATASET}"):
+        findings = examine(s)
+        lines = oddities(findings)
     print("\nthe records that this mode trains on, what is odd in them and what validation shares:")
-    print(escape_controls("\n".join(oddities(findings))))
+    print(escape_controls("\n".join(lines)))
     print(f"\nrecords and bytes by mode:\n{modes(findings)}")
     for structure, text in list(findings.examples.items())[:MOST_EXAMPLES]:
         raw = text.encode()

@@ -26,7 +26,7 @@ from conftest import ROOT
 
 import train_mlx
 from bdh_lib import flags, progress
-from bdh_lib.data import columns, formats, sources, texts
+from bdh_lib.data import columns, formats, parsers, sources, texts
 from bdh_lib.data import hub as hub_access
 from bdh_lib.data import prepare as preparing
 from bdh_lib.data.describe import describe
@@ -316,6 +316,33 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     assert preparing.is_intact(ready) and "checking the prepared data" in capsys.readouterr().out
     prepared(ready, tmp_path / "cache", "full", 0.1, 3)
     assert f"copying DATASET {ready} (0 MB) ...\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [
+        (sources, "_data_files"),
+        (parsers, "read_file"),
+        (preparing, "choose_validation"),
+        (preparing, "write_split"),
+        (preparing, "is_intact"),
+    ],
+)
+def test_each_step_that_takes_long_shows_a_sign_of_life(
+    tmp_path, monkeypatch, capsys, module, step
+):
+    (folder := tmp_path / "data").mkdir()
+    write_jsonl(folder / "d.jsonl", numbered(20))
+    quick = getattr(module, step)
+    monkeypatch.setattr(module, step, lambda *args: time.sleep(0.2) or quick(*args))
+    monkeypatch.setattr(progress, "POLL", 0.01)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.1)
+    line = f"preparing DATASET {folder}: 0 s ...\n"
+    prepared(folder, tmp_path / "cache")
+    assert line in capsys.readouterr().out
+    if step == "read_file":
+        load_unsplit(str(folder), "full", tmp_path)  # for an evaluation
+        assert line in capsys.readouterr().out
 
 
 def test_a_wait_for_another_process_is_told(tmp_path, capsys):

@@ -2,11 +2,13 @@
 
 import json
 import re
+import time
 
 import pytest
 from helpers import ARGS
 
 import train_mlx
+from bdh_lib import progress
 from bdh_lib.training import plan
 from bdh_lib.training.schedule import blocks_per_update
 
@@ -66,6 +68,15 @@ def test_presets_are_planned_on_the_bytes_that_are_left_to_train_on(tmp_path, ca
     n_bytes = int(re.search(r"^ *system +200 +([\d,]+)", out, re.M)[1].replace(",", ""))
     row = re.search(r"^ *phase1-64gb +system +\S+ +([\d,]+) +([\d.]+)", out, re.M)
     assert float(row[2]) == pytest.approx(int(row[1]) * 8192 / (0.9 * n_bytes), rel=0.01)
+
+
+def test_a_plan_that_takes_long_shows_a_sign_of_life(tmp_path, capsys, monkeypatch):
+    quick = plan.oddities
+    monkeypatch.setattr(plan, "oddities", lambda found: time.sleep(0.2) or quick(found))
+    monkeypatch.setattr(progress, "POLL", 0.01)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.1)
+    out = plan_output(tmp_path, capsys, [record(i) for i in range(20)])
+    assert f"examining DATASET {tmp_path / 'data.jsonl'}: 0 s ...\n" in out
 
 
 def test_a_character_lost_before_is_found_where_it_stands_as_it_is(tmp_path, capsys):
