@@ -200,7 +200,9 @@ def _split(settings: DataSettings, folder: Path) -> dict:
         _check_distinct(texts, settings)
         in_val = choose_validation(texts.keys, settings.val_fraction, settings.seed)
     held_out = np.repeat(in_val, texts.counts)
-    shared = held_out & np.isin(texts.digests, texts.digests[~held_out])
+    # np.unique sorts for the inverse; without it, as in np.isin, it takes ten times as long
+    which = np.unique(texts.digests, return_inverse=True)[1]
+    shared = held_out & np.isin(which, which[~held_out])
     report["shared"] = int(shared.sum())
     _check_sides(texts, held_out, shared, settings)
     validates = held_out & ~shared
@@ -213,7 +215,7 @@ def _split(settings: DataSettings, folder: Path) -> dict:
 
 def _check_distinct(texts: Texts, settings: DataSettings) -> None:
     """Raise UserError for data that have one distinct record, of which no split can be drawn."""
-    if len(np.unique(texts.keys[-1])) < 2:
+    if (texts.keys[-1] == texts.keys[-1][0]).all():
         raise UserError(
             f"DATASET {settings.dataset} has 1 distinct record, a split needs at least 2; "
             f"{'; '.join(describe.skip_lines(texts.report)[:3]) or 'nothing skipped'}"
