@@ -29,7 +29,11 @@ def parse_name(dataset: str) -> tuple[str, str | None, str | None, str | None]:
     """Return the name, config, revision and split of a name on the hub. Raises UserError."""
     if match := NAME.fullmatch(dataset):
         return match.groups()
-    raise UserError(
+    raise _no_name(dataset)
+
+
+def _no_name(dataset: str) -> UserError:
+    return UserError(
         f"DATASET {dataset!r} is neither a file nor a hub name, which looks like user/name, "
         f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
     )
@@ -136,8 +140,11 @@ def _user_error(dataset: str, error: Exception) -> Exception:
     is.
     """
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
-    name, reason = parse_name(dataset)[0], " ".join(str(error).split())
+    name, reason = parse_name(dataset)[0], " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, HFValidationError):  # the hub allows fewer names than NAME
+        return _no_name(dataset)
     if isinstance(error, DatasetNotFoundError):
         unknown = "is no file or folder here, and not on the hub, or private there"
         what = "is gated: ask for access on its page" if "gated" in reason else unknown

@@ -52,10 +52,18 @@ def find(dataset: str) -> list[Path] | None:
         raise UserError("DATASET is empty; name a file, a folder, a data set on the hub, or sample")
     if dataset == "sample":
         return [SAMPLE]
+    if re.match(r"\w+://", dataset):
+        raise UserError(
+            f"DATASET {dataset} is a URL; download it and name the file, or name a data set on the "
+            "hub as user/name"
+        )
     path = expand_user(dataset, "DATASET")
     kind = _kind(path)
-    if kind is None and (folder := _named_split(path)[0]):
-        return _split_files(folder, _named_split(path)[1])
+    whole, mark, split = str(path).rpartition("#")
+    if kind is None and mark and Path(whole).is_dir():
+        return _split_files(Path(whole), split)
+    if kind is None and mark and (whole == "sample" or Path(whole).is_file()):
+        raise UserError(f"DATASET {whole} has no splits; leave out #{split}")
     if kind == stat.S_IFDIR:
         return _ready_files(path) or _data_files(path)[0]
     if kind is not None:
@@ -70,12 +78,6 @@ def find(dataset: str) -> list[Path] | None:
     if no_name or parsers.file_kind(path) in FILE_KINDS or dataset.startswith((".", "/", "~")):
         raise UserError(f"DATASET {path} does not exist (looked from {Path.cwd()})")
     return None
-
-
-def _named_split(path: Path) -> tuple[Path | None, str]:
-    """Return the folder and split of FOLDER#SPLIT, if there is such a folder."""
-    folder, mark, split = str(path).rpartition("#")
-    return (Path(folder) if mark and Path(folder).is_dir() else None), split
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:

@@ -477,6 +477,10 @@ def hub(monkeypatch):
         ("missing/", "does not exist"),
         ("data/my records", "does not exist"),
         ("strange name?", "neither a file nor a hub name"),
+        ("https://x.y/z", "DATASET https://x.y/z is a URL; download it"),
+        ("hf://x/y", "DATASET hf://x/y is a URL; .* user/name"),
+        ("sample#test", "DATASET sample has no splits; leave out #test"),
+        (f"{sources.SAMPLE}#test", r"sample\.jsonl has no splits; leave out #test"),
     ],
 )
 def test_names_that_mean_nothing_are_refused_without_asking_the_hub(name, complaint, monkeypatch):
@@ -649,6 +653,16 @@ def test_each_trouble_with_the_hub_is_one_message_with_the_ways_on(
         list(sources.read_records("user/name"))
     for way in ("hf auth login", "--dataset FILE", "--dataset sample"):
         assert way in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["-", "user/a--b", "a.git", "a" * 97])
+def test_a_name_that_no_hub_allows_is_one_line_of_ours(hub, monkeypatch, name):
+    hub("silent")
+    check = huggingface_hub.utils.validate_repo_id
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *args, **kwargs: check(name))
+    with pytest.raises(UserError, match="neither a file nor a hub name") as error:
+        list(sources.read_records(name))
+    assert ".." not in str(error.value) and "epo" not in str(error.value)
 
 
 def test_a_hub_name_carries_configuration_revision_and_split(hub, monkeypatch):
