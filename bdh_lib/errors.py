@@ -14,11 +14,13 @@ class UserError(ValueError):
 def escape_controls(text: str) -> str:
     """Escape what is unsafe on a terminal: control characters but newline and tab become \\x1b.
 
-    So do lone surrogates, which cannot be printed, and marks that turn the direction of writing.
+    So do lone surrogates, which cannot be printed, and marks that turn the direction of writing. A
+    byte that is not UTF-8, for which Python has a surrogate of its own, becomes itself: \\xff.
     """
     unsafe = (
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
     )
+    text = re.sub(r"[\udc80-\udcff]", lambda c: f"\\x{ord(c[0]) - 0xDC00:02x}", text)
     return re.sub(unsafe, lambda c: f"\\x{ord(c[0]):02x}", text)
 
 

@@ -275,6 +275,7 @@ def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(counting, o
     assert output(*ask) == b"a\\xff\\x1b\\x1c\n"
     assert output(*ask, "--raw") == b"a\xff\x1b\x1c"
     assert parse_escapes("a\udcff\\n") == b"a\xff\n"
+    assert escape_controls("a\udcff\ud800\x1b") == r"a\xff\xd800\x1b"
 
 
 def test_a_megabyte_of_prompt(tmp_path, output):
