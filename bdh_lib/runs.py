@@ -55,15 +55,15 @@ def _fault(weights: Path) -> str | None:
     return "is damaged" if is_changed(weights) else None
 
 
-def is_changed(weights: Path) -> bool:
-    """Compare weights with the sha256 in the manifest beside them, if there is one."""
-    if not (manifest := weights.with_name("manifest.json")).exists():
+def is_changed(file: Path) -> bool:
+    """Compare a file of a checkpoint with its sha256 in the manifest beside it, if there is one."""
+    if not (manifest := file.with_name("manifest.json")).exists():
         return False
     try:
         written = files.read_json_object(manifest)
-        if weights.name not in written:
+        if file.name not in written:
             return False
-        return written[weights.name]["sha256"] != files.sha256_file(weights)
+        return written[file.name]["sha256"] != files.sha256_file(file)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     except (UserError, KeyError, TypeError):
@@ -74,12 +74,14 @@ def settings_of(weights: Path) -> dict:
     """Read the trainer's settings from config.json beside the weights; {} without one.
 
     Those that others compute with are left out where they are of another type. Raises UserError
-    where the file is there and damaged.
+    where the file is damaged.
     """
     file = weights.with_name("config.json")
     settings = files.read_json_object(file).get("settings", {})
     if not isinstance(settings, dict):
         raise UserError(f"{file} is damaged: its settings are no JSON object")
+    if is_changed(file):
+        raise UserError(f"{file} has changed since it was written (sha256 in manifest.json)")
     return valid_settings(settings)
 
 

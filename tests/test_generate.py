@@ -23,6 +23,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers import train
 
 import bdh_mlx
 import generate
@@ -429,6 +430,16 @@ def test_a_damaged_config_is_a_warning(config, chaos, tmp_path, capsys):
     assert generate.main([str(run), "--prompt", "a", "--max-new-tokens", "2"]) == 0
     output = capsys.readouterr().err
     assert output.count("\n") == 1 and "config.json is damaged" in output
+
+
+def test_a_config_that_was_not_written_with_its_checkpoint_is_a_warning(tmp_path, capsys):
+    assert train(tmp_path, "--max-iters", "1") == 0
+    capsys.readouterr()
+    ask = [str(tmp_path / "full"), "--prompt", "a", "--max-new-tokens", "1"]
+    assert generate.main(ask) == 0 and capsys.readouterr().err == ""
+    (tmp_path / "full" / "step-000001" / "config.json").write_text("{}")
+    assert generate.main(ask) == 0
+    assert re.fullmatch("warning: .*config.json has changed .*unknown\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("wrong", ["2", None, True, 1.5, -1, [2], {"a": 1}, 10**30])
