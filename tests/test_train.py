@@ -467,6 +467,17 @@ def test_beta2_weighs_the_squared_gradients(tmp_path):
     np.testing.assert_allclose(state["1.encoder.v"], 0.25 * gradient**2, rtol=1e-4)
 
 
+def test_a_resumed_run_tells_of_a_damaged_config(tmp_path, capsys):
+    train(tmp_path, "--max-iters", 1)
+    config = tmp_path / "full" / "config.json"
+    config.write_text("5")
+    capsys.readouterr()
+    assert train(tmp_path, "--max-iters", 2) == 0
+    assert f"warning: {config} is damaged: it holds no JSON object\n" in capsys.readouterr().err
+    assert train(tmp_path, "--max-iters", 3) == 0
+    assert "damaged" not in capsys.readouterr().err  # it was written anew
+
+
 def test_more_accumulation_takes_no_more_memory(tmp_path, monkeypatch):
     """A million batches an update: what is made for all of them at once is not for each byte."""
     largest, real = [0], np.full

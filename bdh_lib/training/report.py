@@ -37,7 +37,7 @@ def read_run(run: Path) -> tuple[dict, list[dict]]:
     lines = [_sound(m) for m in runlog.read_log(run / "metrics.jsonl") if type(m["step"]) is int]
     if not lines:
         raise UserError(_no_run(run))
-    return _read_config(run), lines
+    return read_config(run), lines
 
 
 def _no_run(run: Path) -> str:
@@ -52,7 +52,7 @@ def _no_run(run: Path) -> str:
     return f"{run} holds no metrics.jsonl; name {remedy}"
 
 
-def _read_config(run: Path) -> dict:
+def read_config(run: Path) -> dict:
     """Return config.json, without what is not as the trainer writes it, of which a warning
     tells.
     """

@@ -13,6 +13,7 @@ from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.training import checkpoints, phases
 from bdh_lib.training.ema import copy_tree, ema_applied
+from bdh_lib.training.report import read_config
 from bdh_lib.training.schedule import blocks_per_update, total_steps
 from bdh_mlx import BDH, load_model
 
@@ -38,6 +39,7 @@ def resume_or_init(
     """
     if not (step := checkpoints.newest_valid(run)):
         return 0, init_from(s, model, ema) if s.INIT_FROM else []
+    read_config(run)  # warns where it is damaged; what counts is that of the checkpoint
     info = checkpoints.read_info(run, step)
     changes = changes_on_resume(run, info, s, report)
     check_origin(run, info.get("ancestry", []), s)
