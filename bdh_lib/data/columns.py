@@ -4,7 +4,8 @@ import datetime
 import decimal
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 from types import MappingProxyType
@@ -32,6 +33,7 @@ SPEAKERS = {  # the roles of a chat by field, in small letters
 FIELD_OF = {role: field for field, roles in SPEAKERS.items() for role in roles}
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles that are left out
 ROLE, CONTENT, CALLS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
+READ_KEYS = {*ROLE, *CONTENT}  # of a turn
 UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
 TOOL_CALL, TOOL_ANSWER = "reply that only calls tools", "answer of a tool"
 NO_QUESTION = "reply without a question before it"
@@ -305,9 +307,24 @@ def _join_parts(content) -> tuple[object, list[str]]:
     return SEPARATOR.join(texts), left_out
 
 
-def unused_values(record: dict | list, parsed: Parsed) -> Iterator[tuple[str, int]]:
-    """Yield the name and length in bytes of each column that is not read."""
-    for name, value in record.items() if isinstance(record, dict) else ():
-        if name not in parsed.columns and value is not None and value != "":
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            yield name, len(text.encode(errors="surrogatepass"))
+def unused_values(record: dict | list, parsed: Parsed) -> Counter:
+    """Return the bytes by name of each column that is not read, and of each key of turns that is
+    not, as "messages[].reasoning_content".
+    """
+    sizes = Counter()
+    for name, value in record.items() if isinstance(record, dict) else [("", record)]:
+        if isinstance(record, dict) and name not in parsed.columns:
+            sizes[name] += _size(value)
+        elif parsed.kind == "chat" and isinstance(value, list):
+            for turn in value:
+                for key in turn if isinstance(turn, dict) else ():
+                    sizes[f"{name}[].{key}"] += 0 if key in READ_KEYS else _size(turn[key])
+    return +sizes
+
+
+def _size(value) -> int:
+    """Return the bytes of a value, which is JSON where it is no text; 0 where nothing is there."""
+    if value is None or value in ("", [], {}):
+        return 0
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return len(text.encode(errors="surrogatepass"))

@@ -23,7 +23,8 @@ def skip_lines(report: dict) -> list[str]:
 
 def cannot_serve(report: dict) -> str:
     """Say why a data set has no text in a mode, and the ways on."""
-    mode, fields, unused = report["mode"], report["fields"], report["unused"]
+    mode, fields = report["mode"], report["fields"]
+    unused = [name for name in report["unused"] if "[]." not in name]  # a key of turns is no column
     if not report["records"]:
         return f"DATASET {report['dataset']} is empty: it has no record"
     lacking = [f for f in needed_fields(mode) if f not in fields]

@@ -68,7 +68,7 @@ class Tally:
             self.records[field] += 1
         if isinstance(record, dict):
             self.columns.update(record)
-        for name, size in columns.unused_values(record, parsed):
+        for name, size in columns.unused_values(record, parsed).items():
             self.unused[name] += 1
             self.unused_bytes[name] += size
         if formatted.skipped:

@@ -118,6 +118,16 @@ def test_columns_that_are_not_read_are_named_with_their_bytes():
     assert unused == {"solution": 2, "score": 3, "tags": 5}
 
 
+def test_keys_of_turns_that_are_not_read_are_named_with_their_bytes():
+    record = chat(("user", "q"), ("assistant", "a"), ("tool", "t"))
+    record["messages"][1] |= {"reasoning_content": "thé", "name": None, "tool_calls": []}
+    record["messages"][2]["tool_call_id"] = "c1"
+    keys = {"reasoning_content": 4, "tool_call_id": 2}
+    for column, given in (("messages", record), ("", record["messages"])):
+        unused = columns.unused_values(given, columns.parse_record(given))
+        assert unused == {f"{column}[].{key}": size for key, size in keys.items()}
+
+
 @pytest.mark.parametrize(
     ("chosen", "turns"),
     [

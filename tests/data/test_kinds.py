@@ -280,6 +280,23 @@ def test_all_that_is_not_trained_on_is_told(tmp_path):
     assert "not part of this mode" in describe(instruction[0]) and "open" in instruction[1]
 
 
+def test_what_turns_hold_beside_their_text_is_told(tmp_path):
+    records = [talk(("user", f"ask {i}"), ("assistant", f"reply {i}")) for i in range(N)]
+    for record in records:
+        record["messages"][1]["reasoning_content"] = "x" * 50
+    (tmp_path / "d.jsonl").write_text(jsonl(*records))
+    report, _ = prepared(tmp_path / "d.jsonl", tmp_path / "cache")
+    share = f"{1000 / report['bytes_read']:.1%}"
+    assert f"all bytes: messages[].reasoning_content {share}" in describe(report)
+    questions = [talk(("user", f"ask {i}")) for i in range(N)]
+    for record in questions:
+        record["messages"][0]["id"] = "x"
+    (tmp_path / "d.jsonl").write_text(jsonl(*questions))
+    with pytest.raises(UserError) as refused:
+        prepared(tmp_path / "d.jsonl", tmp_path / "cache")
+    assert "messages[].id" in str(refused.value) and "--columns" not in str(refused.value)
+
+
 def test_columns_are_taken_as_the_setting_says(tmp_path):
     records = [{"ask": f"ask {i}", "say": f"reply {i}", "who": f"W {i}"} for i in range(N)]
     (tmp_path / "d.jsonl").write_text(jsonl(*records))
