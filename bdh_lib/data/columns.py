@@ -24,6 +24,7 @@ ALIASES = {  # names of columns by what they hold, in small letters; the first o
     ),
     "context": ("context", "input", "passage"),  # appended to the instruction
     "text": ("text",),
+    "label": ("label", "kto_tag"),  # false: the response is an example of a bad one
 }
 SPEAKERS = {  # the roles of a chat by field, in small letters
     "system": ("system", "developer"),
@@ -33,10 +34,13 @@ SPEAKERS = {  # the roles of a chat by field, in small letters
 FIELD_OF = {role: field for field, roles in SPEAKERS.items() for role in roles}
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles that are left out
 ROLE, CONTENT, CALLS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
-READ_KEYS = {*ROLE, *CONTENT}  # of a turn
+MARKS = ("weight", "train", "trainable", "loss")  # of a turn: 0 or false for one not to train on
+READ_KEYS = {*ROLE, *CONTENT, *MARKS}  # of a turn
 UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
 TOOL_CALL, TOOL_ANSWER = "reply that only calls tools", "answer of a tool"
 NO_QUESTION = "reply without a question before it"
+MARKED = "reply that is marked as not to train on"
+BAD_RESPONSE = "{} is false, for a bad response (to train on it all the same: --columns label=)"
 FURTHER_ANSWER = "answers beside the first one of a record"
 
 
@@ -109,6 +113,14 @@ def parse_record(record: dict | list | str, columns: str | None = None) -> Parse
         return _parse_chat("list of turns", record, ())
     column = _columns_of(record, columns)
     value = {field: record[name] for field, name in column.items()}
+    parsed = _parse_columns(value, column)
+    if parsed is None:
+        return Parsed("unknown", f"unknown ({', '.join(record)[:80]})")
+    return _without_bad_response(parsed, value, column)
+
+
+def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
+    """Return what the columns by field hold, or None where no field has one."""
     messages, has_fields = value.get("messages"), value.keys() & {"instruction", "response"}
     if isinstance(messages, list):
         return _parse_chat_columns(value, column, ("messages",), messages)
@@ -120,9 +132,19 @@ def parse_record(record: dict | list | str, columns: str | None = None) -> Parse
         return _parse_chat_columns(value, column, ("instruction", "response"), turns)
     if value.keys() & SPEAKERS.keys():
         return _parse_fields(value, column)
-    if "text" in value:
-        return _parse_text(value["text"], column["text"])
-    return Parsed("unknown", f"unknown ({', '.join(record)[:80]})")
+    return _parse_text(value["text"], column["text"]) if "text" in value else None
+
+
+def _without_bad_response(parsed: Parsed, value: dict, column: dict[str, str]) -> Parsed:
+    """Leave out the responses of a record whose label is false, as KTO has them."""
+    if not isinstance(value.get("label"), bool) or "response" not in dict(parsed.turns):
+        return parsed
+    parsed = parsed._replace(columns=(*parsed.columns, column["label"]))
+    if value["label"]:
+        return parsed
+    turns = [turn for turn in parsed.turns if turn[0] != "response"]
+    problem = Problem(BAD_RESPONSE.format(column["label"]))
+    return parsed._replace(turns=turns, problems={**parsed.problems, "response": problem})
 
 
 def _columns_of(record: dict, columns: str | None) -> dict[str, str]:
@@ -283,11 +305,17 @@ def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
         return "", None, [TOOL_ANSWER if role != "function_call" else TOOL_CALL]
     if role not in FIELD_OF:
         return "", None, [UNKNOWN_ROLE]
+    if FIELD_OF[role] == "response" and any(_is_off(turn.get(key)) for key in MARKS):
+        return "", None, [MARKED]
     text, reasons = _join_parts(as_text(content))
     if problem := find_problem("turn", text):
         calls = any(turn.get(key) for key in CALLS)
         return "", None, [*reasons, TOOL_CALL if calls and not text else problem.reason]
     return FIELD_OF[role], text, reasons
+
+
+def _is_off(value) -> bool:
+    return value is not None and str(value).lower() in ("0", "0.0", "false")
 
 
 def _join_parts(content) -> tuple[object, list[str]]:

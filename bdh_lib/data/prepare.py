@@ -42,7 +42,8 @@ class DataSettings(NamedTuple):
 
     def as_dict(self) -> dict:
         """Return these, and the version of what is made of them, as data.json keeps it."""
-        rules = {"split": "by record, validation shuffled", "text": "chats whole, numbers as text"}
+        text = "chats whole, numbers as text, replies as marked"
+        rules = {"split": "by record, validation shuffled", "text": text}
         return self._asdict() | rules
 
 

@@ -108,6 +108,8 @@ def test_every_documented_name_of_a_column_is_read(field):
         record = {"instruction": "i", name.upper(): "x"} if field == "context" else {name: "x"}
         if field == "messages":
             record = {name: [{"role": "user", "content": "x"}]}
+        if field == "label":
+            record = {"response": "x", name: True}
         parsed = columns.parse_record(record)
         assert "x" in parsed.turns[0][1] and set(parsed.columns) == set(record)
 
@@ -203,6 +205,35 @@ def test_calls_of_tools_are_left_out_and_the_question_is_kept():
     parsed = columns.parse_record(record)
     assert parsed.turns == [("instruction", "price?"), ("response", "It is 3")]
     assert parsed.left_out == [columns.TOOL_CALL, columns.TOOL_ANSWER]
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"weight": "0"}, {"weight": 0.0}, {"train": False}, {"loss": "False"}]
+)
+def test_a_reply_that_is_marked_as_not_to_train_on_is_left_out(mark):
+    record = chat(("user", "q"), ("assistant", "wrong"), ("user", "no"), ("assistant", "a"))
+    for turn in record["messages"][:2]:
+        turn |= mark  # a question is context in any case
+    record["messages"][3] |= {"weight": 1, "train": None}
+    parsed = columns.parse_record(record)
+    assert parsed.turns == [("instruction", "q\n\nno"), RESPONSE]
+    assert parsed.left_out == [columns.MARKED]
+    assert not columns.unused_values(record, parsed)
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_a_response_that_is_labelled_as_bad_is_no_response(name):
+    pair = {"prompt": "q", "completion": "a"}
+    for record in (pair, chat(("user", "q"), ("assistant", "a"))):
+        assert columns.parse_record(record | {name: True}).turns == [INSTRUCTION, RESPONSE]
+        bad = columns.parse_record(record | {name: False})
+        assert bad.turns == [INSTRUCTION] and bad.is_broken("response")
+        assert bad.reason("response").startswith(f"{name} is false, for a bad response")
+        kept = columns.parse_record(record | {name: False}, "label=")
+        assert kept.turns == [INSTRUCTION, RESPONSE]
+        for label in (0, "0", None, "False"):  # a class, as in data for classifiers
+            assert columns.parse_record(record | {name: label}).turns == [INSTRUCTION, RESPONSE]
+    assert columns.parse_record({"text": "a", name: False}).turns == [("text", "a")]
 
 
 def test_each_turn_that_is_left_out_has_a_reason():

@@ -297,6 +297,23 @@ def test_what_turns_hold_beside_their_text_is_told(tmp_path):
     assert "messages[].id" in str(refused.value) and "--columns" not in str(refused.value)
 
 
+def test_bad_responses_and_marked_replies_are_told(tmp_path):
+    records = [asked(i) | {"label": i % 10 > 0} for i in range(4 * N)]
+    (tmp_path / "d.jsonl").write_text(jsonl(*records))
+    report, text = prepared(tmp_path / "d.jsonl", tmp_path / "cache")
+    assert "skipped 8: label is false, for a bad response" in describe(report)
+    assert "--columns label=" in describe(report) and excerpt(11) in text and "reply 10" not in text
+    assert "reply 10" in prepared(tmp_path / "d.jsonl", tmp_path / "cache", columns="label=")[1]
+    turns = [talk(("user", f"ask {i}"), ("assistant", "wrong"), ("user", "no"), ("assistant", "a"))
+             for i in range(N)]  # fmt: skip
+    for record in turns:
+        record["messages"][1]["weight"] = 0
+    (tmp_path / "d.jsonl").write_text(jsonl(*turns))
+    report, text = prepared(tmp_path / "d.jsonl", tmp_path / "cache")
+    assert f"left out {N}: reply that is marked as not to train on" in describe(report)
+    assert "wrong" not in text
+
+
 def test_columns_are_taken_as_the_setting_says(tmp_path):
     records = [{"ask": f"ask {i}", "say": f"reply {i}", "who": f"W {i}"} for i in range(N)]
     (tmp_path / "d.jsonl").write_text(jsonl(*records))
