@@ -112,7 +112,7 @@ def parse_record(record: dict | list | str, columns: str | None = None) -> Parse
     if isinstance(record, list):
         return _parse_chat("list of turns", record, ())
     column = _columns_of(record, columns)
-    value = {field: record[name] for field, name in column.items()}
+    value = {field: _as_turns(record[name]) for field, name in column.items()}
     parsed = _parse_columns(value, column)
     if parsed is None:
         return Parsed("unknown", f"unknown ({', '.join(record)[:80]})")
@@ -126,7 +126,7 @@ def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
         return _parse_chat_columns(value, column, ("messages",), messages)
     if messages is not None and not has_fields:
         name = column["messages"]
-        problem = Problem(f"{name} is {type(messages).__name__}, not a list of turns")
+        problem = Problem(f"{name} is {type(messages).__name__}, not a list of turns or its JSON")
         return Parsed("unknown", name, (name,), (), dict.fromkeys(SPEAKERS, problem))
     if (turns := _turns_of(value.get("instruction"), value.get("response"))) is not None:
         return _parse_chat_columns(value, column, ("instruction", "response"), turns)
@@ -244,6 +244,22 @@ def is_chat(value) -> bool:
     )
 
 
+def _as_turns(value):
+    """Return turns that are written as JSON, in one text or each in its own, as turns; any other
+    value as it is.
+    """
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(t, str) and t[:1] in ("[", "{") for t in texts):
+        return value
+    try:
+        turns = [json.loads(text, parse_int=str, parse_float=str) for text in texts]
+    except (ValueError, RecursionError):
+        return value
+    turns = turns[0] if isinstance(value, str) else turns
+    known = (*FIELD_OF, *TOOLS)
+    return turns if is_chat(turns) and all(_role(turn) in known for turn in turns) else value
+
+
 def _turns_of(instruction, response) -> list | None:
     """Return the turns of a prompt and a reply, one of which is a list of turns, as TRL has
     them.
@@ -343,7 +359,7 @@ def unused_values(record: dict | list, parsed: Parsed) -> Counter:
     for name, value in record.items() if isinstance(record, dict) else [("", record)]:
         if isinstance(record, dict) and name not in parsed.columns:
             sizes[name] += _size(value)
-        elif parsed.kind == "chat" and isinstance(value, list):
+        elif parsed.kind == "chat" and isinstance(value := _as_turns(value), list):
             for turn in value:
                 for key in turn if isinstance(turn, dict) else ():
                     sizes[f"{name}[].{key}"] += 0 if key in READ_KEYS else _size(turn[key])

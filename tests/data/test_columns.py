@@ -1,6 +1,7 @@
 """What a record holds, by the names of its columns, and what of it is left out."""
 
 import decimal
+import json
 
 import pytest
 
@@ -89,6 +90,29 @@ RECORDS = {
         {"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]},
         [INSTRUCTION, RESPONSE],
     ),
+    "chat as JSON": (
+        {"messages": json.dumps(chat(("user", "q"), ("assistant", "a"))["messages"])},
+        [INSTRUCTION, RESPONSE],
+    ),
+    "turns as JSON": (
+        {"messages": [json.dumps(t) for t in chat(("user", "q"), ("assistant", "a"))["messages"]]},
+        [INSTRUCTION, RESPONSE],
+    ),
+    "TRL as JSON": (
+        {
+            "prompt": '[{"role": "user", "content": "q"}]',
+            "completion": '[{"role": "assistant", "content": "a"}]',
+        },
+        [INSTRUCTION, RESPONSE],
+    ),
+    "JSON that is no chat": (
+        {"prompt": "q", "completion": '[{"from": "Rome", "value": 5}]'},
+        [INSTRUCTION, ("response", '[{"from": "Rome", "value": 5}]')],
+    ),
+    "brackets that are no JSON": (
+        {"prompt": "[" * 100_000, "completion": "{a}"},
+        [("instruction", "[" * 100_000), ("response", "{a}")],
+    ),
     "parts": (
         chat(("user", [{"type": "text", "text": "q"}]), ("assistant", ["a"])),
         [INSTRUCTION, RESPONSE],
@@ -125,7 +149,8 @@ def test_keys_of_turns_that_are_not_read_are_named_with_their_bytes():
     record["messages"][1] |= {"reasoning_content": "thé", "name": None, "tool_calls": []}
     record["messages"][2]["tool_call_id"] = "c1"
     keys = {"reasoning_content": 4, "tool_call_id": 2}
-    for column, given in (("messages", record), ("", record["messages"])):
+    as_json = {"messages": json.dumps(record["messages"])}
+    for column, given in (("messages", record), ("", record["messages"]), ("messages", as_json)):
         unused = columns.unused_values(given, columns.parse_record(given))
         assert unused == {f"{column}[].{key}": size for key, size in keys.items()}
 

@@ -151,7 +151,7 @@ def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
         "instruction is dict, not text": 1,
         "instruction empty": 1,
         "system with a lone surrogate": 1,
-        "messages is str, not a list of turns": 1,
+        "messages is str, not a list of turns or its JSON": 1,
         "not valid UTF-8": 1,
     }
     assert report["left_out"] == {"turn that is str, not an object": 1}

@@ -280,6 +280,24 @@ def test_all_that_is_not_trained_on_is_told(tmp_path):
     assert "not part of this mode" in describe(instruction[0]) and "open" in instruction[1]
 
 
+def test_chats_that_a_table_holds_as_json_are_read(tmp_path):
+    """A CSV has no lists, and `datasets` writes turns of unlike keys as JSON, each a text."""
+    records = [talk(("user", f"ask {i}"), ("assistant", ""), ("assistant", f"reply {i}"))
+               for i in range(N)]  # fmt: skip
+    for record in records:
+        record["messages"][1]["tool_calls"] = [{"id": "c"}]
+    (tmp_path / "d.jsonl").write_text(jsonl(*records))
+    turns = [{"messages": [json.dumps(turn) for turn in r["messages"]]} for r in records]
+    datasets.Dataset.from_list(turns).to_parquet(tmp_path / "d.parquet")
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], *([json.dumps(r["messages"])] for r in records)])
+    read = {kind: prepared(tmp_path / f"d.{kind}", tmp_path / "c") for kind in ("csv", "parquet")}
+    for report, text in read.values():
+        assert text == prepared(tmp_path / "d.jsonl", tmp_path / "c")[1] and excerpt(3) in text
+        assert report["left_out"] == {"reply that only calls tools": N}
+        assert "messages[].tool_calls" in report["unused"]
+
+
 def test_what_turns_hold_beside_their_text_is_told(tmp_path):
     records = [talk(("user", f"ask {i}"), ("assistant", f"reply {i}")) for i in range(N)]
     for record in records:

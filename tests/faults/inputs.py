@@ -76,7 +76,7 @@ BAD = [  # (reason counted, line): each kind is put in once more often than the 
     ("not a JSON object", b"[1, 2]"),
     ("not a JSON object", b'"text"'),
     ("blank line", b"  "),
-    ("messages is str, not a list of turns", {"messages": "broken"}),
+    ("messages is str, not a list of turns or its JSON", {"messages": "broken"}),
     ("instruction missing", {"messages": [3]}),
     ("instruction missing", {}),
 ]
