@@ -4,6 +4,7 @@ import datetime
 import decimal
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -41,6 +42,7 @@ TOOL_CALL, TOOL_ANSWER = "reply that only calls tools", "answer of a tool"
 NO_QUESTION = "reply without a question before it"
 MARKED = "reply that is marked as not to train on"
 BAD_RESPONSE = "{} is false, for a bad response (to train on it all the same: --columns label=)"
+ANSWERS = re.compile(r"\{['\"](text|answer_start)['\"]: *(\[|array\()")  # SQuAD's, in a CSV
 FURTHER_ANSWER = "answers beside the first one of a record"
 
 
@@ -177,6 +179,8 @@ def _parse_fields(value: dict, column: dict[str, str]) -> Parsed:
         text["response"], has_more = _first_answer(text["response"])
         left_out += [FURTHER_ANSWER] * has_more
     problems = {field: find_problem(field, text[field]) for field in SPEAKERS if field in text}
+    if isinstance(text.get("response"), str) and ANSWERS.match(text["response"]):
+        problems["response"] = Problem("response is a record of answers as text, not an answer")
     if "instruction" in text and "context" in text:
         text["instruction"], problems["instruction"] = _append_context(**text)
     problems = {field: problem for field, problem in problems.items() if problem}

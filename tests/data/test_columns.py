@@ -189,6 +189,14 @@ def test_names_of_columns_that_mean_nothing_are_refused(chosen):
         ({"instruction": " ", "response": "\ud800"}, {"instruction": "instruction empty"}),
         ({"response": float("nan")}, {"response": "response is float, not text"}),
         ({"question": "q", "answers": {"text": []}}, {"response": "response empty"}),
+        *(
+            ({"question": "q", "answers": answers}, {"response": "response is a record of answers"})
+            for answers in (
+                '{"text": ["a"], "answer_start": [1]}',
+                "{'text': array(['a'], dtype=object), 'answer_start': array([1])}",
+                "{'answer_start': [1], 'text': ['a']}",
+            )
+        ),
         ({"text": 5}, {}),
         ({"other": 1}, {}),
     ],
