@@ -1,4 +1,4 @@
-"""From a file to its records, one at a time: JSON, tables, Parquet, text; compressed or not."""
+"""From a file to its records, one at a time: JSON, CSV, text, Parquet, Arrow; compressed or not."""
 
 import bz2
 import codecs
@@ -48,8 +48,8 @@ def read_file(file: Path) -> Iterator[dict | list | str]:
     kind, encoding = file_kind(file), Encoding()
     try:
         with COMPRESSED.get(file.suffix.lower(), Path.open)(file, "rb") as raw:
-            if kind == ".parquet":
-                yield from _parquet_rows(raw)
+            if kind in TABLES:
+                yield from _arrow_rows(raw, kind)
                 return
             with _open_text(raw, encoding) as lines:
                 yield from PARSERS[kind](lines, encoding)
@@ -319,19 +319,40 @@ def _parse_paragraphs(lines: Iterable[str], encoding: Encoding) -> Iterator[dict
             yield {"text": text} if encoding.is_valid(text) else NOT_UTF8
 
 
-def _parquet_rows(raw: BinaryIO) -> Iterator[dict]:
-    """Yield the rows of a table of Parquet; a float of 32 bits as short as it was written."""
+def _arrow_rows(raw: BinaryIO, kind: str) -> Iterator[dict]:
+    """Yield the rows of a table of Parquet or Arrow; a float of 32 bits as short as it was
+    written.
+    """
     from pyarrow import types  # imported late: a resume does without
+
+    schema, batches = (_parquet_batches if kind == ".parquet" else _arrow_batches)(raw)
+    short = [field.name for field in schema if types.is_floating(field.type)]
+    short = [name for name in short if schema.field(name).type.bit_width < 64]
+    for batch in batches:
+        for row in batch.to_pylist():
+            for name in short:
+                row[name] = None if row[name] is None else float(str(np.float32(row[name])))
+            yield row
+
+
+def _parquet_batches(raw: BinaryIO):
+    """Return the schema of a file and its batches of at most 1000 rows."""
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(raw) as rows:
-        short = [f.name for f in rows.schema_arrow if types.is_floating(f.type)]
-        short = [name for name in short if rows.schema_arrow.field(name).type.bit_width < 64]
-        for batch in rows.iter_batches(1000):
-            for row in batch.to_pylist():
-                for name in short:
-                    row[name] = None if row[name] is None else float(str(np.float32(row[name])))
-                yield row
+    file = ParquetFile(raw)
+    return file.schema_arrow, file.iter_batches(1000)
+
+
+def _arrow_batches(raw: BinaryIO):
+    """Return the schema of a file and its batches: a stream, as save_to_disk writes, or a file."""
+    from pyarrow import ipc
+
+    is_file = raw.read(6) == b"ARROW1"
+    raw.seek(0)
+    reader = (ipc.open_file if is_file else ipc.open_stream)(raw)
+    if is_file:
+        return reader.schema, map(reader.get_batch, range(reader.num_record_batches))
+    return reader.schema, reader
 
 
 PARSERS = {
@@ -343,4 +364,5 @@ PARSERS = {
     ".txt": _parse_paragraphs,
     ".md": _parse_paragraphs,
 }
-FILE_KINDS = (*PARSERS, ".parquet")
+TABLES = (".parquet", ".arrow")
+FILE_KINDS = (*PARSERS, *TABLES)

@@ -28,6 +28,9 @@ SPLITS = {  # words in names of files, folders and splits by their use, as `data
 }
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 ABOUT = re.compile(r"(readme|license|licence|changelog|contributing|notice)\b", re.IGNORECASE)
+BESIDE = re.compile(  # what `datasets` writes beside data: descriptions, and what `map` gave
+    r"dataset_infos?\.json|dataset_dict\.json|state\.json|cache-\w+\.arrow"
+)
 LARGE = 20e6  # bytes of files that take seconds to read
 
 
@@ -200,7 +203,7 @@ def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
     UserError.
 
     Hidden files and folders are left out, and folders that this project writes: runs and prepared
-    data may lie beside the data. So are texts about the data, such as README.md.
+    data may lie beside the data. So are files about the data, such as README.md.
     """
     files, others, written = [], [], []
     for at, folders, names in os.walk(folder, onerror=_unreadable):
@@ -220,8 +223,11 @@ def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _is_about(file: Path) -> bool:
-    """Tell whether a text file is about the data, as README.md is."""
-    return parsers.file_kind(file) in (".txt", ".md") and bool(ABOUT.match(file.name))
+    """Tell whether a file is about the data, as README.md is and what `datasets` writes beside
+    them.
+    """
+    is_text = parsers.file_kind(file) in (".txt", ".md")
+    return bool(BESIDE.fullmatch(file.name) or (is_text and ABOUT.match(file.name)))
 
 
 def _is_written_here(folder: Path) -> bool:

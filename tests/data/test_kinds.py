@@ -189,6 +189,38 @@ def test_numbers_are_the_same_text_from_every_kind_of_file(tmp_path):
     assert len(texts) == 1 and ":\n3\n\n### Response:\n3.25\n---" in texts.pop()
 
 
+def test_a_folder_of_save_to_disk_is_read(tmp_path):
+    splits = {name: datasets.Dataset.from_list(
+        [{"prompt": f"{name} q{i}", "completion": f"{name} a{i}"} for i in range(N)]
+    ) for name in ("train", "validation", "test")}  # fmt: skip
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "all")
+    splits["train"].save_to_disk(tmp_path / "one")
+    for split in ("all/train", "one"):  # what `map` writes into the folder of the data
+        data = (tmp_path / split / "data-00000-of-00001.arrow").read_bytes()
+        (tmp_path / split / "cache-1f0a.arrow").write_bytes(data)
+    report, text = prepared(tmp_path / "all", tmp_path / "cache")
+    assert (report["train"]["records"], report["val"]["records"]) == (N, N)
+    assert "test q" not in text and not report["skipped"]
+    report, text = prepared(tmp_path / "one", tmp_path / "cache")
+    assert report["records"] == N and "train q3\n\n### Response:\ntrain a3\n---" in text
+    assert "not read: 3 other files: cache-1f0a.arrow, dataset_info.json, st" in describe(report)
+
+
+def test_an_arrow_file_may_be_a_file_or_a_stream(tmp_path):
+    import pyarrow as pa
+
+    table = pa.table({"instruction": [str(i) for i in range(N)], "response": pa.array([0.1] * N,
+                      pa.float32())})  # fmt: skip
+    for kind, writer in (("file", pa.ipc.new_file), ("stream", pa.ipc.new_stream)):
+        with writer(tmp_path / f"{kind}.arrow", table.schema) as out:
+            out.write_table(table, max_chunksize=7)
+        report, text = prepared(tmp_path / f"{kind}.arrow", tmp_path / "cache")
+        assert report["records"] == N and "\n3\n\n### Response:\n0.1\n---" in text
+    (tmp_path / "d.arrow").write_bytes((tmp_path / "stream.arrow").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"d\.arrow cannot be read as \.arrow: "):
+        prepared(tmp_path / "d.arrow", tmp_path / "cache")
+
+
 def test_single_precision_in_parquet_is_as_short_as_it_was_written(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
