@@ -4,12 +4,12 @@ import bz2
 import codecs
 import csv
 import gzip
+import io
 import json
 import lzma
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
-from io import TextIOWrapper
 from itertools import chain, dropwhile, groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +19,6 @@ import numpy as np
 from bdh_lib.data.columns import is_chat
 from bdh_lib.errors import UserError
 
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 BOMS = {  # byte order marks, the longer ones first
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -105,17 +104,22 @@ class Encoding:
         )
 
 
-def _open_text(raw: BinaryIO, encoding: Encoding) -> TextIOWrapper:
+def _open_zst(file: Path, _mode: str) -> io.BufferedReader:
+    import pyarrow  # imported late: a resume does without; Python reads it itself from 3.14 on
+
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+
+
+def _open_text(raw: BinaryIO, encoding: Encoding) -> io.TextIOWrapper:
     """Return the text of a file, its ends of lines as they are. Raises ValueError for UTF-16
     unmarked.
     """
-    start = raw.read(4096)
-    raw.seek(0)
+    start = raw.peek(4096)[:4096]
     name = next((BOMS[mark] for mark in BOMS if start.startswith(mark)), None)
     if name is None and start.count(0) > len(start) / 5:
         raise ValueError("it looks like UTF-16 without its mark: iconv -f UTF-16LE -t UTF-8")
     errors = "surrogatepass" if name in ("utf-16", "utf-32") else "surrogateescape"
-    return TextIOWrapper(raw, encoding=name or "utf-8", errors=errors, newline="")
+    return io.TextIOWrapper(raw, encoding=name or "utf-8", errors=errors, newline="")
 
 
 # -------------------------------------------------------------------------------------------- JSON
@@ -355,6 +359,7 @@ def _arrow_batches(raw: BinaryIO):
     return reader.schema, reader
 
 
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
 PARSERS = {
     ".jsonl": partial(_parse_json, is_lines=True),
     ".ndjson": partial(_parse_json, is_lines=True),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 from conftest import ROOT
 from hub_stub import COMMIT, serving
@@ -95,6 +96,10 @@ KINDS = {  # file: its content, and what its training bytes must and must not ho
     "packed.jsonl.gz": (gzip.compress(jsonl(*rows(asked)).encode()), excerpt(3), None),
     "packed.csv.bz2": (bz2.compress(table(",").encode()), "a, 3\n---", None),
     "packed.JSON.xz": (lzma.compress(json.dumps(rows(asked)).encode()), excerpt(3), None),
+    "packed.jsonl.zst": (
+        pyarrow.Codec("zstd").compress(jsonl(*rows(asked)).encode(), asbytes=True), excerpt(3),
+        None,
+    ),
     "notes.md": ("\n\n".join(f"# Note {i}\nText." for i in range(N)), "# Note 3\nText.", None),
     "dos.txt": ("\r\n\r\n".join(f"One {i}\r\ntwo" for i in range(N)).encode(), "One 3\ntwo", "\r"),
     "context.jsonl": (
