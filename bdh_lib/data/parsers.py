@@ -26,6 +26,18 @@ BOMS = {  # byte order marks, the longer ones first
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+PARQUET, WEB_PAGE = b"PAR1\x15", "a web page: download the file itself"
+SIGNATURES = {  # how files start that are not what their name says, and what to do
+    b"version https://git-lfs": "a pointer of Git LFS and no data: run `git lfs pull`",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"\x1f\x8b": "compressed: unpack it, or put .gz after its name",
+    b"\x28\xb5\x2f\xfd": "compressed: unpack it, or put .zst after its name",
+    PARQUET: "a Parquet file: name it .parquet",
+    b"%PDF-": "a PDF: save its text as .txt",
+    b"<!doctype html": WEB_PAGE,
+    b"<!DOCTYPE html": WEB_PAGE,
+    b"<html": WEB_PAGE,
+}
 NOT_UTF8, NOT_JSON, NOT_AN_OBJECT = "not valid UTF-8", "not JSON", "not a JSON object"
 # The hook does nothing; as Python code it lets a heartbeat and Ctrl-C in while C reads a document.
 DECODER = json.JSONDecoder(parse_int=str, parse_float=str, object_hook=lambda value: value)
@@ -47,6 +59,7 @@ def read_file(file: Path) -> Iterator[dict | list | str]:
     kind, encoding = file_kind(file), Encoding()
     try:
         with COMPRESSED.get(file.suffix.lower(), Path.open)(file, "rb") as raw:
+            _check_signature(raw, kind)
             if kind in TABLES:
                 yield from _arrow_rows(raw, kind)
                 return
@@ -58,6 +71,18 @@ def read_file(file: Path) -> Iterator[dict | list | str]:
         raise UserError(f"DATASET {file} cannot be read as {kind}: {reason}") from None
     if encoding.is_not_utf8:
         raise UserError(f"DATASET {file} {encoding.advice(file)}")
+
+
+def _check_signature(raw: BinaryIO, kind: str) -> None:
+    """Raise ValueError for a file that is of another kind than its name says; web pages are
+    text.
+    """
+    start = raw.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()
+    for signature, what in SIGNATURES.items():
+        is_text = what == WEB_PAGE and kind in (".txt", ".md")
+        is_as_named = signature == PARQUET and kind == ".parquet"
+        if start.startswith(signature) and not is_text and not is_as_named:
+            raise ValueError(f"it is {what}")
 
 
 # --------------------------------------------------------------------------------------- encodings

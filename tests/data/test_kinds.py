@@ -317,6 +317,37 @@ def test_all_that_is_not_trained_on_is_told(tmp_path):
     assert "not part of this mode" in describe(instruction[0]) and "open" in instruction[1]
 
 
+OTHER_THAN_NAMED = {  # how a file starts, and what is said of it
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n": "run `git lfs pull`",
+    b"\r\n<!DOCTYPE html>\n<html>\n\n<p>Sign in</p>": "a web page: download the file itself",
+    b"\xef\xbb\xbf<html>\n\n": "a web page: download the file itself",
+    b"PK\x03\x04\x14": "a zip archive: unpack it",
+    gzip.compress(b"a\n\nb"): "compressed: unpack it, or put .gz after its name",
+    pyarrow.Codec("zstd").compress(b"a\n\nb", asbytes=True): "or put .zst after its name",
+    b"%PDF-1.7\n\n": "a PDF: save its text as .txt",
+    b"PAR1\x15\x04": "a Parquet file: name it .parquet",
+}
+
+
+@pytest.mark.parametrize("content", OTHER_THAN_NAMED, ids=OTHER_THAN_NAMED.values())
+def test_a_file_of_another_kind_than_its_name_says_is_told(tmp_path, content):
+    for kind in ("jsonl", "json", "csv", "txt", "parquet", "arrow", "jsonl.gz"):
+        file, what = tmp_path / f"d.{kind}", OTHER_THAN_NAMED[content]
+        file.write_bytes(gzip.compress(content) if kind == "jsonl.gz" else content)
+        if (kind == "txt" and "web page" in what) or (kind == "parquet" and "Parquet" in what):
+            continue
+        with pytest.raises(UserError) as refused:
+            prepared(file, tmp_path / "cache")
+        assert f"{file} cannot be read as .{kind[:5]}" in str(refused.value)
+        assert what in str(refused.value)
+
+
+def test_text_that_only_starts_like_another_kind_is_read(tmp_path):
+    for start in ("PAR1", "%PDF", "version", "PK", "<html>", "<!DOCTYPE html>"):
+        (tmp_path / "d.txt").write_text("\n\n".join(f"{start} {i}" for i in range(N)))
+        assert f"{start} 3" in prepared(tmp_path / "d.txt", tmp_path / "cache")[1]
+
+
 def test_chats_that_a_table_holds_as_json_are_read(tmp_path):
     """A CSV has no lists, and `datasets` writes turns of unlike keys as JSON, each a text."""
     records = [talk(("user", f"ask {i}"), ("assistant", ""), ("assistant", f"reply {i}"))
