@@ -31,6 +31,11 @@ ABOUT = re.compile(r"(readme|license|licence|changelog|contributing|notice)\b", 
 BESIDE = re.compile(  # what `datasets` writes beside data: descriptions, and what `map` gave
     r"dataset_infos?\.json|dataset_dict\.json|state\.json|cache-\w+\.arrow"
 )
+WAYS_ON = {  # what to do with files that people bring and that are not read, by their endings
+    (".zip", ".tar", ".tgz", ".7z", ".rar"): "unpack it and name the folder",
+    (".xlsx", ".xls", ".ods"): "save it as CSV in UTF-8",
+    (".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".html", ".htm"): "save its text as .txt",
+}
 LARGE = 20e6  # bytes of files that take seconds to read
 
 
@@ -72,15 +77,21 @@ def find(dataset: str) -> list[Path] | None:
     if kind is not None:
         _check_regular(path)
         if parsers.file_kind(path) not in FILE_KINDS:
-            raise UserError(
-                f"DATASET {path} ends in none of {', '.join(FILE_KINDS)} "
-                f"(and {', '.join(parsers.COMPRESSED)} after it)"
-            )
+            raise _unknown_ending(path)
         return [path]
     no_name = "/" in dataset and not hub.NAME.fullmatch(dataset)
     if no_name or parsers.file_kind(path) in FILE_KINDS or dataset.startswith((".", "/", "~")):
         raise UserError(f"DATASET {path} does not exist (looked from {Path.cwd()})")
     return None
+
+
+def _unknown_ending(path: Path) -> UserError:
+    ways = (way for endings, way in WAYS_ON.items() if parsers.file_kind(path) in endings)
+    return UserError(
+        f"DATASET {path} ends in none of {', '.join(FILE_KINDS)} "
+        f"(and {', '.join(parsers.COMPRESSED)} after it); "
+        f"{next(ways, 'name it by what it holds, such as .jsonl or .txt')}"
+    )
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
@@ -216,7 +227,10 @@ def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
     for file in files:
         _check_regular(file)
     if not files:
-        raise UserError(f"DATASET {folder} is a folder without {', '.join(FILE_KINDS)} files")
+        held = f"; it holds {_names(others)}" if others else ""
+        raise UserError(
+            f"DATASET {folder} is a folder without {', '.join(FILE_KINDS)} files of data{held}"
+        )
     left_out = [f"{len(others):,} other files: {_names(others)}"] if others else []
     left_out += [f"runs and models: {_names(written)}"] if written else []
     return sorted(files), left_out

@@ -491,11 +491,20 @@ def test_names_that_mean_nothing_are_refused_without_asking_the_hub(name, compla
 
 
 def test_folders_and_files_of_no_use_are_refused(tmp_path):
-    with pytest.raises(UserError, match="folder without"):
+    with pytest.raises(UserError, match=r"folder without.*files of data$"):
         list(sources.read_records(str(tmp_path)))
-    (tmp_path / "d.doc").write_text("x")
-    with pytest.raises(UserError, match="ends in none of"):
-        list(sources.read_records(str(tmp_path / "d.doc")))
+    for name, way in {
+        "d.PDF": "save its text as .txt",
+        "d.xlsx": "save it as CSV in UTF-8",
+        "d.zip": "unpack it and name the folder",
+        "d.tar.gz": "unpack it and name the folder",
+        "data": "name it by what it holds, such as .jsonl",
+    }.items():
+        (tmp_path / name).write_text("x")
+        with pytest.raises(UserError, match=f"ends in none of .*; {way}"):
+            list(sources.read_records(str(tmp_path / name)))
+    with pytest.raises(UserError, match=r"it holds d\.PDF, d\.tar\.gz, d\.xlsx and 2 others"):
+        list(sources.read_records(str(tmp_path)))
     write_jsonl(tmp_path / "one.jsonl", [RECORD] * 3)
     with pytest.raises(UserError, match="1 distinct record"):
         prepare(tmp_path / "one.jsonl", tmp_path / "cache")
