@@ -476,6 +476,8 @@ def hub(monkeypatch):
         ("my/data/missing", "does not exist"),
         ("missing/", "does not exist"),
         ("data/my records", "does not exist"),
+        ("https://hub.test/datasets/user/name", "is an address; give user/name for a data set on"),
+        ("hf://datasets/user/name/d.jsonl", "is an address; give user/name for a data set on"),
         ("strange name?", "neither a file nor a hub name"),
         ("https://x.y/z", "DATASET https://x.y/z is a URL; download it"),
         ("hf://x/y", "DATASET hf://x/y is a URL; .* user/name"),
