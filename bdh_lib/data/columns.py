@@ -24,6 +24,7 @@ ALIASES = {  # names of columns by what they hold, in small letters; the first o
         *("reply", "solution", "chosen"),
     ),
     "context": ("context", "input", "passage"),  # appended to the instruction
+    "history": ("history",),  # pairs of a question and a reply before the instruction
     "text": ("text",),
     "label": ("label", "kto_tag"),  # false: the response is an example of a bad one
 }
@@ -185,9 +186,21 @@ def _parse_fields(value: dict, column: dict[str, str]) -> Parsed:
         text["instruction"], problems["instruction"] = _append_context(**text)
     problems = {field: problem for field, problem in problems.items() if problem}
     turns = [(f, text[f]) for f in SPEAKERS if f in text and f not in problems]
-    order = ("system", "instruction", "context", "response")
+    if (history := _parse_history(value.get("history"))) and "instruction" in dict(turns):
+        at = turns.index(("instruction", text["instruction"]))
+        turns[at:at], text["history"] = history, history
+    order = ("system", "history", "instruction", "context", "response")
     names = [column[f] for f in order if f in text and (f != "context" or "instruction" in text)]
     return Parsed("fields", "/".join(names), tuple(names), turns, problems, left_out)
+
+
+def _parse_history(value) -> list[tuple[str, str]]:
+    """Return the turns of pairs of a question and a reply; none where one of them is no text."""
+    pairs = value if isinstance(value, list) else []
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return []
+    turns = [turn for pair in pairs for turn in zip(("instruction", "response"), pair, strict=True)]
+    return [] if any(find_problem(*turn) for turn in turns) else turns
 
 
 def _append_context(instruction, context, **_others) -> tuple[object, Problem | None]:

@@ -27,6 +27,15 @@ RECORDS = {
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         [("instruction", "Add.\n\n1 2"), ("response", "3")],
     ),
+    "history": (
+        {"instruction": "q", "input": "c", "output": "a", "system": "s", "history": [["1", "2"]]},
+        [SYSTEM, ("instruction", "1"), ("response", "2"), ("instruction", "q\n\nc"), RESPONSE],
+    ),
+    "no history": ({"instruction": "q", "output": "a", "history": []}, [INSTRUCTION, RESPONSE]),
+    "history that is none": (
+        {"instruction": "q", "output": "a", "history": [["1", None]]},
+        [INSTRUCTION, RESPONSE],
+    ),
     "no input": ({"instruction": "q", "input": "", "output": "a"}, [INSTRUCTION, RESPONSE]),
     "input alone": ({"input": "q", "output": "a"}, [INSTRUCTION, RESPONSE]),
     "Dolly": (
@@ -134,6 +143,8 @@ def test_every_documented_name_of_a_column_is_read(field):
             record = {name: [{"role": "user", "content": "x"}]}
         if field == "label":
             record = {"response": "x", name: True}
+        if field == "history":
+            record = {"instruction": "i", name: [["x", "y"]]}
         parsed = columns.parse_record(record)
         assert "x" in parsed.turns[0][1] and set(parsed.columns) == set(record)
 
@@ -142,6 +153,14 @@ def test_columns_that_are_not_read_are_named_with_their_bytes():
     record = {"question": "q", "answer": "a", "solution": "é", "score": 1.5, "tags": ["x"], "n": ""}
     unused = dict(columns.unused_values(record, columns.parse_record(record)))
     assert unused == {"solution": 2, "score": 3, "tags": 5}
+
+
+def test_a_history_that_is_not_read_is_named():
+    for history in ([["1", None]], [["1"]], ["1"], "1", {"a": 1}):
+        record = {"instruction": "q", "output": "a", "history": history}
+        assert [*columns.unused_values(record, columns.parse_record(record))] == ["history"]
+    record = {"output": "a", "history": [["1", "2"]]}
+    assert [*columns.unused_values(record, columns.parse_record(record))] == ["history"]
 
 
 def test_keys_of_turns_that_are_not_read_are_named_with_their_bytes():
