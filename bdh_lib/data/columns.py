@@ -97,7 +97,7 @@ def choose_columns(names: tuple[str, ...], columns: str | None = None) -> dict[s
     """
     by_name = {name.strip().lower(): name for name in reversed(names)}
     chosen = parse_columns(columns)
-    result = {field: by_name.get(column.lower()) for field, column in chosen.items()}
+    result = {f: c if c in names else by_name.get(c.lower()) for f, c in chosen.items()}
     for field, aliases in ALIASES.items():
         if field not in chosen:
             free = (by_name[a] for a in aliases if a in by_name)

@@ -1,5 +1,6 @@
 """What is told of a data set: its structure, what is left out, the split, and what has changed."""
 
+from bdh_lib.data.columns import ALIASES, SPEAKERS
 from bdh_lib.data.formats import REQUIRED_FIELDS, needed_fields
 
 
@@ -19,6 +20,21 @@ def skip_lines(report: dict) -> list[str]:
         shares = [f"{name} {column['bytes'] / total:.1%}" for name, column in unused.items()]
         lines.append(f"columns not used, with their share of all bytes: {', '.join(shares)}")
     return lines + [f"not read: {what}" for what in report.get("not_read", [])]
+
+
+def _other_columns(report: dict) -> list[str]:
+    """Say which columns that are not used may be what others were taken for, and how to choose
+    them.
+    """
+    read = {name.strip().lower() for names in report["structures"] for name in names.split("/")}
+    lines = []
+    for name in report.get("unused", {}):
+        fields = [f for f in ("context", *SPEAKERS) if name.strip().lower() in ALIASES[f]]
+        for field in [f for f in fields if read.intersection(ALIASES[f])][:1]:
+            lines.append(
+                f"column {name} may be the {field}, too: --columns {field}={name} takes it"
+            )
+    return lines
 
 
 def cannot_serve(report: dict) -> str:
@@ -83,7 +99,7 @@ def describe(report: dict) -> str:
         which = "no record has" if without == n_texts else f"{without:,} of {n_texts:,} have no"
         article = " a" if without == n_texts else ""
         lines.append(f"  {which}{article} system text: full is trained without its section there")
-    lines += [f"  {skip}" for skip in skip_lines(report)]
+    lines += [f"  {line}" for line in skip_lines(report) + _other_columns(report)]
     if report["shared"]:
         lines.append(f"  left out of validation {report['shared']:,}: text also in training")
     for side, name in (("train", "training"), ("val", "validation")):

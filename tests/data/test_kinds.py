@@ -412,6 +412,27 @@ def test_columns_are_taken_as_the_setting_says(tmp_path):
         prepared(tmp_path / "d.jsonl", tmp_path / "cache", columns="instruction=qury,response=say")
 
 
+def test_columns_that_may_be_the_same_field_are_asked_for(tmp_path):
+    records = [
+        {"problem": f"ask {i}", "answer": str(i), "solution": f"reply {i}"} for i in range(N)
+    ]
+    (tmp_path / "d.jsonl").write_text(jsonl(*records))
+    told = describe(prepared(tmp_path / "d.jsonl", tmp_path / "cache")[0])
+    flag = "response=solution"
+    assert f"column solution may be the response, too: --columns {flag} takes it" in told
+    report, text = prepared(tmp_path / "d.jsonl", tmp_path / "cache", columns=flag)
+    assert excerpt(3) in text and "column answer may be the response, too" in describe(report)
+    records = [asked(i) | {"input": "i", "context": "c", "Response": "x"} for i in range(N)]
+    (tmp_path / "d.jsonl").write_text(jsonl(*records))
+    told = describe(prepared(tmp_path / "d.jsonl", tmp_path / "cache")[0])
+    assert "column input may be the context, too" in told and "input may be the ins" not in told
+    text = prepared(tmp_path / "d.jsonl", tmp_path / "cache", columns="response=Response")[1]
+    assert ":\nx\n---" in text
+    chats = [talk(("user", "q"), ("assistant", f"a{i}")) | {"answer": "x"} for i in range(N)]
+    (tmp_path / "d.jsonl").write_text(jsonl(*chats))
+    assert "may be" not in describe(prepared(tmp_path / "d.jsonl", tmp_path / "cache")[0])
+
+
 def test_a_column_that_is_empty_gives_way_to_one_that_is_filled(tmp_path):
     """A table gives every record all columns, and those that it lacks as null or empty."""
     records = [*rows(asked), *({"text": f"plain {i}"} for i in range(N))]
