@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 from types import MappingProxyType
@@ -114,12 +114,28 @@ def parse_record(record: dict | list | str, columns: str | None = None) -> Parse
         return Parsed("unknown", "unreadable", problems=dict.fromkeys(FIELDS, Problem(record)))
     if isinstance(record, list):
         return _parse_chat("list of turns", record, ())
+    record = with_nested(record)
     column = _columns_of(record, columns)
     value = {field: _as_turns(record[name]) for field, name in column.items()}
-    parsed = _parse_columns(value, column)
+    parsed = _parse_columns(value, column) or _parse_only_chat(record, columns)
     if parsed is None:
         return Parsed("unknown", f"unknown ({', '.join(record)[:80]})")
     return _without_bad_response(parsed, value, column)
+
+
+def with_nested(record: dict) -> dict:
+    """Return a record with the values of each of its objects as columns, too: "translation.en"."""
+    objects = [(name, value) for name, value in record.items() if isinstance(value, dict)]
+    return record | {f"{name}.{key}": v for name, value in objects for key, v in value.items()}
+
+
+def _parse_only_chat(record: dict, columns: str | None) -> Parsed | None:
+    """Return the chat of a record without columns of known names, if it holds just one."""
+    chats = {name: turns for name in record if is_chat(turns := _as_turns(record[name]))}
+    if columns or len(chats) != 1:
+        return None
+    name, turns = chats.popitem()
+    return _parse_chat(name, turns, (name,))
 
 
 def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
@@ -373,14 +389,25 @@ def unused_values(record: dict | list, parsed: Parsed) -> Counter:
     not, as "messages[].reasoning_content".
     """
     sizes = Counter()
-    for name, value in record.items() if isinstance(record, dict) else [("", record)]:
-        if isinstance(record, dict) and name not in parsed.columns:
+    is_table = isinstance(record, dict)
+    for name, value in _columns_or_parts(record, parsed) if is_table else [("", record)]:
+        if is_table and name not in parsed.columns:
             sizes[name] += _size(value)
         elif parsed.kind == "chat" and isinstance(value := _as_turns(value), list):
             for turn in value:
                 for key in turn if isinstance(turn, dict) else ():
                     sizes[f"{name}[].{key}"] += 0 if key in READ_KEYS else _size(turn[key])
     return +sizes
+
+
+def _columns_or_parts(record: dict, parsed: Parsed) -> Iterator[tuple[str, object]]:
+    """Yield each column by name; instead of an object its values, where one of them is read or
+    nothing is.
+    """
+    for name, value in record.items():
+        parts = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {}
+        is_whole = name in parsed.columns or (parsed.turns and not parts.keys() & {*parsed.columns})
+        yield from [(name, value)] if is_whole or not parts else parts.items()
 
 
 def _size(value) -> int:

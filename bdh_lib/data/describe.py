@@ -54,7 +54,8 @@ def cannot_serve(report: dict) -> str:
     )
     if unused:
         pairs = ",".join(f"{field}=COLUMN" for field in lacking or needed_fields(mode))
-        line += f"Where one of the columns {', '.join(unused)} holds it: --columns {pairs}. "
+        line += f"Where one of the columns {', '.join(unused)} holds it: --columns {pairs}"
+        line += ". " if fields else ", or messages=COLUMN for turns, text=COLUMN for plain text. "
     return f"{line}Modes that would work: {', '.join(works) or 'none'}"
 
 

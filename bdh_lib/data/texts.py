@@ -67,7 +67,7 @@ class Tally:
         for field in dict.fromkeys(field for field, _ in parsed.turns):
             self.records[field] += 1
         if isinstance(record, dict):
-            self.columns.update(record)
+            self.columns.update(columns.with_nested(record))
         for name, size in columns.unused_values(record, parsed).items():
             self.unused[name] += 1
             self.unused_bytes[name] += size

@@ -122,6 +122,14 @@ RECORDS = {
         {"prompt": "[" * 100_000, "completion": "{a}"},
         [("instruction", "[" * 100_000), ("response", "{a}")],
     ),
+    "only chat, of another name": (
+        {"id": 1, "dialogue": [{"role": "user", "content": "q"}], "tools": [{"name": "t"}]},
+        [INSTRUCTION],
+    ),
+    "only chat, within an object": (
+        {"url": "u", "body": {"messages": [{"role": "user", "content": "q"}], "model": "m"}},
+        [INSTRUCTION],
+    ),
     "parts": (
         chat(("user", [{"type": "text", "text": "q"}]), ("assistant", ["a"])),
         [INSTRUCTION, RESPONSE],
@@ -153,6 +161,28 @@ def test_columns_that_are_not_read_are_named_with_their_bytes():
     record = {"question": "q", "answer": "a", "solution": "é", "score": 1.5, "tags": ["x"], "n": ""}
     unused = dict(columns.unused_values(record, columns.parse_record(record)))
     assert unused == {"solution": 2, "score": 3, "tags": 5}
+
+
+def test_values_of_an_object_are_columns():
+    record = {"translation": {"en": "q", "fr": "a", "de": "z"}, "meta": {"n": 5}}
+    chosen = "instruction=translation.en,response=translation.fr"
+    parsed = columns.parse_record(record, chosen)
+    assert parsed.turns == [INSTRUCTION, RESPONSE]
+    assert columns.unused_values(record, parsed) == {"translation.de": 1, "meta": 8}
+    unread = columns.parse_record(record)
+    assert unread.kind == "unknown" and not unread.turns
+    names = {*columns.unused_values(record, unread)}
+    assert names == {"translation.en", "translation.fr", "translation.de", "meta.n"}
+    squad = {"question": "q", "answers": {"text": ["a"], "answer_start": [3]}}
+    assert not columns.unused_values(squad, columns.parse_record(squad))
+
+
+def test_one_of_two_chats_is_not_guessed():
+    turns = [{"role": "user", "content": "q"}]
+    record = {"one": turns, "two": turns}
+    assert columns.parse_record(record).kind == "unknown"
+    assert columns.parse_record(record, "messages=two").columns == ("two",)
+    assert columns.parse_record({"one": turns}, "text=two").kind == "unknown"
 
 
 def test_a_history_that_is_not_read_is_named():

@@ -412,6 +412,20 @@ def test_columns_are_taken_as_the_setting_says(tmp_path):
         prepared(tmp_path / "d.jsonl", tmp_path / "cache", columns="instruction=qury,response=say")
 
 
+def test_values_of_objects_are_asked_for_and_taken(tmp_path):
+    records = [{"translation": {"en": f"ask {i}", "fr": f"reply {i}"}} for i in range(N)]
+    (tmp_path / "d.jsonl").write_text(jsonl(*records))
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "d.parquet")
+    chosen = "instruction=translation.en,response=translation.fr"
+    for kind in ("jsonl", "parquet"):
+        with pytest.raises(UserError) as refused:
+            prepared(tmp_path / f"d.{kind}", tmp_path / "cache")
+        told = str(refused.value)
+        assert "columns translation.fr, translation.en holds it: --columns instruction=COL" in told
+        assert "or messages=COLUMN for turns, text=COLUMN for plain text" in told
+        assert excerpt(3) in prepared(tmp_path / f"d.{kind}", tmp_path / "cache", columns=chosen)[1]
+
+
 def test_columns_that_may_be_the_same_field_are_asked_for(tmp_path):
     records = [
         {"problem": f"ask {i}", "answer": str(i), "solution": f"reply {i}"} for i in range(N)
