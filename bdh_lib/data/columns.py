@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import cycle, groupby
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -30,14 +30,14 @@ ALIASES = {  # names of columns by what they hold, in small letters; the first o
 }
 SPEAKERS = {  # the roles of a chat by field, in small letters
     "system": ("system", "developer"),
-    "instruction": ("user", "human"),
+    "instruction": ("user", "human", "prompter"),
     "response": ("assistant", "gpt", "chatgpt", "model", "bot", "ai"),
 }
 FIELD_OF = {role: field for field, roles in SPEAKERS.items() for role in roles}
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles that are left out
 ROLE, CONTENT, CALLS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
 MARKS = ("weight", "train", "trainable", "loss")  # of a turn: 0 or false for one not to train on
-READ_KEYS = {*ROLE, *CONTENT, *MARKS}  # of a turn
+ROLES, CONTENTS = (*ROLE, "sender", "speaker"), (*CONTENT, "text", "parts")  # the first one counts
 UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
 TOOL_CALL, TOOL_ANSWER = "reply that only calls tools", "answer of a tool"
 NO_QUESTION = "reply without a question before it"
@@ -142,7 +142,7 @@ def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
     """Return what the columns by field hold, or None where no field has one."""
     messages, has_fields = value.get("messages"), value.keys() & {"instruction", "response"}
     if isinstance(messages, list):
-        return _parse_chat_columns(value, column, ("messages",), messages)
+        return _parse_chat_columns(value, column, ("messages",), _alternate(messages))
     if messages is not None and not has_fields:
         name = column["messages"]
         problem = Problem(f"{name} is {type(messages).__name__}, not a list of turns or its JSON")
@@ -288,9 +288,19 @@ def _as_turns(value):
         turns = [json.loads(text, parse_int=str, parse_float=str) for text in texts]
     except (ValueError, RecursionError):
         return value
-    turns = turns[0] if isinstance(value, str) else turns
-    known = (*FIELD_OF, *TOOLS)
-    return turns if is_chat(turns) and all(_role(turn) in known for turn in turns) else value
+    if isinstance(value, list):
+        return turns if is_chat(turns) else value
+    known = (*FIELD_OF, *TOOLS)  # else it may be a text that only looks like a chat
+    is_known = is_chat(turns[0]) and all(_role(turn) in known for turn in turns[0])
+    return turns[0] if is_known else value
+
+
+def _alternate(turns: list) -> list:
+    """Return turns that are plain texts, as LIMA has them, as those of a user and an assistant."""
+    if len(turns) < 2 or not all(isinstance(turn, str) for turn in turns):
+        return turns
+    roles = cycle(("user", "assistant"))
+    return [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
 
 
 def _turns_of(instruction, response) -> list | None:
@@ -318,7 +328,12 @@ def _parse_chat_columns(value: dict, column: dict[str, str], fields, turns: list
 
 
 def _role(turn: dict) -> str:
-    return str(next((turn[key] for key in ROLE if key in turn), None)).strip().lower()
+    return str(turn.get(_first_key(turn, ROLES))).strip().lower()
+
+
+def _first_key(turn: dict, keys: Sequence[str]) -> str | None:
+    """Return the first key that has a value: tables give every turn all keys."""
+    return next((key for key in keys if turn.get(key) is not None), None)
 
 
 def _parse_chat(structure: str, turns: list, columns: tuple[str, ...]) -> Parsed:
@@ -349,7 +364,7 @@ def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
     """
     if not isinstance(turn, dict):
         return "", None, [f"turn that is {_type_name(turn)}, not an object"]
-    role, content = _role(turn), next((turn[key] for key in CONTENT if key in turn), None)
+    role, content = _role(turn), turn.get(_first_key(turn, CONTENTS))
     if role in TOOLS:
         return "", None, [TOOL_ANSWER if role != "function_call" else TOOL_CALL]
     if role not in FIELD_OF:
@@ -394,9 +409,10 @@ def unused_values(record: dict | list, parsed: Parsed) -> Counter:
         if is_table and name not in parsed.columns:
             sizes[name] += _size(value)
         elif parsed.kind == "chat" and isinstance(value := _as_turns(value), list):
-            for turn in value:
-                for key in turn if isinstance(turn, dict) else ():
-                    sizes[f"{name}[].{key}"] += 0 if key in READ_KEYS else _size(turn[key])
+            for turn in (turn for turn in value if isinstance(turn, dict)):
+                read = (_first_key(turn, ROLES), _first_key(turn, CONTENTS), *MARKS)
+                for key in turn:
+                    sizes[f"{name}[].{key}"] += 0 if key in read else _size(turn[key])
     return +sizes
 
 

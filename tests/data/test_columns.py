@@ -122,6 +122,36 @@ RECORDS = {
         {"prompt": "[" * 100_000, "completion": "{a}"},
         [("instruction", "[" * 100_000), ("response", "{a}")],
     ),
+    "LIMA": (
+        {"conversations": ["q", "a", "and?"], "source": "x"},
+        [INSTRUCTION, RESPONSE, ("instruction", "and?")],
+    ),
+    "Open-Assistant": (
+        {"conversation": [{"role": "prompter", "text": "q"}, {"role": "assistant", "text": "a"}]},
+        [INSTRUCTION, RESPONSE],
+    ),
+    "Claude": (
+        {"messages": [{"sender": "human", "text": "q"}, {"sender": "assistant", "text": "a"}]},
+        [INSTRUCTION, RESPONSE],
+    ),
+    "Gemini": (
+        {
+            "messages": [
+                {"role": "user", "parts": [{"text": "q"}]},
+                {"role": "model", "parts": [{"text": "a"}]},
+            ]
+        },
+        [INSTRUCTION, RESPONSE],
+    ),
+    "turns of a table with keys of two kinds": (
+        {
+            "messages": [
+                {"role": None, "content": None, "from": "human", "value": "q"},
+                {"role": "assistant", "content": "a", "from": None, "value": None},
+            ]
+        },
+        [INSTRUCTION, RESPONSE],
+    ),
     "only chat, of another name": (
         {"id": 1, "dialogue": [{"role": "user", "content": "q"}], "tools": [{"name": "t"}]},
         [INSTRUCTION],
@@ -196,8 +226,8 @@ def test_a_history_that_is_not_read_is_named():
 def test_keys_of_turns_that_are_not_read_are_named_with_their_bytes():
     record = chat(("user", "q"), ("assistant", "a"), ("tool", "t"))
     record["messages"][1] |= {"reasoning_content": "thé", "name": None, "tool_calls": []}
-    record["messages"][2]["tool_call_id"] = "c1"
-    keys = {"reasoning_content": 4, "tool_call_id": 2}
+    record["messages"][2] |= {"tool_call_id": "c1", "text": "other"}
+    keys = {"reasoning_content": 4, "tool_call_id": 2, "text": 5}
     as_json = {"messages": json.dumps(record["messages"])}
     for column, given in (("messages", record), ("", record["messages"]), ("messages", as_json)):
         unused = columns.unused_values(given, columns.parse_record(given))
@@ -272,7 +302,7 @@ def test_turns_in_a_row_are_one_by_a_blank_line():
 
 
 @pytest.mark.parametrize("reply", ["assistant", "gpt", "chatgpt", "model", "bot", "ai", "Model"])
-@pytest.mark.parametrize("ask", ["user", "human", "Human"])
+@pytest.mark.parametrize("ask", ["user", "human", "Human", "prompter"])
 @pytest.mark.parametrize("system", ["system", "developer", "System"])
 def test_roles_by_other_names(system, ask, reply):
     parsed = columns.parse_record(chat((system, "s"), (ask, "q"), (reply, "a")))
@@ -322,6 +352,8 @@ def test_each_turn_that_is_left_out_has_a_reason():
     image = [{"type": "image_url"}, {"type": "text", "text": "q"}]
     record = chat(("assistant", "Hi!"), ("user", image), ("narrator", "x"), ("assistant", "a"))
     record["messages"] += [5, {"role": "user", "content": {"a": 1}}]
+    as_json = {"messages": [json.dumps(turn) for turn in record["messages"] if turn != 5]}
+    assert columns.parse_record(as_json).turns == [INSTRUCTION, RESPONSE]
     parsed = columns.parse_record(record)
     assert parsed.turns == [INSTRUCTION, RESPONSE]
     assert sorted(parsed.left_out) == sorted(
