@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bdh_lib.data.columns import is_chat
+from bdh_lib.data.columns import choose_columns, is_chat
 from bdh_lib.errors import UserError
 
 BOMS = {  # byte order marks, the longer ones first
@@ -258,7 +258,7 @@ def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str
         while text[at : at + 1] in (" ", "\t", "\r", "\n"):
             at += 1
     if len(values) == 1 and isinstance(values[0], dict):
-        values = _wrapped_list(values[0]) or values
+        values = _wrapped_list(values[0]) or _records_of_object(values[0]) or values
     for value in values:
         yield from _records_of(value)
 
@@ -269,6 +269,23 @@ def _wrapped_list(value: dict) -> list | None:
     if len(lists) != 1 or is_chat(lists[0]) or not lists[0]:
         return None
     return lists[0] if all(isinstance(r, dict) or is_chat(r) for r in lists[0]) else None
+
+
+def _records_of_object(value: dict) -> list | None:
+    """Return the records of an object that holds them by column, as pandas and `datasets` write a
+    table, or by name.
+    """
+    parts = [*value.values()]
+    if choose_columns(tuple(value)):
+        is_indexed = all(isinstance(c, dict) and all(map(str.isdigit, c)) for c in parts)
+        columns = [[*column.values()] for column in parts] if is_indexed else parts
+        is_table = all(isinstance(c, list) and not is_chat(c) for c in columns)
+        if is_table and len({*map(len, columns)}) == 1 and len(columns[0]) > 1:
+            return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+        return None
+    is_named = len(parts) > 1 and all(isinstance(part, dict) for part in parts)
+    is_alike = is_named and len({frozenset(part) for part in parts}) == 1
+    return parts if is_alike and choose_columns(tuple(parts[0])) else None
 
 
 # -------------------------------------------------------------------------------- tables and text

@@ -246,6 +246,17 @@ ODD_JSON = {
     '{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}': [{"text": "a"}, {"text": "b"}],
     '{"text":\n"a"}\n{"text": "b"}': [{"text": "a"}, {"text": "b"}],
     '{"a": {"text": "b"}}': [{"a": {"text": "b"}}],
+    '{"a": {"text": "b"}, "c": {"text": "b", "d": 1}}': [
+        {"a": {"text": "b"}, "c": {"text": "b", "d": "1"}},
+    ],
+    '{"prompt": {"role": "a", "content": "b"}, "completion": {"role": "c", "content": "d"}}': [
+        {"prompt": {"role": "a", "content": "b"}, "completion": {"role": "c", "content": "d"}},
+    ],
+    '{"prompt": ["a", "b"], "completion": ["c"]}': [{"prompt": ["a", "b"], "completion": ["c"]}],
+    '{"prompt": ["a", "b"], "completion": "c"}': [{"prompt": ["a", "b"], "completion": "c"}],
+    '{"messages": [{"role": "a", "content": "b"}, {"role": "c", "content": "d"}]}': [
+        {"messages": [{"role": "a", "content": "b"}, {"role": "c", "content": "d"}]},
+    ],
     '\n[\n{"text": 1.50},\n{"text": "a"}]': [{"text": "1.50"}, {"text": "a"}],
     '{"text": "a"}\n{"text": "b", "c": null}\nnot': [
         {"text": "a"}, {"text": "b", "c": None}, "not JSON",

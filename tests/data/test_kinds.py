@@ -61,6 +61,15 @@ KINDS = {  # file: its content, and what its training bytes must and must not ho
     "wrapped.json": (json.dumps({"version": "1", "data": rows(asked)}), excerpt(3), None),
     "wrapped.jsonl": (json.dumps({"data": rows(asked)}), excerpt(3), None),
     "wrapped, then blank.json": (json.dumps({"data": rows(asked)}) + "\n\n", excerpt(3), None),
+    "columns.json": (
+        json.dumps({name: [row[name] for row in rows(asked)] for name in asked(0)}), excerpt(3),
+        None,
+    ),
+    "columns by row.json": (
+        json.dumps({n: {str(i): row[n] for i, row in enumerate(rows(asked))} for n in asked(0)}),
+        excerpt(3), None,
+    ),
+    "records by name.json": (json.dumps({f"r{i}": asked(i) for i in range(N)}), excerpt(3), None),
     "array.jsonl": (json.dumps(rows(asked), indent=2), excerpt(3), None),
     "array in a line.jsonl": (json.dumps(rows(asked)), excerpt(3), None),
     "array of lines.jsonl": (
