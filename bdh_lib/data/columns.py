@@ -142,7 +142,7 @@ def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
     """Return what the columns by field hold, or None where no field has one."""
     messages, has_fields = value.get("messages"), value.keys() & {"instruction", "response"}
     if isinstance(messages, list):
-        return _parse_chat_columns(value, column, ("messages",), _alternate(messages))
+        return _parse_messages(value, column, _alternate(messages))
     if messages is not None and not has_fields:
         name = column["messages"]
         problem = Problem(f"{name} is {type(messages).__name__}, not a list of turns or its JSON")
@@ -152,6 +152,16 @@ def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
     if value.keys() & SPEAKERS.keys():
         return _parse_fields(value, column)
     return _parse_text(value["text"], column["text"]) if "text" in value else None
+
+
+def _parse_messages(value: dict, column: dict[str, str], turns: list) -> Parsed:
+    """Return a chat; where a question ends it, the response may stand in a column of its own."""
+    response = value.get("response")
+    is_open = is_chat(turns) and FIELD_OF.get(_role(turns[-1])) == "instruction"
+    if not is_open or response is None or response in ("", []):
+        return _parse_chat_columns(value, column, ("messages",), turns)
+    turns = _turns_of(turns, [response] if isinstance(response, dict) else response)
+    return _parse_chat_columns(value, column, ("messages", "response"), turns)
 
 
 def _without_bad_response(parsed: Parsed, value: dict, column: dict[str, str]) -> Parsed:

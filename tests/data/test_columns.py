@@ -122,6 +122,19 @@ RECORDS = {
         {"prompt": "[" * 100_000, "completion": "{a}"},
         [("instruction", "[" * 100_000), ("response", "{a}")],
     ),
+    "LLaMA-Factory, preferences": (
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        [INSTRUCTION, RESPONSE],
+    ),
+    "a question in turns and a text": (chat(("user", "q"), answer="a"), [INSTRUCTION, RESPONSE]),
+    "a whole chat and a text": (
+        chat(("user", "q"), ("assistant", "a"), answer="b"),
+        [INSTRUCTION, RESPONSE],
+    ),
     "LIMA": (
         {"conversations": ["q", "a", "and?"], "source": "x"},
         [INSTRUCTION, RESPONSE, ("instruction", "and?")],
@@ -193,6 +206,14 @@ def test_columns_that_are_not_read_are_named_with_their_bytes():
     assert unused == {"solution": 2, "score": 3, "tags": 5}
 
 
+def test_a_response_beside_a_chat_is_read_or_named():
+    for turns, names in (([("user", "q")], ()), ([("user", "q"), ("assistant", "a")], ("answer",))):
+        record = chat(*turns, answer="b")
+        assert (*columns.unused_values(record, columns.parse_record(record)),) == names
+    empty = columns.parse_record(chat(("user", "q"), answer=""))
+    assert empty.turns == [INSTRUCTION] and not empty.left_out
+
+
 def test_values_of_an_object_are_columns():
     record = {"translation": {"en": "q", "fr": "a", "de": "z"}, "meta": {"n": 5}}
     chosen = "instruction=translation.en,response=translation.fr"
@@ -243,7 +264,8 @@ def test_keys_of_turns_that_are_not_read_are_named_with_their_bytes():
         ),
         ("system=Persona, context=", [("system", "s"), ("instruction", "q"), ("response", "a")]),
         ("response=passage", [("instruction", "q"), ("response", "c")]),
-        ("messages=turns", [("instruction", "x")]),
+        ("messages=turns", [("instruction", "x"), ("response", "a")]),
+        ("messages=turns,response=", [("instruction", "x")]),
         ("text=persona,instruction=,response=", [("text", "s")]),
     ],
 )
