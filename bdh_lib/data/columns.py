@@ -35,6 +35,7 @@ SPEAKERS = {  # the roles of a chat by field, in small letters
 }
 FIELD_OF = {role: field for field, roles in SPEAKERS.items() for role in roles}
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles that are left out
+EMPTY = ("", [], {})
 ROLE, CONTENT, CALLS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
 MARKS = ("weight", "train", "trainable", "loss")  # of a turn: 0 or false for one not to train on
 ROLES, CONTENTS = (*ROLE, "sender", "speaker"), (*CONTENT, "text", "parts")  # the first one counts
@@ -141,7 +142,7 @@ def _parse_only_chat(record: dict, columns: str | None) -> Parsed | None:
 def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
     """Return what the columns by field hold, or None where no field has one."""
     messages, has_fields = value.get("messages"), value.keys() & {"instruction", "response"}
-    if isinstance(messages, list):
+    if isinstance(messages, list) and (messages or not has_fields):
         return _parse_messages(value, column, _alternate(messages))
     if messages is not None and not has_fields:
         name = column["messages"]
@@ -158,7 +159,7 @@ def _parse_messages(value: dict, column: dict[str, str], turns: list) -> Parsed:
     """Return a chat; where a question ends it, the response may stand in a column of its own."""
     response = value.get("response")
     is_open = is_chat(turns) and FIELD_OF.get(_role(turns[-1])) == "instruction"
-    if not is_open or response is None or response in ("", []):
+    if not is_open or response is None or response in EMPTY:
         return _parse_chat_columns(value, column, ("messages",), turns)
     turns = _turns_of(turns, [response] if isinstance(response, dict) else response)
     return _parse_chat_columns(value, column, ("messages", "response"), turns)
@@ -180,7 +181,9 @@ def _columns_of(record: dict, columns: str | None) -> dict[str, str]:
     """Return the column of each field. A column that is null or empty counts where no other does:
     tables give every record all columns.
     """
-    filled = tuple(name for name, value in record.items() if value is not None and value != "")
+    filled = tuple(
+        name for name, value in record.items() if value is not None and value not in EMPTY
+    )
     column = dict(choose_columns(filled, columns))
     if len(filled) < len(record) and not column.keys() & {"messages", "text"}:
         others = choose_columns(tuple(record), columns).items()
@@ -438,7 +441,7 @@ def _columns_or_parts(record: dict, parsed: Parsed) -> Iterator[tuple[str, objec
 
 def _size(value) -> int:
     """Return the bytes of a value, which is JSON where it is no text; 0 where nothing is there."""
-    if value is None or value in ("", [], {}):
+    if value is None or value in EMPTY:
         return 0
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return len(text.encode(errors="surrogatepass"))

@@ -165,6 +165,10 @@ RECORDS = {
         },
         [INSTRUCTION, RESPONSE],
     ),
+    "an empty list of turns": (
+        {"messages": [], "instruction": "q", "answers": [], "output": "a"},
+        [INSTRUCTION, RESPONSE],
+    ),
     "only chat, of another name": (
         {"id": 1, "dialogue": [{"role": "user", "content": "q"}], "tools": [{"name": "t"}]},
         [INSTRUCTION],
