@@ -25,6 +25,7 @@ ALIASES = {  # names of columns by what they hold, in small letters; the first o
     ),
     "context": ("context", "input", "passage"),  # appended to the instruction
     "history": ("history",),  # pairs of a question and a reply before the instruction
+    "choices": ("choices", "options"),  # a response that is the number of one is none
     "text": ("text",),
     "label": ("label", "kto_tag"),  # false: the response is an example of a bad one
 }
@@ -45,6 +46,10 @@ NO_QUESTION = "reply without a question before it"
 MARKED = "reply that is marked as not to train on"
 BAD_RESPONSE = "{} is false, for a bad response (to train on it all the same: --columns label=)"
 ANSWERS = re.compile(r"\{['\"](text|answer_start)['\"]: *(\[|array\()")  # SQuAD's, in a CSV
+ONE_OF_CHOICES = (
+    "response is the number or letter of one of {} (to train on it all the same: "
+    "--columns choices=)"
+)
 FURTHER_ANSWER = "answers beside the first one of a record"
 
 
@@ -209,6 +214,8 @@ def _parse_fields(value: dict, column: dict[str, str]) -> Parsed:
         text["response"], has_more = _first_answer(text["response"])
         left_out += [FURTHER_ANSWER] * has_more
     problems = {field: find_problem(field, text[field]) for field in SPEAKERS if field in text}
+    if _is_choice(text.get("response"), value.get("choices")):
+        problems["response"] = Problem(ONE_OF_CHOICES.format(column["choices"]))
     if isinstance(text.get("response"), str) and ANSWERS.match(text["response"]):
         problems["response"] = Problem("response is a record of answers as text, not an answer")
     if "instruction" in text and "context" in text:
@@ -221,6 +228,13 @@ def _parse_fields(value: dict, column: dict[str, str]) -> Parsed:
     order = ("system", "history", "instruction", "context", "response")
     names = [column[f] for f in order if f in text and (f != "context" or "instruction" in text)]
     return Parsed("fields", "/".join(names), tuple(names), turns, problems, left_out)
+
+
+def _is_choice(response, choices) -> bool:
+    """Tell whether a response only points at one of the choices beside it, as 3 or B do."""
+    is_short = isinstance(response, str) and len(response.strip()) == 1
+    are_several = isinstance(choices, (list, dict)) or str(choices)[:1] in ("[", "{")
+    return is_short and are_several and not (isinstance(choices, list) and response in choices)
 
 
 def _parse_history(value) -> list[tuple[str, str]]:
