@@ -238,8 +238,8 @@ def _is_document(start: list[str], is_lines: bool) -> bool:
 
 
 def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str]:
-    """Yield the records of JSON values, one after the other; a single object may wrap them in a
-    list.
+    """Yield the records of JSON values, one after the other or by commas; a single object may wrap
+    them in a list.
 
     Raises ValueError.
     """
@@ -255,7 +255,7 @@ def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str
         except RecursionError:
             raise ValueError("its brackets are nested too deep") from None
         values.append(value)
-        while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        while text[at : at + 1] in (" ", "\t", "\r", "\n", ","):
             at += 1
     if len(values) == 1 and isinstance(values[0], dict):
         values = _wrapped_list(values[0]) or _records_of_object(values[0]) or values

@@ -70,6 +70,8 @@ KINDS = {  # file: its content, and what its training bytes must and must not ho
         excerpt(3), None,
     ),
     "records by name.json": (json.dumps({f"r{i}": asked(i) for i in range(N)}), excerpt(3), None),
+    "commas.jsonl": ("".join(json.dumps(r) + ",\n" for r in rows(asked)), excerpt(3), None),
+    "commas.json": (",\n".join(map(json.dumps, rows(asked))), excerpt(3), None),
     "array.jsonl": (json.dumps(rows(asked), indent=2), excerpt(3), None),
     "array in a line.jsonl": (json.dumps(rows(asked)), excerpt(3), None),
     "array of lines.jsonl": (
