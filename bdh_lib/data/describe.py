@@ -56,6 +56,8 @@ def cannot_serve(report: dict) -> str:
         pairs = ",".join(f"{field}=COLUMN" for field in lacking or needed_fields(mode))
         line += f"Where one of the columns {', '.join(unused)} holds it: --columns {pairs}"
         line += ". " if fields else ", or messages=COLUMN for turns, text=COLUMN for plain text. "
+        if not fields and any(kind in report["dataset"].lower() for kind in (".csv", ".tsv")):
+            line += "If its first line is a record, put the names of the columns before it. "
     return f"{line}Modes that would work: {', '.join(works) or 'none'}"
 
 

@@ -41,7 +41,7 @@ SIGNATURES = {  # how files start that are not what their name says, and what to
 NOT_UTF8, NOT_JSON, NOT_AN_OBJECT = "not valid UTF-8", "not JSON", "not a JSON object"
 # The hook does nothing; as Python code it lets a heartbeat and Ctrl-C in while C reads a document.
 DECODER = json.JSONDecoder(parse_int=str, parse_float=str, object_hook=lambda value: value)
-DELIMITERS = ",;\t"
+DELIMITERS = ",;\t|"
 LARGEST_ROW = 64_000_000  # characters of a row of a table that takes several lines
 
 
@@ -294,19 +294,23 @@ def _records_of_object(value: dict) -> list | None:
 def _parse_csv(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | str]:
     """Read the rows of a table with a header, all values text; a bad row costs itself alone.
 
-    The delimiter is the one of DELIMITERS that cuts the header into most columns. Raises csv.Error.
+    The delimiter is the one of DELIMITERS that cuts the header into most columns; a space that
+    follows it everywhere in the header is part of it. Raises csv.Error.
     """
     csv.field_size_limit(2**31 - 1)
     lines = dropwhile(_is_blank, lines)
     first = next(lines, "")
-    delimiter = max(DELIMITERS, key=lambda d: len(next(csv.reader([first], delimiter=d), [])))
-    rows = _csv_rows(chain([first], lines), delimiter)
+    headers = {d: next(csv.reader([first], delimiter=d), []) for d in DELIMITERS}
+    delimiter = max(DELIMITERS, key=lambda d: len(headers[d]))
+    others = headers[delimiter][1:]
+    is_spaced = bool(others) and all(name[:1] == " " for name in others)
+    rows = _csv_rows(chain([first], lines), delimiter=delimiter, skipinitialspace=is_spaced)
     columns = next(rows, [])
     if isinstance(columns, str):
         raise csv.Error(f"its header: {columns}")
     if not encoding.is_valid("".join(columns)):
         raise csv.Error("its first line is not valid UTF-8; save it as UTF-8")
-    columns = _unique(columns)
+    columns = _unique([name or f"column {i}" for i, name in enumerate(columns, 1)])
     for row in rows:
         if isinstance(row, str):
             yield row
@@ -326,7 +330,7 @@ def _unique(columns: list[str]) -> list[str]:
     ]
 
 
-def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[list[str] | str]:
+def _csv_rows(lines: Iterator[str], **dialect) -> Iterator[list[str] | str]:
     """Yield the values of each row; a str in place of one with a wrong quote.
 
     A quote that does not end would take the rows after it: they are read again, and no row takes
@@ -343,7 +347,7 @@ def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[list[str] | str]
                 raise csv.Error(f"it does not end within {LARGEST_ROW:,} characters")
             yield line
 
-    reader = csv.reader(feed(), delimiter=delimiter, strict=True)
+    reader = csv.reader(feed(), strict=True, **dialect)
     while True:
         row.clear()
         try:
@@ -353,7 +357,7 @@ def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[list[str] | str]
         except csv.Error as error:
             yield f"row with a wrong quote ({error})"
             again.extendleft(reversed(row[1:]))
-            reader = csv.reader(feed(), delimiter=delimiter, strict=True)
+            reader = csv.reader(feed(), strict=True, **dialect)
 
 
 def _parse_paragraphs(lines: Iterable[str], encoding: Encoding) -> Iterator[dict | str]:

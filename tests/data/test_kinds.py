@@ -94,6 +94,11 @@ KINDS = {  # file: its content, and what its training bytes must and must not ho
         ":\n1.50e3\n", None,
     ),
     "semicolon.csv": (table(";"), "a, 3\n---", None),
+    "bar.csv": (table("|"), "a, 3\n---", None),
+    "spaces.csv": (
+        "instruction, response\n" + "".join(f'"ask {i}", "a, {i}"\n' for i in range(N)),
+        "ask 3\n\n### Response:\na, 3\n---", None,
+    ),
     "tab.csv": (table("\t"), "a, 3\n---", None),
     "tab.tsv": (table("\t"), "a, 3\n---", None),
     "capitals.csv": (table(",", ("Instruction", "RESPONSE")), "a, 3\n---", None),
@@ -496,6 +501,29 @@ def test_a_quote_that_never_ends_costs_its_row_and_a_bounded_memory(tmp_path, mo
         bad, *good = sources.read_records(str(tmp_path / "d.csv"))
         assert bad.startswith("row with a wrong quote")
         assert good == [{"instruction": f"q{i}", "response": f"r{i}"} for i in range(300)]
+
+
+def test_a_space_after_a_delimiter_is_text_unless_the_header_has_it(tmp_path):
+    for content, record in (
+        ("text\n  a\n", {"text": "  a"}),
+        ("question,answer\na, b\n", {"question": "a", "answer": " b"}),
+        ("question, answer\na, b\n", {"question": "a", "answer": "b"}),
+    ):
+        (tmp_path / "d.csv").write_text(content)
+        assert [*sources.read_records(str(tmp_path / "d.csv"))] == [record]
+
+
+def test_a_column_without_a_name_is_named_by_its_place(tmp_path):
+    lines = [",instruction,response", *(f"{i},ask {i},reply {i}" for i in range(N))]
+    (tmp_path / "d.csv").write_text("\n".join(lines))
+    report, text = prepared(tmp_path / "d.csv", tmp_path / "cache")
+    assert [*report["unused"]] == ["column 1"] and excerpt(3) in text
+
+
+def test_a_table_without_names_of_columns_is_asked_for_them(tmp_path):
+    (tmp_path / "d.csv").write_text("".join(f"ask {i},reply {i}\n" for i in range(N)))
+    with pytest.raises(UserError, match="first line is a record, put the names of the columns bef"):
+        prepared(tmp_path / "d.csv", tmp_path / "cache")
 
 
 def test_a_header_is_read_as_the_rows_are(tmp_path):
