@@ -35,6 +35,10 @@ from bdh_lib.training.schedule import blocks_per_update, schedule_summary, total
 from bdh_lib.training.signals import default_signals
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
+TOKENS = re.compile(  # special tokens of other models' chats, and places of what is no text
+    r"<\|(im_start|im_end|endoftext|eot_id|start_header_id|user|assistant|system)\|>"
+    r"|\[/?INST\]|<</?SYS>>|</?s>|<(start|end)_of_turn>|<(image|audio|video)>"
+)
 UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
     rb"[\xc2-\xc5][\x80-\xbf]|\xe2[\x80-\xbf]{2}|\xf0[\x90-\xbf][\x80-\xbf]{2}"
 )
@@ -122,6 +126,8 @@ def _note(findings: Findings, structure: str, pieces: Turns, s: SimpleNamespace)
     for name, value in fields.items():
         if header := HEADER.search(value):
             findings.odd[f"`{header[0]}` inside {name}"] += 1
+        if token := TOKENS.search(value):
+            findings.odd[f"`{token[0]}`, a special token of another model, inside {name}"] += 1
         if name == "response" and STOP in value:
             findings.odd["the end mark `---` inside response"] += 1
         if wrong := mojibake(value):

@@ -86,6 +86,15 @@ def test_a_character_lost_before_is_found_where_it_stands_as_it_is(tmp_path, cap
     assert "skipped" not in out
 
 
+@pytest.mark.parametrize("token", ["<|im_start|>", "[INST]", "</s>", "<<SYS>>", "<image>"])
+def test_special_tokens_of_other_models_are_counted(tmp_path, capsys, token):
+    records = [record(i) for i in range(20)] + [record(20, response=f"a {token} b")]
+    records += [record(21, response="<s3> [inst] <|x <images> a<b|>")]
+    out = plan_output(tmp_path, capsys, records)
+    assert f"1 of 22 records: `{token}`, a special token of another model, inside response" in out
+    assert out.count("special token") == 1
+
+
 def test_sound_text_is_not_called_mojibake():
     for text in ("naïve café — “quotes” … €5", "你好 世界", "привет, мир", "São é»ß ÀÖ", "✓ 👍🏽"):
         assert plan.mojibake(text) is None, text
