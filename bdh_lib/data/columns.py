@@ -36,7 +36,6 @@ SPEAKERS = {  # the roles of a chat by field, in small letters
 }
 FIELD_OF = {role: field for field, roles in SPEAKERS.items() for role in roles}
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles that are left out
-EMPTY = ("", [], {})
 ROLE, CONTENT, CALLS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
 MARKS = ("weight", "train", "trainable", "loss")  # of a turn: 0 or false for one not to train on
 ROLES, CONTENTS = (*ROLE, "sender", "speaker"), (*CONTENT, "text", "parts")  # the first one counts
@@ -164,7 +163,7 @@ def _parse_messages(value: dict, column: dict[str, str], turns: list) -> Parsed:
     """Return a chat; where a question ends it, the response may stand in a column of its own."""
     response = value.get("response")
     is_open = is_chat(turns) and FIELD_OF.get(_role(turns[-1])) == "instruction"
-    if not is_open or response is None or response in EMPTY:
+    if not is_open or _is_absent(response):
         return _parse_chat_columns(value, column, ("messages",), turns)
     turns = _turns_of(turns, [response] if isinstance(response, dict) else response)
     return _parse_chat_columns(value, column, ("messages", "response"), turns)
@@ -186,14 +185,16 @@ def _columns_of(record: dict, columns: str | None) -> dict[str, str]:
     """Return the column of each field. A column that is null or empty counts where no other does:
     tables give every record all columns.
     """
-    filled = tuple(
-        name for name, value in record.items() if value is not None and value not in EMPTY
-    )
+    filled = tuple(name for name, value in record.items() if not _is_absent(value))
     column = dict(choose_columns(filled, columns))
     if len(filled) < len(record) and not column.keys() & {"messages", "text"}:
         others = choose_columns(tuple(record), columns).items()
         column |= {f: name for f, name in others if f not in column and name not in column.values()}
     return column
+
+
+def _is_absent(value) -> bool:
+    return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
 def _type_name(value) -> str:
@@ -455,7 +456,7 @@ def _columns_or_parts(record: dict, parsed: Parsed) -> Iterator[tuple[str, objec
 
 def _size(value) -> int:
     """Return the bytes of a value, which is JSON where it is no text; 0 where nothing is there."""
-    if value is None or value in EMPTY:
+    if _is_absent(value):
         return 0
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return len(text.encode(errors="surrogatepass"))

@@ -3,6 +3,7 @@
 import decimal
 import json
 
+import numpy as np
 import pytest
 
 from bdh_lib.data import columns
@@ -264,6 +265,13 @@ def test_a_history_that_is_not_read_is_named():
         assert [*columns.unused_values(record, columns.parse_record(record))] == ["history"]
     record = {"output": "a", "history": [["1", "2"]]}
     assert [*columns.unused_values(record, columns.parse_record(record))] == ["history"]
+
+
+def test_a_value_of_any_type_may_stand_beside_the_text():
+    record = {"prompt": "q", "completion": "a", "pixels": np.array([1, 2]), "none": None}
+    parsed = columns.parse_record(record)
+    assert parsed.turns == [INSTRUCTION, RESPONSE]
+    assert [*columns.unused_values(record, parsed)] == ["pixels"]
 
 
 def test_keys_of_turns_that_are_not_read_are_named_with_their_bytes():
