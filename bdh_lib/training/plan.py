@@ -128,6 +128,8 @@ def _note(findings: Findings, structure: str, pieces: Turns, s: SimpleNamespace)
             findings.odd[f"`{header[0]}` inside {name}"] += 1
         if token := TOKENS.search(value):
             findings.odd[f"`{token[0]}`, a special token of another model, inside {name}"] += 1
+        if "\r" in value:
+            findings.odd[f"an end of line of Windows (\\r\\n), or \\r alone, inside {name}"] += 1
         if name == "response" and STOP in value:
             findings.odd["the end mark `---` inside response"] += 1
         if wrong := mojibake(value):

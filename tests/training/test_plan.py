@@ -86,6 +86,12 @@ def test_a_character_lost_before_is_found_where_it_stands_as_it_is(tmp_path, cap
     assert "skipped" not in out
 
 
+def test_ends_of_line_of_windows_are_counted(tmp_path, capsys):
+    records = [record(i) for i in range(20)] + [record(20, response="a\r\nb\r\nc")]
+    out = plan_output(tmp_path, capsys, records)
+    assert r"1 of 21 records: an end of line of Windows (\r\n), or \r alone, inside response" in out
+
+
 @pytest.mark.parametrize("token", ["<|im_start|>", "[INST]", "</s>", "<<SYS>>", "<image>"])
 def test_special_tokens_of_other_models_are_counted(tmp_path, capsys, token):
     records = [record(i) for i in range(20)] + [record(20, response=f"a {token} b")]
