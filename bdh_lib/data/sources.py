@@ -79,11 +79,6 @@ def find(dataset: str) -> list[Path] | None:
         if parsers.file_kind(path) not in FILE_KINDS:
             raise _unknown_ending(path)
         return [path]
-    if "://" in dataset:
-        raise UserError(
-            f"DATASET {dataset} is an address; give user/name for a data set on the hub, and "
-            "download any other file"
-        )
     no_name = "/" in dataset and not hub.NAME.fullmatch(dataset)
     if no_name or parsers.file_kind(path) in FILE_KINDS or dataset.startswith((".", "/", "~")):
         raise UserError(f"DATASET {path} does not exist (looked from {Path.cwd()})")

@@ -487,8 +487,14 @@ def hub(monkeypatch):
         ("my/data/missing", "does not exist"),
         ("missing/", "does not exist"),
         ("data/my records", "does not exist"),
-        ("https://hub.test/datasets/user/name", "is an address; give user/name for a data set on"),
-        ("hf://datasets/user/name/d.jsonl", "is an address; give user/name for a data set on"),
+        (
+            "https://hub.test/datasets/user/name",
+            "is a URL; download it and name the file, or name a data set",
+        ),
+        (
+            "hf://datasets/user/name/d.jsonl",
+            "is a URL; download it and name the file, or name a data set",
+        ),
         ("strange name?", "neither a file nor a hub name"),
         ("https://x.y/z", "DATASET https://x.y/z is a URL; download it"),
         ("hf://x/y", "DATASET hf://x/y is a URL; .* user/name"),
