@@ -28,13 +28,11 @@ import mlx.core as mx
 
 from bdh_lib import cli, runs
 from bdh_lib.compute.memory import compute_for, limit_cache
-from bdh_lib.compute.state import WINDOW as STATE_WINDOW
 from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
 from bdh_lib.errors import UserError, escape_controls
-from bdh_lib.files import expand_user
-from bdh_lib.flags import Parser, flag_of
 from bdh_lib.generation import chat, export, states, trace
+from bdh_lib.generation.arguments import parse_args
 from bdh_lib.generation.decoding import (
     StopMatcher,
     Terminal,
@@ -46,7 +44,6 @@ from bdh_lib.generation.decoding import (
     stream,
 )
 from bdh_lib.generation.jobs import (
-    MAX_TEXTS,
     Decoding,
     complete_jobs,
     read_jobs,
@@ -55,148 +52,10 @@ from bdh_lib.generation.jobs import (
     source_digest,
     write_results,
 )
-from bdh_lib.generation.sampling import LIMITS, WINDOW, Sampling
-from bdh_lib.rules import check, whole
+from bdh_lib.generation.sampling import Sampling
 from bdh_lib.training import evaluation
 
-PROMPTS = """a prompt in each line: {"prompt": text}, read as it is, or a record, in the format of
-the mode"""
-STOP = r"""end before this text, \n in it a line break; may be repeated (in mode full a line ---, or
-the next question)"""
-LOAD = (
-    "go on from a saved state, with a --prompt of a byte or more: an empty one starts a new record"
-)
 LONG_PROMPT = 1000  # bytes of a prompt that the default model reads in seconds on a CPU
-DTYPES = ("bfloat16", "float32")
-PENALTY = f"above 1: fewer of the bytes in the last {WINDOW}; letters recur, so keep it near 1 (1)"
-
-EXCLUSIVE_JOBS = {
-    "evaluate": ["mode", "dtype", "columns"],
-    "trace": ["out"],
-    "export": [],
-}  # their flags
-NUMBERS = LIMITS | {  # of each flag that takes one
-    "max_new_tokens": whole(1, 10**12),
-    "samples": whole(1, MAX_TEXTS),
-    "batch_size": whole(1, 65536),
-    "window": STATE_WINDOW,
-    "seed": whole(0, 2**64 - 1),
-}
-PATHS = ("model", "prompt_file", "prompts", "export", "load_state", "save_state", "out")
-TEXTS = ("evaluate", "trace", "stop")  # an empty --prompt begins a record
-COLUMNS = "which column of --prompts or --evaluate is what, as COLUMNS of train_mlx.py"
-OUT = "file for the texts of --prompts (stdout); name of the picture and JSON of --trace (trace)"
-TRACE = "no text but what fires on TEXT (@FILE: on its lines); several times: what tells them apart"
-EXPORT = "no text but weights, config and a model card for others, in FOLDER"
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the command line. Raises UserError."""
-    parser = Parser(__doc__)
-
-    def group(title: str, exclusive: bool = False):
-        target = parser.add_argument_group(title)
-        target = target.add_mutually_exclusive_group() if exclusive else target
-        return lambda flag, text, **options: target.add_argument(flag, help=text, **options)
-
-    add = parser.add_argument
-    add("--version", action="version", version=cli.version())
-    add("model", help="run folder, checkpoint folder, .safetensors file or hf:USER/NAME")
-    add(
-        "--mode",
-        choices=formats.REQUIRED_FIELDS,
-        help="training mode (the one the checkpoint names)",
-    )
-
-    add = group(
-        "what to go on with (stdin where it is piped, a session on a terminal)", exclusive=True
-    )
-    add("--prompt", r"text, \n in it a line break; an empty one starts a new record")
-    add("--prompt-file", "a file's bytes", metavar="FILE")
-    add("--prompts", PROMPTS, metavar="JSONL")
-    add("--evaluate", "no text but the loss on a file or data set, by field", metavar="DATA")
-    add("--trace", TRACE, action="append", metavar="TEXT")
-    add("--export", EXPORT, metavar="FOLDER")
-
-    add = parser.add_argument
-    add("--columns", help=COLUMNS, metavar="FIELD=NAME,...")
-
-    add = group("what was read before it, and how much is remembered")
-    add("--load-state", LOAD, metavar="FILE.safetensors")
-    add("--window", "forget what is older than W bytes (all is remembered)", type=int, metavar="W")
-    add("--dtype", "of the products (bfloat16 on a GPU, else float32)", choices=DTYPES)
-
-    add = group("what ends a text", exclusive=True)
-    add("--stop", STOP, action="append", metavar="TEXT")
-    add("--no-stop", "end at --max-new-tokens alone", action="store_true")
-
-    add = group("what comes out")
-    budget = formats.MAX_NEW_TOKENS
-    add("--max-new-tokens", f"bytes at most ({budget})", type=int, default=budget, metavar="N")
-    add("--samples", "texts for each prompt (1)", type=int, default=1, metavar="N")
-    add("--batch-size", "texts written at once (8)", type=int, default=8, metavar="N")
-    add("--out", OUT, metavar="FILE")
-    add("--save-state", "keep what was read and written", metavar="FILE.safetensors")
-    add("--raw", "bytes as they are, also those unsafe on a terminal", action="store_true")
-
-    add = group("how a byte is drawn; these act in this order")
-    add("--utf8", "only bytes that continue valid UTF-8", action="store_true")
-    add("--repetition-penalty", PENALTY, type=float, default=1.0, metavar="X")
-    add("--temperature", "0: the likeliest byte (0.8)", type=float, default=0.8, metavar="X")
-    add("--top-k", "among the K likeliest bytes (all)", type=int, metavar="K")
-    add("--top-p", "among the fewest that hold a share P (all)", type=float, metavar="P")
-    add("--min-p", "at least P times as likely as the likeliest", type=float, metavar="P")
-    add("--seed", "same seed, same bytes, on one machine (random)", type=int)
-
-    args, typed = parse_typed(parser, argv)
-    for name, rule in NUMBERS.items():
-        if name in typed:
-            check(flag_name(name), typed[name], rule._replace(allow_none=False))
-    for name in PATHS:
-        if name in typed and not hub.is_model(typed[name]):
-            setattr(args, name, expand_user(typed[name], flag_name(name)))
-    for name in TEXTS:
-        texts = typed.get(name, [])
-        if "" in (texts if isinstance(texts, list) else [texts]):
-            raise UserError(f"{flag_name(name)} is empty; it must have at least one character")
-    check_flags(args, typed)
-    return args
-
-
-def parse_typed(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """Return the parsed arguments, and those that the user typed, even with a default's value."""
-    args = parser.parse_args(argv)
-    absent = {name: None for name in vars(args)}
-    typed = vars(parser.parse_args(argv, argparse.Namespace(**absent)))
-    return args, {name: value for name, value in typed.items() if value is not None}
-
-
-def flag_name(argument: str) -> str:
-    """Return an argument's name as it is typed: `model`, or a flag."""
-    return argument if argument == "model" else flag_of(argument)
-
-
-def check_flags(args: argparse.Namespace, typed: dict) -> None:
-    """Raise UserError if a flag has no effect with the others."""
-    for job in EXCLUSIVE_JOBS.keys() & typed:
-        effective = ("model", job, *EXCLUSIVE_JOBS[job])
-        if idle := ", ".join(flag_name(name) for name in typed if name not in effective):
-            raise UserError(f"{idle}: no effect beside --{job}; leave out what does not act")
-    several = args.prompts or args.samples > 1
-    if "batch_size" in typed and not several:
-        raise UserError("--batch-size: no effect on one text; give it with --prompts or --samples")
-    if args.save_state and several:
-        raise UserError("--save-state keeps the state of one text; leave out what makes several")
-    if args.out and not (args.prompts or args.trace):
-        raise UserError("--out is for the texts of --prompts and for --trace; give one of them")
-    if args.columns and not (args.prompts or args.evaluate):
-        raise UserError("--columns is for the records of --prompts and --evaluate; give one")
-    if args.raw and several:
-        raise UserError("--raw writes one text; leave out --prompts and --samples")
-    if args.temperature == 0:
-        names = ("top_k", "top_p", "min_p", "seed")
-        if idle := ", ".join(flag_name(name) for name in names if name in typed):
-            raise UserError(f"{idle}: no effect at --temperature 0, which takes the likeliest byte")
 
 
 def prompt_of(args: argparse.Namespace) -> bytes:
@@ -283,7 +142,7 @@ def initial_state(model, args: argparse.Namespace) -> State:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Raises UserError."""
-    args = parse_args(argv)
+    args = parse_args(argv, __doc__)
     cli.check_temporary_folder()
     limit_cache()
     if hub.is_model(str(args.model)):

@@ -13,13 +13,13 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 
 from bdh_lib.compute.layer import Compute, default_chunk, segments
 from bdh_lib.compute.rope import on_gpu
 from bdh_lib.errors import UserError
+from bdh_lib.flags import Settings
 
 MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, saved_activations
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
@@ -137,12 +137,12 @@ def estimate(config, B: int, T: int, compute: Compute) -> float:
     return peak * (1 if on_gpu() else CPU_AHEAD)
 
 
-def extra_state_bytes(s: SimpleNamespace) -> int:
+def extra_state_bytes(s: Settings) -> int:
     """Return the bytes of the EMA of the weights, of which an update needs two copies."""
     return 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0
 
 
-def select_mode(s: SimpleNamespace) -> tuple[str, Compute, float]:
+def select_mode(s: Settings) -> tuple[str, Compute, float]:
     """Select a memory mode: its name, its Compute, and its estimated peak in bytes.
 
     "auto" selects the fastest mode that fits. Raises UserError, with settings that fit, if none
@@ -176,7 +176,7 @@ def limit_cache() -> None:
         mx.set_cache_limit(CACHE_BYTES)
 
 
-def slow_note(s: SimpleNamespace) -> str:
+def slow_note(s: Settings) -> str:
     """Return a warning if a batch takes several seconds: a large model on a CPU."""
     work = s.BDH_CONFIG.n_parameters * s.BATCH_SIZE * s.BLOCK_SIZE
     if on_gpu() or work < 10**10:
@@ -196,7 +196,7 @@ def is_gpu_fault(error: RuntimeError) -> bool:
     return "[METAL] Command buffer execution failed" in str(error) and not is_exhausted(error)
 
 
-def oom_advice(s: SimpleNamespace, peak: float) -> str:
+def oom_advice(s: Settings, peak: float) -> str:
     """Say the estimated peak, the available memory and the nearest settings that fit."""
     fits, settings = [], set()
     B, T, config = s.BATCH_SIZE, s.BLOCK_SIZE, s.BDH_CONFIG
@@ -211,7 +211,7 @@ def oom_advice(s: SimpleNamespace, peak: float) -> str:
     for change, b, t, c in candidates:
         setting = change.split(" ")[0]
         if setting not in settings:
-            changed = SimpleNamespace(**vars(s) | {"BDH_CONFIG": c, "BATCH_SIZE": b})
+            changed = Settings(**vars(s) | {"BDH_CONFIG": c, "BATCH_SIZE": b})
             need = estimate(c, b, t, compute_for(c, "small", s.DTYPE)) + extra_state_bytes(changed)
             if need <= available():
                 settings.add(setting)

@@ -28,8 +28,8 @@ from bdh_lib.errors import UserError
 from bdh_lib.rules import check, whole
 
 WINDOW_PARTS = 4
-WINDOW = whole(WINDOW_PARTS, 2**40, allow_none=True)  # valid windows, bytes
-CPU_ROWS = 1024  # bytes * batch read at once, which bounds the memory
+WINDOW_RULE = whole(WINDOW_PARTS, 2**40, allow_none=True)  # valid windows, bytes
+CPU_PREFILL_ROWS = 1024  # bytes * batch read at once, which bounds the memory
 GPU_ROWS = {48e9: 32768, 0: 4096}  # by a card's own memory in bytes: more are faster (docs/log.md)
 MAX_BYTEWISE = 16  # bytes that a CPU reads one by one: its GEMM of few rows is slow
 Buffer = step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuffer
@@ -127,7 +127,7 @@ def check_state(model, state: State | None) -> None:
     if not isinstance(state, State):
         raise UserError(f"the state is of type {type(state).__name__}; it must be a State")
     check("position", state.position, whole(0, 2**62))
-    check("window", state.window, WINDOW)
+    check("window", state.window, WINDOW_RULE)
     H, D, N = model.encoder.shape
     expected, shapes_read = (model.config.n_layer, H, D, N), []
     for layers in (state.synapses, *state.parts):
@@ -167,7 +167,7 @@ def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
 
 def _rows(dtype: mx.Dtype) -> int:
     if not on_gpu():
-        return CPU_ROWS
+        return CPU_PREFILL_ROWS
     if dtype == mx.float32:
         return 512  # mx.fast.rope's error is 6e-8 per position
     memory = mx.device_info().get("total_memory", 0)  # CUDA's key: a Mac gains nothing from more

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from bdh_lib.data.split import ENDS, choose_validation, write_split
 from bdh_lib.data.texts import Texts, write_texts
 from bdh_lib.errors import UserError
 from bdh_lib.files import parse_json, sha256_file
+from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
 
 IN_VAL = "in_val.npy"  # in prepared data: of each text of the mode, whether it validates
@@ -47,7 +47,7 @@ class DataSettings(NamedTuple):
         return self._asdict() | rules
 
 
-def data_settings(s: SimpleNamespace, mode: str) -> DataSettings:
+def data_settings(s: Settings, mode: str) -> DataSettings:
     """Return what the data of a run depend on, in any mode."""
     return DataSettings(s.DATASET, mode, s.VAL_FRACTION, s.SEED, s.COLUMNS)
 

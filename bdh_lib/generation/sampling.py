@@ -14,7 +14,7 @@ import numpy as np
 from bdh_lib.errors import UserError
 from bdh_lib.rules import TEMPERATURE, TOP_K, check, number
 
-WINDOW = 256  # bytes that the repetition penalty covers
+PENALTY_WINDOW = 256  # bytes that the repetition penalty covers
 PAD = -1  # in `recent` and padded batches: no byte
 AT_ONCE = 64  # random numbers per row and call
 LIMITS = {
@@ -35,7 +35,7 @@ class Sampling:
     """
 
     utf8: bool = False  # only bytes that continue valid UTF-8
-    repetition_penalty: float = 1.0  # of bytes in the last WINDOW: logits > 0 by it, < 0 times it
+    repetition_penalty: float = 1.0  # of recent bytes: logits > 0 by it, < 0 times it
     temperature: float = 1.0  # divides the logits; 0: the likeliest byte
     top_k: int | None = None  # the k likeliest bytes
     top_p: float | None = None  # the fewest likeliest bytes that hold this share of probability
@@ -48,11 +48,11 @@ class Sampling:
             raise UserError(f"utf8 is {self.utf8!r}; it must be True or False")
 
     def recent(self, seen: np.ndarray) -> mx.array | None:
-        """Return the last bytes (B, WINDOW) of seen (B, T), padded; None if no filter uses them."""
+        """Return the last PENALTY_WINDOW bytes of seen (B, T), padded; None if unused."""
         if not self.utf8 and self.repetition_penalty == 1:
             return None
-        seen = seen[:, -WINDOW:]
-        padding = ((0, 0), (WINDOW - seen.shape[1], 0))
+        seen = seen[:, -PENALTY_WINDOW:]
+        padding = ((0, 0), (PENALTY_WINDOW - seen.shape[1], 0))
         return mx.array(np.pad(seen, padding, constant_values=PAD), mx.int32)
 
     def draw(self, logits: mx.array, recent: mx.array | None, u: mx.array) -> mx.array:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from bdh_lib.data.formats import FIELDS
+from bdh_lib.flags import Settings
 from bdh_lib.training.dataset import Split
 
 MIN_RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
@@ -58,7 +59,7 @@ def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.nd
 
 
 def advise(
-    history: list[dict], s: SimpleNamespace, total: int, baselines: tuple[float, float]
+    history: list[dict], s: Settings, total: int, baselines: tuple[float, float]
 ) -> dict[str, str]:
     """Return the advice by the name of its sign, for the evaluation that ends `history`
     (metrics.jsonl).
@@ -88,11 +89,11 @@ def advise(
     return {}
 
 
-def lower_rate(s: SimpleNamespace) -> str:
+def lower_rate(s: Settings) -> str:
     return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE / 3:.1g}"
 
 
-def higher_rate(s: SimpleNamespace) -> str:
+def higher_rate(s: Settings) -> str:
     return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * 3:.1g}"
 
 
@@ -109,7 +110,7 @@ def has_risen(run: SimpleNamespace, then: int) -> bool:
     return run.val[run.now] > (1 + MIN_RISE) * run.val[then]
 
 
-def overfitting(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+def overfitting(run: SimpleNamespace, s: Settings) -> str | None:
     if has_risen(run, run.best) and run.loss[run.now] < run.loss[run.best]:
         dropout = s.BDH_CONFIG.dropout
         return (
@@ -119,7 +120,7 @@ def overfitting(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
         )
 
 
-def too_high(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+def too_high(run: SimpleNamespace, s: Settings) -> str | None:
     lines, seen = run.lines[-1], []
     norms = [math.inf if m["grad_norm"] is None else m["grad_norm"] for m in lines]
     norm = float(np.median(norms))
@@ -138,7 +139,7 @@ def too_high(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
         return f"learning rate too high: {'; '.join(seen)}. Lower {lower_rate(s)}"
 
 
-def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+def stuck(run: SimpleNamespace, s: Settings) -> str | None:
     """Advise where the rest of the run at this pace would not leave noise, or gain a MIN_RISE."""
     if run.before < max(1, s.WARMUP_ITERS) or run.lines[-1][-1]["lr"] < s.LEARNING_RATE / 2:
         return None  # slow for another reason
@@ -154,7 +155,7 @@ def stuck(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
         )
 
 
-def not_coherent(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+def not_coherent(run: SimpleNamespace, s: Settings) -> str | None:
     if run.val[run.now] > NOISE_SHARE * run.order_0:
         bits, unigram = (nats / math.log(2) for nats in (run.val[run.now], run.order_0))
         end = "MAX_ITERS" if run.total == s.MAX_ITERS else "EPOCHS"
@@ -165,7 +166,7 @@ def not_coherent(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
         )
 
 
-def slow(run: SimpleNamespace, s: SimpleNamespace) -> str | None:
+def slow(run: SimpleNamespace, s: Settings) -> str | None:
     late = run.now >= max(LATE_FRACTION * run.total, 2 * s.WARMUP_ITERS)
     if late and s.LEARNING_RATE < REFERENCE_RATE and run.val[run.now] > run.order_1:
         bits, bigram = (nats / math.log(2) for nats in (run.val[run.now], run.order_1))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -25,6 +24,7 @@ from bdh_lib.data.formats import FIELDS, REQUIRED_FIELDS, STOP, Turns
 from bdh_lib.data.prepare import IN_VAL, data_settings, prepare
 from bdh_lib.data.texts import format_record
 from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
 from bdh_lib.tables import format_table
 from bdh_lib.training import phases
@@ -90,7 +90,7 @@ def mojibake(text: str) -> str | None:
     return None
 
 
-def examine(s: SimpleNamespace) -> Findings:
+def examine(s: Settings) -> Findings:
     """Read every record once more; note what is odd in it and which side of the split has it."""
     findings = Findings()
     folder = prepare(data_settings(s, s.TRAINING_MODE), Path(s.CHECKPOINT_DIR) / ".data")
@@ -109,7 +109,7 @@ def examine(s: SimpleNamespace) -> Findings:
     return findings
 
 
-def _note(findings: Findings, structure: str, pieces: Turns, s: SimpleNamespace) -> None:
+def _note(findings: Findings, structure: str, pieces: Turns, s: Settings) -> None:
     """Note one training text, in pieces by field, of the run's own mode."""
     values = {}
     for name, piece in pieces:
@@ -182,7 +182,7 @@ def modes(found: Findings) -> str:
     return format_table(rows, "  ")
 
 
-def peaks(s: SimpleNamespace) -> list[float]:
+def peaks(s: Settings) -> list[float]:
     """Return the estimated peak memory of a step in GB, for each setting of MEMORY_MODE."""
     shape = (s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE)
     computes = [memory.compute_for(s.BDH_CONFIG, name, s.DTYPE) for name in memory.MODES]
@@ -212,7 +212,7 @@ def presets(preset_names: Iterable[str], functions: Functions, sizes: dict[str, 
     return format_table(rows, "  ")
 
 
-def measure(functions: Functions, s: SimpleNamespace, train: Split, compute) -> tuple[float, float]:
+def measure(functions: Functions, s: Settings, train: Split, compute) -> tuple[float, float]:
     """Return the seconds of an update and of an evaluation's batch: the median of three after a
     first.
     """
@@ -241,7 +241,7 @@ def measure(functions: Functions, s: SimpleNamespace, train: Split, compute) -> 
     return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
 
 
-def print_plan(base: SimpleNamespace, preset_names: Iterable[str], functions: Functions) -> int:
+def print_plan(base: Settings, preset_names: Iterable[str], functions: Functions) -> int:
     """Print the plan, of each of PHASES in turn; 0. Raises UserError for unusable data."""
     for s in phases.chain(base):
         if s.PHASES:
@@ -251,7 +251,7 @@ def print_plan(base: SimpleNamespace, preset_names: Iterable[str], functions: Fu
     return 0
 
 
-def print_records(s: SimpleNamespace) -> dict[str, int]:
+def print_records(s: Settings) -> dict[str, int]:
     """Print what the records hold; gives the training bytes of each mode."""
     with heartbeat(f"examining DATASET {s.DATASET}"):
         findings = examine(s)
@@ -279,7 +279,7 @@ def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
     return dict.fromkeys(REQUIRED_FIELDS, len(stream))
 
 
-def print_run(s: SimpleNamespace, preset_names: Iterable[str], functions: Functions) -> None:
+def print_run(s: Settings, preset_names: Iterable[str], functions: Functions) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
     about, train, val = open_split(s)
     train_bytes = train.bytes

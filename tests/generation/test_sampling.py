@@ -80,7 +80,7 @@ def test_the_penalty_forgets_what_is_older_than_its_window_and_each_row_has_its_
         mx.array([[2.0, 1.9] + [0.0] * 6] * 2),
         Sampling(repetition_penalty=1.1, temperature=0),
     )
-    filler = [7] * (sampling.WINDOW - 1)
+    filler = [7] * (sampling.PENALTY_WINDOW - 1)
     past = s.recent(np.array([[0, *filler], [7, *filler]]))
     assert s.draw(logits, past, HALF).tolist() == [1, 0]
     past = append_token(past, mx.array([7, 7]))
