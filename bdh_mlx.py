@@ -125,7 +125,10 @@ class BDH(nn.Module):
         return read(self, check_prompt(self, idx), state)
 
     def quadratic(self, idx: mx.array, targets=None):
-        """Return what __call__ does, by the definition: the reference for all forms. No dropout."""
+        """Return what __call__ does, by the definition. No dropout.
+
+        It is the reference for the tests; training computes bdh_lib/compute/layer.py.
+        """
         v = ln(self.embed(idx))  # (B, T, D)
         for _ in range(self.config.n_layer):
             v = self.quadratic_layer(v)

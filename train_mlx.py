@@ -46,7 +46,7 @@ MAX_CONSECUTIVE_SKIPS: int = 10  # updates in a row that are not finite before t
 # Model, and how it is computed
 BDH_CONFIG = bdh_mlx.BDHConfig(n_layer=4, dropout=0.3)  # n_embd=256, n_head=4: 25.3M parameters
 DTYPE: str = "auto"  # of matrix products: "bfloat16", "float32"; auto: bfloat16 on a GPU
-MEMORY_MODE: str = "auto"  # "fast", "balanced" or "small", from fast to slow; auto: what fits
+MEMORY_MODE: str = "auto"  # activation checkpointing: "fast", "balanced", "small"; auto: what fits
 IGNORE_MEMORY_CHECK: bool = False  # start even if the estimate exceeds the available memory
 # Evaluation, log and checkpoints
 SEED: int = 1337  # of weights, split, data order, dropout and samples
@@ -74,7 +74,7 @@ ACTIONS = {
 
 # The settings above are the recipe that docs/log.md measures on 4 MB of records. Each preset is
 # flags: four for a Mac with 64 GB (phase 2 starts from the weights of phase 1), one for 16 GB,
-# `tiny` for a first look. What they do not name is as in the official code.
+# `tiny` for a first look. What a preset does not name is as in the lines above.
 OFFICIAL = (
     "--n-layer 6 --dropout 0.1 --weight-decay 0.1 --beta2 0.999 --ema-decay 0 "
     "--no-shuffle-records --eval-freq 250 "
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the settings say, one run or a chain of PHASES; the exit code. Raises UserError."""
     base, results = settings(argv), {}
     cli.check_temporary_folder()
-    for slip in flags.slips(sys.modules[__name__], RULES):
+    for slip in flags.find_typos(sys.modules[__name__], RULES):
         print(f"warning: {slip}", file=sys.stderr)
     if base.selfcheck:
         return selfcheck.run_checks(compile_steps, base.DTYPE)
@@ -544,7 +544,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
                 save(step)
             if world.is_main:
                 redraw(run)
-        if world.is_main:
+        if world.is_main and log.last_saved == step:
             checkpoints.prune(run, s.KEEP_CHECKPOINTS, log.best.get("step"))
         if last_step:
             break

@@ -15,18 +15,18 @@ INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as ot
 
 
 class Interrupts:
-    """The class says whether Ctrl-C ends a process that is deaf to it for INTERRUPT_TIMEOUT."""
+    """Whether Ctrl-C ends a process that does not answer it within INTERRUPT_TIMEOUT."""
 
     end_the_process = True
 
 
 class Output(io.TextIOWrapper):
-    """The stream remembers an `error` of writing to stdout or stderr: argparse swallows it.
+    """Standard output or error that keeps the `error` of a failed write: argparse swallows it.
 
-    Once it `endures`, a reader that is gone no longer matters; nobody needs to read stderr.
+    Once it `ignores_errors`, it writes to nowhere where its reader is gone.
     """
 
-    endures, error = False, None
+    ignores_errors, error = False, None
 
     def write(self, text: str) -> int:
         self._try(super().write, text)
@@ -39,7 +39,7 @@ class Output(io.TextIOWrapper):
         try:
             function(*args)
         except OSError as error:
-            if not self.endures:
+            if not self.ignores_errors:
                 self.error = error
                 raise
             redirect_to_devnull(self.fileno())
@@ -49,7 +49,7 @@ def ignore_closed_output() -> None:
     """Go on without output when its reader is gone: a training run must not end with a terminal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Output):  # not one of a test or a notebook
-            stream.endures = True
+            stream.ignores_errors = True
 
 
 def run(file: str):
@@ -93,7 +93,7 @@ def open_streams() -> None:
         encoding = stream.encoding if stream else "utf-8"
         options = {"encoding": encoding, "errors": "backslashreplace", "line_buffering": True}
         setattr(sys, name, Output(raw, **options))
-    sys.stderr.endures = True
+    sys.stderr.ignores_errors = True
 
 
 def import_script(file: str):
@@ -104,7 +104,7 @@ def import_script(file: str):
         return load_module(file)
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     module = load_module(file)
-    hear_interrupts()
+    install_interrupt_handler()
     return module
 
 
@@ -118,7 +118,7 @@ def load_module(file: str):
     return module
 
 
-def hear_interrupts() -> None:
+def install_interrupt_handler() -> None:
     """Raise KeyboardInterrupt at Ctrl-C; end the process if that takes over INTERRUPT_TIMEOUT.
 
     Python calls no handler before a call of MLX returns. Several signals in one call are one.

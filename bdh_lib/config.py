@@ -17,7 +17,7 @@ RULES = {
 
 
 class CheckedConfig:
-    """The base class checks a dataclass with the fields of RULES. Raises UserError."""
+    """Base class that checks a dataclass with the fields of RULES. Raises UserError."""
 
     def __new__(cls, *args, **values):  # runs before the dataclass __init__, which raises TypeError
         if len(args) > len(fields := cls.__dataclass_fields__):

@@ -74,7 +74,7 @@ def read_json_object(path: Path) -> dict:
 
 
 class NotWritten(UserError, OSError):
-    """The file cannot be written. It is an OSError, too, for those who clean up after one."""
+    """A file cannot be written. It is an OSError, too, for those who clean up after one."""
 
 
 def check_replaceable(path: Path, name: str) -> None:

@@ -27,7 +27,7 @@ SIMILARITY = 0.8  # share of two names that is the same where one is taken for a
 
 
 class Settings(SimpleNamespace):
-    """The namespace holds the settings of a run by their names."""
+    """The settings of a run by their names."""
 
 
 def parse(
@@ -136,7 +136,7 @@ def parse_value(name: str, value: str | bool, rule: Rule | None):
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser heads --help by a script's docstring; a mistake is one line, and exit code 2."""
+    """Heads --help by a script's docstring; a mistake is one line, and exit code 2."""
 
     def __init__(self, description: str):
         form = argparse.RawDescriptionHelpFormatter
@@ -218,10 +218,10 @@ def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
     return [target.id for target in nodes if isinstance(target, ast.Name)]
 
 
-# ------------------------------------------------------------------------------------------- slips
+# ------------------------------------------------------------------------------------------- typos
 
 
-def slips(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
+def find_typos(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
     """Warn in a line of each name at the top that may be a slip: like a setting's, or set twice."""
     source = Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
     lines, warnings = {}, []

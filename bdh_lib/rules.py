@@ -10,7 +10,7 @@ LARGEST = 2**31 - 1  # of a whole number: MLX's shapes are 32 bits
 
 
 class Rule(NamedTuple):
-    """A rule says which values a setting or an argument of a function can have."""
+    """Which values a setting or an argument of a function can have."""
 
     kind: type | None  # None: anything, and no flag
     allow_none: bool = False  # whether None is valid, which is `none` as a flag

@@ -261,12 +261,12 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
 )
 def test_a_name_that_may_be_a_slip_is_one_warning(tmp_path, block, output):
     trainer = copied(tmp_path, behind(block))
-    (slip,) = flags.slips(trainer, trainer.RULES)
+    (slip,) = flags.find_typos(trainer, trainer.RULES)
     assert re.fullmatch(output.replace("?", r"\?"), slip)
 
 
 def test_the_settings_as_they_stand_have_no_slip():
-    assert flags.slips(train_mlx, train_mlx.RULES) == []
+    assert flags.find_typos(train_mlx, train_mlx.RULES) == []
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_flags_without_an_effect_together_are_refused(args, output):
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     trainer = copied(tmp_path, lambda source: "\ufeff" + source)
     assert vars(trainer.settings([])) == vars(train_mlx.settings([]))
-    assert flags.slips(trainer, trainer.RULES) == []
+    assert flags.find_typos(trainer, trainer.RULES) == []
 
 
 def test_a_copy_of_the_trainer_runs_its_own_settings(tmp_path):

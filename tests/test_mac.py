@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import train_mlx
-from bdh_lib.compute import memory, rope, state
+from bdh_lib.compute import device, memory, rope, state
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_text_of_metal_is_exhausted_memory_or_not(text, is_out):
 def test_each_size_of_mac_gets_the_fastest_mode_that_it_holds(
     monkeypatch, working_set, preset, mode
 ):
-    for module in (memory, rope, state):
+    for module in (device, memory, rope, state):
         monkeypatch.setattr(module, "on_gpu", lambda: True)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(sys, "platform", "darwin")

@@ -28,7 +28,10 @@ MAX_SEGMENTS = 32  # mx.compile takes time cubic in their number: 17 s for 64, 2
 
 @dataclass(frozen=True)
 class Compute:
-    """The settings say how a layer is computed; none changes the function."""
+    """How a layer is computed, and what is kept for its gradient (activation checkpointing).
+
+    None of it changes the function.
+    """
 
     dtype: mx.Dtype = mx.float32  # of the GEMMs; sums, norms and states stay float32
     chunk: int = 128  # C: bytes whose scores are computed as a square

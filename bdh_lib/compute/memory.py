@@ -16,8 +16,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from bdh_lib.compute.device import on_gpu, on_metal
 from bdh_lib.compute.layer import Compute, default_chunk, segments
-from bdh_lib.compute.rope import on_gpu
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings
 
@@ -26,10 +26,6 @@ LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
 CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
 METAL_ROWS = 2048  # 34 GFLOP a product by default: macOS ends GPU work that delays its display
 CACHE_BYTES = 2 * 10**9  # of freed buffers that generation keeps on Metal
-
-
-def on_metal() -> bool:
-    return on_gpu() and mx.metal.is_available()
 
 
 def compute_for(config, memory: str, dtype: str) -> Compute:

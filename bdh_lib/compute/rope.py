@@ -1,19 +1,13 @@
 """Rotation of neurons, and of a state, by the position of their byte (RoPE)."""
 
-import os
 from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
 
-from bdh_lib.errors import UserError
+from bdh_lib.compute.device import on_gpu
 
 ROPE_BASE = 2.0**16  # longest wavelength of the rotation, in units of 2 pi bytes
-
-if device := os.environ.get("BDH_DEVICE"):
-    if device != "cpu":
-        raise UserError(f"BDH_DEVICE is {device!r}; set it to cpu, or unset it for the GPU")
-    mx.set_default_device(mx.cpu)
 
 
 @lru_cache(maxsize=2)
@@ -25,11 +19,6 @@ def _rope_table(T: int, N: int) -> mx.array:
 @mx.compile
 def _apply_rope(x, phases):
     return (x.view(mx.complex64) * phases).view(mx.float32)
-
-
-def on_gpu() -> bool:
-    """Tell whether MLX computes on a GPU; BDH_DEVICE=cpu in the environment keeps it from one."""
-    return mx.default_device() == mx.gpu
 
 
 def rotate(x: mx.array, position: int = 0, sign: int = 1) -> mx.array:

@@ -22,8 +22,9 @@ import mlx.core as mx
 import numpy as np
 
 from bdh_lib.compute import step_cpu, step_cuda, step_mlx
+from bdh_lib.compute.device import on_gpu
 from bdh_lib.compute.layer import forward_segment, ln
-from bdh_lib.compute.rope import on_gpu, rotate_state
+from bdh_lib.compute.rope import rotate_state
 from bdh_lib.errors import UserError
 from bdh_lib.rules import check, whole
 
@@ -36,7 +37,7 @@ Buffer = step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuff
 
 
 class State(NamedTuple):
-    """A state is what the model remembers. It is immutable, so it can be continued many times.
+    """What the model remembers. It is immutable, so it can be continued many times.
 
     State() is empty; State(window=W) remembers at most W bytes. A state of batch 1 can continue
     with any batch: the rows share its synapses until their own bytes are added.

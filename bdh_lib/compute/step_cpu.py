@@ -18,7 +18,7 @@ GATHER, GATHER_DY = 0.3, 0.15  # largest active fractions at which rows are gath
 
 
 class PendingBuffer(NamedTuple):
-    """The buffer holds the last `count` bytes, which are not in the synapses yet.
+    """The last `count` bytes, which are not in the synapses yet.
 
     States share the arrays. A state that holds all their bytes (`shared_length`) writes the next
     byte in place; any other copies the arrays first.
@@ -43,7 +43,7 @@ class PendingBuffer(NamedTuple):
 
 
 class DecodeStep:
-    """The step reads one byte, with the model's weights as NumPy arrays."""
+    """Reads one byte, with the model's weights as NumPy arrays."""
 
     def __init__(self, model):
         H, D, N = model.encoder.shape

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from bdh_lib.compute.device import on_gpu
 from bdh_lib.compute.layer import ln
-from bdh_lib.compute.rope import on_gpu, phase_increments
+from bdh_lib.compute.rope import phase_increments
 
 BUFFER_BYTES = 64  # a warp's lanes hold two scores each
 PAIRS, PAIRS_ONE = 32, 16  # of a warp at a time, at most; for B = 1 it also computes x
@@ -77,7 +78,7 @@ QUANTIZE = (
 
 
 class PendingBuffer(NamedTuple):
-    """The buffer holds the last `count` bytes, which are not in the synapses yet.
+    """The last `count` bytes, which are not in the synapses yet.
 
     States share the arrays. A state that holds all their bytes (`shared_length`) writes the next
     byte in place; any other copies them first. MLX's graph does not show the write, so later work
@@ -137,7 +138,7 @@ def _has_ampere() -> bool:
 
 
 class DecodeStep:
-    """The step reads one byte, with the model's weights as rows of neurons, (H, N, D)."""
+    """Reads one byte, with the model's weights as rows of neurons, (H, N, D)."""
 
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape

@@ -16,7 +16,7 @@ PARTS = 32  # of the neurons in `recall`, at most; a power of two
 
 
 class PendingBuffer(NamedTuple):
-    """The buffer holds the last `count` bytes, which are not in the synapses yet."""
+    """The last `count` bytes, which are not in the synapses yet."""
 
     count: int
     keys: tuple[mx.array, ...]  # per layer, rotated x: (H, B, BUFFER_BYTES, N)
@@ -36,7 +36,7 @@ class PendingBuffer(NamedTuple):
 
 
 class DecodeStep:
-    """The step reads one byte, with the model's weights in the dtype of the products."""
+    """Reads one byte, with the model's weights in the dtype of the products."""
 
     def __init__(self, model):
         self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape

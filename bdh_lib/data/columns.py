@@ -29,15 +29,20 @@ ALIASES = {  # names of columns by what they hold, in small letters; the first o
     "text": ("text",),
     "label": ("label", "kto_tag"),  # false: the response is an example of a bad one
 }
-SPEAKERS = {  # the roles of a chat by field, in small letters
+ROLES_BY_FIELD = {  # the roles of a chat by field, in small letters
     "system": ("system", "developer"),
     "instruction": ("user", "human", "prompter"),
     "response": ("assistant", "gpt", "chatgpt", "model", "bot", "ai"),
 }
-FIELD_OF = {role: field for field, roles in SPEAKERS.items() for role in roles}
+FIELD_OF = {role: field for field, roles in ROLES_BY_FIELD.items() for role in roles}
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles that are left out
 ROLE, CONTENT, CALLS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
-MARKS = ("weight", "train", "trainable", "loss")  # of a turn: 0 or false for one not to train on
+LOSS_MASK_KEYS = (
+    "weight",
+    "train",
+    "trainable",
+    "loss",
+)  # of a turn: 0 or false for one not to train on
 ROLES, CONTENTS = (*ROLE, "sender", "speaker"), (*CONTENT, "text", "parts")  # the first one counts
 UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
 TOOL_CALL, TOOL_ANSWER = "reply that only calls tools", "answer of a tool"
@@ -151,10 +156,10 @@ def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
     if messages is not None and not has_fields:
         name = column["messages"]
         problem = Problem(f"{name} is {type(messages).__name__}, not a list of turns or its JSON")
-        return Parsed("unknown", name, (name,), (), dict.fromkeys(SPEAKERS, problem))
+        return Parsed("unknown", name, (name,), (), dict.fromkeys(ROLES_BY_FIELD, problem))
     if (turns := _turns_of(value.get("instruction"), value.get("response"))) is not None:
         return _parse_chat_columns(value, column, ("instruction", "response"), turns)
-    if value.keys() & SPEAKERS.keys():
+    if value.keys() & ROLES_BY_FIELD.keys():
         return _parse_fields(value, column)
     return _parse_text(value["text"], column["text"]) if "text" in value else None
 
@@ -209,12 +214,16 @@ def _parse_text(value, column: str) -> Parsed:
 
 def _parse_fields(value: dict, column: dict[str, str]) -> Parsed:
     """Take each field from a column of its own; the context is appended to the instruction."""
-    text = {field: as_text(value[field]) for field in (*SPEAKERS, "context") if field in value}
+    text = {
+        field: as_text(value[field]) for field in (*ROLES_BY_FIELD, "context") if field in value
+    }
     left_out = []
     if "response" in text:
         text["response"], has_more = _first_answer(text["response"])
         left_out += [FURTHER_ANSWER] * has_more
-    problems = {field: find_problem(field, text[field]) for field in SPEAKERS if field in text}
+    problems = {
+        field: find_problem(field, text[field]) for field in ROLES_BY_FIELD if field in text
+    }
     if _is_choice(text.get("response"), value.get("choices")):
         problems["response"] = Problem(ONE_OF_CHOICES.format(column["choices"]))
     if isinstance(text.get("response"), str) and ANSWERS.match(text["response"]):
@@ -222,7 +231,7 @@ def _parse_fields(value: dict, column: dict[str, str]) -> Parsed:
     if "instruction" in text and "context" in text:
         text["instruction"], problems["instruction"] = _append_context(**text)
     problems = {field: problem for field, problem in problems.items() if problem}
-    turns = [(f, text[f]) for f in SPEAKERS if f in text and f not in problems]
+    turns = [(f, text[f]) for f in ROLES_BY_FIELD if f in text and f not in problems]
     if (history := _parse_history(value.get("history"))) and "instruction" in dict(turns):
         at = turns.index(("instruction", text["instruction"]))
         turns[at:at], text["history"] = history, history
@@ -400,7 +409,7 @@ def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
         return "", None, [TOOL_ANSWER if role != "function_call" else TOOL_CALL]
     if role not in FIELD_OF:
         return "", None, [UNKNOWN_ROLE]
-    if FIELD_OF[role] == "response" and any(_is_off(turn.get(key)) for key in MARKS):
+    if FIELD_OF[role] == "response" and any(_is_off(turn.get(key)) for key in LOSS_MASK_KEYS):
         return "", None, [MARKED]
     text, reasons = _join_parts(as_text(content))
     if problem := find_problem("turn", text):
@@ -441,7 +450,7 @@ def unused_values(record: dict | list, parsed: Parsed) -> Counter:
             sizes[name] += _size(value)
         elif parsed.kind == "chat" and isinstance(value := _as_turns(value), list):
             for turn in (turn for turn in value if isinstance(turn, dict)):
-                read = (_first_key(turn, ROLES), _first_key(turn, CONTENTS), *MARKS)
+                read = (_first_key(turn, ROLES), _first_key(turn, CONTENTS), *LOSS_MASK_KEYS)
                 for key in turn:
                     if key not in read:
                         sizes[f"{name}[].{key}"] += _size(turn[key])

@@ -1,6 +1,6 @@
 """What is told of a data set: its structure, what is left out, the split, and what has changed."""
 
-from bdh_lib.data.columns import ALIASES, SPEAKERS
+from bdh_lib.data.columns import ALIASES, ROLES_BY_FIELD
 from bdh_lib.data.formats import REQUIRED_FIELDS, needed_fields
 
 
@@ -29,7 +29,7 @@ def _other_columns(report: dict) -> list[str]:
     read = {name.strip().lower() for names in report["structures"] for name in names.split("/")}
     lines = []
     for name in report.get("unused", {}):
-        fields = [f for f in ("context", *SPEAKERS) if name.strip().lower() in ALIASES[f]]
+        fields = [f for f in ("context", *ROLES_BY_FIELD) if name.strip().lower() in ALIASES[f]]
         for field in [f for f in fields if read.intersection(ALIASES[f])][:1]:
             lines.append(
                 f"column {name} may be the {field}, too: --columns {field}={name} takes it"

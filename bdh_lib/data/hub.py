@@ -12,7 +12,7 @@ from pathlib import Path
 from bdh_lib.errors import UserError
 
 NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?(?:#(.+))?")
-WAYS_ON = (
+ALTERNATIVES = (
     "Ways on: --dataset FILE for a local file, --dataset sample for the embedded one, "
     "`hf auth login` for a private or gated data set"
 )
@@ -20,7 +20,7 @@ TIMEOUT = 10  # seconds that the hub may take to answer at all; a hanging one wo
 
 
 class Silence:
-    """The class keeps why the hub is out of reach, for the error that follows."""
+    """Why the hub is out of reach, for the error that follows."""
 
     reason = ""
 
@@ -35,7 +35,7 @@ def parse_name(dataset: str) -> tuple[str, str | None, str | None, str | None]:
 def _no_name(dataset: str) -> UserError:
     return UserError(
         f"DATASET {dataset!r} is neither a file nor a hub name, which looks like user/name, "
-        f"user/name:config, user/name@revision or user/name#split. {WAYS_ON}"
+        f"user/name:config, user/name@revision or user/name#split. {ALTERNATIVES}"
     )
 
 
@@ -160,7 +160,7 @@ def _user_error(dataset: str, error: Exception) -> Exception:
         what = f"is no file or folder here, and the hub is out of reach ({_unreached(reason)})"
     else:
         what = _explain(name, reason)
-    return UserError(f"DATASET {name} {what}. {WAYS_ON}")
+    return UserError(f"DATASET {name} {what}. {ALTERNATIVES}")
 
 
 def _unreached(reason: str) -> str:

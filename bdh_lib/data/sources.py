@@ -15,7 +15,12 @@ from bdh_lib.files import expand_user
 from bdh_lib.progress import counted
 
 SAMPLE = Path(__file__).with_name("sample.jsonl")
-READY = ("train.bin", "val.bin", "train.fields", "val.fields")  # a folder with these is used as is
+PREPARED_FILES = (
+    "train.bin",
+    "val.bin",
+    "train.fields",
+    "val.fields",
+)  # a folder with these is used as is
 WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
     (".data/.lock",),
     ("metrics.jsonl", "config.json"),
@@ -31,7 +36,7 @@ ABOUT = re.compile(r"(readme|license|licence|changelog|contributing|notice)\b", 
 BESIDE = re.compile(  # what `datasets` writes beside data: descriptions, and what `map` gave
     r"dataset_infos?\.json|dataset_dict\.json|state\.json|cache-\w+\.arrow"
 )
-WAYS_ON = {  # what to do with files that people bring and that are not read, by their endings
+UNREAD_FILES = {  # what to do with files that people bring and that are not read, by their endings
     (".zip", ".tar", ".tgz", ".7z", ".rar"): "unpack it and name the folder",
     (".xlsx", ".xls", ".ods"): "save it as CSV in UTF-8",
     (".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".html", ".htm"): "save its text as .txt",
@@ -86,7 +91,7 @@ def find(dataset: str) -> list[Path] | None:
 
 
 def _unknown_ending(path: Path) -> UserError:
-    ways = (way for endings, way in WAYS_ON.items() if parsers.file_kind(path) in endings)
+    ways = (way for endings, way in UNREAD_FILES.items() if parsers.file_kind(path) in endings)
     return UserError(
         f"DATASET {path} ends in none of {', '.join(FILE_KINDS)} "
         f"(and {', '.join(parsers.COMPRESSED)} after it); "
@@ -200,7 +205,7 @@ def _check_regular(file: Path) -> None:
 
 def _ready_files(folder: Path) -> list[Path]:
     """Return the files of a ready split, if the folder is one. Raises UserError."""
-    ready = [folder / name for name in READY if _kind(folder / name) is not None]
+    ready = [folder / name for name in PREPARED_FILES if _kind(folder / name) is not None]
     for file in ready:
         _check_regular(file)
     missing = [name for name in ("train.bin", "val.bin") if folder / name not in ready]
@@ -252,7 +257,7 @@ def _is_written_here(folder: Path) -> bool:
 
 def ready_split(dataset: str) -> list[Path]:
     """Return the files of a ready split, if that is what `dataset` names."""
-    return [file for file in find(dataset) or [] if file.name in READY]
+    return [file for file in find(dataset) or [] if file.name in PREPARED_FILES]
 
 
 def read_parts(source: Source) -> Iterator[tuple[str, dict | list | str]]:

@@ -83,7 +83,7 @@ def read_input(prompt: str = "> ") -> str:
 
 
 class Session:
-    """A session takes turns with a model of a training mode (None: the input has no format)."""
+    """Turns with a model of a training mode (None: the input has no format)."""
 
     def __init__(
         self,

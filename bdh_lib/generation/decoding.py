@@ -88,7 +88,7 @@ def _host_arrays(token: mx.array) -> list[mx.array]:
 
 
 class StopMatcher:
-    """The matcher passes bytes up to the first stop string, which may begin in the `context`.
+    """Passes bytes up to the first stop string, which may begin in the `context`.
 
     Bytes that may begin a stop string stay `pending` until the next bytes decide.
     """
@@ -203,7 +203,7 @@ def parse_escapes(text: str) -> bytes:
 
 
 class Terminal:
-    """The terminal prints complete characters as their bytes come, and escapes unsafe ones."""
+    """Prints complete characters as their bytes come, and escapes unsafe ones."""
 
     def __init__(self, raw: bool = False):
         self.raw = raw

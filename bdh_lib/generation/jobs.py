@@ -30,7 +30,7 @@ MAX_TEXTS = 10**6  # of one command
 
 
 class Decoding(NamedTuple):
-    """The decoding is a model and how it writes, the same for all texts of a command."""
+    """A model, and how it generates: the same for all texts of a command."""
 
     model: BDH
     sampling: Sampling
@@ -41,7 +41,7 @@ class Decoding(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A job is a text to generate: its prompt, and where the prompt comes from."""
+    """A text to generate: its prompt, and where the prompt comes from."""
 
     line: int  # of the prompt in its file
     sample: int | None  # number of the text among those of its prompt; None: it is the only one

@@ -29,7 +29,7 @@ MIN_TOP_P = 2.0**-126  # a smaller number is 0 in float32
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of a draw act in this order. Raises UserError for an invalid one.
+    """How a byte is drawn: settings in the order in which they act. Raises UserError.
 
     Each filter sees the renormalized probabilities that the filters before it left.
     """

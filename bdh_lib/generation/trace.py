@@ -31,7 +31,7 @@ TOP = 10  # neurons and synapses listed
 
 
 class LayerTrace(NamedTuple):
-    """The trace holds what one layer computed of T bytes: x, y (H, T, N); q rotated x; v (T, D)."""
+    """What one layer computed of T bytes: x, y (H, T, N); q rotated x; v (T, D)."""
 
     x: mx.array
     y: mx.array

@@ -18,7 +18,7 @@ from bdh_lib.training.schedule import schedule_summary
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The arrays hold one side of the split: uint8, memory mapped, of one length."""
+    """One side of the split: uint8 arrays of one length, memory mapped."""
 
     bytes: np.ndarray
     fields: np.ndarray  # of each byte its place in FIELDS

@@ -15,7 +15,10 @@ def copy_tree(tree: dict) -> dict:
 
 @contextmanager
 def ema_applied(model: BDH, ema: dict) -> Iterator[None]:
-    """Put the average of the weights, if there is one, into the model, to evaluate or save it."""
+    """Put the average of the weights, if there is one, into the model, to evaluate or save it.
+
+    Meanwhile `ema` holds the weights that are trained: they change places.
+    """
 
     def swap():
         if ema:

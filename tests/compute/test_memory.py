@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bdh_lib.compute import memory
+from bdh_lib.compute import device, memory
 from bdh_lib.compute.layer import segments
 from bdh_mlx import BDHConfig
 
@@ -136,7 +136,8 @@ def test_a_mac_whose_vm_stat_fails_has_a_share_of_its_memory(mac, fault):
     ],
 )
 def test_segments_and_chunks_are_short_on_metal_alone(monkeypatch, on_gpu, metal, rows, chunk):
-    monkeypatch.setattr(memory, "on_gpu", lambda: on_gpu)
+    for module in (device, memory):
+        monkeypatch.setattr(module, "on_gpu", lambda: on_gpu)
     monkeypatch.setattr(memory.mx.metal, "is_available", lambda: metal)
     config, compute = BDHConfig(), memory.compute_for(BDHConfig(), "fast", "bfloat16")
     assert (compute.rows, compute.chunk) == (rows, chunk)
@@ -178,7 +179,8 @@ def test_float32_on_metal_has_all_its_bits(monkeypatch, dtype, metal, before, af
 )
 def test_the_limit_leaves_metal_room_for_its_cache(monkeypatch, on_gpu, metal, available, limit):
     limits = []
-    monkeypatch.setattr(memory, "on_gpu", lambda: on_gpu)
+    for module in (device, memory):
+        monkeypatch.setattr(module, "on_gpu", lambda: on_gpu)
     monkeypatch.setattr(memory.mx.metal, "is_available", lambda: metal)
     monkeypatch.setattr(memory, "available", lambda: available * GB)
     monkeypatch.setattr(memory.mx, "set_memory_limit", limits.append)

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 import bdh_mlx
 import train_mlx
-from bdh_lib.compute import layer, memory, rope, state, step_cuda
+from bdh_lib.compute import device, layer, memory, rope, state, step_cuda
 from bdh_lib.generation.sampling import Sampling
 
 # Each has an eval_gpu in mlx/backend/metal or mlx/backend/gpu of MLX 0.32 (commit 846d176). Look
@@ -45,7 +45,7 @@ class CustomFunction:
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    for module in (rope, memory, state, step_cuda):
+    for module in (device, rope, memory, state, step_cuda):
         monkeypatch.setattr(module, "on_gpu", lambda: True)
     mac = {"max_recommended_working_set_size": 3 * 2**34}  # 48 of 64 GB: the largest pieces
     monkeypatch.setattr(mx, "device_info", lambda: mac)
