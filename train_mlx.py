@@ -159,9 +159,8 @@ def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def epoch_order(split: Split, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw an order of the records for an epoch, and write them in it to a ring of bytes, in mind.
-
-    Return where each record ends in that ring, and its distance from there to its place in `split`.
+    """Return where each record ends in a virtual stream, the records in the epoch's own order, and
+    how far from there it lies in `split`.
     """
     lengths = np.diff(split.record_ends, prepend=0)
     order = np.random.default_rng([seed, epoch, 1]).permutation(len(lengths))

@@ -17,7 +17,7 @@ def obstacle(system: str, machine: str, macos: str) -> str:
         )
     if release < (14,):
         return f"macOS is {macos}, and MLX needs 14 or newer; update macOS"
-    if (26,) <= release < (26, 2):
+    if (26,) <= release < (26, 2) or (16,) <= release < (16, 2):  # 16: to an older Python
         return f"macOS is {macos}, and MLX's package for macOS 26 needs 26.2; update macOS"
     return ""
 

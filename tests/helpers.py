@@ -47,9 +47,11 @@ def train(folder, *args):
 
 
 def arrays(folder, step, run="full"):
-    """Every array of a checkpoint, parameters and optimizer state."""
+    """Every array of a checkpoint: parameters, optimizer state, raw weights beside an average."""
     at = folder / run / f"step-{step:06d}"
-    files = [mx.load(str(at / f"{name}.safetensors")) for name in ("model", "optimizer")]
+    names = ("model", "optimizer", "raw")
+    names = [name for name in names if (at / f"{name}.safetensors").exists()]
+    files = [mx.load(str(at / f"{name}.safetensors")) for name in names]
     return {f"{i}.{k}": np.array(v) for i, file in enumerate(files) for k, v in file.items()}
 
 

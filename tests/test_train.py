@@ -92,8 +92,25 @@ def test_records_follow_each_other_in_a_new_order_in_each_epoch_and_stay_whole()
         orders.append([*dict.fromkeys((targets // 10).ravel().tolist())])
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert orders[0] != orders[1] != orders[2] != orders[0]
+    train_mlx.epoch_order.cache_clear()
     again = batches(split, 40, 20, T=50, shuffle=True)[1]
     assert np.array_equal(again, targets)
+    train_mlx.epoch_order.cache_clear()
+    orders = [train_mlx.epoch_order(split, seed, 0)[1].tolist() for seed in (1, 2)]
+    assert orders[0] != orders[1]
+
+
+def test_paragraphs_of_plain_text_among_records_keep_their_order(tmp_path):
+    rows = [{"instruction": f"q{i}", "response": f"a{i}"} for i in range(40)]
+    rows[20:20] = [{"text": f"Paragraph {i}."} for i in range(20)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = f"--training-mode full --checkpoint-dir {tmp_path}/ck --dataset {tmp_path}/mixed.jsonl"
+    train_split = load_prepared(train_mlx.settings(args.split()), "full")[1]
+    text = train_split.bytes.tobytes()
+    units = np.split(train_split.bytes, train_split.record_ends)[:-1]
+    assert b"".join(unit.tobytes() for unit in units) == text
+    paragraphs = [unit.tobytes() for unit in units if b"Paragraph" in unit.tobytes()]
+    assert len(paragraphs) == 1 and 30 < len(units) < 40
 
 
 def test_plain_text_and_ready_splits_are_not_shuffled(tmp_path):
@@ -444,6 +461,40 @@ def test_a_resumed_run_tells_a_rate_that_jumps(tmp_path, capsys):
     assert f"learning rate: {last:.2e} at iteration 10, {new:.2e} from here on\n" in out
     train(tmp_path, "--max-iters", 20, *decay)
     assert "learning rate:" not in capsys.readouterr().out  # nothing has changed
+
+
+def test_a_run_keeps_the_order_of_its_records(tmp_path):
+    train(tmp_path, "--max-iters", 2)
+    with pytest.raises(UserError, match="SHUFFLE_RECORDS: there True, here False"):
+        train(tmp_path, "--max-iters", 4, "--no-shuffle-records")
+    for file in (tmp_path / "full").glob("step-*/config.json"):  # from before the setting
+        info = json.loads(file.read_text())
+        del info["settings"]["SHUFFLE_RECORDS"]
+        file.write_text(json.dumps(info))
+        manifest = file.with_name("manifest.json")
+        written = json.loads(manifest.read_text())
+        written["config.json"]["sha256"] = files.sha256_file(file)
+        written["config.json"]["bytes"] = file.stat().st_size
+        manifest.write_text(json.dumps(written))
+    with pytest.raises(UserError, match="SHUFFLE_RECORDS: there False, here True"):
+        train(tmp_path, "--max-iters", 4)
+
+
+def test_a_run_resumes_across_epochs_with_the_whole_recipe(tmp_path):
+    """Average, decay and shuffled records as the trainer has them by default, bit for bit."""
+    rows = [{"instruction": f"q{i}?", "response": f"a{i}."} for i in range(30)]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    s = train_mlx.settings([])
+    recipe = ["--ema-decay", s.EMA_DECAY, "--weight-decay", s.WEIGHT_DECAY, "--beta2", s.BETA2]
+    args = [*recipe, "--dataset", tmp_path / "few.jsonl", "--eval-bytes", "none"]
+    train(tmp_path / "whole", "--max-iters", 24, *args)
+    for n in (5, 13, 24):
+        train(tmp_path / "parts", "--max-iters", n, *args)
+    n_bytes = json.loads((tmp_path / "whole/full/config.json").read_text())["data"]["train"][
+        "bytes"
+    ]
+    assert 2 * n_bytes < 24 * 2 * 64  # over two epochs
+    assert same(arrays(tmp_path / "whole", 24), arrays(tmp_path / "parts", 24))
 
 
 def test_a_resumed_run_trains_at_its_new_rate(tmp_path):

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import cycle, groupby
 from types import MappingProxyType
@@ -176,10 +177,11 @@ def _parse_messages(value: dict, column: dict[str, str], turns: list) -> Parsed:
 
 def _without_bad_response(parsed: Parsed, value: dict, column: dict[str, str]) -> Parsed:
     """Leave out the responses of a record whose label is false, as KTO has them."""
-    if not isinstance(value.get("label"), bool) or "response" not in dict(parsed.turns):
+    label = str(value.get("label")).strip().lower()  # in a table it is text
+    if label not in ("true", "false") or "response" not in dict(parsed.turns):
         return parsed
     parsed = parsed._replace(columns=(*parsed.columns, column["label"]))
-    if value["label"]:
+    if label == "true":
         return parsed
     turns = [turn for turn in parsed.turns if turn[0] != "response"]
     problem = Problem(BAD_RESPONSE.format(column["label"]))
@@ -241,10 +243,22 @@ def _parse_fields(value: dict, column: dict[str, str]) -> Parsed:
 
 
 def _is_choice(response, choices) -> bool:
-    """Tell whether a response only points at one of the choices beside it, as 3 or B do."""
-    is_short = isinstance(response, str) and len(response.strip()) == 1
-    are_several = isinstance(choices, (list, dict)) or str(choices)[:1] in ("[", "{")
-    return is_short and are_several and not (isinstance(choices, list) and response in choices)
+    """Tell whether a response only points at one of several choices beside it, as 3 or B do."""
+    answer = response.strip() if isinstance(response, str) else ""
+    if len(answer) != 1 or not answer.isalnum():
+        return False
+    if isinstance(choices, str):
+        with suppress(ValueError, RecursionError):
+            choices = json.loads(choices)
+    if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # beside their labels
+        choices = choices["text"]
+    if isinstance(choices, dict):
+        points = answer in choices or (answer.isdigit() and len(choices) > 1)
+        return points and answer not in map(str, choices.values())
+    if isinstance(choices, list):
+        return len(choices) > 1 and answer not in map(str, choices)
+    is_list = isinstance(choices, str) and choices[:1] in ("[", "{")  # as Python prints it
+    return is_list and not re.search(rf"['\"]{answer}['\"]", choices)
 
 
 def _parse_history(value) -> list[tuple[str, str]]:

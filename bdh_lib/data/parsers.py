@@ -41,7 +41,6 @@ SIGNATURES = {  # how files start that are not what their name says, and what to
 NOT_UTF8, NOT_JSON, NOT_AN_OBJECT = "not valid UTF-8", "not JSON", "not a JSON object"
 # The hook does nothing; as Python code it lets a heartbeat and Ctrl-C in while C reads a document.
 DECODER = json.JSONDecoder(parse_int=str, parse_float=str, object_hook=lambda value: value)
-DELIMITERS = ",;\t|"
 LARGEST_ROW = 64_000_000  # characters of a row of a table that takes several lines
 
 
@@ -291,18 +290,27 @@ def _records_of_object(value: dict) -> list | None:
 # -------------------------------------------------------------------------------- tables and text
 
 
+def _delimiter(header: str) -> str:
+    """Return the tab, which no name of a column has; else the one that cuts the header into most
+    columns; a bar where no other cuts it.
+    """
+    if "\t" in header:
+        return "\t"
+    columns = {d: len(next(csv.reader([header], delimiter=d), [])) for d in ",;|"}
+    delimiter = max(",;", key=columns.get)
+    return delimiter if columns[delimiter] > 1 or columns["|"] < 2 else "|"
+
+
 def _parse_csv(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | str]:
     """Read the rows of a table with a header, all values text; a bad row costs itself alone.
 
-    The delimiter is the one of DELIMITERS that cuts the header into most columns; a space that
-    follows it everywhere in the header is part of it. Raises csv.Error.
+    A space that follows the delimiter everywhere in the header is part of it. Raises csv.Error.
     """
     csv.field_size_limit(2**31 - 1)
     lines = dropwhile(_is_blank, lines)
     first = next(lines, "")
-    headers = {d: next(csv.reader([first], delimiter=d), []) for d in DELIMITERS}
-    delimiter = max(DELIMITERS, key=lambda d: len(headers[d]))
-    others = headers[delimiter][1:]
+    delimiter = _delimiter(first)
+    others = next(csv.reader([first], delimiter=delimiter), [])[1:]
     is_spaced = bool(others) and all(name[:1] == " " for name in others)
     rows = _csv_rows(chain([first], lines), delimiter=delimiter, skipinitialspace=is_spaced)
     columns = next(rows, [])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bdh_lib.data.describe import describe
+from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import data_settings, prepare
 from bdh_lib.data.split import bytes_to_evaluate, has_field, record_ends
 from bdh_lib.errors import UserError, escape_controls
@@ -40,9 +41,19 @@ def load_prepared(s: Settings, mode: str) -> tuple[dict, Split, Split]:
         for side in ("train", "val")
     )
     read = bytes_to_evaluate(record_ends(folder, "val"), s.EVAL_BYTES)
-    # plain text says something by its order, across the blank lines that end its records
-    ends = None if "text" in report["fields"] else record_ends(folder, "train")
+    ends = units_to_shuffle(record_ends(folder, "train"), train[1])
     return report, Split(*train, ends), Split(*(array[:read] for array in val))
+
+
+def units_to_shuffle(ends: np.ndarray | None, fields: np.ndarray) -> np.ndarray | None:
+    """Return where each unit ends that may change its place: a record, or all paragraphs of plain
+    text in a row, which say something by their order. None: there is nothing to shuffle.
+    """
+    if ends is None:
+        return None
+    is_text = fields[ends - 1] == FIELDS.index("text")
+    ends = ends[~(is_text & np.append(is_text[1:], False))]
+    return ends if len(ends) > 1 else None
 
 
 def open_split(s: Settings) -> tuple[dict, Split, Split]:

@@ -20,7 +20,8 @@ from bdh_mlx import BDH, load_model
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
 GLOBAL_BATCH = "BATCH_SIZE x GRAD_ACCUM x processes"
 FIXED_ON_RESUME = ["TRAINING_MODE", "BLOCK_SIZE", GLOBAL_BATCH, "SEED"]
-FIXED_ON_RESUME += ["LOSS_ON", "EVAL_BYTES", "EMA_DECAY", "train data", "val data"]
+FIXED_ON_RESUME += ["SHUFFLE_RECORDS", "LOSS_ON", "EVAL_BYTES", "EMA_DECAY"]
+FIXED_ON_RESUME += ["train data", "val data"]
 FIXED_ON_RESUME += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 
 
@@ -41,8 +42,9 @@ def resume_or_init(
         return 0, init_from(s, model, ema) if s.INIT_FROM else []
     read_config(run)  # warns where it is damaged; what counts is that of the checkpoint
     info = checkpoints.read_info(run, step)
+    info["settings"].setdefault("SHUFFLE_RECORDS", False)  # before there was such a setting
     changes = changes_on_resume(run, info, s, report)
-    check_origin(run, info.get("ancestry", []), s)
+    check_origin(run, info, s)
     with ema_applied(model, ema):  # as it was saved
         checkpoints.load(run, step, model, optimizer, ema)
     print("; ".join([f"start: continues {run} after iteration {step}", *changes]))
@@ -111,14 +113,20 @@ def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[
     return list(changes.values())
 
 
-def check_origin(run: Path, ancestry: list, s: Settings) -> None:
+def check_origin(run: Path, info: dict, s: Settings) -> None:
     """Raise UserError where a run started from other weights than those of INIT_FROM."""
+    ancestry, earlier = info.get("ancestry", []), info["settings"].get("INIT_FROM")
+    # a model of the hub may have changed there since, and need not be asked for again
+    if s.INIT_FROM and hub.is_model(s.INIT_FROM) and earlier != s.INIT_FROM:
+        raise UserError(
+            f"{run} did not start from {s.INIT_FROM}, but from {earlier or 'random weights'}; set "
+            "RUN_NAME to start another run"
+        )
     if s.INIT_FROM and not ancestry:
         raise UserError(
             f"{run} did not start from {s.INIT_FROM}; set RUN_NAME to start another run"
         )
     current = ancestry
-    # a model of the hub may have changed there since, and need not be asked for again
     if s.INIT_FROM and not hub.is_model(s.INIT_FROM) and (origin := origin_of(s)).exists():
         with suppress(UserError):  # its checkpoints are gone: the run has all that it needs
             current = phases.ancestry(origin)

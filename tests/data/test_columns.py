@@ -229,6 +229,24 @@ def test_a_response_that_points_at_a_choice_is_none(choices):
         assert problem is None or problem.reason == "response empty"
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        ([], "5"),
+        (["4", "5"], "5"),
+        ('["4","5"]', "5"),
+        ("['4', '5']", "5"),
+        ({"A": "4", "B": "5"}, "5"),
+        ({"text": ["4", "5"], "label": ["A", "B"]}, "5"),
+        ({"temperature": "0.7"}, "!"),
+        ({"temperature": "0.7"}, "7"),
+    ],
+)
+def test_a_short_answer_that_points_at_no_choice_is_one(choices, answer):
+    record = {"question": "q", "options": choices, "answer": answer}
+    assert columns.parse_record(record).turns == [INSTRUCTION, ("response", answer)]
+
+
 def test_a_response_beside_a_chat_is_read_or_named():
     for turns, names in (([("user", "q")], ()), ([("user", "q"), ("assistant", "a")], ("answer",))):
         record = chat(*turns, answer="b")
@@ -395,7 +413,9 @@ def test_a_response_that_is_labelled_as_bad_is_no_response(name):
         assert bad.reason("response").startswith(f"{name} is false, for a bad response")
         kept = columns.parse_record(record | {name: False}, "label=")
         assert kept.turns == [INSTRUCTION, RESPONSE]
-        for label in (0, "0", None, "False"):  # a class, as in data for classifiers
+        in_a_table = columns.parse_record(record | {name: "False"})
+        assert in_a_table.turns == [INSTRUCTION] and in_a_table.is_broken("response")
+        for label in (0, "0", None, "True"):  # a class, as in data for classifiers
             assert columns.parse_record(record | {name: label}).turns == [INSTRUCTION, RESPONSE]
     assert columns.parse_record({"text": "a", name: False}).turns == [("text", "a")]
 

@@ -94,6 +94,8 @@ def test_a_run_starts_from_a_model_of_the_hub_and_resumes_without_it(hub, tmp_pa
     assert "start: weights of hf:user/tiny" in first.stdout, first.stderr
     resumed = run(NOWHERE, tmp_path / "hf", *command, "2")
     assert resumed.returncode == 0 and "after iteration 1" in resumed.stdout, resumed.stderr
+    other = run(NOWHERE, tmp_path / "hf", *command, "3", "--init-from", "hf:user/other")
+    assert other.returncode == 2 and "did not start from hf:user/other" in other.stderr
     pickled = run(hub[0], tmp_path / "hf", *command, "1", "--init-from", "hf:user/pickled",
                   "--run-name", "other")  # fmt: skip
     assert pickled.returncode == 2 and "has no model.safetensors" in pickled.stderr

@@ -36,7 +36,8 @@ def settings(*args):
 
 def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update():
     fields = np.random.default_rng(0).permutation(np.repeat([0, RESPONSE], [90, 10])).astype("u1")
-    s, split = settings(), Split(fields, fields)  # bytes that are their own fields
+    s, split = settings(), Split(fields, fields, np.arange(5, 105, 5))  # bytes as their own fields
+    assert s.SHUFFLE_RECORDS
     for step in range(5):
         count = train_mlx.n_targets_in_update(split, step, s)
         weights = [train_mlx.loss_weights(split, 2 * step + i, count, s) for i in (0, 1)]
