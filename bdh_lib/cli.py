@@ -173,6 +173,9 @@ def report_error(error: BaseException, file: str) -> int:
     elif isinstance(error, OSError):
         prefix = f"{error.filename}: " if error.filename else ""
         text, code = f"error: {prefix}{error.strerror or error}", 2
+    elif isinstance(error, RuntimeError) and str(error).lower().startswith("[metal"):
+        cure = "close other programs, let the display sleep, and start again (docs/mac.md)"
+        text, code = f"error: {error}; {cure}", 2
     elif isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
         text, code = f"error: {error}; pip install -r requirements.txt", 2
     elif line := script_line(error, file):

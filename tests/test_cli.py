@@ -197,3 +197,17 @@ def test_an_error_of_this_project_keeps_its_traceback(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "IndexError" in done.stderr
     assert bdh_mlx.UserError.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002).",
+        "[metal::malloc] Resource limit (499000) exceeded.",
+    ],
+)
+def test_a_fault_of_a_macs_gpu_is_one_line_in_every_script(text, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "error", None, raising=False)
+    assert cli.report_error(RuntimeError(text), "generate.py") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {text}") and err.count("\n") == 1 and "docs/mac.md" in err
