@@ -69,6 +69,7 @@ ACTIONS = {
     "plan": "print the planned run and problems of its data, then exit",
     "json": "log lines are JSON objects, alone on stdout; all else goes to stderr",
     "refresh_data": "ignore the cache and prepare the data again",
+    "tune": "find the fastest way to compute on this machine, in at most 2 minutes, and keep it",
     "selfcheck": "check in seconds that model and trainer work on this machine: exit code 0 or 1",
 }
 
@@ -129,7 +130,7 @@ from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.generation.decoding import complete_prompts
 from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
-from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary
+from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
 from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.dataset import Split, load_prepared, load_split
 from bdh_lib.training.distributed import World, is_lost
@@ -311,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     if base.plan:
         functions = plan.Functions(settings, init_model, compile_steps, get_batch)
         return plan.print_plan(base, PRESETS, functions)
+    if base.tune:
+        return tuning.tune(base, init_model, compile_steps)
     cli.ignore_closed_output()
     plots.find_fonts()  # before MLX computes anything
     world = World()
@@ -372,17 +375,21 @@ def evaluate_mode(s: Settings, stop: StopSignal, model: BDH, mode: str) -> tuple
     return evaluate(losses, val.bytes, val.fields, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
 
 
-def begin_run(run: Path, s: Settings, report: dict, ancestry: list, trees: list, world) -> dict:
+def begin_run(
+    run: Path, s: Settings, report: dict, ancestry: list, model: BDH, optimizer, ema: dict, world
+) -> dict:
     """Check that the checkpoints will fit on the disk, and write config.json.
 
     Gives its content, which each checkpoint repeats. Raises UserError.
     """
     info = {"settings": settings_dict(s), "data": report, "versions": checkpoints.versions()}
     info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
+    info["compute"] = tuning.choice_of(model.compute)  # a run goes on as it began
     info["own"] = [name for name in info["settings"] if name.isupper() and name not in RULES]
     if world.is_main:
         # the latest ones, the best, and the one that is being written
         missing = s.KEEP_CHECKPOINTS + 2 - len(checkpoints.steps(run))
+        trees = [model.parameters(), optimizer.state, ema]
         checkpoints.check_space(run, trees, max(1, missing))
         files.atomic_write_text(run / "config.json", json.dumps(info, indent=1))
     return info
@@ -485,7 +492,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     n_steps = total_steps(s, len(train_split.bytes))
 
     # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh
-    memory_mode, compute, peak = memory.select_mode(s)  # before the model takes any
+    memory_mode, compute, peak = tuning.select(s, *tuning.preferred(s, run, world))
     model, optimizer, ema = init_model(s, compute)
     first_step, ancestry = world.broadcast_object(
         world.is_main and resume_or_init(run, s, report, model, optimizer, ema, learning_rate)
@@ -497,8 +504,8 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     if is_finished(s, first_step, n_steps, log):
         print(f"finished: {summary.finished_reason(s, run, first_step, n_steps, log.best)}")
         return 0
-    summary.print_start(s, run, val, memory_mode, compute.dtype, peak)
-    info = begin_run(run, s, report, ancestry, [model.parameters(), optimizer.state, ema], world)
+    summary.print_start(s, run, val, n_steps, memory_mode, compute.dtype, peak)
+    info = begin_run(run, s, report, ancestry, model, optimizer, ema, world)
 
     # ---- compiled functions
     micro_step, apply_update, state = compile_steps(
@@ -646,6 +653,8 @@ def refuse_flags_without_effect(s: Settings, typed: set[str]) -> None:
         idle["--selfcheck"] = typed - {"selfcheck", "DTYPE"}
     if s.plan:
         idle["--plan"] = typed & {"json"}
+    if s.tune:
+        idle["--tune"] = typed & {"json", "plan", "refresh_data"}
     if s.PHASES is not None:
         idle["--phases, which names its own"] = typed & {"TRAINING_MODE", "EPOCHS"}
     for beside, names in idle.items():

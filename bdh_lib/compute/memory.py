@@ -138,6 +138,11 @@ def extra_state_bytes(s: Settings) -> int:
     return 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0
 
 
+def step_peak(s: Settings, compute: Compute) -> float:
+    """Estimate the peak bytes of a step with these settings, computed in a given way."""
+    return estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + extra_state_bytes(s)
+
+
 def select_mode(s: Settings) -> tuple[str, Compute, float]:
     """Select a memory mode: its name, its Compute, and its estimated peak in bytes.
 
@@ -147,7 +152,7 @@ def select_mode(s: Settings) -> tuple[str, Compute, float]:
     names = list(MODES) if s.MEMORY_MODE == "auto" else [s.MEMORY_MODE]
     for name in names:
         compute = compute_for(s.BDH_CONFIG, name, s.DTYPE)
-        peak = estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + extra_state_bytes(s)
+        peak = step_peak(s, compute)
         if peak <= available() or (s.IGNORE_MEMORY_CHECK and name == names[-1]):
             return name, compute, peak
     raise UserError(oom_advice(s, peak))

@@ -27,7 +27,7 @@ from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
 from bdh_lib.tables import format_table
-from bdh_lib.training import phases
+from bdh_lib.training import phases, tuning
 from bdh_lib.training.dataset import Split, open_split
 from bdh_lib.training.evaluation import byte_losses
 from bdh_lib.training.runlog import duration
@@ -184,10 +184,8 @@ def modes(found: Findings) -> str:
 
 def peaks(s: Settings) -> list[float]:
     """Return the estimated peak memory of a step in GB, for each setting of MEMORY_MODE."""
-    shape = (s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE)
     computes = [memory.compute_for(s.BDH_CONFIG, name, s.DTYPE) for name in memory.MODES]
-    besides = memory.extra_state_bytes(s)
-    return [(memory.estimate(*shape, compute) + besides) / 1e9 for compute in computes]
+    return [memory.step_peak(s, compute) / 1e9 for compute in computes]
 
 
 def presets(preset_names: Iterable[str], functions: Functions, sizes: dict[str, int]) -> str:
@@ -306,7 +304,7 @@ def print_run(s: Settings, preset_names: Iterable[str], functions: Functions) ->
         print("\npresets on these data (estimated memory of a step by MEMORY_MODE):")
         print(presets(preset_names, functions, sizes))
 
-    name, compute, _ = memory.select_mode(s)
+    name, compute, _ = tuning.select(s, *tuning.kept(s))
     step, evaluation = measure(functions, s, train, compute)
     times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val.bytes) / (s.BATCH_SIZE * s.BLOCK_SIZE)

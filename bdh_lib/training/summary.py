@@ -16,6 +16,7 @@ from bdh_lib.data.formats import (
     sample_prompts,
 )
 from bdh_lib.flags import Settings
+from bdh_lib.training import tuning
 from bdh_lib.training.dataset import Split
 from bdh_lib.training.schedule import blocks_per_update
 
@@ -26,12 +27,16 @@ def fields_in(fields: np.ndarray) -> set[str]:
     return {FIELDS[i] for i in np.unique(fields)}
 
 
-def print_start(s: Settings, run: Path, val: Split, mode: str, dtype, peak: float) -> None:
+def print_start(
+    s: Settings, run: Path, val: Split, n_steps: int, mode: str, dtype, peak: float
+) -> None:
     """Print what is trained, in which memory mode, and what to expect of its samples."""
     n_parameters = s.BDH_CONFIG.n_parameters
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     name = str(dtype).removeprefix("mlx.core.")
     print(f"memory: {mode}, {name}, estimated peak {peak / 1e9:.2f} GB")
+    if hint := tuning.hint(s, mode, n_steps):
+        print(hint)
     fields = fields_in(val.fields) & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
     print(f"note: {SAMPLE_NOTES[s.TRAINING_MODE if fields else 'text']}")
 

@@ -1,0 +1,258 @@
+"""`python train_mlx.py --tune`: the fastest way to compute an update on this machine, by trying.
+
+The search begins where MEMORY_MODE auto does and goes on as long as one of its neighbours is
+faster. The winner is kept in CHECKPOINT_DIR/.tune, and auto takes it for new runs of the same shape
+on the same machine. A run goes on as it began: another way adds up in another order, and draws
+other dropout.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+
+import mlx.core as mx
+
+from bdh_lib import files
+from bdh_lib.compute import memory
+from bdh_lib.compute.layer import Compute, default_chunk, segments
+from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.flags import Settings
+from bdh_lib.progress import heartbeat
+from bdh_lib.tables import format_table
+from bdh_lib.training import checkpoints
+from bdh_lib.training.distributed import World
+from bdh_lib.training.schedule import blocks_per_update
+from bdh_lib.training.signals import default_signals
+
+SECONDS = 120  # that a search may take
+GAIN = 1.02  # how many times as fast another way must be for the search to go on from it
+SLOW = 1.25  # times the fastest one's seconds, from which on a candidate is not timed again
+FINAL_ROUNDS = 8  # of two updates each, in which the best are compared, as far as time is left
+PROBE = 512  # bytes of the block that foretells the time of an update
+WORTHWHILE = 10**13  # parameters x bytes of a run: about an hour on two CPU cores
+
+# -------------------------------------------------------------------------------------- the choice
+
+
+def choice_of(compute: Compute) -> dict:
+    """Return what a file holds of a Compute."""
+    names = {saved: mode for mode, (_, saved) in memory.MODES.items()}
+    mode = names[compute.saved_activations]
+    return {"mode": mode, "chunk": compute.chunk, "rows": compute.rows}
+
+
+def is_choice(value: dict) -> bool:
+    sizes = [value.get("chunk"), value.get("rows")]
+    are_sizes = all(type(size) is int and 0 < size < 2**40 for size in sizes)
+    return are_sizes and value.get("mode") in [*memory.MODES]
+
+
+def conditions(s: Settings) -> dict:
+    """Return what a kept choice holds for: a shape, a machine, a version of MLX."""
+    config = asdict(s.BDH_CONFIG)
+    shape = config | {name: config[name] > 0 for name in ("dropout", "dropout_v")}
+    shape |= {name: getattr(s, name) for name in ("BATCH_SIZE", "BLOCK_SIZE")}
+    shape["dtype"] = str(memory.compute_for(s.BDH_CONFIG, "fast", s.DTYPE).dtype)
+    machine = [mx.device_info().get("device_name"), str(mx.default_device()), os.cpu_count()]
+    return shape | {"machine": machine, "mlx": mx.__version__}
+
+
+def kept_file(s: Settings) -> Path:
+    key = json.dumps(conditions(s), sort_keys=True).encode()
+    return Path(s.CHECKPOINT_DIR, ".tune", hashlib.sha256(key).hexdigest()[:16] + ".json")
+
+
+def kept(s: Settings) -> tuple[str, dict]:
+    """Return ("by --tune", the choice kept for these settings here), ("", {}) without one.
+
+    A damaged file is ignored, with a warning.
+    """
+    try:
+        choice = files.read_json_object(kept_file(s))
+        if not choice:
+            return "", {}
+        if is_choice(choice) and choice.get("conditions") == conditions(s):
+            return "by --tune", choice
+        reason = f"{kept_file(s)} is damaged"
+    except UserError as error:
+        reason = escape_controls(str(error))
+    print(f"warning: {reason}; it is ignored, and --tune writes it anew")
+    return "", {}
+
+
+def preferred(s: Settings, run: Path, world: World) -> tuple[str, dict]:
+    """Return who chose, in words, and how a run computes: as it began, or as --tune found."""
+    by, choice = "", {}
+    if world.is_main and (step := checkpoints.newest_valid(run)):
+        info = checkpoints.read_info(run, step)
+        if info["versions"].get("device") == str(mx.default_device()):
+            by, choice = "as before", info.get("compute", {})
+    elif world.is_main:
+        by, choice = kept(s)
+    return world.broadcast_object([by, choice])
+
+
+def select(s: Settings, by: str, choice: dict) -> tuple[str, Compute, float]:
+    """Return the memory mode in words, its Compute, and its estimated peak in bytes.
+
+    MEMORY_MODE auto takes `choice`, if there is one and it fits. Raises UserError as
+    memory.select_mode does.
+    """
+    if choice and s.MEMORY_MODE == "auto":
+        of_mode = memory.compute_for(s.BDH_CONFIG, choice["mode"], s.DTYPE)
+        compute = replace(of_mode, chunk=choice["chunk"], rows=choice["rows"])
+        sizes = f" (chunk {compute.chunk:,}, segment {compute.rows:,})" * (compute != of_mode)
+        name, peak = f"{choice['mode']} {by}{sizes}", memory.step_peak(s, compute)
+        if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
+            return name, compute, peak
+        print(f"memory: {name} needs {peak / 1e9:.2f} GB, more than can be had; taking what fits")
+    return memory.select_mode(s)
+
+
+def hint(s: Settings, name: str, n_steps: int) -> str:
+    """Return a line on --tune for a long run that computes as auto guesses; "" for others."""
+    work = s.BDH_CONFIG.n_parameters * n_steps * blocks_per_update(s) * s.BLOCK_SIZE
+    guessed = s.MEMORY_MODE == "auto" and name in memory.MODES
+    if not guessed or work < WORTHWHILE or memory.slow_note(s):  # slow: --tune would refuse
+        return ""
+    return "note: --tune looks for a faster way to compute on this machine, in at most 2 minutes"
+
+
+# -------------------------------------------------------------------------------------- the search
+
+
+class Updates:
+    """Updates of one model on random bytes, computed in any way; `peaks`: bytes, by Compute."""
+
+    def __init__(self, s: Settings, init_model: Callable, compile_steps: Callable, start: Compute):
+        self.s, self.trained, self.compile_steps = s, init_model(s, start), compile_steps
+        self.steps, self.peaks = {}, {}
+        self.longest, self.deadline = 0.0, time.monotonic() + SECONDS
+
+    def has_time(self) -> bool:
+        return time.monotonic() + self.longest < self.deadline
+
+    def seconds(self, compute: Compute, B: int, T: int) -> float:
+        """Return the seconds of the faster of two updates on blocks (B, T); the first compiles."""
+        began = time.monotonic()
+        memory.set_limit(memory.step_peak(self.s, compute))
+        mx.reset_peak_memory()
+        best = min(self.update(compute, B, T) for _ in range(2))
+        self.peaks[compute] = max(mx.get_peak_memory(), self.peaks.get(compute, 0))
+        self.longest = max(self.longest, time.monotonic() - began)
+        return best
+
+    def update(self, compute: Compute, B: int, T: int) -> float:
+        s, self.trained[0].compute = self.s, compute  # read when the step is traced
+        if compute not in self.steps:
+            rates = s.GRAD_CLIP, s.BYTE_NOISE, s.EMA_DECAY
+            self.steps[compute] = self.compile_steps(*self.trained, *rates)
+        micro_step, apply_update, state = self.steps[compute]
+        batch, weights = mx.random.randint(0, 256, (2, B, T)), mx.full((B, T), 1 / (B * T))
+        mx.eval(batch, weights)
+        began = time.perf_counter()
+        with default_signals():
+            loss, gradients = micro_step(*batch, weights, mx.random.key(0))
+        mx.eval(loss, gradients)
+        mx.eval(apply_update(loss, gradients), state)
+        return time.perf_counter() - began
+
+
+def around(n: int) -> tuple[int, int]:
+    return n * 2, n // 2
+
+
+def neighbours(s: Settings, compute: Compute) -> list[Compute]:
+    """Return the same with chunk or segment doubled or halved or another mode, what fits of it.
+
+    On a GPU no segment is longer than that of a mode by itself, and on Metal no chunk than on CUDA:
+    macOS ends GPU work that delays its display.
+    """
+    modes = [memory.compute_for(s.BDH_CONFIG, mode, s.DTYPE) for mode in memory.MODES]
+    chunk = default_chunk(s.BDH_CONFIG.n_embd) if memory.on_metal() else s.BLOCK_SIZE
+    rows = modes[0].rows if memory.on_gpu() else s.BATCH_SIZE * s.BLOCK_SIZE
+    near = [replace(compute, chunk=n) for n in around(compute.chunk) if 0 < n <= chunk]
+    near += [replace(compute, rows=n) for n in around(compute.rows) if 0 < n <= rows]
+    near += [replace(mode, chunk=compute.chunk) for mode in modes]
+    return [c for c in near if memory.step_peak(s, c) <= memory.available()]
+
+
+def way(s: Settings, compute: Compute) -> tuple:
+    """Return what is the same for two Computes that compute these blocks in the same way."""
+    cuts = segments(s.BATCH_SIZE, s.BLOCK_SIZE, compute)
+    return tuple(cuts), min(compute.chunk, s.BLOCK_SIZE), compute.saved_activations
+
+
+def race(s: Settings, field: list[Compute], updates: Updates, rounds: int, tried: dict) -> dict:
+    """Return the best seconds of each candidate that there was time for; add all to `tried`.
+
+    They are timed in turn, because the speed of a machine drifts; the slow ones drop out.
+    """
+    best = {}
+    for _ in range(rounds):
+        for compute in field:
+            if not updates.has_time():
+                return best
+            seconds = updates.seconds(compute, s.BATCH_SIZE, s.BLOCK_SIZE)
+            tried.setdefault(compute, []).append(seconds)
+            best[compute] = min(seconds, best.get(compute, math.inf))
+        field = [compute for compute in field if best[compute] < SLOW * min(best.values())]
+    return best
+
+
+def search(s: Settings, start: Compute, updates: Updates) -> tuple[Compute, dict[Compute, list]]:
+    """Return the Compute to keep, and the seconds of updates of each one that was tried."""
+    best, ways, tried = start, {way(s, start)}, {}
+    while others := {way(s, c): c for c in neighbours(s, best) if way(s, c) not in ways}:
+        ways |= others.keys()
+        times = race(s, [best, *others.values()], updates, 2, tried)
+        if len(times) < 2 or times[best] < GAIN * min(times.values()):
+            break
+        best = min(times, key=times.get)
+    least = min(map(min, tried.values()), default=0)
+    finalists = [compute for compute in tried if min(tried[compute]) < SLOW * least]
+    if len(finalists) > 1:
+        race(s, finalists, updates, FINAL_ROUNDS, tried)
+    best = min(finalists, key=lambda compute: min(tried[compute]), default=start)
+    # its usual update must beat the best one of auto's: on a busy machine a lucky one is noise
+    return (best if best in tried and median(tried[best]) < min(tried[start]) else start), tried
+
+
+def tune(s: Settings, init_model: Callable, compile_steps: Callable) -> int:
+    """Search, print a table and keep the winner; 0. Raises UserError where that is no use."""
+    if s.MEMORY_MODE != "auto":
+        raise UserError(f"MEMORY_MODE is {s.MEMORY_MODE!r}; --tune is for 'auto': set it to that")
+    (_, start, _), B, T = memory.select_mode(s), s.BATCH_SIZE, s.BLOCK_SIZE
+    file = kept_file(s)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    print(f"tuning: {s.BDH_CONFIG.n_parameters:,} parameters, batches of {B} x {T:,} bytes, on "
+          f"{mx.default_device()}, in at most {SECONDS} s")  # fmt: skip
+    with heartbeat("tuning"):
+        updates, short = Updates(s, init_model, compile_steps, start), min(T, PROBE)
+        expected = updates.seconds(start, 1, short) * B * T / short  # time is linear in T
+        updates.longest = 6 * expected
+        if not updates.has_time():
+            raise UserError(f"an update of this shape takes about {expected:,.0f} s here, too long "
+                            "to try several ways; lower BLOCK_SIZE or BATCH_SIZE")  # fmt: skip
+        updates.longest = 2.5 * expected
+        best, tried = search(s, start, updates)
+    if len(tried) < 2:
+        print("nothing kept: there was no other way to try, or no time after compiling; a second "
+              "--tune compiles less")  # fmt: skip
+        return 0
+    rows = [("MEMORY_MODE", "chunk", "segment", "bytes/s", "peak GB", "")]
+    for compute, times in tried.items():
+        marks = "kept" * (compute == best), "auto by itself" * (compute == start)
+        speed, gb = f"{B * T / min(times):,.0f}", f"{updates.peaks[compute] / 1e9:.2f}"
+        rows.append((*choice_of(compute).values(), speed, gb, ", ".join(filter(None, marks))))
+    print(format_table(rows))
+    content = choice_of(best) | {"conditions": conditions(s)}
+    files.atomic_write_text(file, json.dumps(content, indent=1))
+    print(f"kept in {file}: MEMORY_MODE auto computes new runs of this shape so")
+    return 0

@@ -1,0 +1,192 @@
+"""--tune finds the fastest way to compute, auto takes it, and a run stays with its own."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import cycle
+
+import pytest
+from helpers import ARGS, arrays, same, train
+
+import train_mlx
+from bdh_lib.compute import memory
+from bdh_lib.errors import UserError
+from bdh_lib.training import tuning
+
+
+def shape(*args):
+    return train_mlx.settings([*ARGS, "--block-size", "1024", "--n-layer", "1", *args])
+
+
+class Stub:
+    """Updates that take what `cost` says, for as many calls as there is time for."""
+
+    def __init__(self, cost, calls=10**6):
+        self.cost, self.calls, self.counts = cost, calls, Counter()
+
+    def has_time(self):
+        return self.counts.total() < self.calls
+
+    def seconds(self, compute, B, T):
+        self.counts[compute] += 1
+        return self.cost(compute)
+
+
+def found(cost, calls=10**6):
+    s = shape()
+    start = memory.compute_for(s.BDH_CONFIG, "fast", "float32")
+    updates = Stub(cost, calls)
+    best, tried = tuning.search(s, start, updates)
+    assert set(tried) == set(updates.counts)
+    return start, best, tried, updates
+
+
+def test_the_search_walks_to_the_fastest():
+    def cost(c):  # least for chunk 32, segments of 256 and mode balanced
+        far = abs(c.chunk.bit_length() - 6) + abs(c.rows.bit_length() - 9)
+        return 1 + far / 10 + 0.1 * (c.saved_activations != 1) + (c.chunk == 256)
+
+    start, best, tried, updates = found(cost)
+    assert (best.chunk, best.rows, best.saved_activations) == (32, 256, 1)
+    ways = [tuning.way(shape(), c) for c in tried]
+    assert len(ways) == len(set(ways)) and updates.counts[start] == 2  # nothing is tried again
+    assert updates.counts[best] > updates.counts[replace(start, chunk=256)] == 1  # the slow one
+
+
+def test_noise_and_a_lack_of_time_leave_what_auto_takes():
+    noise = cycle([1, 1.05, 1.02, 0.97, 1.01])
+    start, best, tried, _ = found(lambda c: next(noise) * (0.99 if c.chunk == 64 else 1))
+    assert best == start and len(tried) > 4
+    for calls in (0, 1, 2):
+        start, best, tried, updates = found(lambda c: 1, calls)
+        assert best == start and updates.counts.total() == calls
+    start, best, *_ = found(lambda c: c.rows, calls=6)  # what there was time for counts
+    assert best == replace(start, rows=512)
+
+
+def test_a_machine_that_drifts_is_told_from_a_way_that_is_slow():
+    seconds = iter(1.02**i for i in range(1000))  # it becomes slower all the time
+
+    def cost(c):
+        return next(seconds) * (0.5 if c.chunk == 64 else 1)
+
+    assert found(cost)[1].chunk == 64
+
+
+def test_nothing_larger_than_the_memory_or_than_macos_bears(monkeypatch):
+    s = shape("--batch-size", "8")
+    start = memory.compute_for(s.BDH_CONFIG, "fast", "float32")
+    near = tuning.neighbours(s, start)
+    assert max(c.rows for c in near) == 2048 and max(c.chunk for c in near) == 256
+    peak = memory.step_peak(s, start)
+    assert max(memory.step_peak(s, c) for c in near) > peak
+    monkeypatch.setattr(memory, "available", lambda: peak)
+    near = tuning.neighbours(s, start)
+    assert near and max(memory.step_peak(s, c) for c in near) <= peak
+    monkeypatch.setattr(memory, "available", lambda: 1e12)
+    monkeypatch.setattr(memory, "on_gpu", lambda: True)
+    monkeypatch.setattr(memory, "on_metal", lambda: True)
+    near = tuning.neighbours(s, memory.compute_for(s.BDH_CONFIG, "fast", "float32"))
+    assert max(c.rows for c in near) == memory.METAL_ROWS and max(c.chunk for c in near) == 128
+
+
+def test_what_takes_too_long_is_not_begun(monkeypatch):
+    s = shape()
+    monkeypatch.setattr(tuning, "SECONDS", 0)
+    with pytest.raises(UserError, match="too long"):
+        tuning.tune(s, train_mlx.init_model, train_mlx.compile_steps)
+
+
+# ------------------------------------------------------------------------------- the kept choice
+
+PLANTED = {"mode": "balanced", "chunk": 16, "rows": 32}
+
+
+def plant(folder, **values):
+    """Put a choice in place of the one that --tune keeps for the shape of ARGS."""
+    s = train_mlx.settings([*ARGS, "--checkpoint-dir", str(folder)])
+    file = tuning.kept_file(s)
+    file.parent.mkdir(exist_ok=True, parents=True)
+    file.write_text(json.dumps(PLANTED | {"conditions": tuning.conditions(s)} | values))
+    return file
+
+
+def test_tune_keeps_a_choice_that_a_new_run_takes(tmp_path, capsys):
+    assert train(tmp_path, "--tune") == 0
+    out = capsys.readouterr().out
+    assert [f.name for f in tmp_path.iterdir()] == [".tune"]  # no data, no run
+    assert out.count("auto by itself") == 1 and out.count("kept") == 2
+    file = plant(tmp_path)
+    assert [*(tmp_path / ".tune").iterdir()] == [file]  # the same shape: the same file
+    assert train(tmp_path, "--max-iters", 1) == 0
+    assert "memory: balanced by --tune (chunk 16, segment 32), float32" in capsys.readouterr().out
+    config = json.loads((tmp_path / "full/step-000001/config.json").read_text())
+    assert config["compute"] == PLANTED
+    assert train(tmp_path, "--max-iters", 1, "--run-name", "b", "--memory-mode", "fast") == 0
+    assert "memory: fast, float32" in capsys.readouterr().out
+    assert train(tmp_path, "--max-iters", 1, "--run-name", "c", "--block-size", 32) == 0
+    assert "memory: fast, float32" in capsys.readouterr().out  # another shape
+
+
+def test_a_run_goes_on_as_it_began_to_the_bit(tmp_path, capsys):
+    for folder in ("one", "other"):
+        assert train(tmp_path / folder, "--max-iters", 2 if folder == "other" else 4) == 0
+    plant(tmp_path / "other")
+    capsys.readouterr()
+    assert train(tmp_path / "other", "--max-iters", 4) == 0
+    assert "memory: fast as before, float32" in capsys.readouterr().out
+    assert same(arrays(tmp_path / "one", 4), arrays(tmp_path / "other", 4))
+    plant(tmp_path / "third")
+    assert train(tmp_path / "third", "--max-iters", 2) == 0
+    tuning.kept_file(
+        train_mlx.settings([*ARGS, "--checkpoint-dir", str(tmp_path / "third")])
+    ).unlink()
+    capsys.readouterr()
+    assert train(tmp_path / "third", "--max-iters", 4) == 0
+    assert "memory: balanced as before (chunk 16, segment 32)" in capsys.readouterr().out
+    assert not same(arrays(tmp_path / "one", 4), arrays(tmp_path / "third", 4))  # it matters
+
+
+def test_a_choice_that_does_not_fit_any_more_is_left_with_a_word(capsys, monkeypatch):
+    s = train_mlx.settings(ARGS)
+    large = {"mode": "fast", "chunk": 64, "rows": 128}
+    assert tuning.select(s, "as before", large)[0] == "fast as before (chunk 64, segment 128)"
+    room = memory.step_peak(s, memory.compute_for(s.BDH_CONFIG, "small", "float32"))
+    monkeypatch.setattr(memory, "available", lambda: room)
+    assert tuning.select(s, "as before", large) == memory.select_mode(s)
+    assert "memory: fast as before (chunk 64, segment 128) needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", {"mode": []}, {"chunk": 0}, {"rows": "32"}, {"conditions": {}}],
+    ids=str,
+)
+def test_a_damaged_file_is_ignored_with_one_warning(damage, tmp_path, capsys):
+    file = plant(tmp_path, **(damage if isinstance(damage, dict) else {}))
+    if isinstance(damage, str):
+        file.write_text(damage)
+    s = train_mlx.settings([*ARGS, "--checkpoint-dir", str(tmp_path)])
+    assert tuning.select(s, *tuning.kept(s))[0] == "fast"
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith("warning: ") and str(file) in out
+
+
+def test_only_a_long_run_is_told_of_it(monkeypatch):
+    monkeypatch.setattr(memory, "on_gpu", lambda: True)  # where the default model is not slow
+
+    def hint(preset, n_steps, name="fast", *args):
+        return tuning.hint(train_mlx.settings(["--preset", preset, *args]), name, n_steps)
+
+    assert "--tune" in hint("both-64gb", 1300)
+    assert not hint("tiny", 350)
+    assert not hint("both-64gb", 1300, "fast by --tune")
+    assert not hint("both-64gb", 1300, "fast", "--memory-mode", "fast")
+    monkeypatch.setattr(memory, "on_gpu", lambda: False)
+    assert not hint("both-64gb", 1300)  # an update takes minutes: --tune would refuse it
+
+
+def test_tune_is_refused_where_it_has_no_effect(tmp_path):
+    for flags, word in ((["--plan"], "--plan"), (["--memory-mode", "small"], "MEMORY_MODE")):
+        with pytest.raises(UserError, match=word):
+            train(tmp_path, "--tune", *flags)
