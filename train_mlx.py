@@ -252,8 +252,7 @@ def init_model(s: Settings, compute: memory.Compute) -> tuple[BDH, optim.AdamW, 
 
 def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
     """Replace `share` of the bytes of idx by bytes from anywhere in it."""
-    # of another key than the model's: it splits `key` for dropout, into as many as it has layers
-    where, which = mx.random.split(key ^ mx.array([0x9E3779B9, 0x7F4A7C15], mx.uint32))
+    where, which = mx.random.split(key)
     others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=which)]
     return mx.where(mx.random.uniform(shape=idx.shape, key=where) < share, others, idx)
 
@@ -271,7 +270,9 @@ def compile_steps(
 
     @compiled
     def micro_step(idx, targets, weights, key):
-        idx = corrupt_bytes(idx, noise, key) if noise else idx
+        if noise:
+            noise_key, key = mx.random.split(key)
+            idx = corrupt_bytes(idx, noise, noise_key)
 
         def loss():
             return mx.sum(byte_losses(model, idx, targets, key) * weights)
@@ -376,13 +377,20 @@ def evaluate_mode(s: Settings, stop: StopSignal, model: BDH, mode: str) -> tuple
 
 
 def begin_run(
-    run: Path, s: Settings, report: dict, ancestry: list, model: BDH, optimizer, ema: dict, world
+    run: Path,
+    s: Settings,
+    data_report: dict,
+    ancestry: list,
+    model: BDH,
+    optimizer,
+    ema: dict,
+    world,
 ) -> dict:
     """Check that the checkpoints will fit on the disk, and write config.json.
 
     Gives its content, which each checkpoint repeats. Raises UserError.
     """
-    info = {"settings": settings_dict(s), "data": report, "versions": checkpoints.versions()}
+    info = {"settings": settings_dict(s), "data": data_report, "versions": checkpoints.versions()}
     info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
     info["compute"] = tuning.choice_of(model.compute)  # a run goes on as it began
     info["own"] = [name for name in info["settings"] if name.isupper() and name not in RULES]
@@ -395,7 +403,7 @@ def begin_run(
     return info
 
 
-def micro_batches(s: Settings, step: int, world: World) -> range:
+def micro_batch_indices(s: Settings, step: int, world: World) -> range:
     """Return the numbers, in the run, of this process's batches of an update."""
     batches = blocks_per_update(s) // s.BATCH_SIZE
     return range(step * batches + world.rank, (step + 1) * batches, world.size)
@@ -453,7 +461,7 @@ def sum_gradients(
     if not stop.has_trained:
         print("compiling the training step, once (a minute or more on a new machine)")
     loss, gradients, n_targets = 0.0, None, n_targets_in_update(train_split, step, s)
-    for i in micro_batches(s, step, world):
+    for i in micro_batch_indices(s, step, world):
         batch = get_batch(train_split, i, s)
         weights = mx.array(loss_weights(train_split, i, n_targets, s))
         with nullcontext() if stop.has_trained else default_signals():
@@ -488,14 +496,14 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     """Train one run: 0 at its end, 128 + signal if stopped. Raises Diverged, UserError."""
 
     # ---- data: bytes to train on and to evaluate on, and the field of each
-    report, train_split, val = load_split(s, {*RULES, *asdict(s.BDH_CONFIG)}, world)
+    data_report, train_split, val = load_split(s, {*RULES, *asdict(s.BDH_CONFIG)}, world)
     n_steps = total_steps(s, len(train_split.bytes))
 
     # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh
     memory_mode, compute, peak = tuning.select(s, *tuning.preferred(s, run, world))
     model, optimizer, ema = init_model(s, compute)
     first_step, ancestry = world.broadcast_object(
-        world.is_main and resume_or_init(run, s, report, model, optimizer, ema, learning_rate)
+        world.is_main and resume_or_init(run, s, data_report, model, optimizer, ema, learning_rate)
     )
     broadcast_state(world, model, optimizer, ema)
 
@@ -505,7 +513,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         print(f"finished: {summary.finished_reason(s, run, first_step, n_steps, log.best)}")
         return 0
     summary.print_start(s, run, val, n_steps, memory_mode, compute.dtype, peak)
-    info = begin_run(run, s, report, ancestry, model, optimizer, ema, world)
+    info = begin_run(run, s, data_report, ancestry, model, optimizer, ema, world)
 
     # ---- compiled functions
     micro_step, apply_update, state = compile_steps(

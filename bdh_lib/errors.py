@@ -11,6 +11,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class NoDataError(UserError):
+    """A data set that has nothing to train on, or nothing to validate on, in a mode."""
+
+
 def escape_controls(text: str) -> str:
     """Escape what is unsafe on a terminal: control characters but newline and tab become \\x1b.
 

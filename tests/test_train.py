@@ -145,17 +145,6 @@ def test_a_share_of_the_bytes_is_replaced_by_others_of_the_batch():
         assert replaced == pytest.approx(share * 250 / 251, abs=0.02) and result.max() < 251
 
 
-@pytest.mark.parametrize("n_layer", range(1, 13))
-def test_noise_is_drawn_by_a_key_that_dropout_does_not_use(monkeypatch, n_layer):
-    key, split, drawn = mx.random.key(5), mx.random.split, []
-    watched = lambda *args: drawn.append(split(*args)) or drawn[-1]  # noqa: E731
-    monkeypatch.setattr(train_mlx.mx.random, "split", watched)
-    train_mlx.corrupt_bytes(mx.zeros((1, 8), mx.int32), 0.5, key)
-    (noise,) = (np.array(keys).tolist() for keys in drawn)
-    used = [*np.array(split(key, n_layer)).tolist(), *np.array(split(key, n_layer + 1)).tolist()]
-    assert not [k for k in noise if k in used]
-
-
 def test_the_average_starts_fast_and_slows_down_to_its_decay():
     mx.random.seed(1)
     model = bdh_mlx.BDH(bdh_mlx.BDHConfig(1, 8, 0.0, 1, 2))
@@ -841,14 +830,14 @@ import train_mlx
 from bdh_lib import cli
 train_mlx.redraw = lambda *_: None
 print("pid", os.getpid(), file=sys.stderr)
-micro_batches, step = train_mlx.micro_batches, {step}
+micro_batches, step = train_mlx.micro_batch_indices, {step}
 
 def faulty(s, at, world):
     if at == step and "BDH_RESTARTS" not in os.environ:
         raise RuntimeError({fault!r})
     return micro_batches(s, at, world)
 
-train_mlx.micro_batches = faulty
+train_mlx.micro_batch_indices = faulty
 cli.run("train_mlx")
 """
 
@@ -896,8 +885,8 @@ def faulty(tmp_path, monkeypatch):
     def execv(*command):
         raise Restarted(*command)
 
-    seen, micro_batches = [], train_mlx.micro_batches
-    monkeypatch.setattr(train_mlx, "micro_batches", fails)
+    seen, micro_batches = [], train_mlx.micro_batch_indices
+    monkeypatch.setattr(train_mlx, "micro_batch_indices", fails)
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setenv(macos.RESTARTS, "")
     return start

@@ -22,11 +22,12 @@ from bdh_lib.data import describe, hub, sources
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.split import ENDS, choose_validation, write_split
 from bdh_lib.data.texts import Texts, write_texts
-from bdh_lib.errors import UserError
+from bdh_lib.errors import NoDataError, UserError
 from bdh_lib.files import parse_json, sha256_file
 from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
 
+VERSION = 2  # of prepared data: raise it where a change of the code changes any of their bytes
 IN_VAL = "in_val.npy"  # in prepared data: of each text of the mode, whether it validates
 STARTED = time.time()  # about when this process started
 
@@ -42,9 +43,7 @@ class DataSettings(NamedTuple):
 
     def as_dict(self) -> dict:
         """Return these, and the version of what is made of them, as data.json keeps it."""
-        text = "chats whole, numbers as text, replies as marked"
-        rules = {"split": "by record, validation shuffled", "text": text}
-        return self._asdict() | rules
+        return self._asdict() | {"version": VERSION}
 
 
 def data_settings(s: Settings, mode: str) -> DataSettings:
@@ -217,7 +216,7 @@ def _split(settings: DataSettings, folder: Path) -> dict:
 def _check_distinct(texts: Texts, settings: DataSettings) -> None:
     """Raise UserError for data that have one distinct record, of which no split can be drawn."""
     if (texts.keys[-1] == texts.keys[-1][0]).all():
-        raise UserError(
+        raise NoDataError(
             f"DATASET {settings.dataset} has 1 distinct record, a split needs at least 2; "
             f"{'; '.join(describe.skip_lines(texts.report)[:3]) or 'nothing skipped'}"
             f"{'; a record of a .txt ends at a blank line' if '.txt' in settings.dataset else ''}"
@@ -233,17 +232,17 @@ def _check_sides(texts: Texts, held_out, shared, settings: DataSettings) -> None
             cure = f"change VAL_FRACTION ({settings.val_fraction}) or SEED, or take more data"
             if is_given:
                 cure = "look at the files of that split, or name those to train on alone"
-            raise UserError(
+            raise NoDataError(
                 f"DATASET {dataset}: none of the {n:,} records of TRAINING_MODE {mode!r} is "
                 f"{'; '.join([side, cure, *describe.skip_lines(texts.report)[:3]])}"
             )
     if shared.sum() == held_out.sum():
         if is_given:
-            raise UserError(
+            raise NoDataError(
                 f"DATASET {dataset}: every text of its validation is trained on, too, in "
                 f"TRAINING_MODE {mode!r}; take another validation, or another mode"
             )
-        raise UserError(
+        raise NoDataError(
             f"DATASET {dataset} has {len(np.unique(texts.digests))} distinct texts in "
             f"TRAINING_MODE {mode!r}, each of more records than VAL_FRACTION "
             f"({settings.val_fraction}) holds out: raise it, take more data or another mode"

@@ -14,7 +14,7 @@ import numpy as np
 from bdh_lib.data import columns, sources
 from bdh_lib.data.describe import cannot_serve
 from bdh_lib.data.formats import FIELDS, Turns, needed_fields, training_texts
-from bdh_lib.errors import UserError
+from bdh_lib.errors import NoDataError, UserError
 
 PIECE = 10**6  # characters of a record that are hashed at once
 MOST_NAMES = 20  # of structures and of columns in a report, where each record has its own
@@ -150,7 +150,7 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
     report["not_read"] = list(source.left_out)
     _check_columns(chosen, tally.columns)
     if not lengths:
-        raise UserError(cannot_serve(report))
+        raise NoDataError(cannot_serve(report))
     keys = np.array(keys, np.uint64).reshape(-1, 3).T
     lengths, digests, counts = map(np.array, (lengths, digests, counts))
     return Texts(report, lengths, digests, counts, keys, np.array(validates, bool))

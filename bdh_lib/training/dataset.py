@@ -11,7 +11,7 @@ from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import data_settings, prepare
 from bdh_lib.data.split import bytes_to_evaluate, has_field, record_ends
-from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.errors import NoDataError, UserError, escape_controls
 from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import schedule_summary
@@ -35,7 +35,7 @@ def load_prepared(s: Settings, mode: str) -> tuple[dict, Split, Split]:
     folder = prepare(data_settings(s, mode), cache, refresh)
     report = json.loads((folder / "data.json").read_text())
     if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
-        raise UserError(f"the {empty[0]} split of mode {mode} is empty; take more data")
+        raise NoDataError(f"the {empty[0]} split of mode {mode} is empty; take more data")
     train, val = (
         [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
         for side in ("train", "val")

@@ -11,7 +11,7 @@ from bdh_lib import files
 from bdh_lib.compute import memory
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.data.prepare import cache_key, data_settings
-from bdh_lib.errors import UserError
+from bdh_lib.errors import NoDataError, UserError
 from bdh_lib.flags import Settings
 from bdh_lib.runs import find_weights
 from bdh_lib.tables import format_table
@@ -75,7 +75,7 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) 
     model.compute = memory.select_mode(s)[1]
     bpb, fields = {}, {}
     for mode in REQUIRED_FIELDS:
-        with suppress(UserError):  # a mode without data
+        with suppress(NoDataError):
             loss, nats = loss_in(model, mode)
             bpb[mode] = loss / math.log(2)
             fields[mode] = {field: loss / math.log(2) for field, loss in nats.items()}
