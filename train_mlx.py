@@ -91,7 +91,7 @@ PRESETS = {
     "--learning-rate 5e-5 --eval-bytes 50000",
     "tiny": OFFICIAL + "--n-layer 3 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0.05 "
     "--training-mode full --block-size 256 --batch-size 8 --max-iters 350 --epochs none "
-    "--learning-rate 4e-3 --warmup-iters 20 --log-freq 25 --eval-freq 175 --save-freq 175 "
+    "--learning-rate 4e-3 --warmup-iters 20 --log-freq 10 --eval-freq 175 --save-freq 175 "
     "--eval-bytes 45000",
     # The recipe that docs/log.md measures on a megabyte of text, 6.4M parameters
     "small-data": OFFICIAL + "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 "
@@ -109,6 +109,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -129,6 +130,7 @@ from bdh_lib.data.formats import (
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.generation.decoding import complete_prompts
+from bdh_lib.progress import heartbeat
 from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
 from bdh_lib.training.advice import advise, byte_baselines
@@ -436,7 +438,8 @@ def evaluation_results(
     results["monitored_loss"] = nats.get(s.LOSS_ON, val_loss)
     results["val_loss_fields"] = nats
     results["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
-    return results | neuron_activity(model, val.bytes, s.BLOCK_SIZE)
+    with heartbeat("counting active neurons"):
+        return results | neuron_activity(model, val.bytes, s.BLOCK_SIZE)
 
 
 def broadcast_state(world: World, model: BDH, optimizer, ema: dict) -> None:
@@ -446,6 +449,14 @@ def broadcast_state(world: World, model: BDH, optimizer, ema: dict) -> None:
         tree.update(world.broadcast(tree))
 
 
+class SummedGradients(NamedTuple):
+    """The loss of an update and its gradients, and whether any target counts in them."""
+
+    loss: mx.array
+    gradients: dict
+    has_targets: bool
+
+
 def sum_gradients(
     s: Settings,
     step: int,
@@ -453,10 +464,10 @@ def sum_gradients(
     train_split: Split,
     stop: StopSignal,
     world: World,
-) -> tuple[tuple[mx.array, dict], bool]:
-    """Return the loss and gradients of an update, summed over its batches on all processes.
+) -> SummedGradients:
+    """Return the gradients of an update, over its batches on all processes.
 
-    Gives also whether any target counts. A signal ends it early where there is one process.
+    A signal ends it early where there is one process.
     """
     if not stop.has_trained:
         print("compiling the training step, once (a minute or more on a new machine)")
@@ -472,7 +483,7 @@ def sum_gradients(
         mx.eval(loss, gradients)  # bounds the memory, and lets a signal in
         if stop.requested:
             break
-    return world.all_reduce_sum((loss, gradients)), n_targets > 0
+    return SummedGradients(*world.all_reduce_sum((loss, gradients)), n_targets > 0)
 
 
 def write_samples(s: Settings, step: int, model: BDH, val: Split, stop: StopSignal) -> list[str]:
@@ -480,16 +491,20 @@ def write_samples(s: Settings, step: int, model: BDH, val: Split, stop: StopSign
     prompts = sample_prompts(s.TRAINING_MODE, summary.fields_in(val.fields))
     if s.SAMPLE_BYTES > 1000:
         print(f"writing {len(prompts)} samples of {s.SAMPLE_BYTES:,} bytes")
-    return list(complete_prompts(model, prompts, s.SAMPLE_BYTES, s.SEED + step, stop))
+    with heartbeat("writing samples"):
+        return list(complete_prompts(model, prompts, s.SAMPLE_BYTES, s.SEED + step, stop))
 
 
-def batch_location(s: Settings, step: int, train_split: Split) -> str:
-    """Return where in the training bytes the blocks of an update begin."""
+def no_sound_update(s: Settings, step: int, train_split: Split) -> str:
+    """Return why a run ends, and where in the data the blocks of its last update begin."""
     count = blocks_per_update(s)
     first, shown = step * count // s.BATCH_SIZE, range(math.ceil(min(count, 64) / s.BATCH_SIZE))
     starts = [int(n) for i in shown for n in batch_positions(train_split, first + i, s)[:, 0]][:64]
     more = f" and {count - len(starts):,} others" if count > len(starts) else ""
-    return f"{s.BLOCK_SIZE} bytes each from {starts}{more} of the training bytes"
+    return (
+        f"no sound update in {s.MAX_CONSECUTIVE_SKIPS} iterations; last batch: "
+        f"{s.BLOCK_SIZE} bytes each from {starts}{more} of the training bytes"
+    )
 
 
 def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
@@ -566,17 +581,18 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         # one update: micro-batches on each process, then one step of AdamW
         meter.start()
         optimizer.learning_rate = lr = learning_rate(step, n_steps, s)
-        (loss, gradients), counted = sum_gradients(s, step, micro_step, train_split, stop, world)
+        with meter.show_life():
+            update = sum_gradients(s, step, micro_step, train_split, stop, world)
+            if not stop.requested:
+                norm = apply_update(update.loss, update.gradients)
+                mx.eval(state, norm)
         if stop.requested:  # the update is not whole: the run is saved as it was after the last one
             save(step)
             break
-        norm = apply_update(loss, gradients)
-        mx.eval(state, norm)
         stop.has_trained = True  # from here on there is work to save
-        meter.stop(step + 1, loss.item(), norm.item(), counted)
+        meter.stop(step + 1, update.loss.item(), norm.item(), update.has_targets)
         if meter.consecutive_skips == s.MAX_CONSECUTIVE_SKIPS:
-            raise Diverged(f"no sound update in {s.MAX_CONSECUTIVE_SKIPS} iterations; last batch: "
-                           f"{batch_location(s, step, train_split)}")  # fmt: skip
+            raise Diverged(no_sound_update(s, step, train_split))
         if (step + 1) % s.LOG_FREQ == 0 and meter.losses:
             log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **meter.read(step + 1))
 
@@ -584,8 +600,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     if stop.requested:
         print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
         return 128 + stop.requested
-    summary.print_summary(s, run, n_steps, results, log.best, train_split, meter.minutes())
-    print(f"sample_it: {summary.sample_command(s, run, summary.fields_in(val.fields))}")
+    summary.print_summary(s, run, n_steps, results, log.best, train_split, val, meter.minutes())
     return 0
 
 

@@ -27,14 +27,14 @@ class Progress:
         self.what, self.total, self.unit, self.done, self.file = what, total, unit, initial, file
         options = {"unit": f" {unit}", "initial": initial, "leave": False, "delay": DELAY}
         self.bar = tqdm(total=total, desc=what, disable=None, **options)
-        self.last_line, self.prints_lines = time.monotonic(), self.bar.disable
+        self.last_line, self.line_every = time.monotonic(), LINE_EVERY
 
     def update(self, n: int = 1) -> None:
         """Count n units as done."""
         self.done += n
         if self.bar.update(n):
             Progress.last_shown = time.monotonic()
-        if self.prints_lines and time.monotonic() > self.last_line + LINE_EVERY:
+        if self.bar.disable and time.monotonic() > self.last_line + self.line_every:
             self.last_line = Progress.last_shown = time.monotonic()
             of = f" of {self.total:,}" if self.total else ""
             print(f"{self.what}: {self.done:,}{of} {self.unit} ...", file=self.file, flush=True)

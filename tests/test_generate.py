@@ -707,6 +707,7 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
             return screen.until(PROMPT)
 
         def transcript():
+            (tmp_path / "said").unlink(missing_ok=True)
             line(b"/save " + str(tmp_path / "said").encode())
             return (tmp_path / "said").read_bytes()
 
@@ -729,7 +730,9 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
             b"\n---\n\n### System:\nbe brief\n\n### Instruction:\nmore\n\n### Response:\n" + answer
         )
         assert transcript() == one + two
+        line(b"/save " + str(tmp_path / "said").encode())  # a session may replace its own files
         assert f"forgotten: {len(one + two):,} bytes".encode() in line(b"/reset")
+        assert b"exists" in line(b"/save " + str(tmp_path / "said").encode())  # another talk
         assert b"system text: none" in line(b"/system")
         screen.type(b'"""\rtwo\rlines\r')
         line(b'"""')

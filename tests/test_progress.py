@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from helpers import train
 
+import train_mlx
 from bdh_lib import progress
 from bdh_lib.data import parsers
 from bdh_lib.generation.decoding import read_prompt
+from bdh_lib.training import runlog
 from bdh_lib.training.evaluation import evaluate
 from bdh_mlx import BDH, BDHConfig
 
@@ -85,3 +87,43 @@ def test_updates_are_told_up_to_the_first_line_of_the_log(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "training: 1 of 6 iterations ...\ntraining: 2 of 6" in out
     assert "iter      3 |" in out and "training: 4 of 6" not in out
+
+
+@pytest.fixture
+def fast_heart(monkeypatch):
+    monkeypatch.setattr(progress, "POLL", 0.01)
+    for module in (progress, runlog):
+        monkeypatch.setattr(module, "LINE_EVERY", 0.1)
+
+
+def slowed(function):
+    """The same function, but slower than a line of progress may be late."""
+
+    def slow(*args, **options):
+        time.sleep(0.3)
+        return function(*args, **options)
+
+    return slow
+
+
+def test_a_slow_first_update_shows_life_up_to_the_first_line_of_the_log(
+    tmp_path, capsys, monkeypatch, fast_heart
+):
+    monkeypatch.setattr(train_mlx, "get_batch", slowed(train_mlx.get_batch))
+    train(tmp_path, "--max-iters", 4, "--log-freq", 2)
+    before, after = capsys.readouterr().out.split("iter      2 | loss")
+    assert "training: 0 s ..." in before and "training: 0 s ..." not in after
+
+
+@pytest.mark.parametrize("name", ["evaluate", "neuron_activity", "complete_prompts"])
+def test_each_slow_part_of_an_evaluation_shows_life(
+    name, tmp_path, capsys, monkeypatch, fast_heart
+):
+    what = {"neuron_activity": "counting active neurons", "complete_prompts": "writing samples"}
+    if name == "evaluate":
+        losses = slowed(lambda idx, targets: mx.zeros(idx.shape))
+        evaluate(losses, np.zeros(9, np.uint8), np.zeros(9, np.uint8), 1, 8)
+    else:
+        monkeypatch.setattr(train_mlx, name, slowed(getattr(train_mlx, name)))
+        train(tmp_path, "--max-iters", 1)
+    assert f"{what.get(name, 'evaluating')}: 0 s ..." in capsys.readouterr().out

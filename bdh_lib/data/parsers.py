@@ -29,7 +29,7 @@ BOMS = {  # byte order marks, the longer ones first
 PARQUET, WEB_PAGE = b"PAR1\x15", "a web page: download the file itself"
 SIGNATURES = {  # how files start that are not what their name says, and what to do
     b"version https://git-lfs": "a pointer of Git LFS and no data: run `git lfs pull`",
-    b"PK\x03\x04": "a zip archive: unpack it",
+    b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or save it as CSV",
     b"\x1f\x8b": "compressed: unpack it, or put .gz after its name",
     b"\x28\xb5\x2f\xfd": "compressed: unpack it, or put .zst after its name",
     PARQUET: "a Parquet file: name it .parquet",

@@ -124,7 +124,7 @@ class Session:
         try:
             while (line := self.next_line()) is not None:
                 is_command = line.startswith("/") and not isinstance(line, QuotedText)
-                if is_command and line.strip() == "/quit":
+                if is_command and line.split()[0] == "/quit":
                     break
                 try:
                     if is_command:
@@ -165,6 +165,7 @@ class Session:
         elif name == "/reset":
             print(f"forgotten: {len(self.text):,} bytes")
             self.reset()
+            self.saved_files.clear()  # what they hold is another conversation now
         elif name == "/save":
             self.save(argument.strip())
         elif name == "/help":

@@ -20,7 +20,7 @@ from bdh_lib.data.prepare import load_unsplit
 from bdh_lib.errors import UserError
 from bdh_lib.files import expand_user
 from bdh_lib.flags import Settings
-from bdh_lib.progress import Progress
+from bdh_lib.progress import Progress, heartbeat
 from bdh_lib.tables import format_table
 from bdh_lib.training.distributed import World
 from bdh_lib.training.signals import default_signals
@@ -48,7 +48,7 @@ def evaluate(
     n = len(val) - 1
     nats, count = np.zeros(len(FIELDS)), np.bincount(fields[1:], minlength=len(FIELDS))
     parts = [*pairwise([*range(0, n - n % T, B * T), n - n % T, n])][rank::size]
-    with Progress("evaluating", n // size, "bytes") as progress:
+    with heartbeat("evaluating"), Progress("evaluating", n // size, "bytes") as progress:
         for begin, end in parts:
             if end > begin and not (stop and stop.requested):
                 rows = (max(1, (end - begin) // T), -1)
@@ -102,7 +102,7 @@ def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
     """
     eval_losses = mx.compile(partial(byte_losses, model), inputs=[model.state])
     print("compiling the evaluation, once")
-    with default_signals():
+    with heartbeat("compiling"), default_signals():
         compile_shapes(eval_losses, n_bytes, s.BATCH_SIZE, s.BLOCK_SIZE)
     return eval_losses
 

@@ -305,7 +305,8 @@ def print_run(s: Settings, preset_names: Iterable[str], functions: Functions) ->
         print(presets(preset_names, functions, sizes))
 
     name, compute, _ = tuning.select(s, *tuning.kept(s))
-    step, evaluation = measure(functions, s, train, compute)
+    with heartbeat("measuring"):
+        step, evaluation = measure(functions, s, train, compute)
     times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val.bytes) / (s.BATCH_SIZE * s.BLOCK_SIZE)
     print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 updates")

@@ -7,7 +7,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from bdh_lib import files
 from bdh_lib.errors import UserError
-from bdh_lib.progress import Progress
+from bdh_lib.progress import LINE_EVERY, Progress, heartbeat
 from bdh_lib.training import checkpoints
 from bdh_lib.training.distributed import World
+
+LOGGED_LINE_EVERY = 60  # seconds between lines of progress beside those of the log
 
 
 def read_log(path: Path) -> list[dict]:
@@ -173,6 +175,11 @@ class Meter:
         """Return the minutes since the loop began, the first evaluation included."""
         return (time.perf_counter() - self.start_time) / 60
 
+    def show_life(self) -> AbstractContextManager:
+        """Return the heartbeat of an update, up to the first line of the log."""
+        is_early = self.progress.line_every == LINE_EVERY
+        return heartbeat("training") if is_early else nullcontext()
+
     def read(self, step: int) -> dict:
         """Return the mean loss, speed and time left after `step`, for the log; resets the
         averages.
@@ -186,7 +193,7 @@ class Meter:
             "seconds_left": elapsed / done * (self.n_steps - step),
         }
         self.clear()
-        self.progress.prints_lines = False  # those of the log are signs of life from here on
+        self.progress.line_every = LOGGED_LINE_EVERY
         return values
 
 

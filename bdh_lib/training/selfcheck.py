@@ -1,6 +1,6 @@
 """`python train_mlx.py --selfcheck`: do model and trainer what they must, here and on this backend?
 
-In seconds; a table, and exit code 0 or 1.
+A table, and exit code 0 or 1.
 
 Tolerances are shares of the largest number compared; a GPU adds up in another order than a CPU.
 Two checks take the shapes and the precision of training: kernels have been wrong for large ones.
@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten
 import bdh_mlx
 from bdh_lib.compute import memory
 from bdh_lib.errors import escape_controls
+from bdh_lib.progress import heartbeat
 from bdh_lib.training import checkpoints
 
 CONFIG = bdh_mlx.BDHConfig(n_layer=3, n_embd=32, n_head=2, mlp_internal_dim_multiplier=16)
@@ -230,7 +231,8 @@ def run_checks(compile_steps: Callable, dtype: str = "auto") -> int:
     failed, began = [], time.perf_counter()
     for name, check in CHECKS.items():
         try:
-            measured, allowed = check(compile_steps, dtype)
+            with heartbeat(name):
+                measured, allowed = check(compile_steps, dtype)
             good = measured <= allowed
             result = f"{'ok' if good else 'FAILED':<8}{measured:.1e} (at most {allowed:.0e})"
         except Skipped as reason:

@@ -51,7 +51,9 @@ def finished_reason(s: Settings, run: Path, step: int, total: int, best: dict) -
     )
 
 
-def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, train_split, minutes) -> None:
+def print_summary(
+    s, run: Path, n_steps: int, last: dict, best: dict, train_split, val, minutes
+) -> None:
     """Print the results of a finished run, for people and grep; `last` is its last evaluation."""
     ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
     if last["step"] < n_steps:
@@ -73,6 +75,7 @@ def print_summary(s, run: Path, n_steps: int, last: dict, best: dict, train_spli
         "active_x": " ".join(f"{share:.1%}" for share in last["active_x"]),  # layer by layer
         "active_y": " ".join(f"{share:.1%}" for share in last["active_y"]),
         "look_at_it": run / "report.html",
+        "sample_it": sample_command(s, run, fields_in(val.fields)),
     }
     print("\n".join(f"{name}: {value}" for name, value in values.items()))
 

@@ -337,7 +337,7 @@ OTHER_THAN_NAMED = {  # how a file starts, and what is said of it
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n": "run `git lfs pull`",
     b"\r\n<!DOCTYPE html>\n<html>\n\n<p>Sign in</p>": "a web page: download the file itself",
     b"\xef\xbb\xbf<html>\n\n": "a web page: download the file itself",
-    b"PK\x03\x04\x14": "a zip archive: unpack it",
+    b"PK\x03\x04\x14": "a zip archive or an Excel workbook",
     gzip.compress(b"a\n\nb"): "compressed: unpack it, or put .gz after its name",
     pyarrow.Codec("zstd").compress(b"a\n\nb", asbytes=True): "or put .zst after its name",
     b"%PDF-1.7\n\n": "a PDF: save its text as .txt",
