@@ -42,7 +42,6 @@ def resume_or_init(
         return 0, init_from(s, model, ema) if s.INIT_FROM else []
     read_config(run)  # warns where it is damaged; what counts is that of the checkpoint
     info = checkpoints.read_info(run, step)
-    info["settings"].setdefault("SHUFFLE_RECORDS", False)  # before there was such a setting
     changes = changes_on_resume(run, info, s, report)
     check_origin(run, info, s)
     with ema_applied(model, ema):  # as it was saved
@@ -86,16 +85,16 @@ def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[
     """
     new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_update(s)}
     try:
-        if (
-            missing := {name for name in FIXED_ON_RESUME if name.isupper()}
-            - info["settings"].keys()
-        ):
+        saved = {"SHUFFLE_RECORDS": False} | info[
+            "settings"
+        ]  # from before there was such a setting
+        if missing := {name for name in FIXED_ON_RESUME if name.isupper()} - saved.keys():
             raise UserError(
                 f"{run} is of another format: it has no {min(missing)}. Set RUN_NAME to start "
                 f"another run, with INIT_FROM {run.name} from these weights"
             )
-        old = info["settings"] | info["versions"]
-        old[GLOBAL_BATCH] = blocks_per_update(Settings(**info["settings"]))
+        old = saved | info["versions"]
+        old[GLOBAL_BATCH] = blocks_per_update(Settings(**saved))
         changes = checkpoints.settings_changes(old, new) | data_changes(info["data"], report)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None

@@ -91,8 +91,10 @@ def preferred(s: Settings, run: Path, world: World) -> tuple[str, dict]:
     by, choice = "", {}
     if world.is_main and (step := checkpoints.newest_valid(run)):
         info = checkpoints.read_info(run, step)
-        if info["versions"].get("device") == str(mx.default_device()):
-            by, choice = "as before", info.get("compute", {})
+        versions, compute = info.get("versions"), info.get("compute")
+        is_here = isinstance(versions, dict) and versions.get("device") == str(mx.default_device())
+        if is_here and isinstance(compute, dict) and is_choice(compute):
+            by, choice = "as before", compute
     elif world.is_main:
         by, choice = kept(s)
     return world.broadcast_object([by, choice])
