@@ -133,14 +133,10 @@ def estimate(config, B: int, T: int, compute: Compute) -> float:
     return peak * (1 if on_gpu() else CPU_AHEAD)
 
 
-def extra_state_bytes(s: Settings) -> int:
-    """Return the bytes of the EMA of the weights, of which an update needs two copies."""
-    return 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0
-
-
 def step_peak(s: Settings, compute: Compute) -> float:
     """Estimate the peak bytes of a step with these settings, computed in a given way."""
-    return estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + extra_state_bytes(s)
+    ema = 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0  # an update needs two copies
+    return estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + ema
 
 
 def select_mode(s: Settings) -> tuple[str, Compute, float]:
@@ -212,8 +208,8 @@ def oom_advice(s: Settings, peak: float) -> str:
     for change, b, t, c in candidates:
         setting = change.split(" ")[0]
         if setting not in settings:
-            changed = Settings(**vars(s) | {"BDH_CONFIG": c, "BATCH_SIZE": b})
-            need = estimate(c, b, t, compute_for(c, "small", s.DTYPE)) + extra_state_bytes(changed)
+            changed = {"BDH_CONFIG": c, "BATCH_SIZE": b, "BLOCK_SIZE": t}
+            need = step_peak(Settings(**vars(s) | changed), compute_for(c, "small", s.DTYPE))
             if need <= available():
                 settings.add(setting)
                 fits.append(f"{change} (with MEMORY_MODE small: {need / 1e9:.1f} GB)")

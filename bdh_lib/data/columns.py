@@ -38,12 +38,7 @@ ROLES_BY_FIELD = {  # the roles of a chat by field, in small letters
 FIELD_OF = {role: field for field, roles in ROLES_BY_FIELD.items() for role in roles}
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles that are left out
 ROLE, CONTENT, CALLS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
-LOSS_MASK_KEYS = (
-    "weight",
-    "train",
-    "trainable",
-    "loss",
-)  # of a turn: 0 or false for one not to train on
+LOSS_MASK_KEYS = ("weight", "train", "trainable", "loss")  # 0 or false: not to train on the turn
 ROLES, CONTENTS = (*ROLE, "sender", "speaker"), (*CONTENT, "text", "parts")  # the first one counts
 UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
 TOOL_CALL, TOOL_ANSWER = "reply that only calls tools", "answer of a tool"

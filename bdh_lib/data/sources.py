@@ -15,12 +15,8 @@ from bdh_lib.files import expand_user
 from bdh_lib.progress import counted
 
 SAMPLE = Path(__file__).with_name("sample.jsonl")
-PREPARED_FILES = (
-    "train.bin",
-    "val.bin",
-    "train.fields",
-    "val.fields",
-)  # a folder with these is used as is
+# a folder with these is used as it is
+PREPARED_FILES = ("train.bin", "val.bin", "train.fields", "val.fields")
 WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
     (".data/.lock",),
     ("metrics.jsonl", "config.json"),

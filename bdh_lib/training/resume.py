@@ -85,9 +85,8 @@ def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[
     """
     new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_update(s)}
     try:
-        saved = {"SHUFFLE_RECORDS": False} | info[
-            "settings"
-        ]  # from before there was such a setting
+        # a checkpoint from before SHUFFLE_RECORDS was trained without it
+        saved = {"SHUFFLE_RECORDS": False} | info["settings"]
         if missing := {name for name in FIXED_ON_RESUME if name.isupper()} - saved.keys():
             raise UserError(
                 f"{run} is of another format: it has no {min(missing)}. Set RUN_NAME to start "
@@ -115,18 +114,14 @@ def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[
 def check_origin(run: Path, info: dict, s: Settings) -> None:
     """Raise UserError where a run started from other weights than those of INIT_FROM."""
     ancestry, earlier = info.get("ancestry", []), info["settings"].get("INIT_FROM")
-    # a model of the hub may have changed there since, and need not be asked for again
-    if s.INIT_FROM and hub.is_model(s.INIT_FROM) and earlier != s.INIT_FROM:
-        raise UserError(
-            f"{run} did not start from {s.INIT_FROM}, but from {earlier or 'random weights'}; set "
-            "RUN_NAME to start another run"
-        )
-    if s.INIT_FROM and not ancestry:
+    # a model of the hub may have changed there since, and need not be asked for again: names count
+    is_of_hub = bool(s.INIT_FROM) and hub.is_model(s.INIT_FROM)
+    if s.INIT_FROM and (not ancestry or (is_of_hub and earlier != s.INIT_FROM)):
         raise UserError(
             f"{run} did not start from {s.INIT_FROM}; set RUN_NAME to start another run"
         )
     current = ancestry
-    if s.INIT_FROM and not hub.is_model(s.INIT_FROM) and (origin := origin_of(s)).exists():
+    if s.INIT_FROM and not is_of_hub and (origin := origin_of(s)).exists():
         with suppress(UserError):  # its checkpoints are gone: the run has all that it needs
             current = phases.ancestry(origin)
     if ancestry and current[-1]["sha256"] != ancestry[-1]["sha256"]:
