@@ -3,7 +3,7 @@
     python bench/experiments.py parity --official bdh.py --text tinyshakespeare.txt
     python bench/experiments.py recipe --text tinyshakespeare.txt
     python bench/experiments.py guide --records instructions_5mb.jsonl
-    python bench/experiments.py records --records instructions_5mb.jsonl --only "recipe"
+    python bench/experiments.py records unseen --records instructions_5mb.jsonl --only "recipe"
     python bench/experiments.py parity recipe --official bdh.py --text ... --gpus 2 --minutes 8
     python bench/experiments.py plot results.jsonl curves.png [parity]
 
@@ -75,6 +75,20 @@ SWEEP = {
     "layers 4": "--n-layer 4",
     "rate 2e-3": "--learning-rate 2e-3",
     "multiplier 16": "--mlp-internal-dim-multiplier 16 --dropout 0.4",
+    # longer blocks and smaller batches, over the flags of small-data
+    **{
+        name: "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema-decay 0.99 --patience none "
+        "--beta2 0.95 --block-size 2048 --batch-size 2 --max-iters 6000 --eval-freq 250 " + flags
+        for name, flags in {
+            "small batch": "",
+            "small batch, layers 4": "--n-layer 4",
+            "small batch, layers 4, multiplier 64": "--n-layer 4 --dropout 0.6 "
+            "--mlp-internal-dim-multiplier 64",
+            "small batch, dropout 0.6": "--dropout 0.6 --byte-noise 0.1",
+            "small batch, blocks of 1024": "--block-size 1024 --batch-size 4",
+            "blocks of 2048": "--batch-size 8 --max-iters 2000 --beta2 0.999 --eval-freq 100",
+        }.items()
+    },
 }
 
 # A few MB of records: flags of a job over those of RECORDS. The first one is the default of
@@ -169,6 +183,26 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
     return sides
 
 
+def hold_out_systems(file: Path, folder: Path, n_records: int = 600) -> Path:
+    """A folder with a given split: whole system texts, of n_records records or more, validate.
+
+    So no validation record is of a kind of task that training saw. The draw is seeded.
+    """
+    with file.open(encoding="utf-8") as opened:
+        lines = list(opened)  # str.splitlines would cut a record at U+2028
+    systems = [json.loads(line)["system"] for line in lines]
+    kinds, counts = np.unique(systems, return_counts=True)
+    order = np.random.default_rng(0).permutation(len(kinds))
+    n_kinds = int(np.searchsorted(np.cumsum(counts[order]), n_records)) + 1
+    held_out = set(kinds[order[:n_kinds]])
+    folder.mkdir(parents=True, exist_ok=True)
+    for side in ("train", "validation"):
+        chosen = [line for line, system in zip(lines, systems, strict=True)
+                  if (system in held_out) == (side == "validation")]  # fmt: skip
+        (folder / f"{side}.jsonl").write_text("".join(chosen), encoding="utf-8")
+    return folder
+
+
 # -------------------------------------------------------------------------------------------- jobs
 
 
@@ -204,16 +238,24 @@ def recipe_jobs(args) -> list[dict]:
 
 
 def records_jobs(args) -> list[dict]:
-    return sweep_jobs("records", RECORDS, RECORDS_SWEEP, args.records.resolve(), args)
+    # a seed also draws the records that validate: the first one is the trainer's own
+    return sweep_jobs("records", RECORDS, RECORDS_SWEEP, args.records.resolve(), args, 1337)
 
 
-def sweep_jobs(what: str, base: str, sweep: dict[str, str], data: Path, args) -> list[dict]:
+def unseen_jobs(args) -> list[dict]:
+    folder = hold_out_systems(args.records, args.work / "unseen")
+    return sweep_jobs("unseen", RECORDS, RECORDS_SWEEP, folder, args)
+
+
+def sweep_jobs(
+    what: str, base: str, sweep: dict[str, str], data: Path, args, first_seed: int = 0
+) -> list[dict]:
     """The jobs of a sweep, or those that --only names, with all seeds."""
     jobs = []
     for name, flags in sweep.items():
         if args.only and name not in args.only:
             continue
-        for seed in range(args.seeds if args.only else 1):
+        for seed in range(first_seed, first_seed + (args.seeds if args.only else 1)):
             flags_of = f"{base} {QUIET} --dataset {data} {flags} --seed {seed}"
             jobs.append({"in": what, "name": f"{what}: {name}, seed {seed}", "of": name,
                           "phases": [flags_of],
@@ -251,6 +293,7 @@ JOBS = {
     "recipe": recipe_jobs,
     "guide": guide_jobs,
     "records": records_jobs,
+    "unseen": unseen_jobs,
 }
 
 
@@ -284,6 +327,8 @@ def train(job: dict, work: Path) -> dict:
     model = bdh_mlx.load_model(runs / f"phase{i}")
     result = curve_result(curve) | {"bytes": trained, "exit_code": code}
     result["bytes_per_s"] = round(statistics.median(speeds)) if speeds else None
+    best = min((m for m in metrics if "val_loss" in m), key=lambda m: m["val_loss"])
+    result["best_bits"] = {"whole": best["val_bpb"]} | best["val_bpb_fields"]  # the last phase's
     result["parameters"] = sum(p.size for _, p in tree_flatten(model.parameters()))
     if "judge" in job:
         result["bits"] = judge(model, Path(job["judge"]), s.BLOCK_SIZE)

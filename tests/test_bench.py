@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -69,6 +70,21 @@ def test_the_records_held_out_are_the_same_in_each_mode(tmp_path):
         )
         assert len(text) == len(fields)
     assert b"### Response:\nr" in text
+
+
+def test_a_kind_of_task_is_held_out_whole(tmp_path):
+    lines = [
+        {"system": f"s{i % 10}", "instruction": "\u2028", "response": f"r{i}"} for i in range(60)
+    ]
+    (tmp_path / "d.jsonl").write_text(
+        "\n".join(map(partial(json.dumps, ensure_ascii=False), lines))
+    )
+    folder = experiments.hold_out_systems(tmp_path / "d.jsonl", tmp_path / "out", n_records=13)
+    with (folder / "train.jsonl").open() as train, (folder / "validation.jsonl").open() as val:
+        sides = [[json.loads(line) for line in side] for side in (train, val)]
+    assert [len(side) for side in sides] == [42, 18]  # three kinds of six records
+    kinds = [{record["system"] for record in side} for side in sides]
+    assert [len(side) for side in kinds] == [7, 3] and not kinds[0] & kinds[1]
 
 
 def test_a_flat_model_costs_eight_bits_a_byte():
