@@ -84,9 +84,8 @@ SWEEP = {
             "small batch, layers 4": "--n-layer 4",
             "small batch, layers 4, multiplier 64": "--n-layer 4 --dropout 0.6 "
             "--mlp-internal-dim-multiplier 64",
-            "small batch, dropout 0.6": "--dropout 0.6 --byte-noise 0.1",
-            "small batch, blocks of 1024": "--block-size 1024 --batch-size 4",
-            "blocks of 2048": "--batch-size 8 --max-iters 2000 --beta2 0.999 --eval-freq 100",
+            "small batch, twice as long": "--max-iters 12000 --ema-decay 0.998 "
+            "--min-lr-ratio 0.02 --eval-freq 1000",
         }.items()
     },
 }
@@ -110,6 +109,13 @@ RECORDS_SWEEP = {
     "rate 2e-3": "--learning-rate 2e-3",
     "blocks of 4096, in one order": "--block-size 4096 --no-shuffle-records",
     "blocks of 4096": "--block-size 4096",
+}
+
+# The first recipe of RECORDS_SWEEP on less of the records, by their size in KB.
+SIZES = {
+    100: {f"{n} passes": f"--epochs {n}" for n in (15, 40)}
+    | {"40 passes, dropout 0.5": "--epochs 40 --dropout 0.5"},
+    500: {f"{n} passes": f"--epochs {n}" for n in (12, 25)},
 }
 
 # The guide: its modes at equal bytes, the default model, one rate for all; then its Options at
@@ -188,18 +194,39 @@ def hold_out_systems(file: Path, folder: Path, n_records: int = 600) -> Path:
 
     So no validation record is of a kind of task that training saw. The draw is seeded.
     """
-    with file.open(encoding="utf-8") as opened:
-        lines = list(opened)  # str.splitlines would cut a record at U+2028
+    lines = read_lines(file)
     systems = [json.loads(line)["system"] for line in lines]
     kinds, counts = np.unique(systems, return_counts=True)
     order = np.random.default_rng(0).permutation(len(kinds))
     n_kinds = int(np.searchsorted(np.cumsum(counts[order]), n_records)) + 1
-    held_out = set(kinds[order[:n_kinds]])
+    held_out = np.isin(systems, kinds[order[:n_kinds]])
+    sides = {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out)}
+    return write_sides(lines, sides, folder)
+
+
+def take_records(file: Path, folder: Path, n_bytes: int, share: float = 0.1) -> Path:
+    """A folder with a given split: about n_bytes of records to train on, and a tenth of all
+    records to validate, the same ones for each n_bytes.
+    """
+    lines = read_lines(file)
+    order = np.random.default_rng(0).permutation(len(lines))
+    n_val = round(share * len(lines))
+    sizes = np.cumsum([len(lines[i].encode()) for i in order[n_val:]])
+    n_train = int(np.searchsorted(sizes, n_bytes)) + 1
+    sides = {"train": order[n_val : n_val + n_train], "validation": order[:n_val]}
+    return write_sides(lines, sides, folder)
+
+
+def read_lines(file: Path) -> list[str]:
+    with file.open(encoding="utf-8") as opened:
+        return list(opened)  # str.splitlines would cut a record at U+2028
+
+
+def write_sides(lines: list[str], sides: dict[str, np.ndarray], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for side in ("train", "validation"):
-        chosen = [line for line, system in zip(lines, systems, strict=True)
-                  if (system in held_out) == (side == "validation")]  # fmt: skip
-        (folder / f"{side}.jsonl").write_text("".join(chosen), encoding="utf-8")
+    for side, chosen in sides.items():
+        text = "".join(lines[i] for i in chosen)
+        (folder / f"{side}.jsonl").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -213,9 +240,10 @@ def seconds(flags: str) -> float:
     s = train_mlx.settings(flags.split())
     c, B, T = s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE
     size = c.n_embd**2 * c.mlp_internal_dim_multiplier / 256 / 32768 * c.n_layer / 6
-    iters = s.MAX_ITERS
+    iters = s.MAX_ITERS or math.inf
     if s.EPOCHS:
-        iters = min(iters, s.EPOCHS * Path(s.DATASET, "train.bin").stat().st_size / (B * T))
+        n_bytes = sum(file.stat().st_size for file in Path(s.DATASET).glob("train.*"))
+        iters = min(iters, s.EPOCHS * n_bytes / (B * T))
     return 25 + iters * (0.008 + (0.1 if T <= 512 else 0.15) * size * B * T / 16384)
 
 
@@ -245,6 +273,17 @@ def records_jobs(args) -> list[dict]:
 def unseen_jobs(args) -> list[dict]:
     folder = hold_out_systems(args.records, args.work / "unseen")
     return sweep_jobs("unseen", RECORDS, RECORDS_SWEEP, folder, args)
+
+
+def sizes_jobs(args) -> list[dict]:
+    """The recipe on a part of the records, over several numbers of passes."""
+    jobs = []
+    for kilobytes, sweep in SIZES.items():
+        folder = take_records(args.records, args.work / f"{kilobytes}KB", 1000 * kilobytes)
+        sweep = {f"{kilobytes} KB, {name}": flags for name, flags in sweep.items()}
+        base = f"{RECORDS} {RECORDS_SWEEP['recipe']} --max-iters none --eval-freq 100"
+        jobs += sweep_jobs("sizes", base, sweep, folder, args)
+    return jobs
 
 
 def sweep_jobs(
@@ -294,6 +333,7 @@ JOBS = {
     "guide": guide_jobs,
     "records": records_jobs,
     "unseen": unseen_jobs,
+    "sizes": sizes_jobs,
 }
 
 

@@ -87,6 +87,19 @@ def test_a_kind_of_task_is_held_out_whole(tmp_path):
     assert [len(side) for side in kinds] == [7, 3] and not kinds[0] & kinds[1]
 
 
+def test_less_data_are_judged_on_the_same_records(tmp_path):
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"response": "r{i:02}"}}\n' for i in range(60)))
+    sides = {}
+    for n_bytes in (100, 700):
+        folder = experiments.take_records(tmp_path / "d.jsonl", tmp_path / str(n_bytes), n_bytes)
+        for side in ("train", "validation"):
+            sides[n_bytes, side] = (folder / f"{side}.jsonl").read_text().splitlines()
+    assert sides[100, "validation"] == sides[700, "validation"]
+    assert {key: len(lines) for key, lines in sides.items() if "train" in key} == {
+        (100, "train"): 5, (700, "train"): 35}  # fmt: skip
+    assert not {*sides[700, "train"]} & {*sides[700, "validation"]}
+
+
 def test_a_flat_model_costs_eight_bits_a_byte():
     rng = np.random.default_rng(0)
     train, val = rng.integers(0, 256, (2, 20_000), dtype=np.uint8)
