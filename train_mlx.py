@@ -105,16 +105,13 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_map
 
 from bdh_lib import cli, files, flags, plots
@@ -122,7 +119,6 @@ from bdh_lib.compute import memory
 from bdh_lib.data import hub
 from bdh_lib.data.columns import parse_columns
 from bdh_lib.data.formats import (
-    FIELDS,
     REQUIRED_FIELDS,
     format_example,  # noqa: F401  what a record becomes, for other scripts
     sample_prompts,
@@ -134,170 +130,27 @@ from bdh_lib.progress import heartbeat
 from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
 from bdh_lib.training.advice import advise, byte_baselines
-from bdh_lib.training.dataset import Split, load_prepared, load_split
+from bdh_lib.training.batches import (
+    batch_indices,
+    batch_positions,
+    get_batch,
+    loss_weights,
+    micro_batch_indices,
+    n_targets_in_update,
+)
+from bdh_lib.training.dataset import Split, load_split
 from bdh_lib.training.distributed import World, is_lost
-from bdh_lib.training.ema import copy_tree, ema_applied
-from bdh_lib.training.evaluation import byte_losses, compile_evaluation, evaluate, neuron_activity
+from bdh_lib.training.ema import ema_applied
+from bdh_lib.training.evaluation import compile_evaluation, evaluate, neuron_activity
 from bdh_lib.training.report import redraw
 from bdh_lib.training.resume import resume_or_init
 from bdh_lib.training.runlog import Meter, RunLog, main_process_prints
-from bdh_lib.training.schedule import blocks_per_update, total_steps
+from bdh_lib.training.schedule import blocks_per_update, learning_rate, total_steps
 from bdh_lib.training.signals import StopSignal, default_signals
+from bdh_lib.training.step import compile_steps, init_model
 from bdh_mlx import BDH
 
-# -------------------------------------------------------------------------------------------- data
-
-
-@lru_cache(maxsize=2)
-def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the first byte of each block of an epoch, in the order of the epoch.
-
-    The blocks tile the stream, which is taken as a ring, from an offset that each epoch draws: each
-    byte is a target once, and fewer than T of them twice.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    starts = rng.integers(n_bytes) + T * np.arange(math.ceil(n_bytes / T))
-    return rng.permutation(starts) % n_bytes
-
-
-@lru_cache(maxsize=2)
-def epoch_order(split: Split, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each record ends in a virtual stream, the records in the epoch's own order, and
-    how far from there it lies in `split`.
-    """
-    lengths = np.diff(split.record_ends, prepend=0)
-    order = np.random.default_rng([seed, epoch, 1]).permutation(len(lengths))
-    ends = np.cumsum(lengths[order])
-    return ends, split.record_ends[order] - ends
-
-
-def batch_positions(split: Split, batch_index: int, s: Settings) -> np.ndarray:
-    """Return which bytes of `split` the blocks of a run's batch number `batch_index` hold.
-
-    (B, T + 1) positions, of the inputs and of one target more. They are a function of the arguments
-    alone, so that a resumed run reads on where it stopped.
-    """
-    B, T, n_bytes = s.BATCH_SIZE, s.BLOCK_SIZE, len(split.bytes)
-    blocks = []
-    for block in range(batch_index * B, (batch_index + 1) * B):
-        epoch, i = divmod(block, math.ceil(n_bytes / T))
-        ring = (epoch_starts(n_bytes, T, s.SEED, epoch)[i] + np.arange(T + 1)) % n_bytes
-        if s.SHUFFLE_RECORDS and split.record_ends is not None:
-            ends, distances = epoch_order(split, s.SEED, epoch)
-            ring += distances[np.searchsorted(ends, ring, side="right")]
-        blocks.append(ring)
-    return np.stack(blocks)
-
-
-def get_batch(split: Split, batch_index: int, s: Settings) -> tuple[mx.array, mx.array]:
-    """Return a run's batch number `batch_index` as idx and targets (B, T)."""
-    blocks = split.bytes[batch_positions(split, batch_index, s)].astype(np.int32)
-    return mx.array(blocks[:, :-1]), mx.array(blocks[:, 1:])
-
-
-# ------------------------------------------------------------------------------- loss and schedule
-
-
-def learning_rate(step: int, total: int, s: Settings) -> float:
-    """Return the rate of update number `step` (from 0): a linear rise, then half a cosine down to
-    the end.
-    """
-    if step < s.WARMUP_ITERS:
-        return s.LEARNING_RATE * (step + 1) / s.WARMUP_ITERS
-    end = s.LR_DECAY_ITERS or total
-    done = min(1.0, (step - s.WARMUP_ITERS) / max(1, end - s.WARMUP_ITERS))
-    low = s.MIN_LR_RATIO
-    return s.LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def target_mask(split: Split, batch_index: int, s: Settings) -> np.ndarray:
-    """Return which targets (B, T) of a run's batch number `batch_index` count in its loss."""
-    if s.LOSS_ON == "all":
-        return np.ones((s.BATCH_SIZE, s.BLOCK_SIZE), bool)
-    positions = batch_positions(split, batch_index, s)[:, 1:]
-    return split.fields[positions] == FIELDS.index(s.LOSS_ON)
-
-
-def n_targets_in_update(split: Split, step: int, s: Settings) -> int:
-    """Return how many targets count in the loss of update number `step`, over all its batches."""
-    batches = blocks_per_update(s) // s.BATCH_SIZE
-    if s.LOSS_ON == "all":
-        return blocks_per_update(s) * s.BLOCK_SIZE
-    return sum(int(target_mask(split, step * batches + i, s).sum()) for i in range(batches))
-
-
-def loss_weights(split: Split, batch_index: int, count: int, s: Settings) -> np.ndarray:
-    """Return the weight of each target (B, T) of a batch in the loss of its update.
-
-    That loss is the mean over the `count` targets that count in all batches of the update, on all
-    processes: their weights are 1 / count, those of the others 0.
-    """
-    return target_mask(split, batch_index, s).astype(np.float32) / np.float32(max(1, count))
-
-
 # ---------------------------------------------------------------------------------------- training
-
-
-def init_model(s: Settings, compute: memory.Compute) -> tuple[BDH, optim.AdamW, dict]:
-    """Return a model with fresh weights, its optimizer, and the average of its weights ({}:
-    none).
-    """
-    mx.random.seed(s.SEED)
-    model = BDH(s.BDH_CONFIG)
-    model.compute = compute
-    optimizer = optim.AdamW(
-        s.LEARNING_RATE, [0.9, s.BETA2], weight_decay=s.WEIGHT_DECAY, bias_correction=True
-    )
-    optimizer.init(model.trainable_parameters())
-    return model, optimizer, copy_tree(model.parameters()) if s.EMA_DECAY else {}
-
-
-def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
-    """Replace `share` of the bytes of idx by bytes from anywhere in it."""
-    where, which = mx.random.split(key)
-    others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=which)]
-    return mx.where(mx.random.uniform(shape=idx.shape, key=where) < share, others, idx)
-
-
-def compile_steps(
-    model: BDH, optimizer, ema: dict, clip: float | None, noise: float = 0, decay: float = 0
-) -> tuple[Callable, Callable, list]:
-    """Return the two halves of an update, compiled, and the state that they change.
-
-    micro_step(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
-    apply_update(loss, gradients), each summed over the batches -> norm.
-    """
-    state = [model.state, optimizer.state, ema]
-    compiled = partial(mx.compile, inputs=state, outputs=state)
-
-    @compiled
-    def micro_step(idx, targets, weights, key):
-        if noise:
-            noise_key, key = mx.random.split(key)
-            idx = corrupt_bytes(idx, noise, noise_key)
-
-        def loss():
-            return mx.sum(byte_losses(model, idx, targets, key) * weights)
-
-        return nn.value_and_grad(model, loss)()
-
-    @compiled
-    def apply_update(loss, gradients):
-        """Take one step of AdamW; nothing changes where the loss or the gradient is not finite."""
-        gradients, norm = optim.clip_grad_norm(gradients, clip or math.inf)
-        before = copy_tree(state)
-        optimizer.update(model, gradients)
-        if ema:  # the decay rises to its value, as in TensorFlow: random weights are forgotten soon
-            rate = 1 - mx.minimum(decay, optimizer.step / (optimizer.step + 9))
-            ema.update(tree_map(lambda m, w: m + rate * (w - m), ema, model.parameters()))
-        finite = mx.isfinite(loss) & mx.isfinite(norm)
-        after = tree_map(lambda new, old: mx.where(finite, new, old), state, before)
-        model.update(after[0])
-        optimizer.state.update(after[1])
-        ema.update(after[2])
-        return norm
-
-    return micro_step, apply_update, state
 
 
 class Diverged(Exception):
@@ -311,12 +164,11 @@ def main(argv: list[str] | None = None) -> int:
     for slip in flags.find_typos(sys.modules[__name__], RULES):
         print(f"warning: {slip}", file=sys.stderr)
     if base.selfcheck:
-        return selfcheck.run_checks(compile_steps, base.DTYPE)
+        return selfcheck.run_checks(base.DTYPE)
     if base.plan:
-        functions = plan.Functions(settings, init_model, compile_steps, get_batch)
-        return plan.print_plan(base, PRESETS, functions)
+        return plan.print_plan(base, preset_settings())
     if base.tune:
-        return tuning.tune(base, init_model, compile_steps)
+        return tuning.tune(base)
     cli.ignore_closed_output()
     plots.find_fonts()  # before MLX computes anything
     world = World()
@@ -335,9 +187,7 @@ def main(argv: list[str] | None = None) -> int:
                 if code := train_or_explain(s, run, stop, world):
                     return code
                 if s.PHASES and world.is_main:
-                    results[run.name] = phases.evaluate_modes(
-                        s, run, stop, partial(evaluate_mode, s, stop)
-                    )
+                    results[run.name] = phases.evaluate_modes(s, run, stop)
                     if stop.requested:
                         print(f"stopped after {run} was saved; the same command continues it")
                         return 128 + stop.requested
@@ -369,15 +219,6 @@ def train_or_explain(s: Settings, run: Path, stop: StopSignal, world: World) -> 
         return 1
 
 
-def evaluate_mode(s: Settings, stop: StopSignal, model: BDH, mode: str) -> tuple[float, dict]:
-    """Return what `evaluate` gives on the validation bytes of any mode. Raises UserError without
-    data.
-    """
-    losses = mx.compile(partial(byte_losses, model))
-    val = load_prepared(s, mode)[2]
-    return evaluate(losses, val.bytes, val.fields, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
-
-
 def begin_run(
     run: Path,
     s: Settings,
@@ -403,12 +244,6 @@ def begin_run(
         checkpoints.check_space(run, trees, max(1, missing))
         files.atomic_write_text(run / "config.json", json.dumps(info, indent=1))
     return info
-
-
-def micro_batch_indices(s: Settings, step: int, world: World) -> range:
-    """Return the numbers, in the run, of this process's batches of an update."""
-    batches = blocks_per_update(s) // s.BATCH_SIZE
-    return range(step * batches + world.rank, (step + 1) * batches, world.size)
 
 
 def evaluation_results(
@@ -498,8 +333,8 @@ def write_samples(s: Settings, step: int, model: BDH, val: Split, stop: StopSign
 def no_sound_update(s: Settings, step: int, train_split: Split) -> str:
     """Return why a run ends, and where in the data the blocks of its last update begin."""
     count = blocks_per_update(s)
-    first, shown = step * count // s.BATCH_SIZE, range(math.ceil(min(count, 64) / s.BATCH_SIZE))
-    starts = [int(n) for i in shown for n in batch_positions(train_split, first + i, s)[:, 0]][:64]
+    shown = batch_indices(s, step)[: math.ceil(64 / s.BATCH_SIZE)]
+    starts = [int(n) for i in shown for n in batch_positions(train_split, i, s)[:, 0]][:64]
     more = f" and {count - len(starts):,} others" if count > len(starts) else ""
     return (
         f"no sound update in {s.MAX_CONSECUTIVE_SKIPS} iterations; last batch: "
@@ -518,7 +353,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     memory_mode, compute, peak = tuning.select(s, *tuning.preferred(s, run, world))
     model, optimizer, ema = init_model(s, compute)
     first_step, ancestry = world.broadcast_object(
-        world.is_main and resume_or_init(run, s, data_report, model, optimizer, ema, learning_rate)
+        world.is_main and resume_or_init(run, s, data_report, model, optimizer, ema)
     )
     broadcast_state(world, model, optimizer, ema)
 
@@ -531,9 +366,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     info = begin_run(run, s, data_report, ancestry, model, optimizer, ema, world)
 
     # ---- compiled functions
-    micro_step, apply_update, state = compile_steps(
-        model, optimizer, ema, s.GRAD_CLIP, s.BYTE_NOISE, s.EMA_DECAY
-    )
+    micro_step, apply_update, state = compile_steps(model, optimizer, ema, s)
     eval_losses = compile_evaluation(model, len(val.bytes), s)
     memory.set_limit(peak)
     baselines = byte_baselines(s.LOSS_ON, train_split, val)
@@ -667,6 +500,15 @@ def settings(argv: list[str] | None = None) -> Settings:
     for run in phases.chain(s):
         check_settings(run)
     return s
+
+
+def preset_settings() -> dict[str, Settings | None]:
+    """Return the settings of each preset, None where one does not go with the constants."""
+    result = dict.fromkeys(PRESETS)
+    for name in PRESETS:
+        with suppress(UserError):
+            result[name] = settings(["--preset", name])
+    return result
 
 
 def refuse_flags_without_effect(s: Settings, typed: set[str]) -> None:

@@ -387,14 +387,15 @@ def judge(model, folder: Path, T: int) -> dict:
     """Bits per byte of the held-out records in each mode's format, by field."""
     from functools import partial
 
-    import train_mlx
     from bdh_lib.compute import memory
+    from bdh_lib.training.evaluation import evaluate
+    from bdh_lib.training.step import byte_losses
 
     model.compute = memory.compute_for(model.config, "fast", "auto")
     bits = {}
     for mode in MODES:
         val = [np.fromfile(folder / mode / f"val.{kind}", np.uint8) for kind in ("bin", "fields")]
-        mean, nats = train_mlx.evaluate(partial(train_mlx.byte_losses, model), *val, 4, T)
+        mean, nats = evaluate(partial(byte_losses, model), *val, 4, T)
         of = nats | {"all": mean}
         bits[mode] = {field: round(loss / math.log(2), 4) for field, loss in of.items()}
     return bits
@@ -405,6 +406,7 @@ def official(job: dict, path: str) -> dict:
     import torch
 
     import train_mlx
+    from bdh_lib.training.batches import batch_positions
     from bdh_lib.training.dataset import Split
 
     spec = importlib.util.spec_from_file_location("official_bdh", path)
@@ -455,7 +457,7 @@ def official(job: dict, path: str) -> dict:
         if step == s.MAX_ITERS or stop:
             break
         tick = time.perf_counter()
-        where = train_mlx.batch_positions(split, step, s)
+        where = batch_positions(split, step, s)
         with autocast:
             loss = step_model(*blocks(train, where))[1]
         optimizer.zero_grad(set_to_none=True)

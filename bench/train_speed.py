@@ -85,8 +85,8 @@ def build(system: str, shape: dict, B: int, T: int, compute=None, rate=1e-3):
     import mlx.core as mx
     import mlx.optimizers as optim
 
-    import train_mlx
     from bdh_lib.compute import memory
+    from bdh_lib.training.step import compile_steps
 
     class Quadratic(bdh_mlx.BDH):
         """Scores T x T, gradients by MLX: what a plain port does."""
@@ -110,7 +110,8 @@ def build(system: str, shape: dict, B: int, T: int, compute=None, rate=1e-3):
         mx.set_memory_limit(10**6) if compute else memory.set_limit(peak)
     optimizer = optim.AdamW(rate, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    micro_step, apply_update, state = train_mlx.compile_steps(model, optimizer, {}, 1.0)
+    s = SimpleNamespace(BYTE_NOISE=0, GRAD_CLIP=1.0, EMA_DECAY=0)
+    micro_step, apply_update, state = compile_steps(model, optimizer, {}, s)
 
     def step(idx, targets):
         weights = mx.full(idx.shape, 1 / idx.size)
@@ -150,14 +151,14 @@ def curve(file: str, rate: float, steps: int = 200, B: int = 2, T: int = 512) ->
     runs = {system: build(system, shape, B, T, rate=rate)[0] for system in systems}
     import numpy as np
 
-    import train_mlx
+    from bdh_lib.training.batches import get_batch
     from bdh_lib.training.dataset import Split
 
     stream, apart = np.fromfile(file, np.uint8), {system: [] for system in systems}
     split = Split(stream, np.zeros_like(stream))
     s = SimpleNamespace(BATCH_SIZE=B, BLOCK_SIZE=T, SEED=0, SHUFFLE_RECORDS=False)
     for i in range(steps):
-        batch = train_mlx.get_batch(split, i, s)
+        batch = get_batch(split, i, s)
         losses = {system: step(*batch) for system, step in runs.items()}
         for system in systems:
             apart[system].append(abs(losses[system] - losses["quadratic"]))

@@ -25,9 +25,11 @@ import generate
 import train_mlx
 from bdh_lib import files, flags, runs
 from bdh_lib.generation import export
-from bdh_lib.training import checkpoints, evaluation, macos, runlog, schedule, summary
+from bdh_lib.training import checkpoints, evaluation, macos, resume, runlog, schedule, summary
+from bdh_lib.training.batches import epoch_order, get_batch
 from bdh_lib.training.dataset import Split, load_prepared
 from bdh_lib.training.ema import copy_tree
+from bdh_lib.training.step import byte_losses, compile_steps, corrupt_bytes
 from bdh_mlx import UserError
 
 
@@ -45,7 +47,7 @@ def straight(tmp_path_factory):
 def batches(split, first, count, *, B=1, T=10, shuffle=False):
     """The blocks of `count` batches of a run, (count * B, T) inputs and targets."""
     s = SimpleNamespace(BATCH_SIZE=B, BLOCK_SIZE=T, SEED=1, SHUFFLE_RECORDS=shuffle)
-    both = [train_mlx.get_batch(split, i, s) for i in range(first, first + count)]
+    both = [get_batch(split, i, s) for i in range(first, first + count)]
     return tuple(
         np.concatenate([np.array(side) for side in sides]) for sides in zip(*both, strict=True)
     )
@@ -92,11 +94,11 @@ def test_records_follow_each_other_in_a_new_order_in_each_epoch_and_stay_whole()
         orders.append([*dict.fromkeys((targets // 10).ravel().tolist())])
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    train_mlx.epoch_order.cache_clear()
+    epoch_order.cache_clear()
     again = batches(split, 40, 20, T=50, shuffle=True)[1]
     assert np.array_equal(again, targets)
-    train_mlx.epoch_order.cache_clear()
-    orders = [train_mlx.epoch_order(split, seed, 0)[1].tolist() for seed in (1, 2)]
+    epoch_order.cache_clear()
+    orders = [epoch_order(split, seed, 0)[1].tolist() for seed in (1, 2)]
     assert orders[0] != orders[1]
 
 
@@ -131,7 +133,7 @@ def test_plain_text_and_ready_splits_are_not_shuffled(tmp_path):
 def test_the_learning_rate_rises_then_falls_to_its_share():
     s = SimpleNamespace(WARMUP_ITERS=10, LEARNING_RATE=1.0, MIN_LR_RATIO=0.1)
     s.LR_DECAY_ITERS = None
-    rates = [train_mlx.learning_rate(i, 100, s) for i in range(100)]
+    rates = [schedule.learning_rate(i, 100, s) for i in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
     assert np.all(np.diff(rates[10:]) < 0)
@@ -140,7 +142,7 @@ def test_the_learning_rate_rises_then_falls_to_its_share():
 def test_a_share_of_the_bytes_is_replaced_by_others_of_the_batch():
     idx = mx.array(np.arange(4096).reshape(4, 1024) % 251)
     for share in (0.05, 0.5):
-        result = np.array(train_mlx.corrupt_bytes(idx, share, mx.random.key(1)))
+        result = np.array(corrupt_bytes(idx, share, mx.random.key(1)))
         replaced = np.mean(result != np.array(idx))
         assert replaced == pytest.approx(share * 250 / 251, abs=0.02) and result.max() < 251
 
@@ -151,7 +153,8 @@ def test_the_average_starts_fast_and_slows_down_to_its_decay():
     optimizer = optim.AdamW(1e-2)
     optimizer.init(model.trainable_parameters())
     ema = copy_tree(model.parameters())
-    micro_step, apply_update, state = train_mlx.compile_steps(model, optimizer, ema, 1.0, 0, 0.5)
+    s = SimpleNamespace(BYTE_NOISE=0, GRAD_CLIP=1.0, EMA_DECAY=0.5)
+    micro_step, apply_update, state = compile_steps(model, optimizer, ema, s)
     expected = np.array(ema["lm_head"], np.float64)
     idx, weights = mx.array([[1, 2, 3, 4]]), mx.full((1, 4), 0.25)
     for step in range(1, 14):
@@ -201,8 +204,8 @@ def test_evaluation_reads_every_byte_once(n):
     for begin in range(0, n - 1, 8):
         piece = mx.array(val[begin : begin + 9].astype(np.int32))[None]
         nats += model(piece[:, :-1], piece[:, 1:])[1].item() * (piece.shape[1] - 1)
-    losses = partial(train_mlx.byte_losses, model)
-    mean, of = train_mlx.evaluate(losses, val, np.zeros(n, np.uint8), B=3, T=8)
+    losses = partial(byte_losses, model)
+    mean, of = evaluation.evaluate(losses, val, np.zeros(n, np.uint8), B=3, T=8)
     assert mean == of["headers"] == pytest.approx(nats / (n - 1), rel=1e-5)
 
 
@@ -237,7 +240,6 @@ def test_a_resume_that_loses_something_ends_elsewhere(tmp_path, straight, monkey
 
         monkeypatch.setattr(checkpoints, "load", without_optimizer)
     if lost == "data position":
-        get_batch = train_mlx.get_batch
         monkeypatch.setattr(train_mlx, "get_batch", lambda split, i, s: get_batch(split, i - 5, s))
     if lost == "dropout":
         key = mx.random.key
@@ -434,7 +436,8 @@ def test_a_run_goes_on_with_a_setting_that_was_added_since(tmp_path, monkeypatch
         return s
 
     monkeypatch.setattr(train_mlx, "settings", with_another)
-    monkeypatch.setattr(train_mlx, "learning_rate", lambda step, total, s: 1e-3 * s.COOLDOWN)
+    for module in (train_mlx, resume):
+        monkeypatch.setattr(module, "learning_rate", lambda step, total, s: 1e-3 * s.COOLDOWN)
     assert train(tmp_path, "--max-iters", 4) == 0
 
 
@@ -445,7 +448,7 @@ def test_a_resumed_run_tells_a_rate_that_jumps(tmp_path, capsys):
     train(tmp_path, "--max-iters", 20, *decay)
     out = capsys.readouterr().out
     s = [train_mlx.settings([*ARGS, *map(str, decay), "--max-iters", n]) for n in ("10", "20")]
-    last, new = train_mlx.learning_rate(9, 10, s[0]), train_mlx.learning_rate(10, 20, s[1])
+    last, new = schedule.learning_rate(9, 10, s[0]), schedule.learning_rate(10, 20, s[1])
     assert new > 4 * last
     assert f"learning rate: {last:.2e} at iteration 10, {new:.2e} from here on\n" in out
     train(tmp_path, "--max-iters", 20, *decay)
@@ -676,7 +679,7 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("minutes", [10, "none"])
 def test_a_checkpoint_is_written_when_minutes_have_passed(tmp_path, straight, monkeypatch, minutes):
-    saved, save, now, get_batch = [], checkpoints.save, [0.0], train_mlx.get_batch
+    saved, save, now = [], checkpoints.save, [0.0]
 
     def four_minutes(*args):
         now[0] += 240

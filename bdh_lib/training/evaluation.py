@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from bdh_lib.compute.layer import forward_segment, ln
@@ -24,16 +23,12 @@ from bdh_lib.progress import Progress, heartbeat
 from bdh_lib.tables import format_table
 from bdh_lib.training.distributed import World
 from bdh_lib.training.signals import default_signals
+from bdh_lib.training.step import byte_losses
 from bdh_mlx import BDH
 
 ACTIVITY_BYTES = 4096  # validation bytes over which the active neurons are counted
 ACTIVITY_CHUNK = 256  # of them at once
 DEFAULT_BLOCK_SIZE = 4096  # where the checkpoint does not say what it was trained on
-
-
-def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
-    """Return the loss of each target in nats, (B, T), in training and in evaluation."""
-    return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
 
 
 def evaluate(

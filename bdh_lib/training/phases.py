@@ -3,9 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+
+import mlx.core as mx
 
 from bdh_lib import files
 from bdh_lib.compute import memory
@@ -15,7 +17,10 @@ from bdh_lib.errors import NoDataError, UserError
 from bdh_lib.flags import Settings
 from bdh_lib.runs import find_weights
 from bdh_lib.tables import format_table
+from bdh_lib.training.dataset import load_prepared
+from bdh_lib.training.evaluation import evaluate
 from bdh_lib.training.signals import StopSignal
+from bdh_lib.training.step import byte_losses
 from bdh_mlx import load_model
 
 PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")
@@ -60,9 +65,9 @@ def ancestry(source: Path) -> list[dict]:
     return [*ancestors, {"weights": str(file), "sha256": files.sha256_file(file)}]
 
 
-def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) -> dict[str, float]:
+def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]:
     """Return the bits per byte of the run's best weights on the validation bytes of every mode that
-    the data serve; kept in modes.json, by field too. loss_in(model, mode) -> nats, nats by field.
+    the data serve; kept in modes.json, by field too.
     """
     results = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
     results["data"] = cache_key(data_settings(s, s.TRAINING_MODE))
@@ -73,10 +78,12 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal, loss_in: Callable) 
             return earlier["val_bpb"]
     model = load_model(run)
     model.compute = memory.select_mode(s)[1]
+    losses = mx.compile(partial(byte_losses, model))
     bpb, fields = {}, {}
     for mode in REQUIRED_FIELDS:
         with suppress(NoDataError):
-            loss, nats = loss_in(model, mode)
+            val = load_prepared(s, mode)[2]
+            loss, nats = evaluate(losses, val.bytes, val.fields, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
             bpb[mode] = loss / math.log(2)
             fields[mode] = {field: loss / math.log(2) for field, loss in nats.items()}
     if not stop.requested:

@@ -7,32 +7,32 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from bdh_lib.compute import memory
+from bdh_lib.compute.layer import Compute
 from bdh_lib.data import sources
 from bdh_lib.data.columns import parse_record
 from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS, REQUIRED_FIELDS, STOP, Turns
 from bdh_lib.data.prepare import IN_VAL, data_settings, prepare
 from bdh_lib.data.texts import format_record
-from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.errors import escape_controls
 from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
 from bdh_lib.tables import format_table
 from bdh_lib.training import phases, tuning
+from bdh_lib.training.batches import get_batch
 from bdh_lib.training.dataset import Split, open_split
-from bdh_lib.training.evaluation import byte_losses
 from bdh_lib.training.runlog import duration
 from bdh_lib.training.schedule import blocks_per_update, schedule_summary, total_steps
 from bdh_lib.training.signals import default_signals
+from bdh_lib.training.step import byte_losses, compile_steps, init_model
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
 TOKENS = re.compile(  # special tokens of other models' chats, and places of what is no text
@@ -164,15 +164,6 @@ def oddities(found: Findings) -> list[str]:
 # ----------------------------------------------------------------------------------------- the run
 
 
-class Functions(NamedTuple):
-    """Functions of the trainer, whose cost is measured, and `settings`, which reads a preset."""
-
-    settings: Callable
-    init_model: Callable
-    compile_steps: Callable
-    get_batch: Callable
-
-
 def modes(found: Findings) -> str:
     """Return the records and bytes of each mode, by field."""
     rows = [("mode", "records", "bytes", "bytes by field")]
@@ -188,13 +179,11 @@ def peaks(s: Settings) -> list[float]:
     return [memory.step_peak(s, compute) / 1e9 for compute in computes]
 
 
-def presets(preset_names: Iterable[str], functions: Functions, sizes: dict[str, int]) -> str:
+def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> str:
     """Return each preset on so many bytes of each mode, its other settings as the constants say."""
     rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.MODES, "fits")]
-    for name in preset_names:
-        try:
-            s = functions.settings(["--preset", name])
-        except UserError:
+    for name, s in presets.items():
+        if s is None:
             rows.append((name, "does not go with the constants", *[""] * (len(rows[0]) - 2)))
             continue
         n_bytes = sizes[s.TRAINING_MODE]
@@ -210,21 +199,19 @@ def presets(preset_names: Iterable[str], functions: Functions, sizes: dict[str, 
     return format_table(rows, "  ")
 
 
-def measure(functions: Functions, s: Settings, train: Split, compute) -> tuple[float, float]:
+def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
     """Return the seconds of an update and of an evaluation's batch: the median of three after a
     first.
     """
-    model, optimizer, ema = functions.init_model(s, compute)
-    micro_step, apply_update, state = functions.compile_steps(
-        model, optimizer, ema, s.GRAD_CLIP, s.BYTE_NOISE, s.EMA_DECAY
-    )
+    model, optimizer, ema = init_model(s, compute)
+    micro_step, apply_update, state = compile_steps(model, optimizer, ema, s)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     B, T = s.BATCH_SIZE, s.BLOCK_SIZE
     weights = mx.full((B, T), 1 / (B * T))
     steps, evaluations = [], []
     print(f"\nmeasuring the speed{memory.slow_note(s)}: compiling, then 4 updates")
     for i in range(4):
-        batch = functions.get_batch(train, i, s)
+        batch = get_batch(train, i, s)
         tick = time.perf_counter()
         with default_signals():
             loss, gradients = micro_step(*batch, weights, mx.random.key(i))
@@ -239,13 +226,13 @@ def measure(functions: Functions, s: Settings, train: Split, compute) -> tuple[f
     return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
 
 
-def print_plan(base: Settings, preset_names: Iterable[str], functions: Functions) -> int:
+def print_plan(base: Settings, presets: dict[str, Settings | None]) -> int:
     """Print the plan, of each of PHASES in turn; 0. Raises UserError for unusable data."""
     for s in phases.chain(base):
         if s.PHASES:
             after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""
             print(f"\n=== phase {s.RUN_NAME}{after}\n")
-        print_run(s, preset_names, functions)
+        print_run(s, presets)
     return 0
 
 
@@ -277,7 +264,7 @@ def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
     return dict.fromkeys(REQUIRED_FIELDS, len(stream))
 
 
-def print_run(s: Settings, preset_names: Iterable[str], functions: Functions) -> None:
+def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
     about, train, val = open_split(s)
     train_bytes = train.bytes
@@ -302,11 +289,11 @@ def print_run(s: Settings, preset_names: Iterable[str], functions: Functions) ->
     print(f"disk: checkpoints {checkpoints / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
     if not s.PHASES:
         print("\npresets on these data (estimated memory of a step by MEMORY_MODE):")
-        print(presets(preset_names, functions, sizes))
+        print(preset_table(presets, sizes))
 
     name, compute, _ = tuning.select(s, *tuning.kept(s))
     with heartbeat("measuring"):
-        step, evaluation = measure(functions, s, train, compute)
+        step, evaluation = measure(s, train, compute)
     times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val.bytes) / (s.BATCH_SIZE * s.BLOCK_SIZE)
     print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 updates")

@@ -1,6 +1,5 @@
 """Where a run begins: at its last checkpoint, at the weights of another run, or at random ones."""
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.training import checkpoints, phases
 from bdh_lib.training.ema import copy_tree, ema_applied
 from bdh_lib.training.report import read_config
-from bdh_lib.training.schedule import blocks_per_update, total_steps
+from bdh_lib.training.schedule import blocks_per_update, learning_rate, total_steps
 from bdh_mlx import BDH, load_model
 
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
@@ -32,7 +31,6 @@ def resume_or_init(
     model: BDH,
     optimizer: optim.Optimizer,
     ema: dict,
-    learning_rate: Callable[[int, int, Settings], float],
 ) -> tuple[int, list]:
     """Load the run's last checkpoint, else the weights of INIT_FROM, else nothing.
 
@@ -47,7 +45,7 @@ def resume_or_init(
     with ema_applied(model, ema):  # as it was saved
         checkpoints.load(run, step, model, optimizer, ema)
     print("; ".join([f"start: continues {run} after iteration {step}", *changes]))
-    print_new_rate(info, s, step, report, learning_rate)
+    print_new_rate(info, s, step, report)
     return step, info.get("ancestry", [])
 
 
@@ -131,9 +129,7 @@ def check_origin(run: Path, info: dict, s: Settings) -> None:
         )
 
 
-def print_new_rate(
-    info: dict, s: Settings, step: int, report: dict, learning_rate: Callable
-) -> None:
+def print_new_rate(info: dict, s: Settings, step: int, report: dict) -> None:
     """Say when a resumed run goes on with another learning rate than it would have had."""
     old = Settings(**vars(s) | info["settings"])  # settings of the user's own may be new
     old_end = total_steps(old, info["data"]["train"]["bytes"])

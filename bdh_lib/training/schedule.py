@@ -1,4 +1,4 @@
-"""How long a run is: updates, epochs and bytes."""
+"""How long a run is, in updates, epochs and bytes, and its learning rate."""
 
 import math
 
@@ -29,3 +29,15 @@ def schedule_summary(s: Settings, n_bytes: int) -> str:
         cut = f"; EPOCHS ({s.EPOCHS:g}) ends it before MAX_ITERS ({s.MAX_ITERS:,})"
     coverage = f"{total * bytes_per_update:,} bytes or {epochs:.2f} epochs"
     return f"{total:,} iterations of {bytes_per_update:,} bytes are {coverage}{cut}"
+
+
+def learning_rate(step: int, total: int, s: Settings) -> float:
+    """Return the rate of update number `step` (from 0): a linear rise, then half a cosine down to
+    the end.
+    """
+    if step < s.WARMUP_ITERS:
+        return s.LEARNING_RATE * (step + 1) / s.WARMUP_ITERS
+    end = s.LR_DECAY_ITERS or total
+    done = min(1.0, (step - s.WARMUP_ITERS) / max(1, end - s.WARMUP_ITERS))
+    low = s.MIN_LR_RATIO
+    return s.LEARNING_RATE * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))

@@ -12,7 +12,6 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +24,14 @@ from mlx.utils import tree_flatten
 import bdh_mlx
 from bdh_lib.compute import memory
 from bdh_lib.errors import escape_controls
+from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
 from bdh_lib.training import checkpoints
+from bdh_lib.training.step import compile_steps
 
 CONFIG = bdh_mlx.BDHConfig(n_layer=3, n_embd=32, n_head=2, mlp_internal_dim_multiplier=16)
 B, T, SEED = 2, 96, 1
+UPDATES = Settings(BYTE_NOISE=0, GRAD_CLIP=1.0, EMA_DECAY=0)
 FIVE = {"embed.weight", "encoder", "encoder_v", "decoder", "lm_head"}
 CPU, GPU = 1e-4, 2e-2  # tolerances
 LAYER = replace(bdh_mlx.BDHConfig(), n_layer=1)  # a layer of the default shape
@@ -78,10 +80,10 @@ def tolerance() -> float:
 
 
 # ------------------------------------------------- the checks: (measured, tolerance) of each
-# Each is given the trainer's compile_steps and DTYPE.
+# Each is given DTYPE.
 
 
-def five_arrays(*_) -> tuple[float, float]:
+def five_arrays(_) -> tuple[float, float]:
     names = {name for name, _ in tree_flatten(bdh_mlx.BDH(CONFIG).trainable_parameters())}
     return len(names ^ FIVE), 0
 
@@ -91,7 +93,7 @@ def largest(differences) -> float:
     return float(np.max([*differences]))
 
 
-def defined(*_) -> tuple[float, float]:
+def defined(_) -> tuple[float, float]:
     """Compare loss and gradients in chunks of several lengths and by the definition."""
     model, batch, losses = random_model(), random_batch(0), []
     for chunk in (None, 7, 32, T):
@@ -103,7 +105,7 @@ def defined(*_) -> tuple[float, float]:
     return largest(relative_error(a, b) for a, b in pairs), tolerance()
 
 
-def byte_by_byte(*_) -> tuple[float, float]:
+def byte_by_byte(_) -> tuple[float, float]:
     model, (idx, _) = random_model(), random_batch(0)
     state, logits = None, []
     for t in range(T):
@@ -113,7 +115,7 @@ def byte_by_byte(*_) -> tuple[float, float]:
     return relative_error(model(idx)[0], mx.concatenate(logits, 1)), tolerance()
 
 
-def saved_and_loaded(*_) -> tuple[float, float]:
+def saved_and_loaded(_) -> tuple[float, float]:
     model = random_model()
     batch = random_batch(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,20 +124,20 @@ def saved_and_loaded(*_) -> tuple[float, float]:
     return abs(model(*batch)[1].item() - loaded(*batch)[1].item()), 0
 
 
-def resumed(compile_steps: Callable, _) -> tuple[float, float]:
+def resumed(_) -> tuple[float, float]:
     """Compare six updates at once with three, a checkpoint and three: the largest difference.
 
     0 on a CPU. A GPU adds up the gradient of the embedding in no fixed order, which Adam amplifies.
     """
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        straight = updated(compile_steps, Path(one), 0, 6)
-        updated(compile_steps, Path(other), 0, 3)
-        again = updated(compile_steps, Path(other), 3, 6)
+        straight = updated(Path(one), 0, 6)
+        updated(Path(other), 0, 3)
+        again = updated(Path(other), 3, 6)
     pairs = zip(tree_flatten(straight), tree_flatten(again), strict=True)
     return largest(relative_error(a, b) for (_, a), (_, b) in pairs), GPU if memory.on_gpu() else 0
 
 
-def updated(compile_steps: Callable, run: Path, first: int, last: int) -> dict:
+def updated(run: Path, first: int, last: int) -> dict:
     """Return the parameters after updates first .. last-1, from checkpoint `first`; leaves one of
     `last`.
     """
@@ -144,7 +146,7 @@ def updated(compile_steps: Callable, run: Path, first: int, last: int) -> dict:
     optimizer.init(model.trainable_parameters())
     if first:
         checkpoints.load(run, first, model, optimizer)
-    micro_step, apply_update, state = compile_steps(model, optimizer, {}, 1.0)
+    micro_step, apply_update, state = compile_steps(model, optimizer, {}, UPDATES)
     for step in range(first, last):
         batch = random_batch(step)
         weights = mx.full((B, T), 1 / (B * T))
@@ -158,7 +160,7 @@ def devices() -> tuple | None:
     return (mx.gpu, mx.cpu) if memory.on_gpu() else None
 
 
-def gpu_is_cpu(*_) -> tuple[float, float]:
+def gpu_is_cpu(_) -> tuple[float, float]:
     """Compare loss and every gradient, dropout included, on both."""
     if not (both := devices()):
         raise Skipped("no GPU that MLX uses")
@@ -175,7 +177,7 @@ def gpu_is_cpu(*_) -> tuple[float, float]:
     return largest(relative_error(b, a) for (_, a), (_, b) in zip(*results, strict=True)), GPU
 
 
-def products_as_trained(_, dtype: str) -> tuple[float, float]:
+def products_as_trained(dtype: str) -> tuple[float, float]:
     """Compare the products of a segment, of training's shapes and precision, with NumPy's."""
     compute = memory.compute_for(LAYER, "fast", dtype)
     H, D, N, rows = LAYER.n_head, LAYER.n_embd, LAYER.neurons_per_head, min(compute.rows, MOST_ROWS)
@@ -189,7 +191,7 @@ def products_as_trained(_, dtype: str) -> tuple[float, float]:
     return largest(errors), PRODUCT_ROUNDING[compute.dtype]
 
 
-def layer_as_trained(_, dtype: str) -> tuple[float, float]:
+def layer_as_trained(dtype: str) -> tuple[float, float]:
     """Compare loss and gradients of a layer, in training's precision, with the definition's.
 
     Those are float32, of the CPU on a Mac. On CUDA they are the GPU's, as its CPU library is slow.
@@ -222,7 +224,7 @@ CHECKS = {
 } | AS_TRAINED
 
 
-def run_checks(compile_steps: Callable, dtype: str = "auto") -> int:
+def run_checks(dtype: str = "auto") -> int:
     """Print the table; 0 when every check that could be made holds. `dtype` is DTYPE."""
     os.environ["MLX_ENABLE_TF32"] = "0"  # CUDA: products of all bits; read at the first product
     print(f"{mx.default_device()}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
@@ -232,7 +234,7 @@ def run_checks(compile_steps: Callable, dtype: str = "auto") -> int:
     for name, check in CHECKS.items():
         try:
             with heartbeat(name):
-                measured, allowed = check(compile_steps, dtype)
+                measured, allowed = check(dtype)
             good = measured <= allowed
             result = f"{'ok' if good else 'FAILED':<8}{measured:.1e} (at most {allowed:.0e})"
         except Skipped as reason:

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -29,6 +28,7 @@ from bdh_lib.training import checkpoints
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import blocks_per_update
 from bdh_lib.training.signals import default_signals
+from bdh_lib.training.step import compile_steps, init_model
 
 SECONDS = 120  # that a search may take
 GAIN = 1.02  # how many times as fast another way must be for the search to go on from it
@@ -132,8 +132,8 @@ def hint(s: Settings, name: str, n_steps: int) -> str:
 class Updates:
     """Updates of one model on random bytes, computed in any way; `peaks`: bytes, by Compute."""
 
-    def __init__(self, s: Settings, init_model: Callable, compile_steps: Callable, start: Compute):
-        self.s, self.trained, self.compile_steps = s, init_model(s, start), compile_steps
+    def __init__(self, s: Settings, start: Compute):
+        self.s, self.trained = s, init_model(s, start)
         self.steps, self.peaks = {}, {}
         self.longest, self.deadline = 0.0, time.monotonic() + SECONDS
 
@@ -153,8 +153,7 @@ class Updates:
     def update(self, compute: Compute, B: int, T: int) -> float:
         s, self.trained[0].compute = self.s, compute  # read when the step is traced
         if compute not in self.steps:
-            rates = s.GRAD_CLIP, s.BYTE_NOISE, s.EMA_DECAY
-            self.steps[compute] = self.compile_steps(*self.trained, *rates)
+            self.steps[compute] = compile_steps(*self.trained, s)
         micro_step, apply_update, state = self.steps[compute]
         batch, weights = mx.random.randint(0, 256, (2, B, T)), mx.full((B, T), 1 / (B * T))
         mx.eval(batch, weights)
@@ -226,7 +225,7 @@ def search(s: Settings, start: Compute, updates: Updates) -> tuple[Compute, dict
     return (best if best in tried and median(tried[best]) < min(tried[start]) else start), tried
 
 
-def tune(s: Settings, init_model: Callable, compile_steps: Callable) -> int:
+def tune(s: Settings) -> int:
     """Search, print a table and keep the winner; 0. Raises UserError where that is no use."""
     if s.MEMORY_MODE != "auto":
         raise UserError(f"MEMORY_MODE is {s.MEMORY_MODE!r}; --tune is for 'auto': set it to that")
@@ -236,7 +235,7 @@ def tune(s: Settings, init_model: Callable, compile_steps: Callable) -> int:
     print(f"tuning: {s.BDH_CONFIG.n_parameters:,} parameters, batches of {B} x {T:,} bytes, on "
           f"{mx.default_device()}, in at most {SECONDS} s")  # fmt: skip
     with heartbeat("tuning"):
-        updates, short = Updates(s, init_model, compile_steps, start), min(T, PROBE)
+        updates, short = Updates(s, start), min(T, PROBE)
         expected = updates.seconds(start, 1, short) * B * T / short  # time is linear in T
         updates.longest = 6 * expected
         if not updates.has_time():

@@ -16,6 +16,7 @@ import bdh_mlx
 import train_mlx
 from bdh_lib.compute import device, layer, memory, rope, state, step_cuda
 from bdh_lib.generation.sampling import Sampling
+from bdh_lib.training.step import compile_steps, init_model
 
 # Each has an eval_gpu in mlx/backend/metal or mlx/backend/gpu of MLX 0.32 (commit 846d176). Look
 # there before you add one. Inverse, Cholesky, SVD, QRF, LUF, Eig and Eigh have none.
@@ -101,10 +102,10 @@ def test_what_is_around_the_layers_of_a_training_step_and_the_update(monkeypatch
         return v * (Dx.sum() + Dy.sum() + E.sum())
 
     monkeypatch.setattr(bdh_mlx, "layer", a_layer)
-    s = train_mlx.settings(["--ema-decay", "0.99", "--dropout-v", "0.1"])
+    s = train_mlx.settings(["--ema-decay", "0.99", "--dropout-v", "0.1", "--byte-noise", "0.1"])
     compute = memory.compute_for(CONFIG, "fast", "auto")
-    model, optimizer, ema = train_mlx.init_model(s, compute)
-    micro_step, apply_update, trained = train_mlx.compile_steps(model, optimizer, ema, 1, 0.1, 0.99)
+    model, optimizer, ema = init_model(s, compute)
+    micro_step, apply_update, trained = compile_steps(model, optimizer, ema, s)
 
     def update(idx, weights, key):
         norm = apply_update(*micro_step(idx, idx, weights, key))

@@ -17,10 +17,11 @@ from bdh_lib.compute.layer import ln
 from bdh_lib.compute.rope import rotate
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.generation import export, trace
-from bdh_lib.training import checkpoints, report
+from bdh_lib.training import batches, checkpoints, phases, report
 from bdh_lib.training.advice import advise, byte_baselines, first_counted, order_0, order_n
 from bdh_lib.training.dataset import Split
-from bdh_lib.training.evaluation import neuron_activity
+from bdh_lib.training.evaluation import evaluate, neuron_activity
+from bdh_lib.training.step import byte_losses
 from bdh_mlx import UserError
 
 RESPONSE = FIELDS.index("response")
@@ -39,16 +40,16 @@ def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update(
     s, split = settings(), Split(fields, fields, np.arange(5, 105, 5))  # bytes as their own fields
     assert s.SHUFFLE_RECORDS
     for step in range(5):
-        count = train_mlx.n_targets_in_update(split, step, s)
-        weights = [train_mlx.loss_weights(split, 2 * step + i, count, s) for i in (0, 1)]
+        count = batches.n_targets_in_update(split, step, s)
+        weights = [batches.loss_weights(split, 2 * step + i, count, s) for i in (0, 1)]
         weights = np.array(weights)
-        labels = [train_mlx.get_batch(split, 2 * step + i, s)[1] for i in (0, 1)]
+        labels = [batches.get_batch(split, 2 * step + i, s)[1] for i in (0, 1)]
         assert np.array_equal(weights > 0, np.array(labels) == RESPONSE)
         assert weights.sum() == pytest.approx(1 if weights.any() else 0, rel=1e-5)
         assert len(np.unique(weights[weights > 0])) <= 1  # unequal batches, equal bytes
     every = settings("--loss-on", "all")
-    count = train_mlx.n_targets_in_update(split, 0, every)
-    everything = np.array([train_mlx.loss_weights(split, i, count, every) for i in (0, 1)])
+    count = batches.n_targets_in_update(split, 0, every)
+    everything = np.array([batches.loss_weights(split, i, count, every) for i in (0, 1)])
     assert np.all(everything == np.float32(1 / 32))
 
 
@@ -62,9 +63,10 @@ def test_accumulated_batches_of_unequal_counts_equal_one_large_batch(tmp_path):
 
 
 def test_an_update_without_a_counted_byte_is_no_nan(tmp_path, monkeypatch):
-    real = train_mlx.target_mask
+    real = batches.target_mask
+
     monkeypatch.setattr(
-        train_mlx, "target_mask", lambda f, micro, s: real(f, micro, s) & (micro != 1)
+        batches, "target_mask", lambda f, micro, s: real(f, micro, s) & (micro != 1)
     )
     args = ("--loss-on", "response", "--no-shuffle-records", "--max-iters", 3)
     assert train(tmp_path, *args) == 0
@@ -132,9 +134,9 @@ def test_a_field_is_the_mean_over_its_own_targets():
     rng = np.random.default_rng(0)
     val, fields = rng.integers(0, 256, 8, dtype=np.uint8), np.array([1] * 4 + [3] * 4, np.uint8)
     idx, targets = (mx.array(val[i : 7 + i].astype(np.int32))[None] for i in (0, 1))
-    each = np.array(train_mlx.byte_losses(model, idx, targets))[0]
-    losses = lambda *batch: train_mlx.byte_losses(model, *batch)  # noqa: E731
-    _, of = train_mlx.evaluate(losses, val, fields, 1, 8)
+    each = np.array(byte_losses(model, idx, targets))[0]
+    losses = lambda *batch: byte_losses(model, *batch)  # noqa: E731
+    _, of = evaluate(losses, val, fields, 1, 8)
     assert of == pytest.approx({"system": each[:3].mean(), "response": each[3:].mean()}, rel=1e-6)
 
 
@@ -255,7 +257,7 @@ def test_each_phase_is_judged_on_every_mode(chained):
 
 
 def test_a_finished_chain_is_skipped_and_tells_the_same_table(chained, capsys, monkeypatch):
-    monkeypatch.setattr(train_mlx, "evaluate", lambda *a: pytest.fail("evaluated again"))
+    monkeypatch.setattr(phases, "evaluate", lambda *a: pytest.fail("evaluated again"))
     assert train(chained, *CHAIN) == 0
     out = capsys.readouterr().out
     assert out.count("finished: ") == 3 and out.count("held out, bits per byte:") == 3

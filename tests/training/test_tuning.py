@@ -94,7 +94,7 @@ def test_what_takes_too_long_is_not_begun(monkeypatch):
     s = shape()
     monkeypatch.setattr(tuning, "SECONDS", 0)
     with pytest.raises(UserError, match="too long"):
-        tuning.tune(s, train_mlx.init_model, train_mlx.compile_steps)
+        tuning.tune(s)
 
 
 # ------------------------------------------------------------------------------- the kept choice
