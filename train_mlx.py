@@ -134,7 +134,6 @@ from bdh_lib.training.batches import (
     batch_indices,
     batch_positions,
     get_batch,
-    loss_weights,
     micro_batch_indices,
     n_targets_in_update,
 )
@@ -308,11 +307,9 @@ def sum_gradients(
         print("compiling the training step, once (a minute or more on a new machine)")
     loss, gradients, n_targets = 0.0, None, n_targets_in_update(train_split, step, s)
     for i in micro_batch_indices(s, step, world):
-        batch = get_batch(train_split, i, s)
-        weights = mx.array(loss_weights(train_split, i, n_targets, s))
+        batch = get_batch(train_split, i, s, n_targets)
         with nullcontext() if stop.has_trained else default_signals():
-            key = mx.random.key(s.SEED * 2**32 + i)
-            micro_loss, micro_gradients = micro_step(*batch, weights, key)
+            micro_loss, micro_gradients = micro_step(*batch)
         loss = loss + micro_loss
         gradients = tree_map(mx.add, gradients, micro_gradients) if gradients else micro_gradients
         mx.eval(loss, gradients)  # bounds the memory, and lets a signal in

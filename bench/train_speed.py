@@ -156,10 +156,10 @@ def curve(file: str, rate: float, steps: int = 200, B: int = 2, T: int = 512) ->
 
     stream, apart = np.fromfile(file, np.uint8), {system: [] for system in systems}
     split = Split(stream, np.zeros_like(stream))
-    s = SimpleNamespace(BATCH_SIZE=B, BLOCK_SIZE=T, SEED=0, SHUFFLE_RECORDS=False)
+    s = SimpleNamespace(BATCH_SIZE=B, BLOCK_SIZE=T, SEED=0, SHUFFLE_RECORDS=False, LOSS_ON="all")
     for i in range(steps):
-        batch = get_batch(split, i, s)
-        losses = {system: step(*batch) for system, step in runs.items()}
+        batch = get_batch(split, i, s, B * T)
+        losses = {system: step(batch.idx, batch.targets) for system, step in runs.items()}
         for system in systems:
             apart[system].append(abs(losses[system] - losses["quadratic"]))
     return "\n".join(

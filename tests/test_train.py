@@ -46,8 +46,8 @@ def straight(tmp_path_factory):
 
 def batches(split, first, count, *, B=1, T=10, shuffle=False):
     """The blocks of `count` batches of a run, (count * B, T) inputs and targets."""
-    s = SimpleNamespace(BATCH_SIZE=B, BLOCK_SIZE=T, SEED=1, SHUFFLE_RECORDS=shuffle)
-    both = [get_batch(split, i, s) for i in range(first, first + count)]
+    s = SimpleNamespace(BATCH_SIZE=B, BLOCK_SIZE=T, SEED=1, SHUFFLE_RECORDS=shuffle, LOSS_ON="all")
+    both = [get_batch(split, i, s, B * T)[:2] for i in range(first, first + count)]
     return tuple(
         np.concatenate([np.array(side) for side in sides]) for sides in zip(*both, strict=True)
     )
@@ -240,7 +240,9 @@ def test_a_resume_that_loses_something_ends_elsewhere(tmp_path, straight, monkey
 
         monkeypatch.setattr(checkpoints, "load", without_optimizer)
     if lost == "data position":
-        monkeypatch.setattr(train_mlx, "get_batch", lambda split, i, s: get_batch(split, i - 5, s))
+        monkeypatch.setattr(
+            train_mlx, "get_batch", lambda split, i, *rest: get_batch(split, i - 5, *rest)
+        )
     if lost == "dropout":
         key = mx.random.key
         monkeypatch.setattr(mx.random, "key", lambda seed: key(seed + 1))
@@ -349,7 +351,7 @@ def test_other_bytes_before_the_first_checkpoint_are_evaluated_too(tmp_path, mon
     records = (ROOT / "bdh_lib/data/sample.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "d.jsonl").write_text("".join(records[:100]))
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-        broken.setattr(train_mlx, "loss_weights", lambda *_: 1 / 0)
+        broken.setattr(train_mlx, "get_batch", lambda *_: 1 / 0)
         train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1)
     (tmp_path / "d.jsonl").write_text("".join(records[100:200]))
     train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1)

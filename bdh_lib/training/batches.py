@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +12,17 @@ from bdh_lib.flags import Settings
 from bdh_lib.training.dataset import Split
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import blocks_per_update
+
+
+class Batch(NamedTuple):
+    """What a micro-step takes: bytes, the bytes that follow them, and the weights of their losses,
+    (B, T) each, and the key of its dropout and noise.
+    """
+
+    idx: mx.array
+    targets: mx.array
+    weights: mx.array
+    key: mx.array
 
 
 @lru_cache(maxsize=2)
@@ -54,10 +66,28 @@ def batch_positions(split: Split, batch_index: int, s: Settings) -> np.ndarray:
     return np.stack(blocks)
 
 
-def get_batch(split: Split, batch_index: int, s: Settings) -> tuple[mx.array, mx.array]:
-    """Return a run's batch number `batch_index` as idx and targets (B, T)."""
-    blocks = split.bytes[batch_positions(split, batch_index, s)].astype(np.int32)
-    return mx.array(blocks[:, :-1]), mx.array(blocks[:, 1:])
+def target_mask(split: Split, positions: np.ndarray, s: Settings) -> np.ndarray:
+    """Return which targets (B, T) of the blocks at `positions` (B, T + 1) count in the loss."""
+    if s.LOSS_ON == "all":
+        return np.ones_like(positions[:, 1:], bool)
+    return split.fields[positions[:, 1:]] == FIELDS.index(s.LOSS_ON)
+
+
+def get_batch(split: Split, batch_index: int, s: Settings, n_targets: int) -> Batch:
+    """Return a run's batch number `batch_index`, one of those of an update.
+
+    The loss of the update is the mean over the `n_targets` targets that count in its batches, on
+    all processes: the weight of each is 1 / n_targets, that of the others 0.
+    """
+    positions = batch_positions(split, batch_index, s)
+    blocks = split.bytes[positions].astype(np.int32)
+    mask = target_mask(split, positions, s).astype(np.float32)
+    return Batch(
+        idx=mx.array(blocks[:, :-1]),
+        targets=mx.array(blocks[:, 1:]),
+        weights=mx.array(mask / np.float32(max(1, n_targets))),
+        key=mx.random.key(s.SEED * 2**32 + batch_index),
+    )
 
 
 def batch_indices(s: Settings, step: int) -> range:
@@ -71,25 +101,9 @@ def micro_batch_indices(s: Settings, step: int, world: World) -> range:
     return batch_indices(s, step)[world.rank :: world.size]
 
 
-def target_mask(split: Split, batch_index: int, s: Settings) -> np.ndarray:
-    """Return which targets (B, T) of a run's batch number `batch_index` count in its loss."""
-    if s.LOSS_ON == "all":
-        return np.ones((s.BATCH_SIZE, s.BLOCK_SIZE), bool)
-    positions = batch_positions(split, batch_index, s)[:, 1:]
-    return split.fields[positions] == FIELDS.index(s.LOSS_ON)
-
-
 def n_targets_in_update(split: Split, step: int, s: Settings) -> int:
     """Return how many targets count in the loss of update number `step`, over all its batches."""
     if s.LOSS_ON == "all":
         return blocks_per_update(s) * s.BLOCK_SIZE
-    return sum(int(target_mask(split, i, s).sum()) for i in batch_indices(s, step))
-
-
-def loss_weights(split: Split, batch_index: int, count: int, s: Settings) -> np.ndarray:
-    """Return the weight of each target (B, T) of a batch in the loss of its update.
-
-    That loss is the mean over the `count` targets that count in all batches of the update, on all
-    processes: their weights are 1 / count, those of the others 0.
-    """
-    return target_mask(split, batch_index, s).astype(np.float32) / np.float32(max(1, count))
+    masks = (target_mask(split, batch_positions(split, i, s), s) for i in batch_indices(s, step))
+    return sum(int(mask.sum()) for mask in masks)

@@ -206,19 +206,17 @@ def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
     model, optimizer, ema = init_model(s, compute)
     micro_step, apply_update, state = compile_steps(model, optimizer, ema, s)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
-    B, T = s.BATCH_SIZE, s.BLOCK_SIZE
-    weights = mx.full((B, T), 1 / (B * T))
     steps, evaluations = [], []
     print(f"\nmeasuring the speed{memory.slow_note(s)}: compiling, then 4 updates")
     for i in range(4):
-        batch = get_batch(train, i, s)
+        batch = get_batch(train, i, s, s.BATCH_SIZE * s.BLOCK_SIZE)
         tick = time.perf_counter()
         with default_signals():
-            loss, gradients = micro_step(*batch, weights, mx.random.key(i))
+            loss, gradients = micro_step(*batch)
         mx.eval(apply_update(loss, gradients), state)
         tock = time.perf_counter()
         with default_signals():
-            losses = losses_of(*batch)
+            losses = losses_of(batch.idx, batch.targets)
         mx.eval(losses)
         steps.append((tock - tick) * s.GRAD_ACCUM)
         evaluations.append(time.perf_counter() - tock)

@@ -41,16 +41,16 @@ def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update(
     assert s.SHUFFLE_RECORDS
     for step in range(5):
         count = batches.n_targets_in_update(split, step, s)
-        weights = [batches.loss_weights(split, 2 * step + i, count, s) for i in (0, 1)]
-        weights = np.array(weights)
-        labels = [batches.get_batch(split, 2 * step + i, s)[1] for i in (0, 1)]
-        assert np.array_equal(weights > 0, np.array(labels) == RESPONSE)
+        update = [batches.get_batch(split, 2 * step + i, s, count) for i in (0, 1)]
+        weights = np.array([batch.weights for batch in update])
+        targets = np.array([batch.targets for batch in update])
+        assert np.array_equal(weights > 0, targets == RESPONSE)
         assert weights.sum() == pytest.approx(1 if weights.any() else 0, rel=1e-5)
         assert len(np.unique(weights[weights > 0])) <= 1  # unequal batches, equal bytes
     every = settings("--loss-on", "all")
     count = batches.n_targets_in_update(split, 0, every)
-    everything = np.array([batches.loss_weights(split, i, count, every) for i in (0, 1)])
-    assert np.all(everything == np.float32(1 / 32))
+    update = [batches.get_batch(split, i, every, count) for i in (0, 1)]
+    assert np.all(np.array([batch.weights for batch in update]) == np.float32(1 / 32))
 
 
 def test_accumulated_batches_of_unequal_counts_equal_one_large_batch(tmp_path):
@@ -65,9 +65,11 @@ def test_accumulated_batches_of_unequal_counts_equal_one_large_batch(tmp_path):
 def test_an_update_without_a_counted_byte_is_no_nan(tmp_path, monkeypatch):
     real = batches.target_mask
 
-    monkeypatch.setattr(
-        batches, "target_mask", lambda f, micro, s: real(f, micro, s) & (micro != 1)
-    )
+    def none_in_the_second(split, positions, s):
+        is_second = np.array_equal(positions, batches.batch_positions(split, 1, s))
+        return real(split, positions, s) & (not is_second)
+
+    monkeypatch.setattr(batches, "target_mask", none_in_the_second)
     args = ("--loss-on", "response", "--no-shuffle-records", "--max-iters", 3)
     assert train(tmp_path, *args) == 0
     assert [m["step"] for m in metrics(tmp_path) if "loss" in m] == [1, 3]
@@ -272,14 +274,14 @@ def test_a_phase_is_judged_anew_where_the_data_are_others(chained):
 
 
 def test_a_chain_stopped_within_a_phase_ends_in_the_same_bits(tmp_path, chained, monkeypatch):
-    real, calls = train_mlx.loss_weights, iter(range(99))
+    real, calls = train_mlx.get_batch, iter(range(99))
 
     def interrupted(*args):
         if next(calls) == 12:  # within the second phase
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(train_mlx, "loss_weights", interrupted)
+    monkeypatch.setattr(train_mlx, "get_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, *CHAIN)
     assert not (tmp_path / RUNS[2]).exists()
