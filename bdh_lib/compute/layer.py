@@ -10,6 +10,7 @@ time or memory:
 - Activations are head-major, (H, B*T, N): each product is one batched GEMM without a transpose.
 - The backward pass recomputes what was not saved, segment by segment. mx.depends makes each segment
   wait for the previous one: otherwise MLX evaluates them all at once and saves no memory.
+- Passes over activations that are no products are those of passes.py; on CUDA, fused kernels.
 - No array is larger than a segment's activation, which `rows` and `max_rows` bound: Macs limit the
   size of a buffer (a few GB) and the time of a command buffer; arrays of 2^31 elements fail.
 """
@@ -21,7 +22,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from bdh_lib.compute.rope import rotate
+from bdh_lib.compute import passes as plain_passes
+from bdh_lib.compute import passes_cuda
+from bdh_lib.compute.passes import dropout_mask, dropout_scale
 
 MAX_SEGMENTS = 32  # mx.compile takes time cubic in their number: 17 s for 64, 2 s for 32
 
@@ -50,52 +53,13 @@ def ln(x: mx.array) -> mx.array:
     return mx.fast.layer_norm(x, None, None, 1e-5)
 
 
+def fused_or_plain():
+    """Return the module whose passes this device takes."""
+    return passes_cuda if passes_cuda.fits() else plain_passes
+
+
 def residual(v: mx.array, o: mx.array, scale_v=1) -> mx.array:
     return ln(v + ln(o) * scale_v)
-
-
-# ------------------------------------------------------------------------------------------ dropout
-
-
-def dropout_mask(key: mx.array, rate: float, shape: tuple):
-    """Draw 8 random bits per neuron, the limit below which it is dropped, and the scale.
-
-    The mask is None for rate 0. A 32-bit draw serves four neurons: a draw for each would cost more
-    than a GEMM. 256 * rate is seldom an integer: the limit is drawn from its two neighbours, so the
-    mean rate is exact.
-    """
-    if not rate:
-        return None
-    size, (bits_key, limit_key) = math.prod(shape), mx.random.split(key)
-    bits = mx.random.split(bits_key, -(-size // 8)).view(mx.uint8).reshape(-1)[:size]
-    limit = mx.minimum(256 * rate + mx.random.uniform(key=limit_key), 255).astype(mx.uint8)
-    return bits.reshape(shape), limit, 1 / (1 - rate)
-
-
-def dropout_scale(mask, dtype):
-    """Return 0 or 1 / (1 - rate) for each entry of a dropout mask; 1 without a mask."""
-    if mask is None:
-        return 1
-    bits, limit, scale = mask
-    return mx.where(bits >= limit, mx.array(scale, dtype), mx.array(0, dtype))
-
-
-@mx.compile
-def _gate(x, g, mask):
-    return x * (mx.maximum(g, 0) * dropout_scale(mask, x.dtype))
-
-
-# mx.sign below stands for mx.where, which is clearer but costs ten times as much on a CPU.
-
-
-@mx.compile
-def _gate_dg(x, g, dy, mask):
-    return dy * x * mx.sign(mx.maximum(g, 0)) * dropout_scale(mask, x.dtype)
-
-
-@mx.compile
-def _gate_dh(x, g, dy, dq, mask):
-    return (dy * mx.maximum(g, 0) * dropout_scale(mask, x.dtype) + dq) * mx.sign(x)
 
 
 # ----------------------------------------------------------------------------------------- products
@@ -164,56 +128,45 @@ class Saved(NamedTuple):
     a: mx.array  # (H, B*T, D)
     o: mx.array  # (B, T, D)
     prefix_states: mx.array | None = None  # S before each chunk, (H, B, n, N, D)
-    x: mx.array | None = None  # (H, B*T, N), as are the next three
-    g: mx.array | None = None
+    x: mx.array | None = None  # (H, B*T, N), as are the next three; on CUDA not rectified yet
+    gated: mx.array | None = None  # what passes.gate gives
     q: mx.array | None = None
     y: mx.array | None = None
 
 
-def _encode(v, Dx, position, B):
-    """Return x = relu(v Dx) and its rotation q, both (H, B*T, N)."""
-    x = mx.maximum(v @ Dx, 0)
-    q = rotate(x.reshape(x.shape[0], B, -1, x.shape[-1]), position)
-    return x, q.reshape(x.shape)
-
-
 def forward_segment(vs, S, weights, position, C, masks=(None, None)):
     """Return v' (B, T, D) of a segment, the float32 state after it (H, B, N, D), and its Saved."""
-    (B, T, D), (Dx, Dy, E) = vs.shape, weights
+    (B, T, D), (Dx, Dy, E), passes = vs.shape, weights, fused_or_plain()
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
-    x, q = _encode(v, Dx, position, B)
+    x, q = passes.encode(v @ Dx, position, B)
     k, vc = _chunked(q, B, C), _chunked(v, B, C)
     scores = mx.tril(k @ _transpose(k), -1)
     prefix_states, new_state = _chunk_states(S, k, vc)
     a = (scores @ vc).astype(mx.float32)
     a = (a if prefix_states is None else a + k @ prefix_states).reshape(-1, B * T, D)
     g = ln(a).astype(Dx.dtype) @ Dy
-    y = _gate(x, g, masks[0])
+    y, gated = passes.gate(x, g, masks[0])
     o = (y @ E).astype(mx.float32).sum(0).reshape(B, T, D)
     out = residual(vs, o, dropout_scale(masks[1], o.dtype))
-    return out, new_state, Saved(S, scores, a, o, prefix_states, x, g, q, y)
+    return out, new_state, Saved(S, scores, a, o, prefix_states, x, gated, q, y)
 
 
 def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
     """Return dv (B, T, D) of a segment, and add it to R and dW; the last segment comes first."""
-    (B, T, D), (Dx, Dy, E) = vs.shape, weights
-    (mask, mask_v), (S, scores, a, o, prefix_states, x, g, q, y) = masks, saved
+    (B, T, D), (Dx, Dy, E), passes = vs.shape, weights, fused_or_plain()
+    (mask, mask_v), (S, scores, a, o, prefix_states, x, gated, q, _) = masks, saved
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     an = ln(a).astype(Dx.dtype)
-    if x is None:
-        x, q = _encode(v, Dx, position, B)
-    if g is None:
-        g = an @ Dy
     if q is None:
-        q = rotate(x.reshape(-1, B, T, x.shape[-1]), position).reshape(x.shape)
-    if y is None:
-        y = _gate(x, g, mask)
+        x, q = passes.encode(v @ Dx if x is None else x, position, B)
+    if gated is None:
+        gated = passes.gate(x, an @ Dy, mask)[1]
 
     scale_v = dropout_scale(mask_v, o.dtype)
     dv, do = mx.vjp(lambda v, o: residual(v, o, scale_v), [vs, o], [dout])[1]
     do = do.astype(Dx.dtype).reshape(1, B * T, D)
     dy = do @ _transpose(E)
-    dg = _gate_dg(x, g, dy, mask)
+    y, dg, rest = passes.gate_gradients(x, gated, dy, mask)
     dan = (dg @ _transpose(Dy)).astype(mx.float32)
     da = mx.vjp(ln, [a], [dan])[1][0].astype(Dx.dtype)
 
@@ -229,8 +182,7 @@ def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
     if suffix_states is not None:
         dq = mx.addmm(dq, vc, _transpose(suffix_states))
         dvc = dvc + k @ suffix_states
-    dq = rotate(dq.reshape(-1, B, T, dq.shape[-1]), position, -1).reshape(x.shape)
-    dh = _gate_dh(x, g, dy, dq, mask)
+    dh = passes.encode_gradient(rest, dq.reshape(x.shape), position, B)
 
     dW = (
         _add_matmul(dW[0], _transpose(v), dh),
@@ -272,7 +224,7 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, 
         if key is None:
             return None, None
         mask_v = dropout_mask(mx.random.split(key_i, 3)[2], rate_v, (B, end - begin, D))
-        return dropout_mask(key_i, rate, (H, B * (end - begin), N)), mask_v
+        return fused_or_plain().dropout_mask(key_i, rate, (H, B * (end - begin), N)), mask_v
 
     @mx.custom_function
     def forward(v, *weights):

@@ -44,7 +44,7 @@ def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[LayerTrace]:
     v = ln(model.embed(mx.array([list(text)])))
     for _ in range(model.config.n_layer):
         out, _, saved = forward_segment(v, None, model.weights(), 0, len(text))
-        yield LayerTrace(saved.x, saved.y, saved.q, v[0])
+        yield LayerTrace(mx.maximum(saved.x, 0), saved.y, saved.q, v[0])
         v = out
 
 

@@ -1,4 +1,4 @@
-// Enough of CUDA to run step_cuda.cu on a CPU: a block's threads are fibers that take turns, one
+// Enough of CUDA to run its kernels on a CPU: a block's threads are fibers that take turns, one
 // switching to the next wherever it must wait for others. Blocks run one after the other.
 #include <ucontext.h>
 
@@ -92,6 +92,12 @@ inline unsigned atomicInc(unsigned* at, unsigned most) {
   return old;
 }
 template <typename T> T __ldcg(const T* at) { return *at; }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
+inline uint32_t __float_as_uint(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline void sincospif(float x, float* sine, float* cosine) {

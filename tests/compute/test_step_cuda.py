@@ -42,7 +42,11 @@ def library(tmp_path_factory):
     for D, (dtype, T) in itertools.product(DIMS, TYPES.items()):
         for kernel in KERNELS:  # FOLD is for bfloat16
             source += entry(kernel, D, dtype, T)
-    folder = tmp_path_factory.mktemp("cuda")
+    return compiled(source, tmp_path_factory.mktemp("cuda"))
+
+
+def compiled(source, folder):
+    """The library of a C++ source."""
     (folder / "kernels.cpp").write_text(source)
     command = [
         COMPILER,
@@ -97,10 +101,11 @@ class Kernel:
         there = [on_16(view) for view in views]
         at = (ctypes.c_void_p * len(views))(*(array.ctypes.data for array, _ in there))
         shapes = (ctypes.c_int * 5 * len(inputs))(*(tuple(a.shape) for a in inputs))
-        threads, T = threadgroup[0], TYPES[constants.get("T", mx.float32)]
-        function = self.library[f"{self.name}_{constants['D']}_{T}"]
-        assert constants.get("W", threads // 32) * 32 == threads and grid[0] % threads == 0
-        function(at, shapes, grid[0] // threads, grid[1], threads)
+        threads, T = min(threadgroup[0], grid[0]), TYPES[constants.get("T", mx.float32)]
+        shape = [str(constants[k]) for k in ("D", "V", "LIMIT") if k in constants]
+        assert constants.get("W", threads // 32) == threads // 32
+        function = self.library["_".join([self.name, *shape, T])]
+        function(at, shapes, -(-grid[0] // threads), grid[1], threads)
         for view, (array, around) in zip(views, there, strict=True):
             assert all((side == 0xAB).all() for side in around), (
                 f"{self.name}: written beside an array"

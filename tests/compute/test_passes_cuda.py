@@ -1,0 +1,184 @@
+"""CUDA's fused passes against the plain ones, on a CPU, as test_step_cuda.py runs its kernels."""
+
+import itertools
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from conftest import ROOT
+from helpers import CONFIG, max_abs_error, random_bytes, random_model
+from test_layer import loss_and_gradients, worst
+from test_step_cuda import TYPES, Kernel, compiled, pytestmark  # noqa: F401
+
+import bdh_mlx
+from bdh_lib.compute import layer, passes, passes_cuda
+from bdh_lib.compute.layer import Compute
+from bdh_lib.compute.rope import rotate
+
+RATE = 0.3
+KEY = mx.random.key(5)
+LIMITS = [0, passes_cuda.dropout_mask(KEY, RATE, ())[1]]
+KERNELS = {
+    passes_cuda.ENCODE: [None],
+    passes_cuda.GATE: LIMITS,
+    passes_cuda.GATE_GRADIENTS: LIMITS,
+    passes_cuda.ENCODE_GRADIENT: [None],
+}
+ROUNDING = {mx.float32: 1e-6, mx.bfloat16: 2**-8}
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """All passes in both types, for pieces of two and of eight neurons."""
+    source = f'#include "cuda_on_cpu.h"\n#include "{ROOT / "bdh_lib/compute/passes_cuda.cu"}"\n'
+    for T, V, (kernel, limits) in itertools.product(TYPES.values(), (2, 8), KERNELS.items()):
+        source += "".join(entry(kernel, T, V, limit) for limit in limits)
+    return compiled(source, tmp_path_factory.mktemp("passes"))
+
+
+def entry(kernel, T, V, limit):
+    """A C function: arrays of pointers and of shapes, blocks in x and y, and threads."""
+    name, inputs, outputs, call = kernel
+    kinds = dict.fromkeys((*inputs, *outputs), T)
+    kinds |= dict.fromkeys(("begin", "increments", "key"), "uint32_t")
+    lines = [f"auto {a} = ({kinds[a]}*)at[{i}];" for i, a in enumerate((*inputs, *outputs))]
+    lines += [f"auto {a}_shape = shapes[{i}];" for i, a in enumerate(inputs)]
+    symbol = "_".join([name, str(V), *([] if limit is None else [str(limit)]), T])
+    return (
+        f'extern "C" void {symbol}(void** at, int (*shapes)[5], int P, int Q, int threads) {{ '
+        f"using T = {T}; constexpr int V = {V}, LIMIT = {limit or 0}; {' '.join(lines)} "
+        f"launch({{unsigned(P), unsigned(Q)}}, threads, [&] {{ {call} }}); }}\n"
+    )
+
+
+@pytest.fixture
+def fused(library, monkeypatch):
+    """The layer takes the kernels."""
+    monkeypatch.setattr(passes_cuda, "fits", lambda: True)
+    monkeypatch.setattr(
+        passes_cuda, "_kernel", lambda name, inputs, *_: Kernel(library, name, inputs)
+    )
+
+
+def plain_mask(mask, shape):
+    """The plain description of the mask that the kernels draw."""
+    ones = mx.ones(shape)
+    return (passes_cuda.gate(ones, ones, mask)[0] > 0), True, 1 / (1 - mask[1] / passes_cuda.STEPS)
+
+
+@pytest.mark.parametrize(("H", "B", "T", "N"), [(2, 3, 5, 16), (1, 2, 7, 6), (3, 2, 40, 40)])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("position", [0, 10**6])
+@pytest.mark.parametrize("rate", [0, RATE])
+def test_each_pass_is_that_of_the_plain_operations(fused, H, B, T, N, dtype, position, rate):
+    shape = (H, B * T, N)
+    h, g, dy, dq = (mx.random.normal(shape, dtype, key=mx.random.key(i)) for i in range(4))
+    h[:, 0], g[:, -1] = 0, -0.0
+    mask = passes_cuda.dropout_mask(KEY, rate, shape)
+    assert (mask is None) == (rate == 0)
+
+    def run(module, mask, *arrays):
+        h, g, dy, dq = arrays
+        x, q = module.encode(h, position, B)
+        y, saved = module.gate(x, g, mask)
+        y_again, dg, rest = module.gate_gradients(x, saved, dy, mask)
+        assert mx.array_equal(y, y_again).item()
+        return q, y, dg, module.encode_gradient(rest, dq, position, B)
+
+    found = run(passes_cuda, mask, h, g, dy, dq)
+    exact = [array.astype(mx.float32) for array in (h, g, dy, dq)]
+    expected = run(passes, mask and plain_mask(mask, shape), *exact)
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == dtype and got.shape == shape
+        assert max_abs_error(got, want) < 1.5 * ROUNDING[dtype] * mx.max(mx.abs(want)).item()
+
+
+def test_nan_goes_on_and_zero_is_no_sign(fused):
+    """Where x is 0 there is no gradient, and -0 elsewhere does not say that it is."""
+    h = mx.array([[[mx.nan, 1.0, -1.0, 0.0, 1.0, 1.0]]])
+    g, dy, dq = (mx.full(h.shape, value) for value in (1.0, -1.0, 1.0))
+    g[0, 0, 4:] = mx.array([-1.0, mx.nan])
+    x, q = passes_cuda.encode(h, 0, 1)
+    assert mx.isnan(q).tolist() == [[[True] * 2 + [False] * 4]]
+    y, saved = passes_cuda.gate(x, g, None)
+    assert mx.isnan(y).tolist() == [[[True] + [False] * 4 + [True]]]
+    _, dg, rest = passes_cuda.gate_gradients(x, saved, dy, None)
+    dh = passes_cuda.encode_gradient(rest, dq, 0, 1)
+    assert dg[0, 0, 1:5].tolist() == [-1, 0, 0, 0] and mx.isnan(dg[0, 0, 0]).item()
+    assert dh[0, 0, 1:5].tolist() == [0, 0, 0, 1] and mx.isnan(dh[0, 0, 0]).item()
+
+
+def test_dropout_is_drawn_at_its_rate_from_key_and_place(fused):
+    shape = (4, 64, 128)
+    masks = [plain_mask(passes_cuda.dropout_mask(key, RATE, shape), shape)[0]
+             for key in (*mx.random.split(KEY, 3), mx.random.split(KEY, 3)[0])]  # fmt: skip
+    size, kept = masks[0].size, 1 - RATE
+    deviation = (kept * RATE / size) ** 0.5
+    for mask in masks:
+        assert abs(mx.mean(mask).item() - kept) < 4 * deviation
+    assert mx.array_equal(masks[0], masks[3]).item()
+    both = RATE**2 + kept**2  # of two that are independent, the share that is equal
+    pairs = [(masks[0], masks[1]), (masks[1], masks[2])]
+    flat = masks[0].reshape(-1)
+    pairs += [(flat[:-by], flat[by:]) for by in (1, 2, 8, 128)]
+    for one, other in pairs:
+        assert abs(mx.mean(one == other).item() - both) < 5 * deviation
+    ones = mx.ones(shape)
+    y = passes_cuda.gate(ones, ones, passes_cuda.dropout_mask(KEY, RATE, shape))[0]
+    assert abs(mx.max(y).item() - 1 / kept) < 1e-5 and abs(mx.mean(y).item() - 1) < 0.02
+
+
+@pytest.mark.parametrize(("keep", "rows"), [(0, 30), (1, 1000), (2, 30), (4, 30)])
+def test_gradients_of_a_layer_equal_the_quadratic_form(fused, keep, rows):
+    model, batch = random_model(), (random_bytes(2, 40), random_bytes(2, 40, seed=2))
+    slow = loss_and_gradients(model, lambda idx: model.quadratic(idx)[0], batch)
+    model.compute = Compute(chunk=8, rows=rows, saved_activations=keep)
+    assert worst(loss_and_gradients(model, lambda idx: model(idx)[0], batch), slow) < 2e-5
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+def test_dropout_has_one_mask_in_forward_and_backward(fused, keep):
+    compute, (B, T) = Compute(chunk=8, rows=40, saved_activations=keep), (2, 30)
+    model = random_model()
+    H, D, N = model.encoder.shape
+    v = layer.ln(mx.random.normal((B, T, D), key=KEY))
+    weights = [model.encoder, model.encoder_v, model.decoder.reshape(H, N, D)]
+    parts, masks = layer.segments(B, T, compute), []
+    for key, (begin, end) in zip(mx.random.split(KEY, len(parts)), parts, strict=True):
+        shape = (H, B * (end - begin), N)
+        kept, _, scale = plain_mask(passes_cuda.dropout_mask(key, RATE, shape), shape)
+        masks.append((scale * kept).reshape(H, B, -1, N))
+    mask = mx.concatenate(masks, 2)
+
+    def quadratic(v, Dx, Dy, E):
+        x = nn.relu(v[None] @ Dx[:, None])
+        a = bdh_mlx.attention_quadratic(rotate(x), v)
+        y = nn.relu(layer.ln(a) @ Dy[:, None]) * x * mask
+        return (layer.residual(v, (y @ E[:, None]).sum(0)) ** 3).sum()
+
+    def fast(*args):
+        return (layer.layer(*args, compute, KEY, RATE) ** 3).sum()
+
+    results = [mx.value_and_grad(f, (0, 1, 2, 3))(v, *weights) for f in (fast, quadratic)]
+    (value, gradients), (expected, wanted) = results
+    for got, want in zip((value, *gradients), (expected, *wanted), strict=True):
+        assert max_abs_error(got, want) < 2e-5 * mx.max(mx.abs(want)).item()
+
+
+def test_bfloat16_is_no_further_from_float32_than_with_the_plain_passes(fused, monkeypatch):
+    """Over three models, since a neuron near 0 that fires in one precision alone counts most."""
+    config, errors = replace(CONFIG, n_embd=32, mlp_internal_dim_multiplier=32), []
+    for seed in range(3):
+        model, batch = (
+            random_model(config, seed, 1),
+            [random_bytes(1, 96, seed + i) for i in (3, 6)],
+        )
+        exact = loss_and_gradients(model, lambda idx, model=model: model.quadratic(idx)[0], batch)
+        model.compute = Compute(mx.bfloat16, chunk=16, rows=48, saved_activations=seed)
+        for fits in (True, False):
+            monkeypatch.setattr(passes_cuda, "fits", lambda fits=fits: fits)
+            got = loss_and_gradients(model, lambda idx, model=model: model(idx)[0], batch)
+            norms = [mx.linalg.norm(got[k] - exact[k]) / mx.linalg.norm(exact[k]) for k in exact]
+            errors.append(sum(norms).item())
+    assert 1e-4 < sum(errors[::2]) <= 1.1 * sum(errors[1::2])
