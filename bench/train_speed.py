@@ -4,17 +4,21 @@
     python bench/train_speed.py --official bdh.py      # beside pathwaycom/bdh; needs PyTorch
     python bench/train_speed.py --gpu --official bdh.py
     python bench/train_speed.py --gpu --memory         # measured and estimated peaks
+    python bench/train_speed.py --gpu --passes         # passes over activations; CUDA: fused, plain
     python bench/train_speed.py --curve text.txt       # fast and quadratic losses over a training
 
 Each case is a full training step (loss, gradients, clipping, AdamW) on random bytes in a process of
 its own, one after the other on one machine: warm-up steps, then the median of timed ones. Prints
 one JSON line per case, then a table; `ratio` is bytes/s divided by those of the shape's first row,
-`growth` the time per byte divided by that of the same system at its smallest T.
+`growth` the time per byte divided by that of the same system at its smallest T, and `limit` the
+share of the time that ours needs for its products, at the speed of one large product.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -122,6 +126,80 @@ def build(system: str, shape: dict, B: int, T: int, compute=None, rate=1e-3):
     return step, peak
 
 
+def flops(model: dict, B: int, T: int) -> float:
+    """What the products of a step in chunks take, with nothing recomputed: the least known."""
+    D, H = model["n_embd"], model["n_head"]
+    N, chunk = model["mlp_internal_dim_multiplier"] * D // H, min(T, max(128, 2 * D))
+    wide = 15 if chunk < T else 9  # products of N by D; those of states only between chunks
+    layer = 2 * H * (wide * N * D + 2 * N * chunk + 5 * chunk * D)
+    return B * T * (model["n_layer"] * layer + 6 * D * 256)
+
+
+def run_product(case: dict, steps: int) -> dict:
+    """The speed of a large product in the precision of training."""
+    sys.path.insert(0, str(ROOT))
+    import bdh_mlx  # isort: skip
+    import mlx.core as mx
+
+    from bdh_lib.compute import memory
+
+    n, dtype = case["n"], memory.compute_for(bdh_mlx.BDHConfig(), "fast", "auto").dtype
+    a, b = mx.random.normal((2, n, n)).astype(dtype)
+    mx.eval(a, b)
+    seconds = timed(lambda: mx.eval(a @ b), mx.synchronize, 10 * steps)
+    return {"flops_per_second": 2 * n**3 / seconds, "device": str(mx.default_device())}
+
+
+def fused_and_plain(gpu: bool, steps: int) -> None:
+    """Print the time of each pass over activations, and of a step, by CUDA's kernels and by MLX's.
+
+    GB/s count the arrays that a kernel moves, also where plain operations move more.
+    """
+    sys.path.insert(0, str(ROOT))
+    import bdh_mlx  # isort: skip
+    import mlx.core as mx
+
+    from bdh_lib.compute import memory, passes, passes_cuda
+
+    shape, ((B, T), *_) = GPU if gpu else CPU
+    fits, modules = passes_cuda.fits, {"plain": passes}
+    if fits():
+        modules = {"fused": passes_cuda} | modules
+    cases = list(itertools.product((0.0, 0.1), modules.items()))
+    dtype = memory.compute_for(bdh_mlx.BDHConfig(**shape), "fast", "auto").dtype
+    H, neurons = shape["n_head"], shape["mlp_internal_dim_multiplier"] * shape["n_embd"]
+    print(f"{mx.default_device()}, B {B}, T {T}, {dtype}\n{'':<33}arrays       ms     GB/s")
+
+    def row(name, call, steps, *arrays):
+        seconds = timed(lambda: mx.eval(call(*arrays)), mx.synchronize, steps)
+        moved = {"h + g": 3, "encode": 2, "gate": 3, "gate_gradients": 5, "encode_gradient": 3}
+        count = moved.get(name.split(": ")[-1])
+        speed = f"{count * B * T * neurons * dtype.size / seconds / 1e9:>9,.0f}" if count else ""
+        print(f"{name:<33}{count or '':>6}{seconds * 1e3:>9.2f}{speed}", flush=True)
+
+    def rows():
+        size, key = (H, B * T, neurons // H), mx.random.key(0)
+        h, g, dy, dq = (mx.random.normal(size, dtype, key=k) for k in mx.random.split(key, 4))
+        row("h + g", mx.add, 5 * steps, h, g)
+        for rate, (kind, m) in cases:
+            mask = m.dropout_mask(key, rate, size)
+            rest, name = m.gate_gradients(h, g, dy, mask)[2], f"{kind}, dropout {rate:g}: "
+            mx.eval(dq, mask, rest)
+            row(name + "mask", m.dropout_mask, 5 * steps, key, rate, size)
+            row(name + "encode", m.encode, 5 * steps, h, 5, B)
+            row(name + "gate", m.gate, 5 * steps, h, g, mask)
+            row(name + "gate_gradients", m.gate_gradients, 5 * steps, h, g, dy, mask)
+            row(name + "encode_gradient", m.encode_gradient, 5 * steps, rest, dq, 5, B)
+
+    rows()
+    idx = mx.random.randint(0, 256, (2, B, T))
+    for rate, (kind, _) in cases:
+        passes_cuda.fits = fits if kind == "fused" else lambda: False
+        step, _ = build("ours, fast", shape | {"dropout": rate}, B, T)
+        row(f"{kind}, dropout {rate:g}: step", step, steps, *idx)
+    passes_cuda.fits = fits
+
+
 def run_ours(case: dict, steps: int) -> dict:
     step, estimate = build(*(case.get(k) for k in ("system", "model", "B", "T", "compute")))
     import mlx.core as mx
@@ -218,10 +296,10 @@ def speed(result: dict) -> float:
     return result["B"] * result["T"] / result["seconds"]
 
 
-def table(results: list[dict]) -> str:
+def table(results: list[dict], product: dict) -> str:
     rows = [
         f"{'system':<24}{'B':>4}{'T':>7}{'bytes/s':>10}{'ms':>9}{'peak GB':>9}{'estimate':>9}"
-        f"{'ratio':>7}{'growth':>8}"
+        f"{'ratio':>7}{'growth':>8}{'limit':>7}"
     ]
     for r in results:
         if "failed" in r:
@@ -231,10 +309,12 @@ def table(results: list[dict]) -> str:
         peer = next(p for p in done if (p["B"], p["T"]) == (r["B"], r["T"]))
         first = min((p for p in done if p["system"] == r["system"]), key=lambda p: p["T"])
         gb = ["" if r.get(k) is None else f"{r[k]:.2f}" for k in ("peak_gb", "estimate_gb")]
+        limit = flops(r["model"], r["B"], r["T"]) / product.get("flops_per_second", math.inf)
         name = r["system"] + (f", {r['compute']}" if "compute" in r else "")
         rows.append(
             f"{name:<24}{r['B']:>4}{r['T']:>7}{speed(r):>10,.0f}{r['seconds'] * 1e3:>9,.1f}"
             f"{gb[0]:>9}{gb[1]:>9}{speed(r) / speed(peer):>7.2f}{speed(first) / speed(r):>8.2f}"
+            f"{limit / r['seconds']:>7.0%}"
         )
     return "\n".join(rows)
 
@@ -246,6 +326,7 @@ def main() -> None:
     parser.add_argument("--official", help="path of pathwaycom/bdh's bdh.py; needs PyTorch")
     parser.add_argument("--gpu", action="store_true", help="the default model at GPU shapes")
     parser.add_argument("--memory", action="store_true", help="peaks, measured and estimated")
+    parser.add_argument("--passes", action="store_true", help="each pass over activations")
     parser.add_argument("--only", metavar="TEXT", help="systems whose name has TEXT in it")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a case (3)")
     parser.add_argument("--timeout", type=int, default=180, help="seconds a case may take (180)")
@@ -255,22 +336,24 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of --curve (1e-3)")
     args = parser.parse_args()
+    if args.passes:
+        return fused_and_plain(args.gpu, args.steps)
     if args.curve:
         return print(curve(args.curve, args.rate))
     if args.case:
-        official = args.case["system"].startswith("official")
-        done = (
-            run_official(args.case, args.steps, args.official)
-            if official
-            else run_ours(args.case, args.steps)
-        )
+        if args.case["system"].startswith("official"):
+            done = run_official(args.case, args.steps, args.official)
+        else:
+            done = (run_product if "n" in args.case else run_ours)(args.case, args.steps)
         print(json.dumps(done))
         return
+    product = run({"system": "one product of n by n", "n": 8192 if args.gpu else 2048}, args)
+    print(json.dumps(product), flush=True)
     results = []
     for case in (case for case in cases(args) if (args.only or "") in case["system"]):
         results.append(run(case, args))
         print(json.dumps(results[-1]), flush=True)
-    print(table(results))
+    print(table(results, product))
 
 
 if __name__ == "__main__":
