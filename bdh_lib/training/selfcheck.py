@@ -22,7 +22,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import bdh_mlx
-from bdh_lib.compute import memory
+from bdh_lib.compute import memory, passes, passes_cuda
 from bdh_lib.errors import escape_controls
 from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
@@ -32,6 +32,7 @@ from bdh_lib.training.step import compile_steps
 CONFIG = bdh_mlx.BDHConfig(n_layer=3, n_embd=32, n_head=2, mlp_internal_dim_multiplier=16)
 B, T, SEED = 2, 96, 1
 UPDATES = Settings(BYTE_NOISE=0, GRAD_CLIP=1.0, EMA_DECAY=0)
+RATE = 0.3  # of dropout
 FIVE = {"embed.weight", "encoder", "encoder_v", "decoder", "lm_head"}
 CPU, GPU = 1e-4, 2e-2  # tolerances
 LAYER = replace(bdh_mlx.BDHConfig(), n_layer=1)  # a layer of the default shape
@@ -161,20 +162,50 @@ def devices() -> tuple | None:
 
 
 def gpu_is_cpu(_) -> tuple[float, float]:
-    """Compare loss and every gradient, dropout included, on both."""
+    """Compare loss and every gradient on both; with dropout, but on CUDA, which draws its own."""
     if not (both := devices()):
         raise Skipped("no GPU that MLX uses")
     before, results = mx.default_device(), []
+    key = None if passes_cuda.fits() else mx.random.key(SEED)
     try:
         for device in both:
             mx.set_default_device(device)
             model, batch = random_model(), random_batch(0)
             gradient = nn.value_and_grad(model, lambda *a, model=model: model(*a)[1])
-            results.append(tree_flatten(gradient(*batch, mx.random.key(SEED))))
+            results.append(tree_flatten(gradient(*batch, key)))
             mx.eval(results)
     finally:
         mx.set_default_device(before)
     return largest(relative_error(b, a) for (_, a), (_, b) in zip(*results, strict=True)), GPU
+
+
+def plain_mask(mask: tuple, shape: tuple) -> tuple:
+    """Return the mask that the kernels of passes_cuda draw as passes.py takes it."""
+    ones = mx.ones(shape)
+    y, _ = passes_cuda.gate(ones, ones, mask)
+    return y > 0, True, 1 / (1 - mask[1] / passes_cuda.STEPS)
+
+
+def run_passes(module, mask, position: int, B: int, h, g, dy, dq) -> tuple[mx.array, ...]:
+    """Return q, y, dg and dh by the passes of a module."""
+    x, q = module.encode(h, position, B)
+    _, saved = module.gate(x, g, mask)
+    y, dg, rest = module.gate_gradients(x, saved, dy, mask)
+    return q, y, dg, module.encode_gradient(rest, dq, position, B)
+
+
+def fused_is_plain(dtype: str) -> tuple[float, float]:
+    """Compare relu, rotation, gate, dropout and their gradients by CUDA's kernels and by MLX's."""
+    if not passes_cuda.fits():
+        raise Skipped("no CUDA GPU")
+    dtype = memory.compute_for(LAYER, "fast", dtype).dtype
+    shape = LAYER.n_head, B * T, LAYER.neurons_per_head
+    arrays = [mx.random.normal(shape, dtype, key=mx.random.key(i)) for i in range(4)]
+    mask = passes_cuda.dropout_mask(mx.random.key(SEED), RATE, shape)
+    kernels = run_passes(passes_cuda, mask, T, B, *arrays)
+    exact = [array.astype(mx.float32) for array in arrays]
+    exact = run_passes(passes, plain_mask(mask, shape), T, B, *exact)
+    return largest(map(relative_error, exact, kernels)), PRODUCT_ROUNDING[dtype]
 
 
 def products_as_trained(dtype: str) -> tuple[float, float]:
@@ -221,6 +252,7 @@ CHECKS = {
     "saved and loaded: the same loss": saved_and_loaded,
     "stopped and resumed = straight": resumed,
     "GPU = CPU": gpu_is_cpu,
+    "fused passes = plain operations": fused_is_plain,
 } | AS_TRAINED
 
 

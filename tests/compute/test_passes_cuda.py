@@ -15,8 +15,9 @@ import bdh_mlx
 from bdh_lib.compute import layer, passes, passes_cuda
 from bdh_lib.compute.layer import Compute
 from bdh_lib.compute.rope import rotate
+from bdh_lib.training import selfcheck
+from bdh_lib.training.selfcheck import RATE, plain_mask, run_passes
 
-RATE = 0.3
 KEY = mx.random.key(5)
 LIMITS = [0, passes_cuda.dropout_mask(KEY, RATE, ())[1]]
 KERNELS = {
@@ -61,12 +62,6 @@ def fused(library, monkeypatch):
     )
 
 
-def plain_mask(mask, shape):
-    """The plain description of the mask that the kernels draw."""
-    ones = mx.ones(shape)
-    return (passes_cuda.gate(ones, ones, mask)[0] > 0), True, 1 / (1 - mask[1] / passes_cuda.STEPS)
-
-
 @pytest.mark.parametrize(("H", "B", "T", "N"), [(2, 3, 5, 16), (1, 2, 7, 6), (3, 2, 40, 40)])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("position", [0, 10**6])
@@ -78,20 +73,22 @@ def test_each_pass_is_that_of_the_plain_operations(fused, H, B, T, N, dtype, pos
     mask = passes_cuda.dropout_mask(KEY, rate, shape)
     assert (mask is None) == (rate == 0)
 
-    def run(module, mask, *arrays):
-        h, g, dy, dq = arrays
-        x, q = module.encode(h, position, B)
-        y, saved = module.gate(x, g, mask)
-        y_again, dg, rest = module.gate_gradients(x, saved, dy, mask)
-        assert mx.array_equal(y, y_again).item()
-        return q, y, dg, module.encode_gradient(rest, dq, position, B)
-
-    found = run(passes_cuda, mask, h, g, dy, dq)
-    exact = [array.astype(mx.float32) for array in (h, g, dy, dq)]
-    expected = run(passes, mask and plain_mask(mask, shape), *exact)
+    found = run_passes(passes_cuda, mask, position, B, h, g, dy, dq)
+    exact = (array.astype(mx.float32) for array in (h, g, dy, dq))
+    expected = run_passes(passes, mask and plain_mask(mask, shape), position, B, *exact)
     for got, want in zip(found, expected, strict=True):
         assert got.dtype == dtype and got.shape == shape
         assert max_abs_error(got, want) < 1.5 * ROUNDING[dtype] * mx.max(mx.abs(want)).item()
+
+
+def test_the_check_of_the_trainer_compares_them(fused, monkeypatch):
+    monkeypatch.setattr(selfcheck, "LAYER", CONFIG)
+    measured, allowed = selfcheck.fused_is_plain("float32")
+    assert 0 < measured <= allowed
+    gradient = passes_cuda.encode_gradient
+    monkeypatch.setattr(passes_cuda, "encode_gradient", lambda *args: gradient(*args) * 1.001)
+    measured, allowed = selfcheck.fused_is_plain("float32")
+    assert measured > allowed
 
 
 def test_nan_goes_on_and_zero_is_no_sign(fused):
