@@ -20,3 +20,8 @@ def on_gpu() -> bool:
 def on_metal() -> bool:
     """Tell whether MLX computes on the GPU of a Mac."""
     return on_gpu() and mx.metal.is_available()
+
+
+def on_cuda() -> bool:
+    """Tell whether MLX computes on an NVIDIA GPU."""
+    return on_gpu() and mx.cuda.is_available()

@@ -14,10 +14,13 @@ from itertools import islice, takewhile
 import mlx.core as mx
 import numpy as np
 
+from bdh_lib.compute.device import on_cuda
 from bdh_lib.compute.state import State, prefetch_one, prefill, read
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.generation.sampling import PAD, Sampling, append_token, uniforms
 from bdh_lib.progress import Progress
+
+BYTES_AT_ONCE = 4  # of one row, in a submission to a CUDA GPU: MLX cuts longer ones (docs/log.md)
 
 
 def pad_batch(texts: Sequence[bytes]) -> np.ndarray:
@@ -68,12 +71,20 @@ def stream(
             recent = append_token(recent, token)
             logits, state = read(model, token[:, None], state)
             logits = logits[:, -1]
-            tokens = _host_arrays(token)
-            mx.async_eval(tokens, logits, recent, state)
-            yield tokens, state
+            yield _host_arrays(token), state, (logits, recent)
 
-    pairs = prefetch_one(steps(logits, state, sampling.recent(seen)))
-    return (([byte for a in tokens for byte in a.tolist()], state) for tokens, state in pairs)
+    at_once = BYTES_AT_ONCE if len(logits) == 1 and on_cuda() else 1
+    for group in prefetch_one(_submit(steps(logits, state, sampling.recent(seen)), at_once)):
+        for tokens, state, _ in group:
+            yield [byte for a in tokens for byte in a.tolist()], state
+
+
+def _submit(steps: Iterator, n: int) -> Iterator[list]:
+    """Group an endless stream of (tokens, state, rest) by n; submit a group at once."""
+    while True:
+        group = list(islice(steps, n))
+        mx.async_eval([tokens for tokens, *_ in group], group[-1])  # which needs all before it
+        yield group
 
 
 def _host_arrays(token: mx.array) -> list[mx.array]:

@@ -11,7 +11,7 @@ import bdh_mlx
 from bdh_lib.compute import state, step_cpu, step_cuda, step_mlx
 from bdh_lib.compute.state import WINDOW_PARTS, State, flush_pending, prefill, rotate_state
 from bdh_lib.compute.step_cpu import BUFFER_BYTES
-from bdh_lib.generation import states
+from bdh_lib.generation import decoding, states
 from bdh_lib.generation.decoding import read_prompt, stream
 from bdh_lib.generation.sampling import Sampling
 from bdh_mlx import BDH, BDHConfig, UserError
@@ -125,14 +125,21 @@ def test_a_folded_state_is_not_changed_by_going_on_from_what_it_was(step, cut):
     assert close(model.read(idx[:, cut:], folded)[0], model.quadratic(idx)[0][:, cut:])
 
 
-def test_a_stream_is_gone_on_from_where_it_stopped(step):
-    """The state that is given with a byte, when the next has been computed already."""
-    model, prompt = random_model(), np.array(random_bytes(2, 9))
-    steps = stream(model, *read_prompt(model, prompt), Sampling(), mx.random.key(1), prompt)
+@pytest.mark.parametrize("B", [1, 2])  # one row is written several bytes at once
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_stream_is_gone_on_from_where_it_stopped(step, B, window, monkeypatch):
+    """The state that is given with a byte, when the next ones have been computed already."""
+    monkeypatch.setattr(decoding, "on_cuda", lambda: True)
+    model, prompt = random_model(), np.array(random_bytes(B, 9))
+    begun = read_prompt(model, prompt, State(window=window))
+    steps = stream(model, *begun, Sampling(), mx.random.key(1), prompt)
     written = [next(steps) for _ in range(60)]
-    drawn, more = mx.array([tokens for tokens, _ in written]).T, random_bytes(2, 5)
-    text = mx.concatenate([mx.array(prompt), drawn, more], 1)
-    assert close(model.read(more, written[-1][1])[0], model.quadratic(text)[0][:, -5:])
+    drawn, more = mx.array([tokens for tokens, _ in written]).T, random_bytes(B, 5)
+    text = mx.concatenate([mx.array(prompt), drawn], 1)
+    for end in range(-5, 0):
+        again = prefill(model, text[:, : end + 1 or None], State(window=window))[1]
+        wanted = model.read(more, again)[0]
+        assert close(model.read(more, written[end][1])[0], wanted)
 
 
 @pytest.mark.parametrize(("N", "parts"), [(64, 32), (48, 16), (10, 2)])
@@ -353,13 +360,16 @@ def test_only_a_large_card_reads_much_of_a_prompt_at_once(info, rows, monkeypatc
     assert [piece.size for piece in pieces[:-1]] == [rows] * (40000 // rows)
 
 
-def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(monkeypatch):
-    """As on a GPU, whose reader gets each byte once the next is under way."""
+@pytest.mark.parametrize("B", [1, 2])
+def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(B, monkeypatch):
+    """As on a GPU, whose reader gets each byte once the next is under way, or the next ones."""
+    monkeypatch.setattr(mx, "compile", lambda step: step)
     model, report = random_model(), []
     for on_gpu in (False, True):
         monkeypatch.setattr(state, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(decoding, "on_cuda", lambda on_gpu=on_gpu: on_gpu)
         model.decode_step = None
-        idx = np.array(random_bytes(2, 9))
+        idx = np.array(random_bytes(B, 9))
         going = stream(model, *read_prompt(model, idx), Sampling(), mx.random.key(1), idx)
         report.append([next(going)[0] for _ in range(20)])
     assert report[0] == report[1]
