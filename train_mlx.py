@@ -365,7 +365,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     # ---- compiled functions
     micro_step, apply_update, state = compile_steps(model, optimizer, ema, s)
     eval_losses = compile_evaluation(model, len(val.bytes), s)
-    memory.set_limit(peak)
+    memory.set_limit(peak, compute)
     baselines = byte_baselines(s.LOSS_ON, train_split, val)
     meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_update(s))
 

@@ -111,7 +111,7 @@ def build(system: str, shape: dict, B: int, T: int, compute=None, rate=1e-3):
             chunk, rows, saved = compute
             model.compute = replace(model.compute, chunk=chunk, rows=rows, saved_activations=saved)
         peak = memory.estimate(model.config, B, T, model.compute)
-        mx.set_memory_limit(10**6) if compute else memory.set_limit(peak)
+        mx.set_memory_limit(10**6) if compute else memory.set_limit(peak, model.compute)
     optimizer = optim.AdamW(rate, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     s = SimpleNamespace(BYTE_NOISE=0, GRAD_CLIP=1.0, EMA_DECAY=0)

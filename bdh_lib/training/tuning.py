@@ -143,7 +143,7 @@ class Updates:
     def seconds(self, compute: Compute, B: int, T: int) -> float:
         """Return the seconds of the faster of two updates on blocks (B, T); the first compiles."""
         began = time.monotonic()
-        memory.set_limit(memory.step_peak(self.s, compute))
+        memory.set_limit(memory.step_peak(self.s, compute), compute)
         mx.reset_peak_memory()
         best = min(self.update(compute, B, T) for _ in range(2))
         self.peaks[compute] = max(mx.get_peak_memory(), self.peaks.get(compute, 0))

@@ -167,24 +167,29 @@ def test_float32_on_metal_has_all_its_bits(monkeypatch, dtype, metal, before, af
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "metal", "available", "limit"),
+    ("on_gpu", "metal", "mode", "available", "limit"),
     [
-        (True, True, 48, 15),  # GB, of a peak of 10
-        (True, True, 20, 14),
-        (True, True, 11, 9.5),
-        (True, False, 48, 9.5),
-        (False, True, 48, None),
-        (False, False, 48, None),
+        (True, True, "fast", 48, 15),  # GB, of a peak of 10
+        (True, True, "small", 20, 14),
+        (True, True, "fast", 11, 9.5),
+        (True, False, "fast", 80, 30),
+        (True, False, "fast", 48, 24),
+        (True, False, "fast", 11, 9.5),
+        (True, False, "small", 80, 9.5),
+        (False, True, "fast", 48, None),
+        (False, False, "fast", 48, None),
     ],
 )
-def test_the_limit_leaves_metal_room_for_its_cache(monkeypatch, on_gpu, metal, available, limit):
+def test_the_limit_leaves_a_gpu_room_to_run_ahead(
+    monkeypatch, on_gpu, metal, mode, available, limit
+):
     limits = []
     for module in (device, memory):
         monkeypatch.setattr(module, "on_gpu", lambda: on_gpu)
     monkeypatch.setattr(memory.mx.metal, "is_available", lambda: metal)
     monkeypatch.setattr(memory, "available", lambda: available * GB)
     monkeypatch.setattr(memory.mx, "set_memory_limit", limits.append)
-    memory.set_limit(10 * GB)
+    memory.set_limit(10 * GB, memory.Compute(saved_activations=memory.MODES[mode][1]))
     assert limits == ([] if limit is None else [limit * GB])
 
 
