@@ -116,6 +116,7 @@ from mlx.utils import tree_map
 
 from bdh_lib import cli, files, flags, plots
 from bdh_lib.compute import memory
+from bdh_lib.compute.device import on_cuda
 from bdh_lib.data import hub
 from bdh_lib.data.columns import parse_columns
 from bdh_lib.data.formats import (
@@ -306,13 +307,15 @@ def sum_gradients(
     if not stop.has_trained:
         print("compiling the training step, once (a minute or more on a new machine)")
     loss, gradients, n_targets = 0.0, None, n_targets_in_update(train_split, step, s)
-    for i in micro_batch_indices(s, step, world):
+    indices = micro_batch_indices(s, step, world)
+    for i in indices:
         batch = get_batch(train_split, i, s, n_targets)
         with nullcontext() if stop.has_trained else default_signals():
             micro_loss, micro_gradients = micro_step(*batch)
         loss = loss + micro_loss
         gradients = tree_map(mx.add, gradients, micro_gradients) if gradients else micro_gradients
-        mx.eval(loss, gradients)  # bounds the memory, and lets a signal in
+        if i < indices[-1] or not on_cuda():
+            mx.eval(loss, gradients)  # bounds the memory, and lets a signal in
         if stop.requested:
             break
     return SummedGradients(*world.all_reduce_sum((loss, gradients)), n_targets > 0)
@@ -415,16 +418,16 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
             update = sum_gradients(s, step, micro_step, train_split, stop, world)
             if not stop.requested:
                 norm = apply_update(update.loss, update.gradients)
-                mx.eval(state, norm)
+                (mx.async_eval if stop.has_trained and on_cuda() else mx.eval)(state, norm)
         if stop.requested:  # the update is not whole: the run is saved as it was after the last one
             save(step)
             break
         stop.has_trained = True  # from here on there is work to save
-        meter.stop(step + 1, update.loss.item(), norm.item(), update.has_targets)
+        meter.stop(step + 1, update.loss, norm, update.has_targets)
         if meter.consecutive_skips == s.MAX_CONSECUTIVE_SKIPS:
-            raise Diverged(no_sound_update(s, step, train_split))
-        if (step + 1) % s.LOG_FREQ == 0 and meter.losses:
-            log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **meter.read(step + 1))
+            raise Diverged(no_sound_update(s, step - len(meter.unread), train_split))
+        if (step + 1) % s.LOG_FREQ == 0 and (averages := meter.read(step + 1)):
+            log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **averages)
 
     meter.progress.bar.close()
     if stop.requested:

@@ -173,6 +173,29 @@ def test_each_batch_of_a_seed_has_a_key_of_its_own(tmp_path, monkeypatch):
     assert batches == [seed * 2**32 + i for seed in (1, 2) for i in range(3)]
 
 
+def test_a_gpu_that_computes_ahead_trains_and_logs_the_same(straight, tmp_path, monkeypatch):
+    for module in (train_mlx, runlog):
+        monkeypatch.setattr(module, "on_cuda", lambda: True)
+    assert train(tmp_path, "--max-iters", 12) == 0
+    assert same(arrays(straight, 12), arrays(tmp_path, 12))
+    losses = [[(m["step"], m["loss"], m["skipped"]) for m in metrics(run) if "loss" in m]
+              for run in (straight, tmp_path)]  # fmt: skip
+    assert losses[0] == losses[1] and losses[0]
+
+
+def test_an_update_that_is_read_late_counts_as_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(runlog, "on_cuda", lambda: True)
+    meter = runlog.Meter(0, 3, 1000)
+    for step, loss in enumerate((1.0, math.nan, 3.0), 1):
+        meter.start()
+        meter.stop(step, mx.array(loss), mx.array(1.0), True)
+    assert (
+        meter.consecutive_skips == 1 and "iter      2 | update skipped" in capsys.readouterr().out
+    )
+    assert meter.read(3)["loss"] == 2.0 and meter.consecutive_skips == 0
+    assert meter.read(3) == {}
+
+
 def test_the_first_update_is_not_timed(monkeypatch):
     meter = runlog.Meter(0, 5, 1000)
     clock = iter([0.0, 100.0, 102.0])  # a start, a start and its end; the first end reads no clock

@@ -14,6 +14,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from bdh_lib import files
+from bdh_lib.compute.device import on_cuda
 from bdh_lib.errors import UserError
 from bdh_lib.progress import LINE_EVERY, Progress, heartbeat
 from bdh_lib.training import checkpoints
@@ -145,6 +146,7 @@ class Meter:
         self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
         self.progress = Progress("training", n_steps, "iterations", step)
         self.skipped = self.consecutive_skips = 0  # updates whose numbers were not finite
+        self.unread = []  # updates that MLX may not have computed yet
         self.start_time = time.perf_counter()
         self.clear()
 
@@ -155,21 +157,30 @@ class Meter:
         """Begin an update."""
         self.step_start = time.perf_counter()
 
-    def stop(self, step: int, loss: float, norm: float, has_targets: bool) -> None:
+    def stop(self, step: int, loss: mx.array, norm: mx.array, has_targets: bool) -> None:
         """End update number `step`; its loss is averaged where it has any targets.
 
-        The first update is not timed, because it compiles.
+        On CUDA its numbers are read when the next update has been submitted: the GPU computes while
+        the host prepares. The first update is not timed, because it compiles.
         """
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.consecutive_skips = 0
-            self.losses += [loss] if has_targets else []
-        else:
-            self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
-            tqdm.write(f"iter {step:>6} | update skipped: loss {loss}, norm {norm}")
+        self.unread.append((step, loss, norm, has_targets))
+        self.read_numbers(1 if on_cuda() else 0)
         self.progress.update()
         if step > self.first_step + 1:
             self.seconds += time.perf_counter() - self.step_start
             self.timed_bytes += self.bytes_per_step
+
+    def read_numbers(self, n_left: int) -> None:
+        """Wait for the updates but the last `n_left`, and count them."""
+        while len(self.unread) > n_left:
+            step, loss, norm, has_targets = self.unread.pop(0)
+            loss, norm = float(loss), float(norm)
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.consecutive_skips = 0
+                self.losses += [loss] if has_targets else []
+            else:
+                self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
+                tqdm.write(f"iter {step:>6} | update skipped: loss {loss}, norm {norm}")
 
     def minutes(self) -> float:
         """Return the minutes since the loop began, the first evaluation included."""
@@ -181,9 +192,12 @@ class Meter:
         return heartbeat("training") if is_early else nullcontext()
 
     def read(self, step: int) -> dict:
-        """Return the mean loss, speed and time left after `step`, for the log; resets the
-        averages.
+        """Return the mean loss, speed and time left after `step`, for the log, and reset the
+        averages; {} where no update since the last line has a loss.
         """
+        self.read_numbers(0)
+        if not self.losses:
+            return {}
         elapsed, done = time.perf_counter() - self.start_time, step - self.first_step
         values = {
             "loss": sum(self.losses) / len(self.losses),
