@@ -70,7 +70,7 @@ def run(file: str):
         if sys.stdout.error:
             raise sys.stdout.error
     except (KeyboardInterrupt, Exception) as error:
-        code = report_error(error, file)
+        code = report_error(lost_output(error) or error, file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the interpreter's own end
     sys.exit(code)
 
@@ -146,6 +146,15 @@ def install_interrupt_handler() -> None:
     signal.set_wakeup_fd(write)
     signal.signal(signal.SIGINT, on_signal)
     Thread(target=watch, daemon=True).start()
+
+
+def lost_output(error: BaseException | None) -> OSError | None:
+    """Return the failed write of stdout that `error` was made of by those who caught it, if any:
+    what reads files takes every OSError for one of theirs.
+    """
+    while error and error is not sys.stdout.error:
+        error = error.__context__
+    return error
 
 
 def report_error(error: BaseException, file: str) -> int:

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import bdh_mlx
 from bdh_lib import cli
+from bdh_lib.data import prepare
 
 DEV_FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Mac has no /dev/full")
 SMALL = "--preset tiny --n-layer 1 --n-embd 32 --block-size 64 --batch-size 1 --max-iters 2"
@@ -178,6 +179,18 @@ def test_flushing_endures_as_writing_does(ignores_errors):
             out.flush()
         cli.redirect_to_devnull(write)
     out.close()
+
+
+def test_lost_output_is_known_behind_the_error_that_others_made_of_it(tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", cli.Output(io.FileIO(write, "wb"), write_through=True))
+    with pytest.raises(bdh_mlx.UserError) as error, prepare._writing(tmp_path):
+        print("reading")
+    assert isinstance(cli.lost_output(error.value), BrokenPipeError)
+    assert cli.lost_output(bdh_mlx.UserError("another")) is None
+    cli.redirect_to_devnull(write)
+    sys.stdout.close()
 
 
 def test_on_windows_one_sentence_says_where_it_runs():
