@@ -59,11 +59,12 @@ def read_config(run: Path) -> dict:
     config, damaged = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}, []
     try:
         content = files.read_json_object(run / "config.json")
+        is_there = (run / "config.json").exists()
     except UserError as error:
         print(f"warning: {error}", file=sys.stderr)
         return config
     for name, empty in config.items():
-        value = content.get(name, empty)
+        value = content.get(name) if is_there else empty
         if type(value) is type(empty) and _is_described(name, value):
             config[name] = value
         else:

@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_the_report_as_it_was(run, monkeypatch):
 
 
 CONFIGS = [
-    b"not json", b"\xff\xfe", b"[1]", b"null", b"{" * 10**5, b"[" * 10**5,
+    b"{}", b"not json", b"\xff\xfe", b"[1]", b"null", b"{" * 10**5, b"[" * 10**5,
     b'{"settings": 5, "data": null}', b'{"data": {"train": 3}}', b'{"data": [1]}',
     b'{"parameters": "many", "versions": 3}', b'{"versions": ["x"]}', b'{"parameters": true}',
 ]  # fmt: skip
