@@ -7,10 +7,11 @@ import gzip
 import io
 import json
 import lzma
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import chain, dropwhile, groupby
+from itertools import chain, dropwhile, groupby, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,8 +40,8 @@ SIGNATURES = {  # how files start that are not what their name says, and what to
     b"<html": WEB_PAGE,
 }
 NOT_UTF8, NOT_JSON, NOT_AN_OBJECT = "not valid UTF-8", "not JSON", "not a JSON object"
-# The hook does nothing; as Python code it lets a heartbeat and Ctrl-C in while C reads a document.
-DECODER = json.JSONDecoder(parse_int=str, parse_float=str, object_hook=lambda value: value)
+TEXTS = re.compile(r'\[\s*"')  # how a list of texts begins
+MARKDOWN_RULE = re.compile(r"\|?( *:?-+:? *(\||$))+")  # below the header of a table
 LARGEST_ROW = 64_000_000  # characters of a row of a table that takes several lines
 
 
@@ -147,6 +148,25 @@ def _open_text(raw: BinaryIO, encoding: Encoding) -> io.TextIOWrapper:
 
 
 # -------------------------------------------------------------------------------------------- JSON
+
+
+class Decoder(json.JSONDecoder):
+    """Decodes numbers as they stand in the text, and lets a heartbeat and Ctrl-C in meanwhile.
+
+    C reads a document in one call, in which only Python code lets others in: the hooks, which do
+    nothing, and a loop over texts, which have no hook.
+    """
+
+    def __init__(self):
+        super().__init__(**dict.fromkeys(("parse_int", "parse_float", "object_hook"), lambda x: x))
+
+    def raw_decode(self, s: str, idx: int = 0):
+        if TEXTS.match(s, idx):
+            return json.decoder.JSONArray((s, idx + 1), self.scan_once)
+        return super().raw_decode(s, idx)
+
+
+DECODER = Decoder()
 
 
 def parse_exactly(text: str):
@@ -275,7 +295,9 @@ def _records_of_object(value: dict) -> list | None:
     table, or by name.
     """
     parts = [*value.values()]
-    if choose_columns(tuple(value)):
+    if column := choose_columns(tuple(value)):
+        if _are_plain_turns(value.get(column.get("messages"))):
+            return None
         is_indexed = all(isinstance(c, dict) and all(map(str.isdigit, c)) for c in parts)
         columns = [[*column.values()] for column in parts] if is_indexed else parts
         is_table = all(isinstance(c, list) and not is_chat(c) for c in columns)
@@ -285,6 +307,12 @@ def _records_of_object(value: dict) -> list | None:
     is_named = len(parts) > 1 and all(isinstance(part, dict) for part in parts)
     is_alike = is_named and len({frozenset(part) for part in parts}) == 1
     return parts if is_alike and choose_columns(tuple(parts[0])) else None
+
+
+def _are_plain_turns(value) -> bool:
+    """Tell the turns of one chat that are plain texts, as LIMA has them, from a column of chats."""
+    turns = value if isinstance(value, list) else [None]
+    return all(isinstance(turn, str) and turn[:1] not in ("[", "{") for turn in turns)
 
 
 # -------------------------------------------------------------------------------- tables and text
@@ -318,6 +346,8 @@ def _parse_csv(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | str]
         raise csv.Error(f"its header: {columns}")
     if not encoding.is_valid("".join(columns)):
         raise csv.Error("its first line is not valid UTF-8; save it as UTF-8")
+    if delimiter == "|":
+        columns, rows = _without_rule(columns, rows)
     columns = _unique([name or f"column {i}" for i, name in enumerate(columns, 1)])
     for row in rows:
         if isinstance(row, str):
@@ -328,6 +358,19 @@ def _parse_csv(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | str]
             yield NOT_UTF8
         elif row:
             yield dict(zip(columns, row + [""] * (len(columns) - len(row)), strict=True))
+
+
+def _without_rule(columns: list[str], rows: Iterator[list[str] | str]) -> tuple[list, Iterator]:
+    """Return header and rows of a table of bars, of a Markdown one without its row |---|:--| and
+    the spaces that pad its cells.
+    """
+    first = [*islice(rows, 1)]
+    rows = chain(first, rows)
+    if not (first and MARKDOWN_RULE.fullmatch("|".join(first[0]))):
+        return columns, rows
+    next(rows)
+    padded = (row if isinstance(row, str) else [*map(str.strip, row)] for row in rows)
+    return [*map(str.strip, columns)], padded
 
 
 def _unique(columns: list[str]) -> list[str]:

@@ -493,6 +493,25 @@ def test_bad_lines_at_the_start_cost_themselves_alone(tmp_path, bad):
     assert records.count("not JSON") == 2
 
 
+def test_one_chat_of_plain_turns_is_one_record(tmp_path):
+    """A file with one line is a document, which may hold a table by columns."""
+    record = {"conversations": ["ask", "reply"], "source": "s"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(record))
+    assert [*sources.read_records(str(tmp_path / "d.jsonl"))] == [record]
+    table = {"conversations": [json.dumps([{"role": "user", "content": c}]) for c in "ab"]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(table))
+    assert len([*sources.read_records(str(tmp_path / "d.jsonl"))]) == 2
+
+
+@pytest.mark.parametrize("rule", ["|---|:---:|", "| --- | ---: |"])
+def test_the_rule_of_a_markdown_table_is_no_record(tmp_path, rule):
+    (tmp_path / "d.csv").write_text(f"| prompt | reply |\n{rule}\n| ask | say |\n| --- | - |\n")
+    records = [*sources.read_records(str(tmp_path / "d.csv"))]
+    assert [(r["prompt"], r["reply"]) for r in records] == [("ask", "say"), ("---", "-")]
+    (tmp_path / "d.csv").write_text(f"prompt|reply\n{rule.strip('| ')}\n")
+    assert [*sources.read_records(str(tmp_path / "d.csv"))] == []
+
+
 def test_a_quote_that_never_ends_costs_its_row_and_a_bounded_memory(tmp_path, monkeypatch):
     lines = ["instruction,response", '"a,b', *(f"q{i},r{i}" for i in range(300))]
     (tmp_path / "d.csv").write_text("\n".join(lines) + "\n")
