@@ -1,5 +1,6 @@
 """Where records come from: files, folders of them, the hub; and which split each is of."""
 
+import errno
 import os
 import re
 import stat
@@ -201,6 +202,8 @@ def _check_regular(file: Path) -> None:
 
 def _ready_files(folder: Path) -> list[Path]:
     """Return the files of a ready split, if the folder is one. Raises UserError."""
+    if not os.access(folder, os.X_OK, effective_ids=True):  # else a file in it would be named
+        raise UserError(f"DATASET {folder} cannot be read: {os.strerror(errno.EACCES)}")
     ready = [folder / name for name in PREPARED_FILES if _kind(folder / name) is not None]
     for file in ready:
         _check_regular(file)

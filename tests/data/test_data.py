@@ -619,7 +619,10 @@ def test_a_file_that_may_not_be_read_is_named(another_user, name):
 def test_a_folder_that_may_not_be_read_is_named(another_user):
     write_jsonl(another_user / "d.jsonl", numbered(20))
     (another_user / "sub").mkdir()
-    (another_user / "sub").chmod(0)
+    for mode in (0o100, 0o400, 0):
+        (another_user / "sub").chmod(mode)
+        with pytest.raises(UserError, match="sub cannot be read: Permission denied"):
+            prepare(another_user / "sub", another_user / "cache")
     with pytest.raises(UserError, match="sub cannot be read: Permission denied"):
         prepare(another_user, another_user / "cache")
     with pytest.raises(UserError, match=r"sub/d\.jsonl cannot be read: Permission denied"):
