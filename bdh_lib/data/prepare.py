@@ -51,12 +51,12 @@ def data_settings(s: Settings, mode: str) -> DataSettings:
     return DataSettings(s.DATASET, mode, s.VAL_FRACTION, s.SEED, s.COLUMNS)
 
 
-def cache_key(settings: DataSettings) -> str:
+def cache_key(settings: DataSettings, files: list[Path] | None) -> str:
     """Return the name of the prepared bytes: changes with the files (path, size, time), the commit
-    on the hub or a setting.
+    on the hub or a setting. `files` are what sources.find gives.
     """
     content = settings.as_dict()
-    if files := sources.find(settings.dataset):
+    if files:
         stats = [(str(file.resolve()), file.stat()) for file in files]
         content["dataset"] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     else:
@@ -80,12 +80,13 @@ def prepare(settings: DataSettings, cache: Path, refresh: bool = False) -> Path:
     """
     dataset = settings.dataset
     with heartbeat(f"preparing DATASET {dataset}"):
-        folder = cache / cache_key(settings)
+        files = sources.find(dataset)  # once: there may be many
+        folder = cache / cache_key(settings, files)
         with _locked(cache):
-            if not refresh and sources.find(dataset) is None and not hub.commit(dataset):
+            if not refresh and files is None and not hub.commit(dataset):
                 folder = _newest(cache, settings) or folder
             if not is_intact(folder) or (refresh and _made_at(folder) < STARTED):
-                _make(folder, settings)
+                _make(folder, settings, files)
             return folder
 
 
@@ -168,19 +169,19 @@ def _sha256_of(report: dict) -> str:
     return hashlib.sha256(json.dumps(report).encode()).hexdigest()
 
 
-def _make(folder: Path, settings: DataSettings) -> None:
+def _make(folder: Path, settings: DataSettings, files: list[Path] | None) -> None:
     making, dataset = folder.with_name(f"{folder.name}.tmp"), settings.dataset
     making.mkdir()
     try:
-        if ready := sources.ready_split(dataset):
+        if ready := sources.ready_split(files):
             report = _copy_split(ready, dataset, settings.mode, making)
         else:
             report = _split(settings, making)
         report["made_from"] = settings.as_dict()
-        report["commit"] = None if sources.find(dataset) else hub.commit(dataset)
+        report["commit"] = None if files else hub.commit(dataset)
         sealed = report | {"sha256": _sha256_of(report)}
         (making / "data.json").write_text(json.dumps(sealed, indent=1))
-        if cache_key(settings) != folder.name:
+        if cache_key(settings, sources.find(dataset)) != folder.name:
             raise UserError(f"DATASET {dataset} changed while it was read; start again")
         shutil.rmtree(folder, ignore_errors=True)  # damaged, or to be made anew
         making.replace(folder)
@@ -259,7 +260,7 @@ def load_unsplit(
     on the way. Raises UserError when nothing of it has the fields of `mode`.
     """
     with heartbeat(f"preparing DATASET {dataset}"), _writing(folder):
-        if ready := sources.ready_split(dataset):
+        if ready := sources.ready_split(sources.find(dataset)):
             held_out = [file for file in ready if file.stem == "val"]
             report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
         else:

@@ -118,13 +118,11 @@ def split_of(name: Path | str) -> str | None:
 
 def open_source(dataset: str) -> Source:
     """Find the parts of a data set. Raises UserError where they cannot be told apart."""
-    files = find(dataset)
-    if files is None:
-        return _hub_source(dataset)
     path = expand_user(dataset, "DATASET")
-    if not path.is_dir():
-        return Source(dataset, {"all": files})
-    left_out = _data_files(path)[1]
+    if dataset == "sample" or _kind(path) != stat.S_IFDIR:
+        files = find(dataset)
+        return _hub_source(dataset) if files is None else Source(dataset, {"all": files})
+    files, left_out = _data_files(path)
     by_split = {name: [] for name in (*SPLITS, None)}
     for file in files:
         by_split[split_of(file.relative_to(path))].append(file)
@@ -254,9 +252,9 @@ def _is_written_here(folder: Path) -> bool:
     return any(all(there(folder / name) for name in mark) for mark in WRITTEN_HERE)
 
 
-def ready_split(dataset: str) -> list[Path]:
-    """Return the files of a ready split, if that is what `dataset` names."""
-    return [file for file in find(dataset) or [] if file.name in PREPARED_FILES]
+def ready_split(files: list[Path] | None) -> list[Path]:
+    """Return those of the files that `find` gave which are a ready split: all of them or none."""
+    return [file for file in files or [] if file.name in PREPARED_FILES]
 
 
 def read_parts(source: Source) -> Iterator[tuple[str, dict | list | str]]:

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from bdh_lib import files
 from bdh_lib.compute import memory
+from bdh_lib.data import sources
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.data.prepare import cache_key, data_settings
 from bdh_lib.errors import NoDataError, UserError
@@ -70,7 +71,7 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]
     the data serve; kept in modes.json, by field too.
     """
     results = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
-    results["data"] = cache_key(data_settings(s, s.TRAINING_MODE))
+    results["data"] = cache_key(data_settings(s, s.TRAINING_MODE), sources.find(s.DATASET))
     file = run / "modes.json"
     with suppress(OSError, ValueError):
         earlier = files.parse_json(file.read_text())

@@ -267,7 +267,7 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     about, train, val = open_split(s)
     train_bytes = train.bytes
     print(escape_controls(describe(about)))
-    is_ready = sources.ready_split(s.DATASET)
+    is_ready = about["records"] is None
     sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s)
     sizes[s.TRAINING_MODE] = len(train_bytes)
 

@@ -616,6 +616,18 @@ def test_a_file_that_may_not_be_read_is_named(another_user, name):
             load_unsplit(str(source), "full", another_user / "tmp")
 
 
+def test_a_folder_is_walked_no_more_than_needed(tmp_path, monkeypatch):
+    """Before it is read, while it is, and after it, to see changes; a resume walks once."""
+    walks, walk = [], os.walk
+    monkeypatch.setattr(sources.os, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "d.jsonl", numbered(20))
+    for most in (3, 1):
+        prepare(tmp_path / "in", tmp_path / "cache")
+        assert len(walks) <= most
+        walks.clear()
+
+
 def test_a_folder_that_may_not_be_read_is_named(another_user):
     write_jsonl(another_user / "d.jsonl", numbered(20))
     (another_user / "sub").mkdir()
@@ -800,9 +812,9 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
         hub(output)
         assert prepare("user/name", tmp_path)[0]["commit"] == there
     hub("silent")
-    preparing.cache_key(DataSettings("user/name@v1.0", "full", 0.1, 1))
+    preparing.cache_key(DataSettings("user/name@v1.0", "full", 0.1, 1), None)
     hub(OLD)
-    preparing.cache_key(DataSettings("user/name:cfg@v1.0#test", "full", 0.1, 1))
+    preparing.cache_key(DataSettings("user/name:cfg@v1.0#test", "full", 0.1, 1), None)
     assert Hub.requests[-1] == "/api/datasets/user/name/revision/v1.0"
 
 
