@@ -17,7 +17,9 @@ if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwh
 
 import argparse
 import sys
+import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
@@ -30,8 +32,9 @@ from bdh_lib import cli, runs
 from bdh_lib.compute.memory import compute_for, limit_cache
 from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
+from bdh_lib.data.questions import load_questions
 from bdh_lib.errors import UserError, escape_controls
-from bdh_lib.generation import chat, export, states, trace
+from bdh_lib.generation import answers, chat, export, states, trace
 from bdh_lib.generation.arguments import parse_args
 from bdh_lib.generation.decoding import (
     StopMatcher,
@@ -84,12 +87,42 @@ def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
 def complete_file(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
     """Write the completions of --prompts to --out, or to stdout, after those that it holds."""
     jobs = read_jobs(args.prompts, mode, args.samples, args.columns)
+    source, remaining, results = begin_jobs(jobs, decoding, weights, mode, args)
+    write_results(results, args.out, source, len(jobs) - len(remaining), len(jobs))
+
+
+def begin_jobs(jobs: list, decoding: Decoding, weights: Path, mode: str | None, args) -> tuple:
+    """Return the digest of what determines the texts of jobs, the jobs whose text --out lacks, and
+    an iterator that completes them.
+    """
     warn_context_length(max(len(job.prompt) for job in jobs), decoding, args)
     print_prompt_length(sum(len(job.prompt) for job in jobs))
     source = source_digest(weights, mode, vars(args))
     remaining = remaining_jobs(jobs, args.out, source)
-    results = complete_jobs(jobs, decoding, args.batch_size, remaining)
-    write_results(results, args.out, source, len(jobs) - len(remaining), len(jobs))
+    return source, remaining, complete_jobs(jobs, decoding, args.batch_size, remaining)
+
+
+def answer_data(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
+    """Print how near the answers to records of --evaluate come to the true responses, after writing
+    them to --out.
+    """
+    if mode != "full":
+        raise UserError(f"--answers is for models of mode full, which have seen responses, and the "
+                        f"mode is {mode or 'not known: give --mode full'}")  # fmt: skip
+    # the table alone is on stdout, not that large data are being read
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        data = runs.data_of(weights)
+        about, records = load_questions(args.evaluate, args.columns, data, Path(folder))
+    jobs = answers.question_jobs(records, args.answers)
+    source, remaining, results = begin_jobs(jobs, decoding, weights, mode, args)
+    done = len(jobs) - len(remaining)
+    rows = answers.read_results(args.out)
+    results = answers.noted(results, rows)
+    write_results(results, args.out, source, done, len(jobs), show=lambda _line: None)
+    print(f"{about}; {len(jobs):,} of {len(records.question_numbers()):,} answered")
+    if cut := sum(len(job.question.truth.encode()) > args.max_new_tokens for job in jobs):
+        print(f"true responses longer than --max-new-tokens {args.max_new_tokens}: {cut:,}")
+    print(answers.answers_table(rows))
 
 
 def complete_prompt(decoding: Decoding, prompt: bytes, args: argparse.Namespace) -> None:
@@ -166,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     stops = stop_strings(args, mode)
     state = initial_state(model, args)
     decoding = Decoding(model, sampling, key, stops, args.max_new_tokens, state)
-    if args.evaluate is not None:
+    if args.answers is not None:
+        answer_data(decoding, weights, mode, args)
+    elif args.evaluate is not None:
         print(evaluation.evaluation_table(model, args.evaluate, mode, trained, args.columns))
     elif args.prompts is not None:
         complete_file(decoding, weights, mode, args)

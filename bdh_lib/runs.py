@@ -85,13 +85,18 @@ def settings_of(weights: Path) -> dict:
     return valid_settings(settings)
 
 
-def trained_on_chats(weights: Path) -> bool:
-    """Whether chats of several turns were among the training data, by the config.json beside it."""
+def data_of(weights: Path) -> dict:
+    """Read the report of the training data from config.json beside the weights; {} without one."""
     try:
         data = files.read_json_object(weights.with_name("config.json")).get("data", {})
     except UserError:
-        return False
-    return isinstance(data, dict) and bool(data.get("several_turns"))
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def trained_on_chats(weights: Path) -> bool:
+    """Whether chats of several turns were among the training data, by the config.json beside it."""
+    return bool(data_of(weights).get("several_turns"))
 
 
 def valid_settings(settings: dict) -> dict:

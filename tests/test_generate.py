@@ -410,7 +410,7 @@ def test_the_version_is_a_line(capsys):
 def test_what_is_no_file_is_not_evaluated(chaos, tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name in (tmp_path / "pipe.jsonl", "/dev/null"):
-        with pytest.raises(UserError, match="is neither a file nor a folder"):
+        with pytest.raises(UserError, match="is no regular file; write what it gives to a file"):
             generate.main([str(chaos), "--evaluate", str(name)])
 
 

@@ -19,10 +19,12 @@ EXCLUSIVE_JOBS = {
     "trace": ["out"],
     "export": [],
 }  # their flags
+OF_ANSWERS = ["answers", "out", "batch_size", "max_new_tokens", "window"]  # beside --evaluate's
 NUMBERS = LIMITS | {  # of each flag that takes one
     "max_new_tokens": whole(1, 10**12),
     "samples": whole(1, MAX_TEXTS),
     "batch_size": whole(1, 65536),
+    "answers": whole(1, MAX_TEXTS),
     "window": WINDOW_RULE,
     "seed": whole(0, 2**64 - 1),
 }
@@ -48,12 +50,16 @@ def make_parser(description: str) -> Parser:
         choices=DTYPES,
         help="of matrix products; default: bfloat16 on a GPU, else float32",
     )
-    add_jobs(
-        parser.add_argument_group(
-            "what to do; default: a session on a terminal, else a prompt from stdin"
-        )
-        .add_mutually_exclusive_group()
-        .add_argument
+    jobs = parser.add_argument_group(
+        "what to do; default: a session on a terminal, else a prompt from stdin"
+    )
+    add_jobs(jobs.add_mutually_exclusive_group().add_argument)
+    jobs.add_argument(
+        "--answers",
+        type=int,
+        metavar="N",
+        help="answer N instructions of --evaluate instead, those that the run held out of its own "
+        "data, at temperature 0, and compare with the true responses (mode full)",
     )
     add_state(parser.add_argument_group("state").add_argument)
     stop = parser.add_argument_group("end of a text").add_mutually_exclusive_group()
@@ -128,8 +134,8 @@ def add_output(add: Callable) -> None:
     add(
         "--out",
         metavar="FILE",
-        help="file for the texts of --prompts (default: stdout), or name of the picture and JSON "
-        "of --trace (default: trace)",
+        help="file for the texts of --prompts (default: stdout) or the --answers (default: none), "
+        "or name of the picture and JSON of --trace (default: trace)",
     )
     add(
         "--raw",
@@ -186,6 +192,8 @@ def parse_args(argv: list[str] | None, description: str = "") -> argparse.Namesp
         if "" in (texts if isinstance(texts, list) else [texts]):
             raise UserError(f"{flag_name(name)} is empty; it must have at least one character")
     check_flags(args, typed)
+    if args.answers:
+        args.temperature = 0.0
     return args
 
 
@@ -204,17 +212,21 @@ def flag_name(argument: str) -> str:
 
 def check_flags(args: argparse.Namespace, typed: dict) -> None:
     """Raise UserError if a flag has no effect with the others."""
+    if args.answers and not args.evaluate:
+        raise UserError("--answers: say to the questions of which data; give --evaluate DATA, too")
     for job in EXCLUSIVE_JOBS.keys() & typed:
-        effective = ("model", job, *EXCLUSIVE_JOBS[job])
+        effective = ("model", job, *EXCLUSIVE_JOBS[job], *(OF_ANSWERS if args.answers else ()))
         if idle := ", ".join(flag_name(name) for name in typed if name not in effective):
             raise UserError(f"{idle}: no effect beside --{job}; leave out what does not act")
-    several = args.prompts or args.samples > 1
+    several = args.prompts or args.answers or args.samples > 1
     if "batch_size" in typed and not several:
-        raise UserError("--batch-size: no effect on one text; give it with --prompts or --samples")
+        raise UserError(
+            "--batch-size: no effect on one text; give it with --prompts, --samples or --answers"
+        )
     if args.save_state and several:
         raise UserError("--save-state keeps the state of one text; leave out what makes several")
-    if args.out and not (args.prompts or args.trace):
-        raise UserError("--out is for the texts of --prompts and for --trace; give one of them")
+    if args.out and not (args.prompts or args.trace or args.answers):
+        raise UserError("--out is for the texts of --prompts, --answers and --trace; give one")
     if args.columns and not (args.prompts or args.evaluate):
         raise UserError("--columns is for the records of --prompts and --evaluate; give one")
     if args.raw and several:

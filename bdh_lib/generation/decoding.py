@@ -142,10 +142,12 @@ def generate_batch(
     stops: Sequence[bytes],
     budget: int,
     state: State | None = None,
+    signal=None,
 ) -> Iterator[tuple[int, bytes, bool]]:
     """Yield row, completion and whether a stop string ended it, for each prompt as it ends.
 
-    Each prompt has at least a byte; all follow `state`; `budget` is the maximum bytes of a row.
+    Each prompt has at least a byte; all follow `state`; `budget` is the maximum bytes of a row. The
+    iterator ends once `signal`, a StopSignal, has received one.
     The common prefix is read once, then all prompts up to the length of the shortest. The rest of
     the longer ones is forced while shorter rows generate: exact, and fast for similar lengths.
     """
@@ -167,7 +169,7 @@ def generate_batch(
             if stop.matched or n_drawn == budget:
                 yield row, bytes(text + stop.end()), stop.matched
                 del active[row]
-        if not active:
+        if not active or (signal and signal.requested):
             return
 
 

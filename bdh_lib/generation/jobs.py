@@ -27,6 +27,7 @@ from bdh_lib.progress import Progress
 from bdh_mlx import BDH
 
 MAX_TEXTS = 10**6  # of one command
+INPUTS = ("model", "mode", "prompts", "evaluate", "out")  # flags that name what is in the results
 
 
 class Decoding(NamedTuple):
@@ -47,6 +48,21 @@ class Job(NamedTuple):
     sample: int | None  # number of the text among those of its prompt; None: it is the only one
     record: dict  # the line's JSON
     prompt: bytes
+
+    of_text = ("completion", "stopped")  # fields of a result that its text decides, itself first
+
+    def result(self, text: str, stopped: bool, source: str) -> dict:
+        """Return the job's record and what it gave.
+
+        Added are `line`, `prompt`, `completion`, `stopped`, `sample` if there are several, and
+        `by`, the digest of the `source`. Fields of the record with these names go to `given`.
+        """
+        result = {"prompt": decode_text(self.prompt), "completion": text, "stopped": stopped}
+        result |= {"line": self.line, "by": source}
+        if self.sample is not None:
+            result["sample"] = self.sample
+        clashing = {k: self.record[k] for k in result if k in self.record and k != "prompt"}
+        return self.record | result | ({"given": clashing} if clashing else {})
 
 
 # ---------------------------------------------------------------------------- prompts and batches
@@ -140,11 +156,16 @@ def batches(jobs: list[Job], size: int, spread: int) -> Iterator[list[Job]]:
 
 
 def complete_jobs(
-    jobs: list[Job], decoding: Decoding, batch_size: int, remaining: list[Job] | None = None
+    jobs: list[Job],
+    decoding: Decoding,
+    batch_size: int,
+    remaining: list[Job] | None = None,
+    signal=None,
 ) -> Iterator[tuple[Job, str, bool]]:
     """Yield each job, its text and whether a stop string ended it, in the order they end.
 
-    It yields only `remaining` jobs, but batches and draws are those of all jobs.
+    It yields only `remaining` jobs, but batches and draws are those of all jobs. It ends once
+    `signal`, a StopSignal, has received one.
     """
     model, sampling, key, stops, budget, state = decoding
     remaining = set(map(id, jobs if remaining is None else remaining))
@@ -153,7 +174,7 @@ def complete_jobs(
         if remaining.isdisjoint(map(id, batch)):
             continue
         prompts = [job.prompt or formats.SEPARATOR.encode() for job in batch]
-        results = generate_batch(model, prompts, sampling, batch_key, stops, budget, state)
+        results = generate_batch(model, prompts, sampling, batch_key, stops, budget, state, signal)
         for row, text, stopped in results:
             if id(batch[row]) in remaining:
                 yield batch[row], decode_text(text, whole=sampling.utf8), stopped
@@ -164,30 +185,30 @@ def complete_jobs(
 
 def source_digest(weights: Path, mode: str | None, flags: dict) -> str:
     """Return a short digest of all that determines the texts: the weights and the flags."""
-    flags = {k: str(v) for k, v in flags.items() if k not in ("model", "prompts", "out", "mode")}
+    flags = {k: str(v) for k, v in flags.items() if k not in INPUTS}
     identity = json.dumps([files.sha256_file(weights), mode, flags])
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
-def result_line(job: Job, source: str, text: str, stopped: bool) -> str:
-    """Format a result as JSON: the job's record and what it gave.
+def result_line(job: Job, source: str, text: str = "", stopped: bool = False) -> str:
+    """Format the result of a job as a line of JSON."""
+    return json.dumps(job.result(text, stopped, source))
 
-    Added are `line`, `prompt`, `completion`, `stopped`, `sample` if there are several, and `by`,
-    the digest of the `source`. Fields of the record with these names go to `given`.
+
+def result_key(line: str | bytes, of_text: Sequence[str]) -> str:
+    """Return a line of results without the fields `of_text`, as a key. Raises an error for another
+    line.
     """
-    result = {"prompt": decode_text(job.prompt), "completion": text, "stopped": stopped}
-    result |= {"line": job.line, "by": source}
-    if job.sample is not None:
-        result["sample"] = job.sample
-    clashing = {k: job.record[k] for k in result if k in job.record and k != "prompt"}
-    return json.dumps(job.record | result | ({"given": clashing} if clashing else {}))
-
-
-def result_key(line: str | bytes) -> str:
-    """Return a line of results without its answer, as a key. Raises an error for another line."""
     result = files.parse_json(line)
-    del result["completion"], result["stopped"]
+    for name in of_text:
+        del result[name]
     return json.dumps(result, sort_keys=True)
+
+
+def line_start(job: Job, source: str) -> bytes:
+    """Return a job's line of results up to its text."""
+    before, mark, _ = result_line(job, source).partition(f'"{job.of_text[0]}": "')
+    return f"{before}{mark}".encode()
 
 
 def remaining_jobs(jobs: list[Job], out: Path | None, source: str) -> list[Job]:
@@ -199,30 +220,38 @@ def remaining_jobs(jobs: list[Job], out: Path | None, source: str) -> list[Job]:
     if not (out and os.path.isfile(out)):  # noqa: PTH113  which raises nothing
         return jobs
     *lines, partial = out.read_bytes().split(b"\n")
-    jobs_by_key, remaining = {}, {id(job): job for job in jobs}
+    jobs_by_key, remaining, of_text = {}, {id(job): job for job in jobs}, jobs[0].of_text
     for job in jobs:
-        jobs_by_key.setdefault(result_key(result_line(job, source, "", False)), []).append(job)
+        jobs_by_key.setdefault(result_key(result_line(job, source), of_text), []).append(job)
     for number, line in enumerate(lines, 1):
         try:
-            del remaining[id(jobs_by_key[result_key(line)].pop(0))]
+            del remaining[id(jobs_by_key[result_key(line, of_text)].pop(0))]
         except (ValueError, RecursionError, LookupError, TypeError):
             raise UserError(
                 f"--out {out} exists, and its line {number} is no answer of this command to "
                 "these prompts; name another file, or remove it"
             ) from None
     if partial:
-        starts = (result_line(job, source, "", False).encode() for job in remaining.values())
-        starts = (start[: start.index(b'"completion": "') + 15] for start in starts)
+        starts = (line_start(job, source) for job in remaining.values())
         if not any(start.startswith(partial) or partial.startswith(start) for start in starts):
             raise UserError(f"--out {out} exists; name another file, or remove it")
         os.truncate(out, sum(len(line) + 1 for line in lines))
     return list(remaining.values())
 
 
+def print_line(line: str) -> None:
+    print(line, flush=True)
+
+
 def write_results(
-    results: Iterator[tuple[Job, str, bool]], out: Path | None, source: str, done: int, total: int
+    results: Iterator[tuple[Job, str, bool]],
+    out: Path | None,
+    source: str,
+    done: int,
+    total: int,
+    show: Callable[[str], None] = print_line,
 ) -> None:
-    """Write a line to `out` (stdout) for each result as soon as it is there.
+    """Write a line to `out` for each result as soon as it is there; without `out`, `show` it.
 
     `done` of the `total` texts were written before.
     """
@@ -231,7 +260,7 @@ def write_results(
         print(f"{out} holds {done} of {total} texts; {status}", file=sys.stderr)
     try:
         with (
-            open_output(out) as put,
+            open_output(out, show) as put,
             Progress("writing", total, "texts", done, sys.stderr) as progress,
         ):
             for job, text, stopped in results:
@@ -239,19 +268,19 @@ def write_results(
                 done += 1
                 progress.update()
     except KeyboardInterrupt:
-        hint = "; the same command goes on" if out else ""
-        print(f"stopped: {done} of {total} texts are written{hint}", file=sys.stderr)
+        hint = " are written; the same command goes on" if out else ""
+        print(f"stopped: {done} of {total} texts{hint}", file=sys.stderr)
         raise
 
 
 @contextmanager
-def open_output(file: Path | None) -> Iterator[Callable[[str], None]]:
-    """Yield a function that appends a line to a file, or prints it if `file` is None.
+def open_output(file: Path | None, show: Callable) -> Iterator[Callable[[str], None]]:
+    """Yield a function that appends a line to a file; `show` if `file` is None.
 
     Raises UserError. It removes a new file that stays empty.
     """
     if not file:
-        yield lambda line: print(line, flush=True)
+        yield show
         return
     is_new = not os.path.exists(file)  # noqa: PTH110  which raises nothing
     try:

@@ -17,7 +17,6 @@ from bdh_lib.data.describe import count_text, skip_lines
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import load_unsplit
 from bdh_lib.errors import UserError
-from bdh_lib.files import expand_user
 from bdh_lib.flags import Settings
 from bdh_lib.progress import Progress, heartbeat
 from bdh_lib.tables import format_table
@@ -108,9 +107,6 @@ def evaluation_table(
     """Return a table of the loss by field, in nats and bits per byte. Raises UserError."""
     if mode is None:
         raise UserError("the checkpoint names no training mode to format records in; give --mode")
-    path = expand_user(dataset, "--evaluate")
-    if path.exists() and not (path.is_file() or path.is_dir()):  # it would be read several times
-        raise UserError(f"--evaluate {path} is neither a file nor a folder; save it to a file")
     print(f"reading {dataset}", file=sys.stderr)
     # the table alone is on stdout, not that large data are being read
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):

@@ -1,0 +1,115 @@
+"""Questions with their true responses, cut out of the bytes of records in mode `full`."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bdh_lib.data.formats import FIELDS, SEPARATOR, STOP
+from bdh_lib.data.prepare import DataSettings, load_unsplit, prepare
+from bdh_lib.data.split import record_ends
+from bdh_lib.errors import UserError
+
+N_QUESTIONS = 3  # that the trainer asks at each evaluation
+MOST_READ = 1000  # records among which choose_questions looks
+RESPONSE = FIELDS.index("response")
+COUNTS = ("records", "texts", "fields", "bytes_read")  # of a report: equal for the same data
+
+
+class Question(NamedTuple):
+    """A record up to its last response, as the model reads it, and that response."""
+
+    prompt: bytes
+    truth: str
+    structure: str  # of the record: "system/instruction/response"
+
+
+class Records(NamedTuple):
+    """Records as texts of a mode: uint8 arrays of their bytes and fields, and where each ends."""
+
+    bytes: np.ndarray
+    fields: np.ndarray  # of each byte its place in FIELDS
+    ends: np.ndarray | None  # None: not known
+
+    def question_numbers(self) -> np.ndarray:
+        """Return the numbers of the records that end in a response, as in mode `full` alone."""
+        if self.ends is None:
+            return np.array([], int)
+        return np.flatnonzero(self.fields[self.ends - 1] == RESPONSE)
+
+    def question(self, i: int) -> Question:
+        """Return record number `i`, which ends in a response, as a question."""
+        begin, end = int(self.ends[i - 1]) + len(SEPARATOR) if i else 0, int(self.ends[i])
+        fields = np.array(self.fields[begin:end])
+        at = begin + int(np.flatnonzero(fields != RESPONSE)[-1]) + 1
+        truth = bytes(self.bytes[at:end]).decode().removesuffix(STOP)
+        return Question(bytes(self.bytes[begin:at]), truth, structure_of(fields))
+
+
+def structure_of(fields: np.ndarray) -> str:
+    """Return a name for the structure of a record, by the field of each of its bytes."""
+    names = [FIELDS[i] for i in fields[np.flatnonzero(np.diff(fields, prepend=255))] if i]
+    several = ", several turns" if names.count("response") > 1 else ""
+    return "/".join(dict.fromkeys(names)) + several
+
+
+def choose_questions(records: Records, n: int, length: int, budget: int) -> list[Question]:
+    """Return up to `n` questions, always the same: the first of each structure, then the second.
+
+    Records of up to `length` bytes with a response of up to `budget` bytes come first, then those
+    that are least too long.
+    """
+    numbers = records.question_numbers()[:MOST_READ]
+    excess = {}  # by question, the fitting ones first
+    for question in map(records.question, numbers):
+        n_truth = len(question.truth.encode())
+        n_bytes = len(question.prompt) + n_truth + len(STOP)
+        excess[question] = (max(0, n_bytes - length), max(0, n_truth - budget))
+    of_structure, rank = Counter(), {}
+    for question in sorted(excess, key=excess.get):
+        rank[question] = (excess[question][0], of_structure[question.structure])
+        of_structure[question.structure] += 1
+    return sorted(rank, key=rank.get)[:n]
+
+
+def load_questions(
+    dataset: str, columns: str | None, data: dict, folder: Path
+) -> tuple[str, Records]:
+    """Return a line about the records of a data set that may be asked, and the records.
+
+    They are those that a run held out, where `data`, the report of its data, is of the same data
+    set; else all. `folder` is for files on the way. Raises UserError without questions.
+    """
+    about, stream, fields = load_unsplit(dataset, "full", folder, columns)
+    line = f"{about['dataset']}: all its records, also any that the model was trained on"
+    is_own = dataset == data.get("dataset") or all(about.get(k) == data.get(k) for k in COUNTS)
+    if is_own and (held_out := _held_out(dataset, data, folder / "prepared")):
+        folder, line = held_out, f"{dataset}: the records that the run held out"
+        stream, fields = (
+            np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields")
+        )
+    records = Records(stream, fields, record_ends(folder, "val"))
+    if records.ends is None:
+        raise UserError(f"{dataset} is a ready split, which does not say where its records end")
+    if not len(records.question_numbers()):
+        raise UserError(f"{dataset} has no response to compare an answer with")
+    return line, records
+
+
+def _held_out(dataset: str, data: dict, cache: Path) -> Path | None:
+    """Return prepared data whose validation is what a run held out of the data set.
+
+    None where its bytes are not those of the run's report.
+    """
+    try:
+        made_from = {name: data["made_from"][name] for name in DataSettings._fields}
+        settings = DataSettings(**made_from)._replace(dataset=dataset)
+        sums = [data[side]["sha256"] for side in ("train", "val")]
+        report = json.loads((prepare(settings, cache) / "data.json").read_text())
+    except (KeyError, TypeError, UserError):  # another format, or data that changed since
+        return None
+    if [report[side]["sha256"] for side in ("train", "val")] != sums:
+        return None
+    return prepare(settings._replace(mode="full"), cache)  # the same records in every mode
