@@ -57,7 +57,7 @@ EVAL_FREQ: int = 500  # updates between validations and samples
 SAVE_FREQ: int = 500  # updates between checkpoints
 SAVE_MINUTES: float | None = 10  # minutes between checkpoints at most; none: SAVE_FREQ alone
 KEEP_CHECKPOINTS: int = 3  # latest checkpoints kept, besides the best
-SAMPLE_BYTES: int = 200  # length of each sample
+SAMPLE_BYTES: int = 200  # length of each sample, and of each answer at most; 0: none
 # Runs
 CHECKPOINT_DIR: str = "checkpoints_mlx"  # holds one folder per run, and the prepared data
 RUN_NAME: str | None = None  # folder of this run; none: the training mode
@@ -124,8 +124,10 @@ from bdh_lib.data.formats import (
     format_example,  # noqa: F401  what a record becomes, for other scripts
     sample_prompts,
 )
+from bdh_lib.data.questions import N_QUESTIONS, Records, choose_questions
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings, settings_dict
+from bdh_lib.generation.answers import answer_questions
 from bdh_lib.generation.decoding import complete_prompts
 from bdh_lib.progress import heartbeat
 from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
@@ -321,13 +323,19 @@ def sum_gradients(
     return SummedGradients(*world.all_reduce_sum((loss, gradients)), n_targets > 0)
 
 
-def write_samples(s: Settings, step: int, model: BDH, val: Split, stop: StopSignal) -> list[str]:
-    """Return what the model writes after the prompts of its mode."""
+def write_samples(s: Settings, step: int, model: BDH, val: Split, stop: StopSignal) -> dict:
+    """Return what the model writes after the prompts of its mode, and its answers to some held-out
+    records, for the log.
+    """
     prompts = sample_prompts(s.TRAINING_MODE, summary.fields_in(val.fields))
     if s.SAMPLE_BYTES > 1000:
         print(f"writing {len(prompts)} samples of {s.SAMPLE_BYTES:,} bytes")
+    records = Records(val.bytes, val.fields, val.record_ends)
+    questions = choose_questions(records, N_QUESTIONS, s.BLOCK_SIZE, s.SAMPLE_BYTES)
     with heartbeat("writing samples"):
-        return list(complete_prompts(model, prompts, s.SAMPLE_BYTES, s.SEED + step, stop))
+        samples = list(complete_prompts(model, prompts, s.SAMPLE_BYTES, s.SEED + step, stop))
+        answers = answer_questions(model, questions, s.SAMPLE_BYTES, stop)
+    return {"samples": samples} | ({"answers": answers} if answers else {})
 
 
 def no_sound_update(s: Settings, step: int, train_split: Split) -> str:
@@ -398,9 +406,9 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
                 save(step)
                 log.write_best(step, results["monitored_loss"])
             log.write(**results, advice=advise([*log.history, results], s, n_steps, baselines))
-            if world.is_main and (step or ancestry):  # random weights write noise
+            if world.is_main and s.SAMPLE_BYTES and (step or ancestry):  # random weights: noise
                 with ema_applied(model, ema):
-                    log.write(step=step, samples=write_samples(s, step, model, val, stop))
+                    log.write(step=step, **write_samples(s, step, model, val, stop))
             if log.patience_exceeded(s.PATIENCE):
                 last_step = True
                 save(step)

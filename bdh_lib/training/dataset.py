@@ -23,7 +23,7 @@ class Split:
 
     bytes: np.ndarray
     fields: np.ndarray  # of each byte its place in FIELDS
-    record_ends: np.ndarray | None = None  # where each record ends, if records can be shuffled
+    record_ends: np.ndarray | None = None  # to train on: only if records can be shuffled
 
 
 def load_prepared(s: Settings, mode: str) -> tuple[dict, Split, Split]:
@@ -40,9 +40,12 @@ def load_prepared(s: Settings, mode: str) -> tuple[dict, Split, Split]:
         [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
         for side in ("train", "val")
     )
-    read = bytes_to_evaluate(record_ends(folder, "val"), s.EVAL_BYTES)
-    ends = units_to_shuffle(record_ends(folder, "train"), train[1])
-    return report, Split(*train, ends), Split(*(array[:read] for array in val))
+    ends, val_ends = (record_ends(folder, side) for side in ("train", "val"))
+    read = bytes_to_evaluate(val_ends, s.EVAL_BYTES)
+    if val_ends is not None and read is not None:
+        val_ends = val_ends[val_ends <= read]
+    val = Split(*(array[:read] for array in val), val_ends)
+    return report, Split(*train, units_to_shuffle(ends, train[1])), val
 
 
 def units_to_shuffle(ends: np.ndarray | None, fields: np.ndarray) -> np.ndarray | None:

@@ -87,19 +87,27 @@ def _is_described(name: str, value) -> bool:
 
 def _sound(m: dict) -> dict:
     """Return a line of the log without values of another type than the trainer writes."""
-    others = ("val_bpb_fields", "advice", "samples", "active_x", "active_y")
+    others = ("val_bpb_fields", "advice", "samples", "answers", "active_x", "active_y")
     numbers = {k: value for k, value in m.items() if k not in others and _is_number(value)}
-    fields, advice, samples, x, y = map(m.get, others)
+    fields, advice, samples, answers, x, y = map(m.get, others)
     if isinstance(fields, dict):
         numbers["val_bpb_fields"] = {f: bits for f, bits in fields.items() if _is_number(bits)}
     if isinstance(advice, dict):
         numbers["advice"] = advice
     if isinstance(samples, list):
         numbers["samples"] = [text for text in samples if isinstance(text, str)]
+    if isinstance(answers, list):
+        numbers["answers"] = [a for a in answers if _is_answer(a)]
     lists = isinstance(x, list) and isinstance(y, list) and len(x) == len(y)
     return numbers | (
         {"active_x": x, "active_y": y} if lists and all(map(_is_number, x + y)) else {}
     )
+
+
+def _is_answer(value) -> bool:
+    """Tell whether a value is a question, its true response and an answer."""
+    names = ("prompt", "truth", "answer")
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names)
 
 
 def _is_number(value) -> bool:
@@ -198,6 +206,8 @@ td, th { border-bottom: 1px solid var(--line); padding: .25rem .8rem .25rem 0;
   overflow-wrap: anywhere }
 summary { cursor: pointer; padding: .3rem 0; border-bottom: 1px solid var(--line) }
 .two tr { display: inline-flex; width: 50% } .two td { flex: 1 }
+.texts td { vertical-align: top; white-space: pre-wrap; width: 30% }
+.texts td:first-child { color: var(--dim); white-space: normal; width: 10% }
 .bar { background: #3b7dd8; height: .5rem; border-radius: .25rem; min-width: 1px }
 .note { border-left: 3px solid #e07b39; padding-left: .8rem; margin: .5rem 0 }
 """
@@ -213,6 +223,8 @@ def text(value) -> str:
 
 
 def html_table(rows: list, head: tuple = (), kind: str = "") -> str:
+    if not rows:
+        return ""
     cells = [f"<tr>{''.join(f'<th>{text(c)}</th>' for c in head)}</tr>"] if head else []
     for row in rows:
         cells.append("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>")
@@ -238,6 +250,25 @@ def tiles(config: dict, lines: list[dict]) -> str:
 
 def samples_of(lines: list[dict]) -> list[tuple[int, list[str]]]:
     return [(m["step"], m["samples"]) for m in lines if m.get("samples")]
+
+
+def answers_of(lines: list[dict]) -> list[list[str]]:
+    """Return a table of the answers to held-out records: a column for each record, with what was
+    asked, the true response, and the answer at each evaluation, the newest first.
+    """
+    answered = [
+        (m["step"], {(a["prompt"], a["truth"]): a["answer"] for a in m["answers"]})
+        for m in lines
+        if m.get("answers")
+    ]
+    questions = list(dict.fromkeys(question for _, answers in answered for question in answers))
+    if not questions:
+        return []
+    prompts, truths = zip(*questions, strict=True)
+    rows = [["asked", *prompts], ["true", *truths]]
+    for step, answers in answered[::-1]:
+        rows.append([f"iteration {step:,}", *(answers.get(question, "") for question in questions)])
+    return rows
 
 
 def activity_html(lines: list[dict]) -> str:
@@ -278,7 +309,7 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
     parts = {
         "Curves": svg[svg.index("<svg") :] if svg else "",
         "Advice": "".join(f'<p class="note">{text(n)}</p>' for n in dict.fromkeys(advice)),
-        "Validation by field": html_table(fields, ("field", "bits per byte")) if fields else "",
+        "Validation by field": html_table(fields, ("field", "bits per byte")),
         "Activity": activity_html(lines),
         "Samples": "".join(
             f"<details {'open' if i == 0 else ''}><summary>iteration {text(step)}</summary>"
@@ -286,6 +317,7 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
             + "</details>"
             for i, (step, texts) in enumerate(samples)
         ),
+        "Answers to held-out records": html_table(answers_of(lines), kind="texts"),
         "Data": f"<pre>{text(describe(about))}</pre>" if about else "",
         "Settings": f'<div class="two">{html_table(list(settings.items()))}</div>',
         "Machine": html_table(list(config["versions"].items())),
@@ -301,18 +333,29 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
 
 
 def transcript(lines: list[dict]) -> str:
-    """Return samples.md: what the model said at each evaluation, the newest last."""
+    """Return samples.md: what the model said at each evaluation, the newest last; then its answers
+    to held-out records.
+    """
     bpb = {m["step"]: m["val_bpb"] for m in lines if "val_bpb" in m}
     parts = ["# Samples\n"]
     for step, texts in samples_of(lines):
         loss = f", validation {bpb[step]:.4f} bits per byte" if step in bpb else ""
         parts.append(f"## Iteration {step:,}{loss}\n")
-        for sample in map(escape_controls, texts):
-            fence = "```"
-            while fence in sample:
-                fence += "`"
-            parts.append(f"{fence}text\n{sample}\n{fence}\n")
+        parts += map(fenced, texts)
+    names, *records = zip(*answers_of(lines), strict=True) if answers_of(lines) else [()]
+    for i, record in enumerate(records, 1):
+        parts.append(f"## Held-out record {i}, the newest answer first\n")
+        for name, content in zip(names, record, strict=True):
+            parts += [f"{name.capitalize()}:\n", fenced(content)]
     return "\n".join(parts)
+
+
+def fenced(text: str) -> str:
+    """Return a text as a block of Markdown that it cannot leave."""
+    text, fence = escape_controls(text), "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}\n"
 
 
 # ------------------------------------------------------------------------------------ what is made

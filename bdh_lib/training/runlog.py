@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from bdh_lib import files
 from bdh_lib.compute.device import on_cuda
-from bdh_lib.errors import UserError
+from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.progress import LINE_EVERY, Progress, heartbeat
 from bdh_lib.training import checkpoints
 from bdh_lib.training.distributed import World
 
+ANSWER_WIDTH = 100  # characters of an answer that the terminal shows; the report has all
 LOGGED_LINE_EVERY = 60  # seconds between lines of progress beside those of the log
 
 
@@ -214,7 +215,8 @@ class Meter:
 def format_line(m: dict) -> str:
     """Return a line of metrics.jsonl as the terminal shows it."""
     if "samples" in m:
-        return "\n".join(f"--- sample at iteration {m['step']}\n{text}" for text in m["samples"])
+        samples = [f"--- sample at iteration {m['step']}\n{text}" for text in m["samples"]]
+        return "\n".join(samples + [answer_lines(m["step"], a) for a in m.get("answers", [])])
     if "val_loss" in m:
         fields = ", ".join(f"{k} {v:.2f}" for k, v in m["val_bpb_fields"].items())
         loss = f"validation {m['val_loss']:.4f} | bits/byte {m['val_bpb']:.4f} ({fields})"
@@ -227,6 +229,17 @@ def format_line(m: dict) -> str:
         f"{m['bytes_per_s']:,.0f} bytes/s | peak {m['peak_gb']:.2f} GB | "
         f"{duration(m['seconds_left'])} left"
     )
+
+
+def answer_lines(step: int, answer: dict) -> str:
+    """Return a question, the true response and the model's answer, a line of the terminal each."""
+    question = answer["prompt"].split("### Instruction:\n")[-1].removesuffix("### Response:\n")
+    lines = {"asked": question, "true": answer["truth"], "model": answer["answer"]}
+    lines = [
+        f"{name + ':':7}{escape_controls(' '.join(text.split()))[:ANSWER_WIDTH]}"
+        for name, text in lines.items()
+    ]
+    return "\n".join([f"--- answer at iteration {step}", *lines])
 
 
 def duration(seconds: float) -> str:

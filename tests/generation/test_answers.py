@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from helpers import random_model, train
+from helpers import metrics, random_model, train
 
 import generate
 from bdh_lib.data import sources
@@ -101,15 +101,44 @@ def test_a_signal_ends_the_answers(mixed, tmp_path):
     assert model.decode_step is None
 
 
-# ------------------------------------------------------------------------------------ of a data set
+# ------------------------------------------------------------------------------------ in training
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of runs after ten updates."""
+    """The folder of runs after ten updates with two evaluations that write answers."""
     folder = tmp_path_factory.mktemp("answers")
     assert train(folder, "--max-iters", 10, "--sample-bytes", 20, "--eval-bytes", 3500) == 0
     return folder
+
+
+def test_each_evaluation_asks_the_same_and_answers_as_generating_does(run, capsysbinary):
+    lines = [m["answers"] for m in metrics(run) if "answers" in m]
+    assert len(lines) == 2
+    before, after = ([(a["prompt"], a["truth"]) for a in line] for line in lines)
+    assert before == after and len(before) == 3
+    val = next((run / ".data").glob("*/val.bin")).read_bytes()
+    for answer in lines[-1]:
+        assert f"{answer['prompt']}{answer['truth']}\n---".encode() in val
+        prompt = answer["prompt"].replace("\n", "\\n")
+        flags = ["--temperature", "0", "--max-new-tokens", "20", "--prompt", prompt]
+        capsysbinary.readouterr()
+        assert generate.main([str(run / "full" / "step-000010"), *flags]) == 0
+        written = capsysbinary.readouterr().out.decode()
+        assert written == f"{answer['prompt']}{answer['answer']}\n"
+
+
+@pytest.mark.parametrize("flags", ["--sample-bytes 0", "--training-mode both", "--dataset d.txt"])
+def test_there_are_no_answers_without_a_response_or_without_samples(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.txt").write_text("\n\n".join(f"{i} paragraph of plain text" for i in range(30)))
+    train(tmp_path, "--max-iters", 1, "--run-name", "full", *flags.split())
+    lines = metrics(tmp_path)
+    assert not any("answers" in m for m in lines)
+    assert any("samples" in m for m in lines) == ("--sample-bytes" not in flags)
+
+
+# ------------------------------------------------------------------------------------ of a data set
 
 
 def test_answers_are_to_what_the_run_held_out_and_go_on_where_they_stopped(run, tmp_path, capsys):

@@ -29,7 +29,9 @@ def evaluation(step, bpb, loss=None):
          "advice": {"sign": EVIL},
          "val_bpb_fields": {"headers": bpb / 2, "system": bpb},
          "active_x": [0.4], "active_y": [0.1]},
-        {"step": step, "samples": [EVIL, f"said at {step}"]},
+        {"step": step, "samples": [EVIL, f"said at {step}"],
+         "answers": [{"prompt": EVIL, "truth": "the true one", "answer": f"answered at {step}"},
+                     {"prompt": "asked", "truth": EVIL, "answer": EVIL}]},
     ]  # fmt: skip
 
 
@@ -85,6 +87,24 @@ def test_samples_stand_under_their_iteration_in_fences_they_cannot_leave(run):
         ("0", "8.0000"), ("2,000", "3.5000"), ("3,000", "3.6000")
     ]  # fmt: skip
     assert "````text\n" in text and text.count("said at") == 3
+
+
+def test_answers_stand_side_by_side_below_what_was_asked_the_newest_first(run):
+    report.write_report(run)
+    rows = re.findall(r"<tr>(.*?)</tr>", (run / "report.html").read_text(), re.S)
+    cells = [re.findall(r"<td>(.*?)</td>", row, re.S) for row in rows]
+    at = next(i for i, row in enumerate(cells) if row and row[0] == "asked")
+    assert [row[0] for row in cells[at : at + 5]] == [
+        "asked", "true", "iteration 3,000", "iteration 2,000", "iteration 0"
+    ]  # fmt: skip
+    assert [row[1] for row in cells[at + 1 : at + 4]] == [
+        "the true one", "answered at 3000", "answered at 2000"
+    ]  # fmt: skip
+    assert cells[at][2] == "asked" and all(len(row) == 3 for row in cells[at : at + 5])
+    text = (run / "samples.md").read_text()
+    after = text[text.index("## Held-out record 1") :]
+    assert after.index("the true one") < after.index("answered at 3000") < after.index("at 2000")
+    assert "## Held-out record 2" in after
 
 
 def test_best_leaves_the_untrained_model_aside():
@@ -230,7 +250,7 @@ def test_settings_of_a_wrong_type_are_taken_as_unknown(wrong, run, tmp_path):
 @pytest.mark.parametrize("wrong", ["2", None, True, [2], [], {}, {"a": "b"}, 10**400, -1])
 def test_a_log_with_values_of_a_wrong_type_is_shown_without_them(wrong, run, tmp_path):
     known = json.loads((run / "metrics.jsonl").read_text().splitlines()[2]) | evaluation(1, 3)[0]
-    known |= {"samples": ["a"], "dead": 3, "step": 4}
+    known |= {"samples": ["a"], "answers": [{"prompt": "p"}], "dead": 3, "step": 4}
     lines = [known, *(known | {name: wrong} for name in known if name != "step")]
     (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
     assert report.main([str(run)]) == 0
