@@ -2,6 +2,7 @@
 
 import errno
 import json
+from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
@@ -96,6 +97,7 @@ def test_trace_from_the_command_line(tmp_path, monkeypatch, capsys):
 def test_out_names_the_files_of_a_trace(out, made, tmp_path, monkeypatch):
     bdh_mlx.save_model(random_model(), tmp_path / "model.safetensors")
     monkeypatch.chdir(tmp_path)
+    import_module("matplotlib.font_manager")  # its first import writes a cache into HOME
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "folder").mkdir()
     assert generate.main(["model.safetensors", "--trace", "text", "--out", out]) == 0
