@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
+from bdh_lib import cli
 from bdh_lib.errors import UserError, did_you_mean, escape_controls
 from bdh_lib.rules import KINDS, Rule, check
 
@@ -153,12 +154,15 @@ class Parser(argparse.ArgumentParser):
 def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions) -> Parser:
     """Make a parser with a flag, under its heading, for each setting that a flag can hold."""
     parser, groups, about = Parser(script.__doc__), {}, comments(script)
+    parser.add_argument("--version", action="version", version=cli.version())
     parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}",
                         default=argparse.SUPPRESS)  # fmt: skip
     for name, use in actions.items():
         parser.add_argument(flag_of(name), dest=name, action="store_true", help=use,
                             default=argparse.SUPPRESS)  # fmt: skip
-    flags = dict.fromkeys((flag_of(name) for name in ("preset", "help", *actions)), "another flag")
+    flags = dict.fromkeys(
+        (flag_of(name) for name in ("preset", "help", "version", *actions)), "another flag"
+    )
     for name, value in constants.items():
         heading, comment = about.get(name, ("", ""))
         if rules[name].kind not in KINDS:

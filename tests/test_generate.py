@@ -401,9 +401,10 @@ def test_each_flag_that_takes_a_path_reads_it_alike(flag, counting, monkeypatch)
         generate.parse_args(["\udcff"])
 
 
-def test_the_version_is_a_line(capsys):
+@pytest.mark.parametrize("script", [generate, train_mlx])
+def test_the_version_is_a_line(script, capsys):
     with pytest.raises(SystemExit, match="0"):
-        generate.main(["--version"])
+        script.main(["--version"])
     assert re.fullmatch(r"BDH-MLX, mlx [\d.]+, python [\d.]+\n", capsys.readouterr().out)
 
 
