@@ -106,5 +106,6 @@ def _run(kernel, inputs, like, limit=None):
 
 @lru_cache
 def _kernel(name, inputs, outputs, call):
-    source = Path(__file__).with_suffix(".cu").read_text()
-    return mx.fast.cuda_kernel(name, list(inputs), list(outputs), call, source)
+    # included and not inserted: MLX hashes the text at every launch
+    header = f'#include "{Path(__file__).resolve().with_suffix(".cu")}"\n'
+    return mx.fast.cuda_kernel(name, list(inputs), list(outputs), call, header)
