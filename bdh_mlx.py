@@ -32,7 +32,7 @@ from mlx.utils import tree_flatten
 
 from bdh_lib import files, runs
 from bdh_lib.compute.arrays import read_arrays
-from bdh_lib.compute.layer import Compute, default_chunk, dropout_mask, dropout_scale, layer, ln
+from bdh_lib.compute.layer import default_compute, dropout_mask, dropout_scale, layer, ln
 from bdh_lib.compute.rope import rotate
 from bdh_lib.compute.state import State, check_prompt, check_state, prefill, read
 from bdh_lib.config import CheckedConfig
@@ -83,7 +83,7 @@ class BDH(nn.Module):
         super().__init__()
         D, H, N = config.n_embd, config.n_head, config.neurons_per_head
         self.config = config
-        self.compute = Compute(chunk=default_chunk(D))
+        self.compute = default_compute(H, D)
         self.trained_length: int | None = None  # BLOCK_SIZE of its training, if known
         self.decode_step = None  # weights laid out to read byte by byte (bdh_lib/compute/state.py)
         self.embed = nn.Embedding(config.vocab_size, D)

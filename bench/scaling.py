@@ -3,10 +3,13 @@
     python bench/scaling.py                  # 1 and 2 processes on this machine, a small model
     python bench/scaling.py --gpu            # the guide's model and shape, on 1 and 2 GPUs
     python bench/scaling.py --gpu --most 8
+    python bench/scaling.py --busy           # one trainer alone, and two at once on the same cores
 
 Each case trains for some iterations on the embedded data in processes that mlx.launch starts (NCCL
 with CUDA, else the ring), and reads the speed from the run's metrics.jsonl, the first two lines
 left out. Prints one JSON line per case; efficiency is bytes/s over those of one process times n.
+With --busy the processes know nothing of each other: each trains the same model by itself, and
+share is the bytes/s of the slowest over those of the one alone.
 """
 
 import argparse
@@ -26,23 +29,42 @@ COMMON = (
 )
 
 
-def speed(n: int, args: argparse.Namespace, folder: str) -> float:
-    """Median bytes/s of a run on n processes."""
-    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(n), "-p", str(args.port)]
-    launch += ["--backend", args.backend or ("nccl" if args.gpu else "ring"), "--"]
-    command = [sys.executable, str(ROOT / "train_mlx.py"), *COMMON.split()]
-    command += [*(GPU if args.gpu else CPU).split(), "--max-iters", str(args.iterations)]
-    command += ["--checkpoint-dir", folder, "--run-name", f"on-{n}"]
-    ran = subprocess.run(
-        (launch if n > 1 else []) + command,
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+def command(args: argparse.Namespace, folder: str, name: str) -> list[str]:
+    """The command of a run."""
+    result = [sys.executable, str(ROOT / "train_mlx.py"), *COMMON.split()]
+    result += [*(GPU if args.gpu else CPU).split(), "--max-iters", str(args.iterations)]
+    return [*result, "--checkpoint-dir", folder, "--run-name", name]
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, **pipes, text=True, cwd=ROOT)
+
+
+def speed(process: subprocess.Popen, run: Path) -> float:
+    """Median bytes/s of a run that `process` computes, once it has ended."""
+    output = process.communicate()[0]
     try:
-        lines = (Path(folder) / f"on-{n}" / "metrics.jsonl").read_text().splitlines()
+        lines = (run / "metrics.jsonl").read_text().splitlines()
         speeds = [m["bytes_per_s"] for m in map(json.loads, lines) if "bytes_per_s" in m]
         return statistics.median(speeds[2:])
     except (OSError, statistics.StatisticsError):
-        sys.exit(f"{n} processes did not train:\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}")
+        sys.exit(f"{run.name} did not train:\n{output[-4000:]}")
+
+
+def together(n: int, args: argparse.Namespace, folder: str) -> float:
+    """Median bytes/s of a run on n processes."""
+    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(n), "-p", str(args.port)]
+    launch += ["--backend", args.backend or ("nccl" if args.gpu else "ring"), "--"]
+    run = (launch if n > 1 else []) + command(args, folder, f"on-{n}")
+    return speed(start(run), Path(folder, f"on-{n}"))
+
+
+def apart(n: int, args: argparse.Namespace, folder: str) -> float:
+    """Median bytes/s of the slowest of n runs at once."""
+    names = [f"{i}-of-{n}" for i in range(1, n + 1)]
+    processes = [start(command(args, folder, name)) for name in names]
+    return min(speed(p, Path(folder, name)) for p, name in zip(processes, names, strict=True))
 
 
 def main() -> None:
@@ -50,6 +72,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpu", action="store_true", help="the guide's shape, one GPU each")
+    parser.add_argument("--busy", action="store_true", help="runs that do not share their work")
     parser.add_argument("--most", type=int, default=2, help="1, 2, 4 .. processes up to this (2)")
     parser.add_argument("--iterations", type=int, default=40, help="of each case (40)")
     parser.add_argument("--backend", help="of mlx.launch: ring, nccl, mpi, jaccl")
@@ -57,10 +80,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = [1 << i for i in range(args.most.bit_length()) if 1 << i <= args.most]
-        speeds = {n: speed(n, args, folder) for n in counts}
+        speeds = {n: (apart if args.busy else together)(n, args, folder) for n in counts}
     for n, bytes_per_s in speeds.items():
-        efficiency = round(bytes_per_s / (n * speeds[1]), 3)
-        print(json.dumps({"processes": n, "bytes/s": round(bytes_per_s), "efficiency": efficiency}))
+        ratio = round(bytes_per_s / speeds[1] / (1 if args.busy else n), 3)
+        name = "share" if args.busy else "efficiency"
+        print(json.dumps({"processes": n, "bytes/s": round(bytes_per_s), name: ratio}))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,24 @@ RTLD_GLOBAL provides `cblas_sgemm` instead and is 30 to 60 times faster (docs/lo
 """
 
 import ctypes
-import os
 import sys
 import tempfile
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+is_limited = False  # to one thread a product, which leaves the cores to the streams of layer.py
+
 
 def _open(library: str) -> None:
-    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    """Open a BLAS, and limit it to one thread: its threads spin while they wait for one another,
+    for long on a busy machine.
+    """
+    global is_limited
+    opened = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    names = ("openblas_set_num_threads", "MKL_Set_Num_Threads")
+    getattr(opened, next(name for name in names if hasattr(opened, name)))(1)
+    is_limited = True
 
 
 def _open_packaged_openblas() -> None:
@@ -43,24 +51,12 @@ def open_library() -> None:
             opener()
         except (OSError, PackageNotFoundError, StopIteration):
             continue
-        _warn_if_busy()
         return
     print(
         "warning: no fast BLAS, matrix products will be some 30 times slower. To cure it: "
         "pip install ngsolve-openblas (x86-64) or apt install libopenblas0",
         file=sys.stderr,
     )
-
-
-def _warn_if_busy() -> None:
-    """Warn that OpenBLAS threads spin while they wait for a thread that has no core."""
-    load, cores = os.getloadavg()[0], os.cpu_count()
-    if load > cores and "OPENBLAS_NUM_THREADS" not in os.environ:
-        print(
-            f"warning: the machine is busy (load {load:.1f} on {cores} cores), where matrix "
-            "products can be 30 times slower; OPENBLAS_NUM_THREADS=1 helps",
-            file=sys.stderr,
-        )
 
 
 def is_wanted() -> bool:

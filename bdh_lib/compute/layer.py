@@ -16,16 +16,21 @@ time or memory:
 """
 
 import math
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from bdh_lib.compute import blas, passes_cuda
 from bdh_lib.compute import passes as plain_passes
-from bdh_lib.compute import passes_cuda
+from bdh_lib.compute.device import on_gpu
 from bdh_lib.compute.passes import dropout_mask, dropout_scale
 
+CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
 MAX_SEGMENTS = 32  # mx.compile takes time cubic in their number: 17 s for 64, 2 s for 32
 
 
@@ -41,11 +46,27 @@ class Compute:
     rows: int = 16384  # B * T of a segment
     max_rows: int = 16384  # the same of a block so long that it has MAX_SEGMENTS
     saved_activations: int = 4  # how many of Saved's last five the backward pass reuses
+    groups: int = 1  # of heads that a CPU computes at once, each on a core
 
 
 def default_chunk(D: int) -> int:
     """Return the C at which scores and chunk states cost about the same."""
     return max(128, 2 * D)
+
+
+def default_groups(H: int) -> int:
+    """Return how many groups of H heads a CPU computes at once: as many as it has cores, at most.
+
+    Elsewhere, and with a library whose products take all cores, one.
+    """
+    cores = 1 if on_gpu() or not blas.is_limited else len(os.sched_getaffinity(0))
+    return max(n for n in range(1, min(H, cores) + 1) if H % n == 0)
+
+
+def default_compute(H: int, D: int) -> Compute:
+    """Return how a model computes by itself, in float32."""
+    rows = 16384 if on_gpu() else CPU_ROWS
+    return Compute(chunk=default_chunk(D), rows=rows, groups=default_groups(H))
 
 
 def ln(x: mx.array) -> mx.array:
@@ -126,7 +147,6 @@ class Saved(NamedTuple):
     state: mx.array | None  # S before the segment, (H, B, N, D)
     scores: mx.array  # (H, B, n, C, C)
     a: mx.array  # (H, B*T, D)
-    o: mx.array  # (B, T, D)
     prefix_states: mx.array | None = None  # S before each chunk, (H, B, n, N, D)
     x: mx.array | None = None  # (H, B*T, N), as are the next three; on CUDA not rectified yet
     gated: mx.array | None = None  # what passes.gate gives
@@ -134,8 +154,24 @@ class Saved(NamedTuple):
     y: mx.array | None = None
 
 
-def forward_segment(vs, S, weights, position, C, masks=(None, None)):
-    """Return v' (B, T, D) of a segment, the float32 state after it (H, B, N, D), and its Saved."""
+def forward_segment(vs, S, weights, position, C, groups=1):
+    """Return v' (B, T, D) of a segment, the float32 state after it (H, B, N, D), and its Saved.
+
+    Saved is None of several `groups`, which are those of Compute.
+    """
+    arrays = [*weights] if S is None else [*weights, S]
+
+    def heads(Dx, Dy, E, S=None):
+        return _forward_heads(vs, S, (Dx, Dy, E), position, C)
+
+    o, states, saved = zip(*by_groups(groups, heads, *arrays), strict=True)
+    if groups == 1:
+        return residual(vs, o[0]), states[0], saved[0]
+    return residual(vs, sum(o[1:], o[0])), mx.concatenate(states), None
+
+
+def _forward_heads(vs, S, weights, position, C, mask=None):
+    """Return o (B, T, D), the sum over these heads, their state after the segment, and Saved."""
     (B, T, D), (Dx, Dy, E), passes = vs.shape, weights, fused_or_plain()
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     x, q = passes.encode(v @ Dx, position, B)
@@ -145,16 +181,15 @@ def forward_segment(vs, S, weights, position, C, masks=(None, None)):
     a = (scores @ vc).astype(mx.float32)
     a = (a if prefix_states is None else a + k @ prefix_states).reshape(-1, B * T, D)
     g = ln(a).astype(Dx.dtype) @ Dy
-    y, gated = passes.gate(x, g, masks[0])
+    y, gated = passes.gate(x, g, mask)
     o = (y @ E).astype(mx.float32).sum(0).reshape(B, T, D)
-    out = residual(vs, o, dropout_scale(masks[1], o.dtype))
-    return out, new_state, Saved(S, scores, a, o, prefix_states, x, gated, q, y)
+    return o, new_state, Saved(S, scores, a, prefix_states, x, gated, q, y)
 
 
-def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
-    """Return dv (B, T, D) of a segment, and add it to R and dW; the last segment comes first."""
+def _backward_heads(vs, do, R, dW, weights, saved, position, C, mask):
+    """Return dv (B, T, D) of o, and add the segment to R and dW; the last segment comes first."""
     (B, T, D), (Dx, Dy, E), passes = vs.shape, weights, fused_or_plain()
-    (mask, mask_v), (S, scores, a, o, prefix_states, x, gated, q, _) = masks, saved
+    S, scores, a, prefix_states, x, gated, q, _ = saved
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     an = ln(a).astype(Dx.dtype)
     if q is None:
@@ -162,8 +197,6 @@ def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
     if gated is None:
         gated = passes.gate(x, an @ Dy, mask)[1]
 
-    scale_v = dropout_scale(mask_v, o.dtype)
-    dv, do = mx.vjp(lambda v, o: residual(v, o, scale_v), [vs, o], [dout])[1]
     do = do.astype(Dx.dtype).reshape(1, B * T, D)
     dy = do @ _transpose(E)
     y, dg, rest = passes.gate_gradients(x, gated, dy, mask)
@@ -189,7 +222,7 @@ def _backward(vs, dout, R, dW, weights, saved, position, C, masks):
         _add_matmul(dW[1], _transpose(an), dg),
         _add_matmul(dW[2], _transpose(y), do),
     )
-    dv = dv + (dvc.reshape(-1, B * T, D) + dh @ _transpose(Dx)).sum(0).reshape(B, T, D)
+    dv = (dvc.reshape(-1, B * T, D) + dh @ _transpose(Dx)).sum(0).reshape(B, T, D)
     return dv, R, dW
 
 
@@ -209,22 +242,56 @@ def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
+@lru_cache
+def _streams(n: int) -> list:
+    """Return n streams of the CPU: each computes in a thread of its own."""
+    return [mx.new_thread_local_stream(mx.cpu) for _ in range(n)]
+
+
+def by_groups(n: int, function, *arrays) -> list:
+    """Return `function` of each of n parts of the arrays' first axis, heads.
+
+    MLX's CPU computes the operations of a stream one after the other in one thread, so that each
+    part has a stream.
+    """
+    if n == 1:
+        return [function(*arrays)]
+    results = []
+    for stream, *part in zip(_streams(n), *(mx.split(a, n) for a in arrays), strict=True):
+        with mx.stream(stream):
+            results.append(function(*part))
+    return results
+
+
 def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, rate_v=0.0):
     """Apply the layer to v (B, T, D); return v' (B, T, D) in float32.
 
     encoder, encoder_v (H, D, N); decoder (H, N, D). With a `key`, dropout of `rate` acts on y and
-    of `rate_v` on ln(o). The same key and segments give the same masks.
+    of `rate_v` on ln(o). The same key and Compute give the same masks.
     """
-    (B, T, D), (H, _, N) = v.shape, encoder.shape
-    parts, C = segments(B, T, compute), compute.chunk
-    keys = mx.random.split(mx.random.key(0) if key is None else key, len(parts))
-    count = 4 + compute.saved_activations  # the first four are small
+    n, mask_v = compute.groups, None
+    keys = [None] * n
+    if key is not None:
+        keys = [key] if n == 1 else mx.random.split(key, n)
+        mask_v = dropout_mask(mx.random.split(key, 3)[2], rate_v, v.shape)
+    keys = iter(keys)
+    o = by_groups(
+        n, lambda *w: _heads(v, *w, compute, next(keys), rate), encoder, encoder_v, decoder
+    )
+    return residual(v, sum(o[1:], o[0]), dropout_scale(mask_v, mx.float32))
 
-    def masks(key_i, begin, end):
-        if key is None:
-            return None, None
-        mask_v = dropout_mask(mx.random.split(key_i, 3)[2], rate_v, (B, end - begin, D))
-        return fused_or_plain().dropout_mask(key_i, rate, (H, B * (end - begin), N)), mask_v
+
+def _heads(v, Dx, Dy, E, compute: Compute, key, rate):
+    """Return o (B, T, D), the sum over these heads; its gradient is computed where it is."""
+    (B, T, _), (H, _, N) = v.shape, Dx.shape
+    parts, C = segments(B, T, compute), compute.chunk
+    stream = None if compute.groups == 1 else mx.default_stream(mx.cpu)
+    keys = mx.random.split(mx.random.key(0) if key is None else key, len(parts))
+    count = 3 + compute.saved_activations  # the first three are small
+
+    def mask(key_i, begin, end):
+        shape = (H, B * (end - begin), N)
+        return None if key is None else fused_or_plain().dropout_mask(key_i, rate, shape)
 
     @mx.custom_function
     def forward(v, *weights):
@@ -233,23 +300,26 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, 
         for key_i, (begin, end) in zip(keys, parts, strict=True):
             # wait for the previous segment; without key_i here, all masks are drawn at once
             vs, key_i = mx.depends([v[:, begin:end], key_i], out[-1:] or [v])
-            v_out, S, segment = forward_segment(vs, S, weights, begin, C, masks(key_i, begin, end))
-            out.append(v_out)
+            o, S, segment = _forward_heads(vs, S, weights, begin, C, mask(key_i, begin, end))
+            out.append(o)
             saved += [mx.zeros(1) if array is None else array for array in segment[:count]]
         return mx.concatenate(out, 1), *saved
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
-        (v, *weights), dout, saved = primals, cotangents[0], outputs[1:]
+        with mx.stream(stream) if stream else nullcontext():
+            return gradients(*primals, do=cotangents[0], saved=outputs[1:])
+
+    def gradients(v, *weights, do, saved):
         weights = [w.astype(compute.dtype) for w in weights]
         dv, R, dW = [], None, (None, None, None)
         for i, (begin, end) in reversed(list(enumerate(parts))):
             inputs = [v[:, begin:end], keys[i], *saved[i * count : (i + 1) * count]]
-            vs, key_i, *arrays = mx.depends(inputs, [dv[-1], *dW] if dv else [dout])
+            vs, key_i, *arrays = mx.depends(inputs, [dv[-1], *dW] if dv else [do])
             segment = Saved(*(None if array.shape == (1,) else array for array in arrays))
-            args = (begin, C, masks(key_i, begin, end))
-            dv_i, R, dW = _backward(vs, dout[:, begin:end], R, dW, weights, segment, *args)
+            args = (begin, C, mask(key_i, begin, end))
+            dv_i, R, dW = _backward_heads(vs, do[:, begin:end], R, dW, weights, segment, *args)
             dv.append(dv_i)
         return *mx.depends([mx.concatenate(dv[::-1], 1)], list(dW)), *dW
 
-    return forward(v, encoder, encoder_v, decoder)[0]
+    return forward(v, Dx, Dy, E)[0]

@@ -17,13 +17,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from bdh_lib.compute.device import on_gpu, on_metal
-from bdh_lib.compute.layer import Compute, default_chunk, segments
+from bdh_lib.compute.layer import CPU_ROWS, Compute, default_chunk, default_groups, segments
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings
 
 MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, saved_activations
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
-CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
 METAL_ROWS = 2048  # 34 GFLOP a product by default: macOS ends GPU work that delays its display
 CACHE_BYTES = 2 * 10**9  # of freed buffers that generation keeps on Metal
 
@@ -39,7 +38,8 @@ def compute_for(config, memory: str, dtype: str) -> Compute:
     if on_metal():  # a Mac before M5 has fewer FLOP for a byte of traffic, so small squares pay
         rows, chunk = min(rows, METAL_ROWS), max(128, chunk // 2)
     rows = min(rows, max_rows if on_gpu() else CPU_ROWS)
-    return Compute(dtype, chunk, rows, max_rows, saved_activations)
+    groups = default_groups(config.n_head)
+    return Compute(dtype, chunk, rows, max_rows, saved_activations, groups)
 
 
 CGROUPS = Path("/sys/fs/cgroup")

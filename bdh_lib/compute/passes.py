@@ -34,9 +34,19 @@ def dropout_scale(mask, dtype):
     return mx.where(bits >= limit, mx.array(scale, dtype), mx.array(0, dtype))
 
 
+def relu(x: mx.array) -> mx.array:
+    """Return max(x, 0).
+
+    mx.compile merges equal operations across streams, such as a 0 made as large as x, and then
+    does not fuse them. The 0 that depends on x is not equal to that of another stream.
+    """
+    (zero,) = mx.depends([mx.array(0, x.dtype)], [x])
+    return mx.maximum(x, zero)
+
+
 @mx.compile
 def _gate(x, g, mask):
-    return x * (mx.maximum(g, 0) * dropout_scale(mask, x.dtype))
+    return x * (relu(g) * dropout_scale(mask, x.dtype) if mask else relu(g))
 
 
 # mx.sign below stands for mx.where, which is clearer but costs ten times as much on a CPU.
@@ -44,12 +54,14 @@ def _gate(x, g, mask):
 
 @mx.compile
 def _gate_dg(x, g, dy, mask):
-    return dy * x * mx.sign(mx.maximum(g, 0)) * dropout_scale(mask, x.dtype)
+    dg = dy * x * mx.sign(relu(g))
+    return dg * dropout_scale(mask, x.dtype) if mask else dg
 
 
 @mx.compile
 def _gate_dh(x, g, dy, dq, mask):
-    return (dy * mx.maximum(g, 0) * dropout_scale(mask, x.dtype) + dq) * mx.sign(x)
+    dx = dy * relu(g)
+    return ((dx * dropout_scale(mask, x.dtype) if mask else dx) + dq) * mx.sign(x)
 
 
 def _rotate(x, position, B, sign=1):
@@ -58,7 +70,7 @@ def _rotate(x, position, B, sign=1):
 
 def encode(h, position: int, B: int):
     """Return x = relu(h) and q, x rotated by the positions of its bytes."""
-    x = mx.maximum(h, 0)
+    x = relu(h)
     return x, _rotate(x, position, B)
 
 

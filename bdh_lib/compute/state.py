@@ -197,7 +197,9 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     for S in state.synapses or [None] * model.config.n_layer:
         local, outs = None if S is None else rotate_state(S, -state.position), []
         for begin, end in pairwise(sorted({0, T - T % c.chunk, T})):  # whole chunks, then the rest
-            out, local, _ = forward_segment(v[:, begin:end], local, weights, begin, c.chunk)
+            out, local, _ = forward_segment(
+                v[:, begin:end], local, weights, begin, c.chunk, c.groups
+            )
             outs.append(out)
         v = mx.concatenate(outs, 1)
         new_state = rotate_state(local, state.position)

@@ -31,21 +31,21 @@ def worst(a, b):
 
 @pytest.mark.parametrize("T", [1, 31, 129, 300])
 @pytest.mark.parametrize("chunk", [8, 400])
-@pytest.mark.parametrize("rows", [1, 100, 10_000])
+@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (100, 2), (10_000, 1)])
 @pytest.mark.parametrize("keep", [0, 1, 4])
-def test_values_and_gradients_equal_the_quadratic_form(T, chunk, rows, keep):
+def test_values_and_gradients_equal_the_quadratic_form(T, chunk, rows, groups, keep):
     model, batch = random_model(), (random_bytes(2, T), random_bytes(2, T, seed=2))
     slow = loss_and_gradients(model, lambda idx: model.quadratic(idx)[0], batch)
-    model.compute = Compute(chunk=chunk, rows=rows, saved_activations=keep)
+    model.compute = Compute(chunk=chunk, rows=rows, saved_activations=keep, groups=groups)
     assert worst(loss_and_gradients(model, lambda idx: model(idx)[0], batch), slow) < 2e-5
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("keep", [0, 4])
-def test_dropout_has_one_mask_in_forward_and_recomputation(keep, compiled):
+@pytest.mark.parametrize(("keep", "groups"), [(0, 1), (4, 1), (4, 2)])
+def test_dropout_has_one_mask_in_forward_and_recomputation(keep, groups, compiled):
     """Against a quadratic layer that is given the same mask."""
     compute, key, rate, (B, T) = (
-        Compute(chunk=8, rows=40, saved_activations=keep),
+        Compute(chunk=8, rows=40, saved_activations=keep, groups=groups),
         mx.random.key(3),
         0.3,
         (2, 45),
@@ -54,12 +54,17 @@ def test_dropout_has_one_mask_in_forward_and_recomputation(keep, compiled):
     v = layer.ln(mx.random.normal((B, T, 16), key=key))
     weights = [model.encoder, model.encoder_v, model.decoder.reshape(H, N, -1)]
     parts = layer.segments(B, T, compute)
-    masks = []
-    for key_i, (begin, end) in zip(mx.random.split(key, len(parts)), parts, strict=True):
-        mask = layer.dropout_mask(key_i, rate, (H, B * (end - begin), N))
-        factor = layer.dropout_scale(mask, mx.float32)
-        masks.append(factor.reshape(H, B, end - begin, N))
-    mask = mx.concatenate(masks, 2)
+
+    def group_mask(key):
+        masks = []
+        for key_i, (begin, end) in zip(mx.random.split(key, len(parts)), parts, strict=True):
+            mask = layer.dropout_mask(key_i, rate, (H // groups, B * (end - begin), N))
+            factor = layer.dropout_scale(mask, mx.float32)
+            masks.append(factor.reshape(H // groups, B, end - begin, N))
+        return mx.concatenate(masks, 2)
+
+    keys = [key] if groups == 1 else mx.random.split(key, groups)
+    mask = mx.concatenate([group_mask(key) for key in keys])
 
     def quadratic(v, Dx, Dy, E):
         x = nn.relu(v[None] @ Dx[:, None])

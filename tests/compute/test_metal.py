@@ -46,7 +46,7 @@ class CustomFunction:
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    for module in (device, rope, memory, state, step_cuda):
+    for module in (device, rope, layer, memory, state, step_cuda):
         monkeypatch.setattr(module, "on_gpu", lambda: True)
     mac = {"max_recommended_working_set_size": 3 * 2**34}  # 48 of 64 GB: the largest pieces
     monkeypatch.setattr(mx, "device_info", lambda: mac)
