@@ -89,10 +89,10 @@ PRESETS = {
     "both-16gb": OFFICIAL
     + "--training-mode both --block-size 2048 --batch-size 1 --max-iters 5000 "
     "--learning-rate 5e-5 --eval-bytes 50000",
-    "tiny": OFFICIAL + "--n-layer 3 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0.05 "
-    "--training-mode full --block-size 256 --batch-size 8 --max-iters 350 --epochs none "
-    "--learning-rate 4e-3 --warmup-iters 20 --log-freq 10 --eval-freq 175 --save-freq 175 "
-    "--eval-bytes 45000",
+    "tiny": OFFICIAL + "--n-layer 2 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0 "
+    "--beta2 0.95 --ema-decay 0.99 --shuffle-records --training-mode full --block-size 128 "
+    "--batch-size 2 --max-iters 4500 --epochs none --learning-rate 2e-3 --warmup-iters 40 "
+    "--log-freq 100 --eval-freq 2250 --save-freq 2250 --eval-bytes 45000",
     # The recipe that docs/log.md measures on a megabyte of text, 6.4M parameters
     "small-data": OFFICIAL + "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 "
     "--byte-noise 0.05 --weight-decay 1 --ema-decay 0.99 --block-size 512 --batch-size 32 "
@@ -117,6 +117,7 @@ from mlx.utils import tree_map
 from bdh_lib import cli, files, flags, plots
 from bdh_lib.compute import memory
 from bdh_lib.compute.device import on_cuda
+from bdh_lib.compute.state import WINDOW_PARTS
 from bdh_lib.data import hub
 from bdh_lib.data.columns import parse_columns
 from bdh_lib.data.formats import (
@@ -330,10 +331,13 @@ def write_samples(s: Settings, step: int, model: BDH, val: Split, stop: StopSign
     prompts = sample_prompts(s.TRAINING_MODE, summary.fields_in(val.fields))
     if s.SAMPLE_BYTES > 1000:
         print(f"writing {len(prompts)} samples of {s.SAMPLE_BYTES:,} bytes")
+    fits = max(map(len, prompts)) + s.SAMPLE_BYTES <= s.BLOCK_SIZE
+    window = None if fits else max(WINDOW_PARTS, s.BLOCK_SIZE)  # it reads badly past its blocks
     records = Records(val.bytes, val.fields, val.record_ends)
     questions = choose_questions(records, N_QUESTIONS, s.BLOCK_SIZE, s.SAMPLE_BYTES)
     with heartbeat("writing samples"):
-        samples = list(complete_prompts(model, prompts, s.SAMPLE_BYTES, s.SEED + step, stop))
+        seed = s.SEED + step
+        samples = list(complete_prompts(model, prompts, s.SAMPLE_BYTES, seed, stop, window))
         answers = answer_questions(model, questions, s.SAMPLE_BYTES, stop)
     return {"samples": samples} | ({"answers": answers} if answers else {})
 

@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a busy machine is warned of on stderr, and slow, without
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: they spin on a busy machine
 os.environ.setdefault("BDH_DEVICE", "cpu")  # equal bits are promised there; empty: the GPU
 
 import bdh_mlx  # noqa: E402, F401  before any test imports mlx.core: it loads the fast BLAS

@@ -946,7 +946,7 @@ def test_a_process_that_does_more_than_this_run_is_not_restarted(tmp_path, fault
 
 def test_flags_beat_presets_and_presets_beat_constants():
     s = train_mlx.settings(["--preset", "tiny", "--block-size", "99", "--epochs", "none"])
-    assert (s.BLOCK_SIZE, s.BATCH_SIZE, s.SEED) == (99, 8, train_mlx.SEED)
+    assert (s.BLOCK_SIZE, s.LEARNING_RATE, s.SEED) == (99, 2e-3, train_mlx.SEED)
     assert (s.BDH_CONFIG.n_embd, s.BDH_CONFIG.n_head) == (64, 4) and s.EPOCHS is None
     plain = train_mlx.settings([])
     assert plain.BDH_CONFIG == train_mlx.BDH_CONFIG and plain.EPOCHS == train_mlx.EPOCHS

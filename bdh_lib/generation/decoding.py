@@ -173,15 +173,17 @@ def generate_batch(
             return
 
 
-def complete_prompts(model, prompts: Sequence[str], n_bytes: int, seed: int, stop) -> Iterator[str]:
+def complete_prompts(
+    model, prompts: Sequence[str], n_bytes: int, seed: int, stop, window: int | None = None
+) -> Iterator[str]:
     """Yield the text of each prompt with its completion; the same seed gives the same draws.
 
-    The iterator ends once `stop` has received a signal.
+    The model sees `window` bytes at most. The iterator ends once `stop` has received a signal.
     """
     sampling = Sampling(temperature=0.8, top_k=50)
     for prompt, key in zip(prompts, mx.random.split(mx.random.key(seed), 9), strict=False):
         idx = pad_batch([prompt.encode()])
-        tokens = stream(model, *read_prompt(model, idx), sampling, key, idx)
+        tokens = stream(model, *read_prompt(model, idx, State(window=window)), sampling, key, idx)
         drawn = takewhile(lambda _: not stop.requested, islice(tokens, n_bytes))
         text = decode_text(prompt.encode() + bytes(token for (token,), _ in drawn))
         if stop.requested:

@@ -152,7 +152,7 @@ def test_a_ready_split_is_planned_as_it_would_train(tmp_path, capsys):
         assert re.search(rf"^  {field} +{n}$", out, re.M), out
     assert repr(bytes(range(256)))[:-1] in out
     assert "9 iterations of 128 bytes are 1,152 bytes or 0.50 epochs" in out
-    assert re.search(r"^  tiny +full .* 311\.\d\d ", out, re.M)  # 350 x 2,048 bytes over 2,304
+    assert re.search(r"^  tiny +full .* 500\.00 ", out, re.M)  # 4,500 x 256 bytes over 2,304
     assert "time to the end" in out
 
 

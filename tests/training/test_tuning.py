@@ -179,7 +179,7 @@ def test_only_a_long_run_is_told_of_it(monkeypatch):
         return tuning.hint(train_mlx.settings(["--preset", preset, *args]), name, n_steps)
 
     assert "--tune" in hint("both-64gb", 1300)
-    assert not hint("tiny", 350)
+    assert not hint("tiny", 4500)
     assert not hint("both-64gb", 1300, "fast by --tune")
     assert not hint("both-64gb", 1300, "fast", "--memory-mode", "fast")
     monkeypatch.setattr(memory, "on_gpu", lambda: False)
