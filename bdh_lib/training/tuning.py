@@ -40,15 +40,19 @@ WORTHWHILE = 10**13  # parameters x bytes of a run: about an hour on two CPU cor
 # -------------------------------------------------------------------------------------- the choice
 
 
+SIZES = ("chunk", "rows", "groups")  # of a Compute, that a file holds beside its mode
+
+
 def choice_of(compute: Compute) -> dict:
     """Return what a file holds of a Compute."""
     names = {saved: mode for mode, (_, saved) in memory.MODES.items()}
     mode = names[compute.saved_activations]
-    return {"mode": mode, "chunk": compute.chunk, "rows": compute.rows}
+    sizes = {name: vars(compute)[name] for name in SIZES}
+    return {"mode": mode} | sizes
 
 
 def is_choice(value: dict) -> bool:
-    sizes = [value.get("chunk"), value.get("rows")]
+    sizes = [value.get(name) for name in SIZES]
     are_sizes = all(type(size) is int and 0 < size < 2**40 for size in sizes)
     return are_sizes and value.get("mode") in [*memory.MODES]
 
@@ -108,7 +112,7 @@ def select(s: Settings, by: str, choice: dict) -> tuple[str, Compute, float]:
     """
     if choice and s.MEMORY_MODE == "auto":
         of_mode = memory.compute_for(s.BDH_CONFIG, choice["mode"], s.DTYPE)
-        compute = replace(of_mode, chunk=choice["chunk"], rows=choice["rows"])
+        compute = replace(of_mode, **{name: choice[name] for name in SIZES})
         sizes = f" (chunk {compute.chunk:,}, segment {compute.rows:,})" * (compute != of_mode)
         name, peak = f"{choice['mode']} {by}{sizes}", memory.step_peak(s, compute)
         if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
@@ -251,7 +255,8 @@ def tune(s: Settings) -> int:
     for compute, times in tried.items():
         marks = "kept" * (compute == best), "auto by itself" * (compute == start)
         speed, gb = f"{B * T / min(times):,.0f}", f"{updates.peaks[compute] / 1e9:.2f}"
-        rows.append((*choice_of(compute).values(), speed, gb, ", ".join(filter(None, marks))))
+        mode, chunk, segment, _ = choice_of(compute).values()
+        rows.append((mode, chunk, segment, speed, gb, ", ".join(filter(None, marks))))
     print(format_table(rows))
     content = choice_of(best) | {"conditions": conditions(s)}
     files.atomic_write_text(file, json.dumps(content, indent=1))

@@ -99,7 +99,7 @@ def test_what_takes_too_long_is_not_begun(monkeypatch):
 
 # ------------------------------------------------------------------------------- the kept choice
 
-PLANTED = {"mode": "balanced", "chunk": 16, "rows": 32}
+PLANTED = {"mode": "balanced", "chunk": 16, "rows": 32, "groups": 1}
 
 
 def plant(folder, **values):
@@ -149,7 +149,7 @@ def test_a_run_goes_on_as_it_began_to_the_bit(tmp_path, capsys):
 
 def test_a_choice_that_does_not_fit_any_more_is_left_with_a_word(capsys, monkeypatch):
     s = train_mlx.settings(ARGS)
-    large = {"mode": "fast", "chunk": 64, "rows": 128}
+    large = {"mode": "fast", "chunk": 64, "rows": 128, "groups": 1}
     assert tuning.select(s, "as before", large)[0] == "fast as before (chunk 64, segment 128)"
     room = memory.step_peak(s, memory.compute_for(s.BDH_CONFIG, "small", "float32"))
     monkeypatch.setattr(memory, "available", lambda: room)
