@@ -13,7 +13,7 @@ train: .venv/ready
 	$(BIN)/python train_mlx.py --preset tiny --dataset sample
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 faults: .venv/ready-dev
 	$(BIN)/python tests/faults
