@@ -95,8 +95,9 @@ PRESETS = {
     "--log-freq 100 --eval-freq 2250 --save-freq 2250 --eval-bytes 45000",
     # The recipe that docs/log.md measures on a megabyte of text, 6.4M parameters
     "small-data": OFFICIAL + "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 "
-    "--byte-noise 0.05 --weight-decay 1 --ema-decay 0.99 --block-size 512 --batch-size 32 "
-    "--max-iters 2000 --epochs none --learning-rate 1e-3 --eval-freq 100",
+    "--byte-noise 0.05 --weight-decay 1 --beta2 0.95 --ema-decay 0.998 --min-lr-ratio 0.02 "
+    "--block-size 2048 --batch-size 2 --max-iters 12000 --epochs none --learning-rate 1e-3 "
+    "--eval-freq 1000",
 }
 
 # The imports come after the settings, so that the settings are at the top of the file.

@@ -62,7 +62,7 @@ SWEEP = {
     "decay 1": "--weight-decay 1",
     "average": "--ema-decay 0.99",
     "average, decay 1": "--weight-decay 1 --ema-decay 0.99 --max-iters 2000",
-    "small-data": "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema-decay 0.99 "
+    "small-data until 2026-11-27": "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema-decay 0.99 "
     "--max-iters 2000",
     "dropout 0.7": "--dropout 0.7",
     "width 384": "--n-embd 384 --dropout 0.6",
@@ -75,7 +75,7 @@ SWEEP = {
     "layers 4": "--n-layer 4",
     "rate 2e-3": "--learning-rate 2e-3",
     "multiplier 16": "--mlp-internal-dim-multiplier 16 --dropout 0.4",
-    # longer blocks and smaller batches, over the flags of small-data
+    # longer blocks and smaller batches; the last one is the preset small-data
     **{
         name: "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema-decay 0.99 --patience none "
         "--beta2 0.95 --block-size 2048 --batch-size 2 --max-iters 6000 --eval-freq 250 " + flags
@@ -84,7 +84,7 @@ SWEEP = {
             "small batch, layers 4": "--n-layer 4",
             "small batch, layers 4, multiplier 64": "--n-layer 4 --dropout 0.6 "
             "--mlp-internal-dim-multiplier 64",
-            "small batch, twice as long": "--max-iters 12000 --ema-decay 0.998 "
+            "small-data": "--max-iters 12000 --ema-decay 0.998 "
             "--min-lr-ratio 0.02 --eval-freq 1000",
         }.items()
     },
