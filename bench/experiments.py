@@ -62,8 +62,8 @@ SWEEP = {
     "decay 1": "--weight-decay 1",
     "average": "--ema-decay 0.99",
     "average, decay 1": "--weight-decay 1 --ema-decay 0.99 --max-iters 2000",
-    "small-data until 2026-11-27": "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema-decay 0.99 "
-    "--max-iters 2000",
+    "small-data until 2026-11-27": "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 "
+    "--ema-decay 0.99 --max-iters 2000",
     "dropout 0.7": "--dropout 0.7",
     "width 384": "--n-embd 384 --dropout 0.6",
     "layers 8": "--n-layer 8",
