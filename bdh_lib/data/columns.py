@@ -1,19 +1,26 @@
-"""Which columns of a record, or turns of a chat, are its system text, instruction and response."""
+"""Which columns of a record are its system text, instruction and response, its chat or its text."""
 
-import datetime
-import decimal
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from itertools import cycle, groupby
 from types import MappingProxyType
 from typing import NamedTuple
 
+from bdh_lib.data.chats import (
+    ROLES_BY_FIELD,
+    alternate,
+    as_turns,
+    field_of,
+    is_chat,
+    parse_chat,
+    turns_of,
+    unused_keys,
+)
 from bdh_lib.data.formats import FIELDS, SEPARATOR
+from bdh_lib.data.values import Problem, as_text, find_problem, is_absent
 from bdh_lib.errors import UserError
 
 ALIASES = {  # names of columns by what they hold, in small letters; the first one found counts
@@ -30,20 +37,6 @@ ALIASES = {  # names of columns by what they hold, in small letters; the first o
     "text": ("text",),
     "label": ("label", "kto_tag"),  # false: the response is an example of a bad one
 }
-ROLES_BY_FIELD = {  # the roles of a chat by field, in small letters
-    "system": ("system", "developer"),
-    "instruction": ("user", "human", "prompter"),
-    "response": ("assistant", "gpt", "chatgpt", "model", "bot", "ai"),
-}
-FIELD_OF = {role: field for field, roles in ROLES_BY_FIELD.items() for role in roles}
-TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles that are left out
-ROLE, CONTENT, CALLS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
-LOSS_MASK_KEYS = ("weight", "train", "trainable", "loss")  # 0 or false: not to train on the turn
-ROLES, CONTENTS = (*ROLE, "sender", "speaker"), (*CONTENT, "text", "parts")  # the first one counts
-UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
-TOOL_CALL, TOOL_ANSWER = "reply that only calls tools", "answer of a tool"
-NO_QUESTION = "reply without a question before it"
-MARKED = "reply that is marked as not to train on"
 BAD_RESPONSE = "{} is false, for a bad response (to train on it all the same: --columns label=)"
 ANSWERS = re.compile(r"\{['\"](text|answer_start)['\"]: *(\[|array\()")  # SQuAD's, in a CSV
 ONE_OF_CHOICES = (
@@ -51,13 +44,6 @@ ONE_OF_CHOICES = (
     "--columns choices=)"
 )
 FURTHER_ANSWER = "answers beside the first one of a record"
-
-
-class Problem(NamedTuple):
-    """Why a field of a record cannot be trained on."""
-
-    reason: str
-    is_absent: bool = False  # nothing is there: no value, or an empty one
 
 
 class Parsed(NamedTuple):
@@ -119,10 +105,10 @@ def parse_record(record: dict | list | str, columns: str | None = None) -> Parse
     if isinstance(record, str):
         return Parsed("unknown", "unreadable", problems=dict.fromkeys(FIELDS, Problem(record)))
     if isinstance(record, list):
-        return _parse_chat("list of turns", record, ())
+        return _chat("list of turns", record, ())
     record = with_nested(record)
     column = _columns_of(record, columns)
-    value = {field: _as_turns(record[name]) for field, name in column.items()}
+    value = {field: as_turns(record[name]) for field, name in column.items()}
     parsed = _parse_columns(value, column) or _parse_only_chat(record, columns)
     if parsed is None:
         return Parsed("unknown", f"unknown ({', '.join(record)[:80]})")
@@ -137,23 +123,23 @@ def with_nested(record: dict) -> dict:
 
 def _parse_only_chat(record: dict, columns: str | None) -> Parsed | None:
     """Return the chat of a record without columns of known names, if it holds just one."""
-    chats = {name: turns for name in record if is_chat(turns := _as_turns(record[name]))}
+    chats = {name: turns for name in record if is_chat(turns := as_turns(record[name]))}
     if columns or len(chats) != 1:
         return None
     name, turns = chats.popitem()
-    return _parse_chat(name, turns, (name,))
+    return _chat(name, turns, (name,))
 
 
 def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
     """Return what the columns by field hold, or None where no field has one."""
     messages, has_fields = value.get("messages"), value.keys() & {"instruction", "response"}
     if isinstance(messages, list) and (messages or not has_fields):
-        return _parse_messages(value, column, _alternate(messages))
+        return _parse_messages(value, column, alternate(messages))
     if messages is not None and not has_fields:
         name = column["messages"]
         problem = Problem(f"{name} is {type(messages).__name__}, not a list of turns or its JSON")
         return Parsed("unknown", name, (name,), (), dict.fromkeys(ROLES_BY_FIELD, problem))
-    if (turns := _turns_of(value.get("instruction"), value.get("response"))) is not None:
+    if (turns := turns_of(value.get("instruction"), value.get("response"))) is not None:
         return _parse_chat_columns(value, column, ("instruction", "response"), turns)
     if value.keys() & ROLES_BY_FIELD.keys():
         return _parse_fields(value, column)
@@ -163,10 +149,10 @@ def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
 def _parse_messages(value: dict, column: dict[str, str], turns: list) -> Parsed:
     """Return a chat; where a question ends it, the response may stand in a column of its own."""
     response = value.get("response")
-    is_open = is_chat(turns) and FIELD_OF.get(_role(turns[-1])) == "instruction"
-    if not is_open or _is_absent(response):
+    is_open = is_chat(turns) and field_of(turns[-1]) == "instruction"
+    if not is_open or is_absent(response):
         return _parse_chat_columns(value, column, ("messages",), turns)
-    turns = _turns_of(turns, [response] if isinstance(response, dict) else response)
+    turns = turns_of(turns, [response] if isinstance(response, dict) else response)
     return _parse_chat_columns(value, column, ("messages", "response"), turns)
 
 
@@ -187,20 +173,12 @@ def _columns_of(record: dict, columns: str | None) -> dict[str, str]:
     """Return the column of each field. A column that is null or empty counts where no other does:
     tables give every record all columns.
     """
-    filled = tuple(name for name, value in record.items() if not _is_absent(value))
+    filled = tuple(name for name, value in record.items() if not is_absent(value))
     column = dict(choose_columns(filled, columns))
     if len(filled) < len(record) and not column.keys() & {"messages", "text"}:
         others = choose_columns(tuple(record), columns).items()
         column |= {f: name for f, name in others if f not in column and name not in column.values()}
     return column
-
-
-def _is_absent(value) -> bool:
-    return value is None or (isinstance(value, (str, list, dict)) and not value)
-
-
-def _type_name(value) -> str:
-    return "null" if value is None else type(value).__name__
 
 
 def _parse_text(value, column: str) -> Parsed:
@@ -287,82 +265,6 @@ def _first_answer(value) -> tuple[object, bool]:
     return value, False
 
 
-def as_text(value):
-    """Return a number, a truth value or a date as text, and any other value as it is."""
-    if isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, (datetime.date, datetime.time)):
-        return str(value)
-    if isinstance(value, (int, float, decimal.Decimal)) and math.isfinite(value):
-        return str(value)
-    return value
-
-
-def find_problem(field: str, value) -> Problem | None:
-    """Return why a value cannot be trained on, or None where it is valid text."""
-    if not isinstance(value, str):
-        return Problem(f"{field} is {_type_name(value)}, not text", value is None)
-    if not value.strip():
-        return Problem(f"{field} empty", True)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return Problem(f"{field} with a lone surrogate")
-    return None
-
-
-# ------------------------------------------------------------------------------------------- chats
-
-
-def is_chat(value) -> bool:
-    """Tell whether this is a list of turns, each with a role and a content."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(t, dict) and {*t} & {*ROLE} and {*t} & {*CONTENT, *CALLS} for t in value)
-    )
-
-
-def _as_turns(value):
-    """Return turns that are written as JSON, in one text or each in its own, as turns; any other
-    value as it is.
-    """
-    texts = value if isinstance(value, list) else [value]
-    if not texts or not all(isinstance(t, str) and t[:1] in ("[", "{") for t in texts):
-        return value
-    try:
-        turns = [json.loads(text, parse_int=str, parse_float=str) for text in texts]
-    except (ValueError, RecursionError):
-        return value
-    if isinstance(value, list):
-        return turns if is_chat(turns) else value
-    known = (*FIELD_OF, *TOOLS)  # else it may be a text that only looks like a chat
-    is_known = is_chat(turns[0]) and all(_role(turn) in known for turn in turns[0])
-    return turns[0] if is_known else value
-
-
-def _alternate(turns: list) -> list:
-    """Return turns that are plain texts, as LIMA has them, as those of a user and an assistant."""
-    if len(turns) < 2 or not all(isinstance(turn, str) for turn in turns):
-        return turns
-    roles = cycle(("user", "assistant"))
-    return [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
-
-
-def _turns_of(instruction, response) -> list | None:
-    """Return the turns of a prompt and a reply, one of which is a list of turns, as TRL has
-    them.
-    """
-    if not is_chat(instruction) and not is_chat(response):
-        return None
-    if is_chat(response) and FIELD_OF.get(_role(response[0])) != "response":
-        return response  # it repeats the prompt
-    ask = instruction if is_chat(instruction) else [{"role": "user", "content": instruction}]
-    if response is None:
-        return ask
-    return ask + (response if is_chat(response) else [{"role": "assistant", "content": response}])
-
-
 def _parse_chat_columns(value: dict, column: dict[str, str], fields, turns: list) -> Parsed:
     """Return a chat in the columns of `fields`; a system text may stand in a column of its own."""
     names = [column[field] for field in column if field in fields]
@@ -370,82 +272,12 @@ def _parse_chat_columns(value: dict, column: dict[str, str], fields, turns: list
     if find_problem("system", system) is None:
         turns = [{"role": "system", "content": system}, *turns]
         names = [column["system"], *names]
-    return _parse_chat("/".join(names), turns, tuple(names))
+    return _chat("/".join(names), turns, tuple(names))
 
 
-def _role(turn: dict) -> str:
-    return str(turn.get(_first_key(turn, ROLES))).strip().lower()
-
-
-def _first_key(turn: dict, keys: Sequence[str]) -> str | None:
-    """Return the first key that has a value: tables give every turn all keys."""
-    for key in keys:  # a generator takes twice the time
-        if turn.get(key) is not None:
-            return key
-    return None
-
-
-def _parse_chat(structure: str, turns: list, columns: tuple[str, ...]) -> Parsed:
-    """Return the turns of a chat: those in a row of one speaker are one, joined by a blank line."""
-    left_out, spoken = [], []
-    for turn in turns:
-        field, text, reasons = _parse_turn(turn)
-        left_out += reasons
-        if text is not None:
-            spoken.append((field, text))
-    joined = [
-        (field, SEPARATOR.join(text for _, text in group))
-        for field, group in groupby(spoken, lambda turn: turn[0])
-    ]
-    asked, result = False, []
-    for field, text in joined:
-        if field == "response" and not asked:
-            left_out.append(NO_QUESTION)
-            continue
-        asked = field == "instruction" or (asked and field == "system")
-        result.append((field, text))
-    return Parsed("chat", structure, columns, result, {}, left_out)
-
-
-def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
-    """Return the field and text of a turn, None where it has none; the reasons for what is left
-    out.
-    """
-    if not isinstance(turn, dict):
-        return "", None, [f"turn that is {_type_name(turn)}, not an object"]
-    role, content = _role(turn), turn.get(_first_key(turn, CONTENTS))
-    if role in TOOLS:
-        return "", None, [TOOL_ANSWER if role != "function_call" else TOOL_CALL]
-    if role not in FIELD_OF:
-        return "", None, [UNKNOWN_ROLE]
-    if FIELD_OF[role] == "response" and any(_is_off(turn.get(key)) for key in LOSS_MASK_KEYS):
-        return "", None, [MARKED]
-    text, reasons = _join_parts(as_text(content))
-    if problem := find_problem("turn", text):
-        calls = any(turn.get(key) for key in CALLS)
-        return "", None, [*reasons, TOOL_CALL if calls and not text else problem.reason]
-    return FIELD_OF[role], text, reasons
-
-
-def _is_off(value) -> bool:
-    return value is not None and str(value).lower() in ("0", "0.0", "false")
-
-
-def _join_parts(content) -> tuple[object, list[str]]:
-    """Return a content that is a list of parts as one text, and a reason for each part that is no
-    text.
-    """
-    if not isinstance(content, list):
-        return content, []
-    texts, left_out = [], []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) else part
-        if isinstance(text, str):
-            texts.append(text)
-        else:
-            kind = part.get("type", "") if isinstance(part, dict) else _type_name(part)
-            left_out.append(f"part of a turn, of type {str(kind)[:30]}")
-    return SEPARATOR.join(texts), left_out
+def _chat(structure: str, turns: list, columns: tuple[str, ...]) -> Parsed:
+    turns, left_out = parse_chat(turns)
+    return Parsed("chat", structure, columns, turns, {}, left_out)
 
 
 def unused_values(record: dict | list, parsed: Parsed) -> Counter:
@@ -457,12 +289,10 @@ def unused_values(record: dict | list, parsed: Parsed) -> Counter:
     for name, value in _columns_or_parts(record, parsed) if is_table else [("", record)]:
         if is_table and name not in parsed.columns:
             sizes[name] += _size(value)
-        elif parsed.kind == "chat" and isinstance(value := _as_turns(value), list):
+        elif parsed.kind == "chat" and isinstance(value := as_turns(value), list):
             for turn in (turn for turn in value if isinstance(turn, dict)):
-                read = (_first_key(turn, ROLES), _first_key(turn, CONTENTS), *LOSS_MASK_KEYS)
-                for key in turn:
-                    if key not in read:
-                        sizes[f"{name}[].{key}"] += _size(turn[key])
+                for key in unused_keys(turn):
+                    sizes[f"{name}[].{key}"] += _size(turn[key])
     return +sizes
 
 
@@ -478,7 +308,7 @@ def _columns_or_parts(record: dict, parsed: Parsed) -> Iterator[tuple[str, objec
 
 def _size(value) -> int:
     """Return the bytes of a value, which is JSON where it is no text; 0 where nothing is there."""
-    if _is_absent(value):
+    if is_absent(value):
         return 0
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return len(text.encode(errors="surrogatepass"))

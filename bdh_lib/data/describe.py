@@ -1,6 +1,7 @@
 """What is told of a data set: its structure, what is left out, the split, and what has changed."""
 
-from bdh_lib.data.columns import ALIASES, ROLES_BY_FIELD
+from bdh_lib.data.chats import ROLES_BY_FIELD
+from bdh_lib.data.columns import ALIASES
 from bdh_lib.data.formats import REQUIRED_FIELDS, needed_fields
 
 

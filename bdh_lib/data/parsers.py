@@ -17,7 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bdh_lib.data.columns import choose_columns, is_chat
+from bdh_lib.data.chats import is_chat
+from bdh_lib.data.columns import choose_columns
 from bdh_lib.errors import UserError
 
 BOMS = {  # byte order marks, the longer ones first

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from bdh_lib.data import columns
+from bdh_lib.data import chats, columns
 from bdh_lib.data.formats import format_prompt, training_texts
 from bdh_mlx import UserError
 
@@ -386,7 +386,7 @@ def test_calls_of_tools_are_left_out_and_the_question_is_kept():
     record["messages"] += [{"role": "assistant", "content": "It is 3"}]
     parsed = columns.parse_record(record)
     assert parsed.turns == [("instruction", "price?"), ("response", "It is 3")]
-    assert parsed.left_out == [columns.TOOL_CALL, columns.TOOL_ANSWER]
+    assert parsed.left_out == [chats.TOOL_CALL, chats.TOOL_ANSWER]
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_a_reply_that_is_marked_as_not_to_train_on_is_left_out(mark):
     record["messages"][3] |= {"weight": 1, "train": None}
     parsed = columns.parse_record(record)
     assert parsed.turns == [("instruction", "q\n\nno"), RESPONSE]
-    assert parsed.left_out == [columns.MARKED]
+    assert parsed.left_out == [chats.MARKED]
     assert not columns.unused_values(record, parsed)
 
 
@@ -431,10 +431,10 @@ def test_each_turn_that_is_left_out_has_a_reason():
     assert sorted(parsed.left_out) == sorted(
         [
             "part of a turn, of type image_url",
-            columns.UNKNOWN_ROLE,
+            chats.UNKNOWN_ROLE,
             "turn that is int, not an object",
             "turn is dict, not text",
-            columns.NO_QUESTION,
+            chats.NO_QUESTION,
         ]
     )
 
@@ -445,7 +445,7 @@ def test_a_reply_needs_a_question_since_the_last_reply():
     after = chat(("user", "q"), ("assistant", "a"), ("system", "s"), ("assistant", "b"))
     parsed = columns.parse_record(after)
     assert parsed.turns == [INSTRUCTION, RESPONSE, SYSTEM]
-    assert parsed.left_out == [columns.NO_QUESTION]
+    assert parsed.left_out == [chats.NO_QUESTION]
 
 
 def test_the_last_system_text_is_the_one_of_a_question():
