@@ -11,9 +11,47 @@ os.environ.setdefault("BDH_DEVICE", "cpu")  # equal bits are promised there; emp
 
 import bdh_mlx  # noqa: E402, F401  before any test imports mlx.core: it loads the fast BLAS
 
+# isort: split
+from helpers import COUNTING, model_of, random_model, saved, train  # noqa: E402
+
+import generate  # noqa: E402
+import train_mlx  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """Runs of other tests draw no report, which would take a second at each evaluation."""
-    if request.module.__name__ != "test_report" and (trainer := sys.modules.get("train_mlx")):
-        monkeypatch.setattr(trainer, "redraw", lambda *_: None)
+    if request.module.__name__ != "test_report":
+        monkeypatch.setattr(train_mlx, "redraw", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of 12 iterations without a stop."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert train(folder, "--max-iters", 12) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    """The run of a model that writes all byte values, over and over."""
+    return saved(model_of(COUNTING), tmp_path_factory.mktemp("counting"))
+
+
+@pytest.fixture(scope="module")
+def chaos(tmp_path_factory):
+    """The run of a model of random weights."""
+    return saved(random_model(), tmp_path_factory.mktemp("chaos"))
+
+
+@pytest.fixture
+def output(capfdbinary):
+    """Runs generate.py in this process; what it printed."""
+
+    def run(*args):
+        capfdbinary.readouterr()
+        assert generate.main([str(a) for a in args]) == 0
+        return capfdbinary.readouterr().out
+
+    return run

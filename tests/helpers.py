@@ -2,15 +2,19 @@
 
 import json
 import re
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from conftest import ROOT
 
 import train_mlx
-from bdh_mlx import BDH, BDHConfig
+from bdh_lib.data import prepare as preparing
+from bdh_lib.data.prepare import DataSettings
+from bdh_lib.generation.decoding import generate_batch
+from bdh_lib.generation.sampling import Sampling
+from bdh_mlx import BDH, BDHConfig, save_model
 
-GOLDEN = ROOT / "tests" / "golden_bdh.safetensors"  # computed with the official PyTorch code
+GOLDEN = Path(__file__).with_name("golden_bdh.safetensors")  # from the official PyTorch code
 CONFIG = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
 MODEL = "--n-layer 2 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 8 --dropout 0.2"
 SMALL = (
@@ -21,6 +25,10 @@ OFFICIAL = "--ema-decay 0 --weight-decay 0.1 --beta2 0.999"  # a short run is no
 ARGS = (
     f"{SMALL} {QUIET} {OFFICIAL} --warmup-iters 2 --lr-decay-iters 20 --learning-rate 1e-3".split()
 )
+GREEDY = Sampling(temperature=0)
+KEY = mx.random.key(1)
+COUNTING = [(b + 1) % 256 for b in range(256)]  # model_of it writes all byte values, over and over
+RECORD = {"system": "Be kind.", "instruction": "Greet.", "response": "Hello, wörld"}
 
 
 def random_model(config=CONFIG, seed=0, scale=10):
@@ -61,3 +69,53 @@ def same(a, b):
 
 def metrics(folder, run="full"):
     return [json.loads(x) for x in (folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def model_of(following):
+    """A model that writes following[b] after the byte b, at any temperature: its layer adds nothing
+    to the embedding, which is one number per byte value."""
+    model = BDH(BDHConfig(n_layer=1, n_embd=256, n_head=1, mlp_internal_dim_multiplier=1))
+    zero = mx.zeros((1, 256, 256))
+    model.update({"encoder": zero, "encoder_v": zero, "decoder": zero[0]})
+    model.embed.weight = mx.eye(256)
+    model.lm_head = 100 * mx.eye(256)[mx.array(following)]
+    return model
+
+
+def saved(model, folder, mode="full", **settings):
+    """A run folder with one checkpoint of this model."""
+    at = folder / "run" / "step-000001"
+    at.mkdir(parents=True)
+    save_model(model, at / "model.safetensors")
+    settings = {"TRAINING_MODE": mode, "BLOCK_SIZE": 64, "BATCH_SIZE": 2} | settings
+    (at / "config.json").write_text(json.dumps({"step": 1, "settings": settings}))
+    return folder / "run"
+
+
+def greedy(model, prompt, n):
+    """The n bytes that the model writes after a prompt, each the likeliest one."""
+    return next(generate_batch(model, [prompt], GREEDY, KEY, [], n))[1]
+
+
+def prepared(source, cache, mode="full", val_fraction=0.1, seed=1, columns=None):
+    """The folder of prepared data."""
+    settings = DataSettings(str(source), mode, val_fraction, seed, columns)
+    return preparing.prepare(settings, cache)
+
+
+def prepare(source, cache, *args, **kwargs):
+    """The report, and the bytes of both sides."""
+    folder = prepared(source, cache, *args, **kwargs)
+    sides = {side: (folder / f"{side}.bin").read_bytes() for side in ("train", "val")}
+    return json.loads((folder / "data.json").read_text()), sides["train"], sides["val"]
+
+
+def write_jsonl(path, records):
+    """The path of a file that holds these records, or lines that are none."""
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
+    return path
+
+
+def numbered(n, **extra):
+    """As many records, no two alike."""
+    return [{k: f"{v} {i}" for k, v in (RECORD | extra).items()} for i in range(n)]

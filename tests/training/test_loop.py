@@ -1,0 +1,284 @@
+"""What a run does, prints and leaves."""
+
+import errno
+import json
+import math
+import re
+import shlex
+import sys
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT
+from helpers import arrays, metrics, same, train
+
+import bdh_mlx
+import generate
+import train_mlx
+from bdh_lib import files, runs
+from bdh_lib.generation import export
+from bdh_lib.training import checkpoints, evaluation, runlog, summary
+from bdh_lib.training.batches import get_batch
+from bdh_mlx import UserError
+
+
+def test_a_gpu_that_computes_ahead_trains_and_logs_the_same(straight, tmp_path, monkeypatch):
+    for module in (train_mlx, runlog):
+        monkeypatch.setattr(module, "on_cuda", lambda: True)
+    assert train(tmp_path, "--max-iters", 12) == 0
+    assert same(arrays(straight, 12), arrays(tmp_path, 12))
+    losses = [[(m["step"], m["loss"], m["skipped"]) for m in metrics(run) if "loss" in m]
+              for run in (straight, tmp_path)]  # fmt: skip
+    assert losses[0] == losses[1] and losses[0]
+
+
+def test_an_update_that_is_read_late_counts_as_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(runlog, "on_cuda", lambda: True)
+    meter = runlog.Meter(0, 3, 1000)
+    for step, loss in enumerate((1.0, math.nan, 3.0), 1):
+        meter.start()
+        meter.stop(step, mx.array(loss), mx.array(1.0), True)
+    assert (
+        meter.consecutive_skips == 1 and "iter      2 | update skipped" in capsys.readouterr().out
+    )
+    assert meter.read(3)["loss"] == 2.0 and meter.consecutive_skips == 0
+    assert meter.read(3) == {}
+
+
+def test_the_first_update_is_not_timed(monkeypatch):
+    meter = runlog.Meter(0, 5, 1000)
+    clock = iter([0.0, 100.0, 102.0])  # a start, a start and its end; the first end reads no clock
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock))
+    for step in (1, 2):
+        meter.start()
+        meter.stop(step, 1.0, 1.0, True)
+    assert meter.timed_bytes / meter.seconds == 500
+
+
+def test_beta2_weighs_the_squared_gradients(tmp_path):
+    train(tmp_path, "--max-iters", 1, "--beta2", 0.75)
+    state = arrays(tmp_path, 1)
+    gradient = state["1.encoder.m"] / 0.1  # of the first update, from a mean that began at 0
+    np.testing.assert_allclose(state["1.encoder.v"], 0.25 * gradient**2, rtol=1e-4)
+
+
+def test_more_accumulation_takes_no_more_memory(tmp_path, monkeypatch):
+    """A million batches an update: what is made for all of them at once is not for each byte."""
+    largest, real = [0], np.full
+    for name in ("full", "ones", "zeros", "empty"):
+        real = getattr(np, name)
+        monkeypatch.setattr(np, name, lambda shape, *a, real=real, **k: (
+            largest.append(int(np.prod(shape))), real(shape, *a, **k))[1])  # fmt: skip
+    seen = []
+
+    def stopped(*args):
+        seen.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_mlx, "get_batch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "--grad-accum", 10**6, "--max-iters", 1)
+    assert seen and max(largest) < 10**6
+
+
+def test_what_takes_long_is_said_before_it_begins(tmp_path, capsys):
+    train(tmp_path, "--max-iters", 1)
+    lines = capsys.readouterr().out.splitlines()
+    order = ("compiling the evaluation", "evaluating ", "iter      0", "compiling the training")
+    at = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in order]
+    assert at == sorted(at)
+
+
+def test_a_refused_start_leaves_no_folder(tmp_path, monkeypatch):
+    for args in (["--dataset", tmp_path / "none.jsonl"], ["--init-from", "nowhere"]):
+        with pytest.raises(UserError):
+            train(tmp_path, *args)
+    monkeypatch.setattr(train_mlx.memory, "available", lambda: 1000)
+    with pytest.raises(UserError, match="needs"):
+        train(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == [".data"]
+    (tmp_path / "full").mkdir()  # the user's own
+    with pytest.raises(UserError, match="needs"):
+        train(tmp_path)
+    assert (tmp_path / "full").is_dir()
+
+
+def test_a_run_whose_name_differs_in_case_alone_is_refused(tmp_path):
+    train(tmp_path, "--max-iters", 1)
+    with pytest.raises(UserError, match=r"/Full and .*/full, which exists, differ in case alone"):
+        train(tmp_path, "--max-iters", 1, "--run-name", "Full")
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".data", "full"]
+    if not (tmp_path / "FULL").exists():  # a disk that tells them apart may hold both from before
+        (tmp_path / "Full").mkdir()
+        assert train(tmp_path, "--max-iters", 1, "--run-name", "Full") == 0
+        assert train(tmp_path, "--max-iters", 1) == 0
+
+
+def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys, monkeypatch):
+    """Without system texts none is asked for, and a text stays within the blocks."""
+    asked = [{"question": f"q {i}" * 9, "answer": f"a {i}" * 9} for i in range(30)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1)
+    (output,) = [m["samples"] for m in metrics(tmp_path) if "samples" in m]
+    assert output and not any("### System" in text for text in output)
+    command = shlex.split(re.search("sample_it: (.*)", capsys.readouterr().out)[1])
+    assert command[1] == "generate.py"
+    args = generate.parse_args(command[2:])
+    assert args.prompt == "### Instruction:\nAnalyze the ethical implications".replace("\n", "\\n")
+    assert args.window == 64 and args.model == tmp_path / "full"
+    s = SimpleNamespace(BLOCK_SIZE=2, TRAINING_MODE="full")
+    assert "--window 4" in summary.sample_command(s, tmp_path, {"text"})
+    monkeypatch.chdir(tmp_path)
+    elsewhere = shlex.split(summary.sample_command(s, tmp_path, {"text"}))
+    assert elsewhere[:2] == [sys.executable, str(ROOT / "generate.py")]
+
+
+def test_what_a_run_leaves(straight):
+    run = straight / "full"
+    best = json.loads((run / "best.json").read_text())
+    evaluations = {m["step"]: m["val_loss"] for m in metrics(straight) if "val_loss" in m}
+    assert list(evaluations) == [0, 5, 10, 12]
+    assert best["monitored_loss"] == min(v for k, v in evaluations.items() if k)
+    assert {f"step-{n:06d}" for n in checkpoints.steps(run)} >= {best["checkpoint"], "step-000012"}
+    config = json.loads((run / "step-000012" / "config.json").read_text())
+    assert config["step"] == 12 and config["settings"]["BLOCK_SIZE"] == 64
+    assert sorted(f.name for f in run.iterdir() if f.name.startswith(".")) == [".lock", ".saved"]
+    assert runs.find_weights(run) == run / best["checkpoint"] / "model.safetensors"
+
+
+def test_a_checkpoint_is_written_before_the_evaluation_of_its_step(tmp_path, monkeypatch):
+    def dies(*args):
+        raise MemoryError
+
+    train(tmp_path, "--max-iters", 3, "--eval-freq", 4)
+    monkeypatch.setattr(train_mlx, "evaluate", dies)
+    with pytest.raises(MemoryError):
+        train(tmp_path, "--max-iters", 9, "--eval-freq", 4)
+    assert checkpoints.steps(tmp_path / "full")[-1] == 4
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_where_a_full_flush_is_refused_fsync_flushes(tmp_path, monkeypatch, supported):
+    calls = []
+
+    def fcntl(descriptor, command):  # as on a Mac, with a drive of its own or of the network
+        calls.append(command)
+        if not supported:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", "full", raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", fcntl)
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: calls.append("fsync"))
+    files.atomic_write_text(tmp_path / "file", "text")
+    assert calls == 2 * (["full"] if supported else ["full", "fsync"])  # the file, its folder
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
+    losses = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
+    monkeypatch.setattr(train_mlx, "evaluate", lambda *args: (next(losses), {}))
+    train(tmp_path, "--max-iters", 12, "--eval-freq", 2, "--save-freq", 2, "--keep-checkpoints", 2)
+    assert checkpoints.steps(tmp_path / "full") == [4, 10, 12]
+    assert checkpoints.read_best(tmp_path / "full")["step"] == 4
+
+
+@pytest.mark.parametrize("minutes", [10, "none"])
+def test_a_checkpoint_is_written_when_minutes_have_passed(tmp_path, straight, monkeypatch, minutes):
+    saved, save, now = [], checkpoints.save, [0.0]
+
+    def four_minutes(*args):
+        now[0] += 240
+        return get_batch(*args)
+
+    monkeypatch.setattr(train_mlx, "get_batch", four_minutes)
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        checkpoints, "save", lambda run, step, *a: saved.append(step) or save(run, step, *a)
+    )
+    rare = ("--eval-freq", 100, "--save-freq", 8, "--keep-checkpoints", 2)
+    train(tmp_path, "--max-iters", 12, "--save-minutes", minutes, *rare)
+    assert saved == ([8, 12] if minutes == "none" else [3, 6, 8, 11, 12])
+    assert checkpoints.steps(tmp_path / "full") == saved[-2:]
+    assert same(arrays(tmp_path, 12), arrays(straight, 12))
+
+
+def test_evaluating_and_sampling_do_not_disturb_training(tmp_path, straight):
+    train(tmp_path, "--max-iters", 12, "--eval-freq", 1, "--sample-bytes", 5, "--log-freq", 5)
+    assert same(arrays(tmp_path, 12), arrays(straight, 12))
+
+
+def test_dropout_differs_between_steps_and_is_off_in_evaluation(tmp_path):
+    """At learning rate ~0 on one batch only dropout moves the loss; without it, nothing does."""
+    spread = {}
+    for dropout in (0, 0.5):
+        folder = tmp_path / str(dropout)
+        text = tmp_path / "one.txt"
+        text.write_text("a" * 65 + "\n\n" + "b" * 65)
+        train(folder, "--max-iters", 6, "--dropout", dropout, "--learning-rate", 1e-12,
+              "--dataset", text, "--eval-freq", 1)  # fmt: skip
+        logged = metrics(folder)
+        spread[dropout] = np.ptp([m["loss"] for m in logged if "loss" in m])
+        assert np.ptp([m["val_loss"] for m in logged if "val_loss" in m]) < 1e-5
+    assert spread[0] < 1e-5 < 1e-3 < spread[0.5]
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    for accum in (1, 4):
+        train(tmp_path / str(accum), "--batch-size", 4 // accum, "--grad-accum", accum,
+              "--max-iters", 3, "--dropout", 0)  # fmt: skip
+    one, four = (arrays(tmp_path / str(n), 3) for n in (1, 4))
+    for name in one:
+        np.testing.assert_allclose(one[name], four[name], rtol=0, atol=1e-5)
+
+
+def test_one_batch_is_overfitted(tmp_path):
+    text = tmp_path / "one.txt"
+    fox = "The quick brown fox jumps over the lazy dog, then rests for a while."
+    text.write_text(f"{fox}\n\n{fox.upper()}")
+    train(tmp_path, "--dataset", text, "--max-iters", 150, "--learning-rate", 1e-2, "--dropout", 0,
+          "--lr-decay-iters", 150, "--eval-freq", 150, "--save-freq", 150)  # fmt: skip
+    losses = [m["loss"] for m in metrics(tmp_path) if "loss" in m]
+    assert losses[0] > 4 and losses[-1] < 0.5
+
+
+def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path, capsys):
+    (split := tmp_path / "split").mkdir()
+    (split / "train.bin").write_bytes(bytes(range(32, 128)) * 9)
+    (split / "val.bin").write_bytes(bytes(range(32, 128)) * 3)
+    assert train(tmp_path, "--max-iters", 3, "--dataset", split) == 0
+    loss = [m["val_loss"] for m in metrics(tmp_path) if "val_loss" in m][-1]
+    settings = {"BLOCK_SIZE": 64, "BATCH_SIZE": 2}
+    table = evaluation.evaluation_table(
+        bdh_mlx.load_model(tmp_path / "full"), str(split), "full", settings
+    )
+    assert "split, held out side: mode full, 288 bytes" in table
+    assert re.search(rf"^whole +287 +100.0% +{loss:.4f} ", table, re.M)
+    report = capsys.readouterr().out
+    assert f"data: {split}, mode full\n  structure ready split\n  training: 864 bytes\n" in report
+    card = export.facts(tmp_path / "full" / "step-000003")[0]
+    assert card["training data"] == "864 bytes" and "records" not in report + table
+
+
+def test_plain_text_promises_no_response(tmp_path, capsys):
+    (tmp_path / "d.txt").write_text("\n\n".join(f"{i} paragraph of plain text" for i in range(30)))
+    train(tmp_path, "--max-iters", 1, "--dataset", tmp_path / "d.txt")
+    train(tmp_path, "--max-iters", 1, "--run-name", "records")
+    plain, records = re.findall(r"^note: (.*)", capsys.readouterr().out, re.M)
+    assert "plain text" in plain and "response" not in plain
+    assert "response" in records
+
+
+def test_phase_two_starts_from_the_weights_of_phase_one(tmp_path, capsys):
+    train(tmp_path, "--training-mode", "system", "--max-iters", 4)
+    train(tmp_path, "--training-mode", "instruction", "--max-iters", 1, "--init-from", "system",
+          "--learning-rate", 1e-9)  # fmt: skip
+    assert "weights of system, a new optimizer" in capsys.readouterr().out
+    one, two = arrays(tmp_path, 4, "system"), arrays(tmp_path, 1, "instruction")
+    assert all(np.allclose(two[k], one[k], atol=1e-6) for k in one if k.startswith("0."))
+    assert two["1.step"] == 1
+    shape = r"INIT_FROM system is of another shape: n_layer: there 2, here 3; n_embd: there 16, "
+    with pytest.raises(UserError, match=shape + "here 32$"):
+        args = ("--n-layer", 3, "--n-embd", 32, "--dropout", 0)
+        train(tmp_path, "--run-name", "x", "--init-from", "system", *args)
