@@ -152,6 +152,7 @@ from bdh_lib.training.runlog import Meter, RunLog, main_process_prints
 from bdh_lib.training.schedule import blocks_per_update, learning_rate, total_steps
 from bdh_lib.training.signals import StopSignal, default_signals
 from bdh_lib.training.step import compile_steps, init_model
+from bdh_lib.units import bits_per_byte
 from bdh_mlx import BDH
 
 # ---------------------------------------------------------------------------------------- training
@@ -273,10 +274,10 @@ def evaluation_results(
         return {}
     if not math.isfinite(val_loss):
         raise Diverged(f"validation loss is {val_loss} at iteration {step}")
-    results = {"step": step, "val_loss": val_loss, "val_bpb": val_loss / math.log(2)}
+    results = {"step": step, "val_loss": val_loss, "val_bpb": bits_per_byte(val_loss)}
     results["monitored_loss"] = nats.get(s.LOSS_ON, val_loss)
     results["val_loss_fields"] = nats
-    results["val_bpb_fields"] = {field: loss / math.log(2) for field, loss in nats.items()}
+    results["val_bpb_fields"] = {field: bits_per_byte(loss) for field, loss in nats.items()}
     with heartbeat("counting active neurons"):
         return results | neuron_activity(model, val.bytes, s.BLOCK_SIZE)
 

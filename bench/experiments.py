@@ -390,6 +390,7 @@ def judge(model, folder: Path, T: int) -> dict:
     from bdh_lib.compute import memory
     from bdh_lib.training.evaluation import evaluate
     from bdh_lib.training.step import byte_losses
+    from bdh_lib.units import bits_per_byte
 
     model.compute = memory.compute_for(model.config, "fast", "auto")
     bits = {}
@@ -397,7 +398,7 @@ def judge(model, folder: Path, T: int) -> dict:
         val = [np.fromfile(folder / mode / f"val.{kind}", np.uint8) for kind in ("bin", "fields")]
         mean, nats = evaluate(partial(byte_losses, model), *val, 4, T)
         of = nats | {"all": mean}
-        bits[mode] = {field: round(loss / math.log(2), 4) for field, loss in of.items()}
+        bits[mode] = {field: round(bits_per_byte(loss), 4) for field, loss in of.items()}
     return bits
 
 

@@ -15,7 +15,6 @@ does not depend on what they hold.
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -207,6 +206,7 @@ def positions(run: str, file: str, window: int | None, B: int = 32) -> None:
     import numpy as np
 
     from bdh_lib.compute.state import State
+    from bdh_lib.units import bits_per_byte
 
     model, text = bdh_mlx.load_model(run), np.fromfile(file, np.uint8)
     block = model.trained_length
@@ -225,7 +225,7 @@ def positions(run: str, file: str, window: int | None, B: int = 32) -> None:
             logits, state = model.read(piece[:, :-1], state)
             losses.append(nn.losses.cross_entropy(logits, piece[:, 1:]).mean(0))
             mx.eval(losses[-1], state)
-        bits = np.array(mx.concatenate(losses)) / math.log(2)
+        bits = bits_per_byte(np.array(mx.concatenate(losses)))
         cells = (bits[a:b].mean() for a, b in pairwise(edges))
         print(f"{W or 'none':>8}" + "".join(f"{cell:>13.3f}" for cell in cells), flush=True)
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 FIELDS = ("", "system", "instruction", "response", "text")  # "": headers and blank lines
+LABEL_OF = dict(zip(FIELDS, ("headers", *FIELDS[1:]), strict=True))  # in tables and logs
 REQUIRED_FIELDS = {  # fields of a record that each training mode formats
     "system": ("system",),
     "instruction": ("instruction",),

@@ -18,6 +18,7 @@ from bdh_lib.data.describe import count_text
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.flags import flag_of
+from bdh_lib.units import bits_per_byte
 from bdh_mlx import BDHConfig
 
 CARD = """---
@@ -98,7 +99,7 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
     with suppress(UserError, KeyError, TypeError):
         best = files.read_json_object(checkpoint.parent / "best.json")
         if best["step"] == step and math.isfinite(best["monitored_loss"]):
-            bits = best["monitored_loss"] / math.log(2)
+            bits = bits_per_byte(best["monitored_loss"])
             rows["validation"] = f"{bits:.4f} bits per byte, of {settings['LOSS_ON']} bytes"
     custom = about.get("own")
     for name in custom if isinstance(custom, list) else []:  # other trainers lack these flags

@@ -13,6 +13,7 @@ import numpy as np
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.flags import Settings
 from bdh_lib.training.dataset import Split
+from bdh_lib.units import bits_per_byte
 
 MIN_RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
 LOSS_JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ updates, to the next
@@ -157,7 +158,7 @@ def stuck(run: SimpleNamespace, s: Settings) -> str | None:
 
 def not_coherent(run: SimpleNamespace, s: Settings) -> str | None:
     if run.val[run.now] > NOISE_SHARE * run.order_0:
-        bits, unigram = (nats / math.log(2) for nats in (run.val[run.now], run.order_0))
+        bits, unigram = (bits_per_byte(nats) for nats in (run.val[run.now], run.order_0))
         end = "MAX_ITERS" if run.total == s.MAX_ITERS else "EPOCHS"
         return (
             f"not yet coherent: {bits:.2f} bits per byte, and to know only how often each byte "
@@ -169,7 +170,7 @@ def not_coherent(run: SimpleNamespace, s: Settings) -> str | None:
 def slow(run: SimpleNamespace, s: Settings) -> str | None:
     late = run.now >= max(LATE_FRACTION * run.total, 2 * s.WARMUP_ITERS)
     if late and s.LEARNING_RATE < REFERENCE_RATE and run.val[run.now] > run.order_1:
-        bits, bigram = (nats / math.log(2) for nats in (run.val[run.now], run.order_1))
+        bits, bigram = (bits_per_byte(nats) for nats in (run.val[run.now], run.order_1))
         return (
             f"slow: {bits:.2f} bits per byte after {run.now} of {run.total} iterations; to know "
             f"only which byte follows which gives {bigram:.2f}. Raise LEARNING_RATE from "

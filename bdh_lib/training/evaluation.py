@@ -1,6 +1,5 @@
 """The loss of a model on held out bytes, whole and by the field that each byte belongs to."""
 
-import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import numpy as np
 
 from bdh_lib.compute.layer import forward_segment, ln
 from bdh_lib.data.describe import count_text, skip_lines
-from bdh_lib.data.formats import FIELDS
+from bdh_lib.data.formats import FIELDS, LABEL_OF
 from bdh_lib.data.prepare import load_unsplit
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings
@@ -23,6 +22,7 @@ from bdh_lib.tables import format_table
 from bdh_lib.training.distributed import World
 from bdh_lib.training.signals import default_signals
 from bdh_lib.training.step import byte_losses
+from bdh_lib.units import bits_per_byte
 from bdh_mlx import BDH
 
 ACTIVITY_BYTES = 4096  # validation bytes over which the active neurons are counted
@@ -53,7 +53,7 @@ def evaluate(
                 progress.update(end - begin)
     if world:
         nats = np.sum(world.all_gather_object(nats.tolist()), 0)
-    present = {name or "headers": i for i, name in enumerate(FIELDS) if count[i]}
+    present = {LABEL_OF[name]: i for i, name in enumerate(FIELDS) if count[i]}
     return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
 
 
@@ -121,7 +121,7 @@ def evaluation_table(
     with redirect_stdout(sys.stderr):
         whole, means = evaluate(losses, stream, fields, B, T)
     count = np.bincount(fields[1:], minlength=len(FIELDS)).tolist()
-    counts = {name or "headers": n for name, n in zip(FIELDS, count, strict=True)}
+    counts = dict(zip(LABEL_OF.values(), count, strict=True))
     n_bytes = len(stream) - 1
     lines = [
         f"{about['dataset']}: {count_text(about['records'])}mode {mode}, "
@@ -131,6 +131,6 @@ def evaluation_table(
     rows = [("field", "bytes", "share", "nats/byte", "bits/byte")]
     for name, mean in (means | {"whole": whole}).items():
         n = counts.get(name, n_bytes)
-        bits = mean / math.log(2)
+        bits = bits_per_byte(mean)
         rows.append((name, f"{n:,}", f"{n / n_bytes:.1%}", f"{mean:.4f}", f"{bits:.4f}"))
     return "\n".join([*lines, format_table(rows)])

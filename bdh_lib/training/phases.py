@@ -1,7 +1,6 @@
 """A chain of runs, each from the best weights of the one before, and what it makes them forget."""
 
 import json
-import math
 import re
 from contextlib import suppress
 from functools import partial
@@ -22,6 +21,7 @@ from bdh_lib.training.dataset import load_prepared
 from bdh_lib.training.evaluation import evaluate
 from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.step import byte_losses
+from bdh_lib.units import bits_per_byte
 from bdh_mlx import load_model
 
 PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")
@@ -85,8 +85,8 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]
         with suppress(NoDataError):
             val = load_prepared(s, mode)[2]
             loss, nats = evaluate(losses, val.bytes, val.fields, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
-            bpb[mode] = loss / math.log(2)
-            fields[mode] = {field: loss / math.log(2) for field, loss in nats.items()}
+            bpb[mode] = bits_per_byte(loss)
+            fields[mode] = {field: bits_per_byte(loss) for field, loss in nats.items()}
     if not stop.requested:
         results |= {"val_bpb": bpb, "val_bpb_fields": fields}
         files.atomic_write_text(file, json.dumps(results, indent=1))

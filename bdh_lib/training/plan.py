@@ -19,7 +19,7 @@ from bdh_lib.compute.layer import Compute
 from bdh_lib.data import sources
 from bdh_lib.data.columns import parse_record
 from bdh_lib.data.describe import describe
-from bdh_lib.data.formats import FIELDS, REQUIRED_FIELDS, STOP, Turns
+from bdh_lib.data.formats import FIELDS, LABEL_OF, REQUIRED_FIELDS, STOP, Turns
 from bdh_lib.data.prepare import IN_VAL, data_settings, prepare
 from bdh_lib.data.texts import format_record
 from bdh_lib.errors import escape_controls
@@ -168,7 +168,7 @@ def modes(found: Findings) -> str:
     """Return the records and bytes of each mode, by field."""
     rows = [("mode", "records", "bytes", "bytes by field")]
     for mode, sizes in found.of_mode.items():
-        parts = ", ".join(f"{name or 'headers'} {size:,}" for name, size in sizes.items())
+        parts = ", ".join(f"{LABEL_OF[name]} {size:,}" for name, size in sizes.items())
         rows.append((mode, f"{found.usable[mode]:,}", f"{sizes.total():,}", parts))
     return format_table(rows, "  ")
 
@@ -255,7 +255,7 @@ def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
     rows = [("field", "training bytes")]
     for i, name in enumerate(FIELDS):
         if n := np.count_nonzero(fields == i):
-            rows.append((name or "headers", f"{n:,}"))
+            rows.append((LABEL_OF[name], f"{n:,}"))
     print("\na ready split, the same in every mode, without records to look at:")
     print(format_table(rows, "  "))
     print(f"\nthe first {min(SHOWN, len(stream)):,} bytes:\n  {stream[:SHOWN].tobytes()!r}")

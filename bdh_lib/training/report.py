@@ -23,6 +23,7 @@ from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.plots import INK, LINES, canvas, drawn, label, legend, panel
 from bdh_lib.tables import format_table
 from bdh_lib.training import evaluation, runlog
+from bdh_lib.units import bits_per_byte
 
 POINTS = 1000  # of a curve, at most
 _warned = set()  # runs whose report failed
@@ -130,7 +131,7 @@ def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
 def bits(lines: list[dict]) -> list[dict]:
     """Return the lines with the training loss, and the one that judges, in bits per byte too."""
     names = (("loss", "bpb"), ("monitored_loss", "monitored_bpb"))
-    return [m | {b: m[a] / math.log(2) for a, b in names if a in m} for m in lines]
+    return [m | {b: bits_per_byte(m[a]) for a, b in names if a in m} for m in lines]
 
 
 def best(lines: list[dict]) -> dict:
