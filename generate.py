@@ -33,7 +33,7 @@ from bdh_lib.compute.memory import compute_for, limit_cache
 from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
 from bdh_lib.data.questions import load_questions
-from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.errors import UserError, escape_controls, warn
 from bdh_lib.generation import answers, chat, export, states, trace
 from bdh_lib.generation.arguments import parse_args
 from bdh_lib.generation.decoding import (
@@ -226,7 +226,7 @@ def settings_or_empty(weights: Path) -> dict:
     try:
         return runs.settings_of(weights)
     except UserError as error:
-        print(f"warning: {error}; the settings of the training are unknown", file=sys.stderr)
+        warn(f"{error}; the settings of the training are unknown")
         return {}
 
 

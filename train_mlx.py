@@ -127,7 +127,7 @@ from bdh_lib.data.formats import (
     sample_prompts,
 )
 from bdh_lib.data.questions import N_QUESTIONS, Records, choose_questions
-from bdh_lib.errors import UserError
+from bdh_lib.errors import UserError, warn
 from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.generation.answers import answer_questions
 from bdh_lib.generation.decoding import complete_prompts
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     base, results = settings(argv), {}
     cli.check_temporary_folder()
     for slip in flags.find_typos(sys.modules[__name__], RULES):
-        print(f"warning: {slip}", file=sys.stderr)
+        warn(slip)
     if base.selfcheck:
         return selfcheck.run_checks(base.DTYPE)
     if base.plan:

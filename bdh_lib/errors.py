@@ -1,7 +1,8 @@
-"""Errors that a user can correct, and text that is safe on a terminal."""
+"""Errors that a user can correct, warnings, and text that is safe on a terminal."""
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
 
 
@@ -26,6 +27,13 @@ def escape_controls(text: str) -> str:
     )
     text = re.sub(r"[\udc80-\udcff]", lambda c: f"\\x{ord(c[0]) - 0xDC00:02x}", text)
     return re.sub(unsafe, lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr, on a line of its own where a progress bar is drawn."""
+    from tqdm import tqdm  # late, as all that a start need not wait for
+
+    tqdm.write(f"warning: {escape_controls(text)}", file=sys.stderr)
 
 
 def did_you_mean(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:

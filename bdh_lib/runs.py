@@ -1,10 +1,9 @@
 """Find the weights file and the settings in a run folder, without MLX."""
 
-import sys
 from pathlib import Path
 
 from bdh_lib import files
-from bdh_lib.errors import UserError
+from bdh_lib.errors import UserError, warn
 
 
 def find_weights(path: str | Path) -> Path:
@@ -25,7 +24,7 @@ def find_weights(path: str | Path) -> Path:
         if not (fault := _fault(step / "model.safetensors")):
             if faults:
                 damaged = "; ".join(f"{f.name} {reason}" for f, reason in faults)
-                print(f"warning: in {path} {damaged}; taking {step.name}", file=sys.stderr)
+                warn(f"in {path} {damaged}; taking {step.name}")
             return step / "model.safetensors"
         faults.append((step, fault))
     if faults:

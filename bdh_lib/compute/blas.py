@@ -11,6 +11,8 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from bdh_lib.errors import warn
+
 is_limited = False  # to one thread a product, which leaves the cores to the streams of layer.py
 
 
@@ -52,10 +54,9 @@ def open_library() -> None:
         except (OSError, PackageNotFoundError, StopIteration):
             continue
         return
-    print(
-        "warning: no fast BLAS, matrix products will be some 30 times slower. To cure it: "
-        "pip install ngsolve-openblas (x86-64) or apt install libopenblas0",
-        file=sys.stderr,
+    warn(
+        "no fast BLAS, matrix products will be some 30 times slower. To cure it: "
+        "pip install ngsolve-openblas (x86-64) or apt install libopenblas0"
     )
 
 
@@ -69,6 +70,6 @@ def is_wanted() -> bool:
 
 
 if is_wanted() and "mlx.core" in sys.modules:
-    print("warning: slow matrix products; import bdh_mlx before mlx.core", file=sys.stderr)
+    warn("slow matrix products; import bdh_mlx before mlx.core")
 elif is_wanted():
     open_library()

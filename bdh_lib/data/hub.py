@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from bdh_lib.errors import UserError
+from bdh_lib.errors import UserError, warn
 
 NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?(?:#(.+))?")
 ALTERNATIVES = (
@@ -82,7 +82,7 @@ def load(dataset: str) -> dict:
 
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
     if constants.HF_HUB_OFFLINE and not os.environ.get("HF_HUB_OFFLINE"):
-        print("warning: the hub is out of reach; looking in the cache of earlier downloads")
+        warn("the hub is out of reach; looking in the cache of earlier downloads")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries, told as one error
     try:
         loaded = datasets.load_dataset(name, config, revision=sha, split=split)

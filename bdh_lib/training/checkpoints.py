@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from bdh_lib import files
 from bdh_lib.compute.arrays import read_arrays
-from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.errors import UserError, warn
 from bdh_lib.flags import Settings
 from bdh_mlx import BDH, save_model
 
@@ -130,9 +130,7 @@ def read_best(run: Path) -> dict:
         reason = "best.json is not what was written"
     if not reason:
         return best
-    print(
-        f"warning: no checkpoint is the best until the next validation: {escape_controls(reason)}"
-    )
+    warn(f"no checkpoint is the best until the next validation: {reason}")
     (run / "best.json").rename(unused(run, "damaged-best.json"))
     return {}
 
@@ -225,8 +223,7 @@ def newest_valid(run: Path) -> int:
         if not (reason := find_corruption(folder(run, step))):
             return step
         aside = folder(run, step).rename(unused(run, f"damaged-{step:06d}"))
-        reason = escape_controls(reason)
-        print(f"warning: checkpoint {step} is damaged, kept as {aside.name}: {reason}")
+        warn(f"checkpoint {step} is damaged, kept as {aside.name}: {reason}")
     if candidates or any(run.glob("damaged-[0-9]*")):
         raise NoValidCheckpoint(
             f"{run} has no valid checkpoint left; set RUN_NAME to start another run"

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 from bdh_lib.compute import memory
-from bdh_lib.errors import UserError
+from bdh_lib.errors import UserError, warn
 from bdh_lib.flags import Settings
 from bdh_lib.training import checkpoints, phases
 
@@ -65,7 +63,7 @@ def restarted_after_gpu_fault(s: Settings, allowed: bool) -> Iterator[None]:
     if not allowed or (count := count_restart(s)) > MAX_RESTARTS:
         raise GpuFault(f"{reason}. Checkpoints are as they were; the same command goes on")
     again = f"restart {count} of at most {MAX_RESTARTS} without a newer one"
-    tqdm.write(f"warning: {reason}. Going on from the newest checkpoint: {again}", file=sys.stderr)
+    warn(f"{reason}. Going on from the newest checkpoint: {again}")
     sys.stdout.flush()
     # a second --refresh-data could find other data than the run began with
     arguments = [word for word in sys.orig_argv[1:] if word != "--refresh-data"]

@@ -13,13 +13,12 @@ if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwh
 
 import html
 import math
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 from bdh_lib import cli, files, flags, runs
 from bdh_lib.data.describe import describe
-from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.errors import UserError, escape_controls, warn
 from bdh_lib.plots import INK, LINES, canvas, drawn, label, legend, panel
 from bdh_lib.tables import format_table
 from bdh_lib.training import evaluation, runlog
@@ -62,7 +61,7 @@ def read_config(run: Path) -> dict:
         content = files.read_json_object(run / "config.json")
         is_there = (run / "config.json").exists()
     except UserError as error:
-        print(f"warning: {error}", file=sys.stderr)
+        warn(str(error))
         return config
     for name, empty in config.items():
         value = content.get(name) if is_there else empty
@@ -72,7 +71,7 @@ def read_config(run: Path) -> dict:
             damaged.append(name)
     if damaged:
         problem = f"{', '.join(damaged)} not as the trainer writes it"
-        print(f"warning: {run / 'config.json'} is damaged: {problem}", file=sys.stderr)
+        warn(f"{run / 'config.json'} is damaged: {problem}")
     return config | {"settings": runs.valid_settings(config["settings"])}
 
 
@@ -383,8 +382,7 @@ def redraw(run: Path) -> None:
         write_report(run)
     except Exception as error:
         if run not in _warned:
-            reason = escape_controls(" ".join(str(error).split()))[:200]
-            print(f"warning: no report in {run}: {reason}")
+            warn(f"no report in {run}: {' '.join(str(error).split())[:200]}")
         _warned.add(run)
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from bdh_lib import files
 from bdh_lib.compute.device import on_cuda
-from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.errors import UserError, escape_controls, warn
 from bdh_lib.progress import LINE_EVERY, Progress, heartbeat
 from bdh_lib.training import checkpoints
 from bdh_lib.training.distributed import World
@@ -76,10 +76,10 @@ class RunLog:
         """
         lines = read_log(self.path)
         if step and not self.path.exists():
-            print(f"warning: {self.path} is gone; what it told up to iteration {step} is lost")
+            warn(f"{self.path} is gone; what it told up to iteration {step} is lost")
         elif self.path.exists() and self.path.read_bytes().count(b"\n") > len(lines):
             aside = self.path.rename(checkpoints.unused(self.run, "damaged-metrics.jsonl"))
-            print(f"warning: lines of {self.path} are not what was written; kept as {aside.name}")
+            warn(f"lines of {self.path} are not what was written; kept as {aside.name}")
         return lines
 
     @property

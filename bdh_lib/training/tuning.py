@@ -20,7 +20,7 @@ import mlx.core as mx
 from bdh_lib import files
 from bdh_lib.compute import memory
 from bdh_lib.compute.layer import Compute, default_chunk, segments
-from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.errors import UserError, warn
 from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
 from bdh_lib.tables import format_table
@@ -85,8 +85,8 @@ def kept(s: Settings) -> tuple[str, dict]:
             return "by --tune", choice
         reason = f"{kept_file(s)} is damaged"
     except UserError as error:
-        reason = escape_controls(str(error))
-    print(f"warning: {reason}; it is ignored, and --tune writes it anew")
+        reason = str(error)
+    warn(f"{reason}; it is ignored, and --tune writes it anew")
     return "", {}
 
 

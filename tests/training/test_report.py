@@ -146,7 +146,7 @@ def test_a_report_that_fails_ends_no_run_and_is_told_once(tmp_path, monkeypatch,
 
     monkeypatch.setattr(report, "curves", broken)
     assert train(tmp_path, "--max-iters", 6) == 0
-    assert capsys.readouterr().out.count("warning: no report") == 1
+    assert capsys.readouterr().err.count("warning: no report") == 1
     assert not (tmp_path / "full" / "report.html").exists()
 
 

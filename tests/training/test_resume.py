@@ -199,7 +199,7 @@ def test_a_log_that_is_damaged_is_set_aside_and_told(tmp_path, capsys, damage):
     before = log.read_bytes()
     capsys.readouterr()
     assert train(tmp_path, "--max-iters", 6) == 0
-    assert "kept as damaged-metrics.jsonl-0" in capsys.readouterr().out
+    assert "kept as damaged-metrics.jsonl-0" in capsys.readouterr().err
     assert (tmp_path / "full" / "damaged-metrics.jsonl-0").read_bytes() == before
     steps = [m["step"] for m in metrics(tmp_path) if "loss" in m]
     assert steps == [n for n in range(1, 7) if damage != "flipped" or n != 2]
@@ -211,10 +211,10 @@ def test_a_log_cut_by_a_kill_is_no_damage_and_one_that_is_gone_is_told(tmp_path,
     log.write_bytes(log.read_bytes() + b'{"step": 5, "lo')
     capsys.readouterr()
     train(tmp_path, "--max-iters", 5)
-    assert "warning" not in capsys.readouterr().out
+    assert "warning" not in capsys.readouterr().err
     log.unlink()
     train(tmp_path, "--max-iters", 6)
-    assert "is gone; what it told up to iteration 5 is lost" in capsys.readouterr().out
+    assert "is gone; what it told up to iteration 5 is lost" in capsys.readouterr().err
     assert not list((tmp_path / "full").glob("damaged-*"))
 
 
@@ -366,7 +366,7 @@ def test_a_best_json_of_a_checkpoint_that_is_gone_is_dropped(tmp_path, capsys):
     train(tmp_path, "--max-iters", 4)
     rewrite_best(tmp_path / "full", checkpoint="step-000006", step=6, monitored_loss=1.0)
     assert checkpoints.read_best(tmp_path / "full") == {}
-    assert "the best until the next validation: step-000006 is not" in capsys.readouterr().out
+    assert "the best until the next validation: step-000006 is not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_a_best_json_that_is_none_is_set_aside(tmp_path, capsys, kind):
     else:
         best.write_text("mine" if kind == "text" else "[" * 100_000)
     assert train(tmp_path, "--max-iters", 4) == 0
-    assert "best.json is not what was written" in capsys.readouterr().out
+    assert "best.json is not what was written" in capsys.readouterr().err
     assert json.loads(best.read_text())["step"] == 4
     aside = tmp_path / "full" / "damaged-best.json-0"
     assert aside.is_symlink() or aside.is_dir() or aside.read_text()[:4] in ("mine", "[[[[")

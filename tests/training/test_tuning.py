@@ -168,8 +168,8 @@ def test_a_damaged_file_is_ignored_with_one_warning(damage, tmp_path, capsys):
         file.write_text(damage)
     s = train_mlx.settings([*ARGS, "--checkpoint-dir", str(tmp_path)])
     assert tuning.select(s, *tuning.kept(s))[0] == "fast"
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and out.startswith("warning: ") and str(file) in out
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("warning: ") and str(file) in err
 
 
 def test_only_a_long_run_is_told_of_it(monkeypatch):
