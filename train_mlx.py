@@ -28,21 +28,21 @@ COLUMNS: str | None = None  # "instruction=query,response=reply"; none: by the n
 # Training
 BLOCK_SIZE: int = 2048  # context length in training, in bytes
 BATCH_SIZE: int = 2  # sequences computed at once, by each process
-GRAD_ACCUM: int = 1  # micro-batches per update (gradient accumulation)
-MAX_ITERS: int | None = 10_000  # updates; the run ends here or after EPOCHS, whichever comes first
+GRAD_ACCUM: int = 1  # micro-batches per iteration (gradient accumulation)
+MAX_ITERS: int | None = 10_000  # iterations, unless EPOCHS end the run sooner
 EPOCHS: float | None = 10  # passes over the training bytes; none: as many as MAX_ITERS takes
 PATIENCE: int | None = 5  # evaluations without a new best that end the run; none: never stop early
 LEARNING_RATE: float = 1e-3  # at the end of the warm-up
 MIN_LR_RATIO: float = 0.1  # at the end of the cosine, as a share of LEARNING_RATE
-WARMUP_ITERS: int = 100  # linear warm-up, in updates
-LR_DECAY_ITERS: int | None = None  # update at which the cosine ends; none: the end of the run
+WARMUP_ITERS: int = 100  # linear warm-up, in iterations
+LR_DECAY_ITERS: int | None = None  # iteration at which the cosine ends; none: the end of the run
 WEIGHT_DECAY: float = 0.5  # AdamW's; the paper has 0.1
 BETA2: float = 0.95  # AdamW's decay of the mean of squared gradients
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: no clipping
 EMA_DECAY: float = 0.99  # decay of the exponential moving average of the weights; 0: off
 SHUFFLE_RECORDS: bool = True  # a new order of the records in each epoch; plain text keeps its own
 BYTE_NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
-MAX_CONSECUTIVE_SKIPS: int = 10  # updates in a row that are not finite before the run stops
+MAX_CONSECUTIVE_SKIPS: int = 10  # skipped updates in a row, not finite, that end the run
 # Model, and how it is computed
 BDH_CONFIG = bdh_mlx.BDHConfig(n_layer=4, dropout=0.3)  # n_embd=256, n_head=4: 25.3M parameters
 DTYPE: str = "auto"  # of matrix products: "bfloat16", "float32"; auto: bfloat16 on a GPU
@@ -52,9 +52,9 @@ IGNORE_MEMORY_CHECK: bool = False  # start even if the estimate exceeds the avai
 SEED: int = 1337  # of weights, split, data order, dropout and samples
 VAL_FRACTION: float = 0.1  # of the records, held out
 EVAL_BYTES: int | None = 200_000  # validation bytes read at most, always the same; none: all
-LOG_FREQ: int = 50  # updates between lines
-EVAL_FREQ: int = 500  # updates between validations and samples
-SAVE_FREQ: int = 500  # updates between checkpoints
+LOG_FREQ: int = 50  # iterations between lines
+EVAL_FREQ: int = 500  # iterations between validations and samples
+SAVE_FREQ: int = 500  # iterations between checkpoints
 SAVE_MINUTES: float | None = 10  # minutes between checkpoints at most; none: SAVE_FREQ alone
 KEEP_CHECKPOINTS: int = 3  # latest checkpoints kept, besides the best
 SAMPLE_BYTES: int = 200  # length of each sample, and of each answer at most; 0: none
@@ -140,7 +140,7 @@ from bdh_lib.training.batches import (
     batch_positions,
     get_batch,
     micro_batch_indices,
-    n_targets_in_update,
+    n_targets_in_step,
 )
 from bdh_lib.training.dataset import Split, load_split
 from bdh_lib.training.distributed import World, is_lost
@@ -149,7 +149,7 @@ from bdh_lib.training.evaluation import compile_evaluation, evaluate, neuron_act
 from bdh_lib.training.report import redraw
 from bdh_lib.training.resume import resume_or_init
 from bdh_lib.training.runlog import Meter, RunLog, main_process_prints
-from bdh_lib.training.schedule import blocks_per_update, learning_rate, total_steps
+from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
 from bdh_lib.training.signals import StopSignal, default_signals
 from bdh_lib.training.step import compile_steps, init_model
 from bdh_lib.units import bits_per_byte
@@ -290,7 +290,7 @@ def broadcast_state(world: World, model: BDH, optimizer, ema: dict) -> None:
 
 
 class SummedGradients(NamedTuple):
-    """The loss of an update and its gradients, and whether any target counts in them."""
+    """The loss of a step and its gradients, and whether any target counts in them."""
 
     loss: mx.array
     gradients: dict
@@ -305,13 +305,13 @@ def sum_gradients(
     stop: StopSignal,
     world: World,
 ) -> SummedGradients:
-    """Return the gradients of an update, over its batches on all processes.
+    """Return the gradients of a step, over its batches on all processes.
 
     A signal ends it early where there is one process.
     """
     if not stop.has_trained:
         print("compiling the training step, once (a minute or more on a new machine)")
-    loss, gradients, n_targets = 0.0, None, n_targets_in_update(train_split, step, s)
+    loss, gradients, n_targets = 0.0, None, n_targets_in_step(train_split, step, s)
     indices = micro_batch_indices(s, step, world)
     for i in indices:
         batch = get_batch(train_split, i, s, n_targets)
@@ -345,8 +345,8 @@ def write_samples(s: Settings, step: int, model: BDH, val: Split, stop: StopSign
 
 
 def no_sound_update(s: Settings, step: int, train_split: Split) -> str:
-    """Return why a run ends, and where in the data the blocks of its last update begin."""
-    count = blocks_per_update(s)
+    """Return why a run ends, and where in the data the blocks of its last step begin."""
+    count = blocks_per_step(s)
     shown = batch_indices(s, step)[: math.ceil(64 / s.BATCH_SIZE)]
     starts = [int(n) for i in shown for n in batch_positions(train_split, i, s)[:, 0]][:64]
     more = f" and {count - len(starts):,} others" if count > len(starts) else ""
@@ -384,14 +384,14 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     eval_losses = compile_evaluation(model, len(val.bytes), s)
     memory.set_limit(peak, compute)
     baselines = byte_baselines(s.LOSS_ON, train_split, val)
-    meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_update(s))
+    meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_step(s))
 
     def save(step):
         if step > log.last_saved:
             with ema_applied(model, ema):
                 log.save(step, partial(checkpoints.save, run, step, model, optimizer, info, ema))
 
-    for step in range(first_step, n_steps + 1):  # one more than updates: the end is evaluated too
+    for step in range(first_step, n_steps + 1):  # one more: the end is evaluated too
         last_step = step == n_steps
         stop.sync()
 
@@ -401,7 +401,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         if stop.requested:
             break
 
-        # every EVAL_FREQ updates: evaluate on the same bytes, keep the best, advise, write samples
+        # every EVAL_FREQ steps: evaluate on the same bytes, keep the best, advise, write samples
         if (last_step or step % s.EVAL_FREQ == 0) and log.last_eval < step:
             with ema_applied(model, ema):
                 results = evaluation_results(s, step, model, eval_losses, val, stop, world)
@@ -425,19 +425,19 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         if last_step:
             break
 
-        # one update: micro-batches on each process, then one step of AdamW
+        # one step: micro-batches on each process, then an update by AdamW
         meter.start()
         optimizer.learning_rate = lr = learning_rate(step, n_steps, s)
         with meter.show_life():
-            update = sum_gradients(s, step, micro_step, train_split, stop, world)
+            summed = sum_gradients(s, step, micro_step, train_split, stop, world)
             if not stop.requested:
-                norm = apply_update(update.loss, update.gradients)
+                norm = apply_update(summed.loss, summed.gradients)
                 (mx.async_eval if stop.has_trained and on_cuda() else mx.eval)(state, norm)
-        if stop.requested:  # the update is not whole: the run is saved as it was after the last one
+        if stop.requested:  # the step is not whole: the run is saved as it was after the last one
             save(step)
             break
         stop.has_trained = True  # from here on there is work to save
-        meter.stop(step + 1, update.loss, norm, update.has_targets)
+        meter.stop(step + 1, summed.loss, norm, summed.has_targets)
         if meter.consecutive_skips == s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(no_sound_update(s, step - len(meter.unread), train_split))
         if (step + 1) % s.LOG_FREQ == 0 and (averages := meter.read(step + 1)):

@@ -42,7 +42,7 @@ QUIET = (
 PLAIN = "--n-layer 6 --weight-decay 0.1 --beta2 0.999 --ema-decay 0 --no-shuffle-records "
 
 # Parity: what the official train.py does, and every byte block the same on both sides. No
-# schedule, no clipping; validation every 100 updates over all validation bytes.
+# schedule, no clipping; validation every 100 iterations over all validation bytes.
 PARITY = PLAIN + (
     "--block-size 512 --batch-size 32 --max-iters 700 --learning-rate 1e-3 --weight-decay 0.1 "
     "--dropout 0.1 --warmup-iters 0 --min-lr-ratio 1 --grad-clip none --eval-freq 100 "
@@ -91,7 +91,7 @@ SWEEP = {
 }
 
 # A few MB of records: flags of a job over those of RECORDS. The first one is the default of
-# train_mlx.py, with all its updates.
+# train_mlx.py, with all its iterations.
 RECORDS = (
     "--training-mode full --n-layer 6 --dropout 0.3 --block-size 2048 --batch-size 2 "
     "--max-iters 2400 --learning-rate 1e-3 --weight-decay 0.5 --beta2 0.999 --ema-decay 0.99 "
@@ -123,7 +123,7 @@ SIZES = {
 GUIDE = f"{PLAIN} --dropout 0.1 --block-size 4096 --batch-size 2 --eval-freq 250"
 RATE = "--learning-rate 1e-3"
 OWN = "--epochs 3 --warmup-iters 100 --max-iters"
-ARMS = {  # name: phases of (mode, share of the updates, flags)
+ARMS = {  # name: phases of (mode, share of the iterations, flags)
     "both": [("both", 1, RATE)],
     "phased": [("system", 0.13, RATE), ("instruction", 0.87, RATE)],
     "full": [("full", 1, RATE)],
@@ -341,7 +341,7 @@ JOBS = {
 
 
 def train(job: dict, work: Path) -> dict:
-    """The trainer, phase after phase; the curve of validation nats by update over all phases."""
+    """The trainer, phase after phase; the curve of validation nats by iteration over all phases."""
     from mlx.utils import tree_flatten
 
     import bdh_mlx
@@ -588,7 +588,7 @@ def plot(rows: list[dict], file: str, experiment: str | None = None) -> None:
         kind = kinds.index(row["of"])
         first = next(r for r in rows if r["of"] == row["of"]) is row
         axes.plot(steps, values, color=f"C{kind % 10}", label=row["of"] if first else None)
-    axes.set(xlabel="update", ylabel="validation loss, nats per byte")
+    axes.set(xlabel="iteration", ylabel="validation loss, nats per byte")
     low = min(v for r in rows for _, v in r["curve"])
     axes.set_ylim(low - 0.03, low + 0.6)
     axes.grid(alpha=0.3)
@@ -615,9 +615,9 @@ def main() -> None:
     parser.add_argument("--per-gpu", type=int, default=1, help="jobs at once on each (1)")
     parser.add_argument("--minutes", type=float, default=600, help="when the last job must be over")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of a job ({SEEDS})")
-    parser.add_argument("--iterations", type=int, default=1000, help="updates of a guide arm")
+    parser.add_argument("--iterations", type=int, default=1000, help="of a guide arm")
     parser.add_argument("--only", action="append", help="these recipes or arms, all seeds")
-    parser.add_argument("--smoke", type=int, nargs="?", const=20, help="tiny models, 20 updates")
+    parser.add_argument("--smoke", type=int, nargs="?", const=20, help="tiny models, 20 iterations")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.what[0] == "plot":

@@ -135,7 +135,7 @@ def estimate(config, B: int, T: int, compute: Compute) -> float:
 
 def step_peak(s: Settings, compute: Compute) -> float:
     """Estimate the peak bytes of a step with these settings, computed in a given way."""
-    ema = 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0  # an update needs two copies
+    ema = 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0  # a step needs two copies
     return estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + ema
 
 

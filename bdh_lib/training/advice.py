@@ -16,7 +16,7 @@ from bdh_lib.training.dataset import Split
 from bdh_lib.units import bits_per_byte
 
 MIN_RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
-LOSS_JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ updates, to the next
+LOSS_JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ steps, to the next
 NORM_LIMIT = 10  # gradient norm, in GRAD_CLIPs, beyond which the clipping alone sets the step
 NOISE_SHARE = 0.9  # share of the order-0 entropy above which text is noise
 LATE_FRACTION = 0.25  # share of a run by which it should know more than which byte follows which
@@ -65,7 +65,7 @@ def advise(
     """Return the advice by the name of its sign, for the evaluation that ends `history`
     (metrics.jsonl).
 
-    total: updates of the whole run; baselines: what `byte_baselines` gives.
+    total: steps of the whole run; baselines: what `byte_baselines` gives.
     """
     val = {m["step"]: m["monitored_loss"] for m in history if "monitored_loss" in m}
     lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]

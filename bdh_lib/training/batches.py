@@ -11,7 +11,7 @@ from bdh_lib.data.formats import FIELDS
 from bdh_lib.flags import Settings
 from bdh_lib.training.dataset import Split
 from bdh_lib.training.distributed import World
-from bdh_lib.training.schedule import blocks_per_update
+from bdh_lib.training.schedule import blocks_per_step
 
 
 class Batch(NamedTuple):
@@ -74,9 +74,9 @@ def target_mask(split: Split, positions: np.ndarray, s: Settings) -> np.ndarray:
 
 
 def get_batch(split: Split, batch_index: int, s: Settings, n_targets: int) -> Batch:
-    """Return a run's batch number `batch_index`, one of those of an update.
+    """Return a run's batch number `batch_index`, one of those of a step.
 
-    The loss of the update is the mean over the `n_targets` targets that count in its batches, on
+    The loss of the step is the mean over the `n_targets` targets that count in its batches, on
     all processes: the weight of each is 1 / n_targets, that of the others 0.
     """
     positions = batch_positions(split, batch_index, s)
@@ -91,19 +91,19 @@ def get_batch(split: Split, batch_index: int, s: Settings, n_targets: int) -> Ba
 
 
 def batch_indices(s: Settings, step: int) -> range:
-    """Return the numbers, in the run, of the batches of update number `step`."""
-    n_batches = blocks_per_update(s) // s.BATCH_SIZE
+    """Return the numbers, in the run, of the batches of step number `step`."""
+    n_batches = blocks_per_step(s) // s.BATCH_SIZE
     return range(step * n_batches, (step + 1) * n_batches)
 
 
 def micro_batch_indices(s: Settings, step: int, world: World) -> range:
-    """Return the numbers, in the run, of this process's batches of an update."""
+    """Return the numbers, in the run, of this process's batches of a step."""
     return batch_indices(s, step)[world.rank :: world.size]
 
 
-def n_targets_in_update(split: Split, step: int, s: Settings) -> int:
-    """Return how many targets count in the loss of update number `step`, over all its batches."""
+def n_targets_in_step(split: Split, step: int, s: Settings) -> int:
+    """Return how many targets count in the loss of step number `step`, over all its batches."""
     if s.LOSS_ON == "all":
-        return blocks_per_update(s) * s.BLOCK_SIZE
+        return blocks_per_step(s) * s.BLOCK_SIZE
     masks = (target_mask(split, batch_positions(split, i, s), s) for i in batch_indices(s, step))
     return sum(int(mask.sum()) for mask in masks)

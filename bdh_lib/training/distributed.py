@@ -1,4 +1,4 @@
-"""One run on several processes, each with a part of every update's sequences: data-parallel.
+"""One run on several processes, each with a part of every step's sequences: data-parallel.
 
     mlx.launch -n 2 -- python train_mlx.py           # two on this machine
     mlx.launch --hosts 10.0.0.1,10.0.0.2 -- python train_mlx.py

@@ -30,7 +30,7 @@ from bdh_lib.training import phases, tuning
 from bdh_lib.training.batches import get_batch
 from bdh_lib.training.dataset import Split, open_split
 from bdh_lib.training.runlog import duration
-from bdh_lib.training.schedule import blocks_per_update, schedule_summary, total_steps
+from bdh_lib.training.schedule import blocks_per_step, schedule_summary, total_steps
 from bdh_lib.training.signals import default_signals
 from bdh_lib.training.step import byte_losses, compile_steps, init_model
 
@@ -188,7 +188,7 @@ def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> 
             continue
         n_bytes = sizes[s.TRAINING_MODE]
         total = total_steps(s, n_bytes) if n_bytes else 0
-        read = total * s.BLOCK_SIZE * blocks_per_update(s)
+        read = total * s.BLOCK_SIZE * blocks_per_step(s)
         gb = peaks(s)
         fits = [k for k, g in zip(memory.MODES, gb, strict=True) if g * 1e9 <= memory.available()]
         rows.append(
@@ -200,14 +200,12 @@ def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> 
 
 
 def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
-    """Return the seconds of an update and of an evaluation's batch: the median of three after a
-    first.
-    """
+    """Return the seconds of a step and of an evaluation's batch, medians of three after a first."""
     model, optimizer, ema = init_model(s, compute)
     micro_step, apply_update, state = compile_steps(model, optimizer, ema, s)
     losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
     steps, evaluations = [], []
-    print(f"\nmeasuring the speed{memory.slow_note(s)}: compiling, then 4 updates")
+    print(f"\nmeasuring the speed{memory.slow_note(s)}: compiling, then 4 iterations")
     for i in range(4):
         batch = get_batch(train, i, s, s.BATCH_SIZE * s.BLOCK_SIZE)
         tick = time.perf_counter()
@@ -220,7 +218,7 @@ def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
         mx.eval(losses)
         steps.append((tock - tick) * s.GRAD_ACCUM)
         evaluations.append(time.perf_counter() - tock)
-        print(f"  update {i + 1} of 4: {tock - tick:.1f} s", flush=True)
+        print(f"  iteration {i + 1} of 4: {tock - tick:.1f} s", flush=True)
     return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
 
 
@@ -272,7 +270,7 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     sizes[s.TRAINING_MODE] = len(train_bytes)
 
     total = total_steps(s, len(train_bytes))
-    per_iter = s.BLOCK_SIZE * blocks_per_update(s)
+    per_step = s.BLOCK_SIZE * blocks_per_step(s)
     n = s.BDH_CONFIG.n_parameters
     fits = memory.available() / 1e9
     estimates = zip(memory.MODES, peaks(s), strict=True)
@@ -294,7 +292,9 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
         step, evaluation = measure(s, train, compute)
     times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val.bytes) / (s.BATCH_SIZE * s.BLOCK_SIZE)
-    print(f"speed: {per_iter / step:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 updates")
+    print(
+        f"speed: {per_step / step:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 iterations"
+    )
     whole = total * step + evaluating
     share = f"{duration(evaluating)} ({evaluating / whole:.1%}) of it"
     evaluations = f"{times} evaluations of {len(val.bytes):,} bytes"

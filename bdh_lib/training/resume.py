@@ -13,7 +13,7 @@ from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.training import checkpoints, phases
 from bdh_lib.training.ema import copy_tree, ema_applied
 from bdh_lib.training.report import read_config
-from bdh_lib.training.schedule import blocks_per_update, learning_rate, total_steps
+from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
 from bdh_mlx import BDH, load_model
 
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
@@ -81,7 +81,7 @@ def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[
     """Return what has changed since a checkpoint, in words. Raises UserError for what may not
     change.
     """
-    new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_update(s)}
+    new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_step(s)}
     try:
         # a checkpoint from before SHUFFLE_RECORDS was trained without it
         saved = {"SHUFFLE_RECORDS": False} | info["settings"]
@@ -91,7 +91,7 @@ def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[
                 f"another run, with INIT_FROM {run.name} from these weights"
             )
         old = saved | info["versions"]
-        old[GLOBAL_BATCH] = blocks_per_update(Settings(**saved))
+        old[GLOBAL_BATCH] = blocks_per_step(Settings(**saved))
         changes = checkpoints.settings_changes(old, new) | data_changes(info["data"], report)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None

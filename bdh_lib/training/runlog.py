@@ -141,13 +141,13 @@ class RunLog:
 
 
 class Meter:
-    """The progress bar, and averages over the updates since the last logged line."""
+    """The progress bar, and averages over the steps since the last logged line."""
 
     def __init__(self, step: int, n_steps: int, bytes_per_step: int):
         self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
         self.progress = Progress("training", n_steps, "iterations", step)
-        self.skipped = self.consecutive_skips = 0  # updates whose numbers were not finite
-        self.unread = []  # updates that MLX may not have computed yet
+        self.skipped = self.consecutive_skips = 0  # steps whose numbers were not finite
+        self.unread = []  # steps that MLX may not have computed yet
         self.start_time = time.perf_counter()
         self.clear()
 
@@ -155,14 +155,14 @@ class Meter:
         self.losses, self.seconds, self.timed_bytes = [], 0.0, 0
 
     def start(self) -> None:
-        """Begin an update."""
+        """Begin a step."""
         self.step_start = time.perf_counter()
 
     def stop(self, step: int, loss: mx.array, norm: mx.array, has_targets: bool) -> None:
-        """End update number `step`; its loss is averaged where it has any targets.
+        """End step number `step`; its loss is averaged where it has any targets.
 
-        On CUDA its numbers are read when the next update has been submitted: the GPU computes while
-        the host prepares. The first update is not timed, because it compiles.
+        On CUDA its numbers are read when the next step has been submitted: the GPU computes while
+        the host prepares. The first step is not timed, because it compiles.
         """
         self.unread.append((step, loss, norm, has_targets))
         self.read_numbers(1 if on_cuda() else 0)
@@ -172,7 +172,7 @@ class Meter:
             self.timed_bytes += self.bytes_per_step
 
     def read_numbers(self, n_left: int) -> None:
-        """Wait for the updates but the last `n_left`, and count them."""
+        """Wait for the steps but the last `n_left`, and count them."""
         while len(self.unread) > n_left:
             step, loss, norm, has_targets = self.unread.pop(0)
             loss, norm = float(loss), float(norm)
@@ -188,13 +188,13 @@ class Meter:
         return (time.perf_counter() - self.start_time) / 60
 
     def show_life(self) -> AbstractContextManager:
-        """Return the heartbeat of an update, up to the first line of the log."""
+        """Return the heartbeat of a step, up to the first line of the log."""
         is_early = self.progress.line_every == LINE_EVERY
         return heartbeat("training") if is_early else nullcontext()
 
     def read(self, step: int) -> dict:
         """Return the mean loss, speed and time left after `step`, for the log, and reset the
-        averages; {} where no update since the last line has a loss.
+        averages; {} where no step since the last line has a loss.
         """
         self.read_numbers(0)
         if not self.losses:

@@ -1,40 +1,36 @@
-"""How long a run is, in updates, epochs and bytes, and its learning rate."""
+"""How long a run is, in steps, epochs and bytes, and its learning rate."""
 
 import math
 
 from bdh_lib.flags import Settings
 
 
-def blocks_per_update(s: Settings) -> int:
-    """Return the blocks that an update reads, over all processes."""
+def blocks_per_step(s: Settings) -> int:
+    """Return the blocks that a step reads, over all processes."""
     return s.BATCH_SIZE * s.GRAD_ACCUM * vars(s).get("PROCESSES", 1)
 
 
 def total_steps(s: Settings, n_bytes: int) -> int:
-    """Return the update at which the run ends: MAX_ITERS or the end of EPOCHS, one of which is
-    set.
-    """
+    """Return the number of steps of the run: up to MAX_ITERS or the end of EPOCHS; one is set."""
     blocks = math.ceil(n_bytes / s.BLOCK_SIZE)
-    by_epochs = math.ceil(s.EPOCHS * blocks / blocks_per_update(s)) if s.EPOCHS else math.inf
+    by_epochs = math.ceil(s.EPOCHS * blocks / blocks_per_step(s)) if s.EPOCHS else math.inf
     return min(s.MAX_ITERS or math.inf, by_epochs)
 
 
 def schedule_summary(s: Settings, n_bytes: int) -> str:
     """Say how long the run is, and whether MAX_ITERS or EPOCHS ends it before the other."""
-    total, bytes_per_update = total_steps(s, n_bytes), s.BLOCK_SIZE * blocks_per_update(s)
-    epochs, cut = total * bytes_per_update / n_bytes, ""
+    total, bytes_per_step = total_steps(s, n_bytes), s.BLOCK_SIZE * blocks_per_step(s)
+    epochs, cut = total * bytes_per_step / n_bytes, ""
     if epochs < (s.EPOCHS or 0):
         cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:g})"
     elif total < (s.MAX_ITERS or 0):
         cut = f"; EPOCHS ({s.EPOCHS:g}) ends it before MAX_ITERS ({s.MAX_ITERS:,})"
-    coverage = f"{total * bytes_per_update:,} bytes or {epochs:.2f} epochs"
-    return f"{total:,} iterations of {bytes_per_update:,} bytes are {coverage}{cut}"
+    coverage = f"{total * bytes_per_step:,} bytes or {epochs:.2f} epochs"
+    return f"{total:,} iterations of {bytes_per_step:,} bytes are {coverage}{cut}"
 
 
 def learning_rate(step: int, total: int, s: Settings) -> float:
-    """Return the rate of update number `step` (from 0): a linear rise, then half a cosine down to
-    the end.
-    """
+    """Return the rate of step number `step` (from 0): a linear rise, then half a cosine down."""
     if step < s.WARMUP_ITERS:
         return s.LEARNING_RATE * (step + 1) / s.WARMUP_ITERS
     end = s.LR_DECAY_ITERS or total

@@ -127,7 +127,7 @@ def saved_and_loaded(_) -> tuple[float, float]:
 
 
 def resumed(_) -> tuple[float, float]:
-    """Compare six updates at once with three, a checkpoint and three: the largest difference.
+    """Compare six steps at once with three, a checkpoint and three: the largest difference.
 
     0 on a CPU. A GPU adds up the gradient of the embedding in no fixed order, which Adam amplifies.
     """
@@ -140,7 +140,7 @@ def resumed(_) -> tuple[float, float]:
 
 
 def updated(run: Path, first: int, last: int) -> dict:
-    """Return the parameters after updates first .. last-1, from checkpoint `first`; leaves one of
+    """Return the parameters after steps first .. last-1, from checkpoint `first`; leaves one of
     `last`.
     """
     mx.random.seed(SEED)

@@ -1,4 +1,4 @@
-"""The model that is trained, the loss, and the two halves of an update."""
+"""The model that is trained, the loss, and the two halves of a step."""
 
 import math
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
 def compile_steps(
     model: BDH, optimizer: optim.Optimizer, ema: dict, s: Settings
 ) -> tuple[Callable, Callable, list]:
-    """Return the two halves of an update, compiled, and the state that they change.
+    """Return the two halves of a step, compiled, and the state that they change.
 
     micro_step(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
     apply_update(loss, gradients), each summed over the batches -> norm. Of `s` they take
@@ -66,7 +66,7 @@ def compile_steps(
 
     @compiled
     def apply_update(loss, gradients):
-        """Take one step of AdamW; nothing changes where the loss or the gradient is not finite."""
+        """Update the weights by AdamW; nothing changes where loss or gradient is not finite."""
         gradients, norm = optim.clip_grad_norm(gradients, s.GRAD_CLIP or math.inf)
         before = copy_tree(state)
         optimizer.update(model, gradients)

@@ -1,4 +1,4 @@
-"""What a run prints of itself before its first update and after its last one."""
+"""What a run prints of itself before its first step and after its last one."""
 
 import shlex
 import sys
@@ -18,7 +18,7 @@ from bdh_lib.data.formats import (
 from bdh_lib.flags import Settings
 from bdh_lib.training import tuning
 from bdh_lib.training.dataset import Split
-from bdh_lib.training.schedule import blocks_per_update
+from bdh_lib.training.schedule import blocks_per_step
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -58,7 +58,7 @@ def print_summary(
     ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
     if last["step"] < n_steps:
         ended = f"early, {s.PATIENCE} validations without a better one"
-    epochs = last["step"] * s.BLOCK_SIZE * blocks_per_update(s) / len(train_split.bytes)
+    epochs = last["step"] * s.BLOCK_SIZE * blocks_per_step(s) / len(train_split.bytes)
     values = {
         "epochs": f"{epochs:.2f}",
         "minutes": f"{minutes:.1f}",

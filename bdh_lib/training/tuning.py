@@ -1,4 +1,4 @@
-"""`python train_mlx.py --tune`: the fastest way to compute an update on this machine, by trying.
+"""`python train_mlx.py --tune`: the fastest way to compute a step on this machine, by trying.
 
 The search begins where MEMORY_MODE auto does and goes on as long as one of its neighbours is
 faster. The winner is kept in CHECKPOINT_DIR/.tune, and auto takes it for new runs of the same shape
@@ -26,15 +26,15 @@ from bdh_lib.progress import heartbeat
 from bdh_lib.tables import format_table
 from bdh_lib.training import checkpoints
 from bdh_lib.training.distributed import World
-from bdh_lib.training.schedule import blocks_per_update
+from bdh_lib.training.schedule import blocks_per_step
 from bdh_lib.training.signals import default_signals
 from bdh_lib.training.step import compile_steps, init_model
 
 SECONDS = 120  # that a search may take
 GAIN = 1.02  # how many times as fast another way must be for the search to go on from it
 SLOW = 1.25  # times the fastest one's seconds, from which on a candidate is not timed again
-FINAL_ROUNDS = 8  # of two updates each, in which the best are compared, as far as time is left
-PROBE = 512  # bytes of the block that foretells the time of an update
+FINAL_ROUNDS = 8  # of two steps each, in which the best are compared, as far as time is left
+PROBE = 512  # bytes of the block that foretells the time of a step
 WORTHWHILE = 10**13  # parameters x bytes of a run: about an hour on two CPU cores
 
 # -------------------------------------------------------------------------------------- the choice
@@ -123,7 +123,7 @@ def select(s: Settings, by: str, choice: dict) -> tuple[str, Compute, float]:
 
 def hint(s: Settings, name: str, n_steps: int) -> str:
     """Return a line on --tune for a long run that computes as auto guesses; "" for others."""
-    work = s.BDH_CONFIG.n_parameters * n_steps * blocks_per_update(s) * s.BLOCK_SIZE
+    work = s.BDH_CONFIG.n_parameters * n_steps * blocks_per_step(s) * s.BLOCK_SIZE
     guessed = s.MEMORY_MODE == "auto" and name in memory.MODES
     if not guessed or work < WORTHWHILE or memory.slow_note(s):  # slow: --tune would refuse
         return ""
@@ -133,32 +133,32 @@ def hint(s: Settings, name: str, n_steps: int) -> str:
 # -------------------------------------------------------------------------------------- the search
 
 
-class Updates:
-    """Updates of one model on random bytes, computed in any way; `peaks`: bytes, by Compute."""
+class TimedSteps:
+    """Steps of one model on random bytes, computed in any way; `peaks`: bytes, by Compute."""
 
     def __init__(self, s: Settings, start: Compute):
         self.s, self.trained = s, init_model(s, start)
-        self.steps, self.peaks = {}, {}
+        self.compiled, self.peaks = {}, {}
         self.longest, self.deadline = 0.0, time.monotonic() + SECONDS
 
     def has_time(self) -> bool:
         return time.monotonic() + self.longest < self.deadline
 
     def seconds(self, compute: Compute, B: int, T: int) -> float:
-        """Return the seconds of the faster of two updates on blocks (B, T); the first compiles."""
+        """Return the seconds of the faster of two steps on blocks (B, T); the first compiles."""
         began = time.monotonic()
         memory.set_limit(memory.step_peak(self.s, compute), compute)
         mx.reset_peak_memory()
-        best = min(self.update(compute, B, T) for _ in range(2))
+        best = min(self.step(compute, B, T) for _ in range(2))
         self.peaks[compute] = max(mx.get_peak_memory(), self.peaks.get(compute, 0))
         self.longest = max(self.longest, time.monotonic() - began)
         return best
 
-    def update(self, compute: Compute, B: int, T: int) -> float:
+    def step(self, compute: Compute, B: int, T: int) -> float:
         s, self.trained[0].compute = self.s, compute  # read when the step is traced
-        if compute not in self.steps:
-            self.steps[compute] = compile_steps(*self.trained, s)
-        micro_step, apply_update, state = self.steps[compute]
+        if compute not in self.compiled:
+            self.compiled[compute] = compile_steps(*self.trained, s)
+        micro_step, apply_update, state = self.compiled[compute]
         batch, weights = mx.random.randint(0, 256, (2, B, T)), mx.full((B, T), 1 / (B * T))
         mx.eval(batch, weights)
         began = time.perf_counter()
@@ -194,7 +194,7 @@ def way(s: Settings, compute: Compute) -> tuple:
     return tuple(cuts), min(compute.chunk, s.BLOCK_SIZE), compute.saved_activations
 
 
-def race(s: Settings, field: list[Compute], updates: Updates, rounds: int, tried: dict) -> dict:
+def race(s: Settings, field: list[Compute], timed: TimedSteps, rounds: int, tried: dict) -> dict:
     """Return the best seconds of each candidate that there was time for; add all to `tried`.
 
     They are timed in turn, because the speed of a machine drifts; the slow ones drop out.
@@ -202,30 +202,30 @@ def race(s: Settings, field: list[Compute], updates: Updates, rounds: int, tried
     best = {}
     for _ in range(rounds):
         for compute in field:
-            if not updates.has_time():
+            if not timed.has_time():
                 return best
-            seconds = updates.seconds(compute, s.BATCH_SIZE, s.BLOCK_SIZE)
+            seconds = timed.seconds(compute, s.BATCH_SIZE, s.BLOCK_SIZE)
             tried.setdefault(compute, []).append(seconds)
             best[compute] = min(seconds, best.get(compute, math.inf))
         field = [compute for compute in field if best[compute] < SLOW * min(best.values())]
     return best
 
 
-def search(s: Settings, start: Compute, updates: Updates) -> tuple[Compute, dict[Compute, list]]:
-    """Return the Compute to keep, and the seconds of updates of each one that was tried."""
+def search(s: Settings, start: Compute, timed: TimedSteps) -> tuple[Compute, dict[Compute, list]]:
+    """Return the Compute to keep, and the seconds of steps of each one that was tried."""
     best, ways, tried = start, {way(s, start)}, {}
     while others := {way(s, c): c for c in neighbours(s, best) if way(s, c) not in ways}:
         ways |= others.keys()
-        times = race(s, [best, *others.values()], updates, 2, tried)
+        times = race(s, [best, *others.values()], timed, 2, tried)
         if len(times) < 2 or times[best] < GAIN * min(times.values()):
             break
         best = min(times, key=times.get)
     least = min(map(min, tried.values()), default=0)
     finalists = [compute for compute in tried if min(tried[compute]) < SLOW * least]
     if len(finalists) > 1:
-        race(s, finalists, updates, FINAL_ROUNDS, tried)
+        race(s, finalists, timed, FINAL_ROUNDS, tried)
     best = min(finalists, key=lambda compute: min(tried[compute]), default=start)
-    # its usual update must beat the best one of auto's: on a busy machine a lucky one is noise
+    # its usual step must beat the best one of auto's: on a busy machine a lucky one is noise
     return (best if best in tried and median(tried[best]) < min(tried[start]) else start), tried
 
 
@@ -239,14 +239,16 @@ def tune(s: Settings) -> int:
     print(f"tuning: {s.BDH_CONFIG.n_parameters:,} parameters, batches of {B} x {T:,} bytes, on "
           f"{mx.default_device()}, in at most {SECONDS} s")  # fmt: skip
     with heartbeat("tuning"):
-        updates, short = Updates(s, start), min(T, PROBE)
-        expected = updates.seconds(start, 1, short) * B * T / short  # time is linear in T
-        updates.longest = 6 * expected
-        if not updates.has_time():
-            raise UserError(f"an update of this shape takes about {expected:,.0f} s here, too long "
-                            "to try several ways; lower BLOCK_SIZE or BATCH_SIZE")  # fmt: skip
-        updates.longest = 2.5 * expected
-        best, tried = search(s, start, updates)
+        timed, short = TimedSteps(s, start), min(T, PROBE)
+        expected = timed.seconds(start, 1, short) * B * T / short  # time is linear in T
+        timed.longest = 6 * expected
+        if not timed.has_time():
+            raise UserError(
+                f"an iteration of this shape takes about {expected:,.0f} s here, too long to try "
+                "several ways; lower BLOCK_SIZE or BATCH_SIZE"
+            )
+        timed.longest = 2.5 * expected
+        best, tried = search(s, start, timed)
     if len(tried) < 2:
         print("nothing kept: there was no other way to try, or no time after compiling; a second "
               "--tune compiles less")  # fmt: skip
@@ -254,7 +256,7 @@ def tune(s: Settings) -> int:
     rows = [("MEMORY_MODE", "chunk", "segment", "bytes/s", "peak GB", "")]
     for compute, times in tried.items():
         marks = "kept" * (compute == best), "auto by itself" * (compute == start)
-        speed, gb = f"{B * T / min(times):,.0f}", f"{updates.peaks[compute] / 1e9:.2f}"
+        speed, gb = f"{B * T / min(times):,.0f}", f"{timed.peaks[compute] / 1e9:.2f}"
         mode, chunk, segment, _ = choice_of(compute).values()
         rows.append((mode, chunk, segment, speed, gb, ", ".join(filter(None, marks))))
     print(format_table(rows))

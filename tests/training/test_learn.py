@@ -40,7 +40,7 @@ def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update(
     s, split = settings(), Split(fields, fields, np.arange(5, 105, 5))  # bytes as their own fields
     assert s.SHUFFLE_RECORDS
     for step in range(5):
-        count = batches.n_targets_in_update(split, step, s)
+        count = batches.n_targets_in_step(split, step, s)
         update = [batches.get_batch(split, 2 * step + i, s, count) for i in (0, 1)]
         weights = np.array([batch.weights for batch in update])
         targets = np.array([batch.targets for batch in update])
@@ -48,7 +48,7 @@ def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update(
         assert weights.sum() == pytest.approx(1 if weights.any() else 0, rel=1e-5)
         assert len(np.unique(weights[weights > 0])) <= 1  # unequal batches, equal bytes
     every = settings("--loss-on", "all")
-    count = batches.n_targets_in_update(split, 0, every)
+    count = batches.n_targets_in_step(split, 0, every)
     update = [batches.get_batch(split, i, every, count) for i in (0, 1)]
     assert np.all(np.array([batch.weights for batch in update]) == np.float32(1 / 32))
 

@@ -10,7 +10,7 @@ from helpers import ARGS
 import train_mlx
 from bdh_lib import progress
 from bdh_lib.training import plan
-from bdh_lib.training.schedule import blocks_per_update
+from bdh_lib.training.schedule import blocks_per_step
 
 TICK = "✓".encode().decode("mac_roman")
 MAC = "é".encode().decode("mac_roman")
@@ -117,8 +117,8 @@ def test_sizes_agree_with_the_prepared_bytes_and_the_model(tmp_path, capsys):
     assert sum(sides) == full + 2 * (40 - 2)  # a blank line between records of each side
     config = train_mlx.settings(ARGS).BDH_CONFIG
     assert f"{config.n_parameters:,} parameters" in out
-    assert re.search(r"speed: [\d,]+ bytes/s .* measured over 3 updates", out)
-    assert re.findall(r"^  update (\d) of 4: [\d.]+ s$", out, re.M) == ["1", "2", "3", "4"]
+    assert re.search(r"speed: [\d,]+ bytes/s .* measured over 3 iterations", out)
+    assert re.findall(r"^  iteration (\d) of 4: [\d.]+ s$", out, re.M) == ["1", "2", "3", "4"]
     assert all(re.search(rf"^  {name} ", out, re.M) for name in train_mlx.PRESETS)
 
 
@@ -203,7 +203,7 @@ def test_the_share_of_evaluations_is_told(tmp_path, capsys, monkeypatch):
 def test_evaluations_take_at_most_a_twentieth_of_the_time(preset):
     s = train_mlx.settings(["--preset", preset] if preset else [])
     forward = 0.37  # of an update's operations, for the same bytes
-    between = s.EVAL_FREQ * blocks_per_update(s) * s.BLOCK_SIZE
+    between = s.EVAL_FREQ * blocks_per_step(s) * s.BLOCK_SIZE
     assert forward * s.EVAL_BYTES < 0.05 * between
 
 

@@ -19,7 +19,7 @@ def shape(*args):
 
 
 class Stub:
-    """Updates that take what `cost` says, for as many calls as there is time for."""
+    """Steps that take what `cost` says, for as many calls as there is time for."""
 
     def __init__(self, cost, calls=10**6):
         self.cost, self.calls, self.counts = cost, calls, Counter()
