@@ -364,10 +364,11 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     n_steps = total_steps(s, len(train_split.bytes))
 
     # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh
-    memory_mode, compute, peak = tuning.select(s, *tuning.preferred(s, run, world))
+    first_step = world.broadcast_object(world.is_main and checkpoints.newest_valid(run))
+    memory_mode, compute, peak = tuning.select(s, *tuning.preferred(s, run, first_step, world))
     model, optimizer, ema = init_model(s, compute)
-    first_step, ancestry = world.broadcast_object(
-        world.is_main and resume_or_init(run, s, data_report, model, optimizer, ema)
+    ancestry = world.broadcast_object(
+        world.is_main and resume_or_init(run, first_step, s, data_report, model, optimizer, ema)
     )
     broadcast_state(world, model, optimizer, ema)
 

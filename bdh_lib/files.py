@@ -119,6 +119,11 @@ def atomic_writer(path: Path, durable: bool = False) -> Iterator[Path]:
         raise
 
 
+def sha256_text(text: str) -> str:
+    """Return the sha256 of a text in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's bytes in hexadecimal digits."""
     with path.open("rb") as file:

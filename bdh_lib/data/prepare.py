@@ -7,7 +7,6 @@ needs little memory and a resumed run needs no network.
 
 import errno
 import fcntl
-import hashlib
 import json
 import shutil
 import time
@@ -23,7 +22,7 @@ from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.split import ENDS, choose_validation, write_split
 from bdh_lib.data.texts import Texts, write_texts
 from bdh_lib.errors import NoDataError, UserError
-from bdh_lib.files import parse_json, sha256_file
+from bdh_lib.files import parse_json, sha256_file, sha256_text
 from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
 
@@ -62,8 +61,7 @@ def cache_key(settings: DataSettings, files: list[Path] | None) -> str:
     else:
         name, config, revision, split = hub.parse_name(settings.dataset)
         content["dataset"] = [name, config, split, hub.commit(settings.dataset) or revision]
-    key = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
+    return sha256_text(json.dumps(content, sort_keys=True))[:16]
 
 
 def prepare(settings: DataSettings, cache: Path, refresh: bool = False) -> Path:
@@ -153,7 +151,7 @@ def is_intact(folder: Path) -> bool:
     try:
         report = parse_json((folder / "data.json").read_text())
         sources.print_if_large("checking the prepared data", [*folder.iterdir()], 50)
-        if report.pop("sha256") != _sha256_of(report):
+        if report.pop("sha256") != sha256_text(json.dumps(report)):
             return False
         sums = {IN_VAL: report.get("in_val_sha256")}  # a ready split has none
         for side in ("train", "val"):
@@ -163,10 +161,6 @@ def is_intact(folder: Path) -> bool:
         return all(sha256_file(folder / file) == digest for file, digest in sums.items() if digest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _sha256_of(report: dict) -> str:
-    return hashlib.sha256(json.dumps(report).encode()).hexdigest()
 
 
 def _make(folder: Path, settings: DataSettings, files: list[Path] | None) -> None:
@@ -179,7 +173,7 @@ def _make(folder: Path, settings: DataSettings, files: list[Path] | None) -> Non
             report = _split(settings, making)
         report["made_from"] = settings.as_dict()
         report["commit"] = None if files else hub.commit(dataset)
-        sealed = report | {"sha256": _sha256_of(report)}
+        sealed = report | {"sha256": sha256_text(json.dumps(report))}
         (making / "data.json").write_text(json.dumps(sealed, indent=1))
         if cache_key(settings, sources.find(dataset)) != folder.name:
             raise UserError(f"DATASET {dataset} changed while it was read; start again")

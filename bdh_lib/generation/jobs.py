@@ -5,7 +5,6 @@ continues its file, and the file then ends in the same bytes as without the inte
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import sys
@@ -187,7 +186,7 @@ def source_digest(weights: Path, mode: str | None, flags: dict) -> str:
     """Return a short digest of all that determines the texts: the weights and the flags."""
     flags = {k: str(v) for k, v in flags.items() if k not in INPUTS}
     identity = json.dumps([files.sha256_file(weights), mode, flags])
-    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return files.sha256_text(identity)[:12]
 
 
 def result_line(job: Job, source: str, text: str = "", stopped: bool = False) -> str:

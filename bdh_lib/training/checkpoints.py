@@ -6,7 +6,6 @@ folder, which the next start removes. MLX alone would neither flush nor notice a
 """
 
 import fcntl
-import hashlib
 import json
 import platform
 import re
@@ -104,7 +103,7 @@ def lock_run(run: Path) -> Iterator[None]:
 def write_best(run: Path, step: int, monitored_loss: float) -> None:
     """Name the checkpoint of `step` the best, with its monitored loss in nats."""
     best = {"checkpoint": folder(run, step).name, "step": step, "monitored_loss": monitored_loss}
-    best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
+    best["sha256"] = files.sha256_text(repr(best))
     files.atomic_write_text(run / "best.json", json.dumps(best))
 
 
@@ -117,7 +116,7 @@ def read_best(run: Path) -> dict:
     try:
         best = files.parse_json((run / "best.json").read_text())
         written = best.pop("sha256")
-        if hashlib.sha256(repr(best).encode()).hexdigest() != written:
+        if files.sha256_text(repr(best)) != written:
             raise ValueError
         reason = (
             find_corruption(folder(run, best["step"]))

@@ -26,18 +26,19 @@ FIXED_ON_RESUME += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier"
 
 def resume_or_init(
     run: Path,
+    step: int,
     s: Settings,
     report: dict,
     model: BDH,
     optimizer: optim.Optimizer,
     ema: dict,
-) -> tuple[int, list]:
-    """Load the run's last checkpoint, else the weights of INIT_FROM, else nothing.
+) -> list:
+    """Load the run's checkpoint of `step`, or where that is 0 the weights of INIT_FROM, if any.
 
-    Gives the step that is reached, and the ancestry of the weights. Raises UserError.
+    Gives the ancestry of the weights. Raises UserError.
     """
-    if not (step := checkpoints.newest_valid(run)):
-        return 0, init_from(s, model, ema) if s.INIT_FROM else []
+    if not step:
+        return init_from(s, model, ema) if s.INIT_FROM else []
     read_config(run)  # warns where it is damaged; what counts is that of the checkpoint
     info = checkpoints.read_info(run, step)
     changes = changes_on_resume(run, info, s, report)
@@ -46,7 +47,7 @@ def resume_or_init(
         checkpoints.load(run, step, model, optimizer, ema)
     print("; ".join([f"start: continues {run} after iteration {step}", *changes]))
     print_new_rate(info, s, step, report)
-    return step, info.get("ancestry", [])
+    return info.get("ancestry", [])
 
 
 def origin_of(s: Settings) -> Path:

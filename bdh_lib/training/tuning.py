@@ -6,7 +6,6 @@ on the same machine. A run goes on as it began: another way adds up in another o
 other dropout.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -68,8 +67,8 @@ def conditions(s: Settings) -> dict:
 
 
 def kept_file(s: Settings) -> Path:
-    key = json.dumps(conditions(s), sort_keys=True).encode()
-    return Path(s.CHECKPOINT_DIR, ".tune", hashlib.sha256(key).hexdigest()[:16] + ".json")
+    key = files.sha256_text(json.dumps(conditions(s), sort_keys=True))[:16]
+    return Path(s.CHECKPOINT_DIR, ".tune", f"{key}.json")
 
 
 def kept(s: Settings) -> tuple[str, dict]:
@@ -90,10 +89,12 @@ def kept(s: Settings) -> tuple[str, dict]:
     return "", {}
 
 
-def preferred(s: Settings, run: Path, world: World) -> tuple[str, dict]:
-    """Return who chose, in words, and how a run computes: as it began, or as --tune found."""
+def preferred(s: Settings, run: Path, step: int, world: World) -> tuple[str, dict]:
+    """Return who chose, in words, and how a run computes: as its checkpoint of `step` did, or where
+    that is 0 as --tune found.
+    """
     by, choice = "", {}
-    if world.is_main and (step := checkpoints.newest_valid(run)):
+    if world.is_main and step:
         info = checkpoints.read_info(run, step)
         versions, compute = info.get("versions"), info.get("compute")
         is_here = isinstance(versions, dict) and versions.get("device") == str(mx.default_device())
