@@ -29,28 +29,26 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import jobs as queue  # noqa: E402
+import job_queue  # noqa: E402
 
 from bdh_lib.training.advice import order_n  # noqa: E402
+from train_mlx import OFFICIAL  # noqa: E402
 
 SEEDS = 3
 QUIET = (
     "--sample-bytes 0 --save-freq 1000000 --save-minutes none --keep-checkpoints 1 "
     "--eval-bytes none --epochs none"
 )
-# The optimizer and the order of the data that the first three experiments were measured with.
-PLAIN = "--n-layer 6 --weight-decay 0.1 --beta2 0.999 --ema-decay 0 --no-shuffle-records "
-
 # Parity: what the official train.py does, and every byte block the same on both sides. No
 # schedule, no clipping; validation every 100 iterations over all validation bytes.
-PARITY = PLAIN + (
+PARITY = OFFICIAL + (  # later flags beat those of OFFICIAL
     "--block-size 512 --batch-size 32 --max-iters 700 --learning-rate 1e-3 --weight-decay 0.1 "
     "--dropout 0.1 --warmup-iters 0 --min-lr-ratio 1 --grad-clip none --eval-freq 100 "
     "--patience none"
 )
 
 # The recipe: flags of a job over RECIPE's. The order is that of importance.
-RECIPE = PLAIN + (
+RECIPE = OFFICIAL + (
     "--mlp-internal-dim-multiplier 32 --dropout 0.5 --weight-decay 0.3 --block-size 512 "
     "--batch-size 32 --max-iters 1500 --learning-rate 1e-3 --min-lr-ratio 0.1 "
     "--warmup-iters 100 --grad-clip 1 --eval-freq 100 --patience 3"
@@ -120,7 +118,7 @@ SIZES = {
 
 # The guide: its modes at equal bytes, the default model, one rate for all; then its Options at
 # their own settings, three epochs each.
-GUIDE = f"{PLAIN} --dropout 0.1 --block-size 4096 --batch-size 2 --eval-freq 250"
+GUIDE = OFFICIAL + "--block-size 4096 --batch-size 2"
 RATE = "--learning-rate 1e-3"
 OWN = "--epochs 3 --warmup-iters 100 --max-iters"
 ARMS = {  # name: phases of (mode, share of the iterations, flags)
@@ -347,7 +345,7 @@ def train(job: dict, work: Path) -> dict:
     import bdh_mlx
     import train_mlx
 
-    runs = work / "runs" / queue.slug(job["name"])
+    runs = work / "runs" / job_queue.slug(job["name"])
     shutil.rmtree(runs, ignore_errors=True)
     curve, speeds, offset, trained = [], [], 0, 0
     for i, flags in enumerate(job["phases"]):
@@ -621,7 +619,7 @@ def main() -> None:
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.what[0] == "plot":
-        return plot(queue.rows(Path(args.what[1])), args.what[2], *args.what[3:])
+        return plot(job_queue.rows(Path(args.what[1])), args.what[2], *args.what[3:])
     if args.job:
         is_official = args.job.get("do") == "official"
         result = official(args.job, args.official) if is_official else train(args.job, args.work)
@@ -639,7 +637,7 @@ def main() -> None:
         return [sys.executable, __file__, "job", "--job", json.dumps(job), *rest]
 
     names = {job["name"] for job in jobs}
-    rows = queue.spread(jobs, command, args.gpus, args.per_gpu, args.minutes, args.out)
+    rows = job_queue.spread(jobs, command, args.gpus, args.per_gpu, args.minutes, args.out)
     print(table([row for row in rows if row["name"] in names]))
     if "parity" in args.what:
         print(parity_says([r for r in rows if r["in"] == "parity" and "curve" in r]))

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 import experiments
-import jobs
+import job_queue
 
 from bdh_lib.training import advice
 
@@ -26,7 +26,7 @@ def spread(tmp_path, pending, minutes=1.0, gpus=2, per_gpu=1):
             TELL.format(job.get("sleep", 0), job["tell"], job.get("rc", 0)),
         ]
 
-    return jobs.spread(pending, command, gpus, per_gpu, minutes, tmp_path / "rows.jsonl")
+    return job_queue.spread(pending, command, gpus, per_gpu, minutes, tmp_path / "rows.jsonl")
 
 
 def test_jobs_leave_a_row_each_and_are_not_done_twice(tmp_path):
@@ -38,13 +38,13 @@ def test_jobs_leave_a_row_each_and_are_not_done_twice(tmp_path):
     spread(tmp_path, [job | {"rc": 0} for job in pending])
     lines = [json.loads(x) for x in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(lines) == 6  # the two that failed ran again
-    assert not [row for row in jobs.rows(tmp_path / "rows.jsonl") if "failed" in row]
+    assert not [row for row in job_queue.rows(tmp_path / "rows.jsonl") if "failed" in row]
 
 
 def test_a_job_that_cannot_end_in_time_is_left_out_and_a_slow_one_stopped(tmp_path, capsys):
     pending = [{"name": "slow", "seconds": 0.5, "tell": 1, "sleep": 60},
                {"name": "long", "seconds": 100, "tell": 2}]  # fmt: skip
-    rows = spread(tmp_path, pending, minutes=(jobs.GRACE + 2) / 60)
+    rows = spread(tmp_path, pending, minutes=(job_queue.GRACE + 2) / 60)
     assert "the time was up: long" in capsys.readouterr().out
     assert [(row["name"], row["cut"], "failed" in row) for row in rows] == [("slow", True, True)]
 
