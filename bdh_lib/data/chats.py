@@ -13,22 +13,27 @@ ROLES_BY_FIELD = {  # the roles of a chat by field, in small letters
     "response": ("assistant", "gpt", "chatgpt", "model", "bot", "ai"),
 }
 FIELD_OF = {role: field for field, roles in ROLES_BY_FIELD.items() for role in roles}
-TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles that are left out
-ROLE, CONTENT, CALLS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")  # left out
+# Keys of a turn. Some make a list of objects a chat; in one the first that has a value counts
+CHAT_ROLE_KEYS, CHAT_CONTENT_KEYS = ("role", "from"), ("content", "value")
+ROLE_KEYS = (*CHAT_ROLE_KEYS, "sender", "speaker")
+CONTENT_KEYS = (*CHAT_CONTENT_KEYS, "text", "parts")
+CALL_KEYS = ("tool_calls", "function_call")  # of tools
 LOSS_MASK_KEYS = ("weight", "train", "trainable", "loss")  # 0 or false: not to train on the turn
-ROLES, CONTENTS = (*ROLE, "sender", "speaker"), (*CONTENT, "text", "parts")  # the first one counts
 UNKNOWN_ROLE = f"turn of a role that is none of {', '.join(FIELD_OF)}"
 TOOL_CALL, TOOL_ANSWER = "reply that only calls tools", "answer of a tool"
 NO_QUESTION = "reply without a question before it"
-MARKED = "reply that is marked as not to train on"
+NOT_TO_TRAIN_ON = "reply that is marked as not to train on"
 
 
 def is_chat(value) -> bool:
     """Tell whether this is a list of turns, each with a role and a content."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(t, dict) and {*t} & {*ROLE} and {*t} & {*CONTENT, *CALLS} for t in value)
+    if not isinstance(value, list) or not value:
+        return False
+    contents = {*CHAT_CONTENT_KEYS, *CALL_KEYS}
+    return all(
+        isinstance(turn, dict) and {*turn} & {*CHAT_ROLE_KEYS} and {*turn} & contents
+        for turn in value
     )
 
 
@@ -45,7 +50,7 @@ def as_turns(value):
         return value
     if isinstance(value, list):
         return turns if is_chat(turns) else value
-    known = (*FIELD_OF, *TOOLS)  # else it may be a text that only looks like a chat
+    known = (*FIELD_OF, *TOOL_ROLES)  # else it may be a text that only looks like a chat
     is_known = is_chat(turns[0]) and all(_role(turn) in known for turn in turns[0])
     return turns[0] if is_known else value
 
@@ -78,7 +83,7 @@ def field_of(turn: dict) -> str | None:
 
 
 def _role(turn: dict) -> str:
-    return str(turn.get(_first_key(turn, ROLES))).strip().lower()
+    return str(turn.get(_first_key(turn, ROLE_KEYS))).strip().lower()
 
 
 def _first_key(turn: dict, keys: Sequence[str]) -> str | None:
@@ -91,7 +96,7 @@ def _first_key(turn: dict, keys: Sequence[str]) -> str | None:
 
 def unused_keys(turn: dict) -> list[str]:
     """Return the keys of a turn whose values are not read."""
-    used = (_first_key(turn, ROLES), _first_key(turn, CONTENTS), *LOSS_MASK_KEYS)
+    used = (_first_key(turn, ROLE_KEYS), _first_key(turn, CONTENT_KEYS), *LOSS_MASK_KEYS)
     return [key for key in turn if key not in used]
 
 
@@ -126,16 +131,16 @@ def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
     """
     if not isinstance(turn, dict):
         return "", None, [f"turn that is {type_name(turn)}, not an object"]
-    role, content = _role(turn), turn.get(_first_key(turn, CONTENTS))
-    if role in TOOLS:
+    role, content = _role(turn), turn.get(_first_key(turn, CONTENT_KEYS))
+    if role in TOOL_ROLES:
         return "", None, [TOOL_ANSWER if role != "function_call" else TOOL_CALL]
     if role not in FIELD_OF:
         return "", None, [UNKNOWN_ROLE]
     if FIELD_OF[role] == "response" and any(_is_off(turn.get(key)) for key in LOSS_MASK_KEYS):
-        return "", None, [MARKED]
+        return "", None, [NOT_TO_TRAIN_ON]
     text, reasons = _join_parts(as_text(content))
     if problem := find_problem("turn", text):
-        calls = any(turn.get(key) for key in CALLS)
+        calls = any(turn.get(key) for key in CALL_KEYS)
         return "", None, [*reasons, TOOL_CALL if calls and not text else problem.reason]
     return FIELD_OF[role], text, reasons
 

@@ -399,7 +399,7 @@ def test_a_reply_that_is_marked_as_not_to_train_on_is_left_out(mark):
     record["messages"][3] |= {"weight": 1, "train": None}
     parsed = columns.parse_record(record)
     assert parsed.turns == [("instruction", "q\n\nno"), RESPONSE]
-    assert parsed.left_out == [chats.MARKED]
+    assert parsed.left_out == [chats.NOT_TO_TRAIN_ON]
     assert not columns.unused_values(record, parsed)
 
 
