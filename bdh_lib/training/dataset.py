@@ -19,7 +19,7 @@ from bdh_lib.training.schedule import schedule_summary
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One side of the split: uint8 arrays of one length, memory mapped."""
+    """The records to train on, or those held out: uint8 arrays of one length, memory mapped."""
 
     bytes: np.ndarray
     fields: np.ndarray  # of each byte its place in FIELDS
