@@ -29,7 +29,7 @@ import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 import mlx.core as mx
 
 from bdh_lib import cli, runs
-from bdh_lib.compute.memory import compute_for, limit_cache
+from bdh_lib.compute.memory import compute_for, keep_float32_exact, limit_cache
 from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
 from bdh_lib.data.questions import load_questions
@@ -192,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     weights = runs.find_weights(args.model)
     model, trained = bdh_mlx.load_model(weights), settings_or_empty(weights)
     check_bytes(model, weights)
+    keep_float32_exact(args.dtype or "auto")
     model.compute = compute_for(model.config, "small", args.dtype or "auto")
     mode = args.mode or trained.get("TRAINING_MODE")
     mode = mode if mode in formats.REQUIRED_FIELDS else None

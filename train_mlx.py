@@ -165,6 +165,7 @@ class Diverged(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Train as the settings say, one run or a chain of PHASES; the exit code. Raises UserError."""
     base, results = settings(argv), {}
+    memory.keep_float32_exact(base.DTYPE)
     cli.check_temporary_folder()
     for slip in flags.find_typos(sys.modules[__name__], RULES):
         warn(slip)

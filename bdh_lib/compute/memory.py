@@ -27,12 +27,19 @@ METAL_ROWS = 2048  # 34 GFLOP a product by default: macOS ends GPU work that del
 CACHE_BYTES = 2 * 10**9  # of freed buffers that generation keeps on Metal
 
 
+def keep_float32_exact(dtype: str) -> None:
+    """Let Metal's products of float32 have all their bits, where this DTYPE asks for them.
+
+    An M5 would round to 11 bits. MLX looks at the environment at its first product.
+    """
+    if dtype == "float32" and on_metal():
+        os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+
 def compute_for(config, memory: str, dtype: str) -> Compute:
     """Return the Compute of a MEMORY_MODE; dtype "auto" is bfloat16 on a GPU, else float32."""
     rows, saved_activations = MODES[memory]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
-    if dtype == mx.float32 and on_metal():  # or an M5 rounds to 11 bits; read at the first product
-        os.environ.setdefault("MLX_ENABLE_TF32", "0")
     max_rows = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
     chunk = default_chunk(config.n_embd)
     if on_metal():  # a Mac before M5 has fewer FLOP for a byte of traffic, so small squares pay
