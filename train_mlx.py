@@ -442,7 +442,7 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         meter.stop(step + 1, summed.loss, norm, summed.has_targets)
         if meter.consecutive_skips == s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(no_sound_update(s, step - len(meter.unread), train_split))
-        if (step + 1) % s.LOG_FREQ == 0 and (averages := meter.read(step + 1)):
+        if (step + 1) % s.LOG_FREQ == 0 and (averages := meter.pop_averages(step + 1)):
             log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **averages)
 
     meter.progress.bar.close()

@@ -165,13 +165,13 @@ class Meter:
         the host prepares. The first step is not timed, because it compiles.
         """
         self.unread.append((step, loss, norm, has_targets))
-        self.read_numbers(1 if on_cuda() else 0)
+        self.collect(1 if on_cuda() else 0)
         self.progress.update()
         if step > self.first_step + 1:
             self.seconds += time.perf_counter() - self.step_start
             self.timed_bytes += self.bytes_per_step
 
-    def read_numbers(self, n_left: int) -> None:
+    def collect(self, n_left: int) -> None:
         """Wait for the steps but the last `n_left`, and count them."""
         while len(self.unread) > n_left:
             step, loss, norm, has_targets = self.unread.pop(0)
@@ -192,11 +192,11 @@ class Meter:
         is_early = self.progress.line_every == LINE_EVERY
         return heartbeat("training") if is_early else nullcontext()
 
-    def read(self, step: int) -> dict:
+    def pop_averages(self, step: int) -> dict:
         """Return the mean loss, speed and time left after `step`, for the log, and reset the
         averages; {} where no step since the last line has a loss.
         """
-        self.read_numbers(0)
+        self.collect(0)
         if not self.losses:
             return {}
         elapsed, done = time.perf_counter() - self.start_time, step - self.first_step

@@ -43,8 +43,8 @@ def test_an_update_that_is_read_late_counts_as_its_own(monkeypatch, capsys):
     assert (
         meter.consecutive_skips == 1 and "iter      2 | update skipped" in capsys.readouterr().out
     )
-    assert meter.read(3)["loss"] == 2.0 and meter.consecutive_skips == 0
-    assert meter.read(3) == {}
+    assert meter.pop_averages(3)["loss"] == 2.0 and meter.consecutive_skips == 0
+    assert meter.pop_averages(3) == {}
 
 
 def test_the_first_update_is_not_timed(monkeypatch):
