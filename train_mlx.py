@@ -15,10 +15,11 @@ if __name__ == "__main__":  # cli.run imports it as a module: errors in settings
     start.run(__file__)
 
 import bdh_mlx
-from bdh_mlx import BDHConfig
+from bdh_mlx import BDHConfig  # noqa: F401  so that a pasted BDHConfig(...) works, too
 
 # Settings, in plain Python: change a line, paste one over it, add one of your own. Each is also a
 # flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets, presets beat these lines.
+# RULES in bdh_lib/training/settings.py says what each may be, and which may change on a resume.
 # Where None is allowed, the flag takes `none`.
 # Data
 TRAINING_MODE: str = "both"  # what to train on: "system", "instruction", "both" or "full"
@@ -106,7 +107,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -119,10 +120,7 @@ from bdh_lib import cli, files, flags, plots
 from bdh_lib.compute import memory
 from bdh_lib.compute.device import on_cuda
 from bdh_lib.compute.state import WINDOW_PARTS
-from bdh_lib.data import hub
-from bdh_lib.data.columns import parse_columns
 from bdh_lib.data.formats import (
-    REQUIRED_FIELDS,
     format_example,  # noqa: F401  what a record becomes, for other scripts
     sample_prompts,
 )
@@ -132,7 +130,6 @@ from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.generation.answers import answer_questions
 from bdh_lib.generation.decoding import complete_prompts
 from bdh_lib.progress import heartbeat
-from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
 from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.batches import (
@@ -150,6 +147,7 @@ from bdh_lib.training.report import redraw
 from bdh_lib.training.resume import resume_or_init
 from bdh_lib.training.runlog import Meter, RunLog, main_process_prints
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
+from bdh_lib.training.settings import RULES, parse_settings, preset_settings
 from bdh_lib.training.signals import StopSignal, default_signals
 from bdh_lib.training.step import compile_steps, init_model
 from bdh_lib.units import bits_per_byte
@@ -172,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     if base.selfcheck:
         return selfcheck.run_checks(base.DTYPE)
     if base.plan:
-        return plan.print_plan(base, preset_settings())
+        return plan.print_plan(base, preset_settings(sys.modules[__name__]))
     if base.tune:
         return tuning.tune(base)
     cli.ignore_closed_output()
@@ -199,6 +197,11 @@ def main(argv: list[str] | None = None) -> int:
                         return 128 + stop.requested
                     print(phases.forgetting_table(results))
     return 0
+
+
+def settings(argv: list[str] | None = None) -> Settings:
+    """Return the constants at the top, changed by a preset, changed by flags. Raises UserError."""
+    return parse_settings(sys.modules[__name__], argv)
 
 
 def train_or_explain(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
@@ -458,104 +461,3 @@ def is_finished(s: Settings, step: int, n_steps: int, log: RunLog) -> bool:
     if step > n_steps:  # MAX_ITERS or EPOCHS were lowered
         return True
     return log.last_eval == step and (step == n_steps or log.patience_exceeded(s.PATIENCE))
-
-
-# ------------------------------------------------------------------------------------------- flags
-
-RULES = {  # what each setting may be; one that is not here, a user's own, may be anything
-    "TRAINING_MODE": choice(*REQUIRED_FIELDS),
-    "LOSS_ON": choice("all", "response"),
-    "DATASET": text(),
-    "COLUMNS": text(allow_none=True),
-    "BLOCK_SIZE": whole(1),
-    "BATCH_SIZE": whole(1),
-    "GRAD_ACCUM": whole(1),
-    "MAX_ITERS": whole(1, allow_none=True),
-    "EPOCHS": number("above 0 and at most 1,000,000", lambda x: 0 < x <= 1e6, allow_none=True),
-    "PATIENCE": whole(1, allow_none=True),
-    "LEARNING_RATE": number("from 1e-12 to 1,000", lambda x: 1e-12 <= x <= 1000),
-    "MIN_LR_RATIO": number("above 0 and at most 1", lambda x: 0 < x <= 1),
-    "WARMUP_ITERS": whole(0),
-    "LR_DECAY_ITERS": whole(1, allow_none=True),
-    "WEIGHT_DECAY": number("from 0 to 1,000", lambda x: 0 <= x <= 1000),
-    "BETA2": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
-    "GRAD_CLIP": number("from 1e-12 to 1e12", lambda x: 1e-12 <= x <= 1e12, allow_none=True),
-    "EMA_DECAY": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
-    "SHUFFLE_RECORDS": switch(),
-    "BYTE_NOISE": number("at least 0 and below 1", lambda x: 0 <= x < 1),
-    "MAX_CONSECUTIVE_SKIPS": whole(1),
-    "BDH_CONFIG": Rule(BDHConfig, description="a BDHConfig(...)"),
-    "DTYPE": choice("auto", "bfloat16", "float32"),
-    "MEMORY_MODE": choice("auto", *memory.MODES),
-    "IGNORE_MEMORY_CHECK": switch(),
-    "SEED": whole(0, 2**32 - 1),  # it makes a key of 64 bits with the number of a batch
-    "VAL_FRACTION": number("above 0 and below 1", lambda x: 0 < x < 1),
-    "EVAL_BYTES": whole(2, 2**62, allow_none=True),
-    "LOG_FREQ": whole(1),
-    "EVAL_FREQ": whole(1),
-    "SAVE_FREQ": whole(1),
-    "SAVE_MINUTES": number("above 0 and at most 10,000", lambda x: 0 < x <= 1e4, allow_none=True),
-    "KEEP_CHECKPOINTS": whole(1),
-    "SAMPLE_BYTES": whole(0, 10**6),
-    "CHECKPOINT_DIR": text(),
-    "RUN_NAME": text(allow_none=True),
-    "INIT_FROM": text(allow_none=True),
-    "PHASES": text(allow_none=True),
-    "KEEP_AWAKE": switch(),
-}
-
-
-def settings(argv: list[str] | None = None) -> Settings:
-    """Return the constants at the top, changed by a preset, changed by flags. Raises UserError."""
-    s, typed = flags.parse(sys.modules[__name__], RULES, PRESETS, ACTIONS, argv)
-    refuse_flags_without_effect(s, typed)
-    for name in ("CHECKPOINT_DIR", "INIT_FROM"):  # no shell reads a constant
-        if (value := getattr(s, name)) and not hub.is_model(value):
-            setattr(s, name, str(files.expand_user(value, name)))
-    s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(s.BDH_CONFIG)})
-    for run in phases.chain(s):
-        check_settings(run)
-    return s
-
-
-def preset_settings() -> dict[str, Settings | None]:
-    """Return the settings of each preset, None where one does not go with the constants."""
-    result = dict.fromkeys(PRESETS)
-    for name in PRESETS:
-        with suppress(UserError):
-            result[name] = settings(["--preset", name])
-    return result
-
-
-def refuse_flags_without_effect(s: Settings, typed: set[str]) -> None:
-    """Raise UserError for typed flags that have no effect beside others."""
-    idle = {}
-    if s.selfcheck:
-        idle["--selfcheck"] = typed - {"selfcheck", "DTYPE"}
-    if s.plan:
-        idle["--plan"] = typed & {"json"}
-    if s.tune:
-        idle["--tune"] = typed & {"json", "plan", "refresh_data"}
-    if s.PHASES is not None:
-        idle["--phases, which names its own"] = typed & {"TRAINING_MODE", "EPOCHS"}
-    for beside, names in idle.items():
-        if names:
-            idle_flags = ", ".join(sorted(map(flags.flag_of, names)))
-            raise UserError(f"{idle_flags}: no effect beside {beside}; leave it out")
-
-
-def check_settings(s: Settings) -> None:
-    """Raise UserError for the settings of a run that do not go together."""
-    for name, rule in RULES.items():  # PHASES may have put other values in
-        check(name, getattr(s, name), rule)
-    checkpoints.run_folder(s)  # RUN_NAME
-    parse_columns(s.COLUMNS)
-    if s.LOSS_ON not in ("all", *REQUIRED_FIELDS[s.TRAINING_MODE]):
-        raise UserError(
-            f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "
-            "set TRAINING_MODE to 'full' or LOSS_ON to 'all'"
-        )
-    if s.MAX_ITERS is None and s.EPOCHS is None:
-        raise UserError("MAX_ITERS and EPOCHS are both none, a run without an end; set one of them")
-    if s.BDH_CONFIG.vocab_size != 256:
-        raise UserError(f"vocab_size is {s.BDH_CONFIG.vocab_size}; bytes are 256")

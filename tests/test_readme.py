@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 import train_mlx
-from bdh_lib.data.formats import PROMPTS
+from bdh_lib.data.formats import PROMPTS, REQUIRED_FIELDS
 
 README = ROOT / "README.md"
 DOCS = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -144,7 +144,7 @@ def test_the_readme_is_short():
 
 def test_the_readme_names_every_preset_and_mode():
     text = README.read_text()
-    for name in [*train_mlx.PRESETS, *train_mlx.REQUIRED_FIELDS]:
+    for name in [*train_mlx.PRESETS, *REQUIRED_FIELDS]:
         assert f"`{name}`" in text, name
 
 

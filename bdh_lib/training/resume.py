@@ -14,14 +14,8 @@ from bdh_lib.training import checkpoints, phases
 from bdh_lib.training.ema import copy_tree, ema_applied
 from bdh_lib.training.report import read_config
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
+from bdh_lib.training.settings import FIXED_ON_RESUME, GLOBAL_BATCH
 from bdh_mlx import BDH, load_model
-
-# Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.
-GLOBAL_BATCH = "BATCH_SIZE x GRAD_ACCUM x processes"
-FIXED_ON_RESUME = ["TRAINING_MODE", "BLOCK_SIZE", GLOBAL_BATCH, "SEED"]
-FIXED_ON_RESUME += ["SHUFFLE_RECORDS", "LOSS_ON", "EVAL_BYTES", "EMA_DECAY"]
-FIXED_ON_RESUME += ["train data", "val data"]
-FIXED_ON_RESUME += ["n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"]
 
 
 def resume_or_init(

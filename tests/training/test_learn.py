@@ -15,7 +15,7 @@ import train_mlx
 from bdh_lib import files, runs
 from bdh_lib.compute.layer import ln
 from bdh_lib.compute.rope import rotate
-from bdh_lib.data.formats import FIELDS
+from bdh_lib.data.formats import FIELDS, REQUIRED_FIELDS
 from bdh_lib.generation import export, trace
 from bdh_lib.training import batches, checkpoints, phases, report
 from bdh_lib.training.advice import advise, byte_baselines, first_counted, order_0, order_n
@@ -248,11 +248,7 @@ def test_a_phase_that_max_iters_cuts_short_says_so(tmp_path, capsys):
 def test_each_phase_is_judged_on_every_mode(chained):
     for run in RUNS:
         modes = json.loads((chained / run / "modes.json").read_text())
-        assert (
-            modes["val_bpb"].keys()
-            == modes["val_bpb_fields"].keys()
-            == train_mlx.REQUIRED_FIELDS.keys()
-        )
+        assert modes["val_bpb"].keys() == modes["val_bpb_fields"].keys() == REQUIRED_FIELDS.keys()
         best = checkpoints.read_best(chained / run)
         own = modes["val_bpb"][run.split("-")[-1]]
         assert own == pytest.approx(best["monitored_loss"] / math.log(2), rel=1e-5)
