@@ -162,7 +162,7 @@ class Diverged(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the settings say, one run or a chain of PHASES; the exit code. Raises UserError."""
-    base, results = settings(argv), {}
+    base = settings(argv)
     memory.keep_float32_exact(base.DTYPE)
     cli.check_temporary_folder()
     for slip in flags.find_typos(sys.modules[__name__], RULES):
@@ -184,18 +184,27 @@ def main(argv: list[str] | None = None) -> int:
         main_process_prints(base.json_to, world),
         StopSignal(world) as stop,
     ):
-        for s in phases.chain(base):
-            s.PROCESSES = world.size
-            run = checkpoints.run_folder(s)
-            with checkpoints.lock_run(run) if world.is_main else nullcontext():
-                if code := train_or_explain(s, run, stop, world):
-                    return code
-                if s.PHASES and world.is_main:
-                    results[run.name] = phases.evaluate_modes(s, run, stop)
-                    if stop.requested:
-                        print(f"stopped after {run} was saved; the same command continues it")
-                        return 128 + stop.requested
-                    print(phases.forgetting_table(results))
+        return train_chain(base, stop, world)
+
+
+def train_chain(base: Settings, stop: StopSignal, world: World) -> int:
+    """Train the runs of PHASES in turn, or the one run; the exit code. Raises UserError.
+
+    After each of PHASES a table shows the loss in every mode, and what was forgotten.
+    """
+    results = {}
+    for s in phases.chain(base):
+        s.PROCESSES = world.size
+        run = checkpoints.run_folder(s)
+        with checkpoints.lock_run(run) if world.is_main else nullcontext():
+            if code := train_or_explain(s, run, stop, world):
+                return code
+            if s.PHASES and world.is_main:
+                results[run.name] = phases.evaluate_modes(s, run, stop)
+                if stop.requested:
+                    print(f"stopped after {run} was saved; the same command continues it")
+                    return 128 + stop.requested
+                print(phases.forgetting_table(results))
     return 0
 
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 from bdh_lib import files
 from bdh_lib.compute.state import State
 from bdh_lib.data import columns, formats
+from bdh_lib.data.chats import is_chat
 from bdh_lib.data.parsers import parse_exactly
 from bdh_lib.errors import UserError
 from bdh_lib.generation.decoding import decode_text, generate_batch
@@ -83,13 +84,7 @@ def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = N
         if not line.strip():
             continue
         try:
-            record = files.parse_json(line)
-            check_json(record)
-            if isinstance(record, dict) and ("prompt" not in record or chosen):
-                # as in training, with numbers as they stand in the line
-                prompt = prompt_of_record(parse_exactly(line), mode, chosen)
-            else:
-                prompt = prompt_of_record(record, mode)
+            record, prompt = parse_line(line, mode, chosen)
         except ValueError as error:
             reason = error if isinstance(error, UserError) else "not JSON"
             raise UserError(f"--prompts {file} line {number}: {reason}") from None
@@ -100,6 +95,16 @@ def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = N
     if not jobs:
         raise UserError(f"--prompts {file} holds no prompt")
     return jobs
+
+
+def parse_line(line: str, mode: str | None, chosen: str | None) -> tuple[dict, bytes]:
+    """Return the record of a line and its prompt. Raises ValueError for what is not JSON."""
+    record = files.parse_json(line)
+    check_json(record)
+    if isinstance(record, dict) and ("prompt" not in record or chosen):
+        # as in training, with numbers as they stand in the line
+        return record, prompt_of_record(parse_exactly(line), mode, chosen)
+    return record, prompt_of_record(record, mode)
 
 
 def sample_jobs(line: int, record: dict, prompt: bytes, samples: int) -> list[Job]:
@@ -128,7 +133,7 @@ def prompt_of_record(record: dict, mode: str | None, chosen: str | None = None) 
     prompt = record.get("prompt")
     if isinstance(prompt, str) and not chosen:
         return prompt.encode(errors="surrogatepass")
-    if prompt is not None and not isinstance(prompt, str) and not columns.is_chat(prompt):
+    if prompt is not None and not isinstance(prompt, str) and not is_chat(prompt):
         raise UserError(f"prompt is {type(prompt).__name__}, not text")
     if mode is None:
         raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")

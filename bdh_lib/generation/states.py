@@ -83,6 +83,12 @@ def load_state(path: str | Path, model: BDH) -> State:
             f"{path} was read by another model (weights {str(saved)[:12]}, here {current[:12]}); "
             "load it with that one, or read its text again"
         )
+    synapses, *parts = _arrays_by_part(path, arrays, count, model)
+    return State(position, window, synapses, tuple(parts))
+
+
+def _arrays_by_part(path: Path, arrays: dict, count: int, model: BDH) -> list[tuple]:
+    """Return the synapses and then each part, an array for each layer. Raises UserError."""
     H, D, N = model.encoder.shape
     prefixes = ["synapses", *(f"part.{p}" for p in range(count))]
     names = [[f"{prefix}.{i}" for i in range(model.config.n_layer)] for prefix in prefixes]
@@ -91,5 +97,4 @@ def load_state(path: str | Path, model: BDH) -> State:
         (S.shape[0], *S.shape[2:], S.dtype) != (H, N, D, mx.float32) for S in arrays.values()
     ):
         raise UserError(f"{path} is damaged: arrays of ({H}, B, {N}, {D}) are missing in it")
-    synapses, *parts = (tuple(arrays[n] for n in group if n in arrays) for group in names)
-    return State(position, window, synapses, tuple(parts))
+    return [tuple(arrays[n] for n in group if n in arrays) for group in names]

@@ -65,6 +65,7 @@ class Findings:
 
 
 def digest(text: str) -> int:
+    """Return 64 bits by which equal texts are found without keeping them."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
@@ -138,26 +139,27 @@ def _note(findings: Findings, structure: str, pieces: Turns, s: Settings) -> Non
             findings.odd[f"U+FFFD, a character lost before, in {name}"] += 1
 
 
+def shared_with_training(digests: list[int], in_val: list[bool]) -> int:
+    """Count the validation records whose digest is that of a training record, too."""
+    train = {d for d, val in zip(digests, in_val, strict=True) if not val}
+    return sum(d in train for d, val in zip(digests, in_val, strict=True) if val)
+
+
 def oddities(found: Findings) -> list[str]:
     """Return the findings as lines; mojibake is summed up by its field."""
-    n = len(found.digests)
+    n, n_val = len(found.digests), sum(found.in_val)
     odd = Counter()
     for name, count in found.odd.items():
         kind = name.split(", such as")[0]
         odd[next((k for k in odd if k.split(", such as")[0] == kind), name)] += count
     odd["with the same text as an earlier one"] = n - len(set(found.digests))
     lines = [f"  {count:,} of {n:,} records: {name}" for name, count in odd.items() if count]
-    in_val = np.array(found.in_val)
-    train_texts = {d for d, val in zip(found.digests, in_val, strict=True) if not val}
-    both = sum(d in train_texts for d, val in zip(found.digests, in_val, strict=True) if val)
-    lines.append(f"  {both:,} of {in_val.sum():,} validation records are in the training split")
+    both = shared_with_training(found.digests, found.in_val)
+    lines.append(f"  {both:,} of {n_val:,} validation records are in the training split")
     for name, digests in found.fields.items():
-        if len(digests) == n:
-            train_digests = {d for d, val in zip(digests, in_val, strict=True) if not val}
-            same = sum(d in train_digests for d, val in zip(digests, in_val, strict=True) if val)
-            lines.append(
-                f"  {same:,} of {in_val.sum():,} share their {name} with a training record"
-            )
+        if len(digests) == n:  # each record has this field
+            same = shared_with_training(digests, found.in_val)
+            lines.append(f"  {same:,} of {n_val:,} share their {name} with a training record")
     return lines
 
 
@@ -263,38 +265,43 @@ def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
 def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
     about, train, val = open_split(s)
-    train_bytes = train.bytes
     print(escape_controls(describe(about)))
     is_ready = about["records"] is None
     sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s)
-    sizes[s.TRAINING_MODE] = len(train_bytes)
+    sizes[s.TRAINING_MODE] = len(train.bytes)
+    print(f"\nrun: {schedule_summary(s, len(train.bytes))}")
+    print_needs(s, about)
+    if not s.PHASES:
+        print("\npresets on these data (estimated memory of a step by MEMORY_MODE):")
+        print(preset_table(presets, sizes))
+    print_speed(s, train, val)
 
-    total = total_steps(s, len(train_bytes))
-    per_step = s.BLOCK_SIZE * blocks_per_step(s)
+
+def print_needs(s: Settings, about: dict) -> None:
+    """Print the size of the model, and what a run needs of memory and disk."""
     n = s.BDH_CONFIG.n_parameters
     fits = memory.available() / 1e9
     estimates = zip(memory.MODES, peaks(s), strict=True)
     each = 4 * n * (4 if s.EMA_DECAY else 3)  # weights and their averages
     checkpoints = (s.KEEP_CHECKPOINTS + 2) * each  # the best, and one being written
-    print(f"\nrun: {schedule_summary(s, len(train_bytes))}")
     print(f"model: {n:,} parameters, on {mx.default_device()}")
     print(
         f"memory: {', '.join(f'{k} {gb:.2f} GB' for k, gb in estimates)}; {fits:.1f} GB to be had"
     )
     prepared = 2 * (about["train"]["bytes"] + about["val"]["bytes"])  # bytes, and a field for each
     print(f"disk: checkpoints {checkpoints / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
-    if not s.PHASES:
-        print("\npresets on these data (estimated memory of a step by MEMORY_MODE):")
-        print(preset_table(presets, sizes))
 
+
+def print_speed(s: Settings, train: Split, val: Split) -> None:
+    """Measure and print the speed, and the time to the end that follows from it."""
+    total = total_steps(s, len(train.bytes))
     name, compute, _ = tuning.select(s, *tuning.kept(s))
     with heartbeat("measuring"):
         step, evaluation = measure(s, train, compute)
     times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val.bytes) / (s.BATCH_SIZE * s.BLOCK_SIZE)
-    print(
-        f"speed: {per_step / step:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 iterations"
-    )
+    speed = s.BLOCK_SIZE * blocks_per_step(s) / step
+    print(f"speed: {speed:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 iterations")
     whole = total * step + evaluating
     share = f"{duration(evaluating)} ({evaluating / whole:.1%}) of it"
     evaluations = f"{times} evaluations of {len(val.bytes):,} bytes"
