@@ -103,7 +103,7 @@ def as_json(value):
 
 
 def settings_dict(s: Settings) -> dict:
-    """The settings and those of the model as JSON; a value that JSON cannot hold, as text."""
+    """Return all settings, the model's too, as JSON; a value that JSON cannot hold, as text."""
     own = {k: v for k, v in vars(s).items() if k.isupper() and k != "BDH_CONFIG"}
     return {name: as_json(value) for name, value in (own | asdict(s.BDH_CONFIG)).items()}
 

@@ -20,28 +20,28 @@ class Rule(NamedTuple):
 
 
 def whole(minimum: int, maximum: int = LARGEST, allow_none: bool = False) -> Rule:
-    """The rule admits whole numbers from `minimum` to `maximum`, and None if `allow_none`."""
+    """Return a rule that admits `minimum` to `maximum`, and None if `allow_none`."""
     description = f"a whole number from {minimum:,} to {maximum:,}"
     return Rule(int, allow_none, description, lambda n: minimum <= n <= maximum)
 
 
 def number(description: str, is_valid: Callable, allow_none: bool = False) -> Rule:
-    """The rule admits numbers for which `is_valid`, and None if `allow_none`."""
+    """Return a rule that admits numbers for which `is_valid`, and None if `allow_none`."""
     return Rule(float, allow_none, f"a number {description}", is_valid)
 
 
 def text(allow_none: bool = False) -> Rule:
-    """The rule admits text that is not blank, and None if `allow_none`."""
+    """Return a rule that admits text that is not blank, and None if `allow_none`."""
     return Rule(str, allow_none, "text that is not empty", lambda value: value.strip())
 
 
 def switch() -> Rule:
-    """The rule admits True and False."""
+    """Return a rule that admits True and False."""
     return Rule(bool, False, KINDS[bool])
 
 
 def choice(*choices: str) -> Rule:
-    """The rule admits the `choices`."""
+    """Return a rule that admits the `choices`."""
     return Rule(str, False, f"one of {', '.join(choices)}", choices.__contains__, choices)
 
 

@@ -94,7 +94,7 @@ def data_of(weights: Path) -> dict:
 
 
 def trained_on_chats(weights: Path) -> bool:
-    """Whether chats of several turns were among the training data, by the config.json beside it."""
+    """Tell by the config.json beside the weights whether chats were among the training data."""
     return bool(data_of(weights).get("several_turns"))
 
 

@@ -39,8 +39,10 @@ def find_problem(field: str, value) -> Problem | None:
 
 
 def type_name(value) -> str:
+    """Return the name of a value's type, for people who know JSON."""
     return "null" if value is None else type(value).__name__
 
 
 def is_absent(value) -> bool:
+    """Tell whether nothing is there: null, or an empty text, list or object."""
     return value is None or (isinstance(value, (str, list, dict)) and not value)

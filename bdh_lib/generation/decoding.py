@@ -67,7 +67,8 @@ def stream(
             token = sampling.draw(logits, recent, u)
             if i < len(forced):
                 forced_i = mx.array(forced[i])
-                token = mx.where(forced_i == PAD, token, forced_i.astype(token.dtype))  # not int64
+                # of one type, or a compiled step would be traced anew
+                token = mx.where(forced_i == PAD, token, forced_i.astype(token.dtype))
             recent = append_token(recent, token)
             logits, state = read(model, token[:, None], state)
             logits = logits[:, -1]

@@ -91,10 +91,12 @@ def advise(
 
 
 def lower_rate(s: Settings) -> str:
+    """Name the setting, its value, and a third of it."""
     return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE / 3:.1g}"
 
 
 def higher_rate(s: Settings) -> str:
+    """Name the setting, its value, and three times that."""
     return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * 3:.1g}"
 
 
@@ -108,10 +110,12 @@ def describe_change(run: SimpleNamespace, then: int) -> str:
 
 
 def has_risen(run: SimpleNamespace, then: int) -> bool:
+    """Tell whether validation is above that at `then` by more than MIN_RISE of it."""
     return run.val[run.now] > (1 + MIN_RISE) * run.val[then]
 
 
 def overfitting(run: SimpleNamespace, s: Settings) -> str | None:
+    """Advise where validation rose above its best while the training loss fell."""
     if has_risen(run, run.best) and run.loss[run.now] < run.loss[run.best]:
         dropout = s.BDH_CONFIG.dropout
         return (
@@ -122,6 +126,7 @@ def overfitting(run: SimpleNamespace, s: Settings) -> str | None:
 
 
 def too_high(run: SimpleNamespace, s: Settings) -> str | None:
+    """Advise where updates were skipped, losses jumped or rose, or gradients are large."""
     lines, seen = run.lines[-1], []
     norms = [math.inf if m["grad_norm"] is None else m["grad_norm"] for m in lines]
     norm = float(np.median(norms))
@@ -157,6 +162,7 @@ def stuck(run: SimpleNamespace, s: Settings) -> str | None:
 
 
 def not_coherent(run: SimpleNamespace, s: Settings) -> str | None:
+    """Advise where the model knows little more than how often each byte occurs."""
     if run.val[run.now] > NOISE_SHARE * run.order_0:
         bits, unigram = (bits_per_byte(nats) for nats in (run.val[run.now], run.order_0))
         end = "MAX_ITERS" if run.total == s.MAX_ITERS else "EPOCHS"
@@ -168,6 +174,7 @@ def not_coherent(run: SimpleNamespace, s: Settings) -> str | None:
 
 
 def slow(run: SimpleNamespace, s: Settings) -> str | None:
+    """Advise where late in a run with a low rate the model knows no more than pairs of bytes."""
     late = run.now >= max(LATE_FRACTION * run.total, 2 * s.WARMUP_ITERS)
     if late and s.LEARNING_RATE < REFERENCE_RATE and run.val[run.now] > run.order_1:
         bits, bigram = (bits_per_byte(nats) for nats in (run.val[run.now], run.order_1))

@@ -46,6 +46,7 @@ def run_folder(s: Settings) -> Path:
 
 
 def folder(run: Path, step: int) -> Path:
+    """Return where the checkpoint of `step` is, or would be."""
     return run / f"step-{step:06d}"
 
 
@@ -293,7 +294,7 @@ def check_space(run: Path, trees: list, count: int) -> None:
 
 
 def versions() -> dict:
-    """What a run is bitwise repeatable on: the same of each."""
+    """Return what must be the same for two runs to be equal bit by bit, beside their settings."""
     return {
         "mlx": mx.__version__,
         "python": platform.python_version(),

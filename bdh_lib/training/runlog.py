@@ -44,6 +44,7 @@ def crc32(m: dict) -> int:
 
 
 def with_checksum(m: dict) -> str:
+    """Return a line of metrics.jsonl."""
     return json.dumps(m | {"crc32": crc32(m)}) + "\n"
 
 
@@ -152,6 +153,7 @@ class Meter:
         self.clear()
 
     def clear(self) -> None:
+        """Begin new averages."""
         self.losses, self.seconds, self.timed_bytes = [], 0.0, 0
 
     def start(self) -> None:

@@ -53,6 +53,7 @@ class StopSignal:
         os.close(self.write)
 
     def on_signal(self, number, frame):
+        """Note a signal; one of several processes stops only with the others, in `sync`."""
         self.received = number
         if self.world.size == 1:
             self.requested = number

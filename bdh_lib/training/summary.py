@@ -24,6 +24,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 def fields_in(fields: np.ndarray) -> set[str]:
+    """Return the names of the fields whose indices in FIELDS occur in the array."""
     return {FIELDS[i] for i in np.unique(fields)}
 
 

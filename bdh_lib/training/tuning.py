@@ -51,6 +51,7 @@ def choice_of(compute: Compute) -> dict:
 
 
 def is_choice(value: dict) -> bool:
+    """Tell whether a dict read from a file is a choice as choice_of gives it."""
     sizes = [value.get(name) for name in SIZES]
     are_sizes = all(type(size) is int and 0 < size < 2**40 for size in sizes)
     return are_sizes and value.get("mode") in [*memory.MODES]
@@ -67,6 +68,7 @@ def conditions(s: Settings) -> dict:
 
 
 def kept_file(s: Settings) -> Path:
+    """Return the file that holds the choice for these settings here, if --tune has kept one."""
     key = files.sha256_text(json.dumps(conditions(s), sort_keys=True))[:16]
     return Path(s.CHECKPOINT_DIR, ".tune", f"{key}.json")
 
@@ -143,6 +145,7 @@ class TimedSteps:
         self.longest, self.deadline = 0.0, time.monotonic() + SECONDS
 
     def has_time(self) -> bool:
+        """Tell whether a trial as long as the longest one so far would end in time."""
         return time.monotonic() + self.longest < self.deadline
 
     def seconds(self, compute: Compute, B: int, T: int) -> float:
@@ -156,6 +159,7 @@ class TimedSteps:
         return best
 
     def step(self, compute: Compute, B: int, T: int) -> float:
+        """Return the seconds of one step; the first in a way includes its compilation."""
         s, self.trained[0].compute = self.s, compute  # read when the step is traced
         if compute not in self.compiled:
             self.compiled[compute] = compile_steps(*self.trained, s)
@@ -171,6 +175,7 @@ class TimedSteps:
 
 
 def around(n: int) -> tuple[int, int]:
+    """Return the sizes that are tried next after n."""
     return n * 2, n // 2
 
 
