@@ -253,7 +253,7 @@ def begin_run(
     """
     info = {"settings": settings_dict(s), "data": data_report, "versions": checkpoints.versions()}
     info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
-    info["compute"] = tuning.choice_of(model.compute)  # a run goes on as it began
+    info["compute"] = tuning.choice_of(model.compute) | {"groups": model.compute.groups}
     info["own"] = [name for name in info["settings"] if name.isupper() and name not in RULES]
     if world.is_main:
         # the latest ones, the best, and the one that is being written
@@ -451,13 +451,14 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
             save(step)
             break
         stop.has_trained = True  # from here on there is work to save
-        meter.stop(step + 1, summed.loss, norm, summed.has_targets)
-        if meter.consecutive_skips == s.MAX_CONSECUTIVE_SKIPS:
+        is_due = step + 1 == n_steps or 0 in ((step + 1) % s.LOG_FREQ, (step + 1) % s.EVAL_FREQ)
+        meter.stop(step + 1, summed.loss, norm, summed.has_targets, wait=is_due)
+        if meter.consecutive_skips >= s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(no_sound_update(s, step - len(meter.unread), train_split))
         if (step + 1) % s.LOG_FREQ == 0 and (averages := meter.pop_averages(step + 1)):
             log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **averages)
 
-    meter.progress.bar.close()
+    meter.close()
     if stop.requested:
         print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
         return 128 + stop.requested

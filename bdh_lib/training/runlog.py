@@ -160,14 +160,16 @@ class Meter:
         """Begin a step."""
         self.step_start = time.perf_counter()
 
-    def stop(self, step: int, loss: mx.array, norm: mx.array, has_targets: bool) -> None:
+    def stop(
+        self, step: int, loss: mx.array, norm: mx.array, has_targets: bool, wait: bool
+    ) -> None:
         """End step number `step`; its loss is averaged where it has any targets.
 
-        On CUDA its numbers are read when the next step has been submitted: the GPU computes while
-        the host prepares. The first step is not timed, because it compiles.
+        On CUDA its numbers are read when the next step has been submitted, unless `wait` says so:
+        the GPU computes while the host prepares. The first step is not timed: it compiles.
         """
         self.unread.append((step, loss, norm, has_targets))
-        self.collect(1 if on_cuda() else 0)
+        self.collect(0 if wait or not on_cuda() else 1)
         self.progress.update()
         if step > self.first_step + 1:
             self.seconds += time.perf_counter() - self.step_start
@@ -185,6 +187,11 @@ class Meter:
                 self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
                 tqdm.write(f"iter {step:>6} | update skipped: loss {loss}, norm {norm}")
 
+    def close(self) -> None:
+        """End the bar, after a line for each skipped step that was not read yet."""
+        self.collect(0)
+        self.progress.bar.close()
+
     def minutes(self) -> float:
         """Return the minutes since the loop began, the first evaluation included."""
         return (time.perf_counter() - self.start_time) / 60
@@ -198,7 +205,6 @@ class Meter:
         """Return the mean loss, speed and time left after `step`, for the log, and reset the
         averages; {} where no step since the last line has a loss.
         """
-        self.collect(0)
         if not self.losses:
             return {}
         elapsed, done = time.perf_counter() - self.start_time, step - self.first_step

@@ -39,7 +39,7 @@ WORTHWHILE = 10**13  # parameters x bytes of a run: about an hour on two CPU cor
 # -------------------------------------------------------------------------------------- the choice
 
 
-SIZES = ("chunk", "rows", "groups")  # of a Compute, that a file holds beside its mode
+SIZES = ("chunk", "rows")  # of a Compute, that a file holds beside its mode
 
 
 def choice_of(compute: Compute) -> dict:
@@ -110,18 +110,23 @@ def preferred(s: Settings, run: Path, step: int, world: World) -> tuple[str, dic
 def select(s: Settings, by: str, choice: dict) -> tuple[str, Compute, float]:
     """Return the memory mode in words, its Compute, and its estimated peak in bytes.
 
-    MEMORY_MODE auto takes `choice`, if there is one and it fits. Raises UserError as
-    memory.select_mode does.
+    MEMORY_MODE auto takes `choice`, if there is one and it fits; each mode takes its groups of
+    heads, over which a CPU sums. Raises UserError as memory.select_mode does.
     """
+    groups = choice.get("groups")
+    is_divisor = type(groups) is int and groups > 0 and s.BDH_CONFIG.n_head % groups == 0
+    as_before = {"groups": groups} if is_divisor else {}
     if choice and s.MEMORY_MODE == "auto":
         of_mode = memory.compute_for(s.BDH_CONFIG, choice["mode"], s.DTYPE)
+        of_mode = replace(of_mode, **as_before)
         compute = replace(of_mode, **{name: choice[name] for name in SIZES})
         sizes = f" (chunk {compute.chunk:,}, segment {compute.rows:,})" * (compute != of_mode)
         name, peak = f"{choice['mode']} {by}{sizes}", memory.step_peak(s, compute)
         if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
             return name, compute, peak
         print(f"memory: {name} needs {peak / 1e9:.2f} GB, more than can be had; taking what fits")
-    return memory.select_mode(s)
+    name, compute, peak = memory.select_mode(s)
+    return name, replace(compute, **as_before), peak
 
 
 def hint(s: Settings, name: str, n_steps: int) -> str:
@@ -263,8 +268,7 @@ def tune(s: Settings) -> int:
     for compute, times in tried.items():
         marks = "kept" * (compute == best), "auto by itself" * (compute == start)
         speed, gb = f"{B * T / min(times):,.0f}", f"{timed.peaks[compute] / 1e9:.2f}"
-        mode, chunk, segment, _ = choice_of(compute).values()
-        rows.append((mode, chunk, segment, speed, gb, ", ".join(filter(None, marks))))
+        rows.append((*choice_of(compute).values(), speed, gb, ", ".join(filter(None, marks))))
     print(format_table(rows))
     content = choice_of(best) | {"conditions": conditions(s)}
     files.atomic_write_text(file, json.dumps(content, indent=1))

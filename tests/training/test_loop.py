@@ -39,12 +39,57 @@ def test_an_update_that_is_read_late_counts_as_its_own(monkeypatch, capsys):
     meter = runlog.Meter(0, 3, 1000)
     for step, loss in enumerate((1.0, math.nan, 3.0), 1):
         meter.start()
-        meter.stop(step, mx.array(loss), mx.array(1.0), True)
-    assert (
-        meter.consecutive_skips == 1 and "iter      2 | update skipped" in capsys.readouterr().out
-    )
-    assert meter.pop_averages(3)["loss"] == 2.0 and meter.consecutive_skips == 0
+        meter.stop(step, mx.array(loss), mx.array(1.0), True, wait=False)
+    assert meter.consecutive_skips == 1 and meter.losses == [1.0]
+    assert "iter      2 | update skipped" in capsys.readouterr().out
+    meter.close()
+    assert meter.consecutive_skips == 0 and meter.pop_averages(3)["loss"] == 2.0
     assert meter.pop_averages(3) == {}
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_the_speed_of_a_gpu_that_computes_ahead_is_that_of_the_gpu(every, monkeypatch):
+    """A GPU takes 10 s for an update, which the host submits in 1 s."""
+    clock, done = [0.0], [0.0]
+
+    class Loss:
+        def __init__(self):
+            self.at = done[0] = max(clock[0], done[0]) + 10
+
+        def __float__(self):
+            clock[0] = max(clock[0], self.at)
+            return 1.0
+
+    monkeypatch.setattr(runlog, "on_cuda", lambda: True)
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: clock[0])
+    meter, speeds = runlog.Meter(0, 21, 100), []
+    for step in range(1, 22):
+        meter.start()
+        clock[0] += 1
+        meter.stop(step, Loss(), 1.0, True, wait=step == 1 or step % every == 0)
+        if step > 1 and step % every == 0:
+            speeds.append(meter.pop_averages(step)["bytes_per_s"])
+    host = 1 / every  # seconds an update for which the GPU has nothing to do
+    assert speeds[1:] == pytest.approx([100 / (10 + host)] * len(speeds[1:]))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_updates_that_are_not_finite_at_the_end_of_a_run_end_it(
+    ahead, tmp_path, monkeypatch, capsys
+):
+    real = train_mlx.sum_gradients
+
+    def sum_gradients(s, step, *rest):
+        summed = real(s, step, *rest)
+        return summed._replace(loss=mx.array(math.nan)) if step >= 3 else summed
+
+    monkeypatch.setattr(train_mlx, "sum_gradients", sum_gradients)
+    for module in (train_mlx, runlog):
+        monkeypatch.setattr(module, "on_cuda", lambda: ahead)
+    flags = ["--max-iters", 6, "--log-freq", 100, "--eval-freq", 100, "--max-consecutive-skips", 3]
+    assert train(tmp_path, *flags) == 1
+    out, err = capsys.readouterr()
+    assert (out + err).count("update skipped") == 3 and "no sound update in 3 iterations" in err
 
 
 def test_the_first_update_is_not_timed(monkeypatch):
@@ -53,7 +98,7 @@ def test_the_first_update_is_not_timed(monkeypatch):
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock))
     for step in (1, 2):
         meter.start()
-        meter.stop(step, 1.0, 1.0, True)
+        meter.stop(step, 1.0, 1.0, True, wait=True)
     assert meter.timed_bytes / meter.seconds == 500
 
 

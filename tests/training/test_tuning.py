@@ -1,6 +1,7 @@
 """--tune finds the fastest way to compute, auto takes it, and a run stays with its own."""
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from itertools import cycle
@@ -99,7 +100,7 @@ def test_what_takes_too_long_is_not_begun(monkeypatch):
 
 # ------------------------------------------------------------------------------- the kept choice
 
-PLANTED = {"mode": "balanced", "chunk": 16, "rows": 32, "groups": 1}
+PLANTED = {"mode": "balanced", "chunk": 16, "rows": 32}
 
 
 def plant(folder, **values):
@@ -121,7 +122,7 @@ def test_tune_keeps_a_choice_that_a_new_run_takes(tmp_path, capsys):
     assert train(tmp_path, "--max-iters", 1) == 0
     assert "memory: balanced by --tune (chunk 16, segment 32), float32" in capsys.readouterr().out
     config = json.loads((tmp_path / "full/step-000001/config.json").read_text())
-    assert config["compute"] == PLANTED
+    assert config["compute"].items() > PLANTED.items()  # and groups of heads
     assert train(tmp_path, "--max-iters", 1, "--run-name", "b", "--memory-mode", "fast") == 0
     assert "memory: fast, float32" in capsys.readouterr().out
     assert train(tmp_path, "--max-iters", 1, "--run-name", "c", "--block-size", 32) == 0
@@ -147,9 +148,26 @@ def test_a_run_goes_on_as_it_began_to_the_bit(tmp_path, capsys):
     assert not same(arrays(tmp_path / "one", 4), arrays(tmp_path / "third", 4))  # it matters
 
 
+@pytest.mark.parametrize("mode", ["auto", "small"])
+def test_a_run_goes_on_with_its_groups_of_heads_on_other_cores(mode, tmp_path, monkeypatch):
+    flags = ("--n-head", 2, "--memory-mode", mode)
+    for cores, folder, steps in ((2, "one", 4), (2, "other", 2), (1, "other", 4)):
+        if hasattr(os, "sched_getaffinity"):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        assert train(tmp_path / folder, *flags, "--max-iters", steps) == 0
+    assert same(arrays(tmp_path / "one", 4), arrays(tmp_path / "other", 4))
+
+
+@pytest.mark.parametrize("groups", [0, 3, "2", True, None])
+def test_groups_that_do_not_divide_the_heads_are_left_out(groups):
+    s = train_mlx.settings([*ARGS, "--n-head", "4"])
+    choice = {"mode": "fast", "chunk": 64, "rows": 128, "groups": groups}
+    assert tuning.select(s, "as before", choice)[1].groups in (1, 2, 4)
+
+
 def test_a_choice_that_does_not_fit_any_more_is_left_with_a_word(capsys, monkeypatch):
     s = train_mlx.settings(ARGS)
-    large = {"mode": "fast", "chunk": 64, "rows": 128, "groups": 1}
+    large = {"mode": "fast", "chunk": 64, "rows": 128}
     assert tuning.select(s, "as before", large)[0] == "fast as before (chunk 64, segment 128)"
     room = memory.step_peak(s, memory.compute_for(s.BDH_CONFIG, "small", "float32"))
     monkeypatch.setattr(memory, "available", lambda: room)
