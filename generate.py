@@ -56,6 +56,7 @@ from bdh_lib.generation.jobs import (
     write_results,
 )
 from bdh_lib.generation.sampling import Sampling
+from bdh_lib.progress import heartbeat
 from bdh_lib.training import evaluation
 
 LONG_PROMPT = 1000  # bytes of a prompt that the default model reads in seconds on a CPU
@@ -68,9 +69,12 @@ def prompt_of(args: argparse.Namespace) -> bytes:
     if args.prompt_file is None:
         if sys.stdin.isatty():  # stdout is no terminal, or a session would run
             print("the prompt is what is typed here, up to Ctrl-D", file=sys.stderr)
-        return sys.stdin.buffer.read()
+            return sys.stdin.buffer.read()
+        with redirect_stdout(sys.stderr), heartbeat("waiting for the prompt on stdin"):
+            return sys.stdin.buffer.read()
     try:
-        return args.prompt_file.read_bytes()
+        with redirect_stdout(sys.stderr), heartbeat(f"reading {args.prompt_file}"):
+            return args.prompt_file.read_bytes()
     except OSError as error:
         raise UserError(f"--prompt-file {args.prompt_file}: {error.strerror}") from None
 

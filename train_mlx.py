@@ -52,7 +52,7 @@ IGNORE_MEMORY_CHECK: bool = False  # start even if the estimate exceeds the avai
 # Evaluation, log and checkpoints
 SEED: int = 1337  # of weights, split, data order, dropout and samples
 VAL_FRACTION: float = 0.1  # of the records, held out
-EVAL_BYTES: int | None = 200_000  # validation bytes read at most, always the same; none: all
+EVAL_BYTES: int | None = 200_000  # most validation bytes read, in whole records; none: all
 LOG_FREQ: int = 50  # iterations between lines
 EVAL_FREQ: int = 500  # iterations between validations and samples
 SAVE_FREQ: int = 500  # iterations between checkpoints

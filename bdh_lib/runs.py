@@ -18,7 +18,8 @@ def find_weights(path: str | Path) -> Path:
         return path / "model.safetensors"
     steps = [f for f in path.glob("step-*") if f.name[5:].isdigit()]
     steps = sorted(steps, key=lambda f: int(f.name[5:]), reverse=True)
-    best = [f for f in steps if f.name == _best_of(path)]
+    name = _best_of(path) if steps else None
+    best = [f for f in steps if f.name == name]
     faults = []
     for step in dict.fromkeys([*best, *steps]):
         if not (fault := _fault(step / "model.safetensors")):
@@ -40,11 +41,21 @@ def find_weights(path: str | Path) -> Path:
 
 
 def _best_of(run: Path) -> str | None:
-    """Return the name of the checkpoint in a run's best.json, None if there is no such file."""
-    try:
-        return files.read_json_object(run / "best.json").get("checkpoint")
-    except UserError:
+    """Return the name of the checkpoint in a run's best.json, None if there is no such file.
+
+    One that is damaged gets a warning: the last checkpoint is not the best.
+    """
+    if not (file := run / "best.json").exists():
         return None
+    try:
+        name = files.read_json_object(file).get("checkpoint")
+        reason = "names no checkpoint of the run"
+    except UserError as error:
+        name, reason = None, f"is damaged ({error})"
+    if not isinstance(name, str) or not (run / name).is_dir():
+        warn(f"{file} {reason}; taking the last checkpoint")
+        return None
+    return name
 
 
 def _fault(weights: Path) -> str | None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from threading import Timer
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,7 @@ from helpers import random_model, saved, train
 import bdh_mlx
 import generate
 import train_mlx
-from bdh_lib import runs
+from bdh_lib import progress, runs
 from bdh_lib.compute import memory
 from bdh_lib.data import formats, sources
 from bdh_lib.errors import escape_controls
@@ -237,6 +238,35 @@ def of_steps(model, folder, *steps):
         manifest = {"model.safetensors": {"sha256": digest}}
         (at / "manifest.json").write_text(json.dumps(manifest))
     return run
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("null", "is damaged"),
+        ("{", "is damaged"),
+        ('{"step": 1}', "names no checkpoint of the run"),
+        ('{"checkpoint": "step-000009"}', "names no checkpoint of the run"),
+        ('{"checkpoint": ["step-000001"]}', "names no checkpoint of the run"),
+    ],
+)
+def test_a_best_json_that_names_no_checkpoint_is_told(text, reason, tmp_path, capsys):
+    run = of_steps(random_model(), tmp_path, 1, 2)
+    (run / "best.json").write_text(text)
+    assert runs.find_weights(run).parent.name == "step-000002"
+    err = capsys.readouterr().err
+    assert err.count("warning: ") == 1 and f"best.json {reason}" in err and "the last" in err
+
+
+def test_a_prompt_that_does_not_come_shows_a_sign_of_life(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.02)
+    monkeypatch.setattr(progress, "POLL", 0.01)
+    os.mkfifo(tmp_path / "pipe")
+    args = generate.parse_args(["run", "--prompt-file", str(tmp_path / "pipe")])
+    Timer(0.2, (tmp_path / "pipe").write_bytes, (b"late",)).start()
+    assert generate.prompt_of(args) == b"late"
+    out, err = capsys.readouterr()
+    assert not out and f"reading {tmp_path}" in err
 
 
 def test_a_checkpoint_that_cannot_be_taken_is_told(tmp_path, capsys):

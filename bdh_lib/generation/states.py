@@ -63,7 +63,8 @@ def load_state(path: str | Path, model: BDH) -> State:
     """Load what `save_state` wrote. Raises UserError if it is damaged or another model's."""
     path = files.expand_user(path, "the path of a state")
     if not path.is_file():
-        reason = "it is a folder" if path.is_dir() else "there is no such file"
+        reason = "it is no regular file" if path.exists() else "there is no such file"
+        reason = "it is a folder" if path.is_dir() else reason
         raise UserError(f"{path} cannot be read: {reason}")
     arrays, header = read_arrays(path)
     try:

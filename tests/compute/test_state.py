@@ -310,6 +310,8 @@ def test_a_link_to_a_model_stays_a_link(tmp_path):
 def test_a_state_of_no_byte_is_not_saved_and_a_folder_not_loaded(tmp_path):
     with pytest.raises(UserError, match="the state is of no byte"):
         states.save_state(tmp_path / "s.safetensors", random_model(), State())
+    with pytest.raises(UserError, match="it is no regular file"):
+        states.load_state("/dev/null", random_model())
     with pytest.raises(UserError, match="it is a folder"):
         states.load_state(tmp_path, random_model())
 
