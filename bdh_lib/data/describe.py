@@ -4,6 +4,8 @@ from bdh_lib.data.chats import ROLES_BY_FIELD
 from bdh_lib.data.columns import ALIASES
 from bdh_lib.data.formats import REQUIRED_FIELDS, needed_fields
 
+FEW_BYTES = 1000  # of a given validation, below which its loss is mostly chance
+
 
 def skip_lines(report: dict) -> list[str]:
     """Say what is not trained on, and why: records, turns, columns, and files or splits.
@@ -110,6 +112,9 @@ def describe(report: dict) -> str:
         given = ", as given" if report.get("given_validation") and side == "val" else ""
         size = f"{count_text(report[side]['records'])}{report[side]['bytes']:,} bytes"
         lines.append(f"  {name}{given}: {size}")
+    if report.get("given_validation") and report["val"]["bytes"] < FEW_BYTES:
+        lines.append("  so few bytes say little of the loss: take that file away, and VAL_FRACTION "
+                     "of the records validates")  # fmt: skip
     return "\n".join(lines)
 
 

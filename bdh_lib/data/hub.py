@@ -168,7 +168,7 @@ def _unreached(reason: str) -> str:
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE
-    reason = (Silence.reason if offline else reason)[:200]
+    reason = (Silence.reason if offline else reason).split(" An error happened")[0][:200]
     if "certificate" in reason.lower():
         reason += "; a network with a certificate of its own needs SSL_CERT_FILE"
     return reason + ("; it is not in the cache either" if offline else "")

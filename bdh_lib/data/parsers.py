@@ -118,6 +118,9 @@ class Encoding:
 
     def advice(self, file: Path) -> str:
         """Return what the encoding is likely to be, and how to convert the file."""
+        controls = sum(c < " " and c not in "\t\r\n\f" for c in self.sample)
+        if controls > len(self.sample) / 50:
+            return "is no text: it holds control characters and bytes that are not UTF-8"
         high = [b >= 0x80 for b in self.sample.encode("utf-8", "surrogateescape")]
         alone = sum(a and not b for a, b in zip(high, [*high[1:], False], strict=True))
         if 2 * alone > sum(high):  # accents among other letters
@@ -137,11 +140,13 @@ def _open_zst(file: Path, _mode: str) -> io.BufferedReader:
 
 
 def _open_text(raw: BinaryIO, encoding: Encoding) -> io.TextIOWrapper:
-    """Return the text of a file, its ends of lines as they are. Raises ValueError for UTF-16
-    unmarked.
+    """Return the text of a file, its ends of lines as they are. Raises ValueError for zero bytes
+    and UTF-16 unmarked.
     """
     start = raw.peek(4096)[:4096]
     name = next((BOMS[mark] for mark in BOMS if start.startswith(mark)), None)
+    if start and start.count(0) > 0.9 * len(start):
+        raise ValueError("it is filled with zero bytes, as a crash leaves a file")
     if name is None and start.count(0) > len(start) / 5:
         raise ValueError("it looks like UTF-16 without its mark: iconv -f UTF-16LE -t UTF-8")
     errors = "surrogatepass" if name in ("utf-16", "utf-32") else "surrogateescape"

@@ -259,6 +259,13 @@ REFUSED = {
     "cyrillic.csv": (table(",").replace("ask", "Привет").encode("cp1251"), "another script"),
     "cp1252.jsonl": (jsonl(*rows(asked)).replace("ask", "Où").encode("cp1252"), "Windows-1252"),
     "cp1252.json": ('[{"text": "Où, où"}]'.encode("cp1252"), "Windows-1252"),
+    **{
+        f"zeros.{kind}": (bytes(4000), "filled with zero bytes") for kind in ("jsonl", "csv", "txt")
+    },
+    **{
+        f"noise.{kind}": (np.random.default_rng(0).bytes(5000), "is no text")
+        for kind in ("jsonl", "json", "txt")
+    },
     "unmarked.jsonl": (jsonl(*rows(asked)).encode("utf-16-le"), "UTF-16 without its mark"),
     "unmarked.csv": (table(",").encode("utf-16-be"), "UTF-16 without its mark"),
     "columns.jsonl": (jsonl(*[{"foo": "a", "bar": "b"}] * N), "--columns instruction=COLUMN,resp"),
@@ -613,7 +620,9 @@ def test_splits_that_are_given_are_used(tmp_path, val, names):
     assert [side.count("train q") for side in sides] == [20, 0]
     assert [side.count("val q") for side in sides] == [0, 5]
     told = describe(report)
-    assert "validation, as given: 5 records" in told
+    assert "validation, as given: 5 records" in told and "say little of the loss" in told
+    report["val"]["bytes"] = 1000
+    assert "say little of the loss" not in describe(report)
     assert f"not read: the test split, {Path(names.format('test')).name}" in told
     assert f"--evaluate {folder}#test" in told
     about, stream, _ = load_unsplit(f"{folder}#test", "full", tmp_path)
