@@ -164,6 +164,8 @@ def test_answers_are_to_what_the_run_held_out_and_go_on_where_they_stopped(run, 
         assert f"{line['prompt']}{line['truth']}\n---".encode() in val
         assert line["chrf"] == round(chrf(line["answer"], line["truth"]), 2)
     assert answered(copy) == table.replace("sample", str(copy))
+    copy.write_bytes(copy.read_bytes().replace(b"CSV", b"TSV", 1))  # as many bytes, other ones
+    assert f"{copy}: all its records, also any that the model was trained on" in answered(copy)
     for kept in (0, 1, len(content) // 2, len(content)):
         out.write_bytes(content[:kept])
         assert answered("sample", "--out", str(out)) == table
