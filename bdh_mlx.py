@@ -168,6 +168,7 @@ class BDH(nn.Module):
             idx = mx.concatenate([idx, token[:, None].astype(idx.dtype)], 1)
             logits, state = read(self, token[:, None], state)
             logits = logits[:, -1]
+            mx.async_eval(idx, state)  # or all bytes would be one graph
         return idx
 
 

@@ -219,7 +219,7 @@ def train_or_explain(s: Settings, run: Path, stop: StopSignal, world: World) -> 
     try:
         return train(s, run, stop, world)
     except RuntimeError as error:
-        if stop.received:  # Ctrl-C also reaches the compiler that MLX runs, and MLX gives up
+        if stop.received and not stop.has_trained:  # Ctrl-C ends the compiler that MLX runs, too
             return 128 + stop.received
         if is_lost(error):
             print(f"error: process {world.rank} lost another one: {error}. Checkpoints are as "

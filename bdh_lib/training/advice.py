@@ -21,6 +21,7 @@ NORM_LIMIT = 10  # gradient norm, in GRAD_CLIPs, beyond which the clipping alone
 NOISE_SHARE = 0.9  # share of the order-0 entropy above which text is noise
 LATE_FRACTION = 0.25  # share of a run by which it should know more than which byte follows which
 MAX_BYTES = 10**6  # bytes that are counted, for the time it takes
+MAX_DROPOUT = 0.5  # that is advised
 REFERENCE_RATE = 1e-3  # of the official training, and of the best of docs/log.md's runs
 
 
@@ -118,10 +119,11 @@ def overfitting(run: SimpleNamespace, s: Settings) -> str | None:
     """Advise where validation rose above its best while the training loss fell."""
     if has_risen(run, run.best) and run.loss[run.now] < run.loss[run.best]:
         dropout = s.BDH_CONFIG.dropout
+        higher = min(MAX_DROPOUT, dropout + 0.2)
+        more_dropout = f"raise dropout from {dropout:g} to {higher:g}, " * (dropout < higher)
         return (
             f"overfitting: {describe_change(run, run.best)}. The best checkpoint is kept; for a "
-            f"better one raise dropout from {dropout:g} to {min(0.5, dropout + 0.2):g}, "
-            f"take more data, or lower {lower_rate(s)}"
+            f"better one {more_dropout}take more data, or lower {lower_rate(s)}"
         )
 
 

@@ -410,6 +410,9 @@ def test_validation_that_rises_while_training_falls_is_overfitting():
     output = advised(series([2.7, 2.4, 2.5], FALLING), "--dropout", "0.1")["overfitting"]
     assert "from iteration 40 to 60 validation went from 2.4000 to 2.5000" in output
     assert "training loss from 2.4750 to 2.2500" in output and "dropout from 0.1 to 0.3" in output
+    for dropout in ("0.5", "0.6"):  # more would not help
+        output = advised(series([2.7, 2.4, 2.5], FALLING), "--dropout", dropout)["overfitting"]
+        assert "dropout" not in output and "take more data" in output
 
 
 @pytest.mark.parametrize(

@@ -327,3 +327,17 @@ def test_phase_two_starts_from_the_weights_of_phase_one(tmp_path, capsys):
     with pytest.raises(UserError, match=shape + "here 32$"):
         args = ("--n-layer", 3, "--n-embd", 32, "--dropout", 0)
         train(tmp_path, "--run-name", "x", "--init-from", "system", *args)
+
+
+@pytest.mark.parametrize("has_trained", [False, True])
+def test_a_failure_after_a_signal_is_told_once_there_is_work(has_trained, tmp_path, monkeypatch):
+    def fail(s, run, stop, world):
+        stop.received, stop.has_trained = 15, has_trained
+        raise RuntimeError("a failure")
+
+    monkeypatch.setattr(train_mlx, "train", fail)
+    if has_trained:
+        with pytest.raises(RuntimeError, match="a failure"):
+            train(tmp_path, "--max-iters", 1)
+    else:
+        assert train(tmp_path, "--max-iters", 1) == 128 + 15
