@@ -78,8 +78,7 @@ def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[
     """
     new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_step(s)}
     try:
-        # a checkpoint from before SHUFFLE_RECORDS was trained without it
-        saved = {"SHUFFLE_RECORDS": False} | info["settings"]
+        saved = info["settings"]
         if missing := {name for name in FIXED_ON_RESUME if name.isupper()} - saved.keys():
             raise UserError(
                 f"{run} is of another format: it has no {min(missing)}. Set RUN_NAME to start "
