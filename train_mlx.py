@@ -346,14 +346,15 @@ def write_samples(s: Settings, step: int, model: BDH, val: Split, stop: StopSign
     prompts = sample_prompts(s.TRAINING_MODE, summary.fields_in(val.fields))
     if s.SAMPLE_BYTES > 1000:
         print(f"writing {len(prompts)} samples of {s.SAMPLE_BYTES:,} bytes")
-    fits = max(map(len, prompts)) + s.SAMPLE_BYTES <= s.BLOCK_SIZE
-    window = None if fits else max(WINDOW_PARTS, s.BLOCK_SIZE)  # it reads badly past its blocks
     records = Records(val.bytes, val.fields, val.record_ends)
     questions = choose_questions(records, N_QUESTIONS, s.BLOCK_SIZE, s.SAMPLE_BYTES)
+    longest = max(map(len, [*prompts, *(question.prompt for question in questions)]))
+    fits = longest + s.SAMPLE_BYTES <= s.BLOCK_SIZE
+    window = None if fits else max(WINDOW_PARTS, s.BLOCK_SIZE)  # it reads badly past its blocks
     with heartbeat("writing samples"):
         seed = s.SEED + step
         samples = list(complete_prompts(model, prompts, s.SAMPLE_BYTES, seed, stop, window))
-        answers = answer_questions(model, questions, s.SAMPLE_BYTES, stop)
+        answers = answer_questions(model, questions, s.SAMPLE_BYTES, stop, window)
     return {"samples": samples} | ({"answers": answers} if answers else {})
 
 

@@ -52,13 +52,15 @@ def question_jobs(records: Records, n: int) -> list[QuestionJob]:
     return [QuestionJob(int(i) + 1, records.question(i)) for i in numbers[np.sort(drawn)]]
 
 
-def answer_questions(model, questions: Sequence[Question], budget: int, signal) -> list[dict]:
+def answer_questions(
+    model, questions: Sequence[Question], budget: int, signal, window: int | None = None
+) -> list[dict]:
     """Return prompt, truth and answer of each question, as text.
 
-    It ends early once `signal`, a StopSignal, has received one.
+    The model sees `window` bytes at most. It ends early once `signal`, a StopSignal, has received one.
     """
     stops = [stop.encode() for stop in END_OF_RESPONSE]
-    decoding = Decoding(model, GREEDY, mx.random.key(0), stops, budget, State())
+    decoding = Decoding(model, GREEDY, mx.random.key(0), stops, budget, State(window=window))
     jobs = [QuestionJob(i, question) for i, question in enumerate(questions)]
     # one by one: a state each takes memory, and a CPU no less time
     texts = {job.number: text for job, text, _ in complete_jobs(jobs, decoding, 1, signal=signal)}
