@@ -45,7 +45,7 @@ class Compute:
     chunk: int = 128  # C: bytes whose scores are computed as a square
     rows: int = 16384  # B * T of a segment
     max_rows: int = 16384  # the same of a block so long that it has MAX_SEGMENTS
-    saved_activations: int = 4  # how many of Saved's last five the backward pass reuses
+    saved_activations: int = 4  # how many of prefix_states, x, gated and q in Saved are kept
     groups: int = 1  # of heads that a CPU computes at once, each on a core
 
 
@@ -148,10 +148,10 @@ class Saved(NamedTuple):
     scores: mx.array  # (H, B, n, C, C)
     a: mx.array  # (H, B*T, D)
     prefix_states: mx.array | None = None  # S before each chunk, (H, B, n, N, D)
-    x: mx.array | None = None  # (H, B*T, N), as are the next three; on CUDA not rectified yet
+    x: mx.array | None = None  # (H, B*T, N), as are the others; on CUDA not rectified yet
     gated: mx.array | None = None  # what passes.gate gives
     q: mx.array | None = None
-    y: mx.array | None = None
+    y: mx.array | None = None  # not for the backward pass, which computes it anew
 
 
 def forward_segment(vs, S, weights, position, C, groups=1):
@@ -270,14 +270,17 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, 
     of `rate_v` on ln(o). The same key and Compute give the same masks.
     """
     n, mask_v = compute.groups, None
-    keys = [None] * n
-    if key is not None:
-        keys = [key] if n == 1 else mx.random.split(key, n)
-        mask_v = dropout_mask(mx.random.split(key, 3)[2], rate_v, v.shape)
-    keys = iter(keys)
-    o = by_groups(
-        n, lambda *w: _heads(v, *w, compute, next(keys), rate), encoder, encoder_v, decoder
-    )
+    if key is None:
+        key, rate, rate_v = mx.random.key(0), 0, 0
+    if rate_v:
+        key, key_v = mx.random.split(key)  # no key of a mask on y
+        mask_v = dropout_mask(key_v, rate_v, v.shape)
+    keys = key[None] if n == 1 else mx.random.split(key, n)
+
+    def heads(key, *weights):
+        return _heads(v, *weights, compute, key[0], rate)
+
+    o = by_groups(n, heads, keys, encoder, encoder_v, decoder)
     return residual(v, sum(o[1:], o[0]), dropout_scale(mask_v, mx.float32))
 
 
@@ -286,12 +289,11 @@ def _heads(v, Dx, Dy, E, compute: Compute, key, rate):
     (B, T, _), (H, _, N) = v.shape, Dx.shape
     parts, C = segments(B, T, compute), compute.chunk
     stream = None if compute.groups == 1 else mx.default_stream(mx.cpu)
-    keys = mx.random.split(mx.random.key(0) if key is None else key, len(parts))
+    keys = mx.random.split(key, len(parts))
     count = 3 + compute.saved_activations  # the first three are small
 
     def mask(key_i, begin, end):
-        shape = (H, B * (end - begin), N)
-        return None if key is None else fused_or_plain().dropout_mask(key_i, rate, shape)
+        return fused_or_plain().dropout_mask(key_i, rate, (H, B * (end - begin), N))
 
     @mx.custom_function
     def forward(v, *weights):

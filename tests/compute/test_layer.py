@@ -150,6 +150,45 @@ def test_a_very_long_block_has_few_segments_since_compiling_takes_the_cube_of_th
         assert max(B * (end - begin) for begin, end in parts) <= 1536
 
 
+@pytest.mark.parametrize(
+    ("H", "cores", "gpu", "limited", "groups"),
+    [
+        (4, 1, False, True, 1),
+        (4, 2, False, True, 2),
+        (4, 3, False, True, 2),
+        (3, 2, False, True, 1),
+        (6, 64, False, True, 6),
+        (4, 2, True, True, 1),
+        (4, 2, False, False, 1),
+    ],
+)
+def test_groups_are_as_many_as_cores_and_divide_the_heads(
+    monkeypatch, H, cores, gpu, limited, groups
+):
+    monkeypatch.setattr(layer, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(layer.blas, "is_limited", limited)
+    affinity = set(range(cores))
+    monkeypatch.setattr(layer.os, "sched_getaffinity", lambda _: affinity, raising=False)
+    assert layer.default_groups(H) == groups
+
+
+@pytest.mark.parametrize(("groups", "rows"), [(1, 16), (3, 100)])  # three segments, three groups
+def test_the_mask_of_the_residual_has_a_key_of_its_own(monkeypatch, groups, rows):
+    drawn, draw = [], layer.dropout_mask
+
+    def dropout_mask(key, rate, shape):
+        drawn.append(key)
+        return draw(key, rate, shape)
+
+    for module in (layer, layer.plain_passes):
+        monkeypatch.setattr(module, "dropout_mask", dropout_mask)
+    v, Dx, E = mx.ones((1, 48, 4)), mx.ones((3, 4, 8)), mx.ones((3, 8, 4))
+    compute = Compute(chunk=16, rows=rows, groups=groups)
+    layer.layer(v, Dx, Dx, E, compute, mx.random.key(1), 0.5, 0.5)
+    mx.eval(drawn)
+    assert len(drawn) == 4 and len({tuple(key.tolist()) for key in drawn}) == 4
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_no_segment_is_larger_than_an_array_may_be(gpu, monkeypatch):
     monkeypatch.setattr(memory, "on_gpu", lambda: gpu)
