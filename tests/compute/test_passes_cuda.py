@@ -1,5 +1,6 @@
 """CUDA's fused passes against the plain ones, on a CPU, as test_step_cuda.py runs its kernels."""
 
+import ctypes
 import itertools
 from dataclasses import replace
 
@@ -35,6 +36,10 @@ def library(tmp_path_factory):
     source = f'#include "cuda_on_cpu.h"\n#include "{ROOT / "bdh_lib/compute/passes_cuda.cu"}"\n'
     for T, V, (kernel, limits) in itertools.product(TYPES.values(), (2, 8), KERNELS.items()):
         source += "".join(entry(kernel, T, V, limit) for limit in limits)
+    source += (
+        'extern "C" void philox(uint32_t counter, const uint32_t* key, uint32_t* words) '
+        "{ memcpy(words, bdh::Random(counter, key).words, 16); }\n"
+    )
     return compiled(source, tmp_path_factory.mktemp("passes"))
 
 
@@ -79,6 +84,13 @@ def test_each_pass_is_that_of_the_plain_operations(fused, H, B, T, N, dtype, pos
     for got, want in zip(found, expected, strict=True):
         assert got.dtype == dtype and got.shape == shape
         assert max_abs_error(got, want) < 1.5 * ROUNDING[dtype] * mx.max(mx.abs(want)).item()
+
+
+def test_philox_is_that_of_its_authors(library):
+    """The vector of Random123's kat_vectors that a counter of this form reaches: all zeros."""
+    words = (ctypes.c_uint32 * 4)()
+    library.philox(ctypes.c_uint32(0), (ctypes.c_uint32 * 4)(), words)
+    assert list(words) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 def test_the_check_of_the_trainer_compares_them(fused, monkeypatch):
