@@ -316,11 +316,12 @@ def _heads(v, Dx, Dy, E, compute: Compute, key, rate):
         weights = [w.astype(compute.dtype) for w in weights]
         dv, R, dW = [], None, (None, None, None)
         for i, (begin, end) in reversed(list(enumerate(parts))):
-            inputs = [v[:, begin:end], keys[i], *saved[i * count : (i + 1) * count]]
-            vs, key_i, *arrays = mx.depends(inputs, [dv[-1], *dW] if dv else [do])
+            inputs = [v[:, begin:end], do[:, begin:end], keys[i]]
+            inputs += saved[i * count : (i + 1) * count]
+            vs, do_i, key_i, *arrays = mx.depends(inputs, [dv[-1], *dW] if dv else [do])
             segment = Saved(*(None if array.shape == (1,) else array for array in arrays))
             args = (begin, C, mask(key_i, begin, end))
-            dv_i, R, dW = _backward_heads(vs, do[:, begin:end], R, dW, weights, segment, *args)
+            dv_i, R, dW = _backward_heads(vs, do_i, R, dW, weights, segment, *args)
             dv.append(dv_i)
         return *mx.depends([mx.concatenate(dv[::-1], 1)], list(dW)), *dW
 

@@ -120,7 +120,7 @@ def _room(group: Path, limit: str, used: str, cached: str) -> float:
 
 # Copies of each that are alive at the peak, fitted to measured peaks (docs/log.md).
 PARAMETERS, SEGMENT, STATES = 13.4, 5.7, 3.55
-CPU_AHEAD = 1.2  # MLX allocates before it computes; on a CPU no limit stops it
+CPU_AHEAD = 1.2  # MLX allocates before it computes
 
 
 def estimate(config, B: int, T: int, compute: Compute) -> float:
@@ -162,7 +162,7 @@ def select_mode(s: Settings) -> tuple[str, Compute, float]:
 
 
 def set_limit(peak: float, compute: Compute) -> None:
-    """Limit MLX to about `peak` bytes on a GPU, where it runs ahead; on a CPU it only costs time.
+    """Limit MLX to about `peak` bytes where it runs ahead: on a GPU, and in one stream of a CPU.
 
     MLX exceeds the limit by about 5 % before it waits. Where there is room, it gets more: near the
     limit, Metal frees all cached buffers and makes them anew in each step, and CUDA waits, which
@@ -170,6 +170,8 @@ def set_limit(peak: float, compute: Compute) -> None:
     for those who want the memory.
     """
     if not on_gpu():
+        if compute.groups == 1:  # several streams wait for one another
+            mx.set_memory_limit(int(peak / CPU_AHEAD))
         return
     room = 0
     if on_metal():

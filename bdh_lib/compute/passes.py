@@ -34,13 +34,19 @@ def dropout_scale(mask, dtype):
     return mx.where(bits >= limit, mx.array(scale, dtype), mx.array(0, dtype))
 
 
+MAIN_STREAM = mx.default_stream(mx.cpu)
+
+
 def relu(x: mx.array) -> mx.array:
     """Return max(x, 0).
 
     mx.compile merges equal operations across streams, such as a 0 made as large as x, and then
-    does not fuse them. The 0 that depends on x is not equal to that of another stream.
+    does not fuse them. The 0 that depends on x is not equal to that of another stream; but it
+    holds x, whose memory the result could else take, so that one stream alone has a plain 0.
     """
-    (zero,) = mx.depends([mx.array(0, x.dtype)], [x])
+    zero = mx.array(0, x.dtype)
+    if mx.default_stream(mx.cpu) != MAIN_STREAM:
+        (zero,) = mx.depends([zero], [x])
     return mx.maximum(x, zero)
 
 

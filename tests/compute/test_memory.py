@@ -175,13 +175,11 @@ def test_float32_on_metal_has_all_its_bits(monkeypatch, dtype, metal, before, af
         (True, False, "fast", 48, 24),
         (True, False, "fast", 11, 9.5),
         (True, False, "small", 80, 9.5),
-        (False, True, "fast", 48, None),
-        (False, False, "fast", 48, None),
+        (False, True, "fast", 48, 10 / memory.CPU_AHEAD),
+        (False, False, "small", 48, 10 / memory.CPU_AHEAD),
     ],
 )
-def test_the_limit_leaves_a_gpu_room_to_run_ahead(
-    monkeypatch, on_gpu, metal, mode, available, limit
-):
+def test_the_limit_leaves_room_to_run_ahead(monkeypatch, on_gpu, metal, mode, available, limit):
     limits = []
     for module in (device, memory):
         monkeypatch.setattr(module, "on_gpu", lambda: on_gpu)
@@ -189,7 +187,9 @@ def test_the_limit_leaves_a_gpu_room_to_run_ahead(
     monkeypatch.setattr(memory, "available", lambda: available * GB)
     monkeypatch.setattr(memory.mx, "set_memory_limit", limits.append)
     memory.set_limit(10 * GB, memory.Compute(saved_activations=memory.MODES[mode][1]))
-    assert limits == ([] if limit is None else [limit * GB])
+    assert limits == [int(limit * GB)]
+    memory.set_limit(10 * GB, memory.Compute(saved_activations=memory.MODES[mode][1], groups=2))
+    assert len(limits) == 1 + on_gpu
 
 
 @pytest.mark.parametrize(
