@@ -57,7 +57,8 @@ def answer_questions(
 ) -> list[dict]:
     """Return prompt, truth and answer of each question, as text.
 
-    The model sees `window` bytes at most. It ends early once `signal`, a StopSignal, has received one.
+    The model sees `window` bytes at most. It ends early once `signal`, a StopSignal, has received
+    one.
     """
     stops = [stop.encode() for stop in END_OF_RESPONSE]
     decoding = Decoding(model, GREEDY, mx.random.key(0), stops, budget, State(window=window))
