@@ -30,10 +30,11 @@ lint: .venv/ready-dev
 	  { echo "error: $(PYTHON) does not run, or is older than 3.11. $(INSTALL_PYTHON)," \
 	    "then: make PYTHON=python3.13 $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) bdh_lib/platform_check.py
+	@echo "installing into .venv, which takes a minute or two"
 	@$(BIN)/python -c 'import mlx.core' 2>/dev/null || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@

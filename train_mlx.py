@@ -93,7 +93,7 @@ PRESETS = {
     "tiny": OFFICIAL + "--n-layer 2 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0 "
     "--beta2 0.95 --ema-decay 0.99 --shuffle-records --training-mode full --block-size 128 "
     "--batch-size 2 --max-iters 4500 --epochs none --learning-rate 2e-3 --warmup-iters 40 "
-    "--log-freq 100 --eval-freq 2250 --save-freq 2250 --eval-bytes 45000",
+    "--log-freq 50 --eval-freq 2250 --save-freq 2250 --eval-bytes 45000",
     # The recipe that docs/log.md measures on a megabyte of text, 6.4M parameters
     "small-data": OFFICIAL + "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 "
     "--byte-noise 0.05 --weight-decay 1 --beta2 0.95 --ema-decay 0.998 --min-lr-ratio 0.02 "

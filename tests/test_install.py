@@ -50,7 +50,7 @@ def test_a_machine_that_mlx_knows_gets_an_environment_and_trains(make, macos):
     assert code == 0, out
     assert calls.splitlines()[2:] == [
         "-m venv --clear .venv",
-        "-m pip install --quiet -r requirements.txt",
+        "-m pip install -r requirements.txt",
         "train_mlx.py --preset tiny --dataset sample",
     ]
 
