@@ -5,14 +5,18 @@ import re
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 import train_mlx
+from bdh_lib.compute import layer
+from bdh_lib.compute.rope import rotate
 from bdh_lib.data import prepare as preparing
 from bdh_lib.data.prepare import DataSettings
 from bdh_lib.generation.decoding import generate_batch
 from bdh_lib.generation.sampling import Sampling
-from bdh_mlx import BDH, BDHConfig, save_model
+from bdh_mlx import BDH, BDHConfig, attention_quadratic, save_model
 
 GOLDEN = Path(__file__).with_name("golden_bdh.safetensors")  # from the official PyTorch code
 CONFIG = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
@@ -119,3 +123,28 @@ def write_jsonl(path, records):
 def numbered(n, **extra):
     """As many records, no two alike."""
     return [{k: f"{v} {i}" for k, v in (RECORD | extra).items()} for i in range(n)]
+
+
+def loss_and_gradients(model, forward, batch):
+    def loss(idx, targets):
+        return nn.losses.cross_entropy(forward(idx), targets, reduction="mean")
+
+    value, gradients = nn.value_and_grad(model, loss)(*batch)
+    return {"loss": value} | dict(tree_flatten(gradients))
+
+
+def worst(a, b):
+    """Largest difference of any array, relative to that array's largest number."""
+    return max(max_abs_error(a[k], b[k]) / (mx.max(mx.abs(b[k])).item() + 1e-12) for k in b)
+
+
+def masked_quadratic(mask):
+    """A layer as it is defined, with its dropout as a product by `mask`, (H, B, T, N); cubed."""
+
+    def quadratic(v, Dx, Dy, E):
+        x = nn.relu(v[None] @ Dx[:, None])
+        a = attention_quadratic(rotate(x), v)
+        y = nn.relu(layer.ln(a) @ Dy[:, None]) * x * mask
+        return (layer.residual(v, (y @ E[:, None]).sum(0)) ** 3).sum()
+
+    return quadratic

@@ -5,8 +5,15 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from helpers import CONFIG, max_abs_error, random_bytes, random_model
-from mlx.utils import tree_flatten
+from helpers import (
+    CONFIG,
+    loss_and_gradients,
+    masked_quadratic,
+    max_abs_error,
+    random_bytes,
+    random_model,
+    worst,
+)
 
 import bdh_mlx
 from bdh_lib.compute import layer, memory
@@ -14,19 +21,6 @@ from bdh_lib.compute.layer import Compute
 from bdh_lib.compute.rope import rotate
 
 H, N = CONFIG.n_head, CONFIG.neurons_per_head
-
-
-def loss_and_gradients(model, forward, batch):
-    def loss(idx, targets):
-        return nn.losses.cross_entropy(forward(idx), targets, reduction="mean")
-
-    value, gradients = nn.value_and_grad(model, loss)(*batch)
-    return {"loss": value} | dict(tree_flatten(gradients))
-
-
-def worst(a, b):
-    """Largest difference of any array, relative to that array's largest number."""
-    return max(max_abs_error(a[k], b[k]) / (mx.max(mx.abs(b[k])).item() + 1e-12) for k in b)
 
 
 @pytest.mark.parametrize("T", [1, 31, 129, 300])
@@ -66,11 +60,7 @@ def test_dropout_has_one_mask_in_forward_and_recomputation(keep, groups, compile
     keys = [key] if groups == 1 else mx.random.split(key, groups)
     mask = mx.concatenate([group_mask(key) for key in keys])
 
-    def quadratic(v, Dx, Dy, E):
-        x = nn.relu(v[None] @ Dx[:, None])
-        a = bdh_mlx.attention_quadratic(rotate(x), v)
-        y = nn.relu(layer.ln(a) @ Dy[:, None]) * x * mask
-        return (layer.residual(v, (y @ E[:, None]).sum(0)) ** 3).sum()
+    quadratic = masked_quadratic(mask)
 
     def fast(*args):
         return (layer.layer(*args, compute, key, rate) ** 3).sum()

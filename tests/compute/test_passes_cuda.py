@@ -5,20 +5,25 @@ import itertools
 from dataclasses import replace
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from conftest import ROOT
-from helpers import CONFIG, max_abs_error, random_bytes, random_model
-from test_layer import loss_and_gradients, worst
-from test_step_cuda import TYPES, Kernel, compiled, pytestmark  # noqa: F401
+from cuda_on_cpu import TYPES, Kernel, compiled, needs_compiler
+from helpers import (
+    CONFIG,
+    loss_and_gradients,
+    masked_quadratic,
+    max_abs_error,
+    random_bytes,
+    random_model,
+    worst,
+)
 
-import bdh_mlx
 from bdh_lib.compute import layer, passes, passes_cuda
 from bdh_lib.compute.layer import Compute
-from bdh_lib.compute.rope import rotate
 from bdh_lib.training import selfcheck
 from bdh_lib.training.selfcheck import RATE, plain_mask, run_passes
 
+pytestmark = needs_compiler
 KEY = mx.random.key(5)
 LIMITS = [0, passes_cuda.dropout_mask(KEY, RATE, ())[1]]
 KERNELS = {
@@ -160,11 +165,7 @@ def test_dropout_has_one_mask_in_forward_and_backward(fused, keep):
         masks.append((scale * kept).reshape(H, B, -1, N))
     mask = mx.concatenate(masks, 2)
 
-    def quadratic(v, Dx, Dy, E):
-        x = nn.relu(v[None] @ Dx[:, None])
-        a = bdh_mlx.attention_quadratic(rotate(x), v)
-        y = nn.relu(layer.ln(a) @ Dy[:, None]) * x * mask
-        return (layer.residual(v, (y @ E[:, None]).sum(0)) ** 3).sum()
+    quadratic = masked_quadratic(mask)
 
     def fast(*args):
         return (layer.layer(*args, compute, KEY, RATE) ** 3).sum()
