@@ -84,6 +84,8 @@ SWEEP = {
             "--mlp-internal-dim-multiplier 64",
             "small-data": "--max-iters 12000 --ema-decay 0.998 "
             "--min-lr-ratio 0.02 --eval-freq 1000",
+            "small-data, dropout 0.6": "--dropout 0.6 --max-iters 14000 --ema-decay 0.998 "
+            "--min-lr-ratio 0.02 --eval-freq 1000",
         }.items()
     },
 }
@@ -97,6 +99,15 @@ RECORDS = (
 )
 RECORDS_SWEEP = {
     "recipe": "--n-layer 4 --beta2 0.95 --max-iters 10000",
+    **{
+        f"average 0.998, {name}": "--beta2 0.95 --ema-decay 0.998 --min-lr-ratio 0.02 " + flags
+        for name, flags in {
+            "layers 4": "--n-layer 4 --max-iters 10000",
+            "layers 3": "--n-layer 3 --max-iters 13300",
+            "layers 2": "--n-layer 2 --max-iters 20000",
+            "layers 3, dropout 0.4": "--n-layer 3 --max-iters 13300 --dropout 0.4 --eval-freq 1000",
+        }.items()
+    },
     "half as long": "--n-layer 4 --beta2 0.95 --max-iters 5000",
     "layers 3": "--n-layer 3 --beta2 0.95 --max-iters 6600",
     "layers 4": "--n-layer 4 --max-iters 3600",
@@ -111,10 +122,13 @@ RECORDS_SWEEP = {
 
 # The first recipe of RECORDS_SWEEP on less of the records, by their size in KB.
 SIZES = {
-    100: {f"{n} passes": f"--epochs {n}" for n in (15, 40)}
-    | {"40 passes, dropout 0.5": "--epochs 40 --dropout 0.5"},
-    500: {f"{n} passes": f"--epochs {n}" for n in (12, 25)},
+    100: {"20 passes": "--epochs 20"}
+    | {f"60 passes, dropout {p}": f"--epochs 60 --dropout {p}" for p in (0.3, 0.5)},
+    500: {"10 passes": "--epochs 10"}
+    | {f"25 passes, dropout {p}": f"--epochs 25 --dropout {p}" for p in (0.3, 0.5)},
+    50_000: {f"1 pass, dropout {p}": f"--epochs 1 --dropout {p}" for p in (0.3, 0.1)},
 }
+N_ANSWERS = 200  # to held-out records, of the jobs that train on records
 
 # The guide: its modes at equal bytes, the default model, one rate for all; then its Options at
 # their own settings, three epochs each.
@@ -265,21 +279,26 @@ def recipe_jobs(args) -> list[dict]:
 
 def records_jobs(args) -> list[dict]:
     # a seed also draws the records that validate: the first one is the trainer's own
-    return sweep_jobs("records", RECORDS, RECORDS_SWEEP, args.records.resolve(), args, 1337)
+    jobs = sweep_jobs("records", RECORDS, RECORDS_SWEEP, args.records.resolve(), args, 1337)
+    return [job | {"answers": True} for job in jobs]
 
 
 def unseen_jobs(args) -> list[dict]:
     folder = hold_out_systems(args.records, args.work / "unseen")
-    return sweep_jobs("unseen", RECORDS, RECORDS_SWEEP, folder, args)
+    jobs = sweep_jobs("unseen", RECORDS, RECORDS_SWEEP, folder, args)
+    return [job | {"answers": True} for job in jobs]
 
 
 def sizes_jobs(args) -> list[dict]:
     """The recipe on a part of the records, over several numbers of passes."""
     jobs = []
     for kilobytes, sweep in SIZES.items():
+        if 1000 * kilobytes > args.records.stat().st_size:
+            continue
         folder = take_records(args.records, args.work / f"{kilobytes}KB", 1000 * kilobytes)
         sweep = {f"{kilobytes} KB, {name}": flags for name, flags in sweep.items()}
-        base = f"{RECORDS} {RECORDS_SWEEP['recipe']} --max-iters none --eval-freq 100"
+        base = f"{RECORDS} {RECORDS_SWEEP['recipe']} --max-iters none "
+        base += f"--eval-freq {max(100, kilobytes // 50)}"
         jobs += sweep_jobs("sizes", base, sweep, folder, args)
     return jobs
 
@@ -370,8 +389,27 @@ def train(job: dict, work: Path) -> dict:
     result["parameters"] = sum(p.size for _, p in tree_flatten(model.parameters()))
     if "judge" in job:
         result["bits"] = judge(model, Path(job["judge"]), s.BLOCK_SIZE)
+    if job.get("answers"):
+        result["answers"] = score_answers(runs / f"phase{i}", s.DATASET)
     shutil.rmtree(runs)
     return result
+
+
+def score_answers(run: Path, data: str) -> dict:
+    """The shares of answers that equal the true response and that contain it, and the mean chrF."""
+    import generate
+    from bdh_lib.generation.answers import read_results
+
+    file = run / "answers.jsonl"
+    argv = f"{run} --evaluate {data} --answers {N_ANSWERS} --batch-size 64 --out {file}"
+    with contextlib.redirect_stdout(sys.stderr):
+        generate.main(argv.split())
+    rows = read_results(file)
+    pairs = [(row["answer"].strip(), row["truth"].strip()) for row in rows]
+    result = {"equal": np.mean([a == t for a, t in pairs]),
+              "contain": np.mean([t in a for a, t in pairs]),
+              "chrf": np.mean([row["chrf"] for row in rows])}  # fmt: skip
+    return {name: round(float(value), 4) for name, value in result.items()} | {"n": len(rows)}
 
 
 def curve_result(curve: list) -> dict:
