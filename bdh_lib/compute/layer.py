@@ -3,24 +3,28 @@
     h = v Dx    x = relu(h)    q = rotate(x)    a = tril(q q^T, -1) v
     g = ln(a) Dy    y = x * relu(g), dropout    o = sum over heads of y E    v' = ln(v + ln(o))
 
-It computes the same function as BDH.quadratic_layer, which is easier to read. The differences save
-time or memory:
+It computes the same function as BDH.quadratic_layer, which is easier to read. docs/computing.md
+explains chunks, segments, groups and what is saved. The differences save time or memory:
 - Scores have no softmax, so earlier chunks of C bytes add q S to a, where S is the sum of their
   q^T v. The backward pass uses R instead, the sum of q^T da over the *later* chunks.
 - Activations are head-major, (H, B*T, N): each product is one batched GEMM without a transpose.
 - The backward pass recomputes what was not saved, segment by segment. mx.depends makes each segment
   wait for the previous one: otherwise MLX evaluates them all at once and saves no memory.
-- Passes over activations that are no products are those of passes.py; on CUDA, fused kernels.
+- Elementwise operations on activations are in passes.py; on CUDA they are fused kernels.
 - No array is larger than a segment's activation, which `rows` and `max_rows` bound: Macs limit the
   size of a buffer (a few GB) and the time of a command buffer; arrays of 2^31 elements fail.
+
+    C bytes of a chunk   n chunks of a segment   S, R (H, B, N, D) float32
 """
 
 import math
 import os
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from types import ModuleType
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -28,7 +32,7 @@ import mlx.core as mx
 from bdh_lib.compute import blas, passes_cuda
 from bdh_lib.compute import passes as plain_passes
 from bdh_lib.compute.device import on_gpu
-from bdh_lib.compute.passes import dropout_mask, dropout_scale
+from bdh_lib.compute.passes import Mask, dropout_mask, dropout_scale
 
 CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
 MAX_SEGMENTS = 32  # mx.compile takes time cubic in their number: 17 s for 64, 2 s for 32
@@ -36,17 +40,17 @@ MAX_SEGMENTS = 32  # mx.compile takes time cubic in their number: 17 s for 64, 2
 
 @dataclass(frozen=True)
 class Compute:
-    """How a layer is computed, and what is kept for its gradient (activation checkpointing).
+    """How a layer is computed, and what is saved for its gradient (activation checkpointing).
 
-    None of it changes the function.
+    No field changes the function that is computed.
     """
 
     dtype: mx.Dtype = mx.float32  # of the GEMMs; sums, norms and states stay float32
     chunk: int = 128  # C: bytes whose scores are computed as a square
-    rows: int = 16384  # B * T of a segment
-    max_rows: int = 16384  # the same of a block so long that it has MAX_SEGMENTS
-    saved_activations: int = 4  # how many of prefix_states, x, gated and q in Saved are kept
-    groups: int = 1  # of heads that a CPU computes at once, each on a core
+    rows: int = 16384  # B * T of a segment, at most
+    max_rows: int = 16384  # the same for a block so long that it has MAX_SEGMENTS
+    saved_activations: int = 4  # 0 to 4: Saved's first fields after the small ones that are saved
+    groups: int = 1  # of heads, computed at once on a CPU, each on a core
 
 
 def default_chunk(D: int) -> int:
@@ -55,58 +59,62 @@ def default_chunk(D: int) -> int:
 
 
 def default_groups(H: int) -> int:
-    """Return how many groups of H heads a CPU computes at once: as many as it has cores, at most.
+    """Return how many groups of the H heads a CPU computes at once: at most one for each core.
 
-    Elsewhere, and with a library whose products take all cores, one.
+    It is 1 on a GPU, and with a BLAS whose products take all cores.
     """
     cores = 1 if on_gpu() or not blas.is_limited else len(os.sched_getaffinity(0))
     return max(n for n in range(1, min(H, cores) + 1) if H % n == 0)
 
 
 def default_compute(H: int, D: int) -> Compute:
-    """Return how a model computes by itself, in float32."""
+    """Return the Compute of a model that was given none: float32, everything saved."""
     rows = 16384 if on_gpu() else CPU_ROWS
     return Compute(chunk=default_chunk(D), rows=rows, groups=default_groups(H))
 
 
 def ln(x: mx.array) -> mx.array:
-    """Apply LayerNorm over the last axis, without parameters."""
+    """Apply LayerNorm without parameters over the last axis."""
     return mx.fast.layer_norm(x, None, None, 1e-5)
 
 
-def fused_or_plain():
-    """Return the module whose passes this device takes."""
+def fused_or_plain() -> ModuleType:
+    """Return the module whose passes this device runs: passes_cuda or passes."""
     return passes_cuda if passes_cuda.fits() else plain_passes
 
 
-def residual(v: mx.array, o: mx.array, scale_v=1) -> mx.array:
+def residual(v: mx.array, o: mx.array, scale_v: mx.array | int = 1) -> mx.array:
+    """Return v' = ln(v + ln(o)) of v and o (B, T, D); scale_v is the dropout factor of ln(o)."""
     return ln(v + ln(o) * scale_v)
 
 
 # ----------------------------------------------------------------------------------------- products
 
 
-def _transpose(a):
+def _transpose(a: mx.array) -> mx.array:
     return a.swapaxes(-1, -2)
 
 
-def _add_matmul(total, a, b):
+def _add_matmul(total: mx.array | None, a: mx.array, b: mx.array) -> mx.array:
     """Return total + a @ b in float32; total None is 0."""
     if total is None:
         return (a @ b).astype(mx.float32)
     return mx.addmm(total, a, b) if a.dtype == total.dtype else total + a @ b
 
 
-def _chunked(a, B, C):
-    """Reshape (h, B*T, d) to (h, B, T/C, C, d), a view."""
+def _chunked(a: mx.array, B: int, C: int) -> mx.array:
+    """Reshape (h, B*T, d) to (h, B, n, C, d), a view; h is H or 1, d is N or D."""
     return a.reshape(a.shape[0], B, -1, min(C, a.shape[1] // B), a.shape[-1])
 
 
-def _chunk_states(S, k, v, reverse=False):
+def _chunk_states(
+    S: mx.array | None, k: mx.array, v: mx.array, reverse: bool = False
+) -> tuple[mx.array | None, mx.array]:
     """Return the state before each chunk (reverse: after it), and the state with all chunks.
 
-    k, v (H or 1, B, n, C, N or D). The states (H, B, n, N, D) are in k's dtype, None if all are 0;
-    the last state (H, B, N, D) is float32.
+    k (H, B, n, C, N), v (1 or H, B, n, C, D); S (H, B, N, D) is the state before them all (reverse:
+    after them), None if it is 0. The chunks' states (H, B, n, N, D) are in k's dtype, None if all
+    are 0; the last state (H, B, N, D) is float32.
     """
     n, dtype = k.shape[2], k.dtype
     updates = _transpose(mx.moveaxis(k, 2, 0)) @ mx.moveaxis(v, 2, 0)
@@ -118,7 +126,7 @@ def _chunk_states(S, k, v, reverse=False):
     return (None if states is None else mx.moveaxis(states, 0, 2)), total
 
 
-def _prefix_sum(updates, reverse):
+def _prefix_sum(updates: mx.array, reverse: bool) -> tuple[mx.array | None, mx.array]:
     """Return exclusive prefix sums of updates (n, ...), None for n = 1, and their sum (1, ...)."""
     updates = mx.split(updates, updates.shape[0])[:: -1 if reverse else 1]
     sums, total = [mx.zeros_like(updates[0])], updates[0].astype(mx.float32)
@@ -128,7 +136,7 @@ def _prefix_sum(updates, reverse):
     return mx.concatenate(sums[:: -1 if reverse else 1]) if len(updates) > 1 else None, total
 
 
-def _prefix_sum_matmul(updates, reverse):
+def _prefix_sum_matmul(updates: mx.array, reverse: bool) -> tuple[mx.array, mx.array]:
     """Return the same by a product with a triangle of ones: one pass, but slow for small n."""
     n = updates.shape[0]
     ones = mx.tri(n + 1, n, -1, dtype=updates.dtype)
@@ -138,40 +146,68 @@ def _prefix_sum_matmul(updates, reverse):
     return prefix, total.astype(mx.float32)
 
 
-# ------------------------------------------------------------------------------- a segment's passes
+# ------------------------------------------------------------ one segment, forward and backward
+
+Weights = Sequence[mx.array]  # Dx, Dy (H, D, N) and E (H, N, D) in the dtype of the GEMMs
 
 
 class Saved(NamedTuple):
-    """The results of a segment's forward pass, small arrays first; None: not saved."""
+    """What a segment's forward pass leaves for its backward pass, small arrays first.
+
+    Compute.saved_activations says how many of the last four are saved; None stands for the others.
+    """
 
     state: mx.array | None  # S before the segment, (H, B, N, D)
     scores: mx.array  # (H, B, n, C, C)
     a: mx.array  # (H, B*T, D)
     prefix_states: mx.array | None = None  # S before each chunk, (H, B, n, N, D)
-    x: mx.array | None = None  # (H, B*T, N), as are the others; on CUDA not rectified yet
-    gated: mx.array | None = None  # what passes.gate gives
+    x: mx.array | None = None  # (H, B*T, N), as are the next two; on CUDA it is h
+    gated: mx.array | None = None  # g, on CUDA y: the second result of passes.gate
     q: mx.array | None = None
-    y: mx.array | None = None  # not for the backward pass, which computes it anew
 
 
-def forward_segment(vs, S, weights, position, C, groups=1):
-    """Return v' (B, T, D) of a segment, the float32 state after it (H, B, N, D), and its Saved.
+SMALL = 3  # the fields of Saved that are always saved
 
-    Saved is None of several `groups`, which are those of Compute.
+
+class Neurons(NamedTuple):
+    """The activations of a segment, (H, B*T, N)."""
+
+    x: mx.array  # on CUDA h, from before the relu
+    q: mx.array  # rotated x
+    y: mx.array
+
+
+def forward_segment(
+    vs: mx.array, S: mx.array | None, weights: Weights, position: int, C: int, groups: int = 1
+) -> tuple[mx.array, mx.array, Neurons | None]:
+    """Return v' (B, T, D), the float32 state after the segment (H, B, N, D), and its Neurons.
+
+    vs is (B, T, D); S is the state before it, None if that is 0; `position` is that of its first
+    byte. With several `groups` of heads, Neurons is None.
     """
     arrays = [*weights] if S is None else [*weights, S]
 
     def heads(Dx, Dy, E, S=None):
         return _forward_heads(vs, S, (Dx, Dy, E), position, C)
 
-    o, states, saved = zip(*by_groups(groups, heads, *arrays), strict=True)
+    o, states, saved, y = zip(*by_groups(groups, heads, *arrays), strict=True)
     if groups == 1:
-        return residual(vs, o[0]), states[0], saved[0]
+        return residual(vs, o[0]), states[0], Neurons(saved[0].x, saved[0].q, y[0])
     return residual(vs, sum(o[1:], o[0])), mx.concatenate(states), None
 
 
-def _forward_heads(vs, S, weights, position, C, mask=None):
-    """Return o (B, T, D), the sum over these heads, their state after the segment, and Saved."""
+def _forward_heads(
+    vs: mx.array,
+    S: mx.array | None,
+    weights: Weights,
+    position: int,
+    C: int,
+    mask: Mask | None = None,
+) -> tuple[mx.array, mx.array, Saved, mx.array]:
+    """Return o (B, T, D), the sum over these heads, their state after it, Saved, and y (H, B*T, N).
+
+    The backward pass computes y anew.
+    """
     (B, T, D), (Dx, Dy, E), passes = vs.shape, weights, fused_or_plain()
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     x, q = passes.encode(v @ Dx, position, B)
@@ -183,13 +219,27 @@ def _forward_heads(vs, S, weights, position, C, mask=None):
     g = ln(a).astype(Dx.dtype) @ Dy
     y, gated = passes.gate(x, g, mask)
     o = (y @ E).astype(mx.float32).sum(0).reshape(B, T, D)
-    return o, new_state, Saved(S, scores, a, prefix_states, x, gated, q, y)
+    return o, new_state, Saved(S, scores, a, prefix_states, x, gated, q), y
 
 
-def _backward_heads(vs, do, R, dW, weights, saved, position, C, mask):
-    """Return dv (B, T, D) of o, and add the segment to R and dW; the last segment comes first."""
+def _backward_heads(
+    vs: mx.array,
+    do: mx.array,
+    R: mx.array | None,
+    dW: Sequence[mx.array | None],
+    weights: Weights,
+    saved: Saved,
+    position: int,
+    C: int,
+    mask: Mask | None,
+) -> tuple[mx.array, mx.array, tuple[mx.array, ...]]:
+    """Return dv (B, T, D) from do (B, T, D), and R and dW with this segment added.
+
+    R (H, B, N, D) and dW, the float32 gradients of the weights, are the sums over the later
+    segments; None is 0. dv lacks what reaches vs through the sum v + ln(o), which autodiff adds.
+    """
     (B, T, D), (Dx, Dy, E), passes = vs.shape, weights, fused_or_plain()
-    S, scores, a, prefix_states, x, gated, q, _ = saved
+    S, scores, a, prefix_states, x, gated, q = saved
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     an = ln(a).astype(Dx.dtype)
     if q is None:
@@ -230,10 +280,10 @@ def _backward_heads(vs, do, R, dW, weights, saved, position, C, mask):
 
 
 def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
-    """Return (begin, end) of each segment: whole chunks, at most `rows` rows.
+    """Return (begin, end) of each segment of T bytes: whole chunks, at most compute.rows rows.
 
-    The last incomplete chunk is a segment. Those of a very long block are larger, up to `max_rows`:
-    there are few to compile.
+    An incomplete last chunk is a segment of its own. The segments of a very long block are larger,
+    up to max_rows, so that there are few to compile.
     """
     C = compute.chunk
     longest = min(math.ceil(T / MAX_SEGMENTS / C), compute.max_rows // B // C) * C
@@ -243,16 +293,16 @@ def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
 
 
 @lru_cache
-def _streams(n: int) -> list:
-    """Return n streams of the CPU: each computes in a thread of its own."""
+def _streams(n: int) -> list[mx.Stream]:
+    """Return n streams of the CPU; each computes in a thread of its own."""
     return [mx.new_thread_local_stream(mx.cpu) for _ in range(n)]
 
 
-def by_groups(n: int, function, *arrays) -> list:
-    """Return `function` of each of n parts of the arrays' first axis, heads.
+def by_groups(n: int, function: Callable, *arrays: mx.array) -> list:
+    """Split the arrays' first axis, the heads, into n groups; return `function` of each group.
 
-    MLX's CPU computes the operations of a stream one after the other in one thread, so that each
-    part has a stream.
+    MLX's CPU computes the operations of a stream one after the other in one thread, so each group
+    has a stream of its own.
     """
     if n == 1:
         return [function(*arrays)]
@@ -263,7 +313,16 @@ def by_groups(n: int, function, *arrays) -> list:
     return results
 
 
-def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, rate_v=0.0):
+def layer(
+    v: mx.array,
+    encoder: mx.array,
+    encoder_v: mx.array,
+    decoder: mx.array,
+    compute: Compute,
+    key: mx.array | None = None,
+    rate: float = 0.0,
+    rate_v: float = 0.0,
+) -> mx.array:
     """Apply the layer to v (B, T, D); return v' (B, T, D) in float32.
 
     encoder, encoder_v (H, D, N); decoder (H, N, D). With a `key`, dropout of `rate` acts on y and
@@ -273,7 +332,7 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, 
     if key is None:
         key, rate, rate_v = mx.random.key(0), 0, 0
     if rate_v:
-        key, key_v = mx.random.split(key)  # no key of a mask on y
+        key, key_v = mx.random.split(key)  # a key that no mask on y has
         mask_v = dropout_mask(key_v, rate_v, v.shape)
     keys = key[None] if n == 1 else mx.random.split(key, n)
 
@@ -284,13 +343,24 @@ def layer(v, encoder, encoder_v, decoder, compute: Compute, key=None, rate=0.0, 
     return residual(v, sum(o[1:], o[0]), dropout_scale(mask_v, mx.float32))
 
 
-def _heads(v, Dx, Dy, E, compute: Compute, key, rate):
-    """Return o (B, T, D), the sum over these heads; its gradient is computed where it is."""
+def _heads(
+    v: mx.array,
+    Dx: mx.array,
+    Dy: mx.array,
+    E: mx.array,
+    compute: Compute,
+    key: mx.array,
+    rate: float,
+) -> mx.array:
+    """Return o (B, T, D), the sum over these heads.
+
+    Its gradient is computed in the same stream, on the same core, as o.
+    """
     (B, T, _), (H, _, N) = v.shape, Dx.shape
     parts, C = segments(B, T, compute), compute.chunk
     stream = None if compute.groups == 1 else mx.default_stream(mx.cpu)
     keys = mx.random.split(key, len(parts))
-    count = 3 + compute.saved_activations  # the first three are small
+    count = SMALL + compute.saved_activations
 
     def mask(key_i, begin, end):
         return fused_or_plain().dropout_mask(key_i, rate, (H, B * (end - begin), N))
@@ -302,7 +372,7 @@ def _heads(v, Dx, Dy, E, compute: Compute, key, rate):
         for key_i, (begin, end) in zip(keys, parts, strict=True):
             # wait for the previous segment; without key_i here, all masks are drawn at once
             vs, key_i = mx.depends([v[:, begin:end], key_i], out[-1:] or [v])
-            o, S, segment = _forward_heads(vs, S, weights, begin, C, mask(key_i, begin, end))
+            o, S, segment, _ = _forward_heads(vs, S, weights, begin, C, mask(key_i, begin, end))
             out.append(o)
             saved += [mx.zeros(1) if array is None else array for array in segment[:count]]
         return mx.concatenate(out, 1), *saved

@@ -1,18 +1,22 @@
-"""A layer's passes over activations (H, B*T, N), in plain operations of MLX; and dropout.
+"""A layer's elementwise operations on activations (H, B*T, N) in plain MLX, and dropout.
 
-passes_cuda.py has the same functions, each one kernel. What encode, gate and gate_gradients hand on
-(`x`, `saved`, `rest`) is for the functions of the same module.
+passes_cuda.py has the same four functions, each as one kernel: encode, gate, and their gradients.
+The two modules pass different things from one function to the next (`x`, `gated`, `rest`), so take
+all four from the same module.
 """
 
 import math
+from typing import Any
 
 import mlx.core as mx
 
 from bdh_lib.compute.rope import rotate
 
+Mask = tuple[Any, ...]  # what dropout_mask of a module gives to the other functions of it
 
-def dropout_mask(key: mx.array, rate: float, shape: tuple):
-    """Draw 8 random bits per neuron, the limit below which it is dropped, and the scale.
+
+def dropout_mask(key: mx.array, rate: float, shape: tuple[int, ...]) -> Mask | None:
+    """Draw a mask: 8 random bits per neuron, the limit below which it is dropped, and the scale.
 
     The mask is None for rate 0. A 32-bit draw serves four neurons: a draw for each would cost more
     than a GEMM. 256 * rate is seldom an integer: the limit is drawn from its two neighbours, so the
@@ -26,8 +30,8 @@ def dropout_mask(key: mx.array, rate: float, shape: tuple):
     return bits.reshape(shape), limit, 1 / (1 - rate)
 
 
-def dropout_scale(mask, dtype):
-    """Return 0 or 1 / (1 - rate) for each entry of a dropout mask; 1 without a mask."""
+def dropout_scale(mask: Mask | None, dtype: mx.Dtype) -> mx.array | int:
+    """Return the factor of each neuron, 0 or 1 / (1 - rate), in the mask's shape; 1 without one."""
     if mask is None:
         return 1
     bits, limit, scale = mask
@@ -40,9 +44,9 @@ MAIN_STREAM = mx.default_stream(mx.cpu)
 def relu(x: mx.array) -> mx.array:
     """Return max(x, 0).
 
-    mx.compile merges equal operations across streams, such as a 0 made as large as x, and then
-    does not fuse them. The 0 that depends on x is not equal to that of another stream; but it
-    holds x, whose memory the result could else take, so that one stream alone has a plain 0.
+    With several streams, mx.compile merges their equal operations, such as the broadcast of a 0,
+    and then does not fuse them. There the 0 depends on x, so that no other stream's is equal. In
+    the main stream it is a plain 0: one that depends on x keeps x's memory from the result.
     """
     zero = mx.array(0, x.dtype)
     if mx.default_stream(mx.cpu) != MAIN_STREAM:
@@ -51,7 +55,7 @@ def relu(x: mx.array) -> mx.array:
 
 
 @mx.compile
-def _gate(x, g, mask):
+def _gate(x: mx.array, g: mx.array, mask: Mask | None) -> mx.array:
     return x * (relu(g) * dropout_scale(mask, x.dtype) if mask else relu(g))
 
 
@@ -59,38 +63,40 @@ def _gate(x, g, mask):
 
 
 @mx.compile
-def _gate_dg(x, g, dy, mask):
+def _gate_dg(x: mx.array, g: mx.array, dy: mx.array, mask: Mask | None) -> mx.array:
     dg = dy * x * mx.sign(relu(g))
     return dg * dropout_scale(mask, x.dtype) if mask else dg
 
 
 @mx.compile
-def _gate_dh(x, g, dy, dq, mask):
+def _gate_dh(x: mx.array, g: mx.array, dy: mx.array, dq: mx.array, mask: Mask | None) -> mx.array:
     dx = dy * relu(g)
     return ((dx * dropout_scale(mask, x.dtype) if mask else dx) + dq) * mx.sign(x)
 
 
-def _rotate(x, position, B, sign=1):
+def _rotate(x: mx.array, position: int, B: int, sign: int = 1) -> mx.array:
     return rotate(x.reshape(x.shape[0], B, -1, x.shape[-1]), position, sign).reshape(x.shape)
 
 
-def encode(h, position: int, B: int):
-    """Return x = relu(h) and q, x rotated by the positions of its bytes."""
+def encode(h: mx.array, position: int, B: int) -> tuple[mx.array, mx.array]:
+    """Return x = relu(h), and q: x rotated by the positions of its bytes, the first `position`."""
     x = relu(h)
     return x, _rotate(x, position, B)
 
 
-def gate(x, g, mask):
-    """Return y = x * relu(g), with dropout, and what the backward pass needs of g and y."""
+def gate(x: mx.array, g: mx.array, mask: Mask | None) -> tuple[mx.array, mx.array]:
+    """Return y = x * relu(g) with dropout, and `gated`, which the backward pass takes: here g."""
     return _gate(x, g, mask), g
 
 
-def gate_gradients(x, saved, dy, mask):
-    """Return y, dg, and the rest of dh for encode_gradient, from dy."""
-    return _gate(x, saved, mask), _gate_dg(x, saved, dy, mask), (x, saved, dy, mask)
+def gate_gradients(
+    x: mx.array, gated: mx.array, dy: mx.array, mask: Mask | None
+) -> tuple[mx.array, mx.array, tuple]:
+    """Return y, dg, and `rest`, from which encode_gradient takes dy's part of dh."""
+    return _gate(x, gated, mask), _gate_dg(x, gated, dy, mask), (x, gated, dy, mask)
 
 
-def encode_gradient(rest, dq, position: int, B: int):
-    """Return dh from dq."""
+def encode_gradient(rest: tuple, dq: mx.array, position: int, B: int) -> mx.array:
+    """Return dh from `rest` and dq."""
     x, g, dy, mask = rest
     return _gate_dh(x, g, dy, _rotate(dq, position, B, -1), mask)

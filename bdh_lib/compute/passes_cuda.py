@@ -1,23 +1,26 @@
-"""A layer's passes over activations on a CUDA GPU: passes.py, each function one kernel.
+"""The functions of passes.py on a CUDA GPU, each as one kernel of passes_cuda.cu.
 
-These passes take as long as the memory they move, so an array is read and written as seldom as can
-be. relu(h) is not written: its readers compute it. The backward pass takes y instead of g, since
-relu(g) with dropout is y / x: so it needs no dropout mask, which the forward pass draws inside the
-kernel, from a key and the neuron's place. Nothing else reads the mask, so it is never in memory.
+Such a pass takes as long as the memory that it moves, so an array is read and written as seldom as
+possible. relu(h) is not written: its readers compute it. The backward pass takes y instead of g:
+relu(g) with dropout is y / x. So only the forward pass needs the dropout mask. Its kernel draws the
+mask from a key and the neuron's index, and the mask is never in memory.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import mlx.core as mx
 
 from bdh_lib.compute.device import on_cuda
+from bdh_lib.compute.passes import Mask
 from bdh_lib.compute.rope import phase_increments
 
 THREADS = 256  # per block
 STEPS = 1 << 16  # of the dropout rate
 
-# name, inputs, outputs and call of each kernel; MLX passes the arguments that a call names
+# name, inputs, outputs and C++ call; MLX passes the arguments that a call names
+Kernel = tuple[str, tuple[str, ...], tuple[str, ...], str]
 TURNED = "begin, increments, {0}_shape[0], {0}_shape[1], {0}_shape[2]"
 FLAT = "(size_t)h_shape[0] * h_shape[1] * h_shape[2]"
 ENCODE = (
@@ -40,52 +43,61 @@ ENCODE_GRADIENT = (
     f"bdh::encode_gradient<T, V>(dx, dq, {TURNED.format('dx')}, dh);",
 )
 
-fits = on_cuda  # the layer asks this name whether to take these passes
+
+def fits() -> bool:
+    """Tell whether the kernels run on this device."""
+    return on_cuda()
 
 
-def dropout_mask(key: mx.array, rate: float, shape: tuple):
-    """Return four words to draw a mask from, and the rate in STEPS; None for rate 0."""
+def dropout_mask(key: mx.array, rate: float, shape: tuple[int, ...]) -> Mask | None:
+    """Return four words from which `gate` draws a mask, and the rate in STEPS; None for rate 0."""
     limit = min(round(rate * STEPS), STEPS - 1)
     # one key of 8 bytes would be in the host's memory, where a kernel reads it slowly
     return (mx.random.split(key), limit) if limit else None
 
 
-def encode(h, position: int, B: int):
-    """Return h and q, relu(h) rotated by the positions of its bytes."""
+def encode(h: mx.array, position: int, B: int) -> tuple[mx.array, mx.array]:
+    """Return h, and q: relu(h) rotated by the positions of its bytes, the first `position`."""
     return h, _run(ENCODE, [_rows(h, B), *_phases(position, h.shape[-1])], h)
 
 
-def gate(h, g, mask):
-    """Return y = relu(h) * relu(g), with dropout, twice: the backward pass needs no g."""
+def gate(h: mx.array, g: mx.array, mask: Mask | None) -> tuple[mx.array, mx.array]:
+    """Return y = relu(h) * relu(g) with dropout, twice: the backward pass takes y, not g."""
     key, limit = mask or (mx.zeros((2, 2), mx.uint32), 0)
     y = _run(GATE, [h, g, key], h, limit)
     return y, y
 
 
-def gate_gradients(h, y, dy, mask):
-    """Return y, dg, and the rest of dh for encode_gradient, from dy."""
+def gate_gradients(
+    h: mx.array, y: mx.array, dy: mx.array, mask: Mask | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return y, dg, and dx: dy's part of dh, which encode_gradient takes."""
     return y, *_run(GATE_GRADIENTS, [h, y, dy], h, mask[1] if mask else 0)
 
 
-def encode_gradient(dx, dq, position: int, B: int):
-    """Return dh from dq."""
+def encode_gradient(dx: mx.array, dq: mx.array, position: int, B: int) -> mx.array:
+    """Return dh from dx and dq."""
     return _run(ENCODE_GRADIENT, [_rows(dx, B), _rows(dq, B), *_phases(position, dx.shape[-1])], dx)
 
 
-def _rows(x, B):
+def _rows(x: mx.array, B: int) -> mx.array:
     """Reshape x (H, B*T, N) to (H*B, T, N), a view."""
     return x.reshape(x.shape[0] * B, -1, x.shape[-1])
 
 
 @lru_cache(maxsize=64)
-def _phases(position, N):
+def _phases(position: int, N: int) -> tuple[mx.array, mx.array]:
+    """Return the phases of `position` and their increments per byte, (N/2,) uint32 each."""
     return mx.array(phase_increments(position, N)), mx.array(phase_increments(1, N))
 
 
-def _run(kernel, inputs, like, limit=None):
-    """Run a kernel whose outputs are of the shape and type of `like`; return its only one, or all.
+def _run(
+    kernel: Kernel, inputs: list[mx.array], like: mx.array, limit: int | None = None
+) -> mx.array | list[mx.array]:
+    """Run a kernel whose outputs have the shape and type of `like`; return its only one, or all.
 
-    The first input's rows share sines, unless there is a `limit` and so no sine.
+    A kernel with a dropout `limit` takes each neuron by itself. One without rotates: a thread takes
+    a position in every row of the first input, since the rows share sines.
     """
     N, rows = like.shape[-1], 1 if limit is not None else inputs[0].shape[0]
     V = 2 if N % 8 else 8
@@ -102,7 +114,7 @@ def _run(kernel, inputs, like, limit=None):
 
 
 @lru_cache
-def _kernel(name, inputs, outputs, call):
+def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], call: str) -> Callable:
     # included and not inserted: MLX hashes the text at every launch
     header = f'#include "{Path(__file__).resolve().with_suffix(".cu")}"\n'
     return mx.fast.cuda_kernel(name, list(inputs), list(outputs), call, header)
