@@ -42,7 +42,7 @@ from bdh_lib.rules import TEMPERATURE, TOP_K, check, whole
 
 @dataclass(frozen=True)
 class BDHConfig(CheckedConfig):
-    """The configuration sets a model's shape. Raises UserError naming the wrong field."""
+    """The shape of a model, and its dropout. Raises UserError that names a wrong field."""
 
     n_layer: int = 6  # times the shared layer is applied
     n_embd: int = 256  # D, dimension of v
@@ -50,33 +50,35 @@ class BDHConfig(CheckedConfig):
     n_head: int = 4  # H, attention heads
     mlp_internal_dim_multiplier: int = 128  # H * N / D
     vocab_size: int = 256  # V, one entry per byte value
-    dropout_v: float = 0.0  # fraction of the embedding and of ln(o) dropped, too
+    dropout_v: float = 0.0  # fraction of ln(o) and of the embedding dropped, in training only
 
     @property
     def neurons_per_head(self) -> int:
-        """Return N."""
+        """Return N, the neurons of one head."""
         return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
 
     @property
     def n_parameters(self) -> int:
-        """Return the total size of the five arrays."""
+        """Return the number of parameters in the five arrays."""
         neurons = self.n_head * self.neurons_per_head
         return (3 * neurons + 2 * self.vocab_size) * self.n_embd
 
 
 def attention_quadratic(q: mx.array, v: mx.array) -> mx.array:
-    """Compute attention as it is defined, with T x T scores: the reference for all faster forms.
+    """Return attention as it is defined, with T x T scores: the reference for all faster forms.
 
-    q (H, B, T, N) rotated activations, v (B, T, D) values; returns (H, B, T, D). t reads s < t.
+    q (H, B, T, N) are rotated activations, v (B, T, D) values; the result is (H, B, T, D). A byte t
+    reads only bytes s < t.
     """
     return mx.tril(q @ q.swapaxes(-1, -2), -1) @ v
 
 
 class BDH(nn.Module):
-    """The model starts with random weights; its only parameters are the five arrays.
+    """A model with random weights; its only parameters are the five arrays.
 
-    model(idx, targets) -> (logits (B, T, V), mean loss in nats or None); both (B, T) integers.
-    Dropout acts only if a PRNG `key` is passed: there is no train or eval mode.
+    model(idx, targets) returns logits (B, T, V) and the mean loss in nats, None without targets;
+    idx and targets are (B, T) integers. Dropout acts only if a PRNG `key` is passed: there is no
+    train or eval mode.
     """
 
     def __init__(self, config: BDHConfig):
@@ -98,8 +100,10 @@ class BDH(nn.Module):
         H, D, N = self.encoder.shape
         return self.encoder, self.encoder_v, self.decoder.reshape(H, N, D)
 
-    def __call__(self, idx, targets=None, key=None):
-        """Return logits and loss as the class says, by layers that `self.compute` configures."""
+    def __call__(
+        self, idx: mx.array, targets: mx.array | None = None, key: mx.array | None = None
+    ) -> tuple[mx.array, mx.array | None]:
+        """Return logits and loss as the class says; `self.compute` says how layers are computed."""
         v = ln(self.embed(idx))  # (B, T, D)
         L, rates = self.config.n_layer, (self.config.dropout, self.config.dropout_v)
         if key is not None and self.config.dropout_v:
@@ -109,7 +113,9 @@ class BDH(nn.Module):
             v = layer(v, *self.weights(), self.compute, key_l, *rates)
         return self._logits_and_loss(v, targets)
 
-    def _logits_and_loss(self, v: mx.array, targets: mx.array | None):
+    def _logits_and_loss(
+        self, v: mx.array, targets: mx.array | None
+    ) -> tuple[mx.array, mx.array | None]:
         """Return logits (B, T, V) and mean loss in nats (or None) of the last v (B, T, D)."""
         logits = v @ self.lm_head
         if targets is None:
@@ -124,10 +130,12 @@ class BDH(nn.Module):
         check_state(self, state)
         return read(self, check_prompt(self, idx), state)
 
-    def quadratic(self, idx: mx.array, targets=None):
-        """Return what __call__ does, by the definition. No dropout.
+    def quadratic(
+        self, idx: mx.array, targets: mx.array | None = None
+    ) -> tuple[mx.array, mx.array | None]:
+        """Return what __call__ returns, computed by the definition, without dropout.
 
-        It is the reference for the tests; training computes bdh_lib/compute/layer.py.
+        Tests compare all faster forms with it; training runs bdh_lib/compute/layer.py.
         """
         v = ln(self.embed(idx))  # (B, T, D)
         for _ in range(self.config.n_layer):
@@ -135,7 +143,7 @@ class BDH(nn.Module):
         return self._logits_and_loss(v, targets)
 
     def quadratic_layer(self, v: mx.array) -> mx.array:
-        """Apply the equations above to v (B, T, D); the rows of the GEMMs are B * T."""
+        """Apply the layer to v (B, T, D) by the equations at the top; GEMMs have B * T rows."""
         B, T, D = v.shape
         Dx, Dy, E = self.weights()
         H, N = self.config.n_head, self.config.neurons_per_head
@@ -145,11 +153,19 @@ class BDH(nn.Module):
         out = (y @ E).sum(0)  # (B*T, D)
         return ln(v + ln(out).reshape(B, T, D))
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, key=None) -> mx.array:
+    def generate(
+        self,
+        idx: mx.array,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        key: mx.array | None = None,
+    ) -> mx.array:
         """Append max_new_tokens bytes to idx (B, T >= 1) and return (B, T + max_new_tokens).
 
-        temperature 0 takes the likeliest byte; top_k samples from the k likeliest. Without `key`
-        mx.random.seed sets the draws. Raises UserError for an empty prompt or invalid settings.
+        temperature 0 takes the likeliest byte; top_k samples from the k likeliest. Without a PRNG
+        `key`, mx.random.seed decides the draws. Raises UserError for an empty prompt or invalid
+        settings.
         """
         check("max_new_tokens", max_new_tokens, whole(0, 10**12))
         check("temperature", temperature, TEMPERATURE)
@@ -168,7 +184,7 @@ class BDH(nn.Module):
             idx = mx.concatenate([idx, token[:, None].astype(idx.dtype)], 1)
             logits, state = read(self, token[:, None], state)
             logits = logits[:, -1]
-            mx.async_eval(idx, state)  # or all bytes would be one graph
+            mx.async_eval(idx, state)  # otherwise all bytes would be one graph
         return idx
 
 
@@ -189,8 +205,8 @@ def save_model(model: BDH, path: str | Path) -> None:
 def load_model(path: str | Path) -> BDH:
     """Load the model at `path`: a .safetensors file, a checkpoint folder or a run folder.
 
-    It loads official weights too, without `attn.freqs` and `_orig_mod.` prefixes. The arrays give
-    the shapes; the header gives the number of layers, which is 6 without it. Raises UserError for a
+    Official weights load, too: `attn.freqs` and `_orig_mod.` prefixes are dropped. The arrays give
+    the shapes; the header gives the number of layers, 6 if it is not there. Raises UserError for a
     missing or damaged file, and for arrays that are not those of a BDH.
     """
     file = runs.find_weights(path)
@@ -212,8 +228,8 @@ def load_model(path: str | Path) -> BDH:
     return model
 
 
-def _infer_config(arrays: dict, header: dict, file: Path) -> BDHConfig:
-    """Read the configuration from the arrays' shapes and the header. Raises UserError."""
+def _infer_config(arrays: dict[str, mx.array], header: dict[str, str], file: Path) -> BDHConfig:
+    """Return the configuration that the arrays' shapes and the header give. Raises UserError."""
     embedding = arrays.get("embed.weight", mx.array(0))
     if embedding.ndim != 2 or "encoder" not in arrays or arrays["encoder"].ndim != 3:
         raise UserError(f"{file} holds no BDH: it has {', '.join(sorted(arrays)) or 'no arrays'}")

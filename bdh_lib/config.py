@@ -19,7 +19,7 @@ RULES = {
 class CheckedConfig:
     """Base class that checks a dataclass with the fields of RULES. Raises UserError."""
 
-    def __new__(cls, *args, **values):  # runs before the dataclass __init__, which raises TypeError
+    def __new__(cls, *args, **values):  # before the dataclass's __init__, which raises TypeError
         if len(args) > len(fields := cls.__dataclass_fields__):
             raise UserError(f"{cls.__name__} has {len(fields)} fields, not {len(args)}")
         for name in values:

@@ -14,7 +14,7 @@ from bdh_lib.files import parse_json
 def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Read arrays and header of a .safetensors file. Raises UserError for a damaged or crafted one.
 
-    As the format demands, and MLX does not, arrays must not overlap or leave bytes unused.
+    Arrays must not overlap or leave bytes unused: the format demands it, and MLX does not check it.
     """
     if not _is_safetensors(file):
         raise UserError(f"{file} cannot be read: it is no .safetensors file, or cut short")

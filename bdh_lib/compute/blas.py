@@ -13,12 +13,13 @@ from pathlib import Path
 
 from bdh_lib.errors import warn
 
-is_limited = False  # to one thread a product, which leaves the cores to the streams of layer.py
+is_limited = False  # whether a product takes one thread; the other cores serve layer.by_groups
 
 
 def _open(library: str) -> None:
-    """Open a BLAS, and limit it to one thread: its threads spin while they wait for one another,
-    for long on a busy machine.
+    """Open a BLAS and limit it to one thread.
+
+    Its threads spin while they wait for one another, which takes long on a busy machine.
     """
     global is_limited
     opened = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
@@ -31,7 +32,7 @@ def _open_packaged_openblas() -> None:
     """Open the OpenBLAS of the PyPI package ngsolve-openblas (x86-64).
 
     It needs libgfortran.so.5, which MLX's wheel contains under another name. The loader searches a
-    library's own folder, so this links all of them into a temporary folder.
+    library's own folder, so all of them are linked into a temporary folder.
     """
     openblas = next(
         Path(distribution("ngsolve-openblas").locate_file("ngsolve_openblas")).glob("*.so")

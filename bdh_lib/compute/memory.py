@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from bdh_lib.compute.device import on_gpu, on_metal
 from bdh_lib.compute.layer import CPU_ROWS, Compute, default_chunk, default_groups, segments
+from bdh_lib.config import CheckedConfig
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings
 
@@ -28,17 +29,20 @@ CACHE_BYTES = 2 * 10**9  # of freed buffers that generation keeps on Metal
 
 
 def keep_float32_exact(dtype: str) -> None:
-    """Let Metal's products of float32 have all their bits, where this DTYPE asks for them.
+    """Let Metal's products of float32 have all their bits where this DTYPE is float32.
 
-    An M5 would round to 11 bits. MLX looks at the environment at its first product.
+    An M5 would round to 11 bits. MLX reads the environment at its first product.
     """
     if dtype == "float32" and on_metal():
         os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
-def compute_for(config, memory: str, dtype: str) -> Compute:
-    """Return the Compute of a MEMORY_MODE; dtype "auto" is bfloat16 on a GPU, else float32."""
-    rows, saved_activations = MODES[memory]
+def compute_for(config: CheckedConfig, mode: str, dtype: str) -> Compute:
+    """Return the Compute of a MEMORY_MODE for a BDHConfig.
+
+    dtype is DTYPE; "auto" is bfloat16 on a GPU and float32 on a CPU.
+    """
+    rows, saved_activations = MODES[mode]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
     max_rows = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
     chunk = default_chunk(config.n_embd)
@@ -123,8 +127,11 @@ PARAMETERS, SEGMENT, STATES = 13.4, 5.7, 3.55
 CPU_AHEAD = 1.2  # MLX allocates before it computes
 
 
-def estimate(config, B: int, T: int, compute: Compute) -> float:
-    """Estimate the peak bytes of a step on blocks (B, T), within 20 % of those in docs/log.md."""
+def estimate(config: CheckedConfig, B: int, T: int, compute: Compute) -> float:
+    """Estimate the peak bytes of a step on blocks (B, T) of a model of this BDHConfig.
+
+    The estimates are within 20 % of the peaks measured in docs/log.md.
+    """
     D, H, N = config.n_embd, config.n_head, config.neurons_per_head
     V, L, e, C, rows = config.vocab_size, config.n_layer, compute.dtype.size, compute.chunk, B * T
     activation = H * N * e  # of one row
@@ -133,7 +140,7 @@ def estimate(config, B: int, T: int, compute: Compute) -> float:
     segment = max(end - begin for begin, end in parts) * B
     saved = rows * (4 * D * (H + 2) + H * min(C, T) * e)
     saved += (rows // C if compute.saved_activations else 4 // e * B * (len(parts) - 1)) * state
-    # `working` includes those of the last layer
+    # `working` includes the activations of the last layer
     activations = (L - 1) * max(0, compute.saved_activations - 1) * rows * activation
     working = SEGMENT * segment * activation + STATES * max(B, segment // C) * state
     peak = PARAMETERS * 4 * config.n_parameters + L * saved + activations + working + 16 * rows * V
@@ -141,7 +148,7 @@ def estimate(config, B: int, T: int, compute: Compute) -> float:
 
 
 def step_peak(s: Settings, compute: Compute) -> float:
-    """Estimate the peak bytes of a step with these settings, computed in a given way."""
+    """Estimate the peak bytes of a training step with these settings and this Compute."""
     ema = 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0  # a step needs two copies
     return estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + ema
 
@@ -164,10 +171,10 @@ def select_mode(s: Settings) -> tuple[str, Compute, float]:
 def set_limit(peak: float, compute: Compute) -> None:
     """Limit MLX to about `peak` bytes where it runs ahead: on a GPU, and in one stream of a CPU.
 
-    MLX exceeds the limit by about 5 % before it waits. Where there is room, it gets more: near the
-    limit, Metal frees all cached buffers and makes them anew in each step, and CUDA waits, which
-    costs a third of the time of a small model in mode "fast" (docs/log.md). The other modes are
-    for those who want the memory.
+    MLX exceeds the limit by about 5 % before it waits. Where a GPU has room, the limit is higher.
+    Near it, Metal frees all cached buffers and makes them anew in each step, and CUDA waits, which
+    costs a small model in mode "fast" a third of its time (docs/log.md). On CUDA the other modes
+    keep the tight limit: whoever chooses them wants the memory.
     """
     if not on_gpu():
         if compute.groups == 1:  # several streams wait for one another
@@ -182,7 +189,7 @@ def set_limit(peak: float, compute: Compute) -> None:
 
 
 def limit_cache() -> None:
-    """Limit MLX's cache on Metal, where each text's length leaves buffers that no other reuses."""
+    """Limit MLX's cache on Metal: texts of different lengths leave buffers that none reuses."""
     if on_metal():
         mx.set_cache_limit(CACHE_BYTES)
 
@@ -197,13 +204,13 @@ def slow_note(s: Settings) -> str:
 
 
 def is_exhausted(error: RuntimeError) -> bool:
-    """Test for an error by which Metal or CUDA says that memory is out; a CPU kills the process."""
+    """Test for an error of Metal or CUDA that says memory is out; a CPU's system sends none."""
     texts = ("out of memory", "Unable to allocate", "Insufficient Memory", "maximum allowed buffer")
     return any(text in str(error) for text in (*texts, "Resource limit"))
 
 
 def is_gpu_fault(error: RuntimeError) -> bool:
-    """Test for an error by which Metal says that macOS ended the GPU's work with memory left."""
+    """Test for an error of Metal that says macOS ended the GPU's work, with memory left."""
     return "[METAL] Command buffer execution failed" in str(error) and not is_exhausted(error)
 
 

@@ -12,23 +12,24 @@ ROPE_BASE = 2.0**16  # longest wavelength of the rotation, in units of 2 pi byte
 
 @lru_cache(maxsize=2)
 def _rope_table(T: int, N: int) -> mx.array:
-    """Return exp(i t w) of t < T and each neuron pair's w, (T, N/2), from float64."""
+    """Return exp(i t w) of t < T and each pair's frequency w, (T, N/2), computed in float64."""
     return mx.array(rope_phases(np.arange(T), N))
 
 
 @mx.compile
-def _apply_rope(x, phases):
+def _apply_rope(x: mx.array, phases: mx.array) -> mx.array:
     return (x.view(mx.complex64) * phases).view(mx.float32)
 
 
 def rotate(x: mx.array, position: int = 0, sign: int = 1) -> mx.array:
-    """Rotate neuron pairs (2i, 2i+1) of x (.., T, N) by t * ROPE_BASE^(-2i/N), t >= `position`.
+    """Rotate neuron pairs (2i, 2i+1) of x (.., T, N) by the angle t * ROPE_BASE^(-2i/N).
 
-    sign -1 rotates back. mx.fast.rope is slow on a CPU: there, pairs are complex numbers.
+    t is the position of a byte; `position` is that of the first. sign -1 rotates back. mx.fast.rope
+    is slow on a CPU: there, pairs are complex numbers.
     """
     T, N = x.shape[-2:]
     if on_gpu() or x.dtype != mx.float32:
-        flat = x.reshape(1, -1, T, N)  # its kernels share a sine among the rows of the second axis
+        flat = x.reshape(1, -1, T, N)  # the rows of the second axis share sines in its kernels
         options = {"traditional": True, "base": ROPE_BASE, "scale": float(sign), "offset": position}
         return mx.fast.rope(flat, N, **options).reshape(x.shape)
     phases = _rope_table(T, N)
@@ -47,25 +48,28 @@ def frequencies(N: int) -> np.ndarray:
 
 
 def phase_increments(position: int, N: int) -> np.ndarray:
-    """Return the phases of the N/2 pairs at `position`, uint32 in 2^-32 of a circle, from float64.
+    """Return the phases of the N/2 pairs at `position`, uint32 in units of 2^-32 of a circle.
 
-    Their sums and products wrap as angles do.
+    They are computed in float64. Their sums and products wrap as angles do.
     """
     circles = position * frequencies(N) / (2 * np.pi) % 1
     return np.round(circles * 2**32).astype(np.uint64).astype(np.uint32)
 
 
-def rope_phases(positions, N: int) -> np.ndarray:
-    """Return exp(i t w) of positions t for the N/2 pairs: (.., N/2) complex64 from float64."""
+def rope_phases(positions: int | np.integer | np.ndarray, N: int) -> np.ndarray:
+    """Return exp(i t w) of positions t (..) for the N/2 pairs: (.., N/2) complex64.
+
+    The angles are computed in float64, so they are exact at any position.
+    """
     angles = np.multiply.outer(positions, frequencies(N))
     return np.exp(1j * angles).astype(np.complex64)
 
 
 def rotate_state(S: mx.array, shift: int) -> mx.array:
-    """Rotate synapses (.., N, D) as if they were written `shift` bytes later: the paper's U^shift.
+    """Rotate synapses (.., N, D) to what they are if written `shift` bytes later: paper's U^shift.
 
-    A negative shift is earlier. Only distances between positions matter, so no position has to
-    exceed the range of float32.
+    A negative shift means earlier. Only distances between positions matter, so float32 never has to
+    hold a large position.
     """
     if not shift:
         return S

@@ -1,4 +1,4 @@
-"""The recurrent state, and its two updates: by many bytes at once (prefill), or by one (decoding).
+"""The recurrent state of a model, updated by many bytes at once (prefill) or one (decoding).
 
 Prefill runs segments through the training layer's forward pass (layer.py), in bounded memory.
 Decoding does not rewrite S, 201 MB for the default model, at each byte. A buffer beside S holds the
@@ -9,8 +9,11 @@ rotated activations (keys) and values of the last bytes; one product adds it to 
 Each device has its own step: step_cpu, step_mlx, step_cuda. Phases are exact at any position: the
 host reduces multiples of the frequency in float64 (rope.py), and S is rotated to the first position
 of a segment or a buffer, so float32 only sees positions within it.
-A window limits how far back the state reaches: S is the sum of WINDOW_PARTS stretches of bytes. The
-oldest stretch is dropped, so the state covers the last W - W / WINDOW_PARTS to W bytes.
+A window W limits how far back the state reaches: S is the sum of WINDOW_PARTS parts, each of
+W / WINDOW_PARTS bytes. The oldest part is dropped when the newest is full, so the state covers at
+least the last W - W / WINDOW_PARTS bytes and at most the last W.
+
+The model is not typed here: bdh_mlx.BDH imports this module.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +37,13 @@ CPU_PREFILL_ROWS = 1024  # bytes * batch read at once, which bounds the memory
 GPU_ROWS = {48e9: 32768, 0: 4096}  # by a card's own memory in bytes: more are faster (docs/log.md)
 MAX_BYTEWISE = 16  # bytes that a CPU reads one by one: its GEMM of few rows is slow
 Buffer = step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuffer
+DecodeStep = step_cpu.DecodeStep | step_mlx.DecodeStep | step_cuda.DecodeStep
 
 
 class State(NamedTuple):
-    """What the model remembers. It is immutable, so it can be continued many times.
+    """What the model remembers of the bytes that it has read.
+
+    It is immutable, so it can be continued many times.
 
     State() is empty; State(window=W) remembers at most W bytes. A state of batch 1 can continue
     with any batch: the rows share its synapses until their own bytes are added.
@@ -66,7 +72,7 @@ class State(NamedTuple):
 def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
     """Read idx (B, T) after `state`; return logits (B, T, V) and the new State.
 
-    It does not check its arguments: it runs at each byte, and a check waits for values of the GPU.
+    It checks no argument: it runs at each byte, and a check would wait for the GPU.
     """
     state, logits = _broadcast(model, idx, state), []
     for piece in _pieces(model, idx, state):
@@ -80,8 +86,8 @@ def prefill(
 ) -> tuple[mx.array, State]:
     """Read idx (B, T >= 1) of any length; return the next byte's logits (B, V) and the new State.
 
-    It calls `progress` with the number of bytes of each piece that is read. Raises UserError for an
-    idx or a state that does not fit the model.
+    After each piece, `progress` is called with the number of its bytes. Raises UserError for an idx
+    or a state that does not fit the model.
     """
     idx = check_prompt(model, idx)
     check_state(model, state)
@@ -146,6 +152,7 @@ def check_state(model, state: State | None) -> None:
 
 
 def _broadcast(model, idx: mx.array, state: State | None) -> State:
+    """Return a state that reads the rows of idx (B, T). Raises UserError for one of other rows."""
     state = State() if state is None else state
     if state.batch not in (0, 1, idx.shape[0]):
         raise UserError(f"the state has {state.batch} rows and cannot read {idx.shape[0]}")
@@ -153,7 +160,7 @@ def _broadcast(model, idx: mx.array, state: State | None) -> State:
 
 
 def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
-    """Split idx at the limits of memory and at the ends of the window's parts."""
+    """Split idx (B, T) along T: into pieces that memory holds, and where a window's part ends."""
     B, T = idx.shape
     if T == 1:  # in decoding the GPU waits for the host here
         return [idx]
@@ -167,6 +174,7 @@ def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
 
 
 def _rows(dtype: mx.Dtype) -> int:
+    """Return how many bytes, B * T, a piece of a prompt has at most."""
     if not on_gpu():
         return CPU_PREFILL_ROWS
     if dtype == mx.float32:
@@ -176,6 +184,7 @@ def _rows(dtype: mx.Dtype) -> int:
 
 
 def _part(window: int) -> int:
+    """Return the bytes of a window's part."""
     return -(-window // WINDOW_PARTS)
 
 
@@ -210,7 +219,7 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
 def _add_updates(state: State, updates: Sequence[mx.array]) -> State:
     """Add each layer's update (H, B, N, D) to the state's synapses, and drop its buffer."""
 
-    def plus(old, new):
+    def plus(old: tuple[mx.array, ...], new: Sequence[mx.array]) -> tuple[mx.array, ...]:
         return tuple(map(mx.add, old, new)) if old else tuple(new)
 
     state = state._replace(synapses=plus(state.synapses, updates), buffer=None)
@@ -252,14 +261,14 @@ def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
 
 
 def _flush(state: State) -> State:
-    """Flush the buffer as flush_pending does; int8 synapses are made in the same pass."""
+    """Flush the buffer as flush_pending does; where a step reads int8 synapses, make them too."""
     if state.window or not state.synapses or not state.buffer.is_int8:
         return flush_pending(state)
     synapses, buffer = state.buffer.flush(state.synapses, state.position)
     return state._replace(synapses=synapses, buffer=buffer)
 
 
-def _decode_step_of(model):
+def _decode_step_of(model) -> DecodeStep:
     """Return the model's step for the device, with weights laid out for it; cached in decode_step.
 
     It is made anew when a weight was replaced. A weight that was changed by index
@@ -278,10 +287,10 @@ def _decode_step_of(model):
 
 
 def prefetch_one(steps: Iterator) -> Iterator:
-    """Yield the items of an endless stream.
+    """Yield the items of an endless stream, one ahead on a GPU.
 
-    On a GPU, the next step is submitted before an item is yielded, so that the GPU computes while
-    the host reads.
+    There the next step is submitted before an item is yielded: the GPU computes it while the host
+    reads the item.
     """
     if not on_gpu():
         return (yield from steps)

@@ -1,8 +1,7 @@
-"""One byte through the layers on a CPU, in NumPy.
+"""One byte through the layers on a CPU, in NumPy, which multiplies a vector by GEMV; MLX by GEMM.
 
-MLX multiplies a vector by GEMM there, NumPy by GEMV. S, 201 MB for the default model, is not
-rewritten at each byte: a buffer holds the last bytes (state.py). If few neurons are active, only
-their rows of S, encoder_v and decoder are read.
+S, 201 MB for the default model, is not rewritten at each byte: a buffer holds the last bytes
+(state.py). If few neurons are active, only their rows of S, encoder_v and decoder are read.
 """
 
 from itertools import pairwise
@@ -74,8 +73,11 @@ class DecodeStep:
         buffer.shared_length[0] = buffer.count + 1
         return mx.array(np.stack(rows)[:, None]), buffer._replace(count=buffer.count + 1)
 
-    def _row(self, byte, b, phase, buffer):
-        """Read one byte of row b; return v (D,) and write its key and value into the buffer."""
+    def _row(self, byte: int, b: int, phase: np.ndarray, buffer: PendingBuffer) -> np.ndarray:
+        """Read one byte of row b; return v (D,) and write its key and value into the buffer.
+
+        phase (N/2,) is exp(i t w) of the byte's position t.
+        """
         embed, encoder, encoder_v, encoder_v_rows, decoder = self.weights
         (H, D, N, _), count = self.shape, buffer.count
         v = _ln(embed[byte])
@@ -94,10 +96,10 @@ class DecodeStep:
             v = _ln(v + _ln(self._rows_by(y, decoder)))
         return v
 
-    def _rows_by(self, q, rows, pairs=False):
+    def _rows_by(self, q: np.ndarray, rows: np.ndarray, pairs: bool = False) -> np.ndarray:
         """Return q (n,) @ rows (n, D), reading only the rows where q is not 0 if these are few.
 
-        `pairs`: rows is (n/2, 2 * D), since q's neurons rotate in pairs.
+        With `pairs`, rows is (n/2, 2 * D): q's neurons rotate in pairs, so both are 0 or none.
         """
         D = self.shape[1]
         active = np.flatnonzero(q.view(np.complex64) if pairs else q)
@@ -108,8 +110,13 @@ class DecodeStep:
         q = q.view(np.complex64)[active].view(np.float32) if pairs else q[active]
         return q @ gathered.reshape(-1, D)
 
-    def _gated(self, x, a, encoder_v, rows):
-        """Return y = relu(a Dy) * x of x (H*N,), a (H, D), by active neurons if these are few."""
+    def _gated(
+        self, x: np.ndarray, a: np.ndarray, encoder_v: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Return y (H*N,) = relu(a Dy) * x of x (H*N,), a (H, D), by active neurons if few are.
+
+        encoder_v is Dy (H, D, N); rows (H*N, D) is the same with a row for each neuron.
+        """
         H, _, N, _ = self.shape
         active = np.flatnonzero(x)
         if len(active) > GATHER_DY * len(x):

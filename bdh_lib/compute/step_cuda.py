@@ -1,13 +1,14 @@
-"""One byte through the layers on a CUDA GPU: kernels that read active neurons only.
+"""One byte through the layers on a CUDA GPU, by kernels that read only active neurons.
 
 In a trained model about a quarter of the neurons are active, so most rows of encoder_v and decoder
 and half of the synapses are not needed. MLX has no product that skips rows; the kernels `recall`
 and `fire` (step_cuda.cu) skip them. With bfloat16 products the kernels read int8 synapses with one
 scale per row, whose error is a fifteenth of that of bfloat16 weights. The state stays float32:
-`fold` adds the buffer to it and makes the int8 copy in one pass. With float32 products all is exact
-except MLX's own products, which are TF32 on CUDA unless MLX_ENABLE_TF32=0.
+`fold` adds the buffer to it and makes the int8 copy in one pass. With float32 products only MLX's
+own products round: on CUDA they are TF32 unless MLX_ENABLE_TF32=0.
 """
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,9 @@ NEURONS, NEURONS_ONE = 128, 32  # the same for `fire`
 THREADS = 256  # per block, at most
 BLOCKS = 2048  # per launch; `fire` takes half as many, the others twice (docs/log.md)
 
-# name, inputs, outputs and call of each kernel; MLX passes the arguments that a call names
+# name, inputs, outputs and C++ call; MLX passes the arguments that a call names
+Kernel = tuple[str, tuple[str, ...], tuple[str, ...], str]
+Output = tuple[tuple[int, ...], mx.Dtype]  # shape and type
 RECALL_INPUTS = ("v", "S", "scales", "keys", "values")
 RECALL_INPUTS += ("begin", "increments", "count", "done", "previous_v")
 BUFFER_ARGUMENTS = (
@@ -109,7 +112,9 @@ class PendingBuffer(NamedTuple):
         """Tell whether the kernels read int8 synapses."""
         return self.keys[0].dtype != mx.float32
 
-    def flush(self, synapses, position: int) -> tuple[tuple[mx.array, ...], "PendingBuffer"]:
+    def flush(
+        self, synapses: Sequence[mx.array], position: int
+    ) -> tuple[tuple[mx.array, ...], "PendingBuffer"]:
         """Add the bytes of a full int8 buffer to the synapses; return them and an empty buffer."""
         layers = zip(synapses, self.keys, self.values, strict=True)
         S, *quantized = zip(*(fold(*layer, self.previous_v) for layer in layers), strict=True)
@@ -119,7 +124,7 @@ class PendingBuffer(NamedTuple):
 
 @lru_cache
 def _count(n: int) -> mx.array:
-    """Return [n] in the GPU's memory: MLX puts a new array of 8 bytes or less in the host's."""
+    """Return the array [n] in the GPU's memory; MLX puts new arrays of up to 8 bytes elsewhere."""
     count = mx.arange(BUFFER_BYTES + 1)[n : n + 1]
     mx.eval(count)
     return count
@@ -156,7 +161,9 @@ class DecodeStep:
         exact = self.dtype == mx.float32
         return self.empty_buffer(position, [(S, S) if exact else quantize(S) for S in synapses], B)
 
-    def empty_buffer(self, position: int, base_state, B: int) -> PendingBuffer:
+    def empty_buffer(
+        self, position: int, base_state: Sequence[tuple[mx.array, mx.array]], B: int
+    ) -> PendingBuffer:
         """Make an empty buffer for B rows over `base_state`."""
         H, D, N, L = self.shape
         keys = tuple(mx.zeros((H, B, N // 2, BUFFER_BYTES, 2), self.dtype) for _ in range(L))
@@ -191,11 +198,22 @@ class DecodeStep:
         return buffer
 
 
-def step(idx, weights, count, keys, values, begin, base_state, done, previous_v):
+def step(
+    idx: mx.array,
+    weights: Sequence[mx.array],
+    count: mx.array,
+    keys: Sequence[mx.array],
+    values: Sequence[mx.array],
+    begin: mx.array,
+    base_state: Sequence[tuple[mx.array, mx.array]],
+    done: mx.array,
+    previous_v: mx.array,
+) -> mx.array:
     """Read one byte idx (B, 1), write its key and value in place, and return v (B, 1, D).
 
-    No other state may share keys and values. MLX's graph does not show the write: previous_v, v of
-    the previous byte, makes this byte wait, and any other reader must wait for v.
+    `weights` is that of DecodeStep, the others are fields of PendingBuffer. No other state may
+    share keys and values. MLX's graph does not show the write: this byte waits for previous_v, v of
+    the previous byte, and any other reader must wait for v.
     """
     embed, encoder, encoder_v, decoder, increments = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
@@ -203,11 +221,13 @@ def step(idx, weights, count, keys, values, begin, base_state, done, previous_v)
     kinds = [("T", dtype), ("Q", mx.float32 if dtype == mx.float32 else mx.int8)]
     G, G_fire = (PAIRS_ONE, NEURONS_ONE) if single else (PAIRS, NEURONS)
 
-    def blocks(n, G, limit):
+    def blocks(n: int, G: int, limit: int) -> int:
         """Return the blocks for one row's head of n pairs or neurons."""
         return min(-(-limit // (H * B)), -(-n // (W * G)))
 
-    def run(kernel, P, G, inputs, *outputs):
+    def run(
+        kernel: Kernel, P: int, G: int, inputs: list[mx.array], *outputs: Output
+    ) -> list[mx.array]:
         template = [*kinds, ("D", D), ("W", W), ("G", G), ("K", BUFFER_BYTES)]
         return _run(kernel, template, (P, H * B), 32 * W, inputs, outputs)
 
@@ -234,20 +254,27 @@ def quantize(S: mx.array) -> tuple[mx.array, mx.array]:
     return _run_rows(QUANTIZE, S, S.shape[1], [S], *_int8_outputs(S.shape))
 
 
-def fold(S, keys, values, previous_v):
-    """Add a full buffer's bytes to S (H, B or 1, N, D): float32, int8 and its scales."""
+def fold(
+    S: mx.array, keys: mx.array, values: mx.array, previous_v: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Add a full buffer's bytes to S (H, B or 1, N, D); return it, its int8 copy and its scales."""
     (H, _, N, D), B = S.shape, values.shape[0]
     outputs = ((H, B, N, D), mx.float32), *_int8_outputs((H, B, N, D))
     return _run_rows(FOLD, S, B, [S, keys, values, previous_v], *outputs)
 
 
-def _int8_outputs(shape):
-    """Return shapes of S, in uint64 of 8 int8, and scales: MLX submits work after 10^9 numbers."""
+def _int8_outputs(shape: tuple[int, ...]) -> tuple[Output, Output]:
+    """Return the Outputs for int8 S and its scales.
+
+    8 int8 are one uint64: MLX counts the numbers in arrays, and submits work after 10^9 of them.
+    """
     *rows, D = shape
     return ((*rows, D // 8), mx.uint64), (tuple(rows), mx.float32)
 
 
-def _run_rows(kernel, S, B, inputs, *outputs):
+def _run_rows(
+    kernel: Kernel, S: mx.array, B: int, inputs: list[mx.array], *outputs: Output
+) -> list[mx.array]:
     """Run a kernel in which each warp takes 8 rows of S at a time."""
     (H, _, N, D), W = S.shape, THREADS // 32
     blocks = min(-(-2 * BLOCKS // (H * B)), -(-N // (8 * W)))
@@ -255,7 +282,15 @@ def _run_rows(kernel, S, B, inputs, *outputs):
     return _run(kernel, template, (blocks, H * B), THREADS, inputs, outputs)
 
 
-def _run(kernel, template, blocks, threads, inputs, outputs):
+def _run(
+    kernel: Kernel,
+    template: list[tuple[str, int | mx.Dtype]],
+    blocks: tuple[int, int],
+    threads: int,
+    inputs: list[mx.array],
+    outputs: Sequence[Output],
+) -> list[mx.array]:
+    """Run a kernel on a grid of `blocks` (x, y) of `threads` each; return its outputs."""
     shapes, kinds = zip(*outputs, strict=True)
     return _kernel(*kernel)(
         inputs=inputs,
@@ -268,7 +303,7 @@ def _run(kernel, template, blocks, threads, inputs, outputs):
 
 
 @lru_cache
-def _kernel(name, inputs, outputs, call):
+def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], call: str) -> Callable:
     # included and not inserted: MLX hashes the text at every launch, 4 us for all of step_cuda.cu
     header = f'#include "{Path(__file__).resolve().with_suffix(".cu")}"\n'
     return mx.fast.cuda_kernel(name, list(inputs), list(outputs), call, header)

@@ -1,9 +1,10 @@
-"""One byte through the layers on a GPU, in plain MLX operations, which Metal needs.
+"""One byte through the layers on a GPU, in plain MLX operations: the only form that Metal can run.
 
 S is not rewritten at each byte: a buffer holds the last bytes (state.py).
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -67,18 +68,27 @@ class DecodeStep:
 def recall(q: mx.array, S: mx.array) -> mx.array:
     """Return q @ S (H, B, 1, D) of q (H, B, 1, N) and S (H, B or 1, N, D).
 
-    It sums the products of parts of the neurons. At once, Metal would compute the D sums of a head
-    in D / 32 threadgroups, which do not occupy its GPU.
+    The neurons are split into parts, whose products are summed. In one product, Metal would compute
+    the D sums of a head in D / 32 threadgroups, too few to occupy its GPU.
     """
     (H, B, _, N), (*rows, _, D) = q.shape, S.shape
     parts = math.gcd(N, PARTS)
     return (q.reshape(H, B, parts, 1, -1) @ S.reshape(*rows, parts, -1, D)).sum(2)
 
 
-def step(idx, weights, count, keys, values, begin, base_state):
+def step(
+    idx: mx.array,
+    weights: Sequence[mx.array],
+    count: mx.array,
+    keys: Sequence[mx.array],
+    values: Sequence[mx.array],
+    begin: mx.array,
+    base_state: Sequence[mx.array],
+) -> tuple[mx.array, tuple[mx.array, ...], tuple[mx.array, ...]]:
     """Read one byte idx (B, 1); return v (B, 1, D) and the new keys and values.
 
-    `decoder` is (H, D, N): Metal multiplies by a transposed matrix in more threadgroups.
+    `weights` is that of DecodeStep, the others are fields of PendingBuffer. `decoder` is (H, D, N):
+    Metal multiplies by a transposed matrix in more threadgroups.
     """
     embed, encoder, encoder_v, decoder, increments = weights
     (H, D, N), B, dtype = encoder.shape, idx.shape[0], encoder.dtype

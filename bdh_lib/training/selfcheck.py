@@ -1,9 +1,10 @@
-"""`python train_mlx.py --selfcheck`: do model and trainer what they must, here and on this backend?
+"""`python train_mlx.py --selfcheck` tests model and trainer on this machine and backend.
 
-A table, and exit code 0 or 1.
+It prints a table with a line for each check, and its exit code is 1 if one failed, else 0.
 
-Tolerances are shares of the largest number compared; a GPU adds up in another order than a CPU.
-Two checks take the shapes and the precision of training: kernels have been wrong for large ones.
+Errors and tolerances are relative to the largest number compared, and above 0 where a device adds
+in another order. Two checks take training's shapes and precision: kernels have been wrong for large
+shapes alone.
 """
 
 import os
@@ -14,6 +15,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,7 +35,7 @@ CONFIG = bdh_mlx.BDHConfig(n_layer=3, n_embd=32, n_head=2, mlp_internal_dim_mult
 B, T, SEED = 2, 96, 1
 UPDATES = Settings(BYTE_NOISE=0, GRAD_CLIP=1.0, EMA_DECAY=0)
 RATE = 0.3  # of dropout
-FIVE = {"embed.weight", "encoder", "encoder_v", "decoder", "lm_head"}
+PARAMETERS = {"embed.weight", "encoder", "encoder_v", "decoder", "lm_head"}
 CPU, GPU = 1e-4, 2e-2  # tolerances
 LAYER = replace(bdh_mlx.BDHConfig(), n_layer=1)  # a layer of the default shape
 LAYER_BYTES, MOST_ROWS = 1024, 8192  # MOST_ROWS: the bytes of a batch of the default settings
@@ -52,9 +54,7 @@ class Skipped(Exception):
 
 
 def random_model() -> bdh_mlx.BDH:
-    """Return a model with weights larger than at initialisation: its logits are far from
-    uniform.
-    """
+    """Return a model whose weights are larger than at first, so that its logits differ."""
     mx.random.seed(SEED)
     model = bdh_mlx.BDH(CONFIG)
     model.update({k: 8 * v for k, v in model.parameters().items() if isinstance(v, mx.array)})
@@ -68,35 +68,36 @@ def random_batch(step: int, B: int = B, T: int = T) -> tuple[mx.array, mx.array]
 
 
 def relative_error(one: mx.array, other: mx.array) -> float:
-    """Return the largest difference, as a share of the largest number."""
+    """Return the largest difference relative to the largest number of `one`."""
     return (mx.max(mx.abs(one - other)) / mx.max(mx.abs(one))).item()
 
 
 def norm_error(one: mx.array, other: mx.array) -> float:
-    """Return the norm of the difference, as a share of the norm."""
+    """Return the norm of the difference relative to the norm of `one`."""
     return (mx.linalg.norm(one - other) / mx.linalg.norm(one)).item()
 
 
 def tolerance() -> float:
+    """Return the relative error that float32 sums of the default device may have."""
     return GPU if memory.on_gpu() else CPU
 
 
-# ------------------------------------------------- the checks: (measured, tolerance) of each
-# Each is given DTYPE.
+# -------------------- the checks: each takes DTYPE and returns the measured error and its tolerance
 
 
 def five_arrays(_) -> tuple[float, float]:
+    """Count the parameters that a BDH lacks or has too many."""
     names = {name for name, _ in tree_flatten(bdh_mlx.BDH(CONFIG).trainable_parameters())}
-    return len(names ^ FIVE), 0
+    return len(names ^ PARAMETERS), 0
 
 
 def largest(differences) -> float:
-    """Return the largest number, and NaN where there is one: Python's max would drop it."""
+    """Return the largest number, or NaN if there is one; Python's max would drop it."""
     return float(np.max([*differences]))
 
 
 def defined(_) -> tuple[float, float]:
-    """Compare loss and gradients in chunks of several lengths and by the definition."""
+    """Compare loss and gradients, computed in chunks of several lengths, with the definition's."""
     model, batch, losses = random_model(), random_batch(0), []
     for chunk in (None, 7, 32, T):
         model.compute = replace(model.compute, chunk=chunk or T)
@@ -108,6 +109,7 @@ def defined(_) -> tuple[float, float]:
 
 
 def byte_by_byte(_) -> tuple[float, float]:
+    """Compare the logits of a text that is read byte by byte with those of the whole text."""
     model, (idx, _) = random_model(), random_batch(0)
     state, logits = None, []
     for t in range(T):
@@ -118,6 +120,7 @@ def byte_by_byte(_) -> tuple[float, float]:
 
 
 def saved_and_loaded(_) -> tuple[float, float]:
+    """Compare the losses of a model and of its copy that was saved and loaded."""
     model = random_model()
     batch = random_batch(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -127,9 +130,10 @@ def saved_and_loaded(_) -> tuple[float, float]:
 
 
 def resumed(_) -> tuple[float, float]:
-    """Compare six steps at once with three, a checkpoint and three: the largest difference.
+    """Compare the parameters after six steps with those of a run resumed after three.
 
-    0 on a CPU. A GPU adds up the gradient of the embedding in no fixed order, which Adam amplifies.
+    They are equal on a CPU. A GPU adds up the gradient of the embedding in no fixed order, and Adam
+    amplifies the difference.
     """
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         straight = updated(Path(one), 0, 6)
@@ -140,8 +144,9 @@ def resumed(_) -> tuple[float, float]:
 
 
 def updated(run: Path, first: int, last: int) -> dict:
-    """Return the parameters after steps first .. last-1, from checkpoint `first`; leaves one of
-    `last`.
+    """Train from checkpoint `first` to `last` and save one; return the parameters.
+
+    `first` 0 starts a new model.
     """
     mx.random.seed(SEED)
     model, optimizer = bdh_mlx.BDH(CONFIG), optim.AdamW(1e-3, bias_correction=True)
@@ -157,13 +162,13 @@ def updated(run: Path, first: int, last: int) -> dict:
     return model.parameters()
 
 
-def devices() -> tuple | None:
-    """Return the GPU and the CPU, None where there is no GPU."""
+def devices() -> tuple[mx.DeviceType, mx.DeviceType] | None:
+    """Return the GPU and the CPU, or None where there is no GPU."""
     return (mx.gpu, mx.cpu) if memory.on_gpu() else None
 
 
 def gpu_is_cpu(_) -> tuple[float, float]:
-    """Compare loss and every gradient on both; with dropout, but on CUDA, which draws its own."""
+    """Compare loss and gradients on both; with dropout except on CUDA, which draws other masks."""
     if not (both := devices()):
         raise Skipped("no GPU that MLX uses")
     before, results = mx.default_device(), []
@@ -180,23 +185,32 @@ def gpu_is_cpu(_) -> tuple[float, float]:
     return largest(relative_error(b, a) for (_, a), (_, b) in zip(*results, strict=True)), GPU
 
 
-def plain_mask(mask: tuple, shape: tuple) -> tuple:
-    """Return the mask that the kernels of passes_cuda draw as passes.py takes it."""
+def plain_mask(mask: passes.Mask, shape: tuple[int, ...]) -> passes.Mask:
+    """Return a mask of passes_cuda in the form that passes.py takes."""
     ones = mx.ones(shape)
     y, _ = passes_cuda.gate(ones, ones, mask)
     return y > 0, True, 1 / (1 - mask[1] / passes_cuda.STEPS)
 
 
-def run_passes(module, mask, position: int, B: int, h, g, dy, dq) -> tuple[mx.array, ...]:
-    """Return q, y, dg and dh by the passes of a module."""
+def run_passes(
+    module: ModuleType,
+    mask: passes.Mask | None,
+    position: int,
+    B: int,
+    h: mx.array,
+    g: mx.array,
+    dy: mx.array,
+    dq: mx.array,
+) -> tuple[mx.array, ...]:
+    """Return q, y, dg and dh (H, B*T, N) by passes or passes_cuda; the other arrays are alike."""
     x, q = module.encode(h, position, B)
-    _, saved = module.gate(x, g, mask)
-    y, dg, rest = module.gate_gradients(x, saved, dy, mask)
+    _, gated = module.gate(x, g, mask)
+    y, dg, rest = module.gate_gradients(x, gated, dy, mask)
     return q, y, dg, module.encode_gradient(rest, dq, position, B)
 
 
 def fused_is_plain(dtype: str) -> tuple[float, float]:
-    """Compare relu, rotation, gate, dropout and their gradients by CUDA's kernels and by MLX's."""
+    """Compare relu, rotation, gate, dropout and their gradients in CUDA kernels with plain MLX."""
     if not passes_cuda.fits():
         raise Skipped("no CUDA GPU")
     dtype = memory.compute_for(LAYER, "fast", dtype).dtype
@@ -210,7 +224,7 @@ def fused_is_plain(dtype: str) -> tuple[float, float]:
 
 
 def products_as_trained(dtype: str) -> tuple[float, float]:
-    """Compare the products of a segment, of training's shapes and precision, with exact ones."""
+    """Compare the products of a segment, in training's shapes and precision, with exact ones."""
     compute = memory.compute_for(LAYER, "fast", dtype)
     H, D, N, rows = LAYER.n_head, LAYER.n_embd, LAYER.neurons_per_head, min(compute.rows, MOST_ROWS)
     shapes = enumerate([(1, rows, D), (H, D, N), (H, rows, N), (H, N, D)])
@@ -220,8 +234,9 @@ def products_as_trained(dtype: str) -> tuple[float, float]:
 
 
 def product_error(left: mx.array, right: mx.array) -> float:
-    """Compare a product, (1 or H, rows, K) by (H, K, columns), with NumPy's of 64 bits: the largest
-    difference in every ROWS_APART-th row.
+    """Compare a product, (1 or H, rows, K) by (H, K, columns), with NumPy's in float64.
+
+    Every ROWS_APART-th row is compared.
     """
     product = np.array(mx.matmul(left, right)[:, ::ROWS_APART].astype(mx.float32))
     left, errors = left[:, ::ROWS_APART].astype(mx.float32), []
@@ -233,9 +248,10 @@ def product_error(left: mx.array, right: mx.array) -> float:
 
 
 def layer_as_trained(dtype: str) -> tuple[float, float]:
-    """Compare loss and gradients of a layer, in training's precision, with the definition's.
+    """Compare loss and gradients of a layer in training's precision with the definition's.
 
-    Those are float32, of the CPU on a Mac. On CUDA they are the GPU's, as its CPU library is slow.
+    The definition is computed in float32, on a Mac by the CPU. On CUDA the GPU computes it, since
+    the CPU's library there is slow.
     """
     mx.random.seed(SEED)
     model, batch = bdh_mlx.BDH(LAYER), random_batch(0, 1, LAYER_BYTES)
@@ -267,7 +283,7 @@ CHECKS = {
 
 
 def run_checks(dtype: str = "auto") -> int:
-    """Print the table; 0 when every check that could be made holds. `dtype` is DTYPE."""
+    """Run the checks for this DTYPE and print their table; return 1 if one failed, else 0."""
     os.environ["MLX_ENABLE_TF32"] = "0"  # CUDA: products of all bits; read at the first product
     print(f"{mx.default_device()}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     if sys.platform == "darwin":
@@ -293,13 +309,14 @@ def run_checks(dtype: str = "auto") -> int:
 
 
 def about_mac(release: str, chip: str) -> str:
-    """Return the versions of a Mac, with a warning where MLX's wheel is built for a newer macOS."""
+    """Describe a Mac in words, with a warning where MLX's wheel is built for a newer macOS."""
     about = f"macOS {release}, {chip}"
     if "M5" in chip and re.match(r"(26|16)\.[01]\b", release):  # an older Python sees 16 for 26
         about += "\nwarning: MLX for an M5 is built for macOS 26.2; update macOS, or it may fail"
     return about
 
 
-def versions() -> dict:
+def versions() -> dict[str, str]:
+    """Return the versions that the table's first line shows."""
     all_versions = checkpoints.versions()
     return {k: all_versions[k] for k in ("mlx", "python", "machine")}
