@@ -558,7 +558,9 @@ def bits_per_byte(train: bytes, val: bytes) -> dict[str, float]:
     """Of each baseline on val; `xz after train` is what val adds to the packed train."""
     bits = {"gzip": 8 * len(gzip.compress(val, 9)) / len(val), "xz": 8 * _xz(val) / len(val)}
     bits["xz after train"] = 8 * (_xz(train + val) - _xz(train)) / len(val)
-    return bits | {"order 3": order_n(*(np.frombuffer(side, np.uint8) for side in (train, val)))}
+    return bits | {
+        "order 3": order_n(*(np.frombuffer(side, np.uint8) for side in (train, val))) / math.log(2)
+    }
 
 
 def _xz(data: bytes) -> int:

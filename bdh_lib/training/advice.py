@@ -26,9 +26,9 @@ REFERENCE_RATE = 1e-3  # of the official training, and of the best of docs/log.m
 
 
 def order_0(data: np.ndarray) -> float:
-    """Return the nats per byte of a model that knows only how often each byte occurs in `data`.
+    """Return the entropy of the byte frequencies in `data`, in nats per byte.
 
-    Without any data that is the uniform model.
+    Without data it is that of uniform frequencies, ln 256.
     """
     if not len(data):
         return math.log(256)
@@ -37,13 +37,14 @@ def order_0(data: np.ndarray) -> float:
 
 
 def byte_baselines(loss_on: str, train: Split, val: Split) -> tuple[float, float]:
-    """Return the nats per byte, of the first million of each side that LOSS_ON counts: order_0 of
-    val, and a model that counted in train which byte follows which.
+    """Return order_0 of val, and order_n of order 1 of val after train, both in nats per byte.
+
+    Only the first MAX_BYTES bytes of each side that LOSS_ON counts are read.
     """
     train_bytes, val_bytes = (
         first_counted(loss_on, side.bytes, side.fields) for side in (train, val)
     )
-    return order_0(val_bytes), order_n(train_bytes, val_bytes, order=1) * math.log(2)
+    return order_0(val_bytes), order_n(train_bytes, val_bytes, order=1)
 
 
 def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.ndarray:
@@ -191,17 +192,17 @@ def slow(run: SimpleNamespace, s: Settings) -> str | None:
 
 
 def order_n(train: np.ndarray, val: np.ndarray, order: int = 3) -> float:
-    """Return the mean bits per byte of val under byte counts of train, in contexts of up to `order`
-    bytes.
+    """Return the loss on val, in nats per byte, of a model that counts the bytes of train.
 
-    Witten-Bell: p_k(b | c) = (count(c b) + followers(c) p_{k-1}(b | c')) / (count(c) +
+    It counts which byte follows each context of up to `order` bytes, and mixes the lengths as
+    Witten and Bell do: p_k(b | c) = (count(c b) + followers(c) p_{k-1}(b | c')) / (count(c) +
     followers(c)), with c' one byte shorter, followers the number of distinct bytes seen after c,
     and p_{-1} = 1/256. The first `order` bytes of val are context only; a val without more bytes
-    costs 8 bits, as of a model that knows nothing.
+    has a loss of ln 256, that of a model that knows nothing.
     """
     n = len(val) - order
     if n < 1:
-        return 8.0
+        return math.log(256)
     p = np.full(n, 1 / 256)
     for k in range(order + 1):
         grams_seen, queries = (_windows(stream, k + 1) for stream in (train, val))
@@ -212,7 +213,7 @@ def order_n(train: np.ndarray, val: np.ndarray, order: int = 3) -> float:
         count = _look_up(grams, counts, queries)
         total, distinct = (_look_up(contexts, t, queries >> 8) for t in (totals, followers))
         p = np.where(total > 0, (count + distinct * p) / np.maximum(total + distinct, 1), p)
-    return float(-np.log2(p).mean())
+    return float(-np.log2(p).mean()) * math.log(2)
 
 
 def _windows(stream: np.ndarray, width: int) -> np.ndarray:

@@ -473,8 +473,8 @@ def test_what_counting_knows_is_that_of_the_bytes_that_count():
         byte_baselines(on, Split(train, fields), Split(train, fields)) for on in ("all", "response")
     )
     assert every[1] == pytest.approx(math.log(2) / 2, abs=0.01)
-    assert every == (order_0(train), order_n(train, train, 1) * math.log(2))
-    assert answers == (order_0(train[1::2]), order_n(train[1::2], train[1::2], 1) * math.log(2))
+    assert every == (order_0(train), order_n(train, train, 1))
+    assert answers == (order_0(train[1::2]), order_n(train[1::2], train[1::2], 1))
     never_seen = np.array([1, 9], np.uint8), fields[:2]
     assert byte_baselines("all", Split(train, fields), Split(*never_seen))[1] > 10
 
@@ -548,7 +548,7 @@ def test_counting_reads_the_first_million_of_the_bytes_that_count():
     stream = np.concatenate([book, answers])
     fields = np.repeat(np.array([4, 3], np.uint8), [len(book), len(answers)])
     side = (stream, fields)
-    expected = (order_0(answers), order_n(answers, answers, 1) * math.log(2))
+    expected = (order_0(answers), order_n(answers, answers, 1))
     assert byte_baselines("response", Split(*side), Split(*side)) == expected
     assert len(first_counted("response", np.tile(answers, 5000), np.full(1_500_000, 3))) == 10**6
 
@@ -558,9 +558,10 @@ def test_counting_reads_the_first_million_of_the_bytes_that_count():
 def test_streams_shorter_than_the_order_are_counted_too(n_train, n_val):
     train, val = (np.arange(n, dtype=np.uint8) for n in (n_train, n_val))
     for order in range(4):
-        bits = order_n(train, val, order)
-        assert math.isfinite(bits) and bits > 0
-        assert bits == 8 or (n_train and n_val > order), "what is unknown costs 8 bits"
+        nats = order_n(train, val, order)
+        assert math.isfinite(nats) and nats > 0
+        uniform = math.log(256)
+        assert nats == pytest.approx(uniform) or (n_train and n_val > order), "all bytes as likely"
     labels = [np.full(n, 3) for n in (n_train, n_val)]
     assert np.isfinite(
         byte_baselines("response", Split(train, labels[0]), Split(val, labels[1]))
