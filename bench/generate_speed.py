@@ -5,12 +5,15 @@
     python bench/generate_speed.py --only profile     # a CUDA GPU's time by kernel; needs PyTorch
     python bench/generate_speed.py --positions checkpoints_mlx/full text.txt    # loss by position
 
-One process per system, one after the other on one machine, so that one that fails costs its rows
-only. Prints a JSON line per measurement, then a table; `ratio` is the recomputation's time per byte
-at that context divided by the row's. Weights are random: half the neurons are active, the most
-that a trained model leaves to do. `--model RUN` takes a checkpoint's, `--text FILE` prompts of the
-kind it knows. A context on a CPU is a state of random synapses at that position: what a byte costs
-does not depend on what they hold.
+Each case runs in a process of its own, one after the other, so that one that fails costs its rows
+only. Only that process imports MLX or PyTorch; so imports stand in the functions. It prints a JSON
+line per measurement, then a table; `ratio` is the recomputation's time per byte at that context
+divided by the row's.
+
+Weights are random, which leaves half of the neurons active, more than in a trained model.
+`--model RUN` takes a checkpoint's weights, `--text FILE` prompts of the kind that it knows. On a
+CPU a context is a state of random synapses at that position: a byte costs the same whatever they
+hold.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-STRETCH = 64  # bytes written in one go: as many as wait in a tail
+STRETCH = 64  # bytes written in one go: as many as a buffer holds
 CPU = [
     {"kind": "stream", "contexts": [1, 128, 1024, 8192], "bytes": 128},
     {"kind": "prefill", "lengths": [1024]},
@@ -53,7 +56,7 @@ PROFILE = [
 
 
 def build(case: dict):
-    """The model, and a function that makes a prompt (B, T) of --text, else of random bytes."""
+    """Return the model, and a function that makes a prompt (B, T) of --text or of random bytes."""
     import bdh_mlx  # isort: skip
     import mlx.core as mx
     import numpy as np
@@ -75,7 +78,7 @@ def build(case: dict):
 
 
 def opened(model, prompt, context: int, B: int):
-    """A stream of B rows at a context, its first bytes and folds, which compile, written."""
+    """Return a stream of B rows at a context, past the first bytes and folds, which compile."""
     import mlx.core as mx
     import numpy as np
 
@@ -100,8 +103,10 @@ def opened(model, prompt, context: int, B: int):
 
 
 def measure_stream(case: dict):
-    """Seconds per step of writing on at each context, sampling and all, after warm-up: the median
-    of stretches that the contexts take in turns, so that a machine's slow minutes meet all alike.
+    """Yield the seconds per step of writing at each context, with sampling, after a warm-up.
+
+    They are medians of stretches that the contexts take in turns, so that a machine's slow minutes
+    meet all alike.
     """
     model, prompt = build(case)
     import mlx.core as mx
@@ -125,7 +130,7 @@ def measure_stream(case: dict):
 
 
 def measure_profile(case: dict):
-    """Microseconds a step by kernel, over as many steps as there are between folds."""
+    """Yield the microseconds of a step by kernel, over as many steps as there are between folds."""
     model, prompt = build(case)
     import mlx.core as mx
     import torch
@@ -146,6 +151,7 @@ def measure_profile(case: dict):
 
 
 def measure_prefill(case: dict):
+    """Yield the seconds per byte of reading prompts of each length."""
     model, prompt = build(case)
     import mlx.core as mx
 
@@ -163,7 +169,7 @@ def measure_prefill(case: dict):
 
 
 def measure_recompute(case: dict):
-    """The definition over the whole prefix for each byte, as a generator without a state does."""
+    """Yield the seconds per byte where each reads the whole prefix again, as without a state."""
     model, prompt = build(case)
     import mlx.core as mx
 
@@ -181,7 +187,7 @@ def measure_recompute(case: dict):
 
 
 def measure_error(case: dict):
-    """Largest and mean difference of logits over 512 bytes: 256 read at once, 256 one by one."""
+    """Yield the largest and mean error of 512 logits: 256 bytes read at once, 256 one by one."""
     model, prompt = build(case)
     import mlx.core as mx
 
@@ -199,7 +205,7 @@ def measure_error(case: dict):
 
 
 def positions(run: str, file: str, window: int | None, B: int = 32) -> None:
-    """Loss by position up to 8 * BLOCK_SIZE, with windows and without, over B texts of `file`."""
+    """Print the loss by position up to 8 * BLOCK_SIZE, with and without windows, over B texts."""
     import bdh_mlx  # isort: skip
     import mlx.core as mx
     import mlx.nn as nn
@@ -231,7 +237,7 @@ def positions(run: str, file: str, window: int | None, B: int = 32) -> None:
 
 
 def run(case: dict, timeout: int) -> list[dict]:
-    """The lines of one case's process; a failure is a line too."""
+    """Return the lines of one case's process; a failure is a line, too."""
     env = os.environ | ({"MLX_ENABLE_TF32": "0"} if case["kind"] == "error" else {})
     command = [sys.executable, __file__, "--case", json.dumps(case)]
     failed, output = None, ""
@@ -247,6 +253,7 @@ def run(case: dict, timeout: int) -> list[dict]:
 
 
 def table(results: list[dict]) -> str:
+    """Return the table of all measurements."""
     rows = [
         f"{'system':<34}{'B':>4}{'context':>9}{'bytes/s':>11}{'ms/byte':>10}{'GB':>7}{'ratio':>9}"
     ]

@@ -1,15 +1,15 @@
 """Scaling of data-parallel training: bytes/s of 1 and of more processes, the same batch for each.
 
     python bench/scaling.py                  # 1 and 2 processes on this machine, a small model
-    python bench/scaling.py --gpu            # the guide's model and shape, on 1 and 2 GPUs
+    python bench/scaling.py --gpu            # the default model, blocks of 4,096, on 1 and 2 GPUs
     python bench/scaling.py --gpu --most 8
     python bench/scaling.py --busy           # one trainer alone, and two at once on the same cores
 
 Each case trains for some iterations on the embedded data in processes that mlx.launch starts (NCCL
-with CUDA, else the ring), and reads the speed from the run's metrics.jsonl, the first two lines
-left out. Prints one JSON line per case; efficiency is bytes/s over those of one process times n.
-With --busy the processes know nothing of each other: each trains the same model by itself, and
-share is the bytes/s of the slowest over those of the one alone.
+with CUDA, else the ring), and reads the speed from the run's metrics.jsonl without its first two
+lines. It prints one JSON line per case; efficiency is bytes/s divided by n times those of one
+process. With --busy each process trains the same model by itself, and share is the bytes/s of the
+slowest divided by those of one alone.
 """
 
 import argparse
@@ -30,19 +30,20 @@ COMMON = (
 
 
 def command(args: argparse.Namespace, folder: str, name: str) -> list[str]:
-    """The command of a run."""
+    """Return the command of a run."""
     result = [sys.executable, str(ROOT / "train_mlx.py"), *COMMON.split()]
     result += [*(GPU if args.gpu else CPU).split(), "--max-iters", str(args.iterations)]
     return [*result, "--checkpoint-dir", folder, "--run-name", name]
 
 
 def start(command: list[str]) -> subprocess.Popen:
+    """Start a process whose output can be read when it has ended."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, **pipes, text=True, cwd=ROOT)
 
 
 def speed(process: subprocess.Popen, run: Path) -> float:
-    """Median bytes/s of a run that `process` computes, once it has ended."""
+    """Return the median bytes/s of a run that `process` computes, once it has ended."""
     output = process.communicate()[0]
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -53,7 +54,7 @@ def speed(process: subprocess.Popen, run: Path) -> float:
 
 
 def together(n: int, args: argparse.Namespace, folder: str) -> float:
-    """Median bytes/s of a run on n processes."""
+    """Return the median bytes/s of a run on n processes."""
     launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(n), "-p", str(args.port)]
     launch += ["--backend", args.backend or ("nccl" if args.gpu else "ring"), "--"]
     run = (launch if n > 1 else []) + command(args, folder, f"on-{n}")
@@ -61,7 +62,7 @@ def together(n: int, args: argparse.Namespace, folder: str) -> float:
 
 
 def apart(n: int, args: argparse.Namespace, folder: str) -> float:
-    """Median bytes/s of the slowest of n runs at once."""
+    """Return the median bytes/s of the slowest of n runs at once."""
     names = [f"{i}-of-{n}" for i in range(1, n + 1)]
     processes = [start(command(args, folder, name)) for name in names]
     return min(speed(p, Path(folder, name)) for p, name in zip(processes, names, strict=True))
@@ -71,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpu", action="store_true", help="the guide's shape, one GPU each")
+    parser.add_argument("--gpu", action="store_true", help="blocks of 4,096, one GPU each")
     parser.add_argument("--busy", action="store_true", help="runs that do not share their work")
     parser.add_argument("--most", type=int, default=2, help="1, 2, 4 .. processes up to this (2)")
     parser.add_argument("--iterations", type=int, default=40, help="of each case (40)")

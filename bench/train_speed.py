@@ -7,11 +7,13 @@
     python bench/train_speed.py --gpu --passes         # passes over activations; CUDA: fused, plain
     python bench/train_speed.py --curve text.txt       # fast and quadratic losses over a training
 
-Each case is a full training step (loss, gradients, clipping, AdamW) on random bytes in a process of
-its own, one after the other on one machine: warm-up steps, then the median of timed ones. Prints
-one JSON line per case, then a table; `ratio` is bytes/s divided by those of the shape's first row,
-`growth` the time per byte divided by that of the same system at its smallest T, and `limit` the
-share of the time that ours needs for its products, at the speed of one large product.
+Each case is a full training step (loss, gradients, clipping, AdamW) on random bytes: two warm-up
+steps, then the median of the timed ones. Cases run one after the other, each in a process of its
+own, and only that process imports MLX or PyTorch; so imports stand in the functions.
+
+It prints a JSON line per case, then a table. `ratio` is bytes/s divided by those of the shape's
+first row. `growth` is the time per byte divided by that of the same system at its smallest T.
+`limit` is the share of the time that the products alone would take at the speed of a large product.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +49,7 @@ COMPUTES = [  # chunk, rows, saved_activations of layer.Compute, on the first th
 
 
 def cases(args: argparse.Namespace) -> list[dict]:
-    """Every system on every shape that it can do in the time and the memory there are."""
+    """List the cases: every system, on every shape that it can do in the time and memory."""
     model, shapes = GPU if args.gpu else CPU
     if args.memory:
         shared = {"system": "ours", "model": model | {"dropout": 0.0}}
@@ -69,7 +72,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
 
 
 def timed(step, synchronize, steps: int) -> float:
-    """Median seconds of a step, after two that warm up."""
+    """Return the median seconds of a step, after two that warm up."""
     seconds = []
     for _ in range(steps + 2):
         began = time.perf_counter()
@@ -79,10 +82,18 @@ def timed(step, synchronize, steps: int) -> float:
     return statistics.median(seconds[2:])
 
 
-def build(system: str, shape: dict, B: int, T: int, compute=None, rate=1e-3):
-    """The trainer's compiled step for a model computed as `system` says, and its estimated peak.
+def build(
+    system: str,
+    shape: dict,
+    B: int,
+    T: int,
+    compute: tuple[int, int, int] | None = None,
+    rate: float = 1e-3,
+) -> tuple[Callable, float | None]:
+    """Return the trainer's step, compiled for a `system` and a shape, and its estimated peak bytes.
 
-    With `compute` (chunk, rows, saved_activations) MLX cannot run ahead: the peak is the need.
+    With `compute` (chunk, rows, saved_activations) MLX's limit is so low that it cannot run ahead,
+    so the measured peak is what the step needs.
     """
     sys.path.insert(0, str(ROOT))
     import bdh_mlx  # isort: skip
@@ -127,7 +138,7 @@ def build(system: str, shape: dict, B: int, T: int, compute=None, rate=1e-3):
 
 
 def flops(model: dict, B: int, T: int) -> float:
-    """What the products of a step in chunks take, with nothing recomputed: the least known."""
+    """Return the operations of a step's products in chunks, if nothing is computed twice."""
     D, H = model["n_embd"], model["n_head"]
     N, chunk = model["mlp_internal_dim_multiplier"] * D // H, min(T, max(128, 2 * D))
     wide = 15 if chunk < T else 9  # products of N by D; those of states only between chunks
@@ -136,7 +147,7 @@ def flops(model: dict, B: int, T: int) -> float:
 
 
 def run_product(case: dict, steps: int) -> dict:
-    """The speed of a large product in the precision of training."""
+    """Measure a large product in the precision of training."""
     sys.path.insert(0, str(ROOT))
     import bdh_mlx  # isort: skip
     import mlx.core as mx
@@ -201,6 +212,7 @@ def fused_and_plain(gpu: bool, steps: int) -> None:
 
 
 def run_ours(case: dict, steps: int) -> dict:
+    """Time a step of ours: seconds, peak and estimate in GB."""
     step, estimate = build(*(case.get(k) for k in ("system", "model", "B", "T", "compute")))
     import mlx.core as mx
 
@@ -219,10 +231,10 @@ def run_ours(case: dict, steps: int) -> dict:
 
 
 def curve(file: str, rate: float, steps: int = 200, B: int = 2, T: int = 512) -> str:
-    """Train the fast and the quadratic form on the same bytes; how far their losses part.
+    """Train the fast and the quadratic form on the same bytes; say how far their losses part.
 
-    The yardstick is the quadratic form once more, its weights off by a rounding error: Adam makes
-    as much of a gradient that is all rounding as of a large one.
+    The yardstick is a second quadratic form whose weights differ by a rounding error: Adam makes as
+    much of a gradient that is all rounding as of a large one.
     """
     shape = CPU[0] | {"dropout": 0.0}
     systems = ("quadratic", "ours, fast", "quadratic, nudged")
@@ -249,6 +261,7 @@ def curve(file: str, rate: float, steps: int = 200, B: int = 2, T: int = 512) ->
 
 
 def run_official(case: dict, steps: int, path: str) -> dict:
+    """Time a step of the official model in the file `path`."""
     import torch
 
     spec = importlib.util.spec_from_file_location("official_bdh", path)
@@ -278,7 +291,7 @@ def run_official(case: dict, steps: int, path: str) -> dict:
 
 
 def run(case: dict, args: argparse.Namespace) -> dict:
-    """One case in a process of its own: a peer that runs out of memory costs its row only."""
+    """Run one case in a process of its own, so that one out of memory costs its row only."""
     command = [sys.executable, __file__, "--case", json.dumps(case), "--steps", str(args.steps)]
     command += ["--official", args.official] if args.official else []
     try:
@@ -292,11 +305,12 @@ def run(case: dict, args: argparse.Namespace) -> dict:
 
 
 def speed(result: dict) -> float:
-    """Bytes trained on per second."""
+    """Return the bytes trained on per second."""
     return result["B"] * result["T"] / result["seconds"]
 
 
 def table(results: list[dict], product: dict) -> str:
+    """Return the table of all cases; `product` is what run_product measured."""
     rows = [
         f"{'system':<24}{'B':>4}{'T':>7}{'bytes/s':>10}{'ms':>9}{'peak GB':>9}{'estimate':>9}"
         f"{'ratio':>7}{'growth':>8}{'limit':>7}"

@@ -18,7 +18,7 @@ from bdh_lib.generation.decoding import generate_batch
 from bdh_lib.generation.sampling import Sampling
 from bdh_mlx import BDH, BDHConfig, attention_quadratic, save_model
 
-GOLDEN = Path(__file__).with_name("golden_bdh.safetensors")  # from the official PyTorch code
+GOLDEN = Path(__file__).with_name("golden_bdh.safetensors")  # test_model.py tells how it was made
 CONFIG = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
 MODEL = "--n-layer 2 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 8 --dropout 0.2"
 SMALL = (

@@ -1,4 +1,17 @@
-"""The model is the official BDH: its numbers, its parameters, and one function in three forms."""
+"""The model is the official BDH: its numbers, its parameters, and one function in three forms.
+
+golden_bdh.safetensors holds what the official code, bdh.py of pathwaycom/bdh at 714bc80, computed
+with PyTorch 2.13.0 on a CPU, in float32 and without dropout; its header has the configuration
+(3 layers, D 32, 4 heads of 128 neurons) and the settings of AdamW. The weights are 4 times the
+usual initial ones, normal with a deviation of 0.08, so that logits are far from uniform. The seeds
+of weights and bytes were not recorded; the file has the numbers themselves:
+
+    param.*                              the five arrays under their official names
+    idx, targets (20, 2, 80)             20 batches of random bytes
+    logits, loss, grad.*                 of the first batch
+    train.losses (20,), trained.*        20 steps of AdamW, a batch each, and the arrays after them
+    generate.prompt, generate.greedy     8 bytes, and the same with 24 bytes by argmax after them
+"""
 
 import copy
 import json
@@ -28,6 +41,7 @@ from bdh_mlx import BDH, BDHConfig, UserError
 
 @pytest.fixture(scope="module")
 def golden():
+    """What the official code computed, as the module's docstring says."""
     return mx.load(str(GOLDEN))
 
 
