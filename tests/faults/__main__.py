@@ -3,6 +3,7 @@
     python tests/faults                    # every fault in full; exit code 1 if one is not survived
     python tests/faults --quick            # fewer tries of each, as `make test` runs it
     python tests/faults --only kill disk   # the faults whose name has one of these words
+    python tests/faults --share 0 6        # every sixth fault from the first one on
     python tests/faults --gpu-difference   # the same 50 iterations twice: the largest difference
 
 A try is a fork of this process, which has imported everything and computed nothing (MLX's threads
@@ -79,6 +80,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer tries")
     parser.add_argument("--gpu-difference", action="store_true", help="three runs of 50 iterations")
     parser.add_argument("--only", nargs="+", default=[""], help="words of the faults to try")
+    parser.add_argument("--share", nargs=2, type=int, default=(0, 1), help="every N-th from I on")
     options = parser.parse_args()
     if options.gpu_difference:
         return differences()
@@ -90,7 +92,8 @@ def main():
     failed = False
     print("| fault | tries | survived | lost steps at most | control: protection taken out |")
     print("|---|---|---|---|---|", flush=True)
-    for name, quick, full, controls, tries in FAULTS:
+    first, step = options.share
+    for name, quick, full, controls, tries in FAULTS[first::step]:
         wanted = quick if options.quick else full
         if not wanted or not any(word in name for word in options.only):
             continue
