@@ -71,13 +71,15 @@ def is_changed(file: Path) -> bool:
         return False
     try:
         written = files.read_json_object(manifest)
-        if file.name not in written:
-            return False
-        return written[file.name]["sha256"] != files.sha256_file(file)
+    except UserError:
+        return True
+    if file.name not in written:
+        return False
+    entry = written[file.name]
+    try:
+        return not isinstance(entry, dict) or entry.get("sha256") != files.sha256_file(file)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-    except (UserError, KeyError, TypeError):
-        return True
 
 
 def settings_of(weights: Path) -> dict:

@@ -114,20 +114,16 @@ def read_best(run: Path) -> dict:
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
     evaluation is the best then.
     """
+    reason = "best.json is not what was written"
     try:
         best = files.parse_json((run / "best.json").read_text())
-        written = best.pop("sha256")
-        if files.sha256_text(repr(best)) != written:
-            raise ValueError
-        reason = (
-            find_corruption(folder(run, best["step"]))
-            if "monitored_loss" in best
-            else "it has no loss"
-        )
+        if isinstance(best, dict) and best.pop("sha256", None) == files.sha256_text(repr(best)):
+            has_loss = "monitored_loss" in best and isinstance(best.get("step"), int)
+            reason = find_corruption(folder(run, best["step"])) if has_loss else "it has no loss"
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        reason = "best.json is not what was written"
+    except (OSError, ValueError, RecursionError):  # unreadable, no JSON, or nested too deep
+        pass
     if not reason:
         return best
     warn(f"no checkpoint is the best until the next validation: {reason}")
@@ -190,15 +186,20 @@ def find_corruption(checkpoint: Path) -> str | None:
     """Return why the checkpoint cannot be trusted, or None when each file is as it was written."""
     if not checkpoint.is_dir():
         return f"{checkpoint.name} is not there"
+    not_as_written = "manifest.json or config.json is not what was written"
     try:
         manifest = files.parse_json((checkpoint / "manifest.json").read_text())
+        if not _is_manifest(manifest):
+            return not_as_written
         for name, written in manifest.items():
             if (checkpoint / name).stat().st_size != written["bytes"]:
                 return f"{name} is not of the {written['bytes']:,} bytes written"
             if files.sha256_file(checkpoint / name) != written["sha256"]:
                 return f"{name} has changed since it was written (sha256)"
-        step = files.parse_json((checkpoint / "config.json").read_text())["step"]
-        if step != int(checkpoint.name[5:]):
+        config = files.parse_json((checkpoint / "config.json").read_text())
+        if not isinstance(config, dict) or "step" not in config:
+            return not_as_written
+        if config["step"] != int(checkpoint.name[5:]):
             return "config.json tells another step"
         if (
             missing := {"model.safetensors", "optimizer.safetensors", "config.json"}
@@ -207,8 +208,16 @@ def find_corruption(checkpoint: Path) -> str | None:
             return f"manifest.json lacks {', '.join(sorted(missing))}"
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json or config.json is not what was written"
+    except ValueError:
+        return not_as_written
+
+
+def _is_manifest(content: object) -> bool:
+    """Test whether a parsed manifest.json gives bytes and sha256 for each file."""
+    return isinstance(content, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and "sha256" in entry
+        for entry in content.values()
+    )
 
 
 def newest_valid(run: Path) -> int:

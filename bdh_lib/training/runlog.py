@@ -28,9 +28,10 @@ def read_log(path: Path) -> list[dict]:
     """Return the valid lines of a metrics.jsonl; none without a file."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with suppress(ValueError, RecursionError):  # no JSON, or brackets nested too deep
             m = files.parse_json(line)
-            if m.pop("crc32", crc32(m)) == crc32(m) and m["step"] >= 0:
+            is_line = isinstance(m, dict) and isinstance(m.get("step"), int | float)
+            if is_line and m.pop("crc32", crc32(m)) == crc32(m) and m["step"] >= 0:
                 lines.append(m)
     return lines
 

@@ -106,8 +106,10 @@ def test_more_parts_than_a_block_adds_at_once_are_added(kernels):
 
 
 def same_as_the_plain_step(model, B, dtype, count, rows=None):
-    """Three bytes behind `count` others, the second as if another state had gone on from the first;
-    then a fold, and a byte more."""
+    """Compare three bytes after `count` others, then a fold, and a byte more.
+
+    Before the second byte another state goes on from the same buffer.
+    """
     model.compute = replace(model.compute, dtype=dtype)
     (H, D, N), at = model.encoder.shape, 10**6
     S = tuple(mx.random.normal((H, rows or B, N, D), key=mx.random.key(7)) for _ in range(2))
