@@ -445,12 +445,11 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
         optimizer.learning_rate = lr = learning_rate(step, n_steps, s)
         with meter.show_life():
             summed = sum_gradients(s, step, micro_step, train_split, stop, world)
-            if not stop.requested:
-                norm = apply_update(summed.loss, summed.gradients)
-                (mx.async_eval if stop.has_trained and on_cuda() else mx.eval)(state, norm)
-        if stop.requested:  # the step is not whole: the run is saved as it was after the last one
-            save(step)
-            break
+            if stop.requested:  # before the update: this step is not in what is saved
+                save(step)
+                break
+            norm = apply_update(summed.loss, summed.gradients)
+            (mx.async_eval if stop.has_trained and on_cuda() else mx.eval)(state, norm)
         stop.has_trained = True  # from here on there is work to save
         is_due = step + 1 == n_steps or 0 in ((step + 1) % s.LOG_FREQ, (step + 1) % s.EVAL_FREQ)
         meter.stop(step + 1, summed.loss, norm, summed.has_targets, wait=is_due)

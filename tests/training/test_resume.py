@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -32,6 +33,28 @@ def test_accumulating_runs_resume_exactly_too(tmp_path):
         for stop in stops:
             train(tmp_path / folder, "--grad-accum", 3, "--max-iters", stop)
     assert same(arrays(tmp_path / "a", 6), arrays(tmp_path / "b", 6))
+
+
+def test_a_signal_during_an_update_saves_it_as_done(tmp_path, straight, monkeypatch):
+    real = train_mlx.compile_steps
+
+    def compile_steps(*args):
+        micro_step, apply_update, state = real(*args)
+
+        def signalled(*gradients):
+            if steps.pop():
+                os.kill(os.getpid(), signal.SIGTERM)  # the handler runs once the update is whole
+            return apply_update(*gradients)
+
+        return micro_step, signalled, state
+
+    monkeypatch.setattr(train_mlx, "compile_steps", compile_steps)
+    steps = [True, False, False]  # the last one first
+    assert train(tmp_path, "--max-iters", 12) == 128 + signal.SIGTERM
+    assert checkpoints.steps(tmp_path / "full")[-1] == 3
+    steps = [False] * 9
+    assert train(tmp_path, "--max-iters", 12) == 0
+    assert same(arrays(tmp_path, 12), arrays(straight, 12))
 
 
 @pytest.mark.parametrize("lost", ["optimizer", "data position", "dropout"])
