@@ -32,7 +32,7 @@ from bdh_lib import cli, runs
 from bdh_lib.compute.memory import compute_for, keep_float32_exact, limit_cache
 from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
-from bdh_lib.data.questions import load_questions
+from bdh_lib.data.questions import load_questions, question_numbers
 from bdh_lib.errors import UserError, escape_controls, warn
 from bdh_lib.generation import answers, chat, export, states, trace
 from bdh_lib.generation.arguments import parse_args
@@ -123,7 +123,7 @@ def answer_data(decoding: Decoding, weights: Path, mode: str | None, args) -> No
     rows = answers.read_results(args.out)
     results = answers.noted(results, rows)
     write_results(results, args.out, source, done, len(jobs), show=lambda _line: None)
-    print(f"{about}; {len(jobs):,} of {len(records.question_numbers()):,} answered")
+    print(f"{about}; {len(jobs):,} of {len(question_numbers(records)):,} answered")
     if cut := sum(len(job.question.truth.encode()) > args.max_new_tokens for job in jobs):
         print(f"true responses longer than --max-new-tokens {args.max_new_tokens}: {cut:,}")
     print(answers.answers_table(rows))

@@ -119,16 +119,11 @@ from mlx.utils import tree_map
 from bdh_lib import cli, files, flags, plots
 from bdh_lib.compute import memory
 from bdh_lib.compute.device import on_cuda
-from bdh_lib.compute.state import WINDOW_PARTS
-from bdh_lib.data.formats import (
-    format_example,  # noqa: F401  what a record becomes, for other scripts
-    sample_prompts,
-)
-from bdh_lib.data.questions import N_QUESTIONS, Records, choose_questions
+from bdh_lib.data.formats import format_example  # noqa: F401  for other scripts
+from bdh_lib.data.split import Split
 from bdh_lib.errors import UserError, warn
 from bdh_lib.flags import Settings, settings_dict
-from bdh_lib.generation.answers import answer_questions
-from bdh_lib.generation.decoding import complete_prompts
+from bdh_lib.generation.samples import write_samples
 from bdh_lib.progress import heartbeat
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
 from bdh_lib.training.advice import advise, byte_baselines
@@ -139,7 +134,7 @@ from bdh_lib.training.batches import (
     micro_batch_indices,
     n_targets_in_step,
 )
-from bdh_lib.training.dataset import Split, load_split
+from bdh_lib.training.dataset import load_split
 from bdh_lib.training.distributed import World, is_lost
 from bdh_lib.training.ema import ema_applied
 from bdh_lib.training.evaluation import compile_evaluation, evaluate, neuron_activity
@@ -337,25 +332,6 @@ def sum_gradients(
         if stop.requested:
             break
     return SummedGradients(*world.all_reduce_sum((loss, gradients)), n_targets > 0)
-
-
-def write_samples(s: Settings, step: int, model: BDH, val: Split, stop: StopSignal) -> dict:
-    """Return what the model writes after the prompts of its mode, and its answers to some held-out
-    records, for the log.
-    """
-    prompts = sample_prompts(s.TRAINING_MODE, summary.fields_in(val.fields))
-    if s.SAMPLE_BYTES > 1000:
-        print(f"writing {len(prompts)} samples of {s.SAMPLE_BYTES:,} bytes")
-    records = Records(val.bytes, val.fields, val.record_ends)
-    questions = choose_questions(records, N_QUESTIONS, s.BLOCK_SIZE, s.SAMPLE_BYTES)
-    longest = max(map(len, [*prompts, *(question.prompt for question in questions)]))
-    fits = longest + s.SAMPLE_BYTES <= s.BLOCK_SIZE
-    window = None if fits else max(WINDOW_PARTS, s.BLOCK_SIZE)  # it reads badly past its blocks
-    with heartbeat("writing samples"):
-        seed = s.SEED + step
-        samples = list(complete_prompts(model, prompts, s.SAMPLE_BYTES, seed, stop, window))
-        answers = answer_questions(model, questions, s.SAMPLE_BYTES, stop, window)
-    return {"samples": samples} | ({"answers": answers} if answers else {})
 
 
 def no_sound_update(s: Settings, step: int, train_split: Split) -> str:

@@ -443,8 +443,8 @@ def official(job: dict, path: str) -> dict:
     import torch
 
     import train_mlx
+    from bdh_lib.data.split import Split
     from bdh_lib.training.batches import batch_positions
-    from bdh_lib.training.dataset import Split
 
     spec = importlib.util.spec_from_file_location("official_bdh", path)
     official = importlib.util.module_from_spec(spec)

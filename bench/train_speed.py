@@ -241,8 +241,8 @@ def curve(file: str, rate: float, steps: int = 200, B: int = 2, T: int = 512) ->
     runs = {system: build(system, shape, B, T, rate=rate)[0] for system in systems}
     import numpy as np
 
+    from bdh_lib.data.split import Split
     from bdh_lib.training.batches import get_batch
-    from bdh_lib.training.dataset import Split
 
     stream, apart = np.fromfile(file, np.uint8), {system: [] for system in systems}
     split = Split(stream, np.zeros_like(stream))

@@ -11,6 +11,7 @@ from helpers import train
 import train_mlx
 from bdh_lib import progress
 from bdh_lib.data import parsers
+from bdh_lib.generation import samples
 from bdh_lib.generation.decoding import read_prompt
 from bdh_lib.training import runlog
 from bdh_lib.training.evaluation import evaluate
@@ -125,6 +126,7 @@ def test_each_slow_part_of_an_evaluation_shows_life(
         losses = slowed(lambda idx, targets: mx.zeros(idx.shape))
         evaluate(losses, np.zeros(9, np.uint8), np.zeros(9, np.uint8), 1, 8)
     else:
-        monkeypatch.setattr(train_mlx, name, slowed(getattr(train_mlx, name)))
+        owner = samples if name == "complete_prompts" else train_mlx
+        monkeypatch.setattr(owner, name, slowed(getattr(owner, name)))
         train(tmp_path, "--max-iters", 1)
     assert f"{what.get(name, 'evaluating')}: 0 s ..." in capsys.readouterr().out

@@ -9,7 +9,7 @@ import numpy as np
 
 from bdh_lib.data.formats import FIELDS, SEPARATOR, STOP
 from bdh_lib.data.prepare import DataSettings, load_unsplit, prepare
-from bdh_lib.data.split import record_ends
+from bdh_lib.data.split import Split, record_ends
 from bdh_lib.errors import UserError
 
 N_QUESTIONS = 3  # that the trainer asks at each evaluation
@@ -26,26 +26,21 @@ class Question(NamedTuple):
     structure: str  # of the record: "system/instruction/response"
 
 
-class Records(NamedTuple):
-    """Records as texts of a mode: uint8 arrays of their bytes and fields, and where each ends."""
+def question_numbers(records: Split) -> np.ndarray:
+    """Return the numbers of the records that end in a response, as in mode `full` alone."""
+    if records.record_ends is None:
+        return np.array([], int)
+    return np.flatnonzero(records.fields[records.record_ends - 1] == RESPONSE)
 
-    bytes: np.ndarray
-    fields: np.ndarray  # of each byte its place in FIELDS
-    ends: np.ndarray | None  # None: not known
 
-    def question_numbers(self) -> np.ndarray:
-        """Return the numbers of the records that end in a response, as in mode `full` alone."""
-        if self.ends is None:
-            return np.array([], int)
-        return np.flatnonzero(self.fields[self.ends - 1] == RESPONSE)
-
-    def question(self, i: int) -> Question:
-        """Return record number `i`, which ends in a response, as a question."""
-        begin, end = int(self.ends[i - 1]) + len(SEPARATOR) if i else 0, int(self.ends[i])
-        fields = np.array(self.fields[begin:end])
-        at = begin + int(np.flatnonzero(fields != RESPONSE)[-1]) + 1
-        truth = bytes(self.bytes[at:end]).decode().removesuffix(STOP)
-        return Question(bytes(self.bytes[begin:at]), truth, structure_of(fields))
+def cut_question(records: Split, i: int) -> Question:
+    """Return record number `i`, which ends in a response, as a question."""
+    ends = records.record_ends
+    begin, end = int(ends[i - 1]) + len(SEPARATOR) if i else 0, int(ends[i])
+    fields = np.array(records.fields[begin:end])
+    at = begin + int(np.flatnonzero(fields != RESPONSE)[-1]) + 1
+    truth = bytes(records.bytes[at:end]).decode().removesuffix(STOP)
+    return Question(bytes(records.bytes[begin:at]), truth, structure_of(fields))
 
 
 def structure_of(fields: np.ndarray) -> str:
@@ -55,15 +50,15 @@ def structure_of(fields: np.ndarray) -> str:
     return "/".join(dict.fromkeys(names)) + several
 
 
-def choose_questions(records: Records, n: int, length: int, budget: int) -> list[Question]:
+def choose_questions(records: Split, n: int, length: int, budget: int) -> list[Question]:
     """Return up to `n` questions, always the same: the first of each structure, then the second.
 
     Records of up to `length` bytes with a response of up to `budget` bytes come first, then those
     that are least too long.
     """
-    numbers = records.question_numbers()[:MOST_READ]
+    numbers = question_numbers(records)[:MOST_READ]
     excess = {}  # by question, the fitting ones first
-    for question in map(records.question, numbers):
+    for question in (cut_question(records, i) for i in numbers):
         n_truth = len(question.truth.encode())
         n_bytes = len(question.prompt) + n_truth + len(STOP)
         excess[question] = (max(0, n_bytes - length), max(0, n_truth - budget))
@@ -76,7 +71,7 @@ def choose_questions(records: Records, n: int, length: int, budget: int) -> list
 
 def load_questions(
     dataset: str, columns: str | None, data: dict, folder: Path
-) -> tuple[str, Records]:
+) -> tuple[str, Split]:
     """Return a line about the records of a data set that may be asked, and the records.
 
     They are those that a run held out, where `data`, the report of its data, is of the same data
@@ -90,10 +85,10 @@ def load_questions(
         stream, fields = (
             np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields")
         )
-    records = Records(stream, fields, record_ends(folder, "val"))
-    if records.ends is None:
+    records = Split(stream, fields, record_ends(folder, "val"))
+    if records.record_ends is None:
         raise UserError(f"{dataset} is a ready split, which does not say where its records end")
-    if not len(records.question_numbers()):
+    if not len(question_numbers(records)):
         raise UserError(f"{dataset} has no response to compare an answer with")
     return line, records
 

@@ -1,7 +1,8 @@
-"""Which records validate, and the bytes of each side written one record after the other."""
+"""A side of a data set in bytes; which records validate, and how both sides are written."""
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,19 @@ from bdh_lib.files import sha256_file
 from bdh_lib.progress import counted
 
 ENDS = "{side}_ends.npy"  # in prepared data: where each text of train.bin or val.bin ends
+
+
+@dataclass(frozen=True, eq=False)  # equal by identity: epochs are cached by it
+class Split:
+    """Records as bytes, of one side or of a whole data set: uint8 arrays of one length."""
+
+    bytes: np.ndarray
+    fields: np.ndarray  # of each byte its place in FIELDS
+    record_ends: np.ndarray | None = None  # None: not known, or nothing to shuffle
+
+    def field_names(self) -> set[str]:
+        """Return the names of the fields that occur."""
+        return {FIELDS[i] for i in np.unique(self.fields)}
 
 
 def choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -14,7 +14,8 @@ import numpy as np
 
 from bdh_lib.compute.state import State
 from bdh_lib.data.formats import END_OF_RESPONSE
-from bdh_lib.data.questions import Question, Records
+from bdh_lib.data.questions import Question, cut_question, question_numbers
+from bdh_lib.data.split import Split
 from bdh_lib.files import parse_json
 from bdh_lib.generation.decoding import decode_text
 from bdh_lib.generation.jobs import Decoding, complete_jobs
@@ -45,26 +46,25 @@ class QuestionJob(NamedTuple):
         return result | {"answer": text, "stopped": stopped, "chrf": round(chrf(text, truth), 2)}
 
 
-def question_jobs(records: Records, n: int) -> list[QuestionJob]:
+def question_jobs(records: Split, n: int) -> list[QuestionJob]:
     """Return up to `n` questions of the records, drawn by a fixed seed: the same for all models."""
-    numbers = records.question_numbers()
+    numbers = question_numbers(records)
     drawn = np.random.default_rng(0).permutation(len(numbers))[:n]
-    return [QuestionJob(int(i) + 1, records.question(i)) for i in numbers[np.sort(drawn)]]
+    return [QuestionJob(int(i) + 1, cut_question(records, i)) for i in numbers[np.sort(drawn)]]
 
 
 def answer_questions(
-    model, questions: Sequence[Question], budget: int, signal, window: int | None = None
+    model, questions: Sequence[Question], budget: int, stop, window: int | None = None
 ) -> list[dict]:
     """Return prompt, truth and answer of each question, as text.
 
-    The model sees `window` bytes at most. It ends early once `signal`, a StopSignal, has received
-    one.
+    The model sees `window` bytes at most. `stop`, a StopSignal, ends it early.
     """
-    stops = [stop.encode() for stop in END_OF_RESPONSE]
+    stops = [text.encode() for text in END_OF_RESPONSE]
     decoding = Decoding(model, GREEDY, mx.random.key(0), stops, budget, State(window=window))
     jobs = [QuestionJob(i, question) for i, question in enumerate(questions)]
     # one by one: a state each takes memory, and a CPU no less time
-    texts = {job.number: text for job, text, _ in complete_jobs(jobs, decoding, 1, signal=signal)}
+    texts = {job.number: text for job, text, _ in complete_jobs(jobs, decoding, 1, stop=stop)}
     model.decode_step = None  # free its copy of the weights: training will change them
     return [
         {"prompt": decode_text(question.prompt), "truth": question.truth, "answer": texts[i]}

@@ -143,12 +143,12 @@ def generate_batch(
     stops: Sequence[bytes],
     budget: int,
     state: State | None = None,
-    signal=None,
+    stop=None,
 ) -> Iterator[tuple[int, bytes, bool]]:
     """Yield row, completion and whether a stop string ended it, for each prompt as it ends.
 
     Each prompt has at least a byte; all follow `state`; `budget` is the maximum bytes of a row. The
-    iterator ends once `signal`, a StopSignal, has received one.
+    iterator ends once `stop`, a StopSignal, has received one.
     The common prefix is read once, then all prompts up to the length of the shortest. The rest of
     the longer ones is forced while shorter rows generate: exact, and fast for similar lengths.
     """
@@ -163,14 +163,14 @@ def generate_batch(
     forced = [prompt[shortest:] for prompt in prompts]
     active = {row: (StopMatcher(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
     for i, (tokens, _) in enumerate(stream(model, logits, state, sampling, key, idx, forced), 1):
-        for row, (stop, text) in list(active.items()):
+        for row, (matcher, text) in list(active.items()):
             n_drawn = i - len(forced[row])
             if n_drawn > 0:
-                text += stop.feed(bytes([tokens[row]]))
-            if stop.matched or n_drawn == budget:
-                yield row, bytes(text + stop.end()), stop.matched
+                text += matcher.feed(bytes([tokens[row]]))
+            if matcher.matched or n_drawn == budget:
+                yield row, bytes(text + matcher.end()), matcher.matched
                 del active[row]
-        if not active or (signal and signal.requested):
+        if not active or (stop and stop.requested):
             return
 
 

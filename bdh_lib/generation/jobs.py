@@ -164,12 +164,12 @@ def complete_jobs(
     decoding: Decoding,
     batch_size: int,
     remaining: list[Job] | None = None,
-    signal=None,
+    stop=None,
 ) -> Iterator[tuple[Job, str, bool]]:
     """Yield each job, its text and whether a stop string ended it, in the order they end.
 
     It yields only `remaining` jobs, but batches and draws are those of all jobs. It ends once
-    `signal`, a StopSignal, has received one.
+    `stop`, a StopSignal, has received one.
     """
     model, sampling, key, stops, budget, state = decoding
     remaining = set(map(id, jobs if remaining is None else remaining))
@@ -178,7 +178,7 @@ def complete_jobs(
         if remaining.isdisjoint(map(id, batch)):
             continue
         prompts = [job.prompt or formats.SEPARATOR.encode() for job in batch]
-        results = generate_batch(model, prompts, sampling, batch_key, stops, budget, state, signal)
+        results = generate_batch(model, prompts, sampling, batch_key, stops, budget, state, stop)
         for row, text, stopped in results:
             if id(batch[row]) in remaining:
                 yield batch[row], decode_text(text, whole=sampling.utf8), stopped

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +9,11 @@ import numpy as np
 from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import data_settings, prepare
-from bdh_lib.data.split import bytes_to_evaluate, has_field, record_ends
+from bdh_lib.data.split import Split, bytes_to_evaluate, has_field, record_ends
 from bdh_lib.errors import NoDataError, UserError, escape_controls
 from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import schedule_summary
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """The records to train on, or those held out: uint8 arrays of one length, memory mapped."""
-
-    bytes: np.ndarray
-    fields: np.ndarray  # of each byte its place in FIELDS
-    record_ends: np.ndarray | None = None  # to train on: only if records can be shuffled
 
 
 def load_prepared(s: Settings, mode: str) -> tuple[dict, Split, Split]:

@@ -21,6 +21,7 @@ from bdh_lib.data.columns import parse_record
 from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS, LABEL_OF, REQUIRED_FIELDS, STOP, Turns
 from bdh_lib.data.prepare import IN_VAL, data_settings, prepare
+from bdh_lib.data.split import Split
 from bdh_lib.data.texts import format_record
 from bdh_lib.errors import escape_controls
 from bdh_lib.flags import Settings
@@ -28,7 +29,7 @@ from bdh_lib.progress import heartbeat
 from bdh_lib.tables import format_table
 from bdh_lib.training import phases, tuning
 from bdh_lib.training.batches import get_batch
-from bdh_lib.training.dataset import Split, open_split
+from bdh_lib.training.dataset import open_split
 from bdh_lib.training.runlog import duration
 from bdh_lib.training.schedule import blocks_per_step, schedule_summary, total_steps
 from bdh_lib.training.signals import default_signals

@@ -5,27 +5,20 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from bdh_lib.compute.state import WINDOW_PARTS
 from bdh_lib.data.formats import (
-    FIELDS,
     MAX_NEW_TOKENS,
     REQUIRED_FIELDS,
     SAMPLE_NOTES,
     sample_prompts,
 )
+from bdh_lib.data.split import Split
 from bdh_lib.flags import Settings
 from bdh_lib.training import tuning
-from bdh_lib.training.dataset import Split
 from bdh_lib.training.schedule import blocks_per_step
 
 PROJECT = Path(__file__).resolve().parents[2]
-
-
-def fields_in(fields: np.ndarray) -> set[str]:
-    """Return the names of the fields whose indices in FIELDS occur in the array."""
-    return {FIELDS[i] for i in np.unique(fields)}
 
 
 def print_start(
@@ -38,7 +31,7 @@ def print_start(
     print(f"memory: {mode}, {name}, estimated peak {peak / 1e9:.2f} GB")
     if hint := tuning.hint(s, mode, n_steps):
         print(hint)
-    fields = fields_in(val.fields) & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
+    fields = val.field_names() & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
     print(f"note: {SAMPLE_NOTES[s.TRAINING_MODE if fields else 'text']}")
 
 
@@ -76,7 +69,7 @@ def print_summary(
         "active_x": " ".join(f"{share:.1%}" for share in last["active_x"]),  # layer by layer
         "active_y": " ".join(f"{share:.1%}" for share in last["active_y"]),
         "look_at_it": run / "report.html",
-        "sample_it": sample_command(s, run, fields_in(val.fields)),
+        "sample_it": sample_command(s, run, val.field_names()),
     }
     print("\n".join(f"{name}: {value}" for name, value in values.items()))
 

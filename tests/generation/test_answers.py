@@ -1,6 +1,7 @@
 """Answers to held-out records: which are asked, what is answered, and how it is judged."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,13 @@ from helpers import metrics, random_model, train
 
 import generate
 from bdh_lib.data import sources
-from bdh_lib.data.questions import Question, choose_questions, load_questions
+from bdh_lib.data.questions import (
+    Question,
+    choose_questions,
+    cut_question,
+    load_questions,
+    question_numbers,
+)
 from bdh_lib.generation import jobs
 from bdh_lib.generation.answers import QuestionJob, answer_questions, answers_table, chrf
 from bdh_mlx import UserError
@@ -73,7 +80,7 @@ def mixed(tmp_path):
 
 def test_questions_are_what_a_record_becomes_and_its_response(mixed, tmp_path):
     line, records = load_questions(str(mixed), None, {}, tmp_path)
-    found = [records.question(i) for i in records.question_numbers()]
+    found = [cut_question(records, i) for i in question_numbers(records)]
     asking = [record for record in RECORDS if "text" not in record]
     assert [q.prompt for q in found] == [jobs.prompt_of_record(r, "full") for r in asking]
     assert [q.truth for q in found] == ["1", "line\n\nline ☕", "Bye", "long"]
@@ -88,16 +95,16 @@ def test_the_questions_of_a_run_are_short_and_of_each_structure(mixed, tmp_path)
     assert [q.truth for q in choose_questions(records, 4, 120, 20)][3] == "long"  # over 120 bytes
     truths = [q.truth for q in choose_questions(records, 3, 1000, 5)]
     assert truths == ["1", "Bye", "long"]  # of two of one structure that of up to 5 bytes
-    assert choose_questions(records._replace(ends=None), 3, 120, 20) == []
+    assert choose_questions(replace(records, record_ends=None), 3, 120, 20) == []
 
 
 def test_a_signal_ends_the_answers(mixed, tmp_path):
     records = load_questions(str(mixed), None, {}, tmp_path)[1]
-    questions = [records.question(i) for i in records.question_numbers()]
+    questions = [cut_question(records, i) for i in question_numbers(records)]
     model = random_model()
     for requested, n in ((False, 4), (True, 0)):
-        signal = SimpleNamespace(requested=requested)
-        assert len(answer_questions(model, questions, 5, signal)) == n
+        stop = SimpleNamespace(requested=requested)
+        assert len(answer_questions(model, questions, 5, stop)) == n
     assert model.decode_step is None
 
 

@@ -8,8 +8,8 @@ from conftest import ROOT
 from helpers import metrics, train
 
 import train_mlx
+from bdh_lib.data.split import Split
 from bdh_lib.training.advice import advise, byte_baselines, first_counted, order_0, order_n
-from bdh_lib.training.dataset import Split
 
 
 def series(val, loss, start=5.6, **of_lines):

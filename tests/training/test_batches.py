@@ -13,9 +13,10 @@ from helpers import train
 
 import bdh_mlx
 import train_mlx
+from bdh_lib.data.split import Split
 from bdh_lib.training import evaluation, schedule
 from bdh_lib.training.batches import epoch_order, get_batch
-from bdh_lib.training.dataset import Split, load_prepared
+from bdh_lib.training.dataset import load_prepared
 from bdh_lib.training.ema import copy_tree
 from bdh_lib.training.step import byte_losses, compile_steps, corrupt_bytes
 

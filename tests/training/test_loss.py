@@ -10,9 +10,9 @@ from helpers import arrays, metrics, train
 import bdh_mlx
 import train_mlx
 from bdh_lib.data.formats import FIELDS
+from bdh_lib.data.split import Split
 from bdh_lib.generation import export
 from bdh_lib.training import batches, checkpoints, report
-from bdh_lib.training.dataset import Split
 from bdh_lib.training.evaluation import evaluate
 from bdh_lib.training.step import byte_losses
 from bdh_mlx import UserError

@@ -1,0 +1,30 @@
+"""What a model writes in the course of its training: samples, and answers to held-out records."""
+
+from bdh_lib.compute.state import WINDOW_PARTS
+from bdh_lib.data.formats import sample_prompts
+from bdh_lib.data.questions import N_QUESTIONS, choose_questions
+from bdh_lib.data.split import Split
+from bdh_lib.flags import Settings
+from bdh_lib.generation.answers import answer_questions
+from bdh_lib.generation.decoding import complete_prompts
+from bdh_lib.progress import heartbeat
+from bdh_mlx import BDH
+
+
+def write_samples(s: Settings, step: int, model: BDH, val: Split, stop) -> dict:
+    """Return `samples` after the prompts of the mode, and `answers` to records of `val`, if any.
+
+    Each has up to SAMPLE_BYTES bytes. `stop`, a StopSignal, ends them early.
+    """
+    prompts = sample_prompts(s.TRAINING_MODE, val.field_names())
+    if s.SAMPLE_BYTES > 1000:
+        print(f"writing {len(prompts)} samples of {s.SAMPLE_BYTES:,} bytes")
+    questions = choose_questions(val, N_QUESTIONS, s.BLOCK_SIZE, s.SAMPLE_BYTES)
+    longest = max(map(len, [*prompts, *(question.prompt for question in questions)]))
+    fits = longest + s.SAMPLE_BYTES <= s.BLOCK_SIZE
+    window = None if fits else max(WINDOW_PARTS, s.BLOCK_SIZE)  # it reads badly past its blocks
+    with heartbeat("writing samples"):
+        seed = s.SEED + step
+        samples = list(complete_prompts(model, prompts, s.SAMPLE_BYTES, seed, stop, window))
+        answers = answer_questions(model, questions, s.SAMPLE_BYTES, stop, window)
+    return {"samples": samples} | ({"answers": answers} if answers else {})
