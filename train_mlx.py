@@ -103,56 +103,40 @@ PRESETS = {
 
 # The imports come after the settings, so that the settings are at the top of the file.
 
-import json
-import math
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import TextIO
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
-from bdh_lib import cli, files, flags, plots
+from bdh_lib import cli, flags, plots
 from bdh_lib.compute import memory
 from bdh_lib.compute.device import on_cuda
 from bdh_lib.data.formats import format_example  # noqa: F401  for other scripts
-from bdh_lib.data.split import Split
 from bdh_lib.errors import UserError, warn
-from bdh_lib.flags import Settings, settings_dict
+from bdh_lib.flags import Settings
 from bdh_lib.generation.samples import write_samples
-from bdh_lib.progress import heartbeat
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
-from bdh_lib.training.advice import advise, byte_baselines
-from bdh_lib.training.batches import (
-    batch_indices,
-    batch_positions,
-    get_batch,
-    micro_batch_indices,
-    n_targets_in_step,
-)
+from bdh_lib.training.batches import no_sound_update, step_batches
 from bdh_lib.training.dataset import load_split
 from bdh_lib.training.distributed import World, is_lost
-from bdh_lib.training.ema import ema_applied
-from bdh_lib.training.evaluation import compile_evaluation, evaluate, neuron_activity
+from bdh_lib.training.evaluation import Evaluator
 from bdh_lib.training.report import redraw
-from bdh_lib.training.resume import resume_or_init
+from bdh_lib.training.resume import resume_or_init, run_info
 from bdh_lib.training.runlog import Meter, RunLog, main_process_prints
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
 from bdh_lib.training.settings import RULES, parse_settings, preset_settings
-from bdh_lib.training.signals import StopSignal, default_signals
-from bdh_lib.training.step import compile_steps, init_model
-from bdh_lib.units import bits_per_byte
-from bdh_mlx import BDH
+from bdh_lib.training.signals import StopSignal
+from bdh_lib.training.step import Diverged, compile_steps, sum_gradients
+from bdh_lib.training.train_state import (
+    TrainState,
+    broadcast_state,
+    ema_applied,
+    init_train_state,
+)
 
 # ---------------------------------------------------------------------------------------- training
-
-
-class Diverged(Exception):
-    """Too many updates in a row, or a validation loss, were not finite. The exit code is 1."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,28 +155,27 @@ def main(argv: list[str] | None = None) -> int:
     cli.ignore_closed_output()
     plots.find_fonts()  # before MLX computes anything
     world = World()
-    base.json_to = sys.stdout if base.json else None  # where print goes no more from here on
+    json_to = sys.stdout if base.json else None  # where print goes no more from here on
     with (
         # without argv this run is all that the process does
         macos.restarted_after_gpu_fault(base, argv is None and world.size == 1),
         macos.kept_awake(base.KEEP_AWAKE),
-        main_process_prints(base.json_to, world),
+        main_process_prints(json_to, world),
         StopSignal(world) as stop,
     ):
-        return train_chain(base, stop, world)
+        return train_chain(base, stop, world, json_to)
 
 
-def train_chain(base: Settings, stop: StopSignal, world: World) -> int:
+def train_chain(base: Settings, stop: StopSignal, world: World, json_to: TextIO | None) -> int:
     """Train the runs of PHASES in turn, or the one run; the exit code. Raises UserError.
 
     After each of PHASES a table shows the loss in every mode, and what was forgotten.
     """
     results = {}
-    for s in phases.chain(base):
-        s.PROCESSES = world.size
+    for s in phases.chain(base, world.size):
         run = checkpoints.run_folder(s)
         with checkpoints.lock_run(run) if world.is_main else nullcontext():
-            if code := train_or_explain(s, run, stop, world):
+            if code := train_or_explain(s, stop, world, json_to):
                 return code
             if s.PHASES and world.is_main:
                 results[run.name] = phases.evaluate_modes(s, run, stop)
@@ -208,13 +191,13 @@ def settings(argv: list[str] | None = None) -> Settings:
     return parse_settings(sys.modules[__name__], argv)
 
 
-def train_or_explain(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
+def train_or_explain(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None) -> int:
     """Run train(), and turn failures that are expected into a line and an exit code."""
-    stop.has_trained = False
+    stop.has_work_to_save = False
     try:
-        return train(s, run, stop, world)
+        return train(s, stop, world, json_to)
     except RuntimeError as error:
-        if stop.received and not stop.has_trained:  # Ctrl-C ends the compiler that MLX runs, too
+        if stop.received and not stop.has_work_to_save:  # Ctrl-C ends MLX's compiler, too
             return 128 + stop.received
         if is_lost(error):
             print(f"error: process {world.rank} lost another one: {error}. Checkpoints are as "
@@ -226,161 +209,42 @@ def train_or_explain(s: Settings, run: Path, stop: StopSignal, world: World) -> 
             raise
         raise UserError(f"memory is out: {memory.oom_advice(s, memory.available())}") from None
     except Diverged as reason:
-        last = max(checkpoints.steps(run), default="none")
+        last = max(checkpoints.steps(checkpoints.run_folder(s)), default="none")
         print(f"error: {reason}. Checkpoints are as they were, the last of iteration {last}; "
               "lower LEARNING_RATE or GRAD_CLIP", file=sys.stderr)  # fmt: skip
         return 1
 
 
-def begin_run(
-    run: Path,
-    s: Settings,
-    data_report: dict,
-    ancestry: list,
-    model: BDH,
-    optimizer,
-    ema: dict,
-    world,
-) -> dict:
-    """Check that the checkpoints will fit on the disk, and write config.json.
-
-    Gives its content, which each checkpoint repeats. Raises UserError.
-    """
-    info = {"settings": settings_dict(s), "data": data_report, "versions": checkpoints.versions()}
-    info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
-    info["compute"] = tuning.choice_of(model.compute) | {"groups": model.compute.groups}
-    info["own"] = [name for name in info["settings"] if name.isupper() and name not in RULES]
-    if world.is_main:
-        # the latest ones, the best, and the one that is being written
-        missing = s.KEEP_CHECKPOINTS + 2 - len(checkpoints.steps(run))
-        trees = [model.parameters(), optimizer.state, ema]
-        checkpoints.check_space(run, trees, max(1, missing))
-        files.atomic_write_text(run / "config.json", json.dumps(info, indent=1))
-    return info
-
-
-def evaluation_results(
-    s: Settings,
-    step: int,
-    model: BDH,
-    eval_losses: Callable,
-    val: Split,
-    stop: StopSignal,
-    world: World,
-) -> dict:
-    """Return the losses on the validation bytes, and the share of neurons at work, for the log.
-
-    `monitored_loss` (nats) is the loss on the bytes that LOSS_ON counts. best.json, PATIENCE,
-    advice and reports go by it. Raises Diverged.
-    """
-    if step == 0 or not stop.has_trained:
-        note = memory.slow_note(s)
-        print(f"evaluating {len(val.bytes):,} bytes before iteration {step + 1}{note}")
-    sizes = (s.BATCH_SIZE, s.BLOCK_SIZE)
-    val_loss, nats = evaluate(eval_losses, val.bytes, val.fields, *sizes, stop, world)
-    if stop.requested:
-        return {}
-    if not math.isfinite(val_loss):
-        raise Diverged(f"validation loss is {val_loss} at iteration {step}")
-    results = {"step": step, "val_loss": val_loss, "val_bpb": bits_per_byte(val_loss)}
-    results["monitored_loss"] = nats.get(s.LOSS_ON, val_loss)
-    results["val_loss_fields"] = nats
-    results["val_bpb_fields"] = {field: bits_per_byte(loss) for field, loss in nats.items()}
-    with heartbeat("counting active neurons"):
-        return results | neuron_activity(model, val.bytes, s.BLOCK_SIZE)
-
-
-def broadcast_state(world: World, model: BDH, optimizer, ema: dict) -> None:
-    """Give all processes the state of the first one. Call it before compiling the step."""
-    model.update(world.broadcast(model.parameters()))
-    for tree in (optimizer.state, ema):
-        tree.update(world.broadcast(tree))
-
-
-class SummedGradients(NamedTuple):
-    """The loss of a step and its gradients, and whether any target counts in them."""
-
-    loss: mx.array
-    gradients: dict
-    has_targets: bool
-
-
-def sum_gradients(
-    s: Settings,
-    step: int,
-    micro_step: Callable,
-    train_split: Split,
-    stop: StopSignal,
-    world: World,
-) -> SummedGradients:
-    """Return the gradients of a step, over its batches on all processes.
-
-    A signal ends it early where there is one process.
-    """
-    if not stop.has_trained:
-        print("compiling the training step, once (a minute or more on a new machine)")
-    loss, gradients, n_targets = 0.0, None, n_targets_in_step(train_split, step, s)
-    indices = micro_batch_indices(s, step, world)
-    for i in indices:
-        batch = get_batch(train_split, i, s, n_targets)
-        with nullcontext() if stop.has_trained else default_signals():
-            micro_loss, micro_gradients = micro_step(*batch)
-        loss = loss + micro_loss
-        gradients = tree_map(mx.add, gradients, micro_gradients) if gradients else micro_gradients
-        if i < indices[-1] or not on_cuda():
-            mx.eval(loss, gradients)  # bounds the memory, and lets a signal in
-        if stop.requested:
-            break
-    return SummedGradients(*world.all_reduce_sum((loss, gradients)), n_targets > 0)
-
-
-def no_sound_update(s: Settings, step: int, train_split: Split) -> str:
-    """Return why a run ends, and where in the data the blocks of its last step begin."""
-    count = blocks_per_step(s)
-    shown = batch_indices(s, step)[: math.ceil(64 / s.BATCH_SIZE)]
-    starts = [int(n) for i in shown for n in batch_positions(train_split, i, s)[:, 0]][:64]
-    more = f" and {count - len(starts):,} others" if count > len(starts) else ""
-    return (
-        f"no sound update in {s.MAX_CONSECUTIVE_SKIPS} iterations; last batch: "
-        f"{s.BLOCK_SIZE} bytes each from {starts}{more} of the training bytes"
-    )
-
-
-def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
+def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = None) -> int:
     """Train one run: 0 at its end, 128 + signal if stopped. Raises Diverged, UserError."""
+    run = checkpoints.run_folder(s)
 
     # ---- data: bytes to train on and to evaluate on, and the field of each
-    data_report, train_split, val = load_split(s, {*RULES, *asdict(s.BDH_CONFIG)}, world)
-    n_steps = total_steps(s, len(train_split.bytes))
+    data = load_split(s, {*RULES, *asdict(s.BDH_CONFIG)}, world)
+    n_steps = total_steps(s, len(data.train.bytes))
 
     # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh
     first_step = world.broadcast_object(world.is_main and checkpoints.newest_valid(run))
-    memory_mode, compute, peak = tuning.select(s, *tuning.preferred(s, run, first_step, world))
-    model, optimizer, ema = init_model(s, compute)
+    selection = tuning.select(s, *tuning.preferred(s, run, first_step, world))
+    state = init_train_state(s, selection.compute)
     ancestry = world.broadcast_object(
-        world.is_main and resume_or_init(run, first_step, s, data_report, model, optimizer, ema)
+        world.is_main and resume_or_init(run, first_step, s, data.report, state)
     )
-    broadcast_state(world, model, optimizer, ema)
+    broadcast_state(state, world)
 
     # ---- log: metrics.jsonl, best.json and the terminal; config.json of the run
-    log = RunLog(run, first_step, world, s.json_to)
-    if is_finished(s, first_step, n_steps, log):
-        print(f"finished: {summary.finished_reason(s, run, first_step, n_steps, log.best)}")
+    log = RunLog(run, first_step, world, json_to)
+    if reason := summary.finished_reason(s, log, n_steps):
+        print(f"finished: {reason}")
         return 0
-    summary.print_start(s, run, val, n_steps, memory_mode, compute.dtype, peak)
-    info = begin_run(run, s, data_report, ancestry, model, optimizer, ema, world)
+    summary.print_start(s, run, data, selection)
+    log.begin(run_info(s, data.report, ancestry, selection.compute), state, s.KEEP_CHECKPOINTS)
 
     # ---- compiled functions
-    micro_step, apply_update, state = compile_steps(model, optimizer, ema, s)
-    eval_losses = compile_evaluation(model, len(val.bytes), s)
-    memory.set_limit(peak, compute)
-    baselines = byte_baselines(s.LOSS_ON, train_split, val)
+    micro_step, apply_update = compile_steps(state, s)
+    evaluator = Evaluator(s, state.model, data, world, stop)
+    memory.set_limit(selection.peak, selection.compute)
     meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_step(s))
-
-    def save(step):
-        if step > log.last_saved:
-            with ema_applied(model, ema):
-                log.save(step, partial(checkpoints.save, run, step, model, optimizer, info, ema))
 
     for step in range(first_step, n_steps + 1):  # one more: the end is evaluated too
         last_step = step == n_steps
@@ -388,27 +252,18 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
 
         # by SAVE_FREQ or SAVE_MINUTES: save first, so that a crash in the evaluation loses nothing
         if last_step or stop.requested or log.is_save_due(step, s.SAVE_FREQ, s.SAVE_MINUTES):
-            save(step)
+            log.save(step, state)
         if stop.requested:
             break
 
-        # every EVAL_FREQ steps: evaluate on the same bytes, keep the best, advise, write samples
+        # every EVAL_FREQ steps
         if (last_step or step % s.EVAL_FREQ == 0) and log.last_eval < step:
-            with ema_applied(model, ema):
-                results = evaluation_results(s, step, model, eval_losses, val, stop, world)
-            if stop.requested:
-                save(step)
+            if not evaluate_and_log(s, step, state, evaluator, log):  # a signal came meanwhile
+                log.save(step, state)
                 break
-            if step and log.is_best(results["monitored_loss"]):
-                save(step)
-                log.write_best(step, results["monitored_loss"])
-            log.write(**results, advice=advise([*log.history, results], s, n_steps, baselines))
-            if world.is_main and s.SAMPLE_BYTES and (step or ancestry):  # random weights: noise
-                with ema_applied(model, ema):
-                    log.write(step=step, **write_samples(s, step, model, val, stop))
             if log.patience_exceeded(s.PATIENCE):
                 last_step = True
-                save(step)
+                log.save(step, state)
             if world.is_main:
                 redraw(run)
         if world.is_main and log.last_saved == step:
@@ -417,20 +272,23 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
             break
 
         # one step: micro-batches on each process, then an update by AdamW
+        if step == first_step:
+            print("compiling the training step, once (a minute or more on a new machine)")
         meter.start()
-        optimizer.learning_rate = lr = learning_rate(step, n_steps, s)
+        state.optimizer.learning_rate = lr = learning_rate(step, n_steps, s)
         with meter.show_life():
-            summed = sum_gradients(s, step, micro_step, train_split, stop, world)
+            n_targets, batches = step_batches(data.train, step, s, world)
+            loss, gradients = sum_gradients(s, micro_step, batches, stop, world)
             if stop.requested:  # before the update: this step is not in what is saved
-                save(step)
+                log.save(step, state)
                 break
-            norm = apply_update(summed.loss, summed.gradients)
-            (mx.async_eval if stop.has_trained and on_cuda() else mx.eval)(state, norm)
-        stop.has_trained = True  # from here on there is work to save
+            norm = apply_update(loss, gradients)
+            (mx.async_eval if step > first_step and on_cuda() else mx.eval)(state.arrays(), norm)
+        stop.has_work_to_save = True
         is_due = step + 1 == n_steps or 0 in ((step + 1) % s.LOG_FREQ, (step + 1) % s.EVAL_FREQ)
-        meter.stop(step + 1, summed.loss, norm, summed.has_targets, wait=is_due)
+        meter.stop(step + 1, loss, norm, n_targets > 0, wait=is_due)
         if meter.consecutive_skips >= s.MAX_CONSECUTIVE_SKIPS:
-            raise Diverged(no_sound_update(s, step - len(meter.unread), train_split))
+            raise Diverged(no_sound_update(data.train, step - len(meter.unread), s))
         if (step + 1) % s.LOG_FREQ == 0 and (averages := meter.pop_averages(step + 1)):
             log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **averages)
 
@@ -438,12 +296,30 @@ def train(s: Settings, run: Path, stop: StopSignal, world: World) -> int:
     if stop.requested:
         print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
         return 128 + stop.requested
-    summary.print_summary(s, run, n_steps, results, log.best, train_split, val, meter.minutes())
+    summary.print_summary(s, log, data, meter)
     return 0
 
 
-def is_finished(s: Settings, step: int, n_steps: int, log: RunLog) -> bool:
-    """Tell whether a run at `step` has nothing left to train or to evaluate."""
-    if step > n_steps:  # MAX_ITERS or EPOCHS were lowered
-        return True
-    return log.last_eval == step and (step == n_steps or log.patience_exceeded(s.PATIENCE))
+def evaluate_and_log(
+    s: Settings, step: int, state: TrainState, evaluator: Evaluator, log: RunLog
+) -> bool:
+    """Evaluate on the same bytes as ever, keep the best, advise, and write samples.
+
+    False where a signal came during the evaluation: then nothing is logged. Raises Diverged.
+    """
+    if step == log.first_step:
+        note = memory.slow_note(s)
+        print(f"evaluating {len(evaluator.val.bytes):,} bytes before iteration {step + 1}{note}")
+    with ema_applied(state):
+        results = evaluator.results(step, log.history)
+    if not results:
+        return False
+    if step and log.is_best(results["monitored_loss"]):
+        log.save(step, state)
+        log.write_best(step, results["monitored_loss"])
+    log.write(**results)
+    if log.world.is_main and s.SAMPLE_BYTES and (step or s.INIT_FROM):  # random weights: noise
+        with ema_applied(state):
+            samples = write_samples(s, step, state.model, evaluator.val, evaluator.stop)
+            log.write(step=step, **samples)
+    return True

@@ -424,6 +424,7 @@ def judge(model, folder: Path, T: int) -> dict:
     from functools import partial
 
     from bdh_lib.compute import memory
+    from bdh_lib.data.split import Split
     from bdh_lib.training.evaluation import evaluate
     from bdh_lib.training.step import byte_losses
     from bdh_lib.units import bits_per_byte
@@ -432,7 +433,7 @@ def judge(model, folder: Path, T: int) -> dict:
     bits = {}
     for mode in MODES:
         val = [np.fromfile(folder / mode / f"val.{kind}", np.uint8) for kind in ("bin", "fields")]
-        mean, nats = evaluate(partial(byte_losses, model), *val, 4, T)
+        mean, nats = evaluate(partial(byte_losses, model), Split(*val), (4, T))
         of = nats | {"all": mean}
         bits[mode] = {field: round(bits_per_byte(loss), 4) for field, loss in of.items()}
     return bits

@@ -102,6 +102,7 @@ def build(
 
     from bdh_lib.compute import memory
     from bdh_lib.training.step import compile_steps
+    from bdh_lib.training.train_state import TrainState
 
     class Quadratic(bdh_mlx.BDH):
         """Scores T x T, gradients by MLX: what a plain port does."""
@@ -126,12 +127,13 @@ def build(
     optimizer = optim.AdamW(rate, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     s = SimpleNamespace(BYTE_NOISE=0, GRAD_CLIP=1.0, EMA_DECAY=0)
-    micro_step, apply_update, state = compile_steps(model, optimizer, {}, s)
+    state = TrainState(model, optimizer, {})
+    micro_step, apply_update = compile_steps(state, s)
 
     def step(idx, targets):
         weights = mx.full(idx.shape, 1 / idx.size)
         loss, gradients = micro_step(idx, targets, weights, mx.random.key(1))
-        mx.eval(state, apply_update(loss, gradients))
+        mx.eval(state.arrays(), apply_update(loss, gradients))
         return loss.item()
 
     return step, peak

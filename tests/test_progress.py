@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from helpers import train
 
-import train_mlx
 from bdh_lib import progress
 from bdh_lib.data import parsers
+from bdh_lib.data.split import Split
 from bdh_lib.generation import samples
 from bdh_lib.generation.decoding import read_prompt
-from bdh_lib.training import runlog
+from bdh_lib.training import batches, evaluation, runlog
 from bdh_lib.training.evaluation import evaluate
 from bdh_mlx import BDH, BDHConfig
 
@@ -80,7 +80,7 @@ def test_a_long_prompt_and_an_evaluation_show_how_far_they_are(capsys):
     read_prompt(model, np.zeros((1, 5000), np.int32))
     assert "reading the prompt: 1,024 of 5,000 bytes ...\n" in capsys.readouterr().err
     text = np.zeros(101, np.uint8)
-    evaluate(lambda idx, targets: mx.zeros(idx.shape), text, text, 2, 10)
+    evaluate(lambda idx, targets: mx.zeros(idx.shape), Split(text, text), (2, 10))
     assert "evaluating: 20 of 100 bytes ...\n" in capsys.readouterr().out
 
 
@@ -111,7 +111,7 @@ def slowed(function):
 def test_a_slow_first_update_shows_life_up_to_the_first_line_of_the_log(
     tmp_path, capsys, monkeypatch, fast_heart
 ):
-    monkeypatch.setattr(train_mlx, "get_batch", slowed(train_mlx.get_batch))
+    monkeypatch.setattr(batches, "get_batch", slowed(batches.get_batch))
     train(tmp_path, "--max-iters", 4, "--log-freq", 2)
     before, after = capsys.readouterr().out.split("iter      2 | loss")
     assert "training: 0 s ..." in before and "training: 0 s ..." not in after
@@ -124,9 +124,9 @@ def test_each_slow_part_of_an_evaluation_shows_life(
     what = {"neuron_activity": "counting active neurons", "complete_prompts": "writing samples"}
     if name == "evaluate":
         losses = slowed(lambda idx, targets: mx.zeros(idx.shape))
-        evaluate(losses, np.zeros(9, np.uint8), np.zeros(9, np.uint8), 1, 8)
+        evaluate(losses, Split(*np.zeros((2, 9), np.uint8)), (1, 8))
     else:
-        owner = samples if name == "complete_prompts" else train_mlx
+        owner = samples if name == "complete_prompts" else evaluation
         monkeypatch.setattr(owner, name, slowed(getattr(owner, name)))
         train(tmp_path, "--max-iters", 1)
     assert f"{what.get(name, 'evaluating')}: 0 s ..." in capsys.readouterr().out

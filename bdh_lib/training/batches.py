@@ -1,6 +1,7 @@
 """Which bytes each batch of a run holds, and how much each of them counts in the loss."""
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,14 +16,12 @@ from bdh_lib.training.schedule import blocks_per_step
 
 
 class Batch(NamedTuple):
-    """What a micro-step takes: bytes, the bytes that follow them, and the weights of their losses,
-    (B, T) each, and the key of its dropout and noise.
-    """
+    """What a micro-step takes."""
 
-    idx: mx.array
-    targets: mx.array
-    weights: mx.array
-    key: mx.array
+    idx: mx.array  # bytes, (B, T)
+    targets: mx.array  # the bytes that follow them, (B, T)
+    weights: mx.array  # of the losses of the targets, (B, T)
+    key: mx.array  # of dropout and noise
 
 
 @lru_cache(maxsize=2)
@@ -39,8 +38,9 @@ def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def epoch_order(split: Split, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each record ends in a virtual stream, the records in the epoch's own order, and
-    how far from there it lies in `split`.
+    """Return two numbers of each record in a virtual stream that has the epoch's own order.
+
+    They are where it ends, and how far from there it lies in `split`.
     """
     lengths = np.diff(split.record_ends, prepend=0)
     order = np.random.default_rng([seed, epoch, 1]).permutation(len(lengths))
@@ -101,9 +101,28 @@ def micro_batch_indices(s: Settings, step: int, world: World) -> range:
     return batch_indices(s, step)[world.rank :: world.size]
 
 
+def step_batches(split: Split, step: int, s: Settings, world: World) -> tuple[int, Iterator[Batch]]:
+    """Return how many targets count in a step, on all processes, and this process's batches."""
+    n_targets = n_targets_in_step(split, step, s)
+    indices = micro_batch_indices(s, step, world)
+    return n_targets, (get_batch(split, i, s, n_targets) for i in indices)
+
+
 def n_targets_in_step(split: Split, step: int, s: Settings) -> int:
     """Return how many targets count in the loss of step number `step`, over all its batches."""
     if s.LOSS_ON == "all":
         return blocks_per_step(s) * s.BLOCK_SIZE
     masks = (target_mask(split, batch_positions(split, i, s), s) for i in batch_indices(s, step))
     return sum(int(mask.sum()) for mask in masks)
+
+
+def no_sound_update(split: Split, step: int, s: Settings) -> str:
+    """Say why a run ends, and where in the data the blocks of its last step begin."""
+    count = blocks_per_step(s)
+    shown = batch_indices(s, step)[: math.ceil(64 / s.BATCH_SIZE)]
+    starts = [int(n) for i in shown for n in batch_positions(split, i, s)[:, 0]][:64]
+    more = f" and {count - len(starts):,} others" if count > len(starts) else ""
+    return (
+        f"no sound update in {s.MAX_CONSECUTIVE_SKIPS} iterations; last batch: "
+        f"{s.BLOCK_SIZE} bytes each from {starts}{more} of the training bytes"
+    )

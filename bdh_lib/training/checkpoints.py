@@ -21,7 +21,8 @@ from bdh_lib import files
 from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.errors import UserError, warn
 from bdh_lib.flags import Settings
-from bdh_mlx import BDH, save_model
+from bdh_lib.training.train_state import TrainState
+from bdh_mlx import save_model
 
 SAVED = ".saved"  # says that the run had a checkpoint, should they all be deleted
 
@@ -147,20 +148,20 @@ def prune(run: Path, keep: int, best: int | None) -> None:
 # ----------------------------------------------------------------------------------- save and load
 
 
-def save(run: Path, step: int, model: BDH, optimizer, info: dict, raw: dict | None = None) -> None:
+def save(run: Path, step: int, state: TrainState, info: dict) -> None:
     """Write the checkpoint of `step`, whole and durable. Raises UserError, the others untouched.
 
-    raw: the weights that are trained, where those of the model are their average (EMA).
+    Where the run has an average, the model holds it and `ema` the weights that are trained.
     """
     final = folder(run, step)
     making = run / f".{final.name}.tmp"
-    check_space(run, [model.parameters(), optimizer.state, raw or {}], 1)
-    if not _finite(tree_flatten([model.parameters(), optimizer.state, raw or {}])):
+    check_space(run, state, 1)
+    if not _finite(tree_flatten(state.arrays())):
         raise UserError(f"{final} not saved: it holds numbers that are not finite")
     try:
         making.mkdir()
-        save_model(model, making / "model.safetensors")
-        for name, tree in (("optimizer", optimizer.state), ("raw", raw)):
+        save_model(state.model, making / "model.safetensors")
+        for name, tree in (("optimizer", state.optimizer.state), ("raw", state.ema)):
             if tree:  # sorted: the same state, the same file
                 arrays = dict(sorted(tree_flatten(tree)))
                 mx.save_safetensors(str(making / f"{name}.safetensors"), arrays)
@@ -245,10 +246,9 @@ def newest_valid(run: Path) -> int:
     return 0
 
 
-def load(run: Path, step: int, model: BDH, optimizer, raw: dict | None = None) -> None:
-    """Put checkpoint `step` into model, optimizer and raw, as `save` had them; call it before
-    compiling the step.
-    """
+def load(run: Path, step: int, state: TrainState) -> None:
+    """Put the checkpoint of `step` into `state`, as `save` had it, before the step is compiled."""
+    model, optimizer, raw = state
     weights = _arrays_like(model.parameters(), folder(run, step) / "model.safetensors")
     optimizer.state = _arrays_like(optimizer.state, folder(run, step) / "optimizer.safetensors")
     if raw:
@@ -291,9 +291,9 @@ def settings_changes(old: dict, new: dict) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------- disk
 
 
-def check_space(run: Path, trees: list, count: int) -> None:
-    """Raise UserError unless `count` checkpoints of these arrays fit on the disk of `run`."""
-    size = sum(array.nbytes for _, array in tree_flatten(trees))
+def check_space(run: Path, state: TrainState, count: int) -> None:
+    """Raise UserError unless `count` checkpoints of `state` fit on the disk of `run`."""
+    size = sum(array.nbytes for _, array in tree_flatten(state.arrays()))
     free = shutil.disk_usage(run).free
     if free < count * size * 1.05:
         raise UserError(

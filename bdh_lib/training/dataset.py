@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,11 +17,16 @@ from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import schedule_summary
 
 
-def load_prepared(s: Settings, mode: str) -> tuple[dict, Split, Split]:
-    """Return the report of the data, and both sides of the split, for a mode.
+class Data(NamedTuple):
+    """The prepared data of a run, memory mapped."""
 
-    Raises UserError where a side is empty.
-    """
+    report: dict  # what was read, left out and written: data.json
+    train: Split  # its ends are of the units that are shuffled
+    val: Split  # what evaluations read of it
+
+
+def load_prepared(s: Settings, mode: str) -> Data:
+    """Prepare and open the data for a mode. Raises UserError where a side is empty."""
     cache, refresh = Path(s.CHECKPOINT_DIR) / ".data", vars(s).get("refresh_data", False)
     folder = prepare(data_settings(s, mode), cache, refresh)
     report = json.loads((folder / "data.json").read_text())
@@ -35,12 +41,13 @@ def load_prepared(s: Settings, mode: str) -> tuple[dict, Split, Split]:
     if val_ends is not None and read is not None:
         val_ends = val_ends[val_ends <= read]
     val = Split(*(array[:read] for array in val), val_ends)
-    return report, Split(*train, units_to_shuffle(ends, train[1])), val
+    return Data(report, Split(*train, units_to_shuffle(ends, train[1])), val)
 
 
 def units_to_shuffle(ends: np.ndarray | None, fields: np.ndarray) -> np.ndarray | None:
-    """Return where each unit ends that may change its place: a record, or all paragraphs of plain
-    text in a row, which say something by their order. None: there is nothing to shuffle.
+    """Return where each unit ends that may change its place, None where nothing can be shuffled.
+
+    A unit is a record, or all paragraphs of plain text in a row, whose order says something.
     """
     if ends is None:
         return None
@@ -49,9 +56,9 @@ def units_to_shuffle(ends: np.ndarray | None, fields: np.ndarray) -> np.ndarray 
     return ends if len(ends) > 1 else None
 
 
-def open_split(s: Settings) -> tuple[dict, Split, Split]:
-    """Return the data's report, what to train on, and what evaluations read. Raises UserError."""
-    report, train, val = load_prepared(s, s.TRAINING_MODE)
+def open_split(s: Settings) -> Data:
+    """Prepare and open the data of a run. Raises UserError where they are too few for it."""
+    report, train, val = data = load_prepared(s, s.TRAINING_MODE)
     for side, least, cure in (
         ("train", s.BLOCK_SIZE + 1, "lower BLOCK_SIZE"),
         ("val", 2, "raise VAL_FRACTION"),
@@ -70,16 +77,15 @@ def open_split(s: Settings) -> tuple[dict, Split, Split]:
                 f"LOSS_ON is {s.LOSS_ON!r}, and the {len(split.bytes):,} {side} have none of it; "
                 f"{cure} or set LOSS_ON to 'all'"
             )
-    return report, train, val
+    return data
 
 
-def load_split(s: Settings, compared: Collection[str], world: World) -> tuple[dict, Split, Split]:
-    """Open the data as open_split does, and print what they are. Raises UserError where processes
-    differ in data or settings.
+def load_split(s: Settings, compared: Collection[str], world: World) -> Data:
+    """Open the data as open_split does, and print what they are.
 
-    `compared` names the settings that must be the same.
+    Raises UserError where processes differ in the data, or in the settings that `compared` names.
     """
-    report, train, val = open_split(s)
+    report, train, val = data = open_split(s)
     settings = {k: v for k, v in settings_dict(s).items() if k in compared}
     sums = {side: report[side]["sha256"] for side in ("train", "val")}
     every = world.all_gather_object(settings | sums)
@@ -88,4 +94,4 @@ def load_split(s: Settings, compared: Collection[str], world: World) -> tuple[di
     print(escape_controls(describe(report)))
     print(f"plan: {schedule_summary(s, len(train.bytes))}; "
           f"an evaluation reads {len(val.bytes):,} bytes")  # fmt: skip
-    return report, train, val
+    return data

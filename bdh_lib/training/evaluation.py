@@ -1,10 +1,10 @@
 """The loss of a model on held out bytes, whole and by the field that each byte belongs to."""
 
+import math
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,13 +15,17 @@ from bdh_lib.compute.layer import forward_segment, ln
 from bdh_lib.data.describe import count_text, skip_lines
 from bdh_lib.data.formats import FIELDS, LABEL_OF
 from bdh_lib.data.prepare import load_unsplit
+from bdh_lib.data.split import Split
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings
 from bdh_lib.progress import Progress, heartbeat
 from bdh_lib.tables import format_table
+from bdh_lib.training.advice import advise, byte_baselines
+from bdh_lib.training.dataset import Data
 from bdh_lib.training.distributed import World
-from bdh_lib.training.signals import default_signals
-from bdh_lib.training.step import byte_losses
+from bdh_lib.training.schedule import total_steps
+from bdh_lib.training.signals import StopSignal, default_signals
+from bdh_lib.training.step import Diverged, compile_losses
 from bdh_lib.units import bits_per_byte
 from bdh_mlx import BDH
 
@@ -31,25 +35,29 @@ DEFAULT_BLOCK_SIZE = 4096  # where the checkpoint does not say what it was train
 
 
 def evaluate(
-    losses, val, fields, B: int, T: int, stop=None, world: World | None = None
+    losses: Callable,
+    val: Split,
+    shape: tuple[int, int],
+    stop: StopSignal | None = None,
+    world: World | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Return the mean nats per byte of val, and of the bytes of each field, without dropout.
 
-    val is read in blocks of T, the last one shorter. `fields` is the index in FIELDS of each byte
-    of val. The processes of `world` evaluate disjoint blocks.
+    val is read in batches of `shape`, (B, T); the last block may be shorter. The processes of
+    `world` evaluate disjoint batches; `stop` ends it early.
     """
-    rank, size = (world.rank, world.size) if world else (0, 1)
-    n = len(val) - 1
-    nats, count = np.zeros(len(FIELDS)), np.bincount(fields[1:], minlength=len(FIELDS))
+    (B, T), (rank, size) = shape, (world.rank, world.size) if world else (0, 1)
+    n = len(val.bytes) - 1
+    nats, count = np.zeros(len(FIELDS)), np.bincount(val.fields[1:], minlength=len(FIELDS))
     parts = [*pairwise([*range(0, n - n % T, B * T), n - n % T, n])][rank::size]
     with heartbeat("evaluating"), Progress("evaluating", n // size, "bytes") as progress:
         for begin, end in parts:
             if end > begin and not (stop and stop.requested):
                 rows = (max(1, (end - begin) // T), -1)
-                idx, targets = (val[begin + i : end + i].astype(np.int32).reshape(rows)
+                idx, targets = (val.bytes[begin + i : end + i].astype(np.int32).reshape(rows)
                                 for i in (0, 1))  # fmt: skip
                 nats_by_byte = np.array(losses(mx.array(idx), mx.array(targets))).ravel()
-                nats += np.bincount(fields[begin + 1 : end + 1], nats_by_byte, len(FIELDS))
+                nats += np.bincount(val.fields[begin + 1 : end + 1], nats_by_byte, len(FIELDS))
                 progress.update(end - begin)
     if world:
         nats = np.sum(world.all_gather_object(nats.tolist()), 0)
@@ -58,11 +66,11 @@ def evaluate(
 
 
 def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int]:
-    """Return the share of active neurons by layer (`active_x`, `active_y`), and the number of
-    `dead` ones.
+    """Return the shares of active neurons, and the number of dead ones, for the log.
 
-    A neuron is active where it is not 0, and dead where no layer excites it. They are counted over
-    the first ACTIVITY_BYTES of val in blocks of T, without dropout. The paper names 5 % for x.
+    `active_x`, `active_y`: the share by layer that is not 0; `dead`: neurons that no layer excites.
+    They are counted over the first ACTIVITY_BYTES of val in blocks of T, without dropout. The paper
+    names 5 % for x.
     """
     watched, L = val[:ACTIVITY_BYTES].astype(np.int32), model.config.n_layer
     active, excited = np.zeros((2, L)), mx.array(False)
@@ -80,9 +88,9 @@ def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float
     return {"active_x": x, "active_y": y, "dead": excited.size - excited.sum().item()}
 
 
-def compile_shapes(losses: Callable, n_bytes: int, B: int, T: int) -> None:
+def compile_shapes(losses: Callable, n_bytes: int, shape: tuple[int, int]) -> None:
     """Let mx.compile trace `losses` with each shape that `evaluate` reads. Nothing is computed."""
-    n = n_bytes - 1
+    (B, T), n = shape, n_bytes - 1
     rows = n // T
     for shape in {(B, T) if rows >= B else (0, T), (rows % B, T), (1, n % T)}:
         if 0 not in shape:
@@ -90,15 +98,37 @@ def compile_shapes(losses: Callable, n_bytes: int, B: int, T: int) -> None:
             losses(zeros, zeros)
 
 
-def compile_evaluation(model: BDH, n_bytes: int, s: Settings) -> Callable:
-    """Return byte_losses of the model, compiled for the shapes that an evaluation of n_bytes
-    reads.
-    """
-    eval_losses = mx.compile(partial(byte_losses, model), inputs=[model.state])
-    print("compiling the evaluation, once")
-    with heartbeat("compiling"), default_signals():
-        compile_shapes(eval_losses, n_bytes, s.BATCH_SIZE, s.BLOCK_SIZE)
-    return eval_losses
+class Evaluator:
+    """Evaluates a run: on the same bytes each time, by losses that are compiled once."""
+
+    def __init__(self, s: Settings, model: BDH, data: Data, world: World, stop: StopSignal):
+        self.s, self.model, self.val, self.world, self.stop = s, model, data.val, world, stop
+        self.losses, self.shape = compile_losses(model), (s.BATCH_SIZE, s.BLOCK_SIZE)
+        print("compiling the evaluation, once")
+        with heartbeat("compiling"), default_signals():
+            compile_shapes(self.losses, len(self.val.bytes), self.shape)
+        self.n_steps = total_steps(s, len(data.train.bytes))
+        self.baselines = byte_baselines(s.LOSS_ON, data.train, data.val)
+
+    def results(self, step: int, history: list[dict]) -> dict:
+        """Return losses, neurons at work and advice after `step`, for the log; {} at a signal.
+
+        `monitored_loss` (nats) is the loss on the bytes that LOSS_ON counts. best.json, PATIENCE,
+        advice and reports go by it. `history` are the lines of the log. Raises Diverged.
+        """
+        val_loss, nats = evaluate(self.losses, self.val, self.shape, self.stop, self.world)
+        if self.stop.requested:
+            return {}
+        if not math.isfinite(val_loss):
+            raise Diverged(f"validation loss is {val_loss} at iteration {step}")
+        results = {"step": step, "val_loss": val_loss, "val_bpb": bits_per_byte(val_loss)}
+        results["monitored_loss"] = nats.get(self.s.LOSS_ON, val_loss)
+        results["val_loss_fields"] = nats
+        results["val_bpb_fields"] = {field: bits_per_byte(loss) for field, loss in nats.items()}
+        with heartbeat("counting active neurons"):
+            results |= neuron_activity(self.model, self.val.bytes, self.s.BLOCK_SIZE)
+        advice = advise([*history, results], self.s, self.n_steps, self.baselines)
+        return results | {"advice": advice}
 
 
 def evaluation_table(
@@ -115,11 +145,11 @@ def evaluation_table(
         raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
     T, B = model.trained_length or DEFAULT_BLOCK_SIZE, settings.get("BATCH_SIZE", 1)
     print(f"evaluating {len(stream):,} bytes", file=sys.stderr)
-    losses = mx.compile(partial(byte_losses, model))
+    losses = compile_losses(model)
     with default_signals():
-        compile_shapes(losses, len(stream), B, T)
+        compile_shapes(losses, len(stream), (B, T))
     with redirect_stdout(sys.stderr):
-        whole, means = evaluate(losses, stream, fields, B, T)
+        whole, means = evaluate(losses, Split(stream, fields), (B, T))
     count = np.bincount(fields[1:], minlength=len(FIELDS)).tolist()
     counts = dict(zip(LABEL_OF.values(), count, strict=True))
     n_bytes = len(stream) - 1

@@ -3,10 +3,7 @@
 import json
 import re
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-
-import mlx.core as mx
 
 from bdh_lib import files
 from bdh_lib.compute import memory
@@ -20,18 +17,20 @@ from bdh_lib.tables import format_table
 from bdh_lib.training.dataset import load_prepared
 from bdh_lib.training.evaluation import evaluate
 from bdh_lib.training.signals import StopSignal
-from bdh_lib.training.step import byte_losses
+from bdh_lib.training.step import compile_losses
 from bdh_lib.units import bits_per_byte
 from bdh_mlx import load_model
 
 PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")
 
 
-def chain(s: Settings) -> list[Settings]:
+def chain(s: Settings, n_processes: int = 1) -> list[Settings]:
     """Return the settings of each run that PHASES names; without it, `s` alone. Raises UserError.
 
     Run i of RUN_NAME r is r-1-system, r-2-instruction and so on, its INIT_FROM the run before.
+    PROCESSES is the number of those that train it.
     """
+    s = Settings(**vars(s) | {"PROCESSES": n_processes})
     if s.PHASES is None:
         return [s]
     runs = []
@@ -79,12 +78,12 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]
             return earlier["val_bpb"]
     model = load_model(run)
     model.compute = memory.select_mode(s)[1]
-    losses = mx.compile(partial(byte_losses, model))
+    losses = compile_losses(model)
     bpb, fields = {}, {}
     for mode in REQUIRED_FIELDS:
         with suppress(NoDataError):
-            val = load_prepared(s, mode)[2]
-            loss, nats = evaluate(losses, val.bytes, val.fields, s.BATCH_SIZE, s.BLOCK_SIZE, stop)
+            val = load_prepared(s, mode).val
+            loss, nats = evaluate(losses, val, (s.BATCH_SIZE, s.BLOCK_SIZE), stop)
             bpb[mode] = bits_per_byte(loss)
             fields[mode] = {field: bits_per_byte(loss) for field, loss in nats.items()}
     if not stop.requested:

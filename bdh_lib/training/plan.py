@@ -8,7 +8,6 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -33,7 +32,8 @@ from bdh_lib.training.dataset import open_split
 from bdh_lib.training.runlog import duration
 from bdh_lib.training.schedule import blocks_per_step, schedule_summary, total_steps
 from bdh_lib.training.signals import default_signals
-from bdh_lib.training.step import byte_losses, compile_steps, init_model
+from bdh_lib.training.step import compile_losses, compile_steps
+from bdh_lib.training.train_state import init_train_state
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
 TOKENS = re.compile(  # special tokens of other models' chats, and places of what is no text
@@ -204,9 +204,9 @@ def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> 
 
 def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
     """Return the seconds of a step and of an evaluation's batch, medians of three after a first."""
-    model, optimizer, ema = init_model(s, compute)
-    micro_step, apply_update, state = compile_steps(model, optimizer, ema, s)
-    losses_of = mx.compile(partial(byte_losses, model), inputs=[model.state])
+    state = init_train_state(s, compute)
+    micro_step, apply_update = compile_steps(state, s)
+    losses_of = compile_losses(state.model)
     steps, evaluations = [], []
     print(f"\nmeasuring the speed{memory.slow_note(s)}: compiling, then 4 iterations")
     for i in range(4):
@@ -214,7 +214,7 @@ def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
         tick = time.perf_counter()
         with default_signals():
             loss, gradients = micro_step(*batch)
-        mx.eval(apply_update(loss, gradients), state)
+        mx.eval(apply_update(loss, gradients), state.arrays())
         tock = time.perf_counter()
         with default_signals():
             losses = losses_of(batch.idx, batch.targets)

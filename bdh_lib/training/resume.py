@@ -4,49 +4,50 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-import mlx.optimizers as optim
-
+from bdh_lib.compute.layer import Compute
 from bdh_lib.data import hub
 from bdh_lib.data.describe import data_changes
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings, settings_dict
-from bdh_lib.training import checkpoints, phases
-from bdh_lib.training.ema import copy_tree, ema_applied
+from bdh_lib.training import checkpoints, phases, tuning
 from bdh_lib.training.report import read_config
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
-from bdh_lib.training.settings import FIXED_ON_RESUME, GLOBAL_BATCH
-from bdh_mlx import BDH, load_model
+from bdh_lib.training.settings import FIXED_ON_RESUME, GLOBAL_BATCH, RULES
+from bdh_lib.training.train_state import TrainState, copy_tree, ema_applied
+from bdh_mlx import load_model
 
 
-def resume_or_init(
-    run: Path,
-    step: int,
-    s: Settings,
-    report: dict,
-    model: BDH,
-    optimizer: optim.Optimizer,
-    ema: dict,
-) -> list:
+def resume_or_init(run: Path, step: int, s: Settings, report: dict, state: TrainState) -> list:
     """Load the run's checkpoint of `step`, or where that is 0 the weights of INIT_FROM, if any.
 
     Gives the ancestry of the weights. Raises UserError.
     """
     if not step:
-        return init_from(s, model, ema) if s.INIT_FROM else []
+        return init_from(s, state) if s.INIT_FROM else []
     read_config(run)  # warns where it is damaged; what counts is that of the checkpoint
     info = checkpoints.read_info(run, step)
     changes = changes_on_resume(run, info, s, report)
     check_origin(run, info, s)
-    with ema_applied(model, ema):  # as it was saved
-        checkpoints.load(run, step, model, optimizer, ema)
+    with ema_applied(state):  # as it was saved
+        checkpoints.load(run, step, state)
     print("; ".join([f"start: continues {run} after iteration {step}", *changes]))
     print_new_rate(info, s, step, report)
     return info.get("ancestry", [])
 
 
+def run_info(s: Settings, report: dict, ancestry: list, compute: Compute) -> dict:
+    """Return what config.json says of a run: all that a resume compares, and who reads it."""
+    info = {"settings": settings_dict(s), "data": report, "versions": checkpoints.versions()}
+    info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
+    info["compute"] = tuning.choice_of(compute) | {"groups": compute.groups}
+    info["own"] = [name for name in info["settings"] if name.isupper() and name not in RULES]
+    return info
+
+
 def origin_of(s: Settings) -> Path:
-    """Return where the weights of INIT_FROM lie: in CHECKPOINT_DIR, at the path itself, or in the
-    cache of the hub. Raises UserError where the hub does not give them.
+    """Return where the weights of INIT_FROM lie. Raises UserError where the hub has none.
+
+    That is in CHECKPOINT_DIR, at the path itself, or in the cache of the hub.
     """
     if hub.is_model(s.INIT_FROM):
         return hub.download_model(s.INIT_FROM)
@@ -54,7 +55,7 @@ def origin_of(s: Settings) -> Path:
     return inside if inside.exists() else Path(s.INIT_FROM)
 
 
-def init_from(s: Settings, model: BDH, ema: dict) -> list:
+def init_from(s: Settings, state: TrainState) -> list:
     """Give model and average the weights of INIT_FROM; their ancestry. Raises UserError."""
     if not (origin := origin_of(s)).exists():
         raise UserError(
@@ -65,17 +66,15 @@ def init_from(s: Settings, model: BDH, ema: dict) -> list:
     unlike = checkpoints.settings_changes(asdict(source.config), asdict(s.BDH_CONFIG))
     if unlike := [text for name, text in unlike.items() if "dropout" not in name]:
         raise UserError(f"INIT_FROM {s.INIT_FROM} is of another shape: {'; '.join(unlike)}")
-    model.update(source.parameters())
-    if ema:
-        ema.update(copy_tree(model.parameters()))
+    state.model.update(source.parameters())
+    if state.ema:
+        state.ema.update(copy_tree(source.parameters()))
     print(f"start: weights of {s.INIT_FROM}, a new optimizer")
     return phases.ancestry(origin)
 
 
 def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[str]:
-    """Return what has changed since a checkpoint, in words. Raises UserError for what may not
-    change.
-    """
+    """Say what has changed since a checkpoint. Raises UserError for what may not change."""
     new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_step(s)}
     try:
         saved = info["settings"]

@@ -1,4 +1,4 @@
-"""The log of a run (metrics.jsonl) and the progress bar."""
+"""What a run logs and saves as it goes on, and its progress bar."""
 
 import json
 import math
@@ -6,9 +6,9 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
+from typing import TextIO
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -19,6 +19,7 @@ from bdh_lib.errors import UserError, escape_controls, warn
 from bdh_lib.progress import LINE_EVERY, Progress, heartbeat
 from bdh_lib.training import checkpoints
 from bdh_lib.training.distributed import World
+from bdh_lib.training.train_state import TrainState, ema_applied
 
 ANSWER_WIDTH = 100  # characters of an answer that the terminal shows; the report has all
 LOGGED_LINE_EVERY = 60  # seconds between lines of progress beside those of the log
@@ -37,9 +38,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def crc32(m: dict) -> int:
-    """Return the checksum of a line without its own: a flipped bit may leave JSON of another
-    meaning.
-    """
+    """Return the checksum of a line without its own: a flipped bit may leave other JSON."""
     m = {name: value for name, value in m.items() if name != "crc32"}
     return zlib.crc32(json.dumps(m).encode())
 
@@ -58,15 +57,18 @@ class RunLog:
     """The log of a run: `history`, the lines of metrics.jsonl, and `best`, the best evaluation.
 
     `best` has step and monitored_loss (nats), as best.json; it is {} before any evaluation. Lines
-    are printed as text, or written to the file `json_to` as JSON. Lines after `step` belong to work
-    that was lost, and are dropped.
+    are printed as text, or written to the stream `json_to` as JSON. The run goes on at
+    `first_step`: later lines belong to work that was lost, and are dropped. Of several processes
+    the main one writes.
     """
 
-    def __init__(self, run: Path, step: int, world: World, json_to=None):
-        self.run, self.world, self.json_to = run, world, json_to
-        self.path, self.last_saved, self.save_time = run / "metrics.jsonl", step, time.monotonic()
-        lines = self.valid_lines(step) if world.is_main else []
-        self.history = world.broadcast_object([m for m in lines if step and m["step"] <= step])
+    def __init__(self, run: Path, first_step: int, world: World, json_to: TextIO | None = None):
+        self.run, self.first_step, self.world, self.json_to = run, first_step, world, json_to
+        self.path, self.info = run / "metrics.jsonl", {}
+        self.last_saved, self.save_time = first_step, time.monotonic()
+        lines = self.valid_lines(first_step) if world.is_main else []
+        lines = [m for m in lines if first_step and m["step"] <= first_step]
+        self.history = world.broadcast_object(lines)
         self.best = world.broadcast_object(checkpoints.read_best(run) if world.is_main else None)
         if world.is_main:
             files.atomic_write_text(self.path, "".join(map(with_checksum, self.history)))
@@ -85,22 +87,40 @@ class RunLog:
         return lines
 
     @property
+    def last_evaluation(self) -> dict:
+        """Return the line of the last evaluation, of which there is one."""
+        return next(m for m in reversed(self.history) if "val_loss" in m)
+
+    @property
     def last_eval(self) -> int:
         """Return the last step that was evaluated, -1 before any, or where the best one is lost."""
         steps = evaluated_steps(self.history)
         return max(steps, default=-1) if self.best or steps == [0] else -1
 
     def patience_exceeded(self, patience: int | None) -> bool:
-        """Tell whether `patience` evaluations came after the best one, over all resumes of the
-        run.
-        """
+        """Tell whether `patience` evaluations came after the best one, over all resumes."""
         since = [e for e in evaluated_steps(self.history) if e > self.best.get("step", math.inf)]
         return patience is not None and len(since) >= patience
 
-    def save(self, step: int, write: Callable[[], None]) -> None:
-        """Let the main process write the checkpoint of `step`, and the others wait for it."""
+    def begin(self, info: dict, state: TrainState, n_kept: int) -> None:
+        """Write config.json, whose content `info` each checkpoint repeats.
+
+        Raises UserError where the checkpoints will not fit on the disk: the `n_kept` latest ones,
+        the best, and the one that is being written.
+        """
+        self.info = info
         if self.world.is_main:
-            write()
+            missing = n_kept + 2 - len(checkpoints.steps(self.run))
+            checkpoints.check_space(self.run, state, max(1, missing))
+            files.atomic_write_text(self.run / "config.json", json.dumps(info, indent=1))
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Write the checkpoint of `step`, with the average as its model, unless there is one."""
+        if step <= self.last_saved:
+            return
+        if self.world.is_main:
+            with ema_applied(state):
+                checkpoints.save(self.run, step, state, self.info)
         self.world.barrier()  # none goes on, or leaves, before it is on the disk
         self.last_saved, self.save_time = step, time.monotonic()
 
@@ -203,8 +223,9 @@ class Meter:
         return heartbeat("training") if is_early else nullcontext()
 
     def pop_averages(self, step: int) -> dict:
-        """Return the mean loss, speed and time left after `step`, for the log, and reset the
-        averages; {} where no step since the last line has a loss.
+        """Return the mean loss, speed and time left after `step`, and begin new averages.
+
+        {} where no step since the last line has a loss.
         """
         if not self.losses:
             return {}
@@ -260,10 +281,8 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours < 72 else f"{hours // 24:,} days"
 
 
-def main_process_prints(json_to, world: World):
-    """Return a context in which only the main process prints, to stderr where stdout has JSON
-    lines.
-    """
+def main_process_prints(json_to: TextIO | None, world: World) -> AbstractContextManager:
+    """Return a context in which the main process alone prints; to stderr if lines are JSON."""
     if not world.is_main:
         return redirect_stdout(Path(os.devnull).open("w"))
     return redirect_stdout(sys.stderr) if json_to else nullcontext()

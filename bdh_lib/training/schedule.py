@@ -7,7 +7,7 @@ from bdh_lib.flags import Settings
 
 def blocks_per_step(s: Settings) -> int:
     """Return the blocks that a step reads, over all processes."""
-    return s.BATCH_SIZE * s.GRAD_ACCUM * vars(s).get("PROCESSES", 1)
+    return s.BATCH_SIZE * s.GRAD_ACCUM * getattr(s, "PROCESSES", 1)
 
 
 def total_steps(s: Settings, n_bytes: int) -> int:

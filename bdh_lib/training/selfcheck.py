@@ -30,6 +30,7 @@ from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
 from bdh_lib.training import checkpoints
 from bdh_lib.training.step import compile_steps
+from bdh_lib.training.train_state import TrainState
 
 CONFIG = bdh_mlx.BDHConfig(n_layer=3, n_embd=32, n_head=2, mlp_internal_dim_multiplier=16)
 B, T, SEED = 2, 96, 1
@@ -149,17 +150,17 @@ def updated(run: Path, first: int, last: int) -> dict:
     `first` 0 starts a new model.
     """
     mx.random.seed(SEED)
-    model, optimizer = bdh_mlx.BDH(CONFIG), optim.AdamW(1e-3, bias_correction=True)
-    optimizer.init(model.trainable_parameters())
+    state = TrainState(bdh_mlx.BDH(CONFIG), optim.AdamW(1e-3, bias_correction=True), {})
+    state.optimizer.init(state.model.trainable_parameters())
     if first:
-        checkpoints.load(run, first, model, optimizer)
-    micro_step, apply_update, state = compile_steps(model, optimizer, {}, UPDATES)
+        checkpoints.load(run, first, state)
+    micro_step, apply_update = compile_steps(state, UPDATES)
     for step in range(first, last):
         batch = random_batch(step)
         weights = mx.full((B, T), 1 / (B * T))
-        mx.eval(apply_update(*micro_step(*batch, weights, mx.random.key(step))), state)
-    checkpoints.save(run, last, model, optimizer, {})
-    return model.parameters()
+        mx.eval(apply_update(*micro_step(*batch, weights, mx.random.key(step))), state.arrays())
+    checkpoints.save(run, last, state, {})
+    return state.model.parameters()
 
 
 def devices() -> tuple[mx.DeviceType, mx.DeviceType] | None:

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from threading import Thread
 
 from bdh_lib.training.distributed import World
@@ -30,11 +30,12 @@ class StopSignal:
 
     A second signal, or one that comes before there is work to save, ends the process at once.
     `requested` is the number of the signal to stop for, 0 before any. One of several processes
-    notes a signal in `received` alone: they stop together, at the next `sync`.
+    notes a signal in `received` alone: they stop together, at the next `sync`. The loop sets
+    `has_work_to_save` after its first step.
     """
 
     def __init__(self, world: World):
-        self.requested, self.received, self.has_trained = 0, 0, False
+        self.requested, self.received, self.has_work_to_save = 0, 0, False
         self.world = world
 
     def __enter__(self):
@@ -65,7 +66,7 @@ class StopSignal:
         heard = 0
         while number := os.read(read, 1):
             heard += 1
-            if heard > 1 or not self.has_trained:
+            if heard > 1 or not self.has_work_to_save:
                 why = "at the second signal" if heard > 1 else "before there was new work to save"
                 with suppress(OSError):  # nobody reads
                     os.write(2, f"stopped {why}\n".encode())
@@ -73,6 +74,10 @@ class StopSignal:
             with suppress(OSError):
                 os.write(2, b"stopping, once the iteration is done and saved\n")
         os.close(read)
+
+    def while_tracing(self) -> AbstractContextManager:
+        """Return a context for a call that MLX may trace: default_signals before there is work."""
+        return nullcontext() if self.has_work_to_save else default_signals()
 
     def sync(self):
         """Take over what any process has heard; called by all of them at once."""

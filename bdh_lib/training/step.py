@@ -1,7 +1,7 @@
-"""The model that is trained, the loss, and the two halves of a step."""
+"""The loss, and the two halves of a step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import mlx.core as mx
@@ -9,29 +9,33 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from bdh_lib.compute.layer import Compute
+from bdh_lib.compute.device import on_cuda
 from bdh_lib.flags import Settings
-from bdh_lib.training.ema import copy_tree
+from bdh_lib.training.batches import Batch
+from bdh_lib.training.distributed import World
+from bdh_lib.training.signals import StopSignal
+from bdh_lib.training.train_state import TrainState, copy_tree
 from bdh_mlx import BDH
 
 
-def init_model(s: Settings, compute: Compute) -> tuple[BDH, optim.AdamW, dict]:
-    """Return a model with fresh weights, its optimizer, and the average of its weights ({}:
-    none).
-    """
-    mx.random.seed(s.SEED)
-    model = BDH(s.BDH_CONFIG)
-    model.compute = compute
-    optimizer = optim.AdamW(
-        s.LEARNING_RATE, [0.9, s.BETA2], weight_decay=s.WEIGHT_DECAY, bias_correction=True
-    )
-    optimizer.init(model.trainable_parameters())
-    return model, optimizer, copy_tree(model.parameters()) if s.EMA_DECAY else {}
+class Diverged(Exception):
+    """Too many updates in a row, or a validation loss, were not finite. The exit code is 1."""
 
 
 def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
-    """Return the loss of each target in nats, (B, T), in training and in evaluation."""
+    """Return the loss of each target in nats, (B, T), in training and in evaluation.
+
+    Without a key, their mean is that of model(idx, targets).
+    """
     return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
+
+
+def compile_losses(model: BDH) -> Callable:
+    """Return byte_losses of the model, compiled: idx, targets (B, T) -> losses (B, T).
+
+    It reads the weights that the model has at the call.
+    """
+    return mx.compile(partial(byte_losses, model), inputs=[model.state])
 
 
 def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
@@ -41,17 +45,15 @@ def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
     return mx.where(mx.random.uniform(shape=idx.shape, key=where) < share, others, idx)
 
 
-def compile_steps(
-    model: BDH, optimizer: optim.Optimizer, ema: dict, s: Settings
-) -> tuple[Callable, Callable, list]:
-    """Return the two halves of a step, compiled, and the state that they change.
+def compile_steps(state: TrainState, s: Settings) -> tuple[Callable, Callable]:
+    """Return the two halves of a step on `state`, compiled.
 
     micro_step(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
     apply_update(loss, gradients), each summed over the batches -> norm. Of `s` they take
     BYTE_NOISE, GRAD_CLIP and EMA_DECAY.
     """
-    state = [model.state, optimizer.state, ema]
-    compiled = partial(mx.compile, inputs=state, outputs=state)
+    (model, optimizer, ema), arrays = state, state.arrays()
+    compiled = partial(mx.compile, inputs=arrays, outputs=arrays)
 
     @compiled
     def micro_step(idx, targets, weights, key):
@@ -68,16 +70,37 @@ def compile_steps(
     def apply_update(loss, gradients):
         """Update the weights by AdamW; nothing changes where loss or gradient is not finite."""
         gradients, norm = optim.clip_grad_norm(gradients, s.GRAD_CLIP or math.inf)
-        before = copy_tree(state)
+        before = copy_tree(arrays)
         optimizer.update(model, gradients)
         if ema:  # the decay rises to its value, as in TensorFlow: random weights are forgotten soon
             rate = 1 - mx.minimum(s.EMA_DECAY, optimizer.step / (optimizer.step + 9))
             ema.update(tree_map(lambda m, w: m + rate * (w - m), ema, model.parameters()))
         finite = mx.isfinite(loss) & mx.isfinite(norm)
-        after = tree_map(lambda new, old: mx.where(finite, new, old), state, before)
+        after = tree_map(lambda new, old: mx.where(finite, new, old), arrays, before)
         model.update(after[0])
         optimizer.state.update(after[1])
         ema.update(after[2])
         return norm
 
-    return micro_step, apply_update, state
+    return micro_step, apply_update
+
+
+def sum_gradients(
+    s: Settings, micro_step: Callable, batches: Iterable[Batch], stop: StopSignal, world: World
+) -> tuple[mx.array, dict]:
+    """Return the loss and the gradients of a step, summed over its batches on all processes.
+
+    `batches` are the GRAD_ACCUM ones of this process. A lone process leaves out those that are left
+    at a signal.
+    """
+    loss, gradients = 0.0, None
+    for i, batch in enumerate(batches, 1):
+        with stop.while_tracing():
+            micro_loss, micro_gradients = micro_step(*batch)
+        loss = loss + micro_loss
+        gradients = tree_map(mx.add, gradients, micro_gradients) if gradients else micro_gradients
+        if i < s.GRAD_ACCUM or not on_cuda():
+            mx.eval(loss, gradients)  # bounds the memory, and lets a signal in
+        if stop.requested:
+            break
+    return world.all_reduce_sum((loss, gradients))

@@ -13,49 +13,50 @@ from bdh_lib.data.formats import (
     SAMPLE_NOTES,
     sample_prompts,
 )
-from bdh_lib.data.split import Split
 from bdh_lib.flags import Settings
 from bdh_lib.training import tuning
-from bdh_lib.training.schedule import blocks_per_step
+from bdh_lib.training.dataset import Data
+from bdh_lib.training.runlog import Meter, RunLog
+from bdh_lib.training.schedule import blocks_per_step, total_steps
+from bdh_lib.training.tuning import Selection
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def print_start(
-    s: Settings, run: Path, val: Split, n_steps: int, mode: str, dtype, peak: float
-) -> None:
+def print_start(s: Settings, run: Path, data: Data, selection: Selection) -> None:
     """Print what is trained, in which memory mode, and what to expect of its samples."""
     n_parameters = s.BDH_CONFIG.n_parameters
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
-    name = str(dtype).removeprefix("mlx.core.")
-    print(f"memory: {mode}, {name}, estimated peak {peak / 1e9:.2f} GB")
-    if hint := tuning.hint(s, mode, n_steps):
+    dtype = str(selection.compute.dtype).removeprefix("mlx.core.")
+    print(f"memory: {selection.name}, {dtype}, estimated peak {selection.peak / 1e9:.2f} GB")
+    if hint := tuning.hint(s, selection.name, total_steps(s, len(data.train.bytes))):
         print(hint)
-    fields = val.field_names() & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
+    fields = data.val.field_names() & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
     print(f"note: {SAMPLE_NOTES[s.TRAINING_MODE if fields else 'text']}")
 
 
-def finished_reason(s: Settings, run: Path, step: int, total: int, best: dict) -> str:
-    """Say why nothing is left to do, and which setting to change to continue."""
-    if step >= total:
-        return f"{run} has {step:,} iterations of {total:,}; to go on, raise MAX_ITERS or EPOCHS"
-    return (
-        f"{run} stopped early after {step:,} iterations, its best is of {best['step']:,}; "
-        f"to go on, raise PATIENCE ({s.PATIENCE}) or lift it with --patience none"
-    )
+def finished_reason(s: Settings, log: RunLog, n_steps: int) -> str | None:
+    """Say why a run has nothing left to do, and which setting to change; None if it goes on."""
+    run, step, is_evaluated = log.run, log.first_step, log.last_eval == log.first_step
+    if step > n_steps or (step == n_steps and is_evaluated):  # >: the end was lowered since
+        return f"{run} has {step:,} iterations of {n_steps:,}; to go on, raise MAX_ITERS or EPOCHS"
+    if is_evaluated and log.patience_exceeded(s.PATIENCE):
+        return (
+            f"{run} stopped early after {step:,} iterations, its best is of {log.best['step']:,}; "
+            f"to go on, raise PATIENCE ({s.PATIENCE}) or lift it with --patience none"
+        )
 
 
-def print_summary(
-    s, run: Path, n_steps: int, last: dict, best: dict, train_split, val, minutes
-) -> None:
-    """Print the results of a finished run, for people and grep; `last` is its last evaluation."""
+def print_summary(s: Settings, log: RunLog, data: Data, meter: Meter) -> None:
+    """Print the results of a finished run, for people and grep."""
+    last, run = log.last_evaluation, log.run
     ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
-    if last["step"] < n_steps:
+    if last["step"] < meter.n_steps:
         ended = f"early, {s.PATIENCE} validations without a better one"
-    epochs = last["step"] * s.BLOCK_SIZE * blocks_per_step(s) / len(train_split.bytes)
+    epochs = last["step"] * s.BLOCK_SIZE * blocks_per_step(s) / len(data.train.bytes)
     values = {
         "epochs": f"{epochs:.2f}",
-        "minutes": f"{minutes:.1f}",
+        "minutes": f"{meter.minutes():.1f}",
         "peak_gb": f"{mx.get_peak_memory() / 1e9:.2f}",
         "run": run,
         "iterations": last["step"],
@@ -63,13 +64,13 @@ def print_summary(
         "val_loss": f"{last['val_loss']:.4f}",
         "val_bpb": f"{last['val_bpb']:.4f}",
         "monitored_on": f"{s.LOSS_ON} bytes",
-        "best_monitored": f"{best['monitored_loss']:.4f}",
-        "best_step": best["step"],
+        "best_monitored": f"{log.best['monitored_loss']:.4f}",
+        "best_step": log.best["step"],
         "ended": ended,
         "active_x": " ".join(f"{share:.1%}" for share in last["active_x"]),  # layer by layer
         "active_y": " ".join(f"{share:.1%}" for share in last["active_y"]),
         "look_at_it": run / "report.html",
-        "sample_it": sample_command(s, run, val.field_names()),
+        "sample_it": sample_command(s, run, data.val.field_names()),
     }
     print("\n".join(f"{name}: {value}" for name, value in values.items()))
 
@@ -80,9 +81,7 @@ def from_here(path: Path) -> Path:
 
 
 def sample_command(s: Settings, run: Path, fields: set[str]) -> str:
-    """Return a command that lets the finished run write, within the blocks that it was trained
-    on.
-    """
+    """Return a command that lets the run write, within the blocks that it was trained on."""
     prompt = sample_prompts(s.TRAINING_MODE, fields)[0]
     # make's .venv, which the user's shell may not know, and the script beside this package
     python, script = map(from_here, (Path(sys.executable), PROJECT / "generate.py"))

@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -27,7 +28,8 @@ from bdh_lib.training import checkpoints
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import blocks_per_step
 from bdh_lib.training.signals import default_signals
-from bdh_lib.training.step import compile_steps, init_model
+from bdh_lib.training.step import compile_steps
+from bdh_lib.training.train_state import init_train_state
 
 SECONDS = 120  # that a search may take
 GAIN = 1.02  # how many times as fast another way must be for the search to go on from it
@@ -107,8 +109,16 @@ def preferred(s: Settings, run: Path, step: int, world: World) -> tuple[str, dic
     return world.broadcast_object([by, choice])
 
 
-def select(s: Settings, by: str, choice: dict) -> tuple[str, Compute, float]:
-    """Return the memory mode in words, its Compute, and its estimated peak in bytes.
+class Selection(NamedTuple):
+    """How a run computes."""
+
+    name: str  # the memory mode, in words
+    compute: Compute
+    peak: float  # estimated, in bytes
+
+
+def select(s: Settings, by: str, choice: dict) -> Selection:
+    """Return how a run computes.
 
     MEMORY_MODE auto takes `choice`, if there is one and it fits; each mode takes its groups of
     heads, over which a CPU sums. Raises UserError as memory.select_mode does.
@@ -123,10 +133,10 @@ def select(s: Settings, by: str, choice: dict) -> tuple[str, Compute, float]:
         sizes = f" (chunk {compute.chunk:,}, segment {compute.rows:,})" * (compute != of_mode)
         name, peak = f"{choice['mode']} {by}{sizes}", memory.step_peak(s, compute)
         if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
-            return name, compute, peak
+            return Selection(name, compute, peak)
         print(f"memory: {name} needs {peak / 1e9:.2f} GB, more than can be had; taking what fits")
     name, compute, peak = memory.select_mode(s)
-    return name, replace(compute, **as_before), peak
+    return Selection(name, replace(compute, **as_before), peak)
 
 
 def hint(s: Settings, name: str, n_steps: int) -> str:
@@ -145,7 +155,7 @@ class TimedSteps:
     """Steps of one model on random bytes, computed in any way; `peaks`: bytes, by Compute."""
 
     def __init__(self, s: Settings, start: Compute):
-        self.s, self.trained = s, init_model(s, start)
+        self.s, self.state = s, init_train_state(s, start)
         self.compiled, self.peaks = {}, {}
         self.longest, self.deadline = 0.0, time.monotonic() + SECONDS
 
@@ -165,17 +175,17 @@ class TimedSteps:
 
     def step(self, compute: Compute, B: int, T: int) -> float:
         """Return the seconds of one step; the first in a way includes its compilation."""
-        s, self.trained[0].compute = self.s, compute  # read when the step is traced
+        s, self.state.model.compute = self.s, compute  # read when the step is traced
         if compute not in self.compiled:
-            self.compiled[compute] = compile_steps(*self.trained, s)
-        micro_step, apply_update, state = self.compiled[compute]
+            self.compiled[compute] = compile_steps(self.state, s)
+        micro_step, apply_update = self.compiled[compute]
         batch, weights = mx.random.randint(0, 256, (2, B, T)), mx.full((B, T), 1 / (B * T))
         mx.eval(batch, weights)
         began = time.perf_counter()
         with default_signals():
             loss, gradients = micro_step(*batch, weights, mx.random.key(0))
         mx.eval(loss, gradients)
-        mx.eval(apply_update(loss, gradients), state)
+        mx.eval(apply_update(loss, gradients), self.state.arrays())
         return time.perf_counter() - began
 
 

@@ -16,7 +16,8 @@ import bdh_mlx
 import train_mlx
 from bdh_lib.compute import device, layer, memory, rope, state, step_cuda
 from bdh_lib.generation.sampling import Sampling
-from bdh_lib.training.step import compile_steps, init_model
+from bdh_lib.training.step import compile_steps
+from bdh_lib.training.train_state import init_train_state
 
 # Each has an eval_gpu in mlx/backend/metal or mlx/backend/gpu of MLX 0.32 (commit 846d176). Look
 # there before you add one. Inverse, Cholesky, SVD, QRF, LUF, Eig and Eigh have none.
@@ -104,12 +105,12 @@ def test_what_is_around_the_layers_of_a_training_step_and_the_update(monkeypatch
     monkeypatch.setattr(bdh_mlx, "layer", a_layer)
     s = train_mlx.settings(["--ema-decay", "0.99", "--dropout-v", "0.1", "--byte-noise", "0.1"])
     compute = memory.compute_for(CONFIG, "fast", "auto")
-    model, optimizer, ema = init_model(s, compute)
-    micro_step, apply_update, trained = compile_steps(model, optimizer, ema, s)
+    trained = init_train_state(s, compute)
+    micro_step, apply_update = compile_steps(trained, s)
 
     def update(idx, weights, key):
         norm = apply_update(*micro_step(idx, idx, weights, key))
-        return norm, *(array for _, array in tree_flatten(trained))
+        return norm, *(array for _, array in tree_flatten(trained.arrays()))
 
     idx, weights = mx.zeros((2, 4096), mx.int32), mx.zeros((2, 4096))
     assert check(update, idx, weights, mx.random.key(1)) > 400

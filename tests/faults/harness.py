@@ -24,6 +24,7 @@ import mlx.core as mx
 
 import train_mlx
 from bdh_lib import cli
+from bdh_lib.training import batches
 
 train_mlx.redraw = lambda *_: None  # pictures would take most of the time
 RAM_DISK = Path("/dev/shm")  # where there is one; a disk's flushes would take most of the time
@@ -110,7 +111,7 @@ def fresh(step=0, *args):
     return Path(shutil.copytree(stopped(step, *args), box, symlinks=True))
 
 
-def signalled(name, nth, number=signal.SIGTERM, owner=train_mlx):
+def signalled(name, nth, number=signal.SIGTERM, owner=batches):
     """For `before`: the trainer sends itself a signal at the nth call of a function."""
     return lambda: at_call(owner, name, nth, lambda: os.kill(os.getpid(), number))
 

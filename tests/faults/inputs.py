@@ -51,7 +51,7 @@ from bdh_lib.data import hub as hub_access
 from bdh_lib.data import prepare as preparing
 from bdh_lib.generation import decoding
 from bdh_lib.generation.sampling import Sampling
-from bdh_lib.training import checkpoints, resume
+from bdh_lib.training import batches, checkpoints, resume  # noqa: F401  a fault names one
 
 # ------------------------------------------------------------------------------------------ data
 
@@ -236,7 +236,7 @@ def _(n):
     not_looked_at_again=[(preparing, "cache_key", lambda *a, **k: "f")],
 )
 def _(n):
-    for where, nth in (("train_mlx.get_batch", 4), ("columns.parse_record", 100)):
+    for where, nth in (("batches.get_batch", 4), ("columns.parse_record", 100)):
         owner, name = where.split(".")
         box = fresh()
         (box / "d.jsonl").write_bytes(DATA.read_bytes())

@@ -41,15 +41,15 @@ import train_mlx
 from bdh_lib import files
 from bdh_lib.data import columns
 from bdh_lib.generation import decoding
-from bdh_lib.training import checkpoints, signals
+from bdh_lib.training import batches, checkpoints, evaluation, signals
 
 # ------------------------------------------------------------------------- exact resume and signals
 
 
-def without_optimizer(run, step, model, optimizer, raw=None):
-    fresh_state = optimizer.state
-    LOAD(run, step, model, optimizer)
-    optimizer.state = fresh_state
+def without_optimizer(run, step, trained):
+    fresh_state = trained.optimizer.state
+    LOAD(run, step, trained)
+    trained.optimizer.state = fresh_state
 
 
 def counted_keys():
@@ -63,11 +63,11 @@ def from_the_first(split, batch_index, *rest):
     return GET_BATCH(split, calls, *rest)
 
 
-LOAD, KEY, GET_BATCH = checkpoints.load, mx.random.key, train_mlx.get_batch
+LOAD, KEY, GET_BATCH = checkpoints.load, mx.random.key, batches.get_batch
 FORGOTTEN = {
     "optimizer_not_restored": [(checkpoints, "load", without_optimizer)],
     "dropout_key_not_of_the_step": [(mx.random, "key", counted_keys())],
-    "data_from_the_first_batch": [(train_mlx, "get_batch", from_the_first)],
+    "data_from_the_first_batch": [(batches, "get_batch", from_the_first)],
 }
 
 
@@ -109,10 +109,8 @@ def _(n):
         yield after(box, *args)
 
 
-class Deaf:
-    """Stop, without a handler."""
-
-    number = 0
+class Deaf(signals.StopSignal):
+    """A StopSignal without a handler."""
 
     def __enter__(self):
         return self
@@ -125,12 +123,12 @@ PHASES = {  # the call that starts it, and which
     "start": (checkpoints, "newest_valid", 1),
     "data preparation": (columns, "parse_record", 5),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
-    "step": (train_mlx, "get_batch", 6),
-    "evaluation": (train_mlx, "evaluate", 3),
+    "step": (batches, "get_batch", 6),
+    "evaluation": (evaluation, "evaluate", 3),
     "sampling": (decoding, "stream", 5),
     "save": (files, "flush", 10),
     "retention": (checkpoints, "prune", 8),
-    "last evaluation": (train_mlx, "evaluate", 5),
+    "last evaluation": (evaluation, "evaluate", 5),
 }
 
 
@@ -172,8 +170,8 @@ def latency(box, *args, before, numbers, base):
 TINY = f"--preset tiny --dataset {DATA} --save-freq 2 --eval-freq 2 --log-freq 1".split()
 WAITS = iter([0, 9])  # seconds
 TINY_PHASES = {
-    "evaluation": (train_mlx, "evaluate", 2),
-    "step": (train_mlx, "get_batch", 3),
+    "evaluation": (evaluation, "evaluate", 2),
+    "step": (batches, "get_batch", 3),
     "sampling": (decoding, "stream", 4),
     "save": (files, "flush", 3),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
@@ -186,7 +184,7 @@ TINY_PHASES = {
     0,
     2,
     deaf_evaluation=[
-        (train_mlx, "evaluate", lambda *a, **k: (time.sleep(next(WAITS, 0)), (2.0, {}))[1])
+        (evaluation, "evaluate", lambda *a, **k: (time.sleep(next(WAITS, 0)), (2.0, {}))[1])
     ],
 )
 def _(n):
@@ -225,7 +223,7 @@ def _(n):
                 a = (a @ a) * 1e-3
             mx.eval(a)
 
-        at_call(train_mlx, "get_batch", 6, compute)
+        at_call(batches, "get_batch", 6, compute)
 
     for before in (slow_save, long_step) * n:
         box = fresh()
@@ -317,10 +315,10 @@ def _(n):
 def _(n):
     for value in (math.nan, math.inf)[:n]:
         for at in (1, 2, 4):
-            box, real = fresh(), train_mlx.evaluate
+            box, real = fresh(), evaluation.evaluate
             count = iter(range(100))
             fake = lambda *a, **k: (value, {}) if next(count) == at else real(*a, **k)
-            code, out = train(box, before=lambda: setattr(train_mlx, "evaluate", fake))
+            code, out = train(box, before=lambda: setattr(evaluation, "evaluate", fake))
             best = box / "full/best.json"
             named = json.loads(best.read_text())["step"] if best.exists() else 0
             why = refusal(code, out, f"validation loss is {value}", want=1)
@@ -348,7 +346,7 @@ def _(n):
                 keep,
                 "--eval-freq",
                 2,
-                before=lambda: setattr(train_mlx, "evaluate", fake),
+                before=lambda: setattr(evaluation, "evaluate", fake),
             )
             expected = sorted({best, *range(2, LAST + 1, 2)[-keep:]})
             yield (

@@ -42,18 +42,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import bdh_mlx
-import train_mlx
 from bdh_lib import files
 from bdh_lib.data import prepare as preparing
-from bdh_lib.training import checkpoints, resume
+from bdh_lib.training import checkpoints, evaluation, resume
 
 
-def save_in_place(run, step, model, optimizer, info, raw=None):
+def save_in_place(run, step, trained, info):
     """Into the final folder, each file in turn, as most trainers do."""
     at = checkpoints.folder(run, step)
     at.mkdir(exist_ok=True)
-    bdh_mlx.save_model(model, at / FILES[0])
-    mx.save_safetensors(str(at / FILES[1]), dict(sorted(tree_flatten(optimizer.state))))
+    bdh_mlx.save_model(trained.model, at / FILES[0])
+    mx.save_safetensors(str(at / FILES[1]), dict(sorted(tree_flatten(trained.optimizer.state))))
     (at / FILES[2]).write_text(json.dumps({"step": step} | info))
     manifest = {name: {"sha256": digest(at / name), "bytes": 0} for name in FILES[:3]}
     (at / FILES[3]).write_text(json.dumps(manifest))
@@ -299,9 +298,7 @@ EDITS = {  # what the refusal names: the edit
 
 
 def loose(tree, file):
-    return train_mlx.tree_map(
-        lambda a: a, checkpoints.tree_unflatten(list(mx.load(str(file)).items()))
-    )
+    return checkpoints.tree_unflatten(list(mx.load(str(file)).items()))
 
 
 @fault(
@@ -435,7 +432,7 @@ def _(n):
         box, second = fresh(), ROOM / "second"
         second.mkdir(exist_ok=True)
         read, go_on = os.pipe()
-        wait = lambda: at_call(train_mlx, "evaluate", 3, lambda: os.read(read, 1))
+        wait = lambda: at_call(evaluation, "evaluate", 3, lambda: os.read(read, 1))
         pid = begin(box, *ARGS, "--checkpoint-dir", box, before=wait)
         while not output(box):
             time.sleep(0.005)

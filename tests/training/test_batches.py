@@ -17,8 +17,8 @@ from bdh_lib.data.split import Split
 from bdh_lib.training import evaluation, schedule
 from bdh_lib.training.batches import epoch_order, get_batch
 from bdh_lib.training.dataset import load_prepared
-from bdh_lib.training.ema import copy_tree
 from bdh_lib.training.step import byte_losses, compile_steps, corrupt_bytes
+from bdh_lib.training.train_state import TrainState, copy_tree
 
 
 def batches(split, first, count, *, B=1, T=10, shuffle=False):
@@ -84,7 +84,7 @@ def test_paragraphs_of_plain_text_among_records_keep_their_order(tmp_path):
     rows[20:20] = [{"text": f"Paragraph {i}."} for i in range(20)]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = f"--training-mode full --checkpoint-dir {tmp_path}/ck --dataset {tmp_path}/mixed.jsonl"
-    train_split = load_prepared(train_mlx.settings(args.split()), "full")[1]
+    train_split = load_prepared(train_mlx.settings(args.split()), "full").train
     text = train_split.bytes.tobytes()
     units = np.split(train_split.bytes, train_split.record_ends)[:-1]
     assert b"".join(unit.tobytes() for unit in units) == text
@@ -101,7 +101,7 @@ def test_plain_text_and_ready_splits_are_not_shuffled(tmp_path):
     for dataset, is_shuffled in (("story.txt", False), ("ready", False), ("sample", True)):
         name = dataset if dataset == "sample" else str(tmp_path / dataset)
         s = train_mlx.settings([*args.split(), str(tmp_path / "ck"), "--dataset", name])
-        train_split = load_prepared(s, "full")[1]
+        train_split = load_prepared(s, "full").train
         assert (train_split.record_ends is not None) == is_shuffled
         if is_shuffled:
             assert train_split.record_ends[-1] == len(train_split.bytes)
@@ -131,11 +131,12 @@ def test_the_average_starts_fast_and_slows_down_to_its_decay():
     optimizer.init(model.trainable_parameters())
     ema = copy_tree(model.parameters())
     s = SimpleNamespace(BYTE_NOISE=0, GRAD_CLIP=1.0, EMA_DECAY=0.5)
-    micro_step, apply_update, state = compile_steps(model, optimizer, ema, s)
+    state = TrainState(model, optimizer, ema)
+    micro_step, apply_update = compile_steps(state, s)
     expected = np.array(ema["lm_head"], np.float64)
     idx, weights = mx.array([[1, 2, 3, 4]]), mx.full((1, 4), 0.25)
     for step in range(1, 14):
-        mx.eval(apply_update(*micro_step(idx, idx, weights, mx.random.key(step))), state)
+        mx.eval(apply_update(*micro_step(idx, idx, weights, mx.random.key(step))), state.arrays())
         rate = 1 - min(0.5, step / (step + 9))
         expected += rate * (np.array(model.lm_head) - expected)
         assert np.allclose(np.array(ema["lm_head"]), expected, atol=1e-6), step
@@ -172,5 +173,5 @@ def test_evaluation_reads_every_byte_once(n):
         piece = mx.array(val[begin : begin + 9].astype(np.int32))[None]
         nats += model(piece[:, :-1], piece[:, 1:])[1].item() * (piece.shape[1] - 1)
     losses = partial(byte_losses, model)
-    mean, of = evaluation.evaluate(losses, val, np.zeros(n, np.uint8), B=3, T=8)
+    mean, of = evaluation.evaluate(losses, Split(val, np.zeros(n, np.uint8)), (3, 8))
     assert mean == of["headers"] == pytest.approx(nats / (n - 1), rel=1e-5)

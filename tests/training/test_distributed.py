@@ -164,7 +164,8 @@ import os, sys
 sys.path.insert(0, {root!r})
 import train_mlx
 from bdh_lib import cli
-n_targets, calls = train_mlx.n_targets_in_step, []
+from bdh_lib.training import batches
+n_targets, calls = batches.n_targets_in_step, []
 
 def faulty(*args):
     calls.append(args)
@@ -172,7 +173,7 @@ def faulty(*args):
         raise RuntimeError("[METAL] Command buffer execution failed: Caused GPU Timeout Error")
     return n_targets(*args)
 
-train_mlx.n_targets_in_step = faulty
+batches.n_targets_in_step = faulty
 cli.run("train_mlx")
 """
 

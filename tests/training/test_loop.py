@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import sys
+from itertools import count
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -19,13 +20,14 @@ import generate
 import train_mlx
 from bdh_lib import files, runs
 from bdh_lib.generation import export
-from bdh_lib.training import checkpoints, evaluation, runlog, summary
+from bdh_lib.training import batches, checkpoints, evaluation, runlog, summary
+from bdh_lib.training import step as training_step
 from bdh_lib.training.batches import get_batch
 from bdh_mlx import UserError
 
 
 def test_a_gpu_that_computes_ahead_trains_and_logs_the_same(straight, tmp_path, monkeypatch):
-    for module in (train_mlx, runlog):
+    for module in (train_mlx, training_step, runlog):
         monkeypatch.setattr(module, "on_cuda", lambda: True)
     assert train(tmp_path, "--max-iters", 12) == 0
     assert same(arrays(straight, 12), arrays(tmp_path, 12))
@@ -77,14 +79,14 @@ def test_the_speed_of_a_gpu_that_computes_ahead_is_that_of_the_gpu(every, monkey
 def test_updates_that_are_not_finite_at_the_end_of_a_run_end_it(
     ahead, tmp_path, monkeypatch, capsys
 ):
-    real = train_mlx.sum_gradients
+    real, steps = train_mlx.sum_gradients, count()
 
-    def sum_gradients(s, step, *rest):
-        summed = real(s, step, *rest)
-        return summed._replace(loss=mx.array(math.nan)) if step >= 3 else summed
+    def sum_gradients(*args):
+        loss, gradients = real(*args)
+        return (mx.array(math.nan) if next(steps) >= 3 else loss), gradients
 
     monkeypatch.setattr(train_mlx, "sum_gradients", sum_gradients)
-    for module in (train_mlx, runlog):
+    for module in (train_mlx, training_step, runlog):
         monkeypatch.setattr(module, "on_cuda", lambda: ahead)
     flags = ["--max-iters", 6, "--log-freq", 100, "--eval-freq", 100, "--max-consecutive-skips", 3]
     assert train(tmp_path, *flags) == 1
@@ -122,7 +124,7 @@ def test_more_accumulation_takes_no_more_memory(tmp_path, monkeypatch):
         seen.append(args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_mlx, "get_batch", stopped)
+    monkeypatch.setattr(batches, "get_batch", stopped)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, "--grad-accum", 10**6, "--max-iters", 1)
     assert seen and max(largest) < 10**6
@@ -198,7 +200,7 @@ def test_a_checkpoint_is_written_before_the_evaluation_of_its_step(tmp_path, mon
         raise MemoryError
 
     train(tmp_path, "--max-iters", 3, "--eval-freq", 4)
-    monkeypatch.setattr(train_mlx, "evaluate", dies)
+    monkeypatch.setattr(evaluation, "evaluate", dies)
     with pytest.raises(MemoryError):
         train(tmp_path, "--max-iters", 9, "--eval-freq", 4)
     assert checkpoints.steps(tmp_path / "full")[-1] == 4
@@ -223,7 +225,7 @@ def test_where_a_full_flush_is_refused_fsync_flushes(tmp_path, monkeypatch, supp
 
 def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
     losses = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
-    monkeypatch.setattr(train_mlx, "evaluate", lambda *args: (next(losses), {}))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: (next(losses), {}))
     train(tmp_path, "--max-iters", 12, "--eval-freq", 2, "--save-freq", 2, "--keep-checkpoints", 2)
     assert checkpoints.steps(tmp_path / "full") == [4, 10, 12]
     assert checkpoints.read_best(tmp_path / "full")["step"] == 4
@@ -237,7 +239,7 @@ def test_a_checkpoint_is_written_when_minutes_have_passed(tmp_path, straight, mo
         now[0] += 240
         return get_batch(*args)
 
-    monkeypatch.setattr(train_mlx, "get_batch", four_minutes)
+    monkeypatch.setattr(batches, "get_batch", four_minutes)
     monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(
         checkpoints, "save", lambda run, step, *a: saved.append(step) or save(run, step, *a)
@@ -329,14 +331,14 @@ def test_phase_two_starts_from_the_weights_of_phase_one(tmp_path, capsys):
         train(tmp_path, "--run-name", "x", "--init-from", "system", *args)
 
 
-@pytest.mark.parametrize("has_trained", [False, True])
-def test_a_failure_after_a_signal_is_told_once_there_is_work(has_trained, tmp_path, monkeypatch):
-    def fail(s, run, stop, world):
-        stop.received, stop.has_trained = 15, has_trained
+@pytest.mark.parametrize("has_work", [False, True])
+def test_a_failure_after_a_signal_is_told_once_there_is_work(has_work, tmp_path, monkeypatch):
+    def fail(s, stop, world, json_to):
+        stop.received, stop.has_work_to_save = 15, has_work
         raise RuntimeError("a failure")
 
     monkeypatch.setattr(train_mlx, "train", fail)
-    if has_trained:
+    if has_work:
         with pytest.raises(RuntimeError, match="a failure"):
             train(tmp_path, "--max-iters", 1)
     else:

@@ -125,7 +125,7 @@ def test_a_field_is_the_mean_over_its_own_targets():
     idx, targets = (mx.array(val[i : 7 + i].astype(np.int32))[None] for i in (0, 1))
     each = np.array(byte_losses(model, idx, targets))[0]
     losses = lambda *batch: byte_losses(model, *batch)  # noqa: E731
-    _, of = evaluate(losses, val, fields, 1, 8)
+    _, of = evaluate(losses, Split(val, fields), (1, 8))
     assert of == pytest.approx({"system": each[:3].mean(), "response": each[3:].mean()}, rel=1e-6)
 
 

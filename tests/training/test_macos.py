@@ -11,7 +11,7 @@ from conftest import ROOT
 from helpers import ARGS, arrays, same, train
 
 import train_mlx
-from bdh_lib.training import macos
+from bdh_lib.training import batches, macos
 
 
 @pytest.fixture
@@ -54,16 +54,17 @@ import os, sys
 sys.path.insert(0, {root!r})
 import train_mlx
 from bdh_lib import cli
+from bdh_lib.training import batches
 train_mlx.redraw = lambda *_: None
 print("pid", os.getpid(), file=sys.stderr)
-micro_batches, step = train_mlx.micro_batch_indices, {step}
+micro_batches, step = batches.micro_batch_indices, {step}
 
 def faulty(s, at, world):
     if at == step and "BDH_RESTARTS" not in os.environ:
         raise RuntimeError({fault!r})
     return micro_batches(s, at, world)
 
-train_mlx.micro_batch_indices = faulty
+batches.micro_batch_indices = faulty
 cli.run("train_mlx")
 """
 
@@ -111,8 +112,8 @@ def faulty(tmp_path, monkeypatch):
     def execv(*command):
         raise Restarted(*command)
 
-    seen, micro_batches = [], train_mlx.micro_batch_indices
-    monkeypatch.setattr(train_mlx, "micro_batch_indices", fails)
+    seen, micro_batches = [], batches.micro_batch_indices
+    monkeypatch.setattr(batches, "micro_batch_indices", fails)
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setenv(macos.RESTARTS, "")
     return start

@@ -5,8 +5,7 @@ import json
 import pytest
 from helpers import arrays, metrics, same, train
 
-import train_mlx
-from bdh_lib.training import checkpoints
+from bdh_lib.training import checkpoints, evaluation
 
 OVER = ["--eval-freq", "2", "--save-freq", "5", "--max-iters", "40"]
 
@@ -23,7 +22,7 @@ def worse_after_6(monkeypatch):
         nonlocal step
         step = iter([abs(6 - i) + 1.0 for i in range(first, 99, 2)])
 
-    monkeypatch.setattr(train_mlx, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     return begin
 
 

@@ -7,10 +7,9 @@ import shutil
 import pytest
 from helpers import arrays, metrics, same, train
 
-import train_mlx
 from bdh_lib import files, runs
 from bdh_lib.data.formats import REQUIRED_FIELDS
-from bdh_lib.training import checkpoints, phases
+from bdh_lib.training import batches, checkpoints, phases
 from bdh_mlx import UserError
 
 CHAIN = ["--phases", "system:0.02,instruction:0.03@2e-3,full:0.01", "--max-iters", 9]
@@ -78,14 +77,14 @@ def test_a_phase_is_judged_anew_where_the_data_are_others(chained):
 
 
 def test_a_chain_stopped_within_a_phase_ends_in_the_same_bits(tmp_path, chained, monkeypatch):
-    real, calls = train_mlx.get_batch, iter(range(99))
+    real, calls = batches.get_batch, iter(range(99))
 
     def interrupted(*args):
         if next(calls) == 12:  # within the second phase
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(train_mlx, "get_batch", interrupted)
+    monkeypatch.setattr(batches, "get_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, *CHAIN)
     assert not (tmp_path / RUNS[2]).exists()

@@ -16,7 +16,7 @@ from helpers import ARGS, arrays, metrics, same, train
 
 import train_mlx
 from bdh_lib import files
-from bdh_lib.training import checkpoints, resume, schedule
+from bdh_lib.training import batches, checkpoints, resume, schedule
 from bdh_lib.training.batches import get_batch
 from bdh_mlx import UserError
 
@@ -39,14 +39,14 @@ def test_a_signal_during_an_update_saves_it_as_done(tmp_path, straight, monkeypa
     real = train_mlx.compile_steps
 
     def compile_steps(*args):
-        micro_step, apply_update, state = real(*args)
+        micro_step, apply_update = real(*args)
 
         def signalled(*gradients):
             if steps.pop():
                 os.kill(os.getpid(), signal.SIGTERM)  # the handler runs once the update is whole
             return apply_update(*gradients)
 
-        return micro_step, signalled, state
+        return micro_step, signalled
 
     monkeypatch.setattr(train_mlx, "compile_steps", compile_steps)
     steps = [True, False, False]  # the last one first
@@ -64,15 +64,15 @@ def test_a_resume_that_loses_something_ends_elsewhere(tmp_path, straight, monkey
     if lost == "optimizer":
         load = checkpoints.load
 
-        def without_optimizer(run, step, model, optimizer, raw):
-            state = optimizer.state
-            load(run, step, model, optimizer)
-            optimizer.state = state
+        def without_optimizer(run, step, state):
+            before = state.optimizer.state
+            load(run, step, state)
+            state.optimizer.state = before
 
         monkeypatch.setattr(checkpoints, "load", without_optimizer)
     if lost == "data position":
         monkeypatch.setattr(
-            train_mlx, "get_batch", lambda split, i, *rest: get_batch(split, i - 5, *rest)
+            batches, "get_batch", lambda split, i, *rest: get_batch(split, i - 5, *rest)
         )
     if lost == "dropout":
         key = mx.random.key
@@ -85,7 +85,8 @@ HELD = """
 import sys
 sys.path.insert(0, {root!r})
 import train_mlx
-get_batch, calls = train_mlx.get_batch, []
+from bdh_lib.training import batches
+get_batch, calls = batches.get_batch, []
 
 def held(*args):
     calls.append(args)
@@ -94,7 +95,7 @@ def held(*args):
         sys.stdin.read()
     return get_batch(*args)
 
-train_mlx.get_batch = held
+batches.get_batch = held
 sys.exit(train_mlx.main())
 """
 
@@ -182,7 +183,7 @@ def test_other_bytes_before_the_first_checkpoint_are_evaluated_too(tmp_path, mon
     records = (ROOT / "bdh_lib/data/sample.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "d.jsonl").write_text("".join(records[:100]))
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-        broken.setattr(train_mlx, "get_batch", lambda *_: 1 / 0)
+        broken.setattr(batches, "get_batch", lambda *_: 1 / 0)
         train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1)
     (tmp_path / "d.jsonl").write_text("".join(records[100:200]))
     train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1)

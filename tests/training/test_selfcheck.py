@@ -125,10 +125,10 @@ def loads_something_else(monkeypatch):
 def loses_the_optimizer(monkeypatch):
     load = checkpoints.load
 
-    def without(run, step, model, optimizer):
-        state = optimizer.state
-        load(run, step, model, optimizer)
-        optimizer.state = state
+    def without(run, step, state):
+        before = state.optimizer.state
+        load(run, step, state)
+        state.optimizer.state = before
 
     monkeypatch.setattr(checkpoints, "load", without)
 
