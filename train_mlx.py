@@ -74,10 +74,11 @@ ACTIONS = {
     "selfcheck": "check that model and trainer work here, in a minute or two: exit code 0 or 1",
 }
 
-# The settings above are the recipe that docs/log.md measures on 4 MB of records. Each preset is
-# flags: four for a Mac with 64 GB (phase 2 starts from the weights of phase 1), one for 16 GB,
-# `tiny` for a first look. What a preset does not name is as in the lines above.
-OFFICIAL = (
+# The settings above are the recipe that docs/log.md measures on 4 MB of records. A preset stands
+# for a line of flags; what it does not name is as above. The presets for 64 and 16 GB are the user
+# guide's own configurations, kept to the digit; docs/log.md measures them, too. Phase 2 starts from
+# the weights of phase 1. `tiny` is for a first look, `small-data` for a megabyte of text.
+OFFICIAL = (  # what all presets begin with: mostly the values of the official code
     "--n-layer 6 --dropout 0.1 --weight-decay 0.1 --beta2 0.999 --ema-decay 0 "
     "--no-shuffle-records --eval-freq 250 "
 )
@@ -94,14 +95,13 @@ PRESETS = {
     "--beta2 0.95 --ema-decay 0.99 --shuffle-records --training-mode full --block-size 128 "
     "--batch-size 2 --max-iters 4500 --epochs none --learning-rate 2e-3 --warmup-iters 40 "
     "--log-freq 50 --eval-freq 2250 --save-freq 2250 --eval-bytes 45000",
-    # The recipe that docs/log.md measures on a megabyte of text, 6.4M parameters
     "small-data": OFFICIAL + "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 "
     "--byte-noise 0.05 --weight-decay 1 --beta2 0.95 --ema-decay 0.998 --min-lr-ratio 0.02 "
     "--block-size 2048 --batch-size 2 --max-iters 12000 --epochs none --learning-rate 1e-3 "
     "--eval-freq 1000",
 }
 
-# The imports come after the settings, so that the settings are at the top of the file.
+# The imports come after the settings on purpose: what a user edits is at the top of the file.
 
 import sys
 from contextlib import nullcontext
@@ -129,14 +129,14 @@ from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_step
 from bdh_lib.training.settings import RULES, parse_settings, preset_settings
 from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.step import Diverged, compile_steps, sum_gradients
-from bdh_lib.training.train_state import (
-    TrainState,
-    broadcast_state,
-    ema_applied,
-    init_train_state,
-)
+from bdh_lib.training.train_state import TrainState, ema_applied
 
 # ---------------------------------------------------------------------------------------- training
+
+
+def settings(argv: list[str] | None = None) -> Settings:
+    """Return the constants at the top, changed by a preset, changed by flags. Raises UserError."""
+    return parse_settings(sys.modules[__name__], argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,11 +186,6 @@ def train_chain(base: Settings, stop: StopSignal, world: World, json_to: TextIO 
     return 0
 
 
-def settings(argv: list[str] | None = None) -> Settings:
-    """Return the constants at the top, changed by a preset, changed by flags. Raises UserError."""
-    return parse_settings(sys.modules[__name__], argv)
-
-
 def train_or_explain(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None) -> int:
     """Run train(), and turn failures that are expected into a line and an exit code."""
     stop.has_work_to_save = False
@@ -224,26 +219,21 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
     n_steps = total_steps(s, len(data.train.bytes))
 
     # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh
-    first_step = world.broadcast_object(world.is_main and checkpoints.newest_valid(run))
-    selection = tuning.select(s, *tuning.preferred(s, run, first_step, world))
-    state = init_train_state(s, selection.compute)
-    ancestry = world.broadcast_object(
-        world.is_main and resume_or_init(run, first_step, s, data.report, state)
-    )
-    broadcast_state(state, world)
+    start = resume_or_init(s, run, data.report, world)
+    first_step, state = start.step, start.state
 
     # ---- log: metrics.jsonl, best.json and the terminal; config.json of the run
     log = RunLog(run, first_step, world, json_to)
     if reason := summary.finished_reason(s, log, n_steps):
         print(f"finished: {reason}")
         return 0
-    summary.print_start(s, run, data, selection)
-    log.begin(run_info(s, data.report, ancestry, selection.compute), state, s.KEEP_CHECKPOINTS)
+    summary.print_start(s, run, data, start.selection)
+    log.begin(run_info(s, data.report, start), state, s.KEEP_CHECKPOINTS)
 
     # ---- compiled functions
     micro_step, apply_update = compile_steps(state, s)
     evaluator = Evaluator(s, state.model, data, world, stop)
-    memory.set_limit(selection.peak, selection.compute)
+    memory.set_limit(start.selection.peak, start.selection.compute)
     meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_step(s))
 
     for step in range(first_step, n_steps + 1):  # one more: the end is evaluated too
@@ -256,7 +246,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
         if stop.requested:
             break
 
-        # every EVAL_FREQ steps
+        # every EVAL_FREQ steps: evaluate, keep the best, advise, write samples
         if (last_step or step % s.EVAL_FREQ == 0) and log.last_eval < step:
             if not evaluate_and_log(s, step, state, evaluator, log):  # a signal came meanwhile
                 log.save(step, state)
@@ -272,8 +262,6 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
             break
 
         # one step: micro-batches on each process, then an update by AdamW
-        if step == first_step:
-            print("compiling the training step, once (a minute or more on a new machine)")
         meter.start()
         state.optimizer.learning_rate = lr = learning_rate(step, n_steps, s)
         with meter.show_life():

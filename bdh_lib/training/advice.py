@@ -64,10 +64,10 @@ def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.nd
 def advise(
     history: list[dict], s: Settings, total: int, baselines: tuple[float, float]
 ) -> dict[str, str]:
-    """Return the advice by the name of its sign, for the evaluation that ends `history`
-    (metrics.jsonl).
+    """Return advice by the name of its sign, for the evaluation that ends `history`; {}: none.
 
-    total: steps of the whole run; baselines: what `byte_baselines` gives.
+    history: lines of metrics.jsonl; total: steps of the whole run; baselines: those of
+    `byte_baselines`.
     """
     val = {m["step"]: m["monitored_loss"] for m in history if "monitored_loss" in m}
     lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]
@@ -93,12 +93,12 @@ def advise(
 
 
 def lower_rate(s: Settings) -> str:
-    """Name the setting, its value, and a third of it."""
+    """Say to lower LEARNING_RATE to a third."""
     return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE / 3:.1g}"
 
 
 def higher_rate(s: Settings) -> str:
-    """Name the setting, its value, and three times that."""
+    """Say to raise LEARNING_RATE to three times its value."""
     return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * 3:.1g}"
 
 

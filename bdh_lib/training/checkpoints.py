@@ -37,9 +37,7 @@ class NoValidCheckpoint(UserError):
 
 
 def run_folder(s: Settings) -> Path:
-    """Return where the run of these settings is. Raises UserError for a name that could leave
-    there.
-    """
+    """Return the folder of the run. Raises UserError for a name that could lie elsewhere."""
     name = s.TRAINING_MODE if s.RUN_NAME is None else s.RUN_NAME
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
         raise UserError(f"RUN_NAME is {name!r}; it must be 1 to 64 of the characters A-Za-z0-9._-")
@@ -222,8 +220,7 @@ def _is_manifest(content: object) -> bool:
 
 
 def newest_valid(run: Path) -> int:
-    """Return the step of the newest sound checkpoint, 0 if there is none at all; damaged ones are
-    set aside.
+    """Return the step of the newest valid checkpoint, 0 before any; set damaged ones aside.
 
     Raises NoValidCheckpoint when none of the checkpoints is valid, or when they are gone: a run
     never starts anew silently.

@@ -41,9 +41,7 @@ class World:
         )
 
     def all_gather_object(self, value) -> list:
-        """Return what each process gave, in their order; anything that JSON holds, floats to the
-        bit.
-        """
+        """Return what each process gave, in their order: anything that JSON holds."""
         if self.size == 1:
             return [value]
         raw = json.dumps(value).encode()

@@ -54,9 +54,7 @@ def chain(s: Settings, n_processes: int = 1) -> list[Settings]:
 
 
 def ancestry(source: Path) -> list[dict]:
-    """Return the weights file that `source` means and those it came from, the eldest first, by
-    sha256.
-    """
+    """Return the weights file that `source` means, after those that it came from, by sha256."""
     file = find_weights(source)
     try:
         ancestors = files.parse_json(file.with_name("config.json").read_text()).get("ancestry", [])
@@ -66,8 +64,9 @@ def ancestry(source: Path) -> list[dict]:
 
 
 def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]:
-    """Return the bits per byte of the run's best weights on the validation bytes of every mode that
-    the data serve; kept in modes.json, by field too.
+    """Return the bits per byte of the run's best weights on the validation bytes of each mode.
+
+    Modes that the data do not serve are left out. modes.json keeps the results, by field too.
     """
     results = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
     results["data"] = cache_key(data_settings(s, s.TRAINING_MODE), sources.find(s.DATASET))
@@ -93,9 +92,7 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]
 
 
 def forgetting_table(rows: dict[str, dict[str, float]]) -> str:
-    """Return the bits per byte of every mode's held-out bytes after each run; (+0.31) has been
-    forgotten since an earlier one.
-    """
+    """Return a table of the bits per byte by run and mode; (+0.31) is what was forgotten since."""
     modes = list(next(iter(rows.values())))
     table, lowest = [("run", *modes)], {}
     for name, bpb in rows.items():

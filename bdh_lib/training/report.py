@@ -31,9 +31,7 @@ _warned = set()  # runs whose report failed
 
 
 def read_run(run: Path) -> tuple[dict, list[dict]]:
-    """Return config.json and the lines of metrics.jsonl of a run. Raises UserError where there is
-    none.
-    """
+    """Return config.json and the lines of metrics.jsonl. Raises UserError where there are none."""
     lines = [_sound(m) for m in runlog.read_log(run / "metrics.jsonl") if type(m["step"]) is int]
     if not lines:
         raise UserError(_no_run(run))
@@ -53,9 +51,7 @@ def _no_run(run: Path) -> str:
 
 
 def read_config(run: Path) -> dict:
-    """Return config.json, without what is not as the trainer writes it, of which a warning
-    tells.
-    """
+    """Return config.json without values that the trainer would not write; warn of a damaged one."""
     config, damaged = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}, []
     try:
         content = files.read_json_object(run / "config.json")
@@ -117,8 +113,9 @@ def _is_number(value) -> bool:
 
 
 def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Return the steps and values of the lines that have a number under `key`, thinned to about
-    POINTS; the last one stays.
+    """Return the steps and values of the lines that have a number under `key`.
+
+    They are thinned to about POINTS; the last one stays.
     """
     points = [(m["step"], m[key]) for m in lines if _is_number(m.get(key))]
     step = math.ceil(len(points) / POINTS) or 1
@@ -223,6 +220,7 @@ def text(value) -> str:
 
 
 def html_table(rows: list, head: tuple = (), kind: str = "") -> str:
+    """Return a table of class `kind`; "" without rows."""
     if not rows:
         return ""
     cells = [f"<tr>{''.join(f'<th>{text(c)}</th>' for c in head)}</tr>"] if head else []
@@ -249,12 +247,14 @@ def tiles(config: dict, lines: list[dict]) -> str:
 
 
 def samples_of(lines: list[dict]) -> list[tuple[int, list[str]]]:
+    """Return the step and the samples of each line of the log that has any."""
     return [(m["step"], m["samples"]) for m in lines if m.get("samples")]
 
 
 def answers_of(lines: list[dict]) -> list[list[str]]:
-    """Return a table of the answers to held-out records: a column for each record, with what was
-    asked, the true response, and the answer at each evaluation, the newest first.
+    """Return a table of the answers to held-out records, with a column for each record.
+
+    It has the question, the true response, and the answer at each evaluation, the newest first.
     """
     answered = [
         (m["step"], {(a["prompt"], a["truth"]): a["answer"] for a in m["answers"]})
@@ -333,9 +333,7 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
 
 
 def transcript(lines: list[dict]) -> str:
-    """Return samples.md: what the model said at each evaluation, the newest last; then its answers
-    to held-out records.
-    """
+    """Return samples.md: the samples of each evaluation, the newest last, and then the answers."""
     bpb = {m["step"]: m["val_bpb"] for m in lines if "val_bpb" in m}
     parts = ["# Samples\n"]
     for step, texts in samples_of(lines):
@@ -425,6 +423,7 @@ def compare(runs: list[Path], out: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Write the report of one run, or compare several; 0. Raises UserError."""
     parser = flags.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="run", help="folder of a run")
     parser.add_argument("--out", help="picture of a comparison (compare.png)", metavar="PNG")

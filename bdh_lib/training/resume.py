@@ -3,21 +3,51 @@
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
-from bdh_lib.compute.layer import Compute
 from bdh_lib.data import hub
 from bdh_lib.data.describe import data_changes
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings, settings_dict
 from bdh_lib.training import checkpoints, phases, tuning
+from bdh_lib.training.distributed import World
 from bdh_lib.training.report import read_config
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
 from bdh_lib.training.settings import FIXED_ON_RESUME, GLOBAL_BATCH, RULES
-from bdh_lib.training.train_state import TrainState, copy_tree, ema_applied
+from bdh_lib.training.train_state import (
+    TrainState,
+    broadcast_state,
+    copy_tree,
+    ema_applied,
+    init_train_state,
+)
+from bdh_lib.training.tuning import Selection
 from bdh_mlx import load_model
 
 
-def resume_or_init(run: Path, step: int, s: Settings, report: dict, state: TrainState) -> list:
+class Start(NamedTuple):
+    """Where a run begins, the same on all processes."""
+
+    step: int  # of the checkpoint that it goes on from, 0 without one
+    selection: Selection  # how it computes
+    state: TrainState
+    ancestry: list  # of its weights: the files of weights that they came from
+
+
+def resume_or_init(s: Settings, run: Path, report: dict, world: World) -> Start:
+    """Begin at the run's last checkpoint, else at INIT_FROM's weights, else at random ones.
+
+    `report` is that of the data. Raises UserError.
+    """
+    step = world.broadcast_object(world.is_main and checkpoints.newest_valid(run))
+    selection = tuning.select(s, *tuning.preferred(s, run, step, world))
+    state = init_train_state(s, selection.compute)
+    ancestry = world.broadcast_object(world.is_main and load_state(s, run, step, report, state))
+    broadcast_state(state, world)
+    return Start(step, selection, state, ancestry)
+
+
+def load_state(s: Settings, run: Path, step: int, report: dict, state: TrainState) -> list:
     """Load the run's checkpoint of `step`, or where that is 0 the weights of INIT_FROM, if any.
 
     Gives the ancestry of the weights. Raises UserError.
@@ -35,10 +65,11 @@ def resume_or_init(run: Path, step: int, s: Settings, report: dict, state: Train
     return info.get("ancestry", [])
 
 
-def run_info(s: Settings, report: dict, ancestry: list, compute: Compute) -> dict:
-    """Return what config.json says of a run: all that a resume compares, and who reads it."""
+def run_info(s: Settings, report: dict, start: Start) -> dict:
+    """Return config.json of a run: its settings, its data, and where and how it was computed."""
     info = {"settings": settings_dict(s), "data": report, "versions": checkpoints.versions()}
-    info |= {"ancestry": ancestry, "parameters": s.BDH_CONFIG.n_parameters}
+    info |= {"ancestry": start.ancestry, "parameters": s.BDH_CONFIG.n_parameters}
+    compute = start.selection.compute
     info["compute"] = tuning.choice_of(compute) | {"groups": compute.groups}
     info["own"] = [name for name in info["settings"] if name.isupper() and name not in RULES]
     return info

@@ -178,7 +178,9 @@ class Meter:
         self.losses, self.seconds, self.timed_bytes = [], 0.0, 0
 
     def start(self) -> None:
-        """Begin a step."""
+        """Begin a step, of which the first one compiles."""
+        if self.progress.done == self.first_step:
+            print("compiling the training step, once (a minute or more on a new machine)")
         self.step_start = time.perf_counter()
 
     def stop(
