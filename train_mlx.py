@@ -122,9 +122,10 @@ from bdh_lib.training.batches import no_sound_update, step_batches
 from bdh_lib.training.dataset import load_split
 from bdh_lib.training.distributed import World, is_lost
 from bdh_lib.training.evaluation import Evaluator
+from bdh_lib.training.meter import Meter
 from bdh_lib.training.report import redraw
 from bdh_lib.training.resume import resume_or_init, run_info
-from bdh_lib.training.runlog import Meter, RunLog, main_process_prints
+from bdh_lib.training.runlog import RunLog, main_process_prints
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
 from bdh_lib.training.settings import RULES, parse_settings, preset_settings
 from bdh_lib.training.signals import StopSignal

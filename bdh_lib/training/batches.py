@@ -38,9 +38,9 @@ def epoch_starts(n_bytes: int, T: int, seed: int, epoch: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def epoch_order(split: Split, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return two numbers of each record in a virtual stream that has the epoch's own order.
+    """Return where each record of a shuffled epoch ends, and its distance to where it lies.
 
-    They are where it ends, and how far from there it lies in `split`.
+    The first counts from the begin of the epoch; the second leads from there to its end in `split`.
     """
     lengths = np.diff(split.record_ends, prepend=0)
     order = np.random.default_rng([seed, epoch, 1]).permutation(len(lengths))

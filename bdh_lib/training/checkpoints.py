@@ -71,7 +71,7 @@ def refuse_other_case(run: Path) -> None:
 
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Hold `run` for one trainer, swept of what a killed one left. Raises UserError."""
+    """Lock the folder of a run for one trainer, rid of what a killed one left. Raises UserError."""
     is_new = not run.exists()
     try:
         refuse_other_case(run)
@@ -131,12 +131,12 @@ def read_best(run: Path) -> dict:
 
 
 def unused(run: Path, name: str) -> Path:
-    """Return `name` with the first number behind it that no file has yet."""
+    """Return the path of `name` in `run`, with the first number behind it that is free."""
     return next(p for i in range(10**6) if not (p := run / f"{name}-{i}").exists())
 
 
 def prune(run: Path, keep: int, best: int | None) -> None:
-    """Delete all checkpoints but the last `keep` and that of step `best`, each at once."""
+    """Delete all checkpoints but the last `keep` and that of step `best`."""
     for step in steps(run)[:-keep]:
         if step != best:
             gone = folder(run, step).rename(run / f".{folder(run, step).name}.tmp")

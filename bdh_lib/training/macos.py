@@ -29,7 +29,7 @@ class GpuFault(UserError):
 
 @contextmanager
 def kept_awake(wanted: bool) -> Iterator[None]:
-    """Keep a Mac from sleeping meanwhile, by its program caffeinate, if `wanted`.
+    """Keep a Mac awake meanwhile, by its program caffeinate, if `wanted`.
 
     The display may sleep (no -d): macOS ends long GPU work while it is on.
     """

@@ -1,4 +1,4 @@
-"""What a run tells: samples.md, curves.png and report.html, from its folder alone.
+"""The report of a run: samples.md, curves.png and report.html, from its folder alone.
 
     python -m bdh_lib.training.report RUN      # (re)draws the three in the run's folder
     python -m bdh_lib.training.report RUN RUN  # compares runs: a table and compare.png
@@ -72,7 +72,7 @@ def read_config(run: Path) -> dict:
 
 
 def _is_described(name: str, value) -> bool:
-    """Tell whether the page can tell of a part of config.json."""
+    """Tell whether a part of config.json has what the page shows of it."""
     if name == "data" and value:
         try:
             describe(value)
@@ -125,19 +125,19 @@ def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def bits(lines: list[dict]) -> list[dict]:
-    """Return the lines with the training loss, and the one that judges, in bits per byte too."""
+    """Return the lines with training and monitored loss in bits per byte, too."""
     names = (("loss", "bpb"), ("monitored_loss", "monitored_bpb"))
     return [m | {b: bits_per_byte(m[a]) for a, b in names if a in m} for m in lines]
 
 
 def best(lines: list[dict]) -> dict:
-    """Return the evaluation that judges the run best, that of the untrained model aside."""
+    """Return the evaluation of the lowest monitored loss, that of the untrained model aside."""
     evaluated = [m for m in bits(lines) if "monitored_loss" in m and m["step"]]
     return min(evaluated, key=lambda m: m["monitored_loss"], default={})
 
 
 def monitored_name(config: dict) -> str:
-    """Return which bytes judge a run: "all bytes" or "response bytes"."""
+    """Return which bytes the monitored loss counts: "all bytes" or "response bytes"."""
     return f"{config['settings'].get('LOSS_ON', 'all')} bytes"
 
 
@@ -230,7 +230,7 @@ def html_table(rows: list, head: tuple = (), kind: str = "") -> str:
 
 
 def tiles(config: dict, lines: list[dict]) -> str:
-    """Return the figures to see first."""
+    """Return the key figures of a run, as HTML."""
     last, lowest = lines[-1], best(lines)
     speeds = sorted(series(lines, "bytes_per_s")[1])
     facts = [
@@ -385,7 +385,7 @@ def redraw(run: Path) -> None:
 
 
 def compare(runs: list[Path], out: Path) -> str:
-    """Overlay the losses that judge runs, over the bytes trained on; a table of them."""
+    """Draw the losses of runs over the bytes trained on into `out`, and return a table of them."""
     files.check_replaceable(out, "--out")
     figure = canvas(9, 4)
     panels = figure.subplots(1, 2, sharey=True)

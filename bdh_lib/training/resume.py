@@ -48,9 +48,9 @@ def resume_or_init(s: Settings, run: Path, report: dict, world: World) -> Start:
 
 
 def load_state(s: Settings, run: Path, step: int, report: dict, state: TrainState) -> list:
-    """Load the run's checkpoint of `step`, or where that is 0 the weights of INIT_FROM, if any.
+    """Load the checkpoint of `step`, or where that is 0 the weights of INIT_FROM, if any.
 
-    Gives the ancestry of the weights. Raises UserError.
+    Returns the ancestry of the weights. Raises UserError.
     """
     if not step:
         return init_from(s, state) if s.INIT_FROM else []
@@ -87,7 +87,7 @@ def origin_of(s: Settings) -> Path:
 
 
 def init_from(s: Settings, state: TrainState) -> list:
-    """Give model and average the weights of INIT_FROM; their ancestry. Raises UserError."""
+    """Load the weights of INIT_FROM into `state`, and return their ancestry. Raises UserError."""
     if not (origin := origin_of(s)).exists():
         raise UserError(
             f"INIT_FROM {s.INIT_FROM}: there is no such run in {s.CHECKPOINT_DIR}, and no such "

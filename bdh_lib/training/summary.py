@@ -16,7 +16,8 @@ from bdh_lib.data.formats import (
 from bdh_lib.flags import Settings
 from bdh_lib.training import tuning
 from bdh_lib.training.dataset import Data
-from bdh_lib.training.runlog import Meter, RunLog
+from bdh_lib.training.meter import Meter
+from bdh_lib.training.runlog import RunLog
 from bdh_lib.training.schedule import blocks_per_step, total_steps
 from bdh_lib.training.tuning import Selection
 

@@ -21,13 +21,14 @@ import train_mlx
 from bdh_lib import files, runs
 from bdh_lib.generation import export
 from bdh_lib.training import batches, checkpoints, evaluation, runlog, summary
+from bdh_lib.training import meter as meters
 from bdh_lib.training import step as training_step
 from bdh_lib.training.batches import get_batch
 from bdh_mlx import UserError
 
 
 def test_a_gpu_that_computes_ahead_trains_and_logs_the_same(straight, tmp_path, monkeypatch):
-    for module in (train_mlx, training_step, runlog):
+    for module in (train_mlx, training_step, meters):
         monkeypatch.setattr(module, "on_cuda", lambda: True)
     assert train(tmp_path, "--max-iters", 12) == 0
     assert same(arrays(straight, 12), arrays(tmp_path, 12))
@@ -37,8 +38,8 @@ def test_a_gpu_that_computes_ahead_trains_and_logs_the_same(straight, tmp_path, 
 
 
 def test_an_update_that_is_read_late_counts_as_its_own(monkeypatch, capsys):
-    monkeypatch.setattr(runlog, "on_cuda", lambda: True)
-    meter = runlog.Meter(0, 3, 1000)
+    monkeypatch.setattr(meters, "on_cuda", lambda: True)
+    meter = meters.Meter(0, 3, 1000)
     for step, loss in enumerate((1.0, math.nan, 3.0), 1):
         meter.start()
         meter.stop(step, mx.array(loss), mx.array(1.0), True, wait=False)
@@ -62,9 +63,9 @@ def test_the_speed_of_a_gpu_that_computes_ahead_is_that_of_the_gpu(every, monkey
             clock[0] = max(clock[0], self.at)
             return 1.0
 
-    monkeypatch.setattr(runlog, "on_cuda", lambda: True)
-    monkeypatch.setattr(runlog.time, "perf_counter", lambda: clock[0])
-    meter, speeds = runlog.Meter(0, 21, 100), []
+    monkeypatch.setattr(meters, "on_cuda", lambda: True)
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: clock[0])
+    meter, speeds = meters.Meter(0, 21, 100), []
     for step in range(1, 22):
         meter.start()
         clock[0] += 1
@@ -86,7 +87,7 @@ def test_updates_that_are_not_finite_at_the_end_of_a_run_end_it(
         return (mx.array(math.nan) if next(steps) >= 3 else loss), gradients
 
     monkeypatch.setattr(train_mlx, "sum_gradients", sum_gradients)
-    for module in (train_mlx, training_step, runlog):
+    for module in (train_mlx, training_step, meters):
         monkeypatch.setattr(module, "on_cuda", lambda: ahead)
     flags = ["--max-iters", 6, "--log-freq", 100, "--eval-freq", 100, "--max-consecutive-skips", 3]
     assert train(tmp_path, *flags) == 1
@@ -95,9 +96,9 @@ def test_updates_that_are_not_finite_at_the_end_of_a_run_end_it(
 
 
 def test_the_first_update_is_not_timed(monkeypatch):
-    meter = runlog.Meter(0, 5, 1000)
+    meter = meters.Meter(0, 5, 1000)
     clock = iter([0.0, 100.0, 102.0])  # a start, a start and its end; the first end reads no clock
-    monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
     for step in (1, 2):
         meter.start()
         meter.stop(step, 1.0, 1.0, True, wait=True)

@@ -1,0 +1,95 @@
+"""How fast a run trains: its progress bar, and averages over its steps."""
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from bdh_lib.compute.device import on_cuda
+from bdh_lib.progress import LINE_EVERY, Progress, heartbeat
+
+LOGGED_LINE_EVERY = 60  # seconds between lines of progress beside those of the log
+
+
+class Meter:
+    """The progress bar, and averages over the steps since the last logged line."""
+
+    def __init__(self, step: int, n_steps: int, bytes_per_step: int):
+        self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
+        self.progress = Progress("training", n_steps, "iterations", step)
+        self.skipped = self.consecutive_skips = 0  # steps whose numbers were not finite
+        self.unread = []  # steps that MLX may not have computed yet
+        self.start_time = time.perf_counter()
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin new averages."""
+        self.losses, self.seconds, self.timed_bytes = [], 0.0, 0
+
+    def start(self) -> None:
+        """Begin a step, of which the first one compiles."""
+        if self.progress.done == self.first_step:
+            print("compiling the training step, once (a minute or more on a new machine)")
+        self.step_start = time.perf_counter()
+
+    def stop(
+        self, step: int, loss: mx.array, norm: mx.array, has_targets: bool, wait: bool
+    ) -> None:
+        """End step number `step`; its loss is averaged where it has any targets.
+
+        On CUDA its numbers are read when the next step has been submitted, unless `wait` says so:
+        the GPU computes while the host prepares. The first step is not timed: it compiles.
+        """
+        self.unread.append((step, loss, norm, has_targets))
+        self.collect(0 if wait or not on_cuda() else 1)
+        self.progress.update()
+        if step > self.first_step + 1:
+            self.seconds += time.perf_counter() - self.step_start
+            self.timed_bytes += self.bytes_per_step
+
+    def collect(self, n_left: int) -> None:
+        """Wait for the steps but the last `n_left`, and count them."""
+        while len(self.unread) > n_left:
+            step, loss, norm, has_targets = self.unread.pop(0)
+            loss, norm = float(loss), float(norm)
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.consecutive_skips = 0
+                self.losses += [loss] if has_targets else []
+            else:
+                self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
+                tqdm.write(f"iter {step:>6} | update skipped: loss {loss}, norm {norm}")
+
+    def close(self) -> None:
+        """End the bar, after a line for each skipped step that was not read yet."""
+        self.collect(0)
+        self.progress.bar.close()
+
+    def minutes(self) -> float:
+        """Return the minutes since the loop began, the first evaluation included."""
+        return (time.perf_counter() - self.start_time) / 60
+
+    def show_life(self) -> AbstractContextManager:
+        """Return the heartbeat of a step, up to the first line of the log."""
+        is_early = self.progress.line_every == LINE_EVERY
+        return heartbeat("training") if is_early else nullcontext()
+
+    def pop_averages(self, step: int) -> dict:
+        """Return the mean loss, speed and time left after `step`, and begin new averages.
+
+        {} where no step since the last line has a loss.
+        """
+        if not self.losses:
+            return {}
+        elapsed, done = time.perf_counter() - self.start_time, step - self.first_step
+        values = {
+            "loss": sum(self.losses) / len(self.losses),
+            "skipped": self.skipped,
+            "bytes_per_s": self.timed_bytes / max(self.seconds, 1e-9),
+            "peak_gb": mx.get_peak_memory() / 1e9,
+            "seconds_left": elapsed / done * (self.n_steps - step),
+        }
+        self.clear()
+        self.progress.line_every = LOGGED_LINE_EVERY
+        return values
