@@ -8,10 +8,10 @@ from bdh_lib.compute.state import WINDOW_RULE
 from bdh_lib.data import formats, hub
 from bdh_lib.errors import UserError
 from bdh_lib.files import expand_user
-from bdh_lib.flags import Parser, flag_of
+from bdh_lib.flags import Parser, flag_of, parse_value
 from bdh_lib.generation.jobs import MAX_TEXTS
 from bdh_lib.generation.sampling import LIMITS, PENALTY_WINDOW
-from bdh_lib.rules import check, whole
+from bdh_lib.rules import whole
 
 DTYPES = ("bfloat16", "float32")
 EXCLUSIVE_JOBS = {
@@ -56,7 +56,6 @@ def make_parser(description: str) -> Parser:
     add_jobs(jobs.add_mutually_exclusive_group().add_argument)
     jobs.add_argument(
         "--answers",
-        type=int,
         metavar="N",
         help="answer N instructions of --evaluate instead, those that the run held out of its own "
         "data, at temperature 0, and compare with the true responses (mode full)",
@@ -102,7 +101,7 @@ def add_state(add: Callable) -> None:
         help="continue from a saved state, with a --prompt of at least one byte",
     )
     add("--save-state", metavar="FILE.safetensors", help="save the state at the end of the text")
-    add("--window", type=int, metavar="W", help="forget bytes older than W; default: none")
+    add("--window", metavar="W", help="forget bytes older than W; default: none")
 
 
 def add_stop(add: Callable) -> None:
@@ -122,15 +121,12 @@ def add_output(add: Callable) -> None:
     budget = formats.MAX_NEW_TOKENS
     add(
         "--max-new-tokens",
-        type=int,
         default=budget,
         metavar="N",
         help=f"bytes of a text at most; default: {budget}",
     )
-    add("--samples", type=int, default=1, metavar="N", help="texts for each prompt; default: 1")
-    add(
-        "--batch-size", type=int, default=8, metavar="N", help="texts generated at once; default: 8"
-    )
+    add("--samples", default=1, metavar="N", help="texts for each prompt; default: 1")
+    add("--batch-size", default=8, metavar="N", help="texts generated at once; default: 8")
     add(
         "--out",
         metavar="FILE",
@@ -149,7 +145,6 @@ def add_sampling(add: Callable) -> None:
     add("--utf8", action="store_true", help="only bytes that continue valid UTF-8")
     add(
         "--repetition-penalty",
-        type=float,
         default=1.0,
         metavar="X",
         help=f"above 1: fewer of the last {PENALTY_WINDOW} bytes; letters recur, so keep it near "
@@ -157,25 +152,22 @@ def add_sampling(add: Callable) -> None:
     )
     add(
         "--temperature",
-        type=float,
         default=0.8,
         metavar="X",
         help="0: the likeliest byte; default: 0.8",
     )
-    add("--top-k", type=int, metavar="K", help="among the K likeliest bytes; default: all")
+    add("--top-k", metavar="K", help="among the K likeliest bytes; default: all")
     add(
         "--top-p",
-        type=float,
         metavar="P",
         help="among the fewest bytes that hold a share P of the probability; default: all",
     )
     add(
         "--min-p",
-        type=float,
         metavar="P",
         help="among bytes at least P times as likely as the likeliest; default: all",
     )
-    add("--seed", type=int, help="same seed, same bytes, on one machine; default: random")
+    add("--seed", help="same seed, same bytes, on one machine; default: random")
 
 
 def parse_args(argv: list[str] | None, description: str = "") -> argparse.Namespace:
@@ -183,7 +175,8 @@ def parse_args(argv: list[str] | None, description: str = "") -> argparse.Namesp
     args, typed = parse_typed(make_parser(description), argv)
     for name, rule in NUMBERS.items():
         if name in typed:
-            check(flag_name(name), typed[name], rule._replace(allow_none=False))
+            rule = rule._replace(allow_none=False)
+            setattr(args, name, parse_value(flag_name(name), typed[name], rule))
     for name in PATHS:
         if name in typed and not hub.is_model(typed[name]):
             setattr(args, name, expand_user(typed[name], flag_name(name)))
