@@ -12,7 +12,6 @@ import inspect
 import io
 import json
 import re
-import sys
 import tokenize
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
@@ -21,7 +20,7 @@ from types import ModuleType, SimpleNamespace, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
 from bdh_lib import cli
-from bdh_lib.errors import UserError, did_you_mean, escape_controls
+from bdh_lib.errors import UserError, did_you_mean, escape_controls, warn
 from bdh_lib.rules import KINDS, Rule, check
 
 SIMILARITY = 0.8  # share of two names that is the same where one is taken for a slip in the other
@@ -43,7 +42,6 @@ def parse(
     rules: of the settings that the script knows; actions: flags that are no settings, with their
     help. Raises UserError for a value that no rule admits; argparse reports an unknown flag.
     """
-    argv = sys.argv[1:] if argv is None else argv
     constants, required = (
         {name: getattr(script, name) for name in setting_names(script)},
         rules.keys(),
@@ -59,7 +57,7 @@ def parse(
             hints = get_type_hints(type(value))
             rules |= {field: Rule(hints[field]) for field in asdict(value)}
     parser = parser_of(script, constants, rules, presets, actions)
-    typed = vars(parser.parse_args(argv))
+    typed = vars(parser.parse_args(argv, Typed() if argv is None else None))
     if (preset := typed.pop("preset", None)) not in (None, *presets):
         near = did_you_mean(preset, presets)
         parser.error(f"--preset {preset!r} is none of {', '.join(presets)}{near}")
@@ -134,6 +132,19 @@ def parse_value(name: str, value: str | bool, rule: Rule | None):
 
 
 # ---------------------------------------------------------------------------- flags and their help
+
+
+class Typed(argparse.Namespace):
+    """Arguments as they were typed; one that is typed again with another value gets a warning."""
+
+    def __setattr__(self, name: str, value):
+        earlier = vars(self).get(name)
+        if earlier not in (None, value) and not isinstance(value, list):
+            self.tell_repeat(f"{flag_of(name)} is given twice, as {earlier!r} and as {value!r}")
+        super().__setattr__(name, value)
+
+    def tell_repeat(self, text: str) -> None:
+        warn(f"{text}; the last one counts")
 
 
 class Parser(argparse.ArgumentParser):

@@ -339,6 +339,16 @@ def test_flags_without_an_effect_together_are_refused(args, output):
     train_mlx.settings(["--preset", "tiny", "--phases", "full:1"])  # a preset was not typed
 
 
+def test_the_last_of_a_flag_that_is_typed_twice_counts_and_is_told(monkeypatch, capsys):
+    args = ["--seed=1", "--keep-awake", "--epochs=3", "--epochs=3", "--no-keep-awake", "--seed=2"]
+    monkeypatch.setattr(sys, "argv", ["train_mlx.py", *args])
+    assert train_mlx.settings().SEED == train_mlx.settings(args).SEED == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: --keep-awake is given twice, as True and as False; the last one counts",
+        "warning: --seed is given twice, as '1' and as '2'; the last one counts",
+    ]
+
+
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     trainer = copied(tmp_path, lambda source: "\ufeff" + source)
     assert vars(trainer.settings([])) == vars(train_mlx.settings([]))

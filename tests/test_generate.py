@@ -96,6 +96,11 @@ def test_the_same_seed_writes_the_same_bytes(chaos, output):
         (["--batch-size", "2"], "--batch-size: no effect on one text"),
         (["--top-k", "x"], "--top-k is 'x'; it must be a whole number from 1 to 65,536$"),
         (["--top-p", "1e"], "--top-p is '1e'; it must be a number .*1$"),
+        (["--prompt", "b"], "--prompt is given twice, as 'a' and as 'b'; .* by --prompts FILE$"),
+        (
+            ["--seed", "1", "--seed=2"],
+            "--seed is given twice, as '1' and as '2'; give one of them$",
+        ),
     ],
 )
 def test_impossible_flags_are_one_line(flags, complaint, counting):

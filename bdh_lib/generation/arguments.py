@@ -8,7 +8,7 @@ from bdh_lib.compute.state import WINDOW_RULE
 from bdh_lib.data import formats, hub
 from bdh_lib.errors import UserError
 from bdh_lib.files import expand_user
-from bdh_lib.flags import Parser, flag_of, parse_value
+from bdh_lib.flags import Parser, Typed, flag_of, parse_value
 from bdh_lib.generation.jobs import MAX_TEXTS
 from bdh_lib.generation.sampling import LIMITS, PENALTY_WINDOW
 from bdh_lib.rules import whole
@@ -190,11 +190,19 @@ def parse_args(argv: list[str] | None, description: str = "") -> argparse.Namesp
     return args
 
 
+class TypedOnce(Typed):
+    """Arguments of which none may be typed again with another value."""
+
+    def tell_repeat(self, text: str) -> None:
+        several = ", or several texts by --prompts FILE" if text.startswith("--prompt ") else ""
+        raise UserError(f"{text}; give one of them{several}")
+
+
 def parse_typed(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """Return the parsed arguments, and those that the user typed, even with a default's value."""
     args = parser.parse_args(argv)
     absent = {name: None for name in vars(args)}
-    typed = vars(parser.parse_args(argv, argparse.Namespace(**absent)))
+    typed = vars(parser.parse_args(argv, TypedOnce(**absent)))
     return args, {name: value for name, value in typed.items() if value is not None}
 
 
