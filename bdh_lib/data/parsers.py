@@ -191,8 +191,10 @@ def _parse_line(line: str, encoding: Encoding):
         return NOT_UTF8
     try:
         value = parse_exactly(line.removeprefix("\ufeff"))
-    except ValueError:  # also brackets too deep
+    except json.JSONDecodeError:
         return NOT_JSON
+    except ValueError as error:  # brackets too deep
+        return str(error)
     holds_records = isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)
     return value if isinstance(value, dict) or holds_records else NOT_AN_OBJECT
 

@@ -86,7 +86,7 @@ def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = N
         try:
             record, prompt = parse_line(line, mode, chosen)
         except ValueError as error:
-            reason = error if isinstance(error, UserError) else "not JSON"
+            reason = "not JSON" if isinstance(error, json.JSONDecodeError) else error
             raise UserError(f"--prompts {file} line {number}: {reason}") from None
         if len(jobs) + samples > MAX_TEXTS:
             demand = f"--prompts {file} with --samples {samples} asks"

@@ -225,6 +225,10 @@ REFUSED = {
     "unmarked.csv": (table(",").encode("utf-16-be"), "UTF-16 without its mark"),
     "columns.jsonl": (jsonl(*[{"foo": "a", "bar": "b"}] * N), "--columns instruction=COLUMN,resp"),
     "python.jsonl": ("{'instruction': 'a'}\n" * N, "skipped 20: not JSON"),
+    "deep.jsonl": (
+        jsonl({"text": "a"}) + '{"text": ' + "[" * 10**5,
+        r"skipped 1: its brackets are nested too deep \(first: record 2\)",
+    ),
     "turn in a line.jsonl": (jsonl(*[{"role": "user", "content": "x"}] * N), "role, content"),
     "damaged.jsonl.gz": (gzip.compress(b"x" * 999)[:-9], r"cannot be read as \.jsonl"),
     "no.gz": (b"x", "ends in none of"),

@@ -74,7 +74,7 @@ def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, t
         ('{"prompt": 5}', "prompt is int, not text"),
         ('{"prompt": "a", "n": NaN}', "it holds a number that JSON cannot"),
         ('{"prompt": "a", "n": [1e999]}', "it holds a number that JSON cannot"),
-        ("[" * 10**5, "not JSON"),
+        ("[" * 10**5, "its brackets are nested too deep"),
         ("\0", "not JSON"),
         ('{"system": "s"}', "instruction missing"),
         ('{"instruction": null}', "instruction is null, not text"),
