@@ -216,7 +216,8 @@ def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
     UserError.
 
     Hidden files and folders are left out, and folders that this project writes: runs and prepared
-    data may lie beside the data. So are files about the data, such as README.md.
+    data may lie beside the data. So are files about the data, such as README.md, and links that
+    lead nowhere.
     """
     files, others, written = [], [], []
     for at, folders, names in os.walk(folder, onerror=_unreadable):
@@ -226,16 +227,29 @@ def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
             if name[0] != ".":
                 is_data = parsers.file_kind(Path(name)) in FILE_KINDS and not _is_about(Path(name))
                 (files if is_data else others).append(Path(at, name))
+    dangling = list(filter(_leads_nowhere, files))
+    files = sorted({*files} - {*dangling})
     for file in files:
         _check_regular(file)
     if not files:
-        held = f"; it holds {_names(others)}" if others else ""
+        held = f"; it holds {_names(others + dangling)}" if others + dangling else ""
+        held += " (links that lead nowhere)" if dangling else ""
         raise UserError(
             f"DATASET {folder} is a folder without {', '.join(FILE_KINDS)} files of data{held}"
         )
     left_out = [f"{len(others):,} other files: {_names(others)}"] if others else []
+    left_out += [f"{len(dangling):,} links that lead nowhere: {_names(dangling)}"] * bool(dangling)
     left_out += [f"runs and models: {_names(written)}"] if written else []
-    return sorted(files), left_out
+    return files, left_out
+
+
+def _leads_nowhere(file: Path) -> bool:
+    """Tell whether a file is a link to one that does not exist, or in a circle."""
+    try:
+        file.stat()
+    except OSError as error:
+        return file.is_symlink() and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+    return False
 
 
 def _is_about(file: Path) -> bool:

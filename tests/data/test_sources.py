@@ -117,8 +117,14 @@ def test_what_is_no_data_file_is_told_and_never_waited_for(kind, complaint, wher
             if kind == "link in a circle":
                 path.unlink()
                 path.symlink_to(path)
+        if where == "in a folder" and kind.startswith("link"):
+            report = prepare(folder, Path(folder) / ".cache")[0]
+            assert report["not_read"] == ["1 links that lead nowhere: d.jsonl"]
+            assert report["records"] == 20
+            Path(folder, "other.jsonl").unlink()
+            complaint = r"is a folder without .*; it holds d\.jsonl \(links that lead nowhere\)"
         with pytest.raises(UserError, match=complaint):
-            prepare(path if where == "alone" else folder, Path(folder) / "cache")
+            prepare(path if where == "alone" else folder, Path(folder) / ".cache")
 
 
 def test_nothing_is_no_name_of_data(tmp_path, monkeypatch):
