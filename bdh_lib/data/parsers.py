@@ -298,6 +298,16 @@ def _wrapped_list(value: dict) -> list | None:
     return lists[0] if all(isinstance(r, dict) or is_chat(r) for r in lists[0]) else None
 
 
+def _check_lists(value: dict) -> None:
+    """Raise ValueError for an object of several lists of records, as splits in one file are."""
+    lists = {n: v for n, v in value.items() if isinstance(v, list) and v and not is_chat(v)}
+    names = [name for name, items in lists.items() if isinstance(items[0], dict)]
+    if len(names) > 1:
+        files = ", ".join(f"{name}.json" for name in names)
+        raise ValueError(f"it holds {len(names)} lists of records, {', '.join(names)}; write each "
+                         f"to a file of its own, {files}, and name their folder")  # fmt: skip
+
+
 def _records_of_object(value: dict) -> list | None:
     """Return the records of an object that holds them by column, as pandas and `datasets` write a
     table, or by name.
@@ -312,6 +322,7 @@ def _records_of_object(value: dict) -> list | None:
         if is_table and len({*map(len, columns)}) == 1 and len(columns[0]) > 1:
             return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
         return None
+    _check_lists(value)
     is_named = len(parts) > 1 and all(isinstance(part, dict) for part in parts)
     is_alike = is_named and len({frozenset(part) for part in parts}) == 1
     return parts if is_alike and choose_columns(tuple(parts[0])) else None

@@ -113,6 +113,9 @@ ODD_JSON = {
     "[]": [],
     " \n": [],
     "[" * 100_000: "nested too deep",
+    '{"n": 1, "train": [{"text": "a"}], "test": [{"text": "b"}]}': (
+        r"it holds 2 lists of records, train, test; write each .* train\.json, test\.json, and name"
+    ),
     '[{"text": "a"}': "Expecting ',' delimiter: line 1 column 15",
     '[{"text": ' + "9" * 5000 + "}]": [{"text": "9" * 5000}],
 }  # fmt: skip
