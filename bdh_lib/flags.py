@@ -153,11 +153,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+        self.flagless = {}  # by the flag that a setting would have: why it has none
 
     def error(self, message: str):
         flags = [flag for action in self._actions for flag in action.option_strings]
         if unknown := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
             message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1], flags)}"
+            message = self.flagless.get(unknown[1], message)
         message = escape_controls(" ".join(message.split()))  # it repeats what was typed
         self.exit(2, f"{self.prog}: {message} (--help lists all)\n")
 
@@ -177,6 +179,8 @@ def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions
     for name, value in constants.items():
         heading, comment = about.get(name, ("", ""))
         if rules[name].kind not in KINDS:
+            held = f"{name} holds a {type(value).__name__}, which no flag can"
+            parser.flagless[flag_of(name)] = f"{held}; change it in {Path(script.__file__).name}"
             continue
         if (flag := flag_of(name)) in flags:
             setting, other = (name, flags[flag]) if name.isupper() else (flags[flag], name)

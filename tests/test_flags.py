@@ -224,6 +224,10 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
     trainer = copied(tmp_path, behind(OWN))
     s = trainer.settings(["--cooldown-iters", "5", "--rate", "0.5", "--no-fast"])
     assert (s.COOLDOWN_ITERS, s.NOTE, s.RATE, s.LISTED, s.FAST) == (5, "mine", 0.5, (1, 2), False)
+    with pytest.raises(SystemExit, match="2"):
+        trainer.settings(["--listed=3"])
+    refused = f"LISTED holds a tuple, which no flag can; change it in {trainer.__name__}.py (--help"
+    assert refused in capsys.readouterr().err
     with pytest.raises(SystemExit):
         trainer.settings(["--help"])
     shown = capsys.readouterr().out
