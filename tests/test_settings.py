@@ -55,6 +55,11 @@ def test_the_presets_are_those_of_the_guide():
         ("--val-fraction 2", "VAL_FRACTION is 2"),
         ("--n-head 3", "n_head is 3"),
         ("--block-size 900000", "BLOCK_SIZE is 900,000"),
+        (
+            "--grad-accum 6185",
+            r"GRAD_ACCUM is 6,185, more .* than the run has blocks to train on \(6,184 of 64 bytes",
+        ),
+        ("--grad-accum 1000000000 --epochs 3 --plan", r"GRAD_ACCUM is 1,0.* \(18,550 of 64 bytes"),
         ("--dataset /no/such/file.jsonl", "does not exist"),
         ("--init-from nowhere --run-name x", "INIT_FROM nowhere: there is no such run"),
         ("--dataset ~no-such-user/d.jsonl", "~no-such-user/d.jsonl does not exist"),

@@ -127,7 +127,7 @@ def test_more_accumulation_takes_no_more_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(batches, "get_batch", stopped)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, "--grad-accum", 10**6, "--max-iters", 1)
+        train(tmp_path, "--grad-accum", 10**6, "--epochs", 1000)
     assert seen and max(largest) < 10**6
 
 
