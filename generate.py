@@ -207,7 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.answers is not None:
         answer_data(decoding, weights, mode, args)
     elif args.evaluate is not None:
-        print(evaluation.evaluation_table(model, args.evaluate, mode, trained, args.columns))
+        about = (args.evaluate, mode, trained, args.columns, runs.data_of(weights))
+        print(evaluation.evaluation_table(model, *about))
     elif args.prompts is not None:
         complete_file(decoding, weights, mode, args)
     elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():

@@ -327,6 +327,11 @@ def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, output):
     metrics = (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()
     trainers = [m["val_loss"] for m in map(json.loads, metrics) if "val_loss" in m][-1]
     table = output(tmp_path / "full", "--evaluate", held_out).decode()
+    own = "of these the run trained on all but its validation"
+    (tmp_path / "copy.jsonl").write_bytes(some.read_bytes())
+    for data in (some, tmp_path / "copy.jsonl"):
+        assert own in output(tmp_path / "full", "--evaluate", data).decode()
+    assert own not in table
     rows = {row.split()[0]: row.split()[1:] for row in table.splitlines()[2:]}
     assert rows.keys() == {"headers", "system", "instruction", "response", "whole"}
     assert int(rows["whole"][0].replace(",", "")) == len(val) - 1

@@ -69,6 +69,11 @@ def choose_questions(records: Split, n: int, length: int, budget: int) -> list[Q
     return sorted(rank, key=rank.get)[:n]
 
 
+def is_same(about: dict, data: dict) -> bool:
+    """Tell whether two reports are of one data set: by its name, else by what was counted."""
+    return any(all(about.get(k) == data.get(k) for k in keys) for keys in (["dataset"], COUNTS))
+
+
 def load_questions(
     dataset: str, columns: str | None, data: dict, folder: Path
 ) -> tuple[str, Split]:
@@ -79,8 +84,9 @@ def load_questions(
     """
     about, stream, fields = load_unsplit(dataset, "full", folder, columns)
     line = f"{about['dataset']}: all its records, also any that the model was trained on"
-    is_own = dataset == data.get("dataset") or all(about.get(k) == data.get(k) for k in COUNTS)
-    if is_own and (held_out := _held_out(dataset, data, folder / "prepared")):
+    if is_same(about | {"dataset": dataset}, data) and (
+        held_out := _held_out(dataset, data, folder / "prepared")
+    ):
         folder, line = held_out, f"{dataset}: the records that the run held out"
         stream, fields = (
             np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields")

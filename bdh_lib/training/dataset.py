@@ -78,7 +78,7 @@ def open_split(s: Settings) -> Data:
                 f"LOSS_ON is {s.LOSS_ON!r}, and the {len(split.bytes):,} {side} have none of it; "
                 f"{cure} or set LOSS_ON to 'all'"
             )
-    blocks = math.ceil(max(1, s.EPOCHS or 1) * len(data.train.bytes) / s.BLOCK_SIZE)
+    blocks = math.ceil(max(1, s.EPOCHS or 1) * len(train.bytes) / s.BLOCK_SIZE)
     if blocks < s.GRAD_ACCUM:
         raise UserError(
             f"GRAD_ACCUM is {s.GRAD_ACCUM:,}, more micro-batches in one iteration than the run has "

@@ -15,6 +15,7 @@ from bdh_lib.compute.layer import forward_segment, ln
 from bdh_lib.data.describe import count_text, skip_lines
 from bdh_lib.data.formats import FIELDS, LABEL_OF
 from bdh_lib.data.prepare import load_unsplit
+from bdh_lib.data.questions import is_same
 from bdh_lib.data.split import Split
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings
@@ -132,9 +133,17 @@ class Evaluator:
 
 
 def evaluation_table(
-    model: BDH, dataset: str, mode: str | None, settings: dict, columns: str | None = None
+    model: BDH,
+    dataset: str,
+    mode: str | None,
+    settings: dict,
+    columns: str | None = None,
+    data: dict | None = None,
 ) -> str:
-    """Return a table of the loss by field, in nats and bits per byte. Raises UserError."""
+    """Return a table of the loss by field, in nats and bits per byte. Raises UserError.
+
+    `data` is the report of the data that the model was trained on.
+    """
     if mode is None:
         raise UserError("the checkpoint names no training mode to format records in; give --mode")
     print(f"reading {dataset}", file=sys.stderr)
@@ -158,6 +167,10 @@ def evaluation_table(
         f"{len(stream):,} bytes in blocks of {T:,}, as the trainer validates",
         *(f"  {skip}" for skip in skip_lines(about)),
     ]
+    if data and is_same(about, data):
+        lines.append(
+            "  of these the run trained on all but its validation, whose loss is in its log"
+        )
     rows = [("field", "bytes", "share", "nats/byte", "bits/byte")]
     for name, mean in (means | {"whole": whole}).items():
         n = counts.get(name, n_bytes)
