@@ -25,7 +25,7 @@ from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import total_steps
-from bdh_lib.training.signals import StopSignal, default_signals
+from bdh_lib.training.signals import AT_ONCE, StopSignal, default_signals
 from bdh_lib.training.step import Diverged, compile_losses
 from bdh_lib.units import bits_per_byte
 from bdh_mlx import BDH
@@ -105,7 +105,7 @@ class Evaluator:
     def __init__(self, s: Settings, model: BDH, data: Data, world: World, stop: StopSignal):
         self.s, self.model, self.val, self.world, self.stop = s, model, data.val, world, stop
         self.losses, self.shape = compile_losses(model), (s.BATCH_SIZE, s.BLOCK_SIZE)
-        print("compiling the evaluation, once")
+        print(f"compiling the evaluation, once ({AT_ONCE})")
         with heartbeat("compiling"), default_signals():
             compile_shapes(self.losses, len(self.val.bytes), self.shape)
         self.n_steps = total_steps(s, len(data.train.bytes))

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from bdh_lib.compute.device import on_cuda
 from bdh_lib.progress import LINE_EVERY, Progress, heartbeat
+from bdh_lib.training.signals import AT_ONCE
 
 LOGGED_LINE_EVERY = 60  # seconds between lines of progress beside those of the log
 
@@ -31,7 +32,9 @@ class Meter:
     def start(self) -> None:
         """Begin a step, of which the first one compiles."""
         if self.progress.done == self.first_step:
-            print("compiling the training step, once (a minute or more on a new machine)")
+            print(
+                f"compiling the training step, once, a minute or more on a new machine ({AT_ONCE})"
+            )
         self.step_start = time.perf_counter()
 
     def stop(
