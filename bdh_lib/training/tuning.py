@@ -12,7 +12,6 @@ import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -218,7 +217,8 @@ def way(s: Settings, compute: Compute) -> tuple:
 def race(s: Settings, field: list[Compute], timed: TimedSteps, rounds: int, tried: dict) -> dict:
     """Return the best seconds of each candidate that there was time for; add all to `tried`.
 
-    They are timed in turn, because the speed of a machine drifts; the slow ones drop out.
+    They are timed in turn, because the speed of a machine drifts; the slow ones drop out, but not
+    the first, which the others are to beat.
     """
     best = {}
     for _ in range(rounds):
@@ -228,7 +228,7 @@ def race(s: Settings, field: list[Compute], timed: TimedSteps, rounds: int, trie
             seconds = timed.seconds(compute, s.BATCH_SIZE, s.BLOCK_SIZE)
             tried.setdefault(compute, []).append(seconds)
             best[compute] = min(seconds, best.get(compute, math.inf))
-        field = [compute for compute in field if best[compute] < SLOW * min(best.values())]
+        field[1:] = [c for c in field[1:] if best[c] < SLOW * min(best.values())]
     return best
 
 
@@ -242,12 +242,21 @@ def search(s: Settings, start: Compute, timed: TimedSteps) -> tuple[Compute, dic
             break
         best = min(times, key=times.get)
     least = min(map(min, tried.values()), default=0)
-    finalists = [compute for compute in tried if min(tried[compute]) < SLOW * least]
-    if len(finalists) > 1:
-        race(s, finalists, timed, FINAL_ROUNDS, tried)
-    best = min(finalists, key=lambda compute: min(tried[compute]), default=start)
-    # its usual step must beat the best one of auto's: on a busy machine a lucky one is noise
-    return (best if best in tried and median(tried[best]) < min(tried[start]) else start), tried
+    finalists, final = [c for c in tried if c != start and min(tried[c]) < SLOW * least], {}
+    if finalists:
+        race(s, [start, *finalists], timed, FINAL_ROUNDS, final)
+    latest = tried | final  # the last race alone counts, as far as there was time for it
+    faster = [compute for compute in finalists if is_faster(latest[compute], latest[start])]
+    tried = {compute: [*times, *final.get(compute, [])] for compute, times in tried.items()}
+    return min(faster, key=lambda compute: min(tried[compute]), default=start), tried
+
+
+def is_faster(seconds: list[float], others: list[float]) -> bool:
+    """Tell whether three quarters of two or more `seconds` beat the best of `others`: on a busy
+    machine a lucky one is noise.
+    """
+    usual = sorted(seconds)[3 * len(seconds) // 4]
+    return min(len(seconds), len(others)) > 1 and usual < min(others)
 
 
 def tune(s: Settings) -> int:
@@ -282,5 +291,7 @@ def tune(s: Settings) -> int:
     print(format_table(rows))
     content = choice_of(best) | {"conditions": conditions(s)}
     files.atomic_write_text(file, json.dumps(content, indent=1))
+    if best == start and min(map(min, tried.values())) < min(tried[start]):
+        print("no other way was faster by more than its own times differ: nothing else should run")
     print(f"kept in {file}: MEMORY_MODE auto computes new runs of this shape so")
     return 0

@@ -4,8 +4,10 @@ import json
 import os
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 
+import numpy as np
 import pytest
 from helpers import ARGS, arrays, same, train
 
@@ -50,7 +52,8 @@ def test_the_search_walks_to_the_fastest():
     start, best, tried, updates = found(cost)
     assert (best.chunk, best.rows, best.saved_activations) == (32, 256, 1)
     ways = [tuning.way(shape(), c) for c in tried]
-    assert len(ways) == len(set(ways)) and updates.counts[start] == 2  # nothing is tried again
+    assert len(ways) == len(set(ways))  # nothing is tried again
+    assert updates.counts[start] == 2 + tuning.FINAL_ROUNDS  # which the others are to beat
     assert updates.counts[best] > updates.counts[replace(start, chunk=256)] == 1  # the slow one
 
 
@@ -61,8 +64,19 @@ def test_noise_and_a_lack_of_time_leave_what_auto_takes():
     for calls in (0, 1, 2):
         start, best, tried, updates = found(lambda c: 1, calls)
         assert best == start and updates.counts.total() == calls
-    start, best, *_ = found(lambda c: c.rows, calls=6)  # what there was time for counts
+    start, best, *_ = found(lambda c: c.rows, calls=6)  # each was timed once
+    assert best == start
+    start, best, *_ = found(lambda c: c.rows, calls=10)  # what there was time for counts
     assert best == replace(start, rows=512)
+
+
+@pytest.mark.parametrize(("share", "is_kept"), [(1, False), (0.6, True)])
+def test_a_busy_machine_keeps_no_noise_and_finds_a_large_gain(share, is_kept):
+    for seed in range(4):
+        noise = np.random.default_rng(seed)
+        cost = partial(lambda r, c: (share if c.chunk == 64 else 1) * r.lognormal(0, 0.1), noise)
+        start, best, *_ = found(cost)
+        assert (best != start) == is_kept, seed
 
 
 def test_a_machine_that_drifts_is_told_from_a_way_that_is_slow():
