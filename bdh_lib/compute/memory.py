@@ -196,11 +196,15 @@ def limit_cache() -> None:
 
 def slow_note(s: Settings) -> str:
     """Return a warning if a batch takes several seconds: a large model on a CPU."""
-    work = s.BDH_CONFIG.n_parameters * s.BATCH_SIZE * s.BLOCK_SIZE
-    if on_gpu() or work < 10**10:
+    seconds = forward_seconds(s)
+    if on_gpu() or seconds < 3:
         return ""
-    seconds = 3e-10 * work  # a forward pass on two busy cores, measured with the default model
     return f" (a batch takes about {seconds:,.0f} s on two CPU cores)"
+
+
+def forward_seconds(s: Settings) -> float:
+    """Return the seconds of a forward pass on two busy cores, measured with the default model."""
+    return 3e-10 * s.BDH_CONFIG.n_parameters * s.BATCH_SIZE * s.BLOCK_SIZE
 
 
 def is_exhausted(error: RuntimeError) -> bool:

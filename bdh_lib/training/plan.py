@@ -202,15 +202,31 @@ def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> 
     return format_table(rows, "  ")
 
 
+def shortened(s: Settings, compute: Compute) -> Settings:
+    """Return the settings with a short batch where a machine is slow: two chunks of one block."""
+    if not memory.slow_note(s):
+        return s
+    T = min(s.BLOCK_SIZE, 2 * compute.chunk)
+    return Settings(**vars(s) | {"BATCH_SIZE": 1, "BLOCK_SIZE": T})
+
+
 def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
-    """Return the seconds of a step and of an evaluation's batch, medians of three after a first."""
+    """Return the seconds of a step and of an evaluation's batch, medians of three after a first.
+
+    On a slow machine a short batch foretells them: the time is about linear in the bytes.
+    """
+    short = shortened(s, compute)
+    B, T = short.BATCH_SIZE, short.BLOCK_SIZE
+    times = s.BATCH_SIZE * s.BLOCK_SIZE / (B * T)
     state = init_train_state(s, compute)
     micro_step, apply_update = compile_steps(state, s)
     losses_of = compile_losses(state.model)
     steps, evaluations = [], []
-    print(f"\nmeasuring the speed{memory.slow_note(s)}: compiling, then 4 iterations")
+    expected = duration(4 * 4 * memory.forward_seconds(short))  # an iteration is about four of them
+    part = f" of {B * T:,} bytes, about {expected} on two busy CPU cores" * (times > 1)
+    print(f"\nmeasuring the speed: compiling, then 4 iterations{part}")
     for i in range(4):
-        batch = get_batch(train, i, s, s.BATCH_SIZE * s.BLOCK_SIZE)
+        batch = get_batch(train, i, short, B * T)
         tick = time.perf_counter()
         with default_signals():
             loss, gradients = micro_step(*batch)
@@ -219,8 +235,8 @@ def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
         with default_signals():
             losses = losses_of(batch.idx, batch.targets)
         mx.eval(losses)
-        steps.append((tock - tick) * s.GRAD_ACCUM)
-        evaluations.append(time.perf_counter() - tock)
+        steps.append((tock - tick) * times * s.GRAD_ACCUM)
+        evaluations.append((time.perf_counter() - tock) * times)
         print(f"  iteration {i + 1} of 4: {tock - tick:.1f} s", flush=True)
     return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
 

@@ -3,12 +3,15 @@
 import json
 import re
 import time
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 from helpers import ARGS
 
 import train_mlx
 from bdh_lib import progress
+from bdh_lib.compute import memory
 from bdh_lib.training import plan
 from bdh_lib.training.schedule import blocks_per_step
 
@@ -197,6 +200,20 @@ def test_the_share_of_evaluations_is_told(tmp_path, capsys, monkeypatch):
     seconds = 3 * 0.5 * evaluated / 128
     share = f"{seconds / (20 + seconds):.1%}"
     assert f" ({share}) of it 3 evaluations of {evaluated} bytes; no samples" in out
+
+
+def test_a_slow_machine_measures_a_part_of_a_batch(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "slow_note", lambda _: " (slow)")
+    monkeypatch.setattr(memory, "default_chunk", lambda D: 10)
+    monkeypatch.setattr(memory, "forward_seconds", lambda s: s.BLOCK_SIZE / 2)
+    clock = SimpleNamespace(perf_counter=count().__next__)  # each part takes a second
+    monkeypatch.setattr(plan, "time", clock)
+    seen, real = [], plan.get_batch
+    monkeypatch.setattr(plan, "get_batch", lambda *a: seen.append(real(*a)) or seen[-1])
+    out = plan_output(tmp_path, capsys, [record(i) for i in range(40)], "--grad-accum", "3")
+    assert {batch.idx.shape for batch in seen} == {(1, 20)}  # of (2, 64)
+    assert "4 iterations of 20 bytes, about 2.7 min on two busy CPU cores" in out
+    assert "speed: 20 bytes/s" in out
 
 
 @pytest.mark.parametrize("preset", [None, *train_mlx.PRESETS])
