@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SHARES = 6  # of about as many seconds each, for the processes of pytest-xdist
+SHARES = 3  # of about as many seconds each, for the processes of pytest-xdist
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="a fork of a process that loaded Metal hangs")

@@ -71,7 +71,7 @@ def test_a_line_puts_off_the_next_heartbeat():
 def test_a_heartbeat_speaks_while_a_large_document_is_parsed(capsys, monkeypatch, item):
     monkeypatch.setattr(progress, "POLL", 0.001)
     with progress.heartbeat("parsing"):
-        assert len(parsers.parse_exactly(f"[{f'{item},' * 500_000}{item}]")) == 500_001
+        assert len(parsers.parse_exactly(f"[{f'{item},' * 1_500_000}{item}]")) == 1_500_001
     assert capsys.readouterr().out.count("parsing: 0 s ...\n") > 3
 
 

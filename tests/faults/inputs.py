@@ -71,7 +71,7 @@ BAD = [  # (reason counted, line): each kind is put in once more often than the 
     ("instruction with a lone surrogate", RECORD | {"instruction": "\ud800"}),
     ("not valid UTF-8", b'{"system": "\xac", "instruction": "i", "response": "r"}'),
     ("not JSON", b'{"system": "cut'),
-    ("not JSON", DEEP.encode()),
+    ("not JSON", b"{broken}"),
     ("not JSON", b'{"system": 9e}'),
     ("not a JSON object", b"[1, 2]"),
     ("not a JSON object", b'"text"'),
