@@ -30,7 +30,7 @@ from bdh_lib.training import phases, tuning
 from bdh_lib.training.batches import get_batch
 from bdh_lib.training.dataset import open_split
 from bdh_lib.training.runlog import duration
-from bdh_lib.training.schedule import blocks_per_step, schedule_summary, total_steps
+from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary, total_steps
 from bdh_lib.training.signals import default_signals
 from bdh_lib.training.step import compile_losses, compile_steps
 from bdh_lib.training.train_state import init_train_state
@@ -287,6 +287,8 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s)
     sizes[s.TRAINING_MODE] = len(train.bytes)
     print(f"\nrun: {schedule_summary(s, len(train.bytes))}")
+    if note := passes_note(s, len(train.bytes)):
+        print(f"passes: {note}")
     print_needs(s, about)
     if not s.PHASES:
         print("\npresets on these data (estimated memory of a step by MEMORY_MODE):")

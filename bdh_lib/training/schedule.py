@@ -29,6 +29,31 @@ def schedule_summary(s: Settings, n_bytes: int) -> str:
     return f"{total:,} iterations of {bytes_per_step:,} bytes are {coverage}{cut}"
 
 
+# Where the recipe was best, by the bytes of records that it trained on (docs/log.md, 2026-11-27)
+MEASURED_PASSES = {
+    100_000: "12 to 16 passes; --dropout 0.5 took 0.04 bits per byte off",
+    500_000: "8 of its 10 passes",
+    4_200_000: "8.5 to 10 of its 10 passes",
+}
+RECIPE_BYTES, RECIPE_PARAMETERS = 4_200_000, 25_296_896
+
+
+def passes_note(s: Settings, n_bytes: int) -> str | None:
+    """Say how many passes were best where the data are far smaller or larger than the recipe's.
+
+    None for another size of the model, and for data of about the recipe's size.
+    """
+    if s.BDH_CONFIG.n_parameters != RECIPE_PARAMETERS or 0.5 <= n_bytes / RECIPE_BYTES <= 2:
+        return None
+    passes = total_steps(s, n_bytes) * s.BLOCK_SIZE * blocks_per_step(s) / n_bytes
+    near = min(MEASURED_PASSES, key=lambda size: abs(math.log(size / n_bytes)))
+    more = "; more bytes were not measured" * (n_bytes > RECIPE_BYTES)
+    return (
+        f"{passes:.1f} passes over {n_bytes / 1e6:,.2f} MB; the default settings were best on "
+        f"{near / 1e6:g} MB after {MEASURED_PASSES[near]}{more}"
+    )
+
+
 def learning_rate(step: int, total: int, s: Settings) -> float:
     """Return the rate of step number `step` (from 0): a linear rise, then half a cosine down."""
     if step < s.WARMUP_ITERS:

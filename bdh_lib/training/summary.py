@@ -18,7 +18,7 @@ from bdh_lib.training import tuning
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.meter import Meter
 from bdh_lib.training.runlog import RunLog
-from bdh_lib.training.schedule import blocks_per_step, total_steps
+from bdh_lib.training.schedule import blocks_per_step, passes_note, total_steps
 from bdh_lib.training.tuning import Selection
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -32,6 +32,8 @@ def print_start(s: Settings, run: Path, data: Data, selection: Selection) -> Non
     print(f"memory: {selection.name}, {dtype}, estimated peak {selection.peak / 1e9:.2f} GB")
     if hint := tuning.hint(s, selection.name, total_steps(s, len(data.train.bytes))):
         print(hint)
+    if note := passes_note(s, len(data.train.bytes)):
+        print(f"note: {note}")
     fields = data.val.field_names() & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
     print(f"note: {SAMPLE_NOTES[s.TRAINING_MODE if fields else 'text']}")
 
