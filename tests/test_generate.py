@@ -332,6 +332,8 @@ def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, output):
     for data in (some, tmp_path / "copy.jsonl"):
         assert own in output(tmp_path / "full", "--evaluate", data).decode()
     assert own not in table
+    some.write_bytes(held_out.read_bytes() * 2)  # other records under the same name
+    assert own not in output(tmp_path / "full", "--evaluate", some).decode()
     rows = {row.split()[0]: row.split()[1:] for row in table.splitlines()[2:]}
     assert rows.keys() == {"headers", "system", "instruction", "response", "whole"}
     assert int(rows["whole"][0].replace(",", "")) == len(val) - 1
@@ -341,6 +343,19 @@ def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, output):
                      for f in ("whole", *(rows.keys() - {"whole"})))  # fmt: skip
     assert sum(n for n, _ in parts) == whole[0]
     assert abs(sum(n * nats for n, nats in parts) / whole[0] - whole[1]) < 2e-4
+
+
+def test_another_ready_split_is_not_said_to_be_the_runs(tmp_path, output):
+    for name, text in (("a", b"first one. " * 60), ("b", b"another thing; " * 50)):
+        (tmp_path / name).mkdir()
+        for side in ("train", "val"):
+            (tmp_path / name / f"{side}.bin").write_bytes(text)
+    args = "--preset tiny --n-layer 1 --n-embd 16 --max-iters 1 --sample-bytes 1 --dataset"
+    box = ["--checkpoint-dir", str(tmp_path / "runs")]
+    assert train_mlx.main([*args.split(), str(tmp_path / "a"), *box]) == 0
+    for name in "ab":  # of its own one the validation alone is read
+        table = output(tmp_path / "runs" / "full", "--evaluate", tmp_path / name).decode()
+        assert "bits/byte" in table and "the run trained on" not in table
 
 
 def test_a_text_file_has_one_field_and_other_modes_need_their_fields(chaos, tmp_path, output):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,11 +70,6 @@ def choose_questions(records: Split, n: int, length: int, budget: int) -> list[Q
     return sorted(rank, key=rank.get)[:n]
 
 
-def is_same(about: dict, data: dict) -> bool:
-    """Tell whether two reports are of one data set: by its name, else by what was counted."""
-    return any(all(about.get(k) == data.get(k) for k in keys) for keys in (["dataset"], COUNTS))
-
-
 def load_questions(
     dataset: str, columns: str | None, data: dict, folder: Path
 ) -> tuple[str, Split]:
@@ -84,10 +80,8 @@ def load_questions(
     """
     about, stream, fields = load_unsplit(dataset, "full", folder, columns)
     line = f"{about['dataset']}: all its records, also any that the model was trained on"
-    if is_same(about | {"dataset": dataset}, data) and (
-        held_out := _held_out(dataset, data, folder / "prepared")
-    ):
-        folder, line = held_out, f"{dataset}: the records that the run held out"
+    if prepared := prepare_again(dataset, about, data, folder / "prepared"):
+        folder, line = prepared("full"), f"{dataset}: the records that the run held out"
         stream, fields = (
             np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields")
         )
@@ -99,11 +93,17 @@ def load_questions(
     return line, records
 
 
-def _held_out(dataset: str, data: dict, cache: Path) -> Path | None:
-    """Return prepared data whose validation is what a run held out of the data set.
+def prepare_again(
+    dataset: str, about: dict, data: dict, cache: Path
+) -> Callable[[str], Path] | None:
+    """Return a function that prepares a run's records again in a mode, the same ones held out.
 
-    None where its bytes are not those of the run's report.
+    `about` is the report of `dataset`, `data` that of the run's data. None where the bytes of the
+    two are not the same, by sha256.
     """
+    same_counts = all(about.get(name) == data.get(name) for name in COUNTS)
+    if dataset != data.get("dataset") and not same_counts:
+        return None  # not worth the time
     try:
         made_from = {name: data["made_from"][name] for name in DataSettings._fields}
         settings = DataSettings(**made_from)._replace(dataset=dataset)
@@ -113,4 +113,4 @@ def _held_out(dataset: str, data: dict, cache: Path) -> Path | None:
         return None
     if [report[side]["sha256"] for side in ("train", "val")] != sums:
         return None
-    return prepare(settings._replace(mode="full"), cache)  # the same records in every mode
+    return lambda mode: prepare(settings._replace(mode=mode), cache)
