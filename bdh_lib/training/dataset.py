@@ -78,11 +78,12 @@ def open_split(s: Settings) -> Data:
                 f"LOSS_ON is {s.LOSS_ON!r}, and the {len(split.bytes):,} {side} have none of it; "
                 f"{cure} or set LOSS_ON to 'all'"
             )
-    blocks = math.ceil(max(1, s.EPOCHS or 1) * len(train.bytes) / s.BLOCK_SIZE)
+    passes = max(1, s.EPOCHS or 1)
+    blocks = math.ceil(passes * len(train.bytes) / s.BLOCK_SIZE)
     if blocks < s.GRAD_ACCUM:
         raise UserError(
-            f"GRAD_ACCUM is {s.GRAD_ACCUM:,}, more micro-batches in one iteration than the run has "
-            f"blocks to train on ({blocks:,} of {s.BLOCK_SIZE:,} bytes); lower it"
+            f"GRAD_ACCUM is {s.GRAD_ACCUM:,}, more micro-batches in one iteration than blocks to "
+            f"train on ({blocks:,} of {s.BLOCK_SIZE:,} bytes, passes: {passes:g}); lower it"
         )
     return data
 
