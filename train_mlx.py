@@ -235,7 +235,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
     micro_step, apply_update = compile_steps(state, s)
     evaluator = Evaluator(s, state.model, data, world, stop)
     memory.set_limit(start.selection.peak, start.selection.compute)
-    meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_step(s))
+    meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_step(s), log.skipped)
 
     for step in range(first_step, n_steps + 1):  # one more: the end is evaluated too
         last_step = step == n_steps
@@ -310,5 +310,6 @@ def evaluate_and_log(
     if log.world.is_main and s.SAMPLE_BYTES and (step or s.INIT_FROM):  # random weights: noise
         with ema_applied(state):
             samples = write_samples(s, step, state.model, evaluator.val, evaluator.stop)
+        if not evaluator.stop.requested:  # else they are cut
             log.write(step=step, **samples)
     return True

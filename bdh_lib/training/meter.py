@@ -17,10 +17,10 @@ LOGGED_LINE_EVERY = 60  # seconds between lines of progress beside those of the 
 class Meter:
     """The progress bar, and averages over the steps since the last logged line."""
 
-    def __init__(self, step: int, n_steps: int, bytes_per_step: int):
+    def __init__(self, step: int, n_steps: int, bytes_per_step: int, skipped: int = 0):
         self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
         self.progress = Progress("training", n_steps, "iterations", step)
-        self.skipped = self.consecutive_skips = 0  # steps whose numbers were not finite
+        self.skipped, self.consecutive_skips = skipped, 0  # steps whose numbers were not finite
         self.unread = []  # steps that MLX may not have computed yet
         self.start_time = time.perf_counter()
         self.clear()

@@ -93,6 +93,11 @@ class RunLog:
         steps = evaluated_steps(self.history)
         return max(steps, default=-1) if self.best or steps == [0] else -1
 
+    @property
+    def skipped(self) -> int:
+        """Return how many updates of the run were skipped, up to the last line of the log."""
+        return max((m.get("skipped", 0) for m in self.history), default=0)
+
     def patience_exceeded(self, patience: int | None) -> bool:
         """Tell whether `patience` evaluations came after the best one, over all resumes."""
         since = [e for e in evaluated_steps(self.history) if e > self.best.get("step", math.inf)]

@@ -95,6 +95,36 @@ def test_updates_that_are_not_finite_at_the_end_of_a_run_end_it(
     assert (out + err).count("update skipped") == 3 and "no sound update in 3 iterations" in err
 
 
+def test_skipped_updates_are_counted_over_resumes(tmp_path, monkeypatch):
+    real, steps = train_mlx.sum_gradients, count(1)
+
+    def sum_gradients(*args):
+        loss, gradients = real(*args)
+        return (mx.array(math.nan) if next(steps) in (1, 2, 4) else loss), gradients
+
+    monkeypatch.setattr(train_mlx, "sum_gradients", sum_gradients)
+    for end in (3, 5):
+        assert train(tmp_path, "--max-iters", end, "--log-freq", 1, "--eval-freq", 100) == 0
+    assert [m["skipped"] for m in metrics(tmp_path) if "skipped" in m] == [2, 3]
+
+
+def test_samples_that_a_signal_cuts_are_not_logged(tmp_path, monkeypatch):
+    real = train_mlx.write_samples
+
+    def write_samples(s, step, model, val, stop):
+        samples = real(s, step, model, val, stop)
+        stop.requested = 15
+        return samples
+
+    monkeypatch.setattr(train_mlx, "write_samples", write_samples)
+    flags = ["--max-iters", 4, "--eval-freq", 2, "--sample-bytes", 4]
+    assert train(tmp_path, *flags) == 128 + 15
+    assert not any("samples" in m for m in metrics(tmp_path))
+    monkeypatch.undo()
+    assert train(tmp_path, *flags) == 0
+    assert [m["step"] for m in metrics(tmp_path) if "samples" in m] == [4]
+
+
 def test_the_first_update_is_not_timed(monkeypatch):
     meter = meters.Meter(0, 5, 1000)
     clock = iter([0.0, 100.0, 102.0])  # a start, a start and its end; the first end reads no clock
