@@ -1,6 +1,6 @@
 # make train: everything from nothing, then the main job on the embedded sample.
 # make test:  everything from nothing, then the tests.   make lint: format and lint check.
-# make faults: every fault of tests/faults in full, 8 minutes.
+# make faults: every fault of tests/faults in full, 8 to 9 minutes.
 # make mac-audit: the kernels of Metal that this project needs, in MLX's packages for macOS (123 MB).
 PYTHON ?= python3
 BIN = .venv/bin
