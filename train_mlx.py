@@ -199,8 +199,6 @@ def train_or_explain(s: Settings, stop: StopSignal, world: World, json_to: TextI
             print(f"error: process {world.rank} lost another one: {error}. Checkpoints are as "
                   "they were; the same command goes on", file=sys.stderr)  # fmt: skip
             return 1
-        if "shared library" in str(error):
-            raise UserError(f"MLX cannot compile: {error}; look at TMPDIR") from None
         if not memory.is_exhausted(error):
             raise
         raise UserError(f"memory is out: {memory.oom_advice(s, memory.available())}") from None

@@ -11,6 +11,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 INTERRUPT_TIMEOUT = 1.0  # seconds that Ctrl-C waits for the interpreter, which MLX may hold
 REQUIRED = ("mlx", "mlx.core", "numpy", "tqdm")  # what is imported before main()
+NOT_COMPILED = ("[Compile::eval_cpu]", "shared library")  # in errors of MLX's compiler for the CPU
+TEMPORARY_SPACE = 1_000_000  # bytes that a first compile may take in the temporary folder
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as other programs end
 
 
@@ -185,6 +187,10 @@ def report_error(error: BaseException, file: str) -> int:
     elif isinstance(error, RuntimeError) and str(error).lower().startswith("[metal"):
         cure = "close other programs, let the display sleep, and start again (docs/mac.md)"
         text, code = f"error: {error}; {cure}", 2
+    elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in NOT_COMPILED):
+        cure = f"look at {temporary_folder()[1]}, or set TMPDIR to another folder"
+        end = " ".join(str(error).split())[-200:]  # before it is a compiler's long command
+        text, code = f"error: MLX cannot compile: {end}; {cure}", 2
     elif isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
         text, code = f"error: {error}; pip install -r requirements.txt", 2
     elif line := script_line(error, file):
@@ -226,18 +232,24 @@ def version() -> str:
     return f"BDH-MLX, mlx {mx.__version__}, python {sys.version.split()[0]}"
 
 
+def temporary_folder() -> tuple[str | None, str]:
+    """Return the folder to which MLX writes what it compiles, and the variable that names it."""
+    names = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  # which MLX takes in turn
+    name = next((name for name in names if os.environ.get(name)), None)
+    return name, os.environ[name] if name else "/tmp"
+
+
 def check_temporary_folder() -> None:
-    """Raise UserError where MLX could not write what it compiles; it takes these names in turn."""
+    """Raise UserError where MLX could not write what it compiles."""
     import tempfile
 
     from bdh_lib.errors import UserError
 
-    names = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
-    name = next((name for name in names if os.environ.get(name)), None)
-    folder = os.environ.get(name, "/tmp") if name else "/tmp"
+    name, folder = temporary_folder()
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(TEMPORARY_SPACE))
     except OSError as error:
         subject = f"{name} is {folder}" if name else folder
-        reason = f"where nothing can be written ({error.strerror})"
+        reason = f"where {TEMPORARY_SPACE:,} bytes cannot be written ({error.strerror})"
         raise UserError(f"{subject}, {reason}; set TMPDIR to another folder") from None

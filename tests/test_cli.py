@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -126,6 +127,32 @@ def test_a_temporary_folder_that_cannot_be_written_is_told_before_anything_is_ma
     done = script(*command, env={"TMPDIR": str(tmp_path / "none")})
     assert done.returncode == 2 and done.stderr.startswith("error: TMPDIR is ")
     assert done.stderr.count("\n") == 1 and not (run.parent / "other").exists()
+
+
+def test_a_temporary_folder_that_is_full_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    cli.check_temporary_folder()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (cli.TEMPORARY_SPACE - 1, limits[1]))
+    try:
+        with pytest.raises(
+            bdh_mlx.UserError, match=r"TMPDIR is .* cannot be written .*; set TMPDIR"
+        ):
+            cli.check_temporary_folder()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    "text", ["[Compile::eval_cpu] Failed to compile function f", "Could not load shared library f"]
+)
+def test_a_failed_compile_is_one_line_in_every_script(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "error", None, raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert cli.report_error(RuntimeError(f"{text}\nNo space left on device"), "generate.py") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: MLX cannot compile: {text}") and err.count("\n") == 1
+    assert f"look at {tmp_path}, or set TMPDIR" in err
 
 
 def test_ctrl_c_ends_a_script_within_a_call_that_does_not_return(run):
