@@ -8,10 +8,15 @@ The processes hold the same weights and take the same decisions; the first one a
 """
 
 import json
+import os
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from bdh_lib import files
+from bdh_lib.errors import UserError
 
 LOST = ("[ring]", "[nccl]", "NCCL", "[mpi]", "[jaccl]")  # how the errors of a lost peer begin
 
@@ -20,7 +25,8 @@ class World:
     """The processes of this run; where there is one, every method returns its input."""
 
     def __init__(self):
-        self.group = mx.distributed.init()
+        """Join the processes that the environment names. Raises UserError where that fails."""
+        self.group = _join()
         self.size, self.rank = self.group.size(), self.group.rank()
         self.is_main = self.rank == 0  # it alone writes
 
@@ -67,6 +73,21 @@ class World:
         # waits some 5 s for another process.
         mx.eval(summed)
         return summed
+
+
+def _join() -> mx.distributed.Group:
+    rank, hosts = (os.environ.get(name) for name in ("MLX_RANK", "MLX_HOSTFILE"))
+    try:
+        if rank and not rank.isdecimal():  # MLX would take it for 0
+            raise ValueError("a rank is 0, 1 and so on")
+        if rank and hosts and len(files.parse_json(Path(hosts).read_text())) < 2:
+            raise ValueError("a ring has two hosts or more")  # MLX would crash, or wait for ever
+        return mx.distributed.init()
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"MLX_RANK is {rank} and MLX_HOSTFILE {hosts}, by which the processes of this run "
+            f"cannot meet: {error}; start them by mlx.launch, or unset both to train on one"
+        ) from None
 
 
 def is_lost(error: RuntimeError) -> bool:

@@ -239,6 +239,32 @@ def test_what_processes_tell_each_other_arrives(tmp_path):
         assert code == 0 and out == "agreed\n", err
 
 
+@pytest.mark.parametrize(
+    ("rank", "hosts"),
+    [
+        ("0", None),
+        ("0", "junk"),
+        ("0", "null"),
+        ("0", "[]"),
+        ("0", '[["a:1"]]'),
+        ("0", '["a", "b"]'),
+        ("0", "[[], []]"),
+        ("5", '["a:1", "b:1"]'),
+        ("abc", '["a:1", "b:1"]'),
+        ("-1", '["a:1", "b:1"]'),
+    ],
+)
+def test_an_environment_by_which_no_processes_meet_is_told(tmp_path, rank, hosts):
+    file = tmp_path / "hosts.json"
+    if hosts:
+        file.write_text(hosts)
+    env = os.environ | {"MLX_RANK": rank, "MLX_HOSTFILE": str(file)}
+    code = "import sys, bdh_lib.training.distributed as d\n"
+    code += "try: d.World()\nexcept d.UserError as error: sys.exit(f'told: {error}')"
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True)
+    assert done.stderr.decode().startswith(f"told: MLX_RANK is {rank} and MLX_HOSTFILE {file}, ")
+
+
 def test_sums_are_evaluated_before_anything_reads_them(monkeypatch):
     """Else a GPU would wait for the slowest process, which macOS allows for seconds only."""
     done, world = [], distributed.World()
