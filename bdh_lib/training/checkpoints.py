@@ -55,6 +55,16 @@ def steps(run: Path) -> list[int]:
     return sorted(int(n) for n in names if n.isdigit() and folder(run, int(n)).name[5:] == n)
 
 
+def refuse_in_the_way(run: Path, step: int) -> None:
+    """Raise UserError where a file or a link has the name of a checkpoint after that of `step`."""
+    for path in run.glob("step-*"):
+        is_folder = path.is_dir() and not path.is_symlink()
+        if path.name[5:].isdecimal() and int(path.name[5:]) > step and not is_folder:
+            raise UserError(
+                f"{path} is in the way of a checkpoint, as it is no folder; remove or rename it"
+            )
+
+
 def refuse_other_case(run: Path) -> None:
     """Raise UserError where the name of `run` and that of a file beside it differ in case alone.
 

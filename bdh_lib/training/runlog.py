@@ -106,11 +106,12 @@ class RunLog:
     def begin(self, info: dict, state: TrainState, n_kept: int) -> None:
         """Write config.json, whose content `info` each checkpoint repeats.
 
-        Raises UserError where the checkpoints will not fit on the disk: the `n_kept` latest ones,
-        the best, and the one that is being written.
+        Raises UserError where something is in the way of a checkpoint, and where they will not fit
+        on the disk: the `n_kept` latest ones, the best, and the one that is being written.
         """
         self.info = info
         if self.world.is_main:
+            checkpoints.refuse_in_the_way(self.run, self.first_step)
             missing = n_kept + 2 - len(checkpoints.steps(self.run))
             checkpoints.check_space(self.run, state, max(1, missing))
             files.atomic_write_text(self.run / "config.json", json.dumps(info, indent=1))

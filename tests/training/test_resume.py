@@ -404,6 +404,18 @@ def test_a_recipe_resumes_in_the_same_bits(tmp_path, kind):
     assert same(arrays(tmp_path / "twice", 6), arrays(tmp_path / "once", 6))
 
 
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_in_the_way_of_a_checkpoint_is_told_before_training(tmp_path, kind):
+    train(tmp_path, "--max-iters", 1)
+    obstacle = tmp_path / "full" / "step-000030"
+    obstacle.symlink_to(tmp_path) if kind == "link" else obstacle.write_text("mine")
+    with pytest.raises(UserError, match=r"step-000030 is in the way .* remove or rename it"):
+        train(tmp_path, "--max-iters", 2)
+    assert checkpoints.steps(tmp_path / "full") == [1]
+    obstacle.rename(obstacle.with_name("step-000001-old"))
+    assert train(tmp_path, "--max-iters", 2) == 0
+
+
 @pytest.mark.parametrize("kind", ["folder", "loop", "text", "deep"])
 def test_a_best_json_that_is_none_is_set_aside(tmp_path, capsys, kind):
     train(tmp_path, "--max-iters", 2)
