@@ -181,6 +181,8 @@ def report_error(error: BaseException, file: str) -> int:
     elif error is sys.stdout.error:
         redirect_to_devnull(1)  # what waits in its buffer would fail again at the end
         text, code = f"error: the output: {error.strerror or error}", 2
+    elif isinstance(error, FileNotFoundError) and not error.filename:  # os.getcwd names no file
+        text, code = "error: the current folder has been deleted; go to another one (cd)", 2
     elif isinstance(error, OSError):
         prefix = f"{error.filename}: " if error.filename else ""
         text, code = f"error: {prefix}{error.strerror or error}", 2

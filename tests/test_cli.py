@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT
 
 import bdh_mlx
-from bdh_lib import cli
+from bdh_lib import cli, files
 from bdh_lib.data import prepare
+from bdh_lib.training import summary
 
 DEV_FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Mac has no /dev/full")
 SMALL = "--preset tiny --n-layer 1 --n-embd 32 --block-size 64 --batch-size 1 --max-iters 2"
@@ -237,6 +238,18 @@ def test_an_error_of_this_project_keeps_its_traceback(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "IndexError" in done.stderr
     assert bdh_mlx.UserError.exit_code == 2
+
+
+def test_a_deleted_current_folder_is_told_where_it_is_needed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "error", None, raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    assert summary.from_here(tmp_path) == tmp_path  # the last lines of a run do without it
+    with pytest.raises(FileNotFoundError) as error:
+        files.absolute("run")
+    assert cli.report_error(error.value, "generate.py") == 2
+    assert capsys.readouterr().err.startswith("error: the current folder has been deleted; ")
 
 
 @pytest.mark.parametrize(

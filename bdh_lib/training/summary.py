@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -80,7 +81,9 @@ def print_summary(s: Settings, log: RunLog, data: Data, meter: Meter) -> None:
 
 def from_here(path: Path) -> Path:
     """Return the path from the current folder, if it lies there."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    with suppress(FileNotFoundError, ValueError):  # it is deleted, or the path lies elsewhere
+        return path.relative_to(Path.cwd())
+    return path
 
 
 def sample_command(s: Settings, run: Path, fields: set[str]) -> str:
