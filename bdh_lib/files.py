@@ -77,6 +77,14 @@ class NotWritten(UserError, OSError):
     """A file cannot be written. It is an OSError, too, for those who clean up after one."""
 
 
+def write_fault(error: OSError | RuntimeError) -> str:
+    """Return why something could not be written, and the cure where it is known."""
+    reason = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, IsADirectoryError | FileExistsError):
+        return f"{reason}; remove or rename it"
+    return f"{reason} (is the disk full?)" if reason.startswith("[write]") else reason  # MLX's
+
+
 def check_replaceable(path: Path, name: str) -> None:
     """Raise UserError where `path` is a file other than a picture or trace of this project.
 
@@ -114,8 +122,7 @@ def atomic_writer(path: Path, durable: bool = False) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
         is_user_error = isinstance(error, UserError)
         if isinstance(error, OSError | RuntimeError) and not is_user_error:  # RuntimeError: MLX's
-            reason = getattr(error, "strerror", None) or error
-            raise NotWritten(f"{requested} cannot be written: {reason}") from None
+            raise NotWritten(f"{requested} cannot be written: {write_fault(error)}") from None
         raise
 
 

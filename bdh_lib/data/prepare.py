@@ -22,7 +22,7 @@ from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.split import ENDS, choose_validation, write_split
 from bdh_lib.data.texts import Texts, write_texts
 from bdh_lib.errors import NoDataError, UserError
-from bdh_lib.files import parse_json, sha256_file, sha256_text
+from bdh_lib.files import parse_json, sha256_file, sha256_text, write_fault
 from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
 
@@ -138,10 +138,9 @@ def _writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         file = error.filename or folder  # a failed write names no file
-        reason = error.strerror or error
         if full or Path(file).is_relative_to(folder):
-            raise UserError(f"{folder} cannot be written: {reason}") from None
-        raise UserError(f"{file} cannot be read: {reason}") from None
+            raise UserError(f"{folder} cannot be written: {write_fault(error)}") from None
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
 def is_intact(folder: Path) -> bool:

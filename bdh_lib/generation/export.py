@@ -123,8 +123,8 @@ def _new_folder(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # it does not exist yet
                 path.rmdir()
         if isinstance(error, OSError) and not isinstance(error, UserError):
-            reason = f"cannot be written: {error.strerror}"
-            raise UserError(f"--export {folder} {reason}") from None
+            reason = files.write_fault(error)
+            raise UserError(f"--export {folder} cannot be written: {reason}") from None
         raise
 
 

@@ -88,7 +88,8 @@ def lock_run(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("a")
     except OSError as error:
-        raise UserError(f"{run} cannot be written: {error.strerror}; see CHECKPOINT_DIR") from None
+        reason = f"{error.filename or run} cannot be written: {files.write_fault(error)}"
+        raise UserError(f"{reason}; see CHECKPOINT_DIR") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -416,6 +416,17 @@ def test_what_is_in_the_way_of_a_checkpoint_is_told_before_training(tmp_path, ki
     assert train(tmp_path, "--max-iters", 2) == 0
 
 
+@pytest.mark.parametrize("name", ["full/config.json/", "full/.lock/", "full", ".data"])
+def test_a_folder_for_a_file_or_a_file_for_a_folder_is_told_with_the_cure(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("/"):
+        path.mkdir(parents=True)
+    else:
+        path.write_text("mine")
+    with pytest.raises(UserError, match=rf"{path} cannot be written: .*; remove or rename it"):
+        train(tmp_path, "--max-iters", 1)
+
+
 @pytest.mark.parametrize("kind", ["folder", "loop", "text", "deep"])
 def test_a_best_json_that_is_none_is_set_aside(tmp_path, capsys, kind):
     train(tmp_path, "--max-iters", 2)
