@@ -4,13 +4,18 @@
 import _signal
 
 
+def quiet_interrupts() -> None:
+    """Let Ctrl-C end the process without a traceback, unless it is ignored, as by nohup."""
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
+
 def run(file: str) -> None:
     """Run the script `file` by cli.run, and let Ctrl-C end the import of cli without a traceback.
 
     This module imports nothing else, since Ctrl-C before this call is a traceback.
     """
-    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:  # not ignored: nohup's
-        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    quiet_interrupts()
     from bdh_lib import cli
 
     cli.run(file)

@@ -100,6 +100,20 @@ def test_ctrl_c_while_a_script_is_imported_is_no_traceback(run, name):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_ctrl_c_while_a_package_is_imported_for_its_module_is_no_traceback(run, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'bdh_lib.compute': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    command = [sys.executable, *map(str, commands(run)["report"])]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.parametrize(("name", "called"), [("plan", "print_plan"), ("selfcheck", "run_checks")])
 def test_ctrl_c_later_is_one_line(run, name, called):
     code = (
