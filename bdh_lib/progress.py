@@ -1,5 +1,7 @@
 """Signs of life: a bar on a terminal, and elsewhere a line every few seconds."""
 
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +12,14 @@ from tqdm import tqdm
 
 DELAY, LINE_EVERY = 1, 4  # seconds before a bar is drawn; between lines where there is none
 POLL = 0.5  # seconds between two looks of a heartbeat at what was shown
+
+
+def is_without_columns(stream: TextIO) -> bool:
+    """Tell whether a terminal tells no size, as that of a serial line: tqdm draws nothing there."""
+    try:
+        return not os.get_terminal_size(stream.fileno()).columns
+    except (OSError, AttributeError):  # it is no terminal, or not even a file
+        return False
 
 
 class Progress:
@@ -26,7 +36,8 @@ class Progress:
         """
         self.what, self.total, self.unit, self.done, self.file = what, total, unit, initial, file
         options = {"unit": f" {unit}", "initial": initial, "leave": False, "delay": DELAY}
-        self.bar = tqdm(total=total, desc=what, disable=None, **options)
+        disable = True if is_without_columns(sys.stderr) else None  # None: where is no terminal
+        self.bar = tqdm(total=total, desc=what, disable=disable, **options)
         self.last_line, self.line_every = time.monotonic(), LINE_EVERY
 
     def update(self, n: int = 1) -> None:

@@ -1,6 +1,10 @@
 """Signs of life: a bar on a terminal, lines elsewhere."""
 
+import fcntl
 import io
+import os
+import struct
+import termios
 import time
 
 import mlx.core as mx
@@ -39,6 +43,18 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch):
         shown.bar.refresh()
         assert "reading:  40%" in shown.bar.fp.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_lines_on_a_terminal_that_tells_no_size(capsys, monkeypatch):
+    main, end = os.openpty()  # of 0 columns
+    with os.fdopen(end, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert [*progress.counted("a", "copying", "files")] == ["a"]
+        assert capsys.readouterr().out == "copying: 1 files ...\n"
+        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        assert [*progress.counted("a", "copying", "files")] == ["a"]
+        assert capsys.readouterr().out == ""
+    os.close(main)
 
 
 def test_what_is_quick_says_nothing(capsys, monkeypatch):
