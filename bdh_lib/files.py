@@ -50,6 +50,11 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
+def absence(path: Path) -> str:
+    """Say what a path is that does not exist: it may be a link, which `ls` shows."""
+    return "is a link that leads to nothing" if path.is_symlink() else "does not exist"
+
+
 def parse_json(text: str | bytes):
     """Parse JSON. Raises ValueError, also for text that is nested too deep."""
     try:

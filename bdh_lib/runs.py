@@ -32,11 +32,9 @@ def find_weights(path: str | Path) -> Path:
         raise UserError(f"{path} has no valid checkpoint: {faults[0][0].name} {faults[0][1]}")
     if path.name.startswith("step-") and path.is_dir():
         raise UserError(f"{path} lacks its model.safetensors; name its run folder for another one")
-    reason = "does not exist"
+    reason = files.absence(path)
     if path.exists():
         reason = "has no checkpoint (step-000500/model.safetensors) in it"
-    elif path.is_symlink():
-        reason = "is a link that leads to nothing"
     raise UserError(f"{path} {reason}; name a run folder, a checkpoint or a .safetensors file")
 
 

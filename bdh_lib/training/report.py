@@ -40,7 +40,7 @@ def read_run(run: Path) -> tuple[dict, list[dict]]:
 
 def _no_run(run: Path) -> str:
     if not run.exists():
-        return f"{run} does not exist; name the folder of a run"
+        return f"{run} {files.absence(run)}; name the folder of a run"
     if (log := run / "metrics.jsonl").exists() and not log.stat().st_size:
         return f"{log} is empty: the run has not been evaluated yet"
     if log.exists():

@@ -165,7 +165,7 @@ def test_a_folder_without_a_run_is_named(tmp_path, run):
         ("empty", "holds no metrics.jsonl; name the folder of a run"),
         (".", "holds no metrics.jsonl; name one or more of the runs in it: run & co$"),
         ("absent", "does not exist"),
-        ("loop", "does not exist"),
+        ("loop", "is a link that leads to nothing; name the folder of a run"),
     ):
         with pytest.raises(UserError, match=complaint):
             report.main([f"{tmp_path}/{name}"])
