@@ -147,6 +147,9 @@ def main(argv: list[str] | None = None) -> int:
     cli.check_temporary_folder()
     for slip in flags.find_typos(sys.modules[__name__], RULES):
         warn(slip)
+    if own := flags.own_settings(sys.modules[__name__], RULES):
+        note = "kept in config.json; only code of your own reads them"
+        print(f"own settings: {', '.join(own)} ({note})", file=sys.stderr)
     if base.selfcheck:
         return selfcheck.run_checks(base.DTYPE)
     if base.plan:

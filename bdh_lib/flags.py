@@ -225,10 +225,10 @@ def _comments(source: str) -> dict[str, tuple[str, str]]:
 
 
 def assignments(source: str) -> list[ast.Assign | ast.AnnAssign]:
-    """List the assignments of a module, or of the class that is all of it."""
+    """List the assignments of a module, or of the class that is all of it: `A: int` is none."""
     body = ast.parse(source).body
     body = body[0].body if len(body) == 1 and isinstance(body[0], ast.ClassDef) else body
-    return [node for node in body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    return [n for n in body if isinstance(n, ast.Assign | ast.AnnAssign) and n.value]
 
 
 def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
@@ -241,9 +241,11 @@ def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 
 
 def find_typos(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
-    """Warn in a line of each name at the top that may be a slip: like a setting's, or set twice."""
+    """Warn in a line of each name at the top that may be a slip: like a setting's, or set twice;
+    and of each line that looks like an assignment and is none.
+    """
     source = Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
-    lines, warnings = {}, []
+    lines, warnings = {}, without_equals(source)
     for node in assignments(source):
         for name in targets(node):
             lines.setdefault(name, []).append(str(node.lineno))
@@ -262,3 +264,23 @@ def find_typos(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
                 f"{name} is no setting that the trainer reads; set it in {model_of[name.lower()]}"
             )
     return warnings
+
+
+def without_equals(source: str) -> list[str]:
+    """Warn in a line of each `NAME: 32` and `NAME == 32` above the first table, ACTIONS."""
+    table = next(node.lineno for node in assignments(source) if "ACTIONS" in targets(node))
+    return [
+        f"line {node.lineno}, {ast.unparse(node)}, sets nothing; its = is missing"
+        for node in ast.parse(source).body
+        if node.lineno < table
+        and (
+            (isinstance(node, ast.AnnAssign) and not node.value)
+            or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Compare))
+        )
+    ]
+
+
+def own_settings(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
+    """List the constants that the user added, but for those that may be slips."""
+    names = [name for name in setting_names(script) if name not in rules]
+    return [name for name in names if not did_you_mean(name, rules, SIMILARITY)]

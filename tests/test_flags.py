@@ -233,7 +233,9 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"--cooldown-iters int\s+updates at the end \(now 0\)", shown)
     args = [*SMALL.split(), *MODEL.split(), "--block-size", "64", "--checkpoint-dir", str(tmp_path)]
-    assert trainer.main(args) == 0 and "warning" not in capsys.readouterr().err
+    assert trainer.main(args) == 0
+    told = capsys.readouterr().err
+    assert "warning" not in told and "own settings: COOLDOWN_ITERS, NOTE, RATE, LISTED," in told
     (config,) = tmp_path.glob("*/step-000001/config.json")
     kept = json.loads(config.read_text())["settings"]
     assert kept["COOLDOWN_ITERS"] == 0 and kept["LISTED"] == [1, 2] and kept["RATE"] is None
@@ -261,6 +263,9 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
             "KEEP_CHECKPOINTS = 4",
             r"KEEP_CHECKPOINTS is set in lines \d+ and \d+; the last one counts",
         ),
+        ("BLOCK_SIZE: 32", r"line \d+, BLOCK_SIZE: 32, sets nothing; its = is missing"),
+        ("BLOCK_SIZE == 32", r"line \d+, BLOCK_SIZE == 32, sets nothing; its = is missing"),
+        ("NOTE: str", r"line \d+, NOTE: str, sets nothing; its = is missing"),
     ],
 )
 def test_a_name_that_may_be_a_slip_is_one_warning(tmp_path, block, output):
@@ -271,6 +276,7 @@ def test_a_name_that_may_be_a_slip_is_one_warning(tmp_path, block, output):
 
 def test_the_settings_as_they_stand_have_no_slip():
     assert flags.find_typos(train_mlx, train_mlx.RULES) == []
+    assert flags.own_settings(train_mlx, train_mlx.RULES) == []
 
 
 @pytest.mark.parametrize(
@@ -312,6 +318,7 @@ def test_a_wrong_constant_is_named_with_its_value_and_what_fits(tmp_path, line, 
         ("--learning-rate 1e30", "LEARNING_RATE is 1e.30; .* to 1,000"),
         ("--weight-decay 1e30", "WEIGHT_DECAY is 1e.30; .* to 1,000"),
         ("--epochs inf", "EPOCHS is inf"),
+        ("--vocab-size 1", "vocab_size is 1; bytes are 256, so leave it at 256$"),
     ],
 )
 def test_a_wrong_flag_is_named_with_its_value_and_what_fits(args, output):
