@@ -49,7 +49,7 @@ class BDHConfig(CheckedConfig):
     dropout: float = 0.1  # fraction of y dropped, in training only
     n_head: int = 4  # H, attention heads
     mlp_internal_dim_multiplier: int = 128  # H * N / D
-    vocab_size: int = 256  # V, one entry per byte value
+    vocab_size: int = 256  # V, one entry per byte value: for training leave it at 256
     dropout_v: float = 0.0  # fraction of ln(o) and of the embedding dropped, in training only
 
     @property

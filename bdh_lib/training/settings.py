@@ -123,4 +123,6 @@ def check_settings(s: Settings) -> None:
     if s.MAX_ITERS is None and s.EPOCHS is None:
         raise UserError("MAX_ITERS and EPOCHS are both none, a run without an end; set one of them")
     if s.BDH_CONFIG.vocab_size != 256:
-        raise UserError(f"vocab_size is {s.BDH_CONFIG.vocab_size}; bytes are 256")
+        raise UserError(
+            f"vocab_size is {s.BDH_CONFIG.vocab_size}; bytes are 256, so leave it at 256"
+        )
