@@ -38,20 +38,37 @@ def find_weights(path: str | Path) -> Path:
     raise UserError(f"{path} {reason}; name a run folder, a checkpoint or a .safetensors file")
 
 
+def read_best(run: Path) -> dict:
+    """Return the best evaluation of a run: checkpoint, step, monitored_loss in nats; {} before any.
+
+    Raises UserError where best.json is not what the trainer wrote, by the sha256 in it.
+    """
+    try:
+        best = files.parse_json((run / "best.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):  # unreadable, or no JSON
+        best = None
+    if not isinstance(best, dict) or best.pop("sha256", None) != files.sha256_text(repr(best)):
+        raise UserError("best.json is not what was written")
+    kinds = {"checkpoint": str, "step": int, "monitored_loss": float}
+    if not all(isinstance(best.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(f"best.json lacks one of {', '.join(kinds)}")
+    return best
+
+
 def _best_of(run: Path) -> str | None:
     """Return the name of the checkpoint in a run's best.json, None if there is no such file.
 
     One that is damaged gets a warning: the last checkpoint is not the best.
     """
-    if not (file := run / "best.json").exists():
-        return None
     try:
-        name = files.read_json_object(file).get("checkpoint")
-        reason = "names no checkpoint of the run"
+        name = read_best(run).get("checkpoint")
     except UserError as error:
-        name, reason = None, f"is damaged ({error})"
-    if not isinstance(name, str) or not (run / name).is_dir():
-        warn(f"{file} {reason}; taking the last checkpoint")
+        warn(f"in {run} {error}; taking the last checkpoint")
+        return None
+    if name and not (run / name).is_dir():
+        warn(f"{run / 'best.json'} names no checkpoint of the run; taking the last checkpoint")
         return None
     return name
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import random_model, saved, train
+from helpers import random_model, saved, train, write_best
 
 import bdh_mlx
 import generate
@@ -247,18 +247,19 @@ def of_steps(model, folder, *steps):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("edit", "reason"),
     [
-        ("null", "is damaged"),
-        ("{", "is damaged"),
-        ('{"step": 1}', "names no checkpoint of the run"),
-        ('{"checkpoint": "step-000009"}', "names no checkpoint of the run"),
-        ('{"checkpoint": ["step-000001"]}', "names no checkpoint of the run"),
+        (lambda text: "null", "is not what was written"),
+        (lambda text: "{", "is not what was written"),
+        (lambda text: '{"checkpoint": "step-000001"}', "is not what was written"),
+        (lambda text: text.replace("000009", "000001"), "is not what was written"),
+        (lambda text: text, "names no checkpoint of the run"),
     ],
 )
-def test_a_best_json_that_names_no_checkpoint_is_told(text, reason, tmp_path, capsys):
+def test_a_best_json_that_is_not_the_trainers_is_told(edit, reason, tmp_path, capsys):
     run = of_steps(random_model(), tmp_path, 1, 2)
-    (run / "best.json").write_text(text)
+    write_best(run, checkpoint="step-000009", step=9, monitored_loss=1.0)
+    (run / "best.json").write_text(edit((run / "best.json").read_text()))
     assert runs.find_weights(run).parent.name == "step-000002"
     err = capsys.readouterr().err
     assert err.count("warning: ") == 1 and f"best.json {reason}" in err and "the last" in err
@@ -277,7 +278,7 @@ def test_a_prompt_that_does_not_come_shows_a_sign_of_life(tmp_path, monkeypatch,
 
 def test_a_checkpoint_that_cannot_be_taken_is_told(tmp_path, capsys):
     run = of_steps(random_model(), tmp_path, 1, 2, 3)
-    (run / "best.json").write_text('{"checkpoint": "step-000002"}')
+    write_best(run, checkpoint="step-000002", step=2, monitored_loss=1.0)
     assert runs.find_weights(run).parent.name == "step-000002"
     assert capsys.readouterr().err == ""
     (run / "step-000002" / "model.safetensors").unlink()

@@ -97,7 +97,7 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
     except (UserError, ValueError, KeyError, TypeError):
         return {}, {}
     with suppress(UserError, KeyError, TypeError):
-        best = files.read_json_object(checkpoint.parent / "best.json")
+        best = runs.read_best(checkpoint.parent)
         if best["step"] == step and math.isfinite(best["monitored_loss"]):
             bits = bits_per_byte(best["monitored_loss"])
             rows["validation"] = f"{bits:.4f} bits per byte, of {settings['LOSS_ON']} bytes"

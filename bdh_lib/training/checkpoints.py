@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from bdh_lib import files
+from bdh_lib import files, runs
 from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.errors import UserError, warn
 from bdh_lib.flags import Settings
@@ -124,16 +124,11 @@ def read_best(run: Path) -> dict:
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
     evaluation is the best then.
     """
-    reason = "best.json is not what was written"
     try:
-        best = files.parse_json((run / "best.json").read_text())
-        if isinstance(best, dict) and best.pop("sha256", None) == files.sha256_text(repr(best)):
-            has_loss = "monitored_loss" in best and isinstance(best.get("step"), int)
-            reason = find_corruption(folder(run, best["step"])) if has_loss else "it has no loss"
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError):  # unreadable, no JSON, or nested too deep
-        pass
+        best = runs.read_best(run)
+        reason = find_corruption(folder(run, best["step"])) if best else None
+    except UserError as error:
+        reason = str(error)
     if not reason:
         return best
     warn(f"no checkpoint is the best until the next validation: {reason}")

@@ -1,6 +1,5 @@
 """A run that was stopped, killed or damaged goes on in the same bits, or says why it does not."""
 
-import hashlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import ARGS, arrays, metrics, same, train
+from helpers import ARGS, arrays, metrics, same, train, write_best
 
 import train_mlx
 from bdh_lib import files
@@ -381,14 +380,9 @@ def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
         train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / "d.txt")
 
 
-def rewrite_best(run, **best):
-    best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
-    (run / "best.json").write_text(json.dumps(best))
-
-
 def test_a_best_json_of_a_checkpoint_that_is_gone_is_dropped(tmp_path, capsys):
     train(tmp_path, "--max-iters", 4)
-    rewrite_best(tmp_path / "full", checkpoint="step-000006", step=6, monitored_loss=1.0)
+    write_best(tmp_path / "full", checkpoint="step-000006", step=6, monitored_loss=1.0)
     assert checkpoints.read_best(tmp_path / "full") == {}
     assert "the best until the next validation: step-000006 is not" in capsys.readouterr().err
 
