@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from types import MappingProxyType
@@ -43,6 +43,14 @@ ONE_OF_CHOICES = (
     "response is the number or letter of one of {} (to train on it all the same: "
     "--columns choices=)"
 )
+UNREAD = {  # why a column that COLUMNS names for one of these fields is read in no record
+    "messages": "holds no chat: messages=COLUMN takes turns with a role and a content, or their "
+    "JSON; plain text is system=, instruction= or response=COLUMN",
+    "history": "holds no chat: history=COLUMN takes pairs of a question and a reply, before an "
+    "instruction",
+    "text": "is not read beside a system text, an instruction or a response; system=, "
+    "instruction= and response= without a column leave those out",
+}
 FURTHER_ANSWER = "answers beside the first one of a record"
 
 
@@ -80,6 +88,18 @@ def parse_columns(columns: str | None) -> dict[str, str]:
             )
         result[field] = column
     return result
+
+
+def check_read(columns: str | None, read: Collection[str], unused: Collection[str]) -> None:
+    """Raise UserError where COLUMNS names a column that is filled and read in no record.
+
+    `read` and `unused` are the names of columns that are read in a record, and that are not.
+    """
+    read = {name.strip().lower() for name in read}
+    unread = {name.strip().lower() for name in unused} - read
+    for field, column in parse_columns(columns).items():
+        if field in UNREAD and column.lower() in unread:
+            raise UserError(f"COLUMNS is {columns!r}, and {column} {UNREAD[field]}")
 
 
 @lru_cache(maxsize=1024)

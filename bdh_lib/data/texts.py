@@ -51,7 +51,8 @@ class Tally:
         self.structures, self.skipped, self.left_out = Counter(), Counter(), Counter()
         self.first_skipped = {}
         self.records, self.turns, self.characters = Counter(), Counter(), Counter()  # by field
-        self.columns, self.unused, self.unused_bytes = set(), Counter(), Counter()
+        self.columns, self.read = set(), set()
+        self.unused, self.unused_bytes = Counter(), Counter()
         self.n_bytes = self.n_texts = self.without_system = self.several_turns = 0
 
     def add(self, record, parsed: columns.Parsed, formatted: Formatted, mode: str) -> None:
@@ -64,6 +65,7 @@ class Tally:
             self.turns[field] += 1
             self.characters[field] += len(text)
             self.n_bytes += len(text) if text.isascii() else len(text.encode())
+        self.read.update(parsed.columns)
         for field in dict.fromkeys(field for field, _ in parsed.turns):
             self.records[field] += 1
         if isinstance(record, dict):
@@ -149,6 +151,7 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
     report = {"dataset": source.dataset, "mode": mode, **tally.report()}
     report["not_read"] = list(source.left_out)
     _check_columns(chosen, tally.columns)
+    columns.check_read(chosen, tally.read, tally.unused)
     if not lengths:
         raise NoDataError(cannot_serve(report))
     keys = np.array(keys, np.uint64).reshape(-1, 3).T

@@ -138,6 +138,7 @@ def prompt_of_record(record: dict, mode: str | None, chosen: str | None = None) 
     if mode is None:
         raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
     parsed = columns.parse_record(record, chosen)
+    columns.check_read(chosen, parsed.columns, columns.unused_values(record, parsed))
     is_text = parsed.kind == "text"
     needed = "text" if is_text else "system" if mode == "system" else "instruction"
     if needed not in dict(parsed.turns):

@@ -12,6 +12,7 @@ from records import N, asked, excerpt, jsonl, prepared, rows, talk
 
 from bdh_lib.data import formats
 from bdh_lib.data.describe import describe
+from bdh_lib.generation.jobs import parse_line
 from bdh_mlx import UserError
 
 
@@ -91,6 +92,27 @@ def test_columns_are_taken_as_the_setting_says(tmp_path):
         UserError, match=r"COLUMNS names 'qury', which no record has.*ask, say, who"
     ):
         prepared(tmp_path / "d.jsonl", tmp_path / "cache", columns="instruction=qury,response=say")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        ("messages=System", "holds no chat: messages=COLUMN takes turns"),
+        ("messages=response", "holds no chat"),
+        ("history=system", "holds no chat: history=COLUMN takes pairs"),
+        ("text=extra", "is not read beside"),
+    ],
+)
+def test_a_named_column_that_is_never_read_is_refused(tmp_path, chosen, reason):
+    records = [asked(i) | {"system": f"W {i}", "extra": f"x {i}"} for i in range(N)]
+    (tmp_path / "d.jsonl").write_text(jsonl(*records))
+    with pytest.raises(UserError, match=f"COLUMNS is '{chosen}', and .* {reason}"):
+        prepared(tmp_path / "d.jsonl", tmp_path / "cache", columns=chosen)
+    with pytest.raises(UserError, match=reason):
+        parse_line(json.dumps(records[0]), "full", chosen)
+    if chosen == "text=extra":  # one record that is read so is enough
+        (tmp_path / "d.jsonl").write_text(jsonl(*records, {"extra": "plain"}))
+        assert "plain" in prepared(tmp_path / "d.jsonl", tmp_path / "cache", columns=chosen)[1]
 
 
 def test_values_of_objects_are_asked_for_and_taken(tmp_path):
