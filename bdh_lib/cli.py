@@ -45,6 +45,9 @@ class Output(io.TextIOWrapper):
                 self.error = error
                 raise
             redirect_to_devnull(self.fileno())
+            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):  # no reader that left
+                lost = f"the output is lost ({error.strerror}); the run's metrics.jsonl has the log"
+                print(f"warning: {lost}", file=sys.stderr)
 
 
 def ignore_closed_output() -> None:

@@ -57,11 +57,15 @@ def test_lost_output_is_told_and_no_success(run, name, how):
 
 @pytest.mark.parametrize(
     "how",
-    [*(pytest.param(f"{n}>/dev/full", marks=DEV_FULL) for n in (1, 2)), ">&-", "<&- >&- 2>&-"],
+    [
+        *(pytest.param(f"{n}>/dev/full", marks=DEV_FULL) for n in (1, 2)),
+        *(">&-", "<&- >&- 2>&-", "| head -1"),
+    ],
 )
 def test_a_training_run_does_not_need_its_output(tmp_path, how):
     done = script("train_mlx.py", *SMALL, "--checkpoint-dir", tmp_path, shell=how)
     assert done.returncode == 0 and (tmp_path / "full" / "step-000002").is_dir()
+    assert done.stderr.count("warning: the output is lost") == (how in ("1>/dev/full", ">&-"))
 
 
 @DEV_FULL
