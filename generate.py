@@ -34,6 +34,7 @@ from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
 from bdh_lib.data.questions import load_questions, question_numbers
 from bdh_lib.errors import UserError, escape_controls, warn
+from bdh_lib.files import read_endable
 from bdh_lib.generation import answers, chat, export, states, trace
 from bdh_lib.generation.arguments import parse_args
 from bdh_lib.generation.decoding import (
@@ -72,11 +73,8 @@ def prompt_of(args: argparse.Namespace) -> bytes:
             return sys.stdin.buffer.read()
         with redirect_stdout(sys.stderr), heartbeat("waiting for the prompt on stdin"):
             return sys.stdin.buffer.read()
-    try:
-        with redirect_stdout(sys.stderr), heartbeat(f"reading {args.prompt_file}"):
-            return args.prompt_file.read_bytes()
-    except OSError as error:
-        raise UserError(f"--prompt-file {args.prompt_file}: {error.strerror}") from None
+    with redirect_stdout(sys.stderr), heartbeat(f"reading {args.prompt_file}"):
+        return read_endable(args.prompt_file, "--prompt-file")
 
 
 def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:

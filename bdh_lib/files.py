@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +54,20 @@ def absolute(path: Path) -> Path:
 def absence(path: Path) -> str:
     """Say what a path is that does not exist: it may be a link, which `ls` shows."""
     return "is a link that leads to nothing" if path.is_symlink() else "does not exist"
+
+
+def read_endable(path: Path, name: str) -> bytes:
+    """Read a file, a pipe or a terminal. Raises UserError, also for a device, which may not end.
+
+    `name` is the flag that names the path.
+    """
+    try:
+        with path.open("rb") as file:  # opened first: on a Mac only then is /dev/stdin what it is
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+                raise UserError(f"{name} {path} is a device; name a file or a pipe")
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{name} {path}: {error.strerror}") from None
 
 
 def parse_json(text: str | bytes):

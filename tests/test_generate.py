@@ -195,6 +195,26 @@ def test_what_is_no_file_is_not_evaluated(chaos, tmp_path):
             generate.main([str(chaos), "--evaluate", str(name)])
 
 
+@pytest.mark.parametrize(
+    "args", ["--prompt-file /dev/zero", "--prompts /dev/zero", "--trace @/dev/zero"]
+)
+def test_a_device_that_never_ends_is_refused(counting, args):
+    with pytest.raises(UserError, match="/dev/zero is a device; name a file or a pipe"):
+        generate.main([str(counting), *args.split()])
+
+
+@pytest.mark.parametrize(
+    "shell", ["cat p | $run --prompt-file /dev/stdin", "$run --prompt-file <(cat p)"]
+)
+def test_a_pipe_is_a_prompt_file(counting, tmp_path, shell):
+    (tmp_path / "p").write_bytes(b"x")
+    run = f"{sys.executable} {ROOT / 'generate.py'} {counting} --max-new-tokens 3"
+    ran = subprocess.run(
+        ["bash", "-c", shell], cwd=tmp_path, env=os.environ | {"run": run}, capture_output=True
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"xyz{\n", b"")
+
+
 def damaged_run(run, folder, config):
     copied = folder / "copied"
     shutil.copytree(run, copied)

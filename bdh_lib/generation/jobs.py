@@ -7,6 +7,7 @@ continues its file, and the file then ends in the same bytes as without the inte
 import fcntl
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,12 +75,10 @@ def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = N
     `chosen` is COLUMNS.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise UserError(f"--prompts {file}: {error.strerror}; name a JSONL file") from None
+        text = files.read_endable(file, "--prompts").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts {file} is no UTF-8: {error.reason}") from None
-    jobs = []
+    jobs, lines = [], re.sub("\r\n?", "\n", text).removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

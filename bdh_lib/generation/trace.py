@@ -23,7 +23,7 @@ import numpy as np
 import bdh_mlx
 from bdh_lib.compute.layer import forward_segment, ln
 from bdh_lib.errors import UserError, escape_controls
-from bdh_lib.files import MADE_BY, atomic_writer, check_replaceable, expand_user
+from bdh_lib.files import MADE_BY, atomic_writer, check_replaceable, expand_user, read_endable
 from bdh_lib.generation.decoding import decode_text, parse_escapes
 
 LONGEST = 512  # bytes traced of a text; all their neurons are in memory
@@ -217,9 +217,6 @@ def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -
 
 def _lines(text: str) -> list[bytes]:
     if text.startswith("@"):
-        try:
-            lines = expand_user(text[1:], "--trace @FILE").read_bytes().splitlines()
-            return [line[:LONGEST] for line in lines if line]
-        except OSError as error:
-            raise UserError(f"--trace {text}: {error.strerror}") from None
+        content = read_endable(expand_user(text[1:], "--trace @FILE"), "--trace @FILE")
+        return [line[:LONGEST] for line in content.splitlines() if line]
     return [parse_escapes(text)[:LONGEST]] if text else []
