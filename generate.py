@@ -50,6 +50,7 @@ from bdh_lib.generation.decoding import (
 from bdh_lib.generation.jobs import (
     Decoding,
     complete_jobs,
+    print_line,
     read_jobs,
     remaining_jobs,
     sample_jobs,
@@ -136,7 +137,7 @@ def complete_prompt(decoding: Decoding, prompt: bytes, args: argparse.Namespace)
         return
     jobs = sample_jobs(1, {}, prompt, args.samples)
     for job, text, _ in complete_jobs(jobs, decoding, args.batch_size):
-        print(f"--- sample {job.sample}\n{escape_controls(decode_text(prompt) + text)}")
+        print_line(f"--- sample {job.sample}\n{escape_controls(decode_text(prompt) + text)}")
 
 
 def print_stream(decoding: Decoding, prompt: bytes, args: argparse.Namespace) -> None:

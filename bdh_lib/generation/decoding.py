@@ -162,16 +162,20 @@ def generate_batch(
     logits = mx.broadcast_to(logits, (len(idx), logits.shape[-1]))
     forced = [prompt[shortest:] for prompt in prompts]
     active = {row: (StopMatcher(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
-    for i, (tokens, _) in enumerate(stream(model, logits, state, sampling, key, idx, forced), 1):
-        for row, (matcher, text) in list(active.items()):
-            n_drawn = i - len(forced[row])
-            if n_drawn > 0:
-                text += matcher.feed(bytes([tokens[row]]))
-            if matcher.matched or n_drawn == budget:
-                yield row, bytes(text + matcher.end()), matcher.matched
-                del active[row]
-        if not active or (stop and stop.requested):
-            return
+    steps = stream(model, logits, state, sampling, key, idx, forced)
+    n_steps = max(map(len, forced)) + budget
+    with Progress("writing a batch", n_steps, "bytes each", file=sys.stderr) as progress:
+        for i, (tokens, _) in enumerate(steps, 1):
+            for row, (matcher, text) in list(active.items()):
+                n_drawn = i - len(forced[row])
+                if n_drawn > 0:
+                    text += matcher.feed(bytes([tokens[row]]))
+                if matcher.matched or n_drawn == budget:
+                    yield row, bytes(text + matcher.end()), matcher.matched
+                    del active[row]
+            progress.update()
+            if not active or (stop and stop.requested):
+                return
 
 
 def complete_prompts(

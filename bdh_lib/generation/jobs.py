@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
+from tqdm import tqdm
 
 from bdh_lib import files
 from bdh_lib.compute.state import State
@@ -244,7 +245,9 @@ def remaining_jobs(jobs: list[Job], out: Path | None, source: str) -> list[Job]:
 
 
 def print_line(line: str) -> None:
-    print(line, flush=True)
+    """Print a line, clear of the bars that are drawn."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def write_results(
