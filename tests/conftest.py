@@ -4,18 +4,17 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: they spin on a busy machine
 os.environ.setdefault("BDH_DEVICE", "cpu")  # equal bits are promised there; empty: the GPU
 
-import bdh_mlx  # noqa: E402, F401  before any test imports mlx.core: it loads the fast BLAS
+import bdh_mlx  # noqa: F401  before any test imports mlx.core: it loads the fast BLAS
 
 # isort: split
-from helpers import COUNTING, model_of, random_model, saved, train  # noqa: E402
+from helpers import COUNTING, model_of, random_model, saved, train
 
-import generate  # noqa: E402
-import train_mlx  # noqa: E402
+import generate
+import train_mlx
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from bdh_lib.generation.decoding import generate_batch
 from bdh_lib.generation.sampling import Sampling
 from bdh_mlx import BDH, BDHConfig, attention_quadratic, save_model
 
+ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).with_name("golden_bdh.safetensors")  # test_model.py tells how it was made
 CONFIG = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
 MODEL = "--n-layer 2 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 8 --dropout 0.2"
@@ -102,7 +103,7 @@ def greedy(model, prompt, n):
     return next(generate_batch(model, [prompt], GREEDY, KEY, [], n))[1]
 
 
-def prepared(source, cache, mode="full", val_fraction=0.1, seed=1, columns=None):
+def prepared_folder(source, cache, mode="full", val_fraction=0.1, seed=1, columns=None):
     """The folder of prepared data."""
     settings = DataSettings(str(source), mode, val_fraction, seed, columns)
     return preparing.prepare(settings, cache)
@@ -110,7 +111,7 @@ def prepared(source, cache, mode="full", val_fraction=0.1, seed=1, columns=None)
 
 def prepare(source, cache, *args, **kwargs):
     """The report, and the bytes of both sides."""
-    folder = prepared(source, cache, *args, **kwargs)
+    folder = prepared_folder(source, cache, *args, **kwargs)
     sides = {side: (folder / f"{side}.bin").read_bytes() for side in ("train", "val")}
     return json.loads((folder / "data.json").read_text()), sides["train"], sides["val"]
 

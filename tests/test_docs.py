@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from conftest import ROOT
+from helpers import ROOT
 
 LOG = (ROOT / "docs/log.md").read_text()
 EXAMPLES = {"cblas_sgemm", "COOLDOWN_ITERS"}  # a name of another library, one that a user adds

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 SHARES = 3  # of about as many seconds each, for the processes of pytest-xdist
 

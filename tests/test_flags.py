@@ -9,8 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from helpers import metrics, train
+from helpers import ROOT, metrics, train
 
 import bdh_mlx
 import train_mlx

@@ -12,8 +12,7 @@ from threading import Timer
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import random_model, saved, train, write_best
+from helpers import ROOT, random_model, saved, train, write_best
 
 import bdh_mlx
 import generate

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 TINY = (
     "--preset tiny --dataset sample --max-iters 2 --n-layer 1 --n-embd 16 "

@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 BASE = {"bdh_lib"}  # errors, rules, config, start, files, flags, cli, runs
 LOWER = BASE | {"bdh_lib.compute", "bdh_lib.data", "bdh_mlx"}

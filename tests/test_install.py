@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 FAKE = f"""#!/bin/sh
 echo "$*" >>calls

@@ -9,7 +9,7 @@ import sys
 import mac_audit
 import mlx.core as mx
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import train_mlx
 from bdh_lib.compute import device, memory, rope, state

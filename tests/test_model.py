@@ -27,8 +27,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import CONFIG, GOLDEN, max_abs_error, random_bytes, random_model
+from helpers import CONFIG, GOLDEN, ROOT, max_abs_error, random_bytes, random_model
 from mlx.utils import tree_flatten
 
 import bdh_mlx

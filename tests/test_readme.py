@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import train_mlx
 from bdh_lib.data.formats import PROMPTS, REQUIRED_FIELDS

@@ -8,7 +8,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT
 from cuda_on_cpu import TYPES, Kernel, compiled, needs_compiler
 from helpers import (
     CONFIG,
+    ROOT,
     loss_and_gradients,
     masked_quadratic,
     max_abs_error,

@@ -8,8 +8,8 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
 from cuda_on_cpu import TYPES, Kernel, bits, compiled, needs_compiler
+from helpers import ROOT
 
 from bdh_lib.compute import step_cuda, step_mlx
 from bdh_mlx import BDH, BDHConfig

@@ -15,8 +15,7 @@ from unittest.mock import Mock
 import datasets
 import huggingface_hub
 import pytest
-from conftest import ROOT
-from helpers import RECORD, numbered, prepare, prepared, write_jsonl
+from helpers import RECORD, ROOT, numbered, prepare, prepared_folder, write_jsonl
 
 from bdh_lib.data import hub as hub_access
 from bdh_lib.data import prepare as preparing
@@ -195,10 +194,10 @@ def test_new_rows_on_the_hub_are_read_and_old_ones_not_twice(hub, tmp_path, monk
 def test_a_hub_that_does_not_tell_leaves_the_newest_prepared_data(hub, tmp_path, capsys, output):
     for i, commit in enumerate((NEW, OLD)):
         hub(commit)
-        folder = prepared("user/name", tmp_path)
+        folder = prepared_folder("user/name", tmp_path)
         os.utime(folder / "data.json", (1e9 - i * 1e6,) * 2)
-        prepared("user/name", tmp_path, seed=2)  # of another seed
-        prepared("user/other", tmp_path)
+        prepared_folder("user/name", tmp_path, seed=2)  # of another seed
+        prepared_folder("user/other", tmp_path)
     hub(output)
     capsys.readouterr()
     assert prepare("user/name", tmp_path)[0]["commit"] == NEW

@@ -7,7 +7,7 @@ import sys
 
 import datasets
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from records import N, asked, excerpt, jsonl, prepared, rows, talk
 
 from bdh_lib.data import formats

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from helpers import RECORD, numbered, prepare, prepared, write_jsonl
+from helpers import RECORD, numbered, prepare, prepared_folder, write_jsonl
 
 import train_mlx
 from bdh_lib import flags, progress
@@ -46,7 +46,7 @@ def test_every_record_is_on_one_side_and_every_byte_is_kept(tmp_path):
 
 
 def test_each_byte_is_labelled_with_its_field(tmp_path):
-    folder = prepared(
+    folder = prepared_folder(
         write_jsonl(tmp_path / "d.jsonl", numbered(30)), tmp_path / "cache", val_fraction=0.2
     )
     for side in ("train", "val"):
@@ -124,23 +124,23 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     tmp_path, monkeypatch, capsys
 ):
     source = write_jsonl(tmp_path / "d.jsonl", numbered(20))
-    ready = prepared(source, tmp_path / "cache", "full", 0.1, 1)
+    ready = prepared_folder(source, tmp_path / "cache", "full", 0.1, 1)
     assert capsys.readouterr() == ("", "")  # what is quick says nothing
     monkeypatch.setattr(sources, "LARGE", 0)
     for name, value in (("DELAY", 0), ("LINE_EVERY", -1)):
         monkeypatch.setattr(progress, name, value)
     monkeypatch.setattr(sources, "LARGE", 0)
     what = f"reading DATASET {source}"
-    prepared(source, tmp_path / "cache", "full", 0.1, 2)
+    prepared_folder(source, tmp_path / "cache", "full", 0.1, 2)
     out, err = capsys.readouterr()
     assert f"{what} (0 MB) ...\n" in out and f"{what}: 20 records ...\n" in out
     assert "writing train: 18 records ...\n" in out and err == ""
     monkeypatch.setattr(sys, "stderr", Terminal())
-    prepared(source, tmp_path / "cache", "full", 0.1, 3)
+    prepared_folder(source, tmp_path / "cache", "full", 0.1, 3)
     assert f"\r{what}: " in sys.stderr.getvalue()
     assert f"{what}: 20" not in capsys.readouterr().out
     assert preparing.is_intact(ready) and "checking the prepared data" in capsys.readouterr().out
-    prepared(ready, tmp_path / "cache", "full", 0.1, 3)
+    prepared_folder(ready, tmp_path / "cache", "full", 0.1, 3)
     assert f"copying DATASET {ready} (0 MB) ...\n" in capsys.readouterr().out
 
 
@@ -164,7 +164,7 @@ def test_each_step_that_takes_long_shows_a_sign_of_life(
     monkeypatch.setattr(progress, "POLL", 0.01)
     monkeypatch.setattr(progress, "LINE_EVERY", 0.1)
     line = f"preparing DATASET {folder}: 0 s ...\n"
-    prepared(folder, tmp_path / "cache")
+    prepared_folder(folder, tmp_path / "cache")
     assert line in capsys.readouterr().out
     if step == "read_file":
         load_unsplit(str(folder), "full", tmp_path)  # for an evaluation

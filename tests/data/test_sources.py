@@ -10,8 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import ROOT
-from helpers import RECORD, numbered, prepare, write_jsonl
+from helpers import RECORD, ROOT, numbered, prepare, write_jsonl
 
 from bdh_lib.data import hub as hub_access
 from bdh_lib.data import prepare as preparing

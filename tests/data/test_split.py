@@ -4,7 +4,7 @@ import resource
 
 import numpy as np
 import pytest
-from helpers import numbered, prepare, prepared, write_jsonl
+from helpers import numbered, prepare, prepared_folder, write_jsonl
 
 import train_mlx
 from bdh_lib.data import prepare as preparing
@@ -114,7 +114,7 @@ def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_pa
                                                  for i, r in enumerate(answers)])  # fmt: skip
     orders = []
     for cache, seed in (("one", 1), ("again", 1), ("other", 2)):
-        folder = prepared(tmp_path, tmp_path / cache / ".data", "full", 0.3, seed)
+        folder = prepared_folder(tmp_path, tmp_path / cache / ".data", "full", 0.3, seed)
         val = (folder / "val.bin").read_bytes()
         read = bytes_to_evaluate(record_ends(folder, "val"), len(val) // 2)
         records = val[:read].split(b"\n---\n\n")
@@ -165,7 +165,7 @@ def test_a_ready_split_is_taken_as_it_is(tmp_path):
     assert (train, val) == (bytes(range(256)), b"held out")
     assert (report["train"]["bytes"], report["val"]["bytes"]) == (256, 8)
     (source / "val.fields").write_bytes(b"\1\1\1\1\2\2\2\2")
-    folder = prepared(source, tmp_path / "cache", "full", 0.1, 1)
+    folder = prepared_folder(source, tmp_path / "cache", "full", 0.1, 1)
     assert (folder / "val.fields").read_bytes() == b"\1\1\1\1\2\2\2\2"
     assert (folder / "train.fields").read_bytes() == bytes([FIELDS.index("text")]) * 256
     assert preparing.is_intact(folder)

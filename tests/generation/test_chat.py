@@ -11,8 +11,7 @@ import unicodedata
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
-from helpers import GREEDY, KEY, greedy
+from helpers import GREEDY, KEY, ROOT, greedy
 
 import bdh_mlx
 from bdh_lib.errors import escape_controls

@@ -9,7 +9,7 @@ from types import ModuleType
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from hub_stub import COMMIT, serving
 
 import bdh_mlx

@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import metrics, train
+from helpers import ROOT, metrics, train
 
 import train_mlx
 from bdh_lib.data.split import Split

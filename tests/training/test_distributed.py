@@ -13,8 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import ARGS, metrics, train
+from helpers import ARGS, ROOT, metrics, train
 
 from bdh_lib.training import checkpoints, distributed
 from bdh_mlx import UserError

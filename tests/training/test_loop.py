@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import arrays, metrics, same, train
+from helpers import ROOT, arrays, metrics, same, train
 
 import bdh_mlx
 import generate

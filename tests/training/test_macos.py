@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from helpers import ARGS, arrays, same, train
+from helpers import ARGS, ROOT, arrays, same, train
 
 import train_mlx
 from bdh_lib.training import batches, macos

@@ -10,8 +10,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import ARGS, arrays, metrics, same, train, write_best
+from helpers import ARGS, ROOT, arrays, metrics, same, train, write_best
 
 import train_mlx
 from bdh_lib import files
