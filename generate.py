@@ -120,7 +120,7 @@ def answer_data(decoding: Decoding, weights: Path, mode: str | None, args) -> No
     source, remaining, results = begin_jobs(jobs, decoding, weights, mode, args)
     done = len(jobs) - len(remaining)
     rows = answers.read_results(args.out)
-    results = answers.noted(results, rows)
+    results = answers.collect_rows(results, rows)
     write_results(results, args.out, source, done, len(jobs), show=lambda _line: None)
     print(f"{about}; {len(jobs):,} of {len(question_numbers(records)):,} answered")
     if cut := sum(len(job.question.truth.encode()) > args.max_new_tokens for job in jobs):

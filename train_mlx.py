@@ -118,7 +118,7 @@ from bdh_lib.errors import UserError, warn
 from bdh_lib.flags import Settings
 from bdh_lib.generation.samples import write_samples
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
-from bdh_lib.training.batches import no_sound_update, step_batches
+from bdh_lib.training.batches import divergence_message, step_batches
 from bdh_lib.training.dataset import load_split
 from bdh_lib.training.distributed import World, is_lost
 from bdh_lib.training.evaluation import Evaluator
@@ -249,7 +249,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
             break
 
         # every EVAL_FREQ steps: evaluate, keep the best, advise, write samples
-        if (last_step or step % s.EVAL_FREQ == 0) and log.last_eval < step:
+        if (last_step or step % s.EVAL_FREQ == 0) and log.last_eval_step < step:
             if not evaluate_and_log(s, step, state, evaluator, log):  # a signal came meanwhile
                 log.save(step, state)
                 break
@@ -266,19 +266,20 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
         # one step: micro-batches on each process, then an update by AdamW
         meter.start()
         state.optimizer.learning_rate = lr = learning_rate(step, n_steps, s)
-        with meter.show_life():
+        with meter.heartbeat_until_logged():
             n_targets, batches = step_batches(data.train, step, s, world)
             loss, gradients = sum_gradients(s, micro_step, batches, stop, world)
             if stop.requested:  # before the update: this step is not in what is saved
                 log.save(step, state)
                 break
             norm = apply_update(loss, gradients)
+            # on CUDA the host prepares the next step meanwhile; the first one compiles: wait for it
             (mx.async_eval if step > first_step and on_cuda() else mx.eval)(state.arrays(), norm)
         stop.has_work_to_save = True
-        is_due = step + 1 == n_steps or 0 in ((step + 1) % s.LOG_FREQ, (step + 1) % s.EVAL_FREQ)
-        meter.stop(step + 1, loss, norm, n_targets > 0, wait=is_due)
+        wait = step + 1 == n_steps or 0 in ((step + 1) % s.LOG_FREQ, (step + 1) % s.EVAL_FREQ)
+        meter.stop(step + 1, loss, norm, n_targets > 0, wait)
         if meter.consecutive_skips >= s.MAX_CONSECUTIVE_SKIPS:
-            raise Diverged(no_sound_update(data.train, step - len(meter.unread), s))
+            raise Diverged(divergence_message(data.train, meter.last_read_step, s))
         if (step + 1) % s.LOG_FREQ == 0 and (averages := meter.pop_averages(step + 1)):
             log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **averages)
 
@@ -301,7 +302,7 @@ def evaluate_and_log(
         note = memory.slow_note(s)
         print(f"evaluating {len(evaluator.val.bytes):,} bytes before iteration {step + 1}{note}")
     with ema_applied(state):
-        results = evaluator.results(step, log.history)
+        results = evaluator.evaluate(step, log.history)
     if not results:
         return False
     if step and log.is_best(results["monitored_loss"]):

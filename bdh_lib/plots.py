@@ -50,7 +50,7 @@ def legend(axes) -> None:
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
-def drawn(figure, kind: str) -> bytes:
+def render(figure, kind: str) -> bytes:
     """Render the figure as a PNG on white, or as a transparent SVG in the font of its page."""
     import matplotlib
 

@@ -18,7 +18,7 @@ from bdh_lib.data.split import Split
 from bdh_lib.generation import samples
 from bdh_lib.generation.decoding import generate_batch, read_prompt
 from bdh_lib.generation.sampling import Sampling
-from bdh_lib.training import batches, evaluation, meter
+from bdh_lib.training import batches, evaluation
 from bdh_lib.training.evaluation import evaluate
 from bdh_mlx import BDH, BDHConfig
 
@@ -113,8 +113,7 @@ def test_updates_are_told_up_to_the_first_line_of_the_log(tmp_path, capsys):
 @pytest.fixture
 def fast_heart(monkeypatch):
     monkeypatch.setattr(progress, "POLL", 0.01)
-    for module in (progress, meter):
-        monkeypatch.setattr(module, "LINE_EVERY", 0.1)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.1)
 
 
 def slowed(function):

@@ -116,8 +116,8 @@ def _locked(cache: Path) -> Iterator[None]:
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / ".lock").open("a") as lock:
             _wait_for(lock, cache)
-            for litter in cache.glob("*.tmp"):
-                shutil.rmtree(litter)
+            for leftover in cache.glob("*.tmp"):
+                shutil.rmtree(leftover)
             yield
 
 
@@ -189,7 +189,7 @@ def _split(settings: DataSettings, folder: Path) -> dict:
     report = texts.report
     report["given_validation"] = "val" in source.parts
     if report["given_validation"]:
-        in_val = texts.validates
+        in_val = texts.in_val
     else:
         _check_distinct(texts, settings)
         in_val = choose_validation(texts.keys, settings.val_fraction, settings.seed)
@@ -199,10 +199,10 @@ def _split(settings: DataSettings, folder: Path) -> dict:
     shared = held_out & np.isin(which, which[~held_out])
     report["shared"] = int(shared.sum())
     _check_sides(texts, held_out, shared, settings)
-    validates = held_out & ~shared
+    val_texts = held_out & ~shared
     # in a seeded order, so that the first EVAL_BYTES are of all files and not of the first alone
-    val = np.random.default_rng(settings.seed).permutation(np.flatnonzero(validates))
-    np.save(folder / IN_VAL, validates)
+    val = np.random.default_rng(settings.seed).permutation(np.flatnonzero(val_texts))
+    np.save(folder / IN_VAL, val_texts)
     report["in_val_sha256"] = sha256_file(folder / IN_VAL)
     return report | write_split(folder, texts.lengths, np.flatnonzero(~held_out), val)
 

@@ -14,7 +14,7 @@ from bdh_lib.data.split import Split, record_ends
 from bdh_lib.errors import UserError
 
 N_QUESTIONS = 3  # that the trainer asks at each evaluation
-MOST_READ = 1000  # records among which choose_questions looks
+MAX_READ = 1000  # records among which choose_questions looks
 RESPONSE = FIELDS.index("response")
 COUNTS = ("records", "texts", "fields", "bytes_read")  # of a report: equal for the same data
 
@@ -57,7 +57,7 @@ def choose_questions(records: Split, n: int, length: int, budget: int) -> list[Q
     Records of up to `length` bytes with a response of up to `budget` bytes come first, then those
     that are least too long.
     """
-    numbers = question_numbers(records)[:MOST_READ]
+    numbers = question_numbers(records)[:MAX_READ]
     excess = {}  # by question, the fitting ones first
     for question in (cut_question(records, i) for i in numbers):
         n_truth = len(question.truth.encode())

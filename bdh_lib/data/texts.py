@@ -17,7 +17,7 @@ from bdh_lib.data.formats import FIELDS, Turns, needed_fields, training_texts
 from bdh_lib.errors import NoDataError, UserError
 
 PIECE = 10**6  # characters of a record that are hashed at once
-MOST_NAMES = 20  # of structures and of columns in a report, where each record has its own
+MAX_NAMES = 20  # of structures and of columns in a report, where each record has its own
 
 
 class Texts(NamedTuple):
@@ -33,7 +33,7 @@ class Texts(NamedTuple):
     digests: np.ndarray
     counts: np.ndarray
     keys: np.ndarray
-    validates: np.ndarray
+    in_val: np.ndarray
 
 
 class Formatted(NamedTuple):
@@ -93,16 +93,16 @@ class Tally:
         }
         unused = {
             name: {"records": self.unused[name], "bytes": size}
-            for name, size in self.unused_bytes.most_common(MOST_NAMES)
+            for name, size in self.unused_bytes.most_common(MAX_NAMES)
         }
         return {
             "records": self.structures.total(),
             "texts": self.n_texts,
-            "structures": dict(self.structures.most_common(MOST_NAMES)),
+            "structures": dict(self.structures.most_common(MAX_NAMES)),
             "fields": fields,
             "skipped": dict(self.skipped.most_common()),
             "first_skipped": self.first_skipped,
-            "left_out": dict(self.left_out.most_common(MOST_NAMES)),
+            "left_out": dict(self.left_out.most_common(MAX_NAMES)),
             "unused": unused,
             "bytes_read": self.n_bytes + self.unused_bytes.total(),
             "without_system": self.without_system,
@@ -134,7 +134,7 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
     """
     tally = Tally()
     lengths, digests, keys = array("Q"), array("Q"), array("Q")
-    counts, validates = array("I"), array("B")
+    counts, in_val = array("I"), array("B")
     with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
         for part, record in sources.read_parts(source):
             parsed = columns.parse_record(record, chosen)
@@ -147,7 +147,7 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
             if parsed.turns:
                 keys.extend(_record_keys(parsed.turns))
                 counts.append(len(formatted.texts))
-                validates.append(part == "val")
+                in_val.append(part == "val")
     report = {"dataset": source.dataset, "mode": mode, **tally.report()}
     report["not_read"] = list(source.left_out)
     _check_columns(chosen, tally.columns)
@@ -156,7 +156,7 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
         raise NoDataError(cannot_serve(report))
     keys = np.array(keys, np.uint64).reshape(-1, 3).T
     lengths, digests, counts = map(np.array, (lengths, digests, counts))
-    return Texts(report, lengths, digests, counts, keys, np.array(validates, bool))
+    return Texts(report, lengths, digests, counts, keys, np.array(in_val, bool))
 
 
 def _check_columns(chosen: str | None, names: set[str]) -> None:
@@ -164,7 +164,7 @@ def _check_columns(chosen: str | None, names: set[str]) -> None:
     lower = {name.strip().lower() for name in names}
     for column in columns.parse_columns(chosen).values():
         if column and column.lower() not in lower:
-            shown = ", ".join(sorted(names)[:MOST_NAMES]) or "none"
+            shown = ", ".join(sorted(names)[:MAX_NAMES]) or "none"
             raise UserError(f"COLUMNS names {column!r}, which no record has; they have: {shown}")
 
 

@@ -97,7 +97,7 @@ def chrf(answer: str, truth: str) -> float:
     return 100 * (1 + weight) * precision * recall / (weight * precision + recall)
 
 
-def noted(results: Iterator, rows: list[dict]) -> Iterator:
+def collect_rows(results: Iterator, rows: list[dict]) -> Iterator:
     """Yield the results of jobs, and append what each adds to a table."""
     for job, text, stopped in results:
         rows.append(job.result(text, stopped, ""))

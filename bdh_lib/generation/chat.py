@@ -32,7 +32,7 @@ from bdh_mlx import BDH
 
 PIECE = 256  # bytes of a prompt that are read at once
 END_OF_RECORD = f"{formats.STOP}\n".encode()
-MOST_OVERLAP = 64  # bytes: longer than all that ends a record or begins a turn
+MAX_OVERLAP = 64  # bytes: longer than all that ends a record or begins a turn
 HISTORY = Path("~/.bdh_history").expanduser()
 HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
 /temp 0.7     temperature; 0: the likeliest byte
@@ -244,5 +244,5 @@ class Session:
 def missing_part(text: bytes, following: str) -> bytes:
     """Return what of `following` does not stand at the end of `text` already."""
     following = following.encode(errors="surrogateescape")
-    overlap = range(min(len(following), MOST_OVERLAP) + 1)
+    overlap = range(min(len(following), MAX_OVERLAP) + 1)
     return following[max(n for n in overlap if text.endswith(following[:n])) :]

@@ -205,9 +205,9 @@ def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -
         for text, entries in zip(summary["texts"], summary["selective"], strict=True):
             names = (f"{n['head']}.{n['neuron']} ({n['here']:.0%})" for n in entries[:5])
             print(f"only on {text[:40]!r}: {', '.join(names) or 'none'}")
-    from bdh_lib.plots import drawn
+    from bdh_lib.plots import render
 
-    figure = drawn(picture(traced[0], shares, summed, model.config.neurons_per_head), "png")
+    figure = render(picture(traced[0], shares, summed, model.config.neurons_per_head), "png")
     with atomic_writer(drawing) as png, atomic_writer(listing) as text:
         png.write_bytes(figure)
         text.write_text(json.dumps({"made_by": MADE_BY} | summary))

@@ -116,7 +116,7 @@ def n_targets_in_step(split: Split, step: int, s: Settings) -> int:
     return sum(int(mask.sum()) for mask in masks)
 
 
-def no_sound_update(split: Split, step: int, s: Settings) -> str:
+def divergence_message(split: Split, step: int, s: Settings) -> str:
     """Say why a run ends, and where in the data the blocks of its last step begin."""
     count = blocks_per_step(s)
     shown = batch_indices(s, step)[: math.ceil(64 / s.BATCH_SIZE)]

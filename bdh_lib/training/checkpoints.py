@@ -95,11 +95,11 @@ def lock_run(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{run} is being trained by another process; set RUN_NAME") from None
-        for litter in run.glob(".step-*.tmp"):
-            if litter.is_symlink():
-                litter.unlink()
+        for leftover in run.glob(".step-*.tmp"):
+            if leftover.is_symlink():
+                leftover.unlink()
             else:
-                shutil.rmtree(litter, ignore_errors=True)
+                shutil.rmtree(leftover, ignore_errors=True)
         for name in ("best.json", "metrics.jsonl", "modes.json", "config.json"):
             (run / f".{name}.tmp").unlink(missing_ok=True)
         try:
@@ -132,11 +132,11 @@ def read_best(run: Path) -> dict:
     if not reason:
         return best
     warn(f"no checkpoint is the best until the next validation: {reason}")
-    (run / "best.json").rename(unused(run, "damaged-best.json"))
+    (run / "best.json").rename(free_path(run, "damaged-best.json"))
     return {}
 
 
-def unused(run: Path, name: str) -> Path:
+def free_path(run: Path, name: str) -> Path:
     """Return the path of `name` in `run`, with the first number behind it that is free."""
     return next(p for i in range(10**6) if not (p := run / f"{name}-{i}").exists())
 
@@ -235,7 +235,7 @@ def newest_valid(run: Path) -> int:
     for step in reversed(candidates):
         if not (reason := find_corruption(folder(run, step))):
             return step
-        aside = folder(run, step).rename(unused(run, f"damaged-{step:06d}"))
+        aside = folder(run, step).rename(free_path(run, f"damaged-{step:06d}"))
         warn(f"checkpoint {step} is damaged, kept as {aside.name}: {reason}")
     if candidates or any(run.glob("damaged-[0-9]*")):
         raise NoValidCheckpoint(

@@ -25,7 +25,7 @@ from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import total_steps
-from bdh_lib.training.signals import AT_ONCE, StopSignal, default_signals
+from bdh_lib.training.signals import SIGNAL_NOTE, StopSignal, default_signals
 from bdh_lib.training.step import Diverged, compile_losses
 from bdh_lib.units import bits_per_byte
 from bdh_mlx import BDH
@@ -105,13 +105,13 @@ class Evaluator:
     def __init__(self, s: Settings, model: BDH, data: Data, world: World, stop: StopSignal):
         self.s, self.model, self.val, self.world, self.stop = s, model, data.val, world, stop
         self.losses, self.shape = compile_losses(model), (s.BATCH_SIZE, s.BLOCK_SIZE)
-        print(f"compiling the evaluation, once ({AT_ONCE})")
+        print(f"compiling the evaluation, once ({SIGNAL_NOTE})")
         with heartbeat("compiling"), default_signals():
             compile_shapes(self.losses, len(self.val.bytes), self.shape)
         self.n_steps = total_steps(s, len(data.train.bytes))
         self.baselines = byte_baselines(s.LOSS_ON, data.train, data.val)
 
-    def results(self, step: int, history: list[dict]) -> dict:
+    def evaluate(self, step: int, history: list[dict]) -> dict:
         """Return losses, neurons at work and advice after `step`, for the log; {} at a signal.
 
         `monitored_loss` (nats) is the loss on the bytes that LOSS_ON counts. best.json, PATIENCE,

@@ -8,8 +8,8 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from bdh_lib.compute.device import on_cuda
-from bdh_lib.progress import LINE_EVERY, Progress, heartbeat
-from bdh_lib.training.signals import AT_ONCE
+from bdh_lib.progress import Progress, heartbeat
+from bdh_lib.training.signals import SIGNAL_NOTE
 
 LOGGED_LINE_EVERY = 60  # seconds between lines of progress beside those of the log
 
@@ -18,10 +18,16 @@ class Meter:
     """The progress bar, and averages over the steps since the last logged line."""
 
     def __init__(self, step: int, n_steps: int, bytes_per_step: int, skipped: int = 0):
+        """The run goes on after `step` steps of `n_steps`.
+
+        `bytes_per_step` counts the bytes that a step reads on all processes; `skipped` the updates
+        that were skipped before `step`.
+        """
         self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
         self.progress = Progress("training", n_steps, "iterations", step)
         self.skipped, self.consecutive_skips = skipped, 0  # steps whose numbers were not finite
         self.unread = []  # steps that MLX may not have computed yet
+        self.has_logged = False  # whether the log has a line of training
         self.start_time = time.perf_counter()
         self.clear()
 
@@ -33,7 +39,8 @@ class Meter:
         """Begin a step, of which the first one compiles."""
         if self.progress.done == self.first_step:
             print(
-                f"compiling the training step, once, a minute or more on a new machine ({AT_ONCE})"
+                "compiling the training step, once, a minute or more on a new machine "
+                f"({SIGNAL_NOTE})"
             )
         self.step_start = time.perf_counter()
 
@@ -42,8 +49,9 @@ class Meter:
     ) -> None:
         """End step number `step`; its loss is averaged where it has any targets.
 
-        On CUDA its numbers are read when the next step has been submitted, unless `wait` says so:
-        the GPU computes while the host prepares. The first step is not timed: it compiles.
+        With `wait` its numbers are read now. Without it CUDA's are read once the next step has been
+        submitted: the GPU computes while the host prepares. The first step is not timed: it
+        compiles.
         """
         self.unread.append((step, loss, norm, has_targets))
         self.collect(0 if wait or not on_cuda() else 1)
@@ -73,10 +81,14 @@ class Meter:
         """Return the minutes since the loop began, the first evaluation included."""
         return (time.perf_counter() - self.start_time) / 60
 
-    def show_life(self) -> AbstractContextManager:
+    def heartbeat_until_logged(self) -> AbstractContextManager:
         """Return the heartbeat of a step, up to the first line of the log."""
-        is_early = self.progress.line_every == LINE_EVERY
-        return heartbeat("training") if is_early else nullcontext()
+        return nullcontext() if self.has_logged else heartbeat("training")
+
+    @property
+    def last_read_step(self) -> int:
+        """Return the last step whose loss was read, as the loop counts steps: from 0."""
+        return self.progress.done - len(self.unread) - 1
 
     def pop_averages(self, step: int) -> dict:
         """Return the mean loss, speed and time left after `step`, and begin new averages.
@@ -94,5 +106,5 @@ class Meter:
             "seconds_left": elapsed / done * (self.n_steps - step),
         }
         self.clear()
-        self.progress.line_every = LOGGED_LINE_EVERY
+        self.has_logged, self.progress.line_every = True, LOGGED_LINE_EVERY
         return values

@@ -45,7 +45,7 @@ UTF_8 = re.compile(  # of Latin letters; of punctuation and symbols; of emoji
 )
 NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
 SHOWN = 600  # bytes of a record that are printed
-MOST_EXAMPLES = 10  # of structures, a record each
+MAX_EXAMPLES = 10  # of structures, a record each
 
 # ------------------------------------------------------------------------------------- data doctor
 
@@ -261,7 +261,7 @@ def print_records(s: Settings) -> dict[str, int]:
     print("\nthe records that this mode trains on, what is odd in them and what validation shares:")
     print(escape_controls("\n".join(lines)))
     print(f"\nrecords and bytes by mode:\n{modes(findings)}")
-    for structure, text in list(findings.examples.items())[:MOST_EXAMPLES]:
+    for structure, text in list(findings.examples.items())[:MAX_EXAMPLES]:
         raw = text.encode()
         print(escape_controls(f"\nthe first record of structure {structure} as trained on, "
                               f"{len(raw):,} bytes, of which up to {SHOWN}:"))  # fmt: skip

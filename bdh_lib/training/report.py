@@ -19,7 +19,7 @@ from pathlib import Path
 from bdh_lib import cli, files, flags, runs
 from bdh_lib.data.describe import describe
 from bdh_lib.errors import UserError, escape_controls, warn
-from bdh_lib.plots import INK, LINES, canvas, drawn, label, legend, panel
+from bdh_lib.plots import INK, LINES, canvas, label, legend, panel, render
 from bdh_lib.tables import format_table
 from bdh_lib.training import evaluation, runlog
 from bdh_lib.units import bits_per_byte
@@ -32,7 +32,9 @@ _warned = set()  # runs whose report failed
 
 def read_run(run: Path) -> tuple[dict, list[dict]]:
     """Return config.json and the lines of metrics.jsonl. Raises UserError where there are none."""
-    lines = [_sound(m) for m in runlog.read_log(run / "metrics.jsonl") if type(m["step"]) is int]
+    lines = [
+        _drop_mistyped(m) for m in runlog.read_log(run / "metrics.jsonl") if type(m["step"]) is int
+    ]
     if not lines:
         raise UserError(_no_run(run))
     return read_config(run), lines
@@ -81,7 +83,7 @@ def _is_described(name: str, value) -> bool:
     return True
 
 
-def _sound(m: dict) -> dict:
+def _drop_mistyped(m: dict) -> dict:
     """Return a line of the log without values of another type than the trainer writes."""
     others = ("val_bpb_fields", "advice", "samples", "answers", "active_x", "active_y")
     numbers = {k: value for k, value in m.items() if k not in others and _is_number(value)}
@@ -363,10 +365,10 @@ def write_report(run: Path) -> None:
     """Make samples.md, curves.png and report.html of a run anew. Raises UserError."""
     config, lines = read_run(run)
     figure = curves(config, lines)
-    svg = drawn(figure, "svg").decode()
+    svg = render(figure, "svg").decode()
     made = {
         "samples.md": transcript(lines).encode(errors="backslashreplace"),
-        "curves.png": drawn(figure, "png"),
+        "curves.png": render(figure, "png"),
         "report.html": page(run, config, lines, svg).encode(errors="backslashreplace"),
     }
     with ExitStack() as stack:  # a viewer finds the old or the new ones
@@ -418,7 +420,7 @@ def compare(runs: list[Path], out: Path) -> str:
         )  # fmt: skip
     legend(panels[0])
     with files.atomic_writer(out) as making:
-        making.write_bytes(drawn(figure, "png"))
+        making.write_bytes(render(figure, "png"))
     return escape_controls(f"{format_table(rows)}\npicture: {out}")
 
 

@@ -78,7 +78,7 @@ class RunLog:
         if step and not self.path.exists():
             warn(f"{self.path} is gone; what it told up to iteration {step} is lost")
         elif self.path.exists() and self.path.read_bytes().count(b"\n") > len(lines):
-            aside = self.path.rename(checkpoints.unused(self.run, "damaged-metrics.jsonl"))
+            aside = self.path.rename(checkpoints.free_path(self.run, "damaged-metrics.jsonl"))
             warn(f"lines of {self.path} are not what was written; kept as {aside.name}")
         return lines
 
@@ -88,7 +88,7 @@ class RunLog:
         return next(m for m in reversed(self.history) if "val_loss" in m)
 
     @property
-    def last_eval(self) -> int:
+    def last_eval_step(self) -> int:
         """Return the last step that was evaluated, -1 before any, or where the best one is lost."""
         steps = evaluated_steps(self.history)
         return max(steps, default=-1) if self.best or steps == [0] else -1

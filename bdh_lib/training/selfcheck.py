@@ -39,7 +39,7 @@ RATE = 0.3  # of dropout
 PARAMETERS = {"embed.weight", "encoder", "encoder_v", "decoder", "lm_head"}
 CPU, GPU = 1e-4, 2e-2  # tolerances
 LAYER = replace(bdh_mlx.BDHConfig(), n_layer=1)  # a layer of the default shape
-LAYER_BYTES, MOST_ROWS = 1024, 8192  # MOST_ROWS: the bytes of a batch of the default settings
+LAYER_BYTES, MAX_ROWS = 1024, 8192  # MAX_ROWS: the bytes of a batch of the default settings
 ROWS_APART = 31  # prime: each tile of a kernel has such a row, at any place in it
 PRODUCT_ROUNDING = {mx.float32: CPU, mx.bfloat16: GPU}  # tolerances
 # of a gradient's norm; on a CPU 2e-4 and 4.7e-2, as neurons near 0 fire in one precision alone
@@ -227,7 +227,7 @@ def fused_is_plain(dtype: str) -> tuple[float, float]:
 def products_as_trained(dtype: str) -> tuple[float, float]:
     """Compare the products of a segment, in training's shapes and precision, with exact ones."""
     compute = memory.compute_for(LAYER, "fast", dtype)
-    H, D, N, rows = LAYER.n_head, LAYER.n_embd, LAYER.neurons_per_head, min(compute.rows, MOST_ROWS)
+    H, D, N, rows = LAYER.n_head, LAYER.n_embd, LAYER.neurons_per_head, min(compute.rows, MAX_ROWS)
     shapes = enumerate([(1, rows, D), (H, D, N), (H, rows, N), (H, N, D)])
     v, Dx, y, E = (mx.random.normal(of, compute.dtype, key=mx.random.key(i)) for i, of in shapes)
     pairs = [(v, Dx), (y, E), (v.swapaxes(1, 2), y), (v, E.swapaxes(1, 2))]

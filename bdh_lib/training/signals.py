@@ -9,14 +9,14 @@ from threading import Thread
 from bdh_lib.training.distributed import World
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-AT_ONCE = "Ctrl-C ends it at once; nothing saved is lost, and the same command starts again"
+SIGNAL_NOTE = "Ctrl-C ends it at once; nothing saved is lost, and the same command starts again"
 
 
 @contextmanager
 def default_signals() -> Iterator[None]:
     """Let the system end the process at a signal: MLX traces the graph of a long block or a deep
     model in one call of many seconds, and Python hears no signal before it returns. It then ends
-    without a word: say AT_ONCE before.
+    without a word: say SIGNAL_NOTE before.
     """
     caught = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
     handlers = {n: signal.signal(n, signal.SIG_DFL) for n in caught}

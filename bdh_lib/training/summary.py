@@ -41,7 +41,7 @@ def print_start(s: Settings, run: Path, data: Data, selection: Selection) -> Non
 
 def finished_reason(s: Settings, log: RunLog, n_steps: int) -> str | None:
     """Say why a run has nothing left to do, and which setting to change; None if it goes on."""
-    run, step, is_evaluated = log.run, log.first_step, log.last_eval == log.first_step
+    run, step, is_evaluated = log.run, log.first_step, log.last_eval_step == log.first_step
     if step > n_steps or (step == n_steps and is_evaluated):  # >: the end was lowered since
         return f"{run} has {step:,} iterations of {n_steps:,}; to go on, raise MAX_ITERS or EPOCHS"
     if is_evaluated and log.patience_exceeded(s.PATIENCE):

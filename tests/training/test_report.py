@@ -202,7 +202,7 @@ def test_a_comparison_replaces_its_own_picture_alone(run, tmp_path, monkeypatch)
 def test_a_device_is_written_to_and_not_replaced(run, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     pipe = os.open(tmp_path / "pipe", os.O_RDWR)  # and not /dev/null, lest it be replaced
-    monkeypatch.setattr(report, "drawn", lambda *_: b"picture")
+    monkeypatch.setattr(report, "render", lambda *_: b"picture")
     report.compare([run, run], tmp_path / "pipe")
     assert os.read(pipe, 20) == b"picture" and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 

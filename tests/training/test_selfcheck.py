@@ -17,7 +17,7 @@ def small(monkeypatch):
     config = bdh_mlx.BDHConfig(n_layer=1, n_embd=32, n_head=2, mlp_internal_dim_multiplier=16)
     monkeypatch.setattr(selfcheck, "LAYER", config)
     monkeypatch.setattr(selfcheck, "LAYER_BYTES", 300)
-    monkeypatch.setattr(selfcheck, "MOST_ROWS", 64)
+    monkeypatch.setattr(selfcheck, "MAX_ROWS", 64)
 
 
 def lines(capsys):
