@@ -86,18 +86,18 @@ def tolerance() -> float:
 # -------------------- the checks: each takes DTYPE and returns the measured error and its tolerance
 
 
-def five_arrays(_) -> tuple[float, float]:
+def check_arrays(_) -> tuple[float, float]:
     """Count the parameters that a BDH lacks or has too many."""
     names = {name for name, _ in tree_flatten(bdh_mlx.BDH(CONFIG).trainable_parameters())}
     return len(names ^ PARAMETERS), 0
 
 
-def largest(differences) -> float:
+def nan_max(differences) -> float:
     """Return the largest number, or NaN if there is one; Python's max would drop it."""
     return float(np.max([*differences]))
 
 
-def defined(_) -> tuple[float, float]:
+def check_definition(_) -> tuple[float, float]:
     """Compare loss and gradients, computed in chunks of several lengths, with the definition's."""
     model, batch, losses = random_model(), random_batch(0), []
     for chunk in (None, 7, 32, T):
@@ -106,10 +106,10 @@ def defined(_) -> tuple[float, float]:
         gradient = nn.value_and_grad(model, lambda *a, call=call: call(*a)[1])
         losses.append([array for _, array in tree_flatten(gradient(*batch))])
     pairs = (pair for other in losses[1:] for pair in zip(losses[0], other, strict=True))
-    return largest(relative_error(a, b) for a, b in pairs), tolerance()
+    return nan_max(relative_error(a, b) for a, b in pairs), tolerance()
 
 
-def byte_by_byte(_) -> tuple[float, float]:
+def check_byte_by_byte(_) -> tuple[float, float]:
     """Compare the logits of a text that is read byte by byte with those of the whole text."""
     model, (idx, _) = random_model(), random_batch(0)
     state, logits = None, []
@@ -120,7 +120,7 @@ def byte_by_byte(_) -> tuple[float, float]:
     return relative_error(model(idx)[0], mx.concatenate(logits, 1)), tolerance()
 
 
-def saved_and_loaded(_) -> tuple[float, float]:
+def check_save_and_load(_) -> tuple[float, float]:
     """Compare the losses of a model and of its copy that was saved and loaded."""
     model = random_model()
     batch = random_batch(0)
@@ -130,21 +130,21 @@ def saved_and_loaded(_) -> tuple[float, float]:
     return abs(model(*batch)[1].item() - loaded(*batch)[1].item()), 0
 
 
-def resumed(_) -> tuple[float, float]:
+def check_resume(_) -> tuple[float, float]:
     """Compare the parameters after six steps with those of a run resumed after three.
 
     They are equal on a CPU. A GPU adds up the gradient of the embedding in no fixed order, and Adam
     amplifies the difference.
     """
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        straight = updated(Path(one), 0, 6)
-        updated(Path(other), 0, 3)
-        again = updated(Path(other), 3, 6)
+        straight = train_and_save(Path(one), 0, 6)
+        train_and_save(Path(other), 0, 3)
+        again = train_and_save(Path(other), 3, 6)
     pairs = zip(tree_flatten(straight), tree_flatten(again), strict=True)
-    return largest(relative_error(a, b) for (_, a), (_, b) in pairs), GPU if memory.on_gpu() else 0
+    return nan_max(relative_error(a, b) for (_, a), (_, b) in pairs), GPU if memory.on_gpu() else 0
 
 
-def updated(run: Path, first: int, last: int) -> dict:
+def train_and_save(run: Path, first: int, last: int) -> dict:
     """Train from checkpoint `first` to `last` and save one; return the parameters.
 
     `first` 0 starts a new model.
@@ -168,7 +168,7 @@ def devices() -> tuple[mx.DeviceType, mx.DeviceType] | None:
     return (mx.gpu, mx.cpu) if memory.on_gpu() else None
 
 
-def gpu_is_cpu(_) -> tuple[float, float]:
+def check_gpu(_) -> tuple[float, float]:
     """Compare loss and gradients on both; with dropout except on CUDA, which draws other masks."""
     if not (both := devices()):
         raise Skipped("no GPU that MLX uses")
@@ -183,7 +183,7 @@ def gpu_is_cpu(_) -> tuple[float, float]:
             mx.eval(results)
     finally:
         mx.set_default_device(before)
-    return largest(relative_error(b, a) for (_, a), (_, b) in zip(*results, strict=True)), GPU
+    return nan_max(relative_error(b, a) for (_, a), (_, b) in zip(*results, strict=True)), GPU
 
 
 def plain_mask(mask: passes.Mask, shape: tuple[int, ...]) -> passes.Mask:
@@ -210,7 +210,7 @@ def run_passes(
     return q, y, dg, module.encode_gradient(rest, dq, position, B)
 
 
-def fused_is_plain(dtype: str) -> tuple[float, float]:
+def check_fused_passes(dtype: str) -> tuple[float, float]:
     """Compare relu, rotation, gate, dropout and their gradients in CUDA kernels with plain MLX."""
     if not passes_cuda.fits():
         raise Skipped("no CUDA GPU")
@@ -221,17 +221,17 @@ def fused_is_plain(dtype: str) -> tuple[float, float]:
     kernels = run_passes(passes_cuda, mask, T, B, *arrays)
     exact = [array.astype(mx.float32) for array in arrays]
     exact = run_passes(passes, plain_mask(mask, shape), T, B, *exact)
-    return largest(map(relative_error, exact, kernels)), PRODUCT_ROUNDING[dtype]
+    return nan_max(map(relative_error, exact, kernels)), PRODUCT_ROUNDING[dtype]
 
 
-def products_as_trained(dtype: str) -> tuple[float, float]:
+def check_products(dtype: str) -> tuple[float, float]:
     """Compare the products of a segment, in training's shapes and precision, with exact ones."""
     compute = memory.compute_for(LAYER, "fast", dtype)
     H, D, N, rows = LAYER.n_head, LAYER.n_embd, LAYER.neurons_per_head, min(compute.rows, MAX_ROWS)
     shapes = enumerate([(1, rows, D), (H, D, N), (H, rows, N), (H, N, D)])
     v, Dx, y, E = (mx.random.normal(of, compute.dtype, key=mx.random.key(i)) for i, of in shapes)
     pairs = [(v, Dx), (y, E), (v.swapaxes(1, 2), y), (v, E.swapaxes(1, 2))]
-    return largest(product_error(*pair) for pair in pairs), PRODUCT_ROUNDING[compute.dtype]
+    return nan_max(product_error(*pair) for pair in pairs), PRODUCT_ROUNDING[compute.dtype]
 
 
 def product_error(left: mx.array, right: mx.array) -> float:
@@ -245,10 +245,10 @@ def product_error(left: mx.array, right: mx.array) -> float:
         factors = (left[head % len(left)], right[head].astype(mx.float32))
         exact = np.matmul(*(np.array(factor).astype(np.float64) for factor in factors))
         errors.append(np.max(np.abs(result - exact)) / np.max(np.abs(exact)))
-    return largest(errors)
+    return nan_max(errors)
 
 
-def layer_as_trained(dtype: str) -> tuple[float, float]:
+def check_layer(dtype: str) -> tuple[float, float]:
     """Compare loss and gradients of a layer in training's precision with the definition's.
 
     The definition is computed in float32, on a Mac by the CPU. On CUDA the GPU computes it, since
@@ -265,21 +265,21 @@ def layer_as_trained(dtype: str) -> tuple[float, float]:
             results.append([array for _, array in tree_flatten(gradient(*batch))])
             mx.eval(results)
     errors = (norm_error(exact, array) for array, exact in zip(*results, strict=True))
-    return largest(errors), LAYER_ROUNDING[model.compute.dtype]
+    return nan_max(errors), LAYER_ROUNDING[model.compute.dtype]
 
 
 AS_TRAINED = {
-    "products as trained = exact ones": products_as_trained,
-    "layer as trained = the definition": layer_as_trained,
+    "products as trained = exact ones": check_products,
+    "layer as trained = the definition": check_layer,
 }
 CHECKS = {
-    "exactly five trainable arrays": five_arrays,
-    "in chunks = the definition": defined,
-    "read byte by byte = at once": byte_by_byte,
-    "saved and loaded: the same loss": saved_and_loaded,
-    "stopped and resumed = straight": resumed,
-    "GPU = CPU": gpu_is_cpu,
-    "fused passes = plain operations": fused_is_plain,
+    "exactly five trainable arrays": check_arrays,
+    "in chunks = the definition": check_definition,
+    "read byte by byte = at once": check_byte_by_byte,
+    "saved and loaded: the same loss": check_save_and_load,
+    "stopped and resumed = straight": check_resume,
+    "GPU = CPU": check_gpu,
+    "fused passes = plain operations": check_fused_passes,
 } | AS_TRAINED
 
 

@@ -100,11 +100,11 @@ def test_philox_is_that_of_its_authors(library):
 
 def test_the_check_of_the_trainer_compares_them(fused, monkeypatch):
     monkeypatch.setattr(selfcheck, "LAYER", CONFIG)
-    measured, allowed = selfcheck.fused_is_plain("float32")
+    measured, allowed = selfcheck.check_fused_passes("float32")
     assert 0 < measured <= allowed
     gradient = passes_cuda.encode_gradient
     monkeypatch.setattr(passes_cuda, "encode_gradient", lambda *args: gradient(*args) * 1.001)
-    measured, allowed = selfcheck.fused_is_plain("float32")
+    measured, allowed = selfcheck.check_fused_passes("float32")
     assert measured > allowed
 
 

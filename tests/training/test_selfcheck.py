@@ -44,7 +44,7 @@ def test_it_checks_the_precision_that_training_takes(capsys):
 
 
 def test_products_are_not_compared_with_the_library_that_computes_them():
-    measured, allowed = selfcheck.products_as_trained("float32")
+    measured, allowed = selfcheck.check_products("float32")
     assert 0 < measured < allowed  # an exact product of 64 bits has other last bits
 
 
@@ -54,7 +54,7 @@ def test_the_cpu_is_the_arbiter_of_metal(monkeypatch):
     monkeypatch.setattr(layer, "on_gpu", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: "the GPU")
     monkeypatch.setattr(mx, "stream", lambda device: (devices.append(device), stream(mx.cpu))[1])
-    selfcheck.layer_as_trained("float32")
+    selfcheck.check_layer("float32")
     assert devices == ["the GPU", mx.cpu]
 
 
