@@ -316,13 +316,14 @@ def print_needs(s: Settings, about: dict) -> None:
 def print_speed(s: Settings, train: Split, val: Split) -> None:
     """Measure and print the speed, and the time to the end that follows from it."""
     total = total_steps(s, len(train.bytes))
-    name, compute, _ = tuning.select(s, *tuning.kept(s))
+    selection = tuning.select(s, *tuning.saved_choice(s))
     with heartbeat("measuring"):
-        step, evaluation = measure(s, train, compute)
+        step, evaluation = measure(s, train, selection.compute)
     times = total // s.EVAL_FREQ + 1
     evaluating = times * evaluation * len(val.bytes) / (s.BATCH_SIZE * s.BLOCK_SIZE)
     speed = s.BLOCK_SIZE * blocks_per_step(s) / step
-    print(f"speed: {speed:,.0f} bytes/s with MEMORY_MODE {name}, measured over 3 iterations")
+    print(f"speed: {speed:,.0f} bytes/s with MEMORY_MODE {selection.label}, measured over 3 "
+          "iterations")  # fmt: skip
     whole = total * step + evaluating
     share = f"{duration(evaluating)} ({evaluating / whole:.1%}) of it"
     evaluations = f"{times} evaluations of {len(val.bytes):,} bytes"

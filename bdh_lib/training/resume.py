@@ -40,7 +40,7 @@ def resume_or_init(s: Settings, run: Path, report: dict, world: World) -> Start:
     `report` is that of the data. Raises UserError.
     """
     step = world.broadcast_object(world.is_main and checkpoints.newest_valid(run))
-    selection = tuning.select(s, *tuning.preferred(s, run, step, world))
+    selection = tuning.select(s, *tuning.initial_choice(s, run, step, world))
     state = init_train_state(s, selection.compute)
     ancestry = world.broadcast_object(world.is_main and load_state(s, run, step, report, state))
     broadcast_state(state, world)
@@ -70,7 +70,7 @@ def run_info(s: Settings, report: dict, start: Start) -> dict:
     info = {"settings": settings_dict(s), "data": report, "versions": checkpoints.versions()}
     info |= {"ancestry": start.ancestry, "parameters": s.BDH_CONFIG.n_parameters}
     compute = start.selection.compute
-    info["compute"] = tuning.choice_of(compute) | {"groups": compute.groups}
+    info["compute"] = tuning.choice_dict(compute) | {"groups": compute.groups}
     info["own"] = [name for name in info["settings"] if name.isupper() and name not in RULES]
     return info
 

@@ -43,7 +43,7 @@ WORTHWHILE = 10**13  # parameters x bytes of a run: about an hour on two CPU cor
 SIZES = ("chunk", "rows")  # of a Compute, that a file holds beside its mode
 
 
-def choice_of(compute: Compute) -> dict:
+def choice_dict(compute: Compute) -> dict:
     """Return what a file holds of a Compute."""
     names = {saved: mode for mode, (_, saved) in memory.MODES.items()}
     mode = names[compute.saved_activations]
@@ -52,14 +52,14 @@ def choice_of(compute: Compute) -> dict:
 
 
 def is_choice(value: dict) -> bool:
-    """Tell whether a dict read from a file is a choice as choice_of gives it."""
+    """Tell whether a dict read from a file is a choice as choice_dict gives it."""
     sizes = [value.get(name) for name in SIZES]
     are_sizes = all(type(size) is int and 0 < size < 2**40 for size in sizes)
     return are_sizes and value.get("mode") in [*memory.MODES]
 
 
 def conditions(s: Settings) -> dict:
-    """Return what a kept choice holds for: a shape, a machine, a version of MLX."""
+    """Return what a saved choice holds for: a shape, a machine, a version of MLX."""
     config = asdict(s.BDH_CONFIG)
     shape = config | {name: config[name] > 0 for name in ("dropout", "dropout_v")}
     shape |= {name: getattr(s, name) for name in ("BATCH_SIZE", "BLOCK_SIZE")}
@@ -68,33 +68,35 @@ def conditions(s: Settings) -> dict:
     return shape | {"machine": machine, "mlx": mx.__version__}
 
 
-def kept_file(s: Settings) -> Path:
-    """Return the file that holds the choice for these settings here, if --tune has kept one."""
+def choice_file(s: Settings) -> Path:
+    """Return the file that holds the choice for these settings here, if --tune has saved one."""
     key = files.sha256_text(json.dumps(conditions(s), sort_keys=True))[:16]
     return Path(s.CHECKPOINT_DIR, ".tune", f"{key}.json")
 
 
-def kept(s: Settings) -> tuple[str, dict]:
-    """Return ("by --tune", the choice kept for these settings here), ("", {}) without one.
+def saved_choice(s: Settings) -> tuple[str, dict]:
+    """Return ("by --tune", the choice saved for these settings here), ("", {}) without one.
 
     A damaged file is ignored, with a warning.
     """
     try:
-        choice = files.read_json_object(kept_file(s))
+        choice = files.read_json_object(choice_file(s))
         if not choice:
             return "", {}
         if is_choice(choice) and choice.get("conditions") == conditions(s):
             return "by --tune", choice
-        reason = f"{kept_file(s)} is damaged"
+        reason = f"{choice_file(s)} is damaged"
     except UserError as error:
         reason = str(error)
     warn(f"{reason}; it is ignored, and --tune writes it anew")
     return "", {}
 
 
-def preferred(s: Settings, run: Path, step: int, world: World) -> tuple[str, dict]:
-    """Return who chose, in words, and how a run computes: as its checkpoint of `step` did, or where
-    that is 0 as --tune found.
+def initial_choice(s: Settings, run: Path, step: int, world: World) -> tuple[str, dict]:
+    """Return who chose how this run computes, in words, and the choice.
+
+    A run that goes on takes the choice of its checkpoint of `step`: ("as before", choice). A new
+    run, of step 0, takes what --tune saved: ("by --tune", choice). Without a choice both are empty.
     """
     by, choice = "", {}
     if world.is_main and step:
@@ -104,14 +106,15 @@ def preferred(s: Settings, run: Path, step: int, world: World) -> tuple[str, dic
         if is_here and isinstance(compute, dict) and is_choice(compute):
             by, choice = "as before", compute
     elif world.is_main:
-        by, choice = kept(s)
+        by, choice = saved_choice(s)
     return world.broadcast_object([by, choice])
 
 
 class Selection(NamedTuple):
     """How a run computes."""
 
-    name: str  # the memory mode, in words
+    label: str  # the memory mode, who chose it, and sizes that differ from the mode's: for display
+    by: str  # who chose: "as before", "by --tune"; "" where MEMORY_MODE alone decided
     compute: Compute
     peak: float  # estimated, in bytes
 
@@ -130,18 +133,21 @@ def select(s: Settings, by: str, choice: dict) -> Selection:
         of_mode = replace(of_mode, **as_before)
         compute = replace(of_mode, **{name: choice[name] for name in SIZES})
         sizes = f" (chunk {compute.chunk:,}, segment {compute.rows:,})" * (compute != of_mode)
-        name, peak = f"{choice['mode']} {by}{sizes}", memory.step_peak(s, compute)
+        label, peak = f"{choice['mode']} {by}{sizes}", memory.step_peak(s, compute)
         if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
-            return Selection(name, compute, peak)
-        print(f"memory: {name} needs {peak / 1e9:.2f} GB, more than can be had; taking what fits")
-    name, compute, peak = memory.select_mode(s)
-    return Selection(name, replace(compute, **as_before), peak)
+            return Selection(label, by, compute, peak)
+        print(f"memory: {label} needs {peak / 1e9:.2f} GB, more than can be had; taking what fits")
+    mode, compute, peak = memory.select_mode(s)
+    return Selection(mode, "", replace(compute, **as_before), peak)
 
 
-def hint(s: Settings, name: str, n_steps: int) -> str:
-    """Return a line on --tune for a long run that computes as auto guesses; "" for others."""
+def hint(s: Settings, by: str, n_steps: int) -> str:
+    """Return a line on --tune for a long run that computes as auto guesses; "" for others.
+
+    `by` is that of its Selection.
+    """
     work = s.BDH_CONFIG.n_parameters * n_steps * blocks_per_step(s) * s.BLOCK_SIZE
-    guessed = s.MEMORY_MODE == "auto" and name in memory.MODES
+    guessed = s.MEMORY_MODE == "auto" and not by
     if not guessed or work < WORTHWHILE or memory.slow_note(s):  # slow: --tune would refuse
         return ""
     return "note: --tune looks for a faster way to compute on this machine, in at most 2 minutes"
@@ -188,8 +194,8 @@ class TimedSteps:
         return time.perf_counter() - began
 
 
-def around(n: int) -> tuple[int, int]:
-    """Return the sizes that are tried next after n."""
+def adjacent_sizes(n: int) -> tuple[int, int]:
+    """Return the double and the half of a size, which are tried next."""
     return n * 2, n // 2
 
 
@@ -202,69 +208,82 @@ def neighbours(s: Settings, compute: Compute) -> list[Compute]:
     modes = [memory.compute_for(s.BDH_CONFIG, mode, s.DTYPE) for mode in memory.MODES]
     chunk = default_chunk(s.BDH_CONFIG.n_embd) if memory.on_metal() else s.BLOCK_SIZE
     rows = modes[0].rows if memory.on_gpu() else s.BATCH_SIZE * s.BLOCK_SIZE
-    near = [replace(compute, chunk=n) for n in around(compute.chunk) if 0 < n <= chunk]
-    near += [replace(compute, rows=n) for n in around(compute.rows) if 0 < n <= rows]
+    near = [replace(compute, chunk=n) for n in adjacent_sizes(compute.chunk) if 0 < n <= chunk]
+    near += [replace(compute, rows=n) for n in adjacent_sizes(compute.rows) if 0 < n <= rows]
     near += [replace(mode, chunk=compute.chunk) for mode in modes]
     return [c for c in near if memory.step_peak(s, c) <= memory.available()]
 
 
-def way(s: Settings, compute: Compute) -> tuple:
-    """Return what is the same for two Computes that compute these blocks in the same way."""
+def equivalence_key(s: Settings, compute: Compute) -> tuple:
+    """Return a key that is equal for two Computes that compute these blocks in the same way."""
     cuts = segments(s.BATCH_SIZE, s.BLOCK_SIZE, compute)
     return tuple(cuts), min(compute.chunk, s.BLOCK_SIZE), compute.saved_activations
 
 
-def race(s: Settings, field: list[Compute], timed: TimedSteps, rounds: int, tried: dict) -> dict:
-    """Return the best seconds of each candidate that there was time for; add all to `tried`.
+def new_neighbours(s: Settings, compute: Compute, seen: set[tuple]) -> dict[tuple, Compute]:
+    """Return the neighbours by equivalence_key, without those whose key is in `seen`."""
+    keyed = {equivalence_key(s, c): c for c in neighbours(s, compute)}
+    return {key: c for key, c in keyed.items() if key not in seen}
 
-    They are timed in turn, because the speed of a machine drifts; the slow ones drop out, but not
-    the first, which the others are to beat.
+
+def time_candidates(
+    s: Settings, candidates: list[Compute], timed: TimedSteps, rounds: int, timings: dict
+) -> dict[Compute, float]:
+    """Return the best seconds of each candidate that there was time for.
+
+    Appends the seconds of each trial to the list of its Compute in `timings`. The candidates are
+    timed in turn, because the speed of a machine drifts. The slow ones drop out of `candidates`,
+    but not the first, which the others must beat.
     """
     best = {}
     for _ in range(rounds):
-        for compute in field:
+        for compute in candidates:
             if not timed.has_time():
                 return best
             seconds = timed.seconds(compute, s.BATCH_SIZE, s.BLOCK_SIZE)
-            tried.setdefault(compute, []).append(seconds)
+            timings.setdefault(compute, []).append(seconds)
             best[compute] = min(seconds, best.get(compute, math.inf))
-        field[1:] = [c for c in field[1:] if best[c] < SLOW * min(best.values())]
+        candidates[1:] = [c for c in candidates[1:] if best[c] < SLOW * min(best.values())]
     return best
 
 
 def search(s: Settings, start: Compute, timed: TimedSteps) -> tuple[Compute, dict[Compute, list]]:
-    """Return the Compute to keep, and the seconds of steps of each one that was tried."""
-    best, ways, tried = start, {way(s, start)}, {}
-    while others := {way(s, c): c for c in neighbours(s, best) if way(s, c) not in ways}:
-        ways |= others.keys()
-        times = race(s, [best, *others.values()], timed, 2, tried)
+    """Return the Compute to keep, and the seconds of the steps of each one that was timed."""
+    best, seen, timings = start, {equivalence_key(s, start)}, {}
+    while candidates := new_neighbours(s, best, seen):
+        seen |= candidates.keys()
+        times = time_candidates(s, [best, *candidates.values()], timed, 2, timings)
         if len(times) < 2 or times[best] < GAIN * min(times.values()):
             break
         best = min(times, key=times.get)
-    least = min(map(min, tried.values()), default=0)
-    finalists, final = [c for c in tried if c != start and min(tried[c]) < SLOW * least], {}
+    least = min(map(min, timings.values()), default=0)
+    finalists = [c for c in timings if c != start and min(timings[c]) < SLOW * least]
+    final = {}
     if finalists:
-        race(s, [start, *finalists], timed, FINAL_ROUNDS, final)
-    latest = tried | final  # the last race alone counts, as far as there was time for it
+        time_candidates(s, [start, *finalists], timed, FINAL_ROUNDS, final)
+    latest = timings | final  # the last comparison alone counts, as far as there was time for it
     faster = [compute for compute in finalists if is_faster(latest[compute], latest[start])]
-    tried = {compute: [*times, *final.get(compute, [])] for compute, times in tried.items()}
-    return min(faster, key=lambda compute: min(tried[compute]), default=start), tried
+    timings = {compute: [*times, *final.get(compute, [])] for compute, times in timings.items()}
+    return min(faster, key=lambda compute: min(timings[compute]), default=start), timings
 
 
-def is_faster(seconds: list[float], others: list[float]) -> bool:
-    """Tell whether three quarters of two or more `seconds` beat the best of `others`: on a busy
+def is_faster(seconds: list[float], baseline: list[float]) -> bool:
+    """Tell whether three quarters of two or more `seconds` beat the best of `baseline`: on a busy
     machine a lucky one is noise.
     """
     usual = sorted(seconds)[3 * len(seconds) // 4]
-    return min(len(seconds), len(others)) > 1 and usual < min(others)
+    return min(len(seconds), len(baseline)) > 1 and usual < min(baseline)
 
 
 def tune(s: Settings) -> int:
-    """Search, print a table and keep the winner; 0. Raises UserError where that is no use."""
+    """Search, print a table and keep the winner.
+
+    Returns the exit code, 0. Raises UserError where a search is no use.
+    """
     if s.MEMORY_MODE != "auto":
         raise UserError(f"MEMORY_MODE is {s.MEMORY_MODE!r}; --tune is for 'auto': set it to that")
     (_, start, _), B, T = memory.select_mode(s), s.BATCH_SIZE, s.BLOCK_SIZE
-    file = kept_file(s)
+    file = choice_file(s)
     file.parent.mkdir(parents=True, exist_ok=True)
     print(f"tuning: {s.BDH_CONFIG.n_parameters:,} parameters, batches of {B} x {T:,} bytes, on "
           f"{mx.default_device()}, in at most {SECONDS} s")  # fmt: skip
@@ -278,20 +297,20 @@ def tune(s: Settings) -> int:
                 "several ways; lower BLOCK_SIZE or BATCH_SIZE"
             )
         timed.longest = 2.5 * expected
-        best, tried = search(s, start, timed)
-    if len(tried) < 2:
+        best, timings = search(s, start, timed)
+    if len(timings) < 2:
         print("nothing kept: there was no other way to try, or no time after compiling; a second "
               "--tune compiles less")  # fmt: skip
         return 0
     rows = [("MEMORY_MODE", "chunk", "segment", "bytes/s", "peak GB", "")]
-    for compute, times in tried.items():
+    for compute, times in timings.items():
         marks = "kept" * (compute == best), "auto by itself" * (compute == start)
         speed, gb = f"{B * T / min(times):,.0f}", f"{timed.peaks[compute] / 1e9:.2f}"
-        rows.append((*choice_of(compute).values(), speed, gb, ", ".join(filter(None, marks))))
+        rows.append((*choice_dict(compute).values(), speed, gb, ", ".join(filter(None, marks))))
     print(format_table(rows))
-    content = choice_of(best) | {"conditions": conditions(s)}
+    content = choice_dict(best) | {"conditions": conditions(s)}
     files.atomic_write_text(file, json.dumps(content, indent=1))
-    if best == start and min(map(min, tried.values())) < min(tried[start]):
+    if best == start and min(map(min, timings.values())) < min(timings[start]):
         print("no other way was faster by more than its own times differ: nothing else should run")
     print(f"kept in {file}: MEMORY_MODE auto computes new runs of this shape so")
     return 0

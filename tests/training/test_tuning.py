@@ -51,8 +51,8 @@ def test_the_search_walks_to_the_fastest():
 
     start, best, tried, updates = found(cost)
     assert (best.chunk, best.rows, best.saved_activations) == (32, 256, 1)
-    ways = [tuning.way(shape(), c) for c in tried]
-    assert len(ways) == len(set(ways))  # nothing is tried again
+    keys = [tuning.equivalence_key(shape(), c) for c in tried]
+    assert len(keys) == len(set(keys))  # nothing is tried again
     assert updates.counts[start] == 2 + tuning.FINAL_ROUNDS  # which the others are to beat
     assert updates.counts[best] > updates.counts[replace(start, chunk=256)] == 1  # the slow one
 
@@ -120,7 +120,7 @@ PLANTED = {"mode": "balanced", "chunk": 16, "rows": 32}
 def plant(folder, **values):
     """Put a choice in place of the one that --tune keeps for the shape of ARGS."""
     s = train_mlx.settings([*ARGS, "--checkpoint-dir", str(folder)])
-    file = tuning.kept_file(s)
+    file = tuning.choice_file(s)
     file.parent.mkdir(exist_ok=True, parents=True)
     file.write_text(json.dumps(PLANTED | {"conditions": tuning.conditions(s)} | values))
     return file
@@ -153,7 +153,7 @@ def test_a_run_goes_on_as_it_began_to_the_bit(tmp_path, capsys):
     assert same(arrays(tmp_path / "one", 4), arrays(tmp_path / "other", 4))
     plant(tmp_path / "third")
     assert train(tmp_path / "third", "--max-iters", 2) == 0
-    tuning.kept_file(
+    tuning.choice_file(
         train_mlx.settings([*ARGS, "--checkpoint-dir", str(tmp_path / "third")])
     ).unlink()
     capsys.readouterr()
@@ -176,16 +176,17 @@ def test_a_run_goes_on_with_its_groups_of_heads_on_other_cores(mode, tmp_path, m
 def test_groups_that_do_not_divide_the_heads_are_left_out(groups):
     s = train_mlx.settings([*ARGS, "--n-head", "4"])
     choice = {"mode": "fast", "chunk": 64, "rows": 128, "groups": groups}
-    assert tuning.select(s, "as before", choice)[1].groups in (1, 2, 4)
+    assert tuning.select(s, "as before", choice).compute.groups in (1, 2, 4)
 
 
 def test_a_choice_that_does_not_fit_any_more_is_left_with_a_word(capsys, monkeypatch):
     s = train_mlx.settings(ARGS)
     large = {"mode": "fast", "chunk": 64, "rows": 128}
-    assert tuning.select(s, "as before", large)[0] == "fast as before (chunk 64, segment 128)"
+    assert tuning.select(s, "as before", large).label == "fast as before (chunk 64, segment 128)"
     room = memory.step_peak(s, memory.compute_for(s.BDH_CONFIG, "small", "float32"))
     monkeypatch.setattr(memory, "available", lambda: room)
-    assert tuning.select(s, "as before", large) == memory.select_mode(s)
+    mode, compute, peak = memory.select_mode(s)
+    assert tuning.select(s, "as before", large) == (mode, "", compute, peak)
     assert "memory: fast as before (chunk 64, segment 128) needs" in capsys.readouterr().out
 
 
@@ -199,7 +200,7 @@ def test_a_damaged_file_is_ignored_with_one_warning(damage, tmp_path, capsys):
     if isinstance(damage, str):
         file.write_text(damage)
     s = train_mlx.settings([*ARGS, "--checkpoint-dir", str(tmp_path)])
-    assert tuning.select(s, *tuning.kept(s))[0] == "fast"
+    assert tuning.select(s, *tuning.saved_choice(s)).label == "fast"
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("warning: ") and str(file) in err
 
@@ -207,13 +208,13 @@ def test_a_damaged_file_is_ignored_with_one_warning(damage, tmp_path, capsys):
 def test_only_a_long_run_is_told_of_it(monkeypatch):
     monkeypatch.setattr(memory, "on_gpu", lambda: True)  # where the default model is not slow
 
-    def hint(preset, n_steps, name="fast", *args):
-        return tuning.hint(train_mlx.settings(["--preset", preset, *args]), name, n_steps)
+    def hint(preset, n_steps, by="", *args):
+        return tuning.hint(train_mlx.settings(["--preset", preset, *args]), by, n_steps)
 
     assert "--tune" in hint("both-64gb", 1300)
     assert not hint("tiny", 4500)
-    assert not hint("both-64gb", 1300, "fast by --tune")
-    assert not hint("both-64gb", 1300, "fast", "--memory-mode", "fast")
+    assert not hint("both-64gb", 1300, "by --tune")
+    assert not hint("both-64gb", 1300, "", "--memory-mode", "fast")
     monkeypatch.setattr(memory, "on_gpu", lambda: False)
     assert not hint("both-64gb", 1300)  # an update takes minutes: --tune would refuse it
 
