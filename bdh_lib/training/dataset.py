@@ -22,7 +22,7 @@ class Data(NamedTuple):
     """The prepared data of a run, memory mapped."""
 
     report: dict  # what was read, left out and written: data.json
-    train: Split  # its ends are of the units that are shuffled
+    train: Split  # its record_ends are the ends of the units that are shuffled, as a whole each
     val: Split  # what evaluations read of it
 
 
@@ -30,8 +30,8 @@ def load_prepared(s: Settings, mode: str) -> Data:
     """Prepare and open the data for a mode. Raises UserError where a side is empty."""
     cache, refresh = Path(s.CHECKPOINT_DIR) / ".data", vars(s).get("refresh_data", False)
     folder = prepare(data_settings(s, mode), cache, refresh)
-    report = json.loads((folder / "data.json").read_text())
-    if empty := [side for side in ("train", "val") if not report[side]["bytes"]]:
+    data_report = json.loads((folder / "data.json").read_text())
+    if empty := [side for side in ("train", "val") if not data_report[side]["bytes"]]:
         raise NoDataError(f"the {empty[0]} split of mode {mode} is empty; take more data")
     train, val = (
         [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
@@ -42,7 +42,7 @@ def load_prepared(s: Settings, mode: str) -> Data:
     if val_ends is not None and read is not None:
         val_ends = val_ends[val_ends <= read]
     val = Split(*(array[:read] for array in val), val_ends)
-    return Data(report, Split(*train, units_to_shuffle(ends, train[1])), val)
+    return Data(data_report, Split(*train, units_to_shuffle(ends, train[1])), val)
 
 
 def units_to_shuffle(ends: np.ndarray | None, fields: np.ndarray) -> np.ndarray | None:
@@ -59,14 +59,14 @@ def units_to_shuffle(ends: np.ndarray | None, fields: np.ndarray) -> np.ndarray 
 
 def open_split(s: Settings) -> Data:
     """Prepare and open the data of a run. Raises UserError where they are too few for it."""
-    report, train, val = data = load_prepared(s, s.TRAINING_MODE)
+    data_report, train, val = data = load_prepared(s, s.TRAINING_MODE)
     for side, least, cure in (
         ("train", s.BLOCK_SIZE + 1, "lower BLOCK_SIZE"),
         ("val", 2, "raise VAL_FRACTION"),
     ):
-        if report[side]["bytes"] < least:
+        if data_report[side]["bytes"] < least:
             raise UserError(
-                f"the {side} split has {report[side]['bytes']:,} bytes and needs {least:,} "
+                f"the {side} split has {data_report[side]['bytes']:,} bytes and needs {least:,} "
                 f"(BLOCK_SIZE is {s.BLOCK_SIZE:,}): {cure} or take more data"
             )
     for side, split, cure in (
@@ -93,13 +93,13 @@ def load_split(s: Settings, compared: Collection[str], world: World) -> Data:
 
     Raises UserError where processes differ in the data, or in the settings that `compared` names.
     """
-    report, train, val = data = open_split(s)
+    data_report, train, val = data = open_split(s)
     settings = {k: v for k, v in settings_dict(s).items() if k in compared}
-    sums = {side: report[side]["sha256"] for side in ("train", "val")}
+    sums = {side: data_report[side]["sha256"] for side in ("train", "val")}
     every = world.all_gather_object(settings | sums)
     if unlike := [k for k in every[0] if any(one[k] != every[0][k] for one in every)]:
         raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
-    print(escape_controls(describe(report)))
+    print(escape_controls(describe(data_report)))
     print(f"plan: {schedule_summary(s, len(train.bytes))}; "
           f"an evaluation reads {len(val.bytes):,} bytes")  # fmt: skip
     return data

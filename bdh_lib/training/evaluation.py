@@ -36,7 +36,7 @@ DEFAULT_BLOCK_SIZE = 4096  # where the checkpoint does not say what it was train
 
 
 def evaluate(
-    losses: Callable,
+    losses_fn: Callable,
     val: Split,
     shape: tuple[int, int],
     stop: StopSignal | None = None,
@@ -44,8 +44,9 @@ def evaluate(
 ) -> tuple[float, dict[str, float]]:
     """Return the mean nats per byte of val, and of the bytes of each field, without dropout.
 
-    val is read in batches of `shape`, (B, T); the last block may be shorter. The processes of
-    `world` evaluate disjoint batches; `stop` ends it early.
+    `losses_fn` maps idx and targets, both (B, T), to the loss of each target in nats, (B, T), as
+    compile_losses makes it. val is read in batches of `shape`, (B, T); the last block may be
+    shorter. The processes of `world` evaluate disjoint batches; `stop` ends it early.
     """
     (B, T), (rank, size) = shape, (world.rank, world.size) if world else (0, 1)
     n = len(val.bytes) - 1
@@ -57,7 +58,7 @@ def evaluate(
                 rows = (max(1, (end - begin) // T), -1)
                 idx, targets = (val.bytes[begin + i : end + i].astype(np.int32).reshape(rows)
                                 for i in (0, 1))  # fmt: skip
-                nats_by_byte = np.array(losses(mx.array(idx), mx.array(targets))).ravel()
+                nats_by_byte = np.array(losses_fn(mx.array(idx), mx.array(targets))).ravel()
                 nats += np.bincount(val.fields[begin + 1 : end + 1], nats_by_byte, len(FIELDS))
                 progress.update(end - begin)
     if world:
@@ -89,25 +90,34 @@ def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float
     return {"active_x": x, "active_y": y, "dead": excited.size - excited.sum().item()}
 
 
-def compile_shapes(losses: Callable, n_bytes: int, shape: tuple[int, int]) -> None:
-    """Let mx.compile trace `losses` with each shape that `evaluate` reads. Nothing is computed."""
+def compile_shapes(losses_fn: Callable, n_bytes: int, shape: tuple[int, int]) -> None:
+    """Let mx.compile trace `losses_fn` with each shape that `evaluate` reads; compute nothing.
+
+    `n_bytes` is the length of val in bytes, `shape` the (B, T) of `evaluate`.
+    """
     (B, T), n = shape, n_bytes - 1
     rows = n // T
     for shape in {(B, T) if rows >= B else (0, T), (rows % B, T), (1, n % T)}:
         if 0 not in shape:
             zeros = mx.zeros(shape, mx.int32)
-            losses(zeros, zeros)
+            losses_fn(zeros, zeros)
 
 
 class Evaluator:
-    """Evaluates a run: on the same bytes each time, by losses that are compiled once."""
+    """Evaluates a run on the same bytes each time. The losses are compiled once."""
 
     def __init__(self, s: Settings, model: BDH, data: Data, world: World, stop: StopSignal):
+        """Compile the losses of `model` for the bytes of `data.val`.
+
+        An evaluation takes the weights that `model` has at that time. The processes of `world`
+        share an evaluation, and `stop` ends it early. The advice compares losses with baselines
+        that are computed here from `data.train` and `data.val`.
+        """
         self.s, self.model, self.val, self.world, self.stop = s, model, data.val, world, stop
-        self.losses, self.shape = compile_losses(model), (s.BATCH_SIZE, s.BLOCK_SIZE)
+        self.losses_fn, self.shape = compile_losses(model), (s.BATCH_SIZE, s.BLOCK_SIZE)
         print(f"compiling the evaluation, once ({SIGNAL_NOTE})")
         with heartbeat("compiling"), default_signals():
-            compile_shapes(self.losses, len(self.val.bytes), self.shape)
+            compile_shapes(self.losses_fn, len(self.val.bytes), self.shape)
         self.n_steps = total_steps(s, len(data.train.bytes))
         self.baselines = byte_baselines(s.LOSS_ON, data.train, data.val)
 
@@ -117,7 +127,7 @@ class Evaluator:
         `monitored_loss` (nats) is the loss on the bytes that LOSS_ON counts. best.json, PATIENCE,
         advice and reports go by it. `history` are the lines of the log. Raises Diverged.
         """
-        val_loss, nats = evaluate(self.losses, self.val, self.shape, self.stop, self.world)
+        val_loss, nats = evaluate(self.losses_fn, self.val, self.shape, self.stop, self.world)
         if self.stop.requested:
             return {}
         if not math.isfinite(val_loss):
@@ -156,11 +166,11 @@ def evaluation_table(
         raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
     T, B = model.trained_length or DEFAULT_BLOCK_SIZE, settings.get("BATCH_SIZE", 1)
     print(f"evaluating {len(stream):,} bytes", file=sys.stderr)
-    losses = compile_losses(model)
+    losses_fn = compile_losses(model)
     with default_signals():
-        compile_shapes(losses, len(stream), (B, T))
+        compile_shapes(losses_fn, len(stream), (B, T))
     with redirect_stdout(sys.stderr):
-        whole, means = evaluate(losses, Split(stream, fields), (B, T))
+        whole, means = evaluate(losses_fn, Split(stream, fields), (B, T))
     count = np.bincount(fields[1:], minlength=len(FIELDS)).tolist()
     counts = dict(zip(LABEL_OF.values(), count, strict=True))
     n_bytes = len(stream) - 1

@@ -77,12 +77,12 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]
             return earlier["val_bpb"]
     model = load_model(run)
     model.compute = memory.select_mode(s)[1]
-    losses = compile_losses(model)
+    losses_fn = compile_losses(model)
     bpb, fields = {}, {}
     for mode in REQUIRED_FIELDS:
         with suppress(NoDataError):
             val = load_prepared(s, mode).val
-            loss, nats = evaluate(losses, val, (s.BATCH_SIZE, s.BLOCK_SIZE), stop)
+            loss, nats = evaluate(losses_fn, val, (s.BATCH_SIZE, s.BLOCK_SIZE), stop)
             bpb[mode] = bits_per_byte(loss)
             fields[mode] = {field: bits_per_byte(loss) for field, loss in nats.items()}
     if not stop.requested:

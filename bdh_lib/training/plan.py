@@ -283,22 +283,22 @@ def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
 
 def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
-    about, train, val = open_split(s)
-    print(escape_controls(describe(about)))
-    is_ready = about["records"] is None
+    data_report, train, val = open_split(s)
+    print(escape_controls(describe(data_report)))
+    is_ready = data_report["records"] is None
     sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s)
     sizes[s.TRAINING_MODE] = len(train.bytes)
     print(f"\nrun: {schedule_summary(s, len(train.bytes))}")
     if note := passes_note(s, len(train.bytes)):
         print(f"passes: {note}")
-    print_needs(s, about)
+    print_needs(s, data_report)
     if not s.PHASES:
         print("\npresets on these data (estimated memory of a step by MEMORY_MODE):")
         print(preset_table(presets, sizes))
     print_speed(s, train, val)
 
 
-def print_needs(s: Settings, about: dict) -> None:
+def print_needs(s: Settings, data_report: dict) -> None:
     """Print the size of the model, and what a run needs of memory and disk."""
     n = s.BDH_CONFIG.n_parameters
     fits = memory.available() / 1e9
@@ -309,7 +309,8 @@ def print_needs(s: Settings, about: dict) -> None:
     print(
         f"memory: {', '.join(f'{k} {gb:.2f} GB' for k, gb in estimates)}; {fits:.1f} GB to be had"
     )
-    prepared = 2 * (about["train"]["bytes"] + about["val"]["bytes"])  # bytes, and a field for each
+    n_bytes = data_report["train"]["bytes"] + data_report["val"]["bytes"]
+    prepared = 2 * n_bytes  # bytes, and a field for each
     print(f"disk: checkpoints {checkpoints / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
 
 

@@ -34,20 +34,22 @@ class Start(NamedTuple):
     ancestry: list  # of its weights: the files of weights that they came from
 
 
-def resume_or_init(s: Settings, run: Path, report: dict, world: World) -> Start:
+def resume_or_init(s: Settings, run: Path, data_report: dict, world: World) -> Start:
     """Begin at the run's last checkpoint, else at INIT_FROM's weights, else at random ones.
 
-    `report` is that of the data. Raises UserError.
+    `data_report` is data.json of the prepared data. Raises UserError.
     """
     step = world.broadcast_object(world.is_main and checkpoints.newest_valid(run))
     selection = tuning.select(s, *tuning.initial_choice(s, run, step, world))
     state = init_train_state(s, selection.compute)
-    ancestry = world.broadcast_object(world.is_main and load_state(s, run, step, report, state))
+    ancestry = world.broadcast_object(
+        world.is_main and load_state(s, run, step, data_report, state)
+    )
     broadcast_state(state, world)
     return Start(step, selection, state, ancestry)
 
 
-def load_state(s: Settings, run: Path, step: int, report: dict, state: TrainState) -> list:
+def load_state(s: Settings, run: Path, step: int, data_report: dict, state: TrainState) -> list:
     """Load the checkpoint of `step`, or where that is 0 the weights of INIT_FROM, if any.
 
     Returns the ancestry of the weights. Raises UserError.
@@ -56,18 +58,18 @@ def load_state(s: Settings, run: Path, step: int, report: dict, state: TrainStat
         return init_from(s, state) if s.INIT_FROM else []
     read_config(run)  # warns where it is damaged; what counts is that of the checkpoint
     info = checkpoints.read_info(run, step)
-    changes = changes_on_resume(run, info, s, report)
+    changes = changes_on_resume(run, info, s, data_report)
     check_origin(run, info, s)
     with ema_applied(state):  # as it was saved
         checkpoints.load(run, step, state)
     print("; ".join([f"start: continues {run} after iteration {step}", *changes]))
-    print_new_rate(info, s, step, report)
+    print_new_rate(info, s, step, data_report)
     return info.get("ancestry", [])
 
 
-def run_info(s: Settings, report: dict, start: Start) -> dict:
+def run_info(s: Settings, data_report: dict, start: Start) -> dict:
     """Return config.json of a run: its settings, its data, and where and how it was computed."""
-    info = {"settings": settings_dict(s), "data": report, "versions": checkpoints.versions()}
+    info = {"settings": settings_dict(s), "data": data_report, "versions": checkpoints.versions()}
     info |= {"ancestry": start.ancestry, "parameters": s.BDH_CONFIG.n_parameters}
     compute = start.selection.compute
     info["compute"] = tuning.choice_dict(compute) | {"groups": compute.groups}
@@ -104,7 +106,7 @@ def init_from(s: Settings, state: TrainState) -> list:
     return phases.ancestry(origin)
 
 
-def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[str]:
+def changes_on_resume(run: Path, info: dict, s: Settings, data_report: dict) -> list[str]:
     """Say what has changed since a checkpoint. Raises UserError for what may not change."""
     new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_step(s)}
     try:
@@ -116,7 +118,7 @@ def changes_on_resume(run: Path, info: dict, s: Settings, report: dict) -> list[
             )
         old = saved | info["versions"]
         old[GLOBAL_BATCH] = blocks_per_step(Settings(**saved))
-        changes = checkpoints.settings_changes(old, new) | data_changes(info["data"], report)
+        changes = checkpoints.settings_changes(old, new) | data_changes(info["data"], data_report)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
     fixed = [name for name in changes if name in FIXED_ON_RESUME]
@@ -153,11 +155,11 @@ def check_origin(run: Path, info: dict, s: Settings) -> None:
         )
 
 
-def print_new_rate(info: dict, s: Settings, step: int, report: dict) -> None:
+def print_new_rate(info: dict, s: Settings, step: int, data_report: dict) -> None:
     """Say when a resumed run goes on with another learning rate than it would have had."""
     old = Settings(**vars(s) | info["settings"])  # settings of the user's own may be new
     old_end = total_steps(old, info["data"]["train"]["bytes"])
-    new_rate = learning_rate(step, total_steps(s, report["train"]["bytes"]), s)
+    new_rate = learning_rate(step, total_steps(s, data_report["train"]["bytes"]), s)
     planned = learning_rate(step, old_end, old)
     if abs(new_rate - planned) > 0.01 * planned:
         last = learning_rate(step - 1, old_end, old)
