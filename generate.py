@@ -106,8 +106,10 @@ def begin_jobs(jobs: list, decoding: Decoding, weights: Path, mode: str | None, 
 
 
 def answer_data(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
-    """Print how near the answers to records of --evaluate come to the true responses, after writing
-    them to --out.
+    """Answer records of --evaluate, write the answers to --out, and print how near they come to the
+    true responses.
+
+    Raises UserError where the mode is not full, and where records or --out cannot be used.
     """
     if mode != "full":
         raise UserError(f"--answers is for models of mode full, which have seen responses, and the "

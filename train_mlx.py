@@ -141,7 +141,7 @@ def settings(argv: list[str] | None = None) -> Settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the settings say, one run or a chain of PHASES; the exit code. Raises UserError."""
+    """Train one run or a chain of PHASES. Returns the exit code. Raises UserError."""
     base = settings(argv)
     memory.keep_float32_exact(base.DTYPE)
     cli.check_temporary_folder()
@@ -171,9 +171,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train_chain(base: Settings, stop: StopSignal, world: World, json_to: TextIO | None) -> int:
-    """Train the runs of PHASES in turn, or the one run; the exit code. Raises UserError.
+    """Train the runs of PHASES in turn, or the one run.
 
-    After each of PHASES a table shows the loss in every mode, and what was forgotten.
+    After each of PHASES a table shows the loss in every mode, and what was forgotten. Returns the
+    exit code. Raises UserError.
     """
     results = {}
     for s in phases.chain(base, world.size):
@@ -191,7 +192,11 @@ def train_chain(base: Settings, stop: StopSignal, world: World, json_to: TextIO 
 
 
 def train_or_explain(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None) -> int:
-    """Run train(), and turn failures that are expected into a line and an exit code."""
+    """Run train(), and turn failures that are expected into a line and an exit code.
+
+    Raises UserError, also where memory is out or MLX cannot compile, and a RuntimeError that is
+    none of those.
+    """
     stop.has_work_to_save = False
     try:
         return train(s, stop, world, json_to)
@@ -213,7 +218,7 @@ def train_or_explain(s: Settings, stop: StopSignal, world: World, json_to: TextI
 
 
 def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = None) -> int:
-    """Train one run: 0 at its end, 128 + signal if stopped. Raises Diverged, UserError."""
+    """Train one run. Returns 0 at its end, 128 + signal if stopped. Raises Diverged, UserError."""
     run = checkpoints.run_folder(s)
 
     # ---- data: bytes to train on and to evaluate on, and the field of each
@@ -294,9 +299,11 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
 def evaluate_and_log(
     s: Settings, step: int, state: TrainState, evaluator: Evaluator, log: RunLog
 ) -> bool:
-    """Evaluate on the same bytes as ever, keep the best, advise, and write samples.
+    """Evaluate on the validation bytes, save the best weights, advise, and write samples.
 
-    False where a signal came during the evaluation: then nothing is logged. Raises Diverged.
+    Every evaluation of a run reads the same bytes. Returns False where a signal came during the
+    evaluation: then nothing is logged. Raises Diverged and, where a file cannot be written,
+    UserError.
     """
     if step == log.first_step:
         note = memory.slow_note(s)

@@ -154,8 +154,10 @@ def install_interrupt_handler() -> None:
 
 
 def lost_output(error: BaseException | None) -> OSError | None:
-    """Return the failed write of stdout that `error` was made of by those who caught it, if any:
-    what reads files takes every OSError for one of theirs.
+    """Return the failed write of stdout that led to `error`; None if there was none.
+
+    Code that reads files catches every OSError, and may raise an error of its own for a failed
+    write of stdout. So this function follows the chain of __context__.
     """
     while error and error is not sys.stdout.error:
         error = error.__context__

@@ -165,7 +165,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions) -> Parser:
-    """Make a parser with a flag, under its heading, for each setting that a flag can hold."""
+    """Make a parser with a flag, under its heading, for each setting that a flag can hold.
+
+    Raises UserError where a setting would have the flag of another setting, or of the script.
+    """
     parser, groups, about = Parser(script.__doc__), {}, comments(script)
     parser.add_argument("--version", action="version", version=cli.version())
     parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}",

@@ -81,7 +81,11 @@ def _fault(weights: Path) -> str | None:
 
 
 def is_changed(file: Path) -> bool:
-    """Compare a file of a checkpoint with its sha256 in the manifest beside it, if there is one."""
+    """Tell whether a file of a checkpoint differs from its sha256 in the manifest beside it.
+
+    A damaged manifest counts as a change; without a manifest, or an entry in it, there is none.
+    Raises UserError where the file cannot be read.
+    """
     if not (manifest := file.with_name("manifest.json")).exists():
         return False
     try:

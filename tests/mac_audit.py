@@ -59,7 +59,7 @@ def missing(kernels: str, metallib: bytes, library: bytes) -> list[str]:
 
 
 def main() -> int:
-    """Download and check the package for each of PLATFORMS; the exit code."""
+    """Download and check the package for each of PLATFORMS. Returns the exit code."""
     failed = False
     for platform in PLATFORMS:
         with tempfile.TemporaryDirectory() as folder:

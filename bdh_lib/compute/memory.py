@@ -96,7 +96,10 @@ def mac_room() -> float:
 
 
 def cgroup_rooms(cgroup: Path = Path("/proc/self/cgroup")) -> list[float]:
-    """Return the free bytes under each limit on this process's control groups, after infinity."""
+    """Return the free bytes under each memory limit on this process's control groups.
+
+    The first item is infinity, so that the list has a minimum where there is no limit.
+    """
     rooms = [math.inf]
     with suppress(OSError, ValueError):
         for line in cgroup.read_text().splitlines():

@@ -69,7 +69,7 @@ def prepare(settings: DataSettings, cache: Path, refresh: bool = False) -> Path:
     then reused.
 
     train.fields and val.fields say which of FIELDS each byte belongs to. Raises UserError when
-    nothing can be trained on. `refresh` makes what was made before this process began anew.
+    nothing can be trained on. With `refresh` a folder that is older than this process is made anew.
 
     A validation split that is given is used. Else records are held out, in every mode the same: the
     split is drawn by their fields and not by the mode's text, so a record that validates in one
@@ -183,7 +183,7 @@ def _make(folder: Path, settings: DataSettings, files: list[Path] | None) -> Non
 
 
 def _split(settings: DataSettings, folder: Path) -> dict:
-    """Read, format and deal out the records; the report. Raises UserError."""
+    """Read and format the records, and write both sides. Returns the report. Raises UserError."""
     source = sources.open_source(settings.dataset)
     texts = write_texts(source, settings.mode, folder, settings.columns)
     report = texts.report

@@ -56,7 +56,11 @@ class Sampling:
         return mx.array(np.pad(seen, padding, constant_values=PAD), mx.int32)
 
     def draw(self, logits: mx.array, recent: mx.array | None, u: mx.array) -> mx.array:
-        """Draw a byte (B,) for the logits (B, V), by u (B, 1) from `uniforms`."""
+        """Draw a byte (B,) for the logits (B, V), by u (B, 1) from `uniforms`.
+
+        `recent` is that of the method of this name. Raises UserError where utf8 is set and V is
+        not 256.
+        """
         if self.utf8 and logits.shape[-1] != 256:
             raise UserError(f"utf8 needs a vocabulary of 256 bytes; this one has {logits.shape[1]}")
         return _compiled(self)(logits, recent, u)

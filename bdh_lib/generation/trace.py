@@ -188,6 +188,9 @@ def output_paths(out: Path | None) -> tuple[Path, Path]:
 def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -> int:
     """Write a picture and a JSON file of the first text; for several texts, also their selective
     neurons. A text @FILE stands for the lines of a file.
+
+    Returns the exit code, 0. Raises UserError where there is no text, a file cannot be read, or
+    `out` cannot be written or would replace another file.
     """
     drawing, listing = output_paths(out)
     traced = [line for text in texts for line in _lines(text)]

@@ -22,7 +22,7 @@ class Data(NamedTuple):
     """The prepared data of a run, memory mapped."""
 
     report: dict  # what was read, left out and written: data.json
-    train: Split  # its record_ends are the ends of the units that are shuffled, as a whole each
+    train: Split  # its record_ends are what units_to_shuffle returns
     val: Split  # what evaluations read of it
 
 

@@ -54,7 +54,11 @@ def chain(s: Settings, n_processes: int = 1) -> list[Settings]:
 
 
 def ancestry(source: Path) -> list[dict]:
-    """Return the weights file that `source` means, after those that it came from, by sha256."""
+    """Return the weights file that `source` means, after those that it came from.
+
+    Each is {"weights": path, "sha256": digest}. Raises UserError where `source` has no valid
+    weights.
+    """
     file = find_weights(source)
     try:
         ancestors = files.parse_json(file.with_name("config.json").read_text()).get("ancestry", [])

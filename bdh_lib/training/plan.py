@@ -244,7 +244,10 @@ def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
 
 
 def print_plan(base: Settings, presets: dict[str, Settings | None]) -> int:
-    """Print the plan, of each of PHASES in turn; 0. Raises UserError for unusable data."""
+    """Print the plan of each of PHASES in turn, or of the one run.
+
+    Returns the exit code, 0. Raises UserError for unusable data.
+    """
     for s in phases.chain(base):
         if s.PHASES:
             after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""

@@ -425,7 +425,7 @@ def compare(runs: list[Path], out: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the report of one run, or compare several; 0. Raises UserError."""
+    """Write the report of one run, or compare several. Returns 0. Raises UserError."""
     parser = flags.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="run", help="folder of a run")
     parser.add_argument("--out", help="picture of a comparison (compare.png)", metavar="PNG")

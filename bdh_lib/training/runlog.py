@@ -52,10 +52,10 @@ def evaluated_steps(history: list[dict]) -> list[int]:
 class RunLog:
     """The log of a run: `history`, the lines of metrics.jsonl, and `best`, the best evaluation.
 
-    `best` has step and monitored_loss (nats), as best.json; it is {} before any evaluation. Lines
-    are printed as text, or written to the stream `json_to` as JSON. The run goes on at
-    `first_step`: later lines belong to work that was lost, and are dropped. Of several processes
-    the main one writes.
+    `best` has at least step and monitored_loss (nats); it is {} before any evaluation. Lines are
+    printed as text, or written to the stream `json_to` as JSON. The run goes on at `first_step`:
+    later lines belong to work that was lost, and are dropped. Of several processes the main one
+    writes.
     """
 
     def __init__(self, run: Path, first_step: int, world: World, json_to: TextIO | None = None):
@@ -117,7 +117,11 @@ class RunLog:
             files.atomic_write_text(self.run / "config.json", json.dumps(info, indent=1))
 
     def save(self, step: int, state: TrainState) -> None:
-        """Write the checkpoint of `step`, with the average as its model, unless there is one."""
+        """Write the checkpoint of `step`, unless a checkpoint of that step exists.
+
+        Its model holds the average of the weights, where the run has one. Raises UserError where
+        the checkpoint cannot be written, or the state is not finite.
+        """
         if step <= self.last_saved:
             return
         if self.world.is_main:

@@ -14,9 +14,11 @@ SIGNAL_NOTE = "Ctrl-C ends it at once; nothing saved is lost, and the same comma
 
 @contextmanager
 def default_signals() -> Iterator[None]:
-    """Let the system end the process at a signal: MLX traces the graph of a long block or a deep
-    model in one call of many seconds, and Python hears no signal before it returns. It then ends
-    without a word: say SIGNAL_NOTE before.
+    """Let the system end the process at a signal.
+
+    MLX traces the graph of a long block or a deep model in one call of many seconds, and Python
+    handles no signal before the call returns. The process then ends without a message, so callers
+    print SIGNAL_NOTE first.
     """
     caught = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
     handlers = {n: signal.signal(n, signal.SIG_DFL) for n in caught}

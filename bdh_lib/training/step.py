@@ -49,8 +49,8 @@ def compile_steps(state: TrainState, s: Settings) -> tuple[Callable, Callable]:
     """Return the two halves of a step on `state`, compiled.
 
     micro_step(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
-    apply_update(loss, gradients), each summed over the batches -> norm. Of `s` they take
-    BYTE_NOISE, GRAD_CLIP and EMA_DECAY.
+    apply_update(loss, gradients), each summed over the batches -> norm, the global norm of the
+    gradients before clipping. Of `s` they take BYTE_NOISE, GRAD_CLIP and EMA_DECAY.
     """
     (model, optimizer, ema), arrays = state, state.arrays()
     compiled = partial(mx.compile, inputs=arrays, outputs=arrays)
@@ -90,8 +90,9 @@ def sum_gradients(
 ) -> tuple[mx.array, dict]:
     """Return the loss and the gradients of a step, summed over its batches on all processes.
 
-    `batches` are the GRAD_ACCUM ones of this process. A lone process leaves out those that are left
-    at a signal.
+    `batches` are the GRAD_ACCUM batches of this process. A run of one process stops at a signal:
+    its sums then lack the batches that were left. Several processes compute all of theirs, because
+    they stop together at the next sync.
     """
     loss, gradients = 0.0, None
     for i, batch in enumerate(batches, 1):

@@ -53,7 +53,7 @@ class Screen:
         os.write(self.fd, text)
 
     def ended(self):
-        """Read to the end; the exit code."""
+        """Read to the end. Returns the exit code."""
         while self.read(5):
             pass
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
