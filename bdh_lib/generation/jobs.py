@@ -299,7 +299,7 @@ def open_output(file: Path | None, show: Callable) -> Iterator[Callable[[str], N
     except OSError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"--out {file} cannot be written: {error.strerror}") from None
+        raise UserError(f"--out {file} cannot be written: {files.write_fault(error)}") from None
     finally:
         if is_new and os.path.isfile(file) and not file.stat().st_size:  # noqa: PTH113
             file.unlink()

@@ -160,7 +160,7 @@ class RunLog:
             with self.path.open("a") as file:
                 file.write(with_checksum(m))
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
+            raise UserError(f"{self.path} cannot be written: {files.write_fault(error)}") from None
         if self.json_to:
             print(with_checksum(m), end="", file=self.json_to, flush=True)
         else:
