@@ -279,14 +279,12 @@ def recipe_jobs(args) -> list[dict]:
 
 def records_jobs(args) -> list[dict]:
     # a seed also draws the records that validate: the first one is the trainer's own
-    jobs = sweep_jobs("records", RECORDS, RECORDS_SWEEP, args.records.resolve(), args, 1337)
-    return [job | {"answers": True} for job in jobs]
+    return sweep_jobs("records", RECORDS, RECORDS_SWEEP, args.records.resolve(), args, 1337)
 
 
 def unseen_jobs(args) -> list[dict]:
     folder = hold_out_systems(args.records, args.work / "unseen")
-    jobs = sweep_jobs("unseen", RECORDS, RECORDS_SWEEP, folder, args)
-    return [job | {"answers": True} for job in jobs]
+    return sweep_jobs("unseen", RECORDS, RECORDS_SWEEP, folder, args)
 
 
 def sizes_jobs(args) -> list[dict]:
@@ -389,7 +387,7 @@ def train(job: dict, work: Path) -> dict:
     result["parameters"] = sum(p.size for _, p in tree_flatten(model.parameters()))
     if "judge" in job:
         result["bits"] = judge(model, Path(job["judge"]), s.BLOCK_SIZE)
-    if job.get("answers"):
+    if job["in"] in ("records", "unseen"):
         result["answers"] = score_answers(runs / f"phase{i}", s.DATASET)
     shutil.rmtree(runs)
     return result
@@ -398,18 +396,15 @@ def train(job: dict, work: Path) -> dict:
 def score_answers(run: Path, data: str) -> dict:
     """The shares of answers that equal the true response and that contain it, and the mean chrF."""
     import generate
-    from bdh_lib.generation.answers import read_results
+    from bdh_lib.generation.answers import read_results, scores
 
     file = run / "answers.jsonl"
     argv = f"{run} --evaluate {data} --answers {N_ANSWERS} --batch-size 64 --out {file}"
     with contextlib.redirect_stdout(sys.stderr):
         generate.main(argv.split())
     rows = read_results(file)
-    pairs = [(row["answer"].strip(), row["truth"].strip()) for row in rows]
-    result = {"equal": np.mean([a == t for a, t in pairs]),
-              "contain": np.mean([t in a for a, t in pairs]),
-              "chrf": np.mean([row["chrf"] for row in rows])}  # fmt: skip
-    return {name: round(float(value), 4) for name, value in result.items()} | {"n": len(rows)}
+    names = ("equal", "contain", "chrf")
+    return dict(zip(names, scores(rows), strict=True)) | {"n": len(rows)}
 
 
 def curve_result(curve: list) -> dict:

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,8 +79,10 @@ def load_questions(
     """
     about, stream, fields = load_unsplit(dataset, "full", folder, columns)
     line = f"{about['dataset']}: all its records, also any that the model was trained on"
-    if prepared := prepare_again(dataset, about, data, folder / "prepared"):
-        folder, line = prepared("full"), f"{dataset}: the records that the run held out"
+    cache = folder / "prepared"
+    if settings := settings_of_run(dataset, about, data, cache):
+        folder = prepare(settings._replace(mode="full"), cache)  # the same records in every mode
+        line = f"{dataset}: the records that the run held out"
         stream, fields = (
             np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields")
         )
@@ -93,13 +94,11 @@ def load_questions(
     return line, records
 
 
-def prepare_again(
-    dataset: str, about: dict, data: dict, cache: Path
-) -> Callable[[str], Path] | None:
-    """Return a function that prepares a run's records again in a mode, the same ones held out.
+def settings_of_run(dataset: str, about: dict, data: dict, cache: Path) -> DataSettings | None:
+    """Return how a run's data were prepared, if `dataset` holds them; None if its bytes are others.
 
-    `about` is the report of `dataset`, `data` that of the run's data. None where the bytes of the
-    two are not the same, by sha256.
+    `about` is the report of `dataset`, `data` that of the run's data. The data are prepared anew in
+    `cache`, and compared by sha256.
     """
     same_counts = all(about.get(name) == data.get(name) for name in COUNTS)
     if dataset != data.get("dataset") and not same_counts:
@@ -111,6 +110,4 @@ def prepare_again(
         report = json.loads((prepare(settings, cache) / "data.json").read_text())
     except (KeyError, TypeError, UserError):  # another format, or data that changed since
         return None
-    if [report[side]["sha256"] for side in ("train", "val")] != sums:
-        return None
-    return lambda mode: prepare(settings._replace(mode=mode), cache)
+    return settings if [report[side]["sha256"] for side in ("train", "val")] == sums else None

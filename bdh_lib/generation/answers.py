@@ -110,18 +110,22 @@ def read_results(out: Path | None) -> list[dict]:
     return [parse_json(line) for line in out.read_bytes().splitlines()] if is_file else []
 
 
-def answers_table(rows: Sequence[dict]) -> str:
-    """Return a table of results by structure: the share of answers that equal the true response,
-    and that contain it, and the mean chrF.
+def scores(rows: Sequence[dict]) -> tuple[float, float, float]:
+    """Return the share of answers that equal the true response, the share that contain it, and the
+    mean chrF.
     """
+    pairs = [(row["answer"].strip(), row["truth"].strip()) for row in rows]
+    equal, contain = zip(*((a == t, t in a) for a, t in pairs), strict=True)
+    return float(np.mean(equal)), float(np.mean(contain)), float(np.mean([r["chrf"] for r in rows]))
+
+
+def answers_table(rows: Sequence[dict]) -> str:
+    """Return a table of the scores of results, by structure."""
     table = [("structure", "answers", "equal", "contain it", "chrF")]
     structures = Counter(row["structure"] for row in rows).most_common()
     for structure in (*(name for name, _ in structures), "whole"):
         chosen = [row for row in rows if structure in ("whole", row["structure"])]
-        pairs = [(row["answer"].strip(), row["truth"].strip()) for row in chosen]
-        equal = np.mean([answer == truth for answer, truth in pairs])
-        contain = np.mean([truth in answer for answer, truth in pairs])
-        score = np.mean([row["chrf"] for row in chosen])
-        counts = (f"{len(chosen):,}", f"{equal:.1%}", f"{contain:.1%}", f"{score:.1f}")
+        equal, contain, mean_chrf = scores(chosen)
+        counts = (f"{len(chosen):,}", f"{equal:.1%}", f"{contain:.1%}", f"{mean_chrf:.1f}")
         table.append((structure, *counts))
     return format_table(table)

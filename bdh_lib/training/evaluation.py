@@ -15,7 +15,7 @@ from bdh_lib.compute.layer import forward_segment, ln
 from bdh_lib.data.describe import count_text, skip_lines
 from bdh_lib.data.formats import FIELDS, LABEL_OF
 from bdh_lib.data.prepare import load_unsplit
-from bdh_lib.data.questions import prepare_again
+from bdh_lib.data.questions import settings_of_run
 from bdh_lib.data.split import Split
 from bdh_lib.errors import UserError
 from bdh_lib.flags import Settings
@@ -161,7 +161,7 @@ def evaluation_table(
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         about, stream, fields = load_unsplit(dataset, mode, Path(folder), columns)
         is_ready = about["records"] is None  # then its validation alone was read
-        is_own = not is_ready and prepare_again(dataset, about, data or {}, Path(folder, "again"))
+        is_own = not is_ready and settings_of_run(dataset, about, data or {}, Path(folder))
     if len(stream) < 2:
         raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
     T, B = model.trained_length or DEFAULT_BLOCK_SIZE, settings.get("BATCH_SIZE", 1)

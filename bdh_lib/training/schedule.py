@@ -3,6 +3,7 @@
 import math
 
 from bdh_lib.flags import Settings
+from bdh_mlx import BDHConfig
 
 
 def blocks_per_step(s: Settings) -> int:
@@ -35,7 +36,7 @@ MEASURED_PASSES = {
     500_000: "8 of its 10 passes",
     4_200_000: "8.5 to 10 of its 10 passes",
 }
-RECIPE_BYTES, RECIPE_PARAMETERS = 4_200_000, 25_296_896
+RECIPE_BYTES = max(MEASURED_PASSES)
 
 
 def passes_note(s: Settings, n_bytes: int) -> str | None:
@@ -43,7 +44,7 @@ def passes_note(s: Settings, n_bytes: int) -> str | None:
 
     None for another size of the model, and for data of about the recipe's size.
     """
-    if s.BDH_CONFIG.n_parameters != RECIPE_PARAMETERS or 0.5 <= n_bytes / RECIPE_BYTES <= 2:
+    if s.BDH_CONFIG.n_parameters != BDHConfig().n_parameters or 0.5 <= n_bytes / RECIPE_BYTES <= 2:
         return None
     passes = total_steps(s, n_bytes) * s.BLOCK_SIZE * blocks_per_step(s) / n_bytes
     near = min(MEASURED_PASSES, key=lambda size: abs(math.log(size / n_bytes)))
