@@ -8,8 +8,9 @@
     python bench/train_speed.py --curve text.txt       # fast and quadratic losses over a training
 
 Each case is a full training step (loss, gradients, clipping, AdamW) on random bytes: two warm-up
-steps, then the median of the timed ones. Cases run one after the other, each in a process of its
-own, and only that process imports MLX or PyTorch; so imports stand in the functions.
+steps, then the median of three times --steps in a row. As in training, the host submits a step
+while a GPU computes the one before. Cases run one after the other, each in a process of its own,
+and only that process imports MLX or PyTorch; so imports stand in the functions.
 
 It prints a JSON line per case, then a table. `ratio` is bytes/s divided by those of the shape's
 first row. `growth` is the time per byte divided by that of the same system at its smallest T.
@@ -72,14 +73,15 @@ def cases(args: argparse.Namespace) -> list[dict]:
 
 
 def timed(step, synchronize, steps: int) -> float:
-    """Return the median seconds of a step, after two that warm up."""
+    """Return the seconds of a step after two that warm up: the median of three times `steps`."""
     seconds = []
-    for _ in range(steps + 2):
+    for count in (2, steps, steps, steps):
         began = time.perf_counter()
-        step()
+        for _ in range(count):
+            step()
         synchronize()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[2:])
+        seconds.append((time.perf_counter() - began) / count)
+    return statistics.median(seconds[1:])
 
 
 def build(
@@ -101,6 +103,7 @@ def build(
     import mlx.optimizers as optim
 
     from bdh_lib.compute import memory
+    from bdh_lib.compute.device import on_cuda
     from bdh_lib.training.step import compile_steps
     from bdh_lib.training.train_state import TrainState
 
@@ -129,12 +132,17 @@ def build(
     s = SimpleNamespace(BYTE_NOISE=0, GRAD_CLIP=1.0, EMA_DECAY=0)
     state = TrainState(model, optimizer, {})
     micro_step, apply_update = compile_steps(state, s)
+    evaluate = mx.async_eval if on_cuda() else mx.eval  # as in train_mlx.py
+    submitted = []
 
     def step(idx, targets):
         weights = mx.full(idx.shape, 1 / idx.size)
         loss, gradients = micro_step(idx, targets, weights, mx.random.key(1))
-        mx.eval(state.arrays(), apply_update(loss, gradients))
-        return loss.item()
+        evaluate(state.arrays(), apply_update(loss, gradients))
+        submitted.append(loss)
+        if len(submitted) > 1:  # as Meter does: read once the next step is submitted
+            submitted.pop(0).item()
+        return loss
 
     return step, peak
 
@@ -221,6 +229,7 @@ def run_ours(case: dict, steps: int) -> dict:
     batch = mx.random.randint(0, 256, (2, case["B"], case["T"]))
     began = time.perf_counter()
     step(*batch)  # compiles
+    mx.synchronize()
     first = time.perf_counter() - began
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -251,7 +260,7 @@ def curve(file: str, rate: float, steps: int = 200, B: int = 2, T: int = 512) ->
     s = SimpleNamespace(BATCH_SIZE=B, BLOCK_SIZE=T, SEED=0, SHUFFLE_RECORDS=False, LOSS_ON="all")
     for i in range(steps):
         batch = get_batch(split, i, s, B * T)
-        losses = {system: step(batch.idx, batch.targets) for system, step in runs.items()}
+        losses = {name: step(batch.idx, batch.targets).item() for name, step in runs.items()}
         for system in systems:
             apart[system].append(abs(losses[system] - losses["quadratic"]))
     return "\n".join(
@@ -343,7 +352,9 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="the default model at GPU shapes")
     parser.add_argument("--memory", action="store_true", help="peaks, measured and estimated")
     parser.add_argument("--passes", action="store_true", help="each pass over activations")
-    parser.add_argument("--only", metavar="TEXT", help="systems whose name has TEXT in it")
+    parser.add_argument(
+        "--only", metavar="TEXT", help="rows such as 'ours, fast, T 4096' with TEXT in them"
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a case (3)")
     parser.add_argument("--timeout", type=int, default=180, help="seconds a case may take (180)")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
@@ -366,7 +377,9 @@ def main() -> None:
     product = run({"system": "one product of n by n", "n": 8192 if args.gpu else 2048}, args)
     print(json.dumps(product), flush=True)
     results = []
-    for case in (case for case in cases(args) if (args.only or "") in case["system"]):
+    for case in cases(args):
+        if (args.only or "") not in f"{case['system']}, T {case['T']}":
+            continue
         results.append(run(case, args))
         print(json.dumps(results[-1]), flush=True)
     print(table(results, product))
