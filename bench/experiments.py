@@ -86,6 +86,8 @@ SWEEP = {
             "--min-lr-ratio 0.02 --eval-freq 1000",
             "small-data, dropout 0.6": "--dropout 0.6 --max-iters 14000 --ema-decay 0.998 "
             "--min-lr-ratio 0.02 --eval-freq 1000",
+            "small-data, 1 x 4096": "--block-size 4096 --batch-size 1 --max-iters 12000 "
+            "--ema-decay 0.998 --min-lr-ratio 0.02 --eval-freq 1000",
         }.items()
     },
 }
@@ -106,6 +108,18 @@ RECORDS_SWEEP = {
             "layers 3": "--n-layer 3 --max-iters 13300",
             "layers 2": "--n-layer 2 --max-iters 20000",
             "layers 3, dropout 0.4": "--n-layer 3 --max-iters 13300 --dropout 0.4 --eval-freq 1000",
+        }.items()
+    },
+    **{
+        f"1 x 4096, {name}": "--beta2 0.95 --block-size 4096 --batch-size 1 " + flags
+        for name, flags in {
+            "layers 4": "--n-layer 4 --max-iters 10000",
+            "layers 3": "--n-layer 3 --max-iters 13300",
+            "layers 4, noise": "--n-layer 4 --max-iters 10000 --byte-noise 0.05 --dropout-v 0.1",
+            "layers 4, rate 1.5e-3": "--n-layer 4 --max-iters 10000 --learning-rate 1.5e-3",
+            "layers 4, decay 1": "--n-layer 4 --max-iters 10000 --weight-decay 1 "
+            "--ema-decay 0.998 --min-lr-ratio 0.2",
+            "layers 3, longer": "--n-layer 3 --max-iters 16000 --dropout 0.35",
         }.items()
     },
     "half as long": "--n-layer 4 --beta2 0.95 --max-iters 5000",
