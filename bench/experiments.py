@@ -111,7 +111,8 @@ RECORDS_SWEEP = {
         }.items()
     },
     **{
-        f"1 x 4096, {name}": "--beta2 0.95 --block-size 4096 --batch-size 1 " + flags
+        f"1 x 4096, {name}": "--beta2 0.95 --block-size 4096 --batch-size 1 --eval-freq 1000 "
+        + flags
         for name, flags in {
             "layers 4": "--n-layer 4 --max-iters 10000",
             "layers 3": "--n-layer 3 --max-iters 13300",
