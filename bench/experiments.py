@@ -86,8 +86,11 @@ SWEEP = {
             "--min-lr-ratio 0.02 --eval-freq 1000",
             "small-data, dropout 0.6": "--dropout 0.6 --max-iters 14000 --ema-decay 0.998 "
             "--min-lr-ratio 0.02 --eval-freq 1000",
-            "small-data, 1 x 4096": "--block-size 4096 --batch-size 1 --max-iters 12000 "
-            "--ema-decay 0.998 --min-lr-ratio 0.02 --eval-freq 1000",
+            **{
+                f"small-data, {B} x {T}": f"--block-size {T} --batch-size {B} --max-iters 12000 "
+                "--ema-decay 0.998 --min-lr-ratio 0.02 --eval-freq 1000"
+                for B, T in ((1, 4096), (4, 1024))
+            },
         }.items()
     },
 }
@@ -141,7 +144,10 @@ SIZES = {
     | {f"60 passes, dropout {p}": f"--epochs 60 --dropout {p}" for p in (0.3, 0.5)},
     500: {"10 passes": "--epochs 10"}
     | {f"25 passes, dropout {p}": f"--epochs 25 --dropout {p}" for p in (0.3, 0.5)},
-    50_000: {f"1 pass, dropout {p}": f"--epochs 1 --dropout {p}" for p in (0.3, 0.1)},
+    50_000: {
+        f"0.4 passes, dropout {p}": f"--epochs 0.4 --eval-bytes 500000 --dropout {p}"
+        for p in (0.3, 0.1)
+    },
 }
 N_ANSWERS = 200  # to held-out records, of the jobs that train on records
 
