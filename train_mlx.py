@@ -97,7 +97,7 @@ PRESETS = {
     "--log-freq 50 --eval-freq 2250 --save-freq 2250 --eval-bytes 45000",
     "small-data": OFFICIAL + "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 "
     "--byte-noise 0.05 --weight-decay 1 --beta2 0.95 --ema-decay 0.998 --min-lr-ratio 0.02 "
-    "--block-size 2048 --batch-size 2 --max-iters 12000 --epochs none --learning-rate 1e-3 "
+    "--block-size 1024 --batch-size 4 --max-iters 12000 --epochs none --learning-rate 1e-3 "
     "--eval-freq 1000",
 }
 

@@ -82,14 +82,16 @@ SWEEP = {
             "small batch, layers 4": "--n-layer 4",
             "small batch, layers 4, multiplier 64": "--n-layer 4 --dropout 0.6 "
             "--mlp-internal-dim-multiplier 64",
-            "small-data": "--max-iters 12000 --ema-decay 0.998 "
-            "--min-lr-ratio 0.02 --eval-freq 1000",
             "small-data, dropout 0.6": "--dropout 0.6 --max-iters 14000 --ema-decay 0.998 "
             "--min-lr-ratio 0.02 --eval-freq 1000",
             **{
-                f"small-data, {B} x {T}": f"--block-size {T} --batch-size {B} --max-iters 12000 "
+                name: f"--block-size {T} --batch-size {B} --max-iters 12000 "
                 "--ema-decay 0.998 --min-lr-ratio 0.02 --eval-freq 1000"
-                for B, T in ((1, 4096), (4, 1024))
+                for name, B, T in (
+                    ("small-data", 4, 1024),
+                    ("small-data, 2 x 2048", 2, 2048),
+                    ("small-data, 1 x 4096", 1, 4096),
+                )
             },
         }.items()
     },
