@@ -19,8 +19,8 @@ from bdh_mlx import BDHConfig  # noqa: F401  so that a pasted BDHConfig(...) wor
 
 # Settings, in plain Python: change a line, paste one over it, add one of your own. Each is also a
 # flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets, presets beat these lines.
-# RULES in bdh_lib/training/settings.py says what each may be, and which may change on a resume.
-# Where None is allowed, the flag takes `none`.
+# bdh_lib/training/train_settings.py says what each may be, and which may change on a resume. Where
+# None is allowed, the flag takes `none`.
 # Data
 TRAINING_MODE: str = "both"  # what to train on: "system", "instruction", "both" or "full"
 LOSS_ON: str = "all"  # bytes that count in the training loss: "all", or "response" (mode full only)
@@ -115,8 +115,8 @@ from bdh_lib.compute import memory
 from bdh_lib.compute.device import on_cuda
 from bdh_lib.data.formats import format_example  # noqa: F401  for other scripts
 from bdh_lib.errors import UserError, warn
-from bdh_lib.flags import Settings
 from bdh_lib.generation.samples import write_samples
+from bdh_lib.settings import Settings
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
 from bdh_lib.training.batches import divergence_message, step_batches
 from bdh_lib.training.dataset import load_split
@@ -127,9 +127,9 @@ from bdh_lib.training.report import redraw
 from bdh_lib.training.resume import resume_or_init, run_info
 from bdh_lib.training.runlog import RunLog, main_process_prints
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
-from bdh_lib.training.settings import RULES, parse_settings, preset_settings
 from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.step import Diverged, compile_steps, sum_gradients
+from bdh_lib.training.train_settings import RULES, parse_settings, preset_settings
 from bdh_lib.training.train_state import TrainState, ema_applied
 
 # ---------------------------------------------------------------------------------------- training

@@ -10,24 +10,20 @@ import argparse
 import ast
 import inspect
 import io
-import json
 import re
 import tokenize
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace, UnionType
+from types import ModuleType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
 from bdh_lib import cli
 from bdh_lib.errors import UserError, did_you_mean, escape_controls, warn
 from bdh_lib.rules import KINDS, Rule, check
+from bdh_lib.settings import Settings, as_text
 
 SIMILARITY = 0.8  # share of two names that is the same where one is taken for a slip in the other
-
-
-class Settings(SimpleNamespace):
-    """The settings of a run by their names."""
 
 
 def parse(
@@ -88,30 +84,6 @@ def infer_rule(script: ModuleType, name: str) -> Rule:
         kinds = [str if value is None else type(value)]
     kind = next((k for k in KINDS if kinds == [k]), None)
     return Rule(kind, none, KINDS.get(kind, ""))
-
-
-def as_json(value):
-    """Convert a value to what JSON holds; else to text, the same in each process."""
-    if isinstance(value, set | frozenset):
-        value = sorted(value, key=repr)
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError, RecursionError):
-        return as_text(value)
-
-
-def settings_dict(s: Settings) -> dict:
-    """Return all settings, the model's too, as JSON; a value that JSON cannot hold, as text."""
-    own = {k: v for k, v in vars(s).items() if k.isupper() and k != "BDH_CONFIG"}
-    return {name: as_json(value) for name, value in (own | asdict(s.BDH_CONFIG)).items()}
-
-
-def as_text(value) -> str:
-    """Convert a value to text, which Python refuses for very long integers."""
-    try:
-        return str(value)
-    except ValueError:  # Python refuses to write a number of more than 4,300 digits
-        return "a number of very many digits"
 
 
 def parse_value(name: str, value: str | bool, rule: Rule | None):

@@ -5,7 +5,7 @@ import ast
 import pytest
 from helpers import ROOT
 
-BASE = {"bdh_lib"}  # errors, rules, config, start, files, flags, cli, runs
+BASE = {"bdh_lib"}  # errors, rules, config, settings, start, files, flags, cli, runs
 LOWER = BASE | {"bdh_lib.compute", "bdh_lib.data", "bdh_mlx"}
 MAY_IMPORT = {
     "bdh_lib": BASE,

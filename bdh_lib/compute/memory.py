@@ -20,7 +20,7 @@ from bdh_lib.compute.device import on_gpu, on_metal
 from bdh_lib.compute.layer import CPU_ROWS, Compute, default_chunk, default_groups, segments
 from bdh_lib.config import CheckedConfig
 from bdh_lib.errors import UserError
-from bdh_lib.flags import Settings
+from bdh_lib.settings import Settings
 
 MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, saved_activations
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB

@@ -23,8 +23,8 @@ from bdh_lib.data.split import ENDS, choose_validation, write_split
 from bdh_lib.data.texts import Texts, write_texts
 from bdh_lib.errors import NoDataError, UserError
 from bdh_lib.files import parse_json, sha256_file, sha256_text, write_fault
-from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
+from bdh_lib.settings import Settings
 
 VERSION = 2  # of prepared data: raise it where a change of the code changes any of their bytes
 IN_VAL = "in_val.npy"  # in prepared data: of each text of the mode, whether it validates

@@ -4,10 +4,10 @@ from bdh_lib.compute.state import WINDOW_PARTS
 from bdh_lib.data.formats import sample_prompts
 from bdh_lib.data.questions import N_QUESTIONS, choose_questions
 from bdh_lib.data.split import Split
-from bdh_lib.flags import Settings
 from bdh_lib.generation.answers import answer_questions
 from bdh_lib.generation.decoding import complete_prompts
 from bdh_lib.progress import heartbeat
+from bdh_lib.settings import Settings
 from bdh_mlx import BDH
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.split import Split
-from bdh_lib.flags import Settings
+from bdh_lib.settings import Settings
 from bdh_lib.units import bits_per_byte
 
 MIN_RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance

@@ -10,7 +10,7 @@ import numpy as np
 
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.split import Split
-from bdh_lib.flags import Settings
+from bdh_lib.settings import Settings
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import blocks_per_step
 

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from bdh_lib import files, runs
 from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.errors import UserError, warn
-from bdh_lib.flags import Settings
+from bdh_lib.settings import Settings
 from bdh_lib.training.train_state import TrainState
 from bdh_mlx import save_model
 

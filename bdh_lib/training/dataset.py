@@ -13,7 +13,7 @@ from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import data_settings, prepare
 from bdh_lib.data.split import Split, bytes_to_evaluate, has_field, record_ends
 from bdh_lib.errors import NoDataError, UserError, escape_controls
-from bdh_lib.flags import Settings, settings_dict
+from bdh_lib.settings import Settings, settings_dict
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import schedule_summary
 

@@ -18,8 +18,8 @@ from bdh_lib.data.prepare import load_unsplit
 from bdh_lib.data.questions import settings_of_run
 from bdh_lib.data.split import Split
 from bdh_lib.errors import UserError
-from bdh_lib.flags import Settings
 from bdh_lib.progress import Progress, heartbeat
+from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
 from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.dataset import Data

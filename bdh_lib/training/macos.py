@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from bdh_lib.compute import memory
 from bdh_lib.errors import UserError, warn
-from bdh_lib.flags import Settings
+from bdh_lib.settings import Settings
 from bdh_lib.training import checkpoints, phases
 
 RESTARTS = "BDH_RESTARTS"  # environment: restarts since the newest checkpoint; its step, by run

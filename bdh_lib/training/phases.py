@@ -11,8 +11,8 @@ from bdh_lib.data import sources
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.data.prepare import cache_key, data_settings
 from bdh_lib.errors import NoDataError, UserError
-from bdh_lib.flags import Settings
 from bdh_lib.runs import find_weights
+from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
 from bdh_lib.training.dataset import load_prepared
 from bdh_lib.training.evaluation import evaluate

@@ -23,8 +23,8 @@ from bdh_lib.data.prepare import IN_VAL, data_settings, prepare
 from bdh_lib.data.split import Split
 from bdh_lib.data.texts import format_record
 from bdh_lib.errors import escape_controls
-from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
+from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
 from bdh_lib.training import phases, tuning
 from bdh_lib.training.batches import get_batch

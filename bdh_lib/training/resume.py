@@ -8,12 +8,12 @@ from typing import NamedTuple
 from bdh_lib.data import hub
 from bdh_lib.data.describe import data_changes
 from bdh_lib.errors import UserError
-from bdh_lib.flags import Settings, settings_dict
+from bdh_lib.settings import Settings, settings_dict
 from bdh_lib.training import checkpoints, phases, tuning
 from bdh_lib.training.distributed import World
 from bdh_lib.training.report import read_config
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
-from bdh_lib.training.settings import FIXED_ON_RESUME, GLOBAL_BATCH, RULES
+from bdh_lib.training.train_settings import FIXED_ON_RESUME, GLOBAL_BATCH, RULES
 from bdh_lib.training.train_state import (
     TrainState,
     broadcast_state,

@@ -2,7 +2,7 @@
 
 import math
 
-from bdh_lib.flags import Settings
+from bdh_lib.settings import Settings
 from bdh_mlx import BDHConfig
 
 

@@ -26,8 +26,8 @@ from mlx.utils import tree_flatten
 import bdh_mlx
 from bdh_lib.compute import memory, passes, passes_cuda
 from bdh_lib.errors import escape_controls
-from bdh_lib.flags import Settings
 from bdh_lib.progress import heartbeat
+from bdh_lib.settings import Settings
 from bdh_lib.training import checkpoints
 from bdh_lib.training.step import compile_steps
 from bdh_lib.training.train_state import TrainState

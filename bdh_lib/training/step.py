@@ -10,7 +10,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from bdh_lib.compute.device import on_cuda
-from bdh_lib.flags import Settings
+from bdh_lib.settings import Settings
 from bdh_lib.training.batches import Batch
 from bdh_lib.training.distributed import World
 from bdh_lib.training.signals import StopSignal

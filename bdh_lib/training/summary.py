@@ -14,7 +14,7 @@ from bdh_lib.data.formats import (
     SAMPLE_NOTES,
     sample_prompts,
 )
-from bdh_lib.flags import Settings
+from bdh_lib.settings import Settings
 from bdh_lib.training import tuning
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.meter import Meter

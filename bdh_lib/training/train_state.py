@@ -9,7 +9,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from bdh_lib.compute.layer import Compute
-from bdh_lib.flags import Settings
+from bdh_lib.settings import Settings
 from bdh_lib.training.distributed import World
 from bdh_mlx import BDH
 

@@ -14,12 +14,13 @@ import pytest
 from helpers import RECORD, numbered, prepare, prepared_folder, write_jsonl
 
 import train_mlx
-from bdh_lib import flags, progress
+from bdh_lib import progress
 from bdh_lib.data import columns, formats, parsers, sources, texts
 from bdh_lib.data import prepare as preparing
 from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import load_unsplit
+from bdh_lib.settings import settings_dict
 from bdh_lib.training import dataset
 from bdh_mlx import UserError
 from train_mlx import format_example
@@ -250,7 +251,7 @@ def test_the_flag_refreshes(tmp_path, monkeypatch):
     dataset.open_split(train_mlx.settings(args))
     assert not asked
     dataset.open_split(s)
-    assert len(asked) == 1 and "refresh_data" not in flags.settings_dict(s)
+    assert len(asked) == 1 and "refresh_data" not in settings_dict(s)
 
 
 def test_the_embedded_sample_is_sound():

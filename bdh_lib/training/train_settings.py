@@ -10,8 +10,8 @@ from bdh_lib.data import hub
 from bdh_lib.data.columns import parse_columns
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.errors import UserError
-from bdh_lib.flags import Settings
 from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
+from bdh_lib.settings import Settings
 from bdh_lib.training import checkpoints, phases
 from bdh_mlx import BDHConfig
 
