@@ -129,7 +129,7 @@ from bdh_lib.training.runlog import RunLog, main_process_prints
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
 from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.step import Diverged, compile_steps, sum_gradients
-from bdh_lib.training.train_settings import RULES, parse_settings, preset_settings
+from bdh_lib.training.train_settings import RULES, parse_settings, phase_settings, preset_settings
 from bdh_lib.training.train_state import TrainState, ema_applied
 
 # ---------------------------------------------------------------------------------------- training
@@ -159,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.ignore_closed_output()
     plots.find_fonts()  # before MLX computes anything
     world = World()
+    base.PROCESSES = world.size
     json_to = sys.stdout if base.json else None  # where print goes no more from here on
     with (
         # without argv this run is all that the process does
@@ -177,7 +178,7 @@ def train_chain(base: Settings, stop: StopSignal, world: World, json_to: TextIO 
     exit code. Raises UserError.
     """
     results = {}
-    for s in phases.chain(base, world.size):
+    for s in phase_settings(base):
         run = checkpoints.run_folder(s)
         with checkpoints.lock_run(run) if world.is_main else nullcontext():
             if code := train_or_explain(s, stop, world, json_to):

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 class Settings(SimpleNamespace):
     """The settings of a run by their names."""
 
+    PROCESSES = 1  # that train the run; train_mlx.main sets it, no user
+
 
 def settings_dict(s: Settings) -> dict:
     """Return all settings, the model's too, as JSON; a value that JSON cannot hold, as text."""

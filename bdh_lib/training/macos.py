@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from bdh_lib.compute import memory
 from bdh_lib.errors import UserError, warn
 from bdh_lib.settings import Settings
-from bdh_lib.training import checkpoints, phases
+from bdh_lib.training import checkpoints
+from bdh_lib.training.train_settings import phase_settings
 
 RESTARTS = "BDH_RESTARTS"  # environment: restarts since the newest checkpoint; its step, by run
 MAX_RESTARTS = 3  # in a row, without a newer checkpoint
@@ -72,7 +73,7 @@ def restarted_after_gpu_fault(s: Settings, allowed: bool) -> Iterator[None]:
 
 def count_restart(s: Settings) -> int:
     """Count the restarts since the newest checkpoint, this one too, for the next process."""
-    runs = map(checkpoints.run_folder, phases.chain(s))
+    runs = map(checkpoints.run_folder, phase_settings(s))
     newest = str([max(checkpoints.steps(run), default=0) for run in runs])
     count, _, since = os.environ.get(RESTARTS, "").partition(" ")
     count = int(count) + 1 if since == newest else 1

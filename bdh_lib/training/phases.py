@@ -1,7 +1,6 @@
-"""A chain of runs, each from the best weights of the one before, and what it makes them forget."""
+"""What a chain of runs, each from the best weights of the one before, makes them forget."""
 
 import json
-import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from bdh_lib.compute import memory
 from bdh_lib.data import sources
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.data.prepare import cache_key, data_settings
-from bdh_lib.errors import NoDataError, UserError
+from bdh_lib.errors import NoDataError
 from bdh_lib.runs import find_weights
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
@@ -20,37 +19,6 @@ from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.step import compile_losses
 from bdh_lib.units import bits_per_byte
 from bdh_mlx import load_model
-
-PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")
-
-
-def chain(s: Settings, n_processes: int = 1) -> list[Settings]:
-    """Return the settings of each run that PHASES names; without it, `s` alone. Raises UserError.
-
-    Run i of RUN_NAME r is r-1-system, r-2-instruction and so on, its INIT_FROM the run before.
-    PROCESSES is the number of those that train it.
-    """
-    s = Settings(**vars(s) | {"PROCESSES": n_processes})
-    if s.PHASES is None:
-        return [s]
-    runs = []
-    for i, phase in enumerate(s.PHASES.split(","), 1):
-        try:
-            mode, epochs, rate = PHASE.fullmatch(phase).groups()
-            overrides = {
-                "TRAINING_MODE": mode,
-                "EPOCHS": None if epochs == "none" else float(epochs),
-                "LEARNING_RATE": s.LEARNING_RATE if rate is None else float(rate),
-            }
-        except (AttributeError, ValueError):
-            raise UserError(
-                f"PHASES has {phase!r}; it must be mode:epochs or mode:epochs@learning_rate, "
-                'joined by commas: "system:3,instruction:3@2e-5"'
-            ) from None
-        overrides["RUN_NAME"] = f"{s.RUN_NAME or 'phases'}-{i}-{mode}"
-        overrides["INIT_FROM"] = runs[-1].RUN_NAME if runs else s.INIT_FROM
-        runs.append(Settings(**vars(s) | overrides))
-    return runs
 
 
 def ancestry(source: Path) -> list[dict]:

@@ -26,13 +26,14 @@ from bdh_lib.errors import escape_controls
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
-from bdh_lib.training import phases, tuning
+from bdh_lib.training import tuning
 from bdh_lib.training.batches import get_batch
 from bdh_lib.training.dataset import open_split
 from bdh_lib.training.runlog import duration
 from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary, total_steps
 from bdh_lib.training.signals import default_signals
 from bdh_lib.training.step import compile_losses, compile_steps
+from bdh_lib.training.train_settings import phase_settings
 from bdh_lib.training.train_state import init_train_state
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
@@ -248,7 +249,7 @@ def print_plan(base: Settings, presets: dict[str, Settings | None]) -> int:
 
     Returns the exit code, 0. Raises UserError for unusable data.
     """
-    for s in phases.chain(base):
+    for s in phase_settings(base):
         if s.PHASES:
             after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""
             print(f"\n=== phase {s.RUN_NAME}{after}\n")

@@ -8,7 +8,7 @@ from bdh_mlx import BDHConfig
 
 def blocks_per_step(s: Settings) -> int:
     """Return the blocks that a step reads, over all processes."""
-    return s.BATCH_SIZE * s.GRAD_ACCUM * getattr(s, "PROCESSES", 1)
+    return s.BATCH_SIZE * s.GRAD_ACCUM * s.PROCESSES
 
 
 def total_steps(s: Settings, n_bytes: int) -> int:

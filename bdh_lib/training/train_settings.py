@@ -1,5 +1,6 @@
-"""What each setting of the trainer may be, and which of them go together."""
+"""What each setting of the trainer may be, which go together, and the runs that PHASES names."""
 
+import re
 from contextlib import suppress
 from dataclasses import asdict
 from types import ModuleType
@@ -12,7 +13,7 @@ from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.errors import UserError
 from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
 from bdh_lib.settings import Settings
-from bdh_lib.training import checkpoints, phases
+from bdh_lib.training import checkpoints
 from bdh_mlx import BDHConfig
 
 RULES = {  # what each setting may be; one that is not here, a user's own, may be anything
@@ -66,6 +67,8 @@ FIXED_ON_RESUME = (
     *("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"),
 )
 
+PHASE = re.compile(r"\s*(\w+):([^@\s]+)(?:@(\S+))?\s*")  # mode:epochs or mode:epochs@learning_rate
+
 
 def parse_settings(script: ModuleType, argv: list[str] | None = None) -> Settings:
     """Return the constants of the trainer `script`, changed by a preset, changed by flags.
@@ -78,7 +81,7 @@ def parse_settings(script: ModuleType, argv: list[str] | None = None) -> Setting
         if (value := getattr(s, name)) and not hub.is_model(value):
             setattr(s, name, str(files.expand_user(value, name)))
     s.BDH_CONFIG = BDHConfig(**{name: vars(s).pop(name) for name in asdict(s.BDH_CONFIG)})
-    for run in phases.chain(s):
+    for run in phase_settings(s):
         check_settings(run)
     return s
 
@@ -90,6 +93,42 @@ def preset_settings(script: ModuleType) -> dict[str, Settings | None]:
         with suppress(UserError):
             result[name] = parse_settings(script, ["--preset", name])
     return result
+
+
+def phase_settings(s: Settings) -> list[Settings]:
+    """Return the settings of each run that PHASES names; without it, `s` alone. Raises UserError.
+
+    Run i of RUN_NAME r is r-1-system, r-2-instruction and so on, its INIT_FROM the run before.
+    """
+    if s.PHASES is None:
+        return [s]
+    runs = []
+    for i, phase in enumerate(s.PHASES.split(","), 1):
+        mode, epochs, rate = parse_phase(phase)
+        overrides = {
+            "TRAINING_MODE": mode,
+            "EPOCHS": epochs,
+            "LEARNING_RATE": s.LEARNING_RATE if rate is None else rate,
+            "RUN_NAME": f"{s.RUN_NAME or 'phases'}-{i}-{mode}",
+            "INIT_FROM": runs[-1].RUN_NAME if runs else s.INIT_FROM,
+        }
+        runs.append(Settings(**vars(s) | overrides))
+    return runs
+
+
+def parse_phase(phase: str) -> tuple[str, float | None, float | None]:
+    """Return mode, epochs and learning rate of one of PHASES, None where it has none.
+
+    Raises UserError.
+    """
+    if match := PHASE.fullmatch(phase):
+        mode, epochs, rate = match.groups()
+        with suppress(ValueError):  # of float
+            return mode, None if epochs == "none" else float(epochs), rate and float(rate)
+    raise UserError(
+        f"PHASES has {phase!r}; it must be mode:epochs or mode:epochs@learning_rate, "
+        'joined by commas: "system:3,instruction:3@2e-5"'
+    )
 
 
 def refuse_flags_without_effect(s: Settings, typed: set[str]) -> None:

@@ -15,6 +15,7 @@ from helpers import train
 import bdh_mlx
 import train_mlx
 from bdh_lib.data.split import Split
+from bdh_lib.settings import Settings
 from bdh_lib.training import evaluation, schedule
 from bdh_lib.training.batches import epoch_order, get_batch
 from bdh_lib.training.dataset import load_prepared
@@ -153,7 +154,7 @@ def test_each_batch_of_a_seed_has_a_key_of_its_own(tmp_path, monkeypatch):
 
 
 def test_the_run_ends_at_the_sooner_of_iterations_and_epochs():
-    s = SimpleNamespace(BLOCK_SIZE=10, BATCH_SIZE=2, GRAD_ACCUM=1, MAX_ITERS=7, EPOCHS=3.0)
+    s = Settings(BLOCK_SIZE=10, BATCH_SIZE=2, GRAD_ACCUM=1, MAX_ITERS=7, EPOCHS=3.0)
     assert schedule.total_steps(s, 95) == 7
     s.MAX_ITERS = None
     assert schedule.total_steps(s, 95) == 15
