@@ -105,7 +105,6 @@ PRESETS = {
 
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import TextIO
 
 import mlx.core as mx
@@ -223,7 +222,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
     run = checkpoints.run_folder(s)
 
     # ---- data: bytes to train on and to evaluate on, and the field of each
-    data = load_split(s, {*RULES, *asdict(s.BDH_CONFIG)}, world)
+    data = load_split(s, world)
     n_steps = total_steps(s, len(data.train.bytes))
 
     # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh

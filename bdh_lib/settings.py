@@ -1,6 +1,7 @@
 """The settings of a run by their names, and as the JSON of its config.json."""
 
 import json
+import re
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ def as_json(value):
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
-        return as_text(value)
+        return re.sub(" at 0x[0-9a-f]+", "", as_text(value))  # its place in memory
 
 
 def as_text(value) -> str:

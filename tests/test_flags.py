@@ -213,6 +213,7 @@ TABLE = {(1, 2): 3}
 SIZES: list[int] = [3]
 EITHER: int | str = "a"
 MARK = float("nan")
+THING = object()
 MANY = 10**5000
 SMALL_CONFIG = BDHConfig(n_layer=1, n_embd=64)
 FAST = True
@@ -240,6 +241,9 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
     assert kept["COOLDOWN_ITERS"] == 0 and kept["LISTED"] == [1, 2] and kept["RATE"] is None
     assert kept["PLACES"] == ["a", "b", "c"] and kept["TABLE"] == "{(1, 2): 3}"
     assert (kept["SIZES"], kept["EITHER"], kept["MARK"]) == ([3], "a", "nan")
+    assert (
+        kept["THING"] == "<object object>"
+    )  # without its address, which is another in each process
     assert kept["n_embd"] == 16  # of BDH_CONFIG, not of the other one
     assert export.facts(config.parent)[1].keys() & {"NOTE", "LISTED"} == set()
     again = [*args, "--max-iters", "2"]

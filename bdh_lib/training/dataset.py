@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,18 +87,26 @@ def open_split(s: Settings) -> Data:
     return data
 
 
-def load_split(s: Settings, compared: Collection[str], world: World) -> Data:
+def load_split(s: Settings, world: World) -> Data:
     """Open the data as open_split does, and print what they are.
 
-    Raises UserError where processes differ in the data, or in the settings that `compared` names.
+    Raises UserError where processes differ in the data or in a setting.
     """
     data_report, train, val = data = open_split(s)
-    settings = {k: v for k, v in settings_dict(s).items() if k in compared}
-    sums = {side: data_report[side]["sha256"] for side in ("train", "val")}
-    every = world.all_gather_object(settings | sums)
-    if unlike := [k for k in every[0] if any(one[k] != every[0][k] for one in every)]:
-        raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")
+    check_processes_agree(s, data_report, world)
     print(escape_controls(describe(data_report)))
     print(f"plan: {schedule_summary(s, len(train.bytes))}; "
           f"an evaluation reads {len(val.bytes):,} bytes")  # fmt: skip
     return data
+
+
+def check_processes_agree(s: Settings, data_report: dict, world: World) -> None:
+    """Raise UserError where processes differ in the data or in a setting, also in a user's own.
+
+    A schedule or a loss may read it, and then the weights of the processes would drift apart.
+    """
+    sums = {side: data_report[side]["sha256"] for side in ("train", "val")}
+    first, *others = world.all_gather_object(settings_dict(s) | sums)
+    names = dict.fromkeys([*first, *(name for other in others for name in other)])
+    if unlike := [k for k in names if any(other.get(k) != first.get(k) for other in others)]:
+        raise UserError(f"the processes differ in {', '.join(unlike)}; give all the same")

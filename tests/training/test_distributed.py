@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from helpers import ARGS, ROOT, metrics, train
 
-from bdh_lib.training import checkpoints, distributed
+import train_mlx
+from bdh_lib.training import checkpoints, dataset, distributed
 from bdh_mlx import UserError
 
 SCRIPT = [str(ROOT / "train_mlx.py"), *ARGS]
@@ -156,6 +157,26 @@ def test_processes_with_different_data_are_told(tmp_path):
         processes.append(subprocess.Popen(command, env=os.environ | env, **pipes))
     for code, _, err in ended(processes):
         assert code == 2 and "the processes differ in SEED" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"MINE": 2}, "MINE"),
+        ({"OTHERS": 3}, "OTHERS"),
+        ({"SEED": 0, "n_layer": 9}, "SEED, n_layer"),
+        ({"train": "other bytes"}, "train"),
+    ],
+)
+def test_processes_that_differ_in_a_setting_or_in_data_are_told(change, names):
+    s, world = train_mlx.settings([]), distributed.World()
+    s.MINE = 1  # a constant that the user added
+    report = {side: {"sha256": side} for side in ("train", "val")}
+    world.all_gather_object = lambda value: [value, value]
+    dataset.check_processes_agree(s, report, world)
+    world.all_gather_object = lambda value: [value, value, value | change]
+    with pytest.raises(UserError, match=f"the processes differ in {names}; give all the same$"):
+        dataset.check_processes_agree(s, report, world)
 
 
 FAULTY = """
