@@ -118,7 +118,7 @@ from bdh_lib.generation.samples import write_samples
 from bdh_lib.settings import Settings
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
 from bdh_lib.training.batches import divergence_message, step_batches
-from bdh_lib.training.dataset import load_split
+from bdh_lib.training.dataset import check_processes_agree, open_run_data
 from bdh_lib.training.distributed import World, is_lost
 from bdh_lib.training.evaluation import Evaluator
 from bdh_lib.training.meter import Meter
@@ -222,7 +222,9 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
     run = checkpoints.run_folder(s)
 
     # ---- data: bytes to train on and to evaluate on, and the field of each
-    data = load_split(s, world)
+    data = open_run_data(s)
+    check_processes_agree(s, data.report, world)
+    summary.print_data(s, data)
     n_steps = total_steps(s, len(data.train.bytes))
 
     # ---- model, optimizer, average: from the last checkpoint, from INIT_FROM's weights, or fresh

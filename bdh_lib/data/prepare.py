@@ -19,7 +19,7 @@ import numpy as np
 
 from bdh_lib.data import describe, hub, sources
 from bdh_lib.data.formats import FIELDS
-from bdh_lib.data.split import ENDS, choose_validation, write_split
+from bdh_lib.data.split import ENDS, choose_validation, write_sides
 from bdh_lib.data.texts import Texts, write_texts
 from bdh_lib.errors import NoDataError, UserError
 from bdh_lib.files import parse_json, sha256_file, sha256_text, write_fault
@@ -204,7 +204,7 @@ def _split(settings: DataSettings, folder: Path) -> dict:
     val = np.random.default_rng(settings.seed).permutation(np.flatnonzero(val_texts))
     np.save(folder / IN_VAL, val_texts)
     report["in_val_sha256"] = sha256_file(folder / IN_VAL)
-    return report | write_split(folder, texts.lengths, np.flatnonzero(~held_out), val)
+    return report | write_sides(folder, texts.lengths, np.flatnonzero(~held_out), val)
 
 
 def _check_distinct(texts: Texts, settings: DataSettings) -> None:
@@ -263,7 +263,7 @@ def load_unsplit(
             texts = write_texts(source, mode, folder, columns)
             report, lengths = texts.report, texts.lengths
             report["dataset"] += ", held out side" if "val" in source.parts else ""
-            write_split(folder, lengths, np.array([], int), np.arange(len(lengths)))
+            write_sides(folder, lengths, np.array([], int), np.arange(len(lengths)))
     stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
     return report, stream, fields
 

@@ -16,7 +16,11 @@ ENDS = "{side}_ends.npy"  # in prepared data: where each text of train.bin or va
 
 @dataclass(frozen=True, eq=False)  # equal by identity: epochs are cached by it
 class Split:
-    """Records as bytes, of one side or of a whole data set: uint8 arrays of one length."""
+    """Records as bytes: uint8 arrays of one length.
+
+    A split is one side, as in Hugging Face's `datasets`: training or validation, or all the records
+    where nothing is held out.
+    """
 
     bytes: np.ndarray
     fields: np.ndarray  # of each byte its place in FIELDS
@@ -47,7 +51,7 @@ def choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     return in_val
 
 
-def write_split(folder: Path, lengths: np.ndarray, train: np.ndarray, val: np.ndarray) -> dict:
+def write_sides(folder: Path, lengths: np.ndarray, train: np.ndarray, val: np.ndarray) -> dict:
     """Write the records of these numbers to train and val, in their order, a blank line between."""
     sides = {"train": train, "val": val}
     report = {side: {"records": len(which)} for side, which in sides.items()}

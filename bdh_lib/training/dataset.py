@@ -7,14 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import data_settings, prepare
 from bdh_lib.data.split import Split, bytes_to_evaluate, has_field, record_ends
-from bdh_lib.errors import NoDataError, UserError, escape_controls
+from bdh_lib.errors import NoDataError, UserError
 from bdh_lib.settings import Settings, settings_dict
 from bdh_lib.training.distributed import World
-from bdh_lib.training.schedule import schedule_summary
 
 
 class Data(NamedTuple):
@@ -25,23 +23,35 @@ class Data(NamedTuple):
     val: Split  # what evaluations read of it
 
 
-def load_prepared(s: Settings, mode: str) -> Data:
-    """Prepare and open the data for a mode. Raises UserError where a side is empty."""
-    cache, refresh = Path(s.CHECKPOINT_DIR) / ".data", vars(s).get("refresh_data", False)
-    folder = prepare(data_settings(s, mode), cache, refresh)
+def open_mode_data(s: Settings, mode: str) -> Data:
+    """Prepare and open the data of any mode. Raises UserError where a side is empty."""
+    cache = Path(s.CHECKPOINT_DIR) / ".data"
+    folder = prepare(data_settings(s, mode), cache, s.refresh_data)
     data_report = json.loads((folder / "data.json").read_text())
-    if empty := [side for side in ("train", "val") if not data_report[side]["bytes"]]:
-        raise NoDataError(f"the {empty[0]} split of mode {mode} is empty; take more data")
-    train, val = (
-        [np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields")]
-        for side in ("train", "val")
-    )
-    ends, val_ends = (record_ends(folder, side) for side in ("train", "val"))
-    read = bytes_to_evaluate(val_ends, s.EVAL_BYTES)
-    if val_ends is not None and read is not None:
-        val_ends = val_ends[val_ends <= read]
-    val = Split(*(array[:read] for array in val), val_ends)
-    return Data(data_report, Split(*train, units_to_shuffle(ends, train[1])), val)
+    for side in ("train", "val"):
+        if not data_report[side]["bytes"]:
+            raise NoDataError(f"the {side} split of mode {mode} is empty; take more data")
+    return Data(data_report, _open_train(folder), _open_val(folder, s.EVAL_BYTES))
+
+
+def _open_train(folder: Path) -> Split:
+    stream, fields = _map_side(folder, "train")
+    return Split(stream, fields, units_to_shuffle(record_ends(folder, "train"), fields))
+
+
+def _open_val(folder: Path, limit: int | None) -> Split:
+    """Open what evaluations read: whole records of up to `limit` bytes (bytes_to_evaluate)."""
+    stream, fields = _map_side(folder, "val")
+    ends = record_ends(folder, "val")
+    read = bytes_to_evaluate(ends, limit)
+    if ends is not None and read is not None:
+        ends = ends[ends <= read]
+    return Split(stream[:read], fields[:read], ends)
+
+
+def _map_side(folder: Path, side: str) -> tuple[np.memmap, np.memmap]:
+    """Map the bytes of a side, and their fields, into memory: both uint8, of one length."""
+    return tuple(np.memmap(folder / f"{side}.{kind}", np.uint8, "r") for kind in ("bin", "fields"))
 
 
 def units_to_shuffle(ends: np.ndarray | None, fields: np.ndarray) -> np.ndarray | None:
@@ -56,9 +66,17 @@ def units_to_shuffle(ends: np.ndarray | None, fields: np.ndarray) -> np.ndarray 
     return ends if len(ends) > 1 else None
 
 
-def open_split(s: Settings) -> Data:
-    """Prepare and open the data of a run. Raises UserError where they are too few for it."""
-    data_report, train, val = data = load_prepared(s, s.TRAINING_MODE)
+def open_run_data(s: Settings) -> Data:
+    """Prepare and open the data of a run. Raises UserError where it cannot train on them."""
+    data = open_mode_data(s, s.TRAINING_MODE)
+    check_lengths(s, data.report)
+    check_loss_on(s, data)
+    check_grad_accum(s, len(data.train.bytes))
+    return data
+
+
+def check_lengths(s: Settings, data_report: dict) -> None:
+    """Raise UserError for a side that is shorter than one sequence to train on or to evaluate."""
     for side, least, cure in (
         ("train", s.BLOCK_SIZE + 1, "lower BLOCK_SIZE"),
         ("val", 2, "raise VAL_FRACTION"),
@@ -68,36 +86,30 @@ def open_split(s: Settings) -> Data:
                 f"the {side} split has {data_report[side]['bytes']:,} bytes and needs {least:,} "
                 f"(BLOCK_SIZE is {s.BLOCK_SIZE:,}): {cure} or take more data"
             )
+
+
+def check_loss_on(s: Settings, data: Data) -> None:
+    """Raise UserError for a side without a byte of the field that LOSS_ON counts."""
     for side, split, cure in (
-        ("training bytes", train, "take other data"),
-        ("validation bytes read", val, "raise EVAL_BYTES"),
+        ("training bytes", data.train, "take other data"),
+        ("validation bytes read", data.val, "raise EVAL_BYTES"),
     ):
         if s.LOSS_ON != "all" and not has_field(split.fields, s.LOSS_ON):
             raise UserError(
                 f"LOSS_ON is {s.LOSS_ON!r}, and the {len(split.bytes):,} {side} have none of it; "
                 f"{cure} or set LOSS_ON to 'all'"
             )
+
+
+def check_grad_accum(s: Settings, n_bytes: int) -> None:
+    """Raise UserError where one step would read more blocks than the whole run has."""
     passes = max(1, s.EPOCHS or 1)
-    blocks = math.ceil(passes * len(train.bytes) / s.BLOCK_SIZE)
+    blocks = math.ceil(passes * n_bytes / s.BLOCK_SIZE)
     if blocks < s.GRAD_ACCUM:
         raise UserError(
             f"GRAD_ACCUM is {s.GRAD_ACCUM:,}, more micro-batches in one iteration than blocks to "
             f"train on ({blocks:,} of {s.BLOCK_SIZE:,} bytes, passes: {passes:g}); lower it"
         )
-    return data
-
-
-def load_split(s: Settings, world: World) -> Data:
-    """Open the data as open_split does, and print what they are.
-
-    Raises UserError where processes differ in the data or in a setting.
-    """
-    data_report, train, val = data = open_split(s)
-    check_processes_agree(s, data_report, world)
-    print(escape_controls(describe(data_report)))
-    print(f"plan: {schedule_summary(s, len(train.bytes))}; "
-          f"an evaluation reads {len(val.bytes):,} bytes")  # fmt: skip
-    return data
 
 
 def check_processes_agree(s: Settings, data_report: dict, world: World) -> None:

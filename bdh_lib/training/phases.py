@@ -13,7 +13,7 @@ from bdh_lib.errors import NoDataError
 from bdh_lib.runs import find_weights
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
-from bdh_lib.training.dataset import load_prepared
+from bdh_lib.training.dataset import open_mode_data
 from bdh_lib.training.evaluation import evaluate
 from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.step import compile_losses
@@ -53,7 +53,7 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]
     bpb, fields = {}, {}
     for mode in REQUIRED_FIELDS:
         with suppress(NoDataError):
-            val = load_prepared(s, mode).val
+            val = open_mode_data(s, mode).val
             loss, nats = evaluate(losses_fn, val, (s.BATCH_SIZE, s.BLOCK_SIZE), stop)
             bpb[mode] = bits_per_byte(loss)
             fields[mode] = {field: bits_per_byte(loss) for field, loss in nats.items()}

@@ -28,7 +28,7 @@ from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
 from bdh_lib.training import tuning
 from bdh_lib.training.batches import get_batch
-from bdh_lib.training.dataset import open_split
+from bdh_lib.training.dataset import open_run_data
 from bdh_lib.training.runlog import duration
 from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary, total_steps
 from bdh_lib.training.signals import default_signals
@@ -287,7 +287,7 @@ def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
 
 def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
-    data_report, train, val = open_split(s)
+    data_report, train, val = open_run_data(s)
     print(escape_controls(describe(data_report)))
     is_ready = data_report["records"] is None
     sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s)

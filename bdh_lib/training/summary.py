@@ -8,21 +8,30 @@ from pathlib import Path
 import mlx.core as mx
 
 from bdh_lib.compute.state import WINDOW_PARTS
+from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import (
     MAX_NEW_TOKENS,
     REQUIRED_FIELDS,
     SAMPLE_NOTES,
     sample_prompts,
 )
+from bdh_lib.errors import escape_controls
 from bdh_lib.settings import Settings
 from bdh_lib.training import tuning
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.meter import Meter
 from bdh_lib.training.runlog import RunLog
-from bdh_lib.training.schedule import blocks_per_step, passes_note, total_steps
+from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary, total_steps
 from bdh_lib.training.tuning import Selection
 
 PROJECT = Path(__file__).resolve().parents[2]
+
+
+def print_data(s: Settings, data: Data) -> None:
+    """Print what the data are, how long the run is, and what an evaluation reads."""
+    print(escape_controls(describe(data.report)))
+    print(f"plan: {schedule_summary(s, len(data.train.bytes))}; "
+          f"an evaluation reads {len(data.val.bytes):,} bytes")  # fmt: skip
 
 
 def print_start(s: Settings, run: Path, data: Data, selection: Selection) -> None:

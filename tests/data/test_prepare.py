@@ -151,7 +151,7 @@ def test_what_takes_long_shows_a_bar_on_a_terminal_and_lines_elsewhere(
         (sources, "_data_files"),
         (parsers, "read_file"),
         (preparing, "choose_validation"),
-        (preparing, "write_split"),
+        (preparing, "write_sides"),
         (preparing, "is_intact"),
     ],
 )
@@ -243,14 +243,14 @@ def test_the_flag_refreshes(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "d.jsonl", numbered(40))
     args = ["--dataset", str(source), "--checkpoint-dir", str(tmp_path), "--block-size", "16"]
     s = train_mlx.settings([*args, "--refresh-data"])
-    dataset.open_split(train_mlx.settings(args))
+    dataset.open_run_data(train_mlx.settings(args))
     monkeypatch.setattr(preparing, "STARTED", time.time() + 9)
     asked = []
     make = preparing._make
     monkeypatch.setattr(preparing, "_make", lambda *a: asked.append(a) or make(*a))
-    dataset.open_split(train_mlx.settings(args))
+    dataset.open_run_data(train_mlx.settings(args))
     assert not asked
-    dataset.open_split(s)
+    dataset.open_run_data(s)
     assert len(asked) == 1 and "refresh_data" not in settings_dict(s)
 
 

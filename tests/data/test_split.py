@@ -146,13 +146,13 @@ def test_a_training_side_without_what_loss_on_counts_is_refused(tmp_path):
     args = ["--dataset", str(split), "--checkpoint-dir", str(tmp_path / "ck")]
     s = train_mlx.settings([*args, "--training-mode", "full", "--loss-on", "response"])
     with pytest.raises(UserError, match="9,000 training bytes have none of it; take other data"):
-        dataset.open_split(s)
+        dataset.open_run_data(s)
     (split / "train.fields").write_bytes(b"\1" * 8999 + b"\3")
-    _, train, val = dataset.open_split(s)
+    _, train, val = dataset.open_run_data(s)
     assert len(train.bytes) == len(val.bytes) == 9000  # a ready split is in no other order
     (split / "val.fields").write_bytes(b"\1" * 9000)
     with pytest.raises(UserError, match="validation bytes read have none of it; raise EVAL_BYTES"):
-        dataset.open_split(s)
+        dataset.open_run_data(s)
 
 
 def test_a_ready_split_is_taken_as_it_is(tmp_path):

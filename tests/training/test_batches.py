@@ -18,7 +18,7 @@ from bdh_lib.data.split import Split
 from bdh_lib.settings import Settings
 from bdh_lib.training import evaluation, schedule
 from bdh_lib.training.batches import epoch_order, get_batch
-from bdh_lib.training.dataset import load_prepared
+from bdh_lib.training.dataset import open_mode_data
 from bdh_lib.training.step import byte_losses, compile_steps, corrupt_bytes
 from bdh_lib.training.train_state import TrainState, copy_tree
 
@@ -86,7 +86,7 @@ def test_paragraphs_of_plain_text_among_records_keep_their_order(tmp_path):
     rows[20:20] = [{"text": f"Paragraph {i}."} for i in range(20)]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = f"--training-mode full --checkpoint-dir {tmp_path}/ck --dataset {tmp_path}/mixed.jsonl"
-    train_split = load_prepared(train_mlx.settings(args.split()), "full").train
+    train_split = open_mode_data(train_mlx.settings(args.split()), "full").train
     text = train_split.bytes.tobytes()
     units = np.split(train_split.bytes, train_split.record_ends)[:-1]
     assert b"".join(unit.tobytes() for unit in units) == text
@@ -103,7 +103,7 @@ def test_plain_text_and_ready_splits_are_not_shuffled(tmp_path):
     for dataset, is_shuffled in (("story.txt", False), ("ready", False), ("sample", True)):
         name = dataset if dataset == "sample" else str(tmp_path / dataset)
         s = train_mlx.settings([*args.split(), str(tmp_path / "ck"), "--dataset", name])
-        train_split = load_prepared(s, "full").train
+        train_split = open_mode_data(s, "full").train
         assert (train_split.record_ends is not None) == is_shuffled
         if is_shuffled:
             assert train_split.record_ends[-1] == len(train_split.bytes)

@@ -196,7 +196,7 @@ def test_the_share_of_evaluations_is_told(tmp_path, capsys, monkeypatch):
     records = [record(i, response="word " * 20) for i in range(100)]
     out = plan_output(tmp_path, capsys, records, "--max-iters", "10", "--eval-freq", "5")
     folders = ["--dataset", str(tmp_path / "data.jsonl"), "--checkpoint-dir", str(tmp_path / "ck")]
-    evaluated = len(plan.open_split(train_mlx.settings([*ARGS, *folders])).val.bytes)
+    evaluated = len(plan.open_run_data(train_mlx.settings([*ARGS, *folders])).val.bytes)
     seconds = 3 * 0.5 * evaluated / 128
     share = f"{seconds / (20 + seconds):.1%}"
     assert f" ({share}) of it 3 evaluations of {evaluated} bytes; no samples" in out
