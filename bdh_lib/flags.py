@@ -38,29 +38,38 @@ def parse(
     rules: of the settings that the script knows; actions: flags that are no settings, with their
     help. Raises UserError for a value that no rule admits; argparse reports an unknown flag.
     """
-    constants, required = (
-        {name: getattr(script, name) for name in setting_names(script)},
-        rules.keys(),
-    )
-    constants |= {name: vars(script)[name] for name in required if name in vars(script)}
-    for name in required - constants.keys():
-        raise UserError(f"{name} is not set; put its line back among the constants at the top")
-    rules = {name: rules.get(name) or infer_rule(script, name) for name in constants}
-    for name, value in list(constants.items()):
-        check(name, value, rules[name])
-        if is_dataclass(value) and name in required:
-            constants |= asdict(value)
-            hints = get_type_hints(type(value))
-            rules |= {field: Rule(hints[field]) for field in asdict(value)}
+    constants, rules = read_constants(script, rules)
     parser = parser_of(script, constants, rules, presets, actions)
     typed = vars(parser.parse_args(argv, Typed() if argv is None else None))
-    if (preset := typed.pop("preset", None)) not in (None, *presets):
+    typed_names = set(typed)
+    preset = typed.pop("preset", None)
+    if preset not in (None, *presets):
         near = did_you_mean(preset, presets)
         parser.error(f"--preset {preset!r} is none of {', '.join(presets)}{near}")
     values = vars(parser.parse_args(presets.get(preset, "").split())) | typed
     values = {name: parse_value(name, value, rules.get(name)) for name, value in values.items()}
-    s = Settings(**dict.fromkeys(actions, False) | constants | values)
-    return s, set(typed) | ({"preset"} if preset else set())
+    return Settings(**dict.fromkeys(actions, False) | constants | values), typed_names
+
+
+def read_constants(script: ModuleType, rules: dict[str, Rule]) -> tuple[dict, dict[str, Rule]]:
+    """Return the settings as the script has them, and a rule for each.
+
+    `rules` are of those that must be there. A dataclass among these gives its fields, too. Raises
+    UserError where one is missing or breaks its rule.
+    """
+    constants = {name: vars(script)[name] for name in setting_names(script)}
+    for name in rules:  # it may be set below the table, or to what is no setting
+        if name not in vars(script):
+            raise UserError(f"{name} is not set; put its line back among the constants at the top")
+        constants[name] = vars(script)[name]
+    all_rules = {name: rules.get(name) or infer_rule(script, name) for name in constants}
+    for name, rule in all_rules.items():
+        check(name, constants[name], rule)
+    for model in [constants[name] for name in rules if is_dataclass(constants[name])]:
+        constants |= asdict(model)
+        hints = get_type_hints(type(model))
+        all_rules |= {field: Rule(hints[field]) for field in asdict(model)}
+    return constants, all_rules
 
 
 def setting_names(script: ModuleType) -> list[str]:
@@ -141,34 +150,39 @@ def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions
 
     Raises UserError where a setting would have the flag of another setting, or of the script.
     """
-    parser, groups, about = Parser(script.__doc__), {}, comments(script)
+    parser = Parser(script.__doc__)
     parser.add_argument("--version", action="version", version=cli.version())
     parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}",
                         default=argparse.SUPPRESS)  # fmt: skip
     for name, use in actions.items():
         parser.add_argument(flag_of(name), dest=name, action="store_true", help=use,
                             default=argparse.SUPPRESS)  # fmt: skip
-    flags = dict.fromkeys(
-        (flag_of(name) for name in ("preset", "help", "version", *actions)), "another flag"
-    )
+    of_script = map(flag_of, ("preset", "help", "version", *actions))
+    owners = dict.fromkeys(of_script, "another flag")  # by flag, what it sets
+    about = comments(script)
+    groups = {}
     for name, value in constants.items():
-        heading, comment = about.get(name, ("", ""))
-        if rules[name].kind not in KINDS:
+        flag, kind = flag_of(name), rules[name].kind
+        if kind not in KINDS:
             held = f"{name} holds a {type(value).__name__}, which no flag can"
-            parser.flagless[flag_of(name)] = f"{held}; change it in {Path(script.__file__).name}"
+            parser.flagless[flag] = f"{held}; change it in {Path(script.__file__).name}"
             continue
-        if (flag := flag_of(name)) in flags:
-            setting, other = (name, flags[flag]) if name.isupper() else (flags[flag], name)
+        if other := owners.get(flag):
+            setting, other = (name, other) if name.isupper() else (other, name)
             raise UserError(f"{setting}: its flag {flag} is that of {other}; rename {setting}")
-        flags[flag] = name
+        owners[flag] = name
+        heading, comment = about.get(name, ("", ""))
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading or "Your own")
-        options = {"metavar": rules[name].kind.__name__, "default": argparse.SUPPRESS}
-        if rules[name].kind is bool:
-            options = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
-        help_text = f"{comment} (now {as_text(value)})".strip().replace("%", "%%")
-        groups[heading].add_argument(flag, dest=name, help=help_text, **options)
+        _add_flag(groups[heading], name, kind, f"{comment} (now {as_text(value)})")
     return parser
+
+
+def _add_flag(group, name: str, kind: type, about: str) -> None:
+    """Add the flag of a setting to a group of --help."""
+    how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": kind.__name__}
+    help_text = about.strip().replace("%", "%%")
+    group.add_argument(flag_of(name), dest=name, help=help_text, default=argparse.SUPPRESS, **how)
 
 
 def flag_of(name: str) -> str:
@@ -190,8 +204,9 @@ def _comments(source: str) -> dict[str, tuple[str, str]]:
     """Return the heading and the comment of each name that the source assigns."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     remarks = {t.start: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
-    texts, heading = {}, ""
     trailing = {line: text for (line, column), text in remarks.items() if column}
+    texts = {}
+    heading = ""
     for node in assignments(source):
         heading = remarks.get((node.lineno - 1, 0), heading)
         comment = trailing.get(node.end_lineno, trailing.get(node.lineno, ""))
@@ -220,10 +235,11 @@ def find_typos(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
     and of each line that looks like an assignment and is none.
     """
     source = Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
-    lines, warnings = {}, without_equals(source)
+    lines = {}
     for node in assignments(source):
         for name in targets(node):
             lines.setdefault(name, []).append(str(node.lineno))
+    warnings = without_equals(source)
     models = [name for name in rules if is_dataclass(vars(script).get(name))]
     model_of = {field: name for name in models for field in vars(vars(script)[name])}
     for name in list(lines)[: list(lines).index("ACTIONS")]:

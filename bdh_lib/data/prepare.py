@@ -163,7 +163,8 @@ def is_intact(folder: Path) -> bool:
 
 
 def _make(folder: Path, settings: DataSettings, files: list[Path] | None) -> None:
-    making, dataset = folder.with_name(f"{folder.name}.tmp"), settings.dataset
+    dataset = settings.dataset
+    making = folder.with_name(f"{folder.name}.tmp")
     making.mkdir()
     try:
         if ready := sources.ready_split(files):
@@ -219,7 +220,8 @@ def _check_distinct(texts: Texts, settings: DataSettings) -> None:
 
 def _check_sides(texts: Texts, held_out, shared, settings: DataSettings) -> None:
     """Raise UserError where a side of the split has no text, or validation none of its own."""
-    dataset, mode, n = settings.dataset, settings.mode, len(texts.lengths)
+    dataset, mode = settings.dataset, settings.mode
+    n = len(texts.lengths)
     is_given = texts.report["given_validation"]
     for side, chosen in (("held out", held_out), ("left to train on", ~held_out)):
         if not chosen.any():
@@ -261,9 +263,10 @@ def load_unsplit(
             if "val" in source.parts:
                 source = source._replace(parts={"val": source.parts["val"]})
             texts = write_texts(source, mode, folder, columns)
-            report, lengths = texts.report, texts.lengths
+            report = texts.report
             report["dataset"] += ", held out side" if "val" in source.parts else ""
-            write_sides(folder, lengths, np.array([], int), np.arange(len(lengths)))
+            every = np.arange(len(texts.lengths))
+            write_sides(folder, texts.lengths, train=np.array([], int), val=every)
     stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
     return report, stream, fields
 

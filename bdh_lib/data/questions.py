@@ -36,7 +36,8 @@ def question_numbers(records: Split) -> np.ndarray:
 def cut_question(records: Split, i: int) -> Question:
     """Return record number `i`, which ends in a response, as a question."""
     ends = records.record_ends
-    begin, end = int(ends[i - 1]) + len(SEPARATOR) if i else 0, int(ends[i])
+    begin = int(ends[i - 1]) + len(SEPARATOR) if i else 0
+    end = int(ends[i])
     fields = np.array(records.fields[begin:end])
     at = begin + int(np.flatnonzero(fields != RESPONSE)[-1]) + 1
     truth = bytes(records.bytes[at:end]).decode().removesuffix(STOP)
@@ -62,7 +63,8 @@ def choose_questions(records: Split, n: int, length: int, budget: int) -> list[Q
         n_truth = len(question.truth.encode())
         n_bytes = len(question.prompt) + n_truth + len(STOP)
         excess[question] = (max(0, n_bytes - length), max(0, n_truth - budget))
-    of_structure, rank = Counter(), {}
+    of_structure = Counter()  # questions so far
+    rank = {}
     for question in sorted(excess, key=excess.get):
         rank[question] = (excess[question][0], of_structure[question.structure])
         of_structure[question.structure] += 1

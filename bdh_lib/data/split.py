@@ -38,7 +38,8 @@ def choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     all their records, since modes that train on one field need texts of it seen nowhere else; the
     rest by all fields. A text of more records than there is room for is never drawn.
     """
-    rng, in_val = np.random.default_rng(seed), np.zeros(keys.shape[1], bool)
+    rng = np.random.default_rng(seed)
+    in_val = np.zeros(keys.shape[1], bool)
     for key, part in zip(keys, (share / 2, share / 2, share), strict=True):
         texts, which = np.unique(key, return_inverse=True)
         adds = np.bincount(which, ~in_val)
@@ -104,5 +105,6 @@ def bytes_to_evaluate(ends: np.ndarray | None, limit: int | None) -> int | None:
 
 def has_field(fields: np.ndarray, name: str) -> bool:
     """Tell whether any byte is of this field; `fields` may be larger than the memory."""
-    million, wanted = 10**6, FIELDS.index(name)
-    return any(wanted in fields[i : i + million] for i in range(0, len(fields), million))
+    field = FIELDS.index(name)
+    n = 10**6  # bytes looked at together
+    return any(field in fields[i : i + n] for i in range(0, len(fields), n))

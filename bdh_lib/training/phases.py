@@ -66,7 +66,8 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]
 def forgetting_table(rows: dict[str, dict[str, float]]) -> str:
     """Return a table of the bits per byte by run and mode; (+0.31) is what was forgotten since."""
     modes = list(next(iter(rows.values())))
-    table, lowest = [("run", *modes)], {}
+    table = [("run", *modes)]
+    lowest = {}  # bits per byte of each mode so far
     for name, bpb in rows.items():
         lost = {mode: bpb[mode] - lowest.get(mode, bpb[mode]) for mode in modes}
         cells = [f"{bpb[m]:.4f}" + (f" (+{lost[m]:.4f})" if lost[m] > 0 else "") for m in modes]
