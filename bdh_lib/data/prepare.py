@@ -13,16 +13,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import numpy as np
 
 from bdh_lib.data import describe, hub, sources
-from bdh_lib.data.formats import FIELDS
+from bdh_lib.data.formats import FIELDS, REQUIRED_FIELDS
 from bdh_lib.data.split import ENDS, choose_validation, write_sides
 from bdh_lib.data.texts import Texts, write_texts
 from bdh_lib.errors import NoDataError, UserError
-from bdh_lib.files import parse_json, sha256_file, sha256_text, write_fault
+from bdh_lib.files import parse_json, read_json_object, sha256_file, sha256_text, write_fault
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
 
@@ -48,6 +48,21 @@ class DataSettings(NamedTuple):
 def data_settings(s: Settings, mode: str) -> DataSettings:
     """Return what the data of a run depend on, in any mode."""
     return DataSettings(s.DATASET, mode, s.VAL_FRACTION, s.SEED, s.COLUMNS)
+
+
+def recorded_settings(report: dict) -> DataSettings | None:
+    """Return what prepared data depended on, by their report; None where it is of another format.
+
+    `report` is data.json as the config.json of any model may hold it.
+    """
+    made_from = report.get("made_from")
+    kinds = get_type_hints(DataSettings)
+    if not isinstance(made_from, dict):
+        return None
+    values = {name: made_from.get(name) for name in kinds}
+    if not all(isinstance(values[name], kind) for name, kind in kinds.items()):
+        return None
+    return DataSettings(**values) if values["mode"] in REQUIRED_FIELDS else None
 
 
 def cache_key(settings: DataSettings, files: list[Path] | None) -> str:
@@ -148,9 +163,9 @@ def is_intact(folder: Path) -> bool:
     says.
     """
     try:
-        report = parse_json((folder / "data.json").read_text())
+        report = read_json_object(folder / "data.json")
         sources.print_if_large("checking the prepared data", [*folder.iterdir()], 50)
-        if report.pop("sha256") != sha256_text(json.dumps(report)):
+        if report.pop("sha256", None) != sha256_text(json.dumps(report)):
             return False
         sums = {IN_VAL: report.get("in_val_sha256")}  # a ready split has none
         for side in ("train", "val"):
@@ -158,7 +173,7 @@ def is_intact(folder: Path) -> bool:
             sums[f"{side}.fields"] = report[side]["fields_sha256"]
             sums[ENDS.format(side=side)] = report[side].get("ends_sha256")
         return all(sha256_file(folder / file) == digest for file, digest in sums.items() if digest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, UserError):  # no such file, or no JSON object in it
         return False
 
 

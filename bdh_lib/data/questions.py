@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bdh_lib.data.formats import FIELDS, SEPARATOR, STOP
-from bdh_lib.data.prepare import DataSettings, load_unsplit, prepare
+from bdh_lib.data.prepare import DataSettings, load_unsplit, prepare, recorded_settings
 from bdh_lib.data.split import Split, record_ends
 from bdh_lib.errors import UserError
 
@@ -105,11 +105,15 @@ def settings_of_run(dataset: str, about: dict, data: dict, cache: Path) -> DataS
     same_counts = all(about.get(name) == data.get(name) for name in COUNTS)
     if dataset != data.get("dataset") and not same_counts:
         return None  # not worth the time
-    try:
-        made_from = {name: data["made_from"][name] for name in DataSettings._fields}
-        settings = DataSettings(**made_from)._replace(dataset=dataset)
-        sums = [data[side]["sha256"] for side in ("train", "val")]
-        report = json.loads((prepare(settings, cache) / "data.json").read_text())
-    except (KeyError, TypeError, UserError):  # another format, or data that changed since
+    if not (settings := recorded_settings(data)):
         return None
-    return settings if [report[side]["sha256"] for side in ("train", "val")] == sums else None
+    settings = settings._replace(dataset=dataset)
+    try:
+        report = json.loads((prepare(settings, cache) / "data.json").read_text())
+    except UserError:  # the data changed since
+        return None
+    for side in ("train", "val"):
+        trained = data.get(side)
+        if not isinstance(trained, dict) or trained.get("sha256") != report[side]["sha256"]:
+            return None
+    return settings

@@ -9,7 +9,7 @@ from bdh_lib.compute import memory
 from bdh_lib.data import sources
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.data.prepare import cache_key, data_settings
-from bdh_lib.errors import NoDataError
+from bdh_lib.errors import NoDataError, UserError
 from bdh_lib.runs import find_weights
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
@@ -28,10 +28,11 @@ def ancestry(source: Path) -> list[dict]:
     weights.
     """
     file = find_weights(source)
-    try:
-        ancestors = files.parse_json(file.with_name("config.json").read_text()).get("ancestry", [])
-    except (OSError, ValueError, AttributeError):  # a bare file of weights, or another's
-        ancestors = []
+    ancestors = []
+    with suppress(UserError):  # another's config.json may hold anything
+        about = files.read_json_object(file.with_name("config.json"))
+        if isinstance(about.get("ancestry"), list):
+            ancestors = about["ancestry"]
     return [*ancestors, {"weights": str(file), "sha256": files.sha256_file(file)}]
 
 
@@ -43,8 +44,8 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]
     results = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
     results["data"] = cache_key(data_settings(s, s.TRAINING_MODE), sources.find(s.DATASET))
     file = run / "modes.json"
-    with suppress(OSError, ValueError):
-        earlier = files.parse_json(file.read_text())
+    with suppress(UserError):
+        earlier = files.read_json_object(file)
         if results.items() <= earlier.items():
             return earlier["val_bpb"]
     model = load_model(run)

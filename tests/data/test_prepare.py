@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import io
+import json
 import os
 import sys
 import threading
@@ -252,6 +253,32 @@ def test_the_flag_refreshes(tmp_path, monkeypatch):
     assert not asked
     dataset.open_run_data(s)
     assert len(asked) == 1 and "refresh_data" not in settings_dict(s)
+
+
+MADE_FROM = {"dataset": "sample", "mode": "full", "val_fraction": 0.1, "seed": 1, "columns": None}
+
+
+def test_a_report_tells_what_its_data_depend_on(tmp_path):
+    settings = preparing.DataSettings(**MADE_FROM)
+    folder = preparing.prepare(settings, tmp_path)
+    report = json.loads((folder / "data.json").read_text())
+    assert preparing.recorded_settings(report) == settings
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {},
+        {"made_from": None},
+        {"made_from": [MADE_FROM]},
+        *({"made_from": MADE_FROM | {name: [1]}} for name in MADE_FROM),
+        *({"made_from": MADE_FROM | {"mode": mode}} for mode in ("", "all", None)),
+        {"made_from": {"seed": 1}},
+    ],
+)
+def test_a_report_of_another_format_tells_nothing(report):
+    assert preparing.recorded_settings({"made_from": MADE_FROM}) is not None
+    assert preparing.recorded_settings(report) is None
 
 
 def test_the_embedded_sample_is_sound():

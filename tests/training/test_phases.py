@@ -71,9 +71,19 @@ def test_a_finished_chain_is_skipped_and_tells_the_same_table(chained, capsys, m
 def test_a_phase_is_judged_anew_where_the_data_are_others(chained):
     file = chained / RUNS[0] / "modes.json"
     result = json.loads(file.read_text())
-    file.write_text(json.dumps(result | {"data": "others", "val_bpb": {}}))
-    assert train(chained, *CHAIN) == 0
-    assert json.loads(file.read_text()) == result
+    for text in (json.dumps(result | {"data": "others", "val_bpb": {}}), "[]", "{"):
+        file.write_text(text)
+        assert train(chained, *CHAIN) == 0
+        assert json.loads(file.read_text()) == result
+
+
+@pytest.mark.parametrize("text", ["", "[]", '"x"', "{}", '{"ancestry": null}', '{"ancestry": 3}'])
+def test_weights_of_others_have_no_ancestors(tmp_path, text):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    (tmp_path / "config.json").write_text(text)
+    (only,) = phases.ancestry(weights)
+    assert only["weights"] == str(weights)
 
 
 def test_a_chain_stopped_within_a_phase_ends_in_the_same_bits(tmp_path, chained, monkeypatch):
