@@ -169,51 +169,75 @@ def report_error(error: BaseException, file: str) -> int:
 
     An error that no user can mend keeps its traceback: it is a fault of this project.
     """
-    from bdh_lib.errors import (  # late, as all that a start need not wait for
-        UserError,
-        escape_controls,
-    )
-
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has what it wanted
         redirect_to_devnull(1)
         return READER_GONE
+    if error is sys.stdout.error:
+        redirect_to_devnull(1)  # what waits in its buffer would fail again at the end
     if isinstance(error, KeyboardInterrupt):
         text, code = "stopped", INTERRUPTED
-    elif isinstance(error, UserError):
-        text, code = f"error: {error}", error.exit_code
-    elif isinstance(error, MemoryError):
-        text, code = f"error: memory is out: {error}", 2
-    elif error is sys.stdout.error:
-        redirect_to_devnull(1)  # what waits in its buffer would fail again at the end
-        text, code = f"error: the output: {error.strerror or error}", 2
-    elif isinstance(error, FileNotFoundError) and not error.filename:  # os.getcwd names no file
-        text, code = "error: the current folder has been deleted; go to another one (cd)", 2
-    elif isinstance(error, OSError):
-        prefix = f"{error.filename}: " if error.filename else ""
-        text, code = f"error: {prefix}{error.strerror or error}", 2
-    elif isinstance(error, RuntimeError) and str(error).lower().startswith("[metal"):
-        cure = "close other programs, let the display sleep, and start again (docs/mac.md)"
-        text, code = f"error: {error}; {cure}", 2
-    elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in NOT_COMPILED):
-        cure = f"look at {temporary_folder()[1]}, or set TMPDIR to another folder"
-        end = " ".join(str(error).split())[-200:]  # before it is a compiler's long command
-        text, code = f"error: MLX cannot compile: {end}; {cure}", 2
-    elif isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
-        text, code = f"error: {error}; pip install -r requirements.txt", 2
-    elif line := script_line(error, file):
-        name = file.rpartition("/")[2]
-        text, code = f"error: {name} line {line}: {type(error).__name__}: {error}", 2
+    elif text := error_line(error, file):
+        text, code = f"error: {text}", getattr(error, "exit_code", 2)
     else:
         import traceback
 
         text, code = traceback.format_exc(), 1
-    if code != 1:
-        text = escape_controls(" ".join(text.split()))
     try:
         print(text, file=sys.stderr)
     except OSError:  # nobody reads
         redirect_to_devnull(2)
     return code
+
+
+def error_line(error: BaseException, file: str) -> str:
+    """Return what went wrong and its cure in one line; nothing for a fault of this project."""
+    from bdh_lib.errors import UserError, escape_controls  # late: a start need not wait for it
+
+    kinds = (compiler_line, memory_line, gpu_line, package_line, system_line)
+    text = str(error) if isinstance(error, UserError) else ""
+    text = text or next(filter(None, (kind(error) for kind in kinds)), "")
+    if not text and (line := script_line(error, file)):
+        text = f"{file.rpartition('/')[2]} line {line}: {type(error).__name__}: {error}"
+    return escape_controls(" ".join(text.split()))
+
+
+def compiler_line(error: BaseException) -> str:
+    """Describe an error of MLX's compiler for the CPU."""
+    if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in NOT_COMPILED):
+        return ""
+    cure = f"look at {temporary_folder()[1]}, or set TMPDIR to another folder"
+    end = " ".join(str(error).split())[-200:]  # before it is a compiler's long command
+    return f"MLX cannot compile: {end}; {cure}"
+
+
+def memory_line(error: BaseException) -> str:
+    """Describe memory that is out."""
+    return f"memory is out: {error}" if isinstance(error, MemoryError) else ""
+
+
+def gpu_line(error: BaseException) -> str:
+    """Describe a fault of a Mac's GPU."""
+    if not isinstance(error, RuntimeError) or not str(error).lower().startswith("[metal"):
+        return ""
+    return f"{error}; close other programs, let the display sleep, and start again (docs/mac.md)"
+
+
+def package_line(error: BaseException) -> str:
+    """Describe a package that is not installed."""
+    is_missing = isinstance(error, ModuleNotFoundError) and error.name in REQUIRED
+    return f"{error}; pip install -r requirements.txt" if is_missing else ""
+
+
+def system_line(error: BaseException) -> str:
+    """Describe an error of the operating system, as of a file or of the output."""
+    if not isinstance(error, OSError):
+        return ""
+    reason = error.strerror or str(error)
+    if error is sys.stdout.error:
+        return f"the output: {reason}"
+    if isinstance(error, FileNotFoundError) and not error.filename:  # os.getcwd names no file
+        return "the current folder has been deleted; go to another one (cd)"
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def script_line(error: BaseException, file: str) -> int | None:
