@@ -181,7 +181,7 @@ def initial_state(model, args: argparse.Namespace) -> State:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Raises UserError."""
     args = parse_args(argv, __doc__)
-    cli.check_temporary_folder()
+    cli.check_compiler()
     limit_cache()
     if hub.is_model(str(args.model)):
         args.model = hub.download_model(args.model)

@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train one run or a chain of PHASES. Returns the exit code. Raises UserError."""
     base = settings(argv)
     memory.keep_float32_exact(base.DTYPE)
-    cli.check_temporary_folder()
+    cli.check_compiler()
     for slip in flags.find_typos(sys.modules[__name__], RULES):
         warn(slip)
     if own := flags.own_settings(sys.modules[__name__], RULES):

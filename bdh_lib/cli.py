@@ -12,6 +12,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 INTERRUPT_TIMEOUT = 1.0  # seconds that Ctrl-C waits for the interpreter, which MLX may hold
 REQUIRED = ("mlx", "mlx.core", "numpy", "tqdm")  # what is imported before main()
 NOT_COMPILED = ("[Compile::eval_cpu]", "shared library")  # in errors of MLX's compiler for the CPU
+NOT_STORED = ("No space left", "shared library", "quota")  # in those that are the folder's fault
+GET_COMPILER = "apt install g++ (or your system's package of it)"
 TEMPORARY_SPACE = 1_000_000  # bytes that a first compile may take in the temporary folder
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as other programs end
 
@@ -202,12 +204,15 @@ def error_line(error: BaseException, file: str) -> str:
 
 
 def compiler_line(error: BaseException) -> str:
-    """Describe an error of MLX's compiler for the CPU."""
-    if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in NOT_COMPILED):
+    """Describe an error of MLX's compiler for the CPU, g++, or of loading what it compiled."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or not any(sign in text for sign in NOT_COMPILED):
         return ""
-    cure = f"look at {temporary_folder()[1]}, or set TMPDIR to another folder"
-    end = " ".join(str(error).split())[-200:]  # before it is a compiler's long command
-    return f"MLX cannot compile: {end}; {cure}"
+    fault = temporary_folder_fault()
+    if not fault and any(sign in text for sign in NOT_STORED):
+        fault = f"look at {temporary_folder()[1]}"  # full for a moment, or mounted noexec
+    cure = f"{fault}; set TMPDIR to another folder" if fault else f"repair g++: {GET_COMPILER}"
+    return f"MLX cannot compile: {text[-200:]}; {cure}"  # before it is a compiler's long command
 
 
 def memory_line(error: BaseException) -> str:
@@ -270,11 +275,9 @@ def temporary_folder() -> tuple[str | None, str]:
     return name, os.environ[name] if name else "/tmp"
 
 
-def check_temporary_folder() -> None:
-    """Raise UserError where MLX could not write what it compiles."""
+def temporary_folder_fault() -> str:
+    """Return why MLX could not write what it compiles; nothing where it could."""
     import tempfile
-
-    from bdh_lib.errors import UserError
 
     name, folder = temporary_folder()
     try:
@@ -282,5 +285,28 @@ def check_temporary_folder() -> None:
             file.write(bytes(TEMPORARY_SPACE))
     except OSError as error:
         subject = f"{name} is {folder}" if name else folder
-        reason = f"where {TEMPORARY_SPACE:,} bytes cannot be written ({error.strerror})"
-        raise UserError(f"{subject}, {reason}; set TMPDIR to another folder") from None
+        return f"{subject}, where {TEMPORARY_SPACE:,} bytes cannot be written ({error.strerror})"
+    return ""
+
+
+def check_compiler() -> None:
+    """Raise UserError where MLX could not write what it compiles, and has compiled nothing yet.
+
+    Warn where it may have compiled all that is needed, and where it has no compiler.
+    """
+    from pathlib import Path
+    from shutil import which
+
+    import mlx.core as mx  # late, as all that a start need not wait for
+
+    from bdh_lib.errors import UserError, warn
+
+    if sys.platform == "linux" and mx.default_device() == mx.cpu and not which("g++"):
+        warn(f"without the compiler g++ MLX computes more slowly; {GET_COMPILER}")
+        return
+    if not (fault := temporary_folder_fault()):
+        return
+    compiled = Path(temporary_folder()[1], "mlx", mx.__version__)
+    if not any(compiled.glob("*/*")):
+        raise UserError(f"{fault}; set TMPDIR to another folder")
+    warn(f"{fault}; what MLX compiled there before is used")

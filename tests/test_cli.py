@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from helpers import ROOT
 
@@ -151,27 +152,57 @@ def test_a_temporary_folder_that_cannot_be_written_is_told_before_anything_is_ma
 def test_a_temporary_folder_that_is_full_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    cli.check_temporary_folder()
+    cli.check_compiler()
     resource.setrlimit(resource.RLIMIT_FSIZE, (cli.TEMPORARY_SPACE - 1, limits[1]))
     try:
         with pytest.raises(
             bdh_mlx.UserError, match=r"TMPDIR is .* cannot be written .*; set TMPDIR"
         ):
-            cli.check_temporary_folder()
+            cli.check_compiler()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def test_a_temporary_folder_is_only_warned_of_where_all_may_be_compiled(
+    tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "mlx" / mx.__version__ / "cpu").mkdir(parents=True)
+    monkeypatch.setattr(cli, "temporary_folder_fault", lambda: "TMPDIR is full")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.raises(bdh_mlx.UserError, match="TMPDIR is full; set TMPDIR"):
+        cli.check_compiler()
+    (tmp_path / "mlx" / mx.__version__ / "cpu" / "a.so").touch()
+    cli.check_compiler()
+    assert capsys.readouterr().err.startswith("warning: TMPDIR is full; what MLX compiled there")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a Mac compiles for its GPU without g++")
+def test_a_missing_compiler_is_told_with_the_cure(run, tmp_path):
+    (tmp_path / "sh").symlink_to("/bin/sh")
+    env = {"PATH": str(tmp_path), "TMPDIR": str(tmp_path / "none")}  # nothing is written there
+    done = script(*commands(run)["generate"], env=env)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert "warning: without the compiler g++" in done.stderr and "apt install" in done.stderr
+
+
+NOT_COMPILED = "[Compile::eval_cpu] Failed to compile function f"
+
+
 @pytest.mark.parametrize(
-    "text", ["[Compile::eval_cpu] Failed to compile function f", "Could not load shared library f"]
+    ("text", "cure"),
+    [
+        (f"{NOT_COMPILED}\nNo space left on device", "set TMPDIR"),
+        ("Could not load C++ shared library f: failed to map segment", "set TMPDIR"),
+        (f"{NOT_COMPILED}\ng++: fatal error: cannot execute cc1plus", "apt install g++"),
+    ],
 )
-def test_a_failed_compile_is_one_line_in_every_script(text, tmp_path, capsys, monkeypatch):
+def test_a_failed_compile_is_one_line_in_every_script(text, cure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "error", None, raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert cli.report_error(RuntimeError(f"{text}\nNo space left on device"), "generate.py") == 2
+    assert cli.report_error(RuntimeError(text), "generate.py") == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: MLX cannot compile: {text}") and err.count("\n") == 1
-    assert f"look at {tmp_path}, or set TMPDIR" in err
+    assert err.startswith(f"error: MLX cannot compile: {text[:30]}") and err.count("\n") == 1
+    assert cure in err and err.count("set TMPDIR") == ("TMPDIR" in cure)
 
 
 def test_ctrl_c_ends_a_script_within_a_call_that_does_not_return(run):
