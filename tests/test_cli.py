@@ -14,6 +14,7 @@ from helpers import ROOT
 
 import bdh_mlx
 from bdh_lib import cli, files
+from bdh_lib.compute import memory
 from bdh_lib.data import prepare
 from bdh_lib.training import summary
 
@@ -203,6 +204,40 @@ def test_a_failed_compile_is_one_line_in_every_script(text, cure, tmp_path, caps
     err = capsys.readouterr().err
     assert err.startswith(f"error: MLX cannot compile: {text[:30]}") and err.count("\n") == 1
     assert cure in err and err.count("set TMPDIR") == ("TMPDIR" in cure)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a Mac does not enforce the limits")
+@pytest.mark.parametrize("how", ["-v 50000", "-v 300000", "-v 1400000", "-d 500000"])
+@pytest.mark.parametrize("name", ["train", "generate"])
+def test_a_limit_on_memory_is_told_before_a_library_ends_the_process(run, name, how):
+    command = ["sh", "-c", f'ulimit {how}; "$@"', "sh", sys.executable, *commands(run)[name]]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("error: memory is out: ")
+    assert done.stderr.count("\n") == 1 and f"`ulimit {how[:2]}` allows" in done.stderr
+
+
+def test_a_limit_on_memory_counts_in_what_a_run_may_use(monkeypatch):
+    monkeypatch.setattr(cli, "memory_limits", lambda: [("ulimit -v", 3000, 1000)])
+    assert memory.available() == 0.9 * 2000
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        ImportError("x.so: failed to map segment from shared object"),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"),
+        RuntimeError("[malloc] Unable to allocate 99 bytes."),
+    ],
+)
+def test_memory_that_is_out_is_one_line_in_every_script(error, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "error", None, raising=False)
+    assert cli.report_error(error, "generate.py") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: memory is out") and err.count("\n") == 1
+    assert "close other programs" in err and str(error) in err
 
 
 def test_ctrl_c_ends_a_script_within_a_call_that_does_not_return(run):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from bdh_lib import cli
 from bdh_lib.compute.device import on_gpu, on_metal
 from bdh_lib.compute.layer import CPU_ROWS, Compute, default_chunk, default_groups, segments
 from bdh_lib.config import CheckedConfig
@@ -74,7 +75,12 @@ def available() -> float:
     meminfo = Path("/proc/meminfo").read_text()
     fields = dict(line.split(":") for line in meminfo.splitlines())
     free = 1024 * int(fields["MemAvailable"].split()[0])
-    return 0.9 * max(0, min(free, *cgroup_rooms()))
+    return 0.9 * max(0, min(free, *cgroup_rooms(), *ulimit_rooms()))
+
+
+def ulimit_rooms() -> list[float]:
+    """Return the bytes that limits on this process leave for arrays: its threads take the rest."""
+    return [max(0, size - least) for _, size, least in cli.memory_limits()]
 
 
 @lru_cache(maxsize=1)
