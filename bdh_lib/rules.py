@@ -31,8 +31,14 @@ def number(description: str, is_valid: Callable, allow_none: bool = False) -> Ru
 
 
 def text(allow_none: bool = False) -> Rule:
-    """Return a rule that admits text that is not blank, and None if `allow_none`."""
-    return Rule(str, allow_none, "text that is not empty", lambda value: value.strip())
+    """Return a rule that admits text that is not blank, and None if `allow_none`; else not "none",
+    which would name a file.
+    """
+    if allow_none:
+        return Rule(str, True, "text that is not empty", lambda value: value.strip())
+    unset = ("", "none")
+    description = "text that is neither empty nor none"
+    return Rule(str, False, description, lambda value: value.strip().lower() not in unset)
 
 
 def switch() -> Rule:
