@@ -10,6 +10,7 @@ import json
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,6 +78,17 @@ def refuse_other_case(run: Path) -> None:
             f"{run} and {run.parent / others[0]}, which exists, differ in case alone, and a Mac "
             f"takes both for one; set RUN_NAME to {others[0]} or to another name"
         )
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder in CHECKPOINT_DIR, and write there. Raises UserError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1000))
+    except OSError as error:
+        reason = f"{folder} cannot be written: {files.write_fault(error)}"
+        raise UserError(f"{reason}; see CHECKPOINT_DIR") from None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from bdh_lib.errors import escape_controls
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
-from bdh_lib.training import tuning
+from bdh_lib.training import checkpoints, tuning
 from bdh_lib.training.batches import get_batch
 from bdh_lib.training.dataset import open_run_data
 from bdh_lib.training.runlog import duration
@@ -249,6 +249,7 @@ def print_plan(base: Settings, presets: dict[str, Settings | None]) -> int:
 
     Returns the exit code, 0. Raises UserError for unusable data.
     """
+    checkpoints.check_writable(Path(base.CHECKPOINT_DIR))  # the prepared data are kept there
     for s in phase_settings(base):
         if s.PHASES:
             after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""

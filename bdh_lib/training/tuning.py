@@ -284,7 +284,7 @@ def tune(s: Settings) -> int:
         raise UserError(f"MEMORY_MODE is {s.MEMORY_MODE!r}; --tune is for 'auto': set it to that")
     (_, start, _), B, T = memory.select_mode(s), s.BATCH_SIZE, s.BLOCK_SIZE
     file = choice_file(s)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.check_writable(file.parent)
     print(f"tuning: {s.BDH_CONFIG.n_parameters:,} parameters, batches of {B} x {T:,} bytes, on "
           f"{mx.default_device()}, in at most {SECONDS} s")  # fmt: skip
     with heartbeat("tuning"):

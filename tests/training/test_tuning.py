@@ -223,3 +223,10 @@ def test_tune_is_refused_where_it_has_no_effect(tmp_path):
     for flags, word in ((["--plan"], "--plan"), (["--memory-mode", "small"], "MEMORY_MODE")):
         with pytest.raises(UserError, match=word):
             train(tmp_path, "--tune", *flags)
+
+
+@pytest.mark.parametrize("command", ["--tune", "--plan"])
+def test_a_folder_that_cannot_be_written_is_told_before_the_search(tmp_path, command):
+    (tmp_path / "file").touch()  # where a folder should be: root may write anywhere else
+    with pytest.raises(UserError, match="cannot be written: Not a directory; see CHECKPOINT_DIR"):
+        train(tmp_path / "file" / "runs", command)
