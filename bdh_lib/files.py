@@ -13,7 +13,7 @@ try:
 except ImportError:
     raise ImportError("BDH-MLX runs on macOS and Linux; on Windows it runs in WSL") from None
 
-from bdh_lib.errors import UserError
+from bdh_lib.errors import UserError, escape_controls
 
 MADE_BY = "BDH-MLX"  # stands at the beginning of pictures and traces, which may be made anew
 
@@ -38,11 +38,11 @@ def expand_user(path: str | Path, name: str = "the path") -> Path:
     text = str(path)
     if not text:
         raise UserError(f"{name} is empty; is a variable of the shell not set?")
-    printable = text.encode(errors="backslashreplace").decode()
     if "\0" in text:
-        raise UserError(f"{name} is {printable!r}; a path holds no NUL byte")
-    if printable != text:  # bytes that Python could not decode are lone surrogates in it
-        raise UserError(f"{name} is {printable}: not UTF-8; rename it (or set LC_ALL=C.UTF-8)")
+        raise UserError(f"{name} is {escape_controls(text)}; a path holds no NUL byte")
+    if text != text.encode(errors="replace").decode():  # it holds what Python could not decode
+        shown = escape_controls(text)
+        raise UserError(f"{name} is {shown}: not UTF-8; rename it (or set LC_ALL=C.UTF-8)")
     return Path(os.path.expanduser(text))  # noqa: PTH111
 
 

@@ -173,7 +173,7 @@ def test_each_flag_that_takes_a_path_reads_it_alike(flag, counting, monkeypatch)
     args = generate.parse_args([str(counting), *beside, flag, "~/x.safetensors"])
     path = vars(args)[flag[2:].replace("-", "_")]
     assert str(path) == "/home/of mine/x.safetensors"
-    for wrong, complaint in (("w/\udcff", r"w/\\udcff: not UTF-8"), ("a\0b", "NUL")):
+    for wrong, complaint in (("w/\udcff", r"w/\\xff: not UTF-8"), ("a\0b", "NUL")):
         with pytest.raises(UserError, match=f"^{flag} is .*{complaint}"):
             generate.parse_args([str(counting), flag, wrong])
     with pytest.raises(UserError, match=r"^model is .*not UTF-8"):
