@@ -3,6 +3,7 @@
 import io
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -314,6 +315,46 @@ def test_on_windows_one_sentence_says_where_it_runs():
     code = "import sys; sys.platform = 'win32'; from bdh_lib import cli; cli.run('train_mlx')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr == "error: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL\n"
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with the scripts of the project, whose files a test may change."""
+    for name in ("train_mlx.py", "generate.py", "bdh_mlx.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bdh_lib").symlink_to(ROOT / "bdh_lib")
+    return tmp_path
+
+
+def test_generation_needs_no_trainer_that_python_can_read(run, project):
+    (project / "train_mlx.py").write_text("BATCH_SIZE: int = = 2\n")
+    done = script("train_mlx.py", cwd=project)  # docs/reliability.md promises what it shows
+    assert done.returncode == 1 and "line 1\n" in done.stderr and "SyntaxError" in done.stderr
+    done = script(*commands(run)["generate"], cwd=project)
+    assert done.returncode == 0 and done.stdout.startswith("Hi") and not done.stderr
+
+
+def test_the_users_own_files_beside_the_scripts_are_not_taken_for_the_projects(run, project):
+    for name in ("cli", "config", "errors", "files", "settings", "split", "start"):
+        (project / f"{name}.py").write_text("raise SystemExit('imported')\n")
+    for name in ("train", "generate"):
+        done = script(*commands(run)[name], cwd=project)
+        assert done.returncode == 0 and "imported" not in done.stderr
+
+
+@pytest.mark.parametrize("prompt", [[], ["--prompt", "Hi"]])
+def test_generation_needs_no_input(run, prompt):
+    done = script("generate.py", run, *prompt, "--max-new-tokens", 3, shell="<&-", stdin=None)
+    assert done.returncode == 0 and done.stdout.startswith("Hi" * bool(prompt)) and not done.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "plan", "generate"])
+def test_a_folder_whose_name_is_not_utf_8_is_refused_in_one_line(run, name):
+    args = [str(arg).replace(str(run.parent), "/tmp/\udcff") for arg in commands(run)[name]]
+    done = script(*args)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "/tmp/\\xff" in done.stderr
+    assert "not UTF-8; rename it" in done.stderr
 
 
 def test_an_error_of_this_project_keeps_its_traceback(tmp_path):
