@@ -196,7 +196,8 @@ def save(run: Path, step: int, state: TrainState, info: dict) -> None:
         (run / SAVED).touch()  # once the checkpoint is on the disk: without it the run is refused
     except (OSError, RuntimeError) as error:  # RuntimeError: MLX could not write
         shutil.rmtree(making, ignore_errors=True)
-        raise UserError(f"{final} not saved: {error}; earlier ones are intact") from None
+        reason = files.write_fault(error)
+        raise UserError(f"{final} not saved: {reason}; earlier ones are intact") from None
 
 
 def find_corruption(checkpoint: Path) -> str | None:

@@ -1,5 +1,6 @@
 """A run that was stopped, killed or damaged goes on in the same bits, or says why it does not."""
 
+import errno
 import json
 import os
 import re
@@ -14,8 +15,10 @@ from helpers import ARGS, ROOT, arrays, metrics, same, train, write_best
 
 import train_mlx
 from bdh_lib import files
+from bdh_lib.compute import memory
 from bdh_lib.training import batches, checkpoints, resume, schedule
 from bdh_lib.training.batches import get_batch
+from bdh_lib.training.train_state import init_train_state
 from bdh_mlx import UserError
 
 
@@ -436,3 +439,16 @@ def test_a_best_json_that_is_none_is_set_aside(tmp_path, capsys, kind):
     assert json.loads(best.read_text())["step"] == 4
     aside = tmp_path / "full" / "damaged-best.json-0"
     assert aside.is_symlink() or aside.is_dir() or aside.read_text()[:4] in ("mine", "[[[[")
+
+
+def test_a_disk_that_fills_during_a_save_is_told_without_an_error_number(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.files, "flush", full)
+    monkeypatch.setattr(checkpoints, "check_space", lambda *_: None)
+    s = train_mlx.settings(["--n-layer", "1", "--n-embd", "8"])
+    state = init_train_state(s, memory.compute_for(s.BDH_CONFIG, "fast", "auto"))
+    with pytest.raises(UserError, match=r"step-000003 not saved: No space left on device; earlier"):
+        checkpoints.save(tmp_path, 3, state, {})
+    assert not [*tmp_path.iterdir()]
