@@ -38,6 +38,7 @@ from bdh_lib.files import read_endable
 from bdh_lib.generation import answers, chat, export, states, trace
 from bdh_lib.generation.arguments import parse_args
 from bdh_lib.generation.decoding import (
+    Decoding,
     StopMatcher,
     Terminal,
     context_length_warning,
@@ -48,7 +49,6 @@ from bdh_lib.generation.decoding import (
     stream,
 )
 from bdh_lib.generation.jobs import (
-    Decoding,
     complete_jobs,
     print_line,
     read_jobs,
@@ -144,18 +144,18 @@ def complete_prompt(decoding: Decoding, prompt: bytes, args: argparse.Namespace)
 
 def print_stream(decoding: Decoding, prompt: bytes, args: argparse.Namespace) -> None:
     """Print the prompt and, byte by byte, its completion."""
-    model, sampling, key, stops, budget, state = decoding
-    terminal, stop = Terminal(args.raw), StopMatcher(stops, prompt)
+    model = decoding.model
+    terminal, stop = Terminal(args.raw), StopMatcher(decoding.stops, prompt)
     terminal.write(prompt)
     idx = pad_batch([prompt or formats.SEPARATOR.encode()])
-    logits, state = read_prompt(model, idx, state)
-    tokens = stream(model, logits, state, sampling, key, idx)
+    logits, state = read_prompt(model, idx, decoding.start)
+    tokens = stream(decoding, logits, state, idx)
     try:
         for i, (token, state) in enumerate(tokens, 1):  # noqa: B007  the last state is saved
             terminal.write(stop.feed(bytes(token)))
-            if stop.matched or i == budget:
+            if stop.matched or i == decoding.max_new_tokens:
                 break
-        terminal.write(stop.end(), final=not sampling.utf8)
+        terminal.write(stop.end(), final=not decoding.sampling.utf8)
         if not args.raw:
             print()
     finally:  # after Ctrl-C, too
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.save_state or args.raw or args.samples > 1:
             raise UserError("a session takes no --save-state (type /save), --raw or --samples")
         chats = runs.trained_on_chats(weights)
-        chat.Session(model, sampling, key, stops, args.max_new_tokens, mode, state, chats).run()
+        chat.Session(decoding, mode, chats).run()
     else:
         complete_prompt(decoding, prompt_of(args), args)
     return 0
@@ -245,7 +245,7 @@ def print_prompt_length(n_bytes: int) -> None:
 
 def warn_context_length(n_bytes: int, decoding: Decoding, args: argparse.Namespace) -> None:
     """Warn on stderr if a text after a prompt of `n_bytes` may exceed the training blocks."""
-    model, state, loaded = decoding.model, decoding.state, args.load_state is not None
-    length = state.position + n_bytes + decoding.budget
-    if note := context_length_warning(model, state.window, length, loaded):
+    start, loaded = decoding.start, args.load_state is not None
+    length = start.position + n_bytes + decoding.max_new_tokens
+    if note := context_length_warning(decoding.model, start.window, length, loaded):
         print(note, file=sys.stderr)

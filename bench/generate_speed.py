@@ -83,7 +83,7 @@ def opened(model, prompt, context: int, B: int):
     import numpy as np
 
     from bdh_lib.compute.state import State, prefill
-    from bdh_lib.generation.decoding import read_prompt, stream
+    from bdh_lib.generation.decoding import Decoding, read_prompt, stream
     from bdh_lib.generation.sampling import Sampling
 
     L, (H, D, N), on_gpu = model.config.n_layer, model.encoder.shape, mx.default_device() == mx.gpu
@@ -95,7 +95,8 @@ def opened(model, prompt, context: int, B: int):
     mx.eval(state)
     sampling = Sampling(temperature=0.8)  # what generate.py takes where no flag says otherwise
     idx = np.array(prompt(B, 1))
-    stream = stream(model, *read_prompt(model, idx, state), sampling, mx.random.key(1), idx)
+    decoding = Decoding(model, sampling, mx.random.key(1))
+    stream = stream(decoding, *read_prompt(model, idx, state), idx)
     del state
     for _ in islice(stream, (2 if on_gpu else 1) * STRETCH + 4):
         pass

@@ -15,7 +15,7 @@ from bdh_lib.compute import layer
 from bdh_lib.compute.rope import rotate
 from bdh_lib.data import prepare as preparing
 from bdh_lib.data.prepare import DataSettings
-from bdh_lib.generation.decoding import generate_batch
+from bdh_lib.generation.decoding import Decoding, generate_batch
 from bdh_lib.generation.sampling import Sampling
 from bdh_mlx import BDH, BDHConfig, attention_quadratic, save_model
 
@@ -100,7 +100,7 @@ def saved(model, folder, mode="full", **settings):
 
 def greedy(model, prompt, n):
     """The n bytes that the model writes after a prompt, each the likeliest one."""
-    return next(generate_batch(model, [prompt], GREEDY, KEY, [], n))[1]
+    return next(generate_batch(Decoding(model, GREEDY, KEY, [], n), [prompt]))[1]
 
 
 def prepared_folder(source, cache, mode="full", val_fraction=0.1, seed=1, columns=None):

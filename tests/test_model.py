@@ -294,7 +294,8 @@ def test_a_header_with_an_impossible_number_names_the_file(error, tmp_path):
 def test_generate_writes_the_bytes_of_the_fast_writer():
     model, idx = random_model(scale=1), np.array(random_bytes(3, 20))
     begun = decoding.read_prompt(model, idx)
-    written = decoding.stream(model, *begun, Sampling(temperature=0), mx.random.key(0), idx)
+    greedy = decoding.Decoding(model, Sampling(temperature=0), mx.random.key(0))
+    written = decoding.stream(greedy, *begun, idx)
     fast = np.array([token for token, _ in islice(written, 80)]).T
     plain = model.generate(idx, 80, temperature=0)  # NumPy's array, or MLX's
     assert plain.tolist() == np.concatenate([idx, fast], 1).tolist()

@@ -16,7 +16,7 @@ from bdh_lib import progress
 from bdh_lib.data import parsers
 from bdh_lib.data.split import Split
 from bdh_lib.generation import samples
-from bdh_lib.generation.decoding import generate_batch, read_prompt
+from bdh_lib.generation.decoding import Decoding, generate_batch, read_prompt
 from bdh_lib.generation.sampling import Sampling
 from bdh_lib.training import batches, evaluation
 from bdh_lib.training.evaluation import evaluate
@@ -96,7 +96,7 @@ def test_a_long_prompt_a_batch_and_an_evaluation_show_how_far_they_are(capsys):
     model = BDH(BDHConfig(n_layer=1, n_embd=8, n_head=1, mlp_internal_dim_multiplier=2))
     read_prompt(model, np.zeros((1, 5000), np.int32))
     assert "reading the prompt: 1,024 of 5,000 bytes ...\n" in capsys.readouterr().err
-    [*generate_batch(model, [b"aaa", b"b"], Sampling(), mx.random.key(0), [], 6)]
+    [*generate_batch(Decoding(model, Sampling(), mx.random.key(0), [], 6), [b"aaa", b"b"])]
     assert "writing a batch: 7 of 8 bytes each ...\n" in capsys.readouterr().err
     text = np.zeros(101, np.uint8)
     evaluate(lambda idx, targets: mx.zeros(idx.shape), Split(text, text), (2, 10))

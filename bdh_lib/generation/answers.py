@@ -17,8 +17,8 @@ from bdh_lib.data.formats import END_OF_RESPONSE
 from bdh_lib.data.questions import Question, cut_question, question_numbers
 from bdh_lib.data.split import Split
 from bdh_lib.files import parse_json
-from bdh_lib.generation.decoding import decode_text
-from bdh_lib.generation.jobs import Decoding, complete_jobs
+from bdh_lib.generation.decoding import Decoding, decode_text
+from bdh_lib.generation.jobs import complete_jobs
 from bdh_lib.generation.sampling import Sampling
 from bdh_lib.tables import format_table
 
@@ -54,14 +54,15 @@ def question_jobs(records: Split, n: int) -> list[QuestionJob]:
 
 
 def answer_questions(
-    model, questions: Sequence[Question], budget: int, stop, window: int | None = None
+    model, questions: Sequence[Question], max_new_tokens: int, stop, window: int | None = None
 ) -> list[dict]:
     """Return prompt, truth and answer of each question, as text.
 
     The model sees `window` bytes at most. `stop`, a StopSignal, ends it early.
     """
     stops = [text.encode() for text in END_OF_RESPONSE]
-    decoding = Decoding(model, GREEDY, mx.random.key(0), stops, budget, State(window=window))
+    start = State(window=window)
+    decoding = Decoding(model, GREEDY, mx.random.key(0), stops, max_new_tokens, start)
     jobs = [QuestionJob(i, question) for i, question in enumerate(questions)]
     # one by one: a state each takes memory, and a CPU no less time
     texts = {job.number: text for job, text, _ in complete_jobs(jobs, decoding, 1, stop=stop)}

@@ -4,7 +4,6 @@ The model keeps its state between turns: each follows all earlier ones, as recor
 """
 
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -13,11 +12,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from bdh_lib.cli import Interrupts
-from bdh_lib.compute.state import State
 from bdh_lib.data import formats
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.files import atomic_writer, expand_user
 from bdh_lib.generation.decoding import (
+    Decoding,
     StopMatcher,
     Terminal,
     context_length_warning,
@@ -25,10 +24,8 @@ from bdh_lib.generation.decoding import (
     read_prompt,
     stream,
 )
-from bdh_lib.generation.sampling import Sampling
 from bdh_lib.generation.states import save_state
 from bdh_lib.progress import Progress
-from bdh_mlx import BDH
 
 PIECE = 256  # bytes of a prompt that are read at once
 END_OF_RECORD = f"{formats.STOP}\n".encode()
@@ -85,31 +82,20 @@ def read_input(prompt: str = "> ") -> str:
 class Session:
     """Turns with a model of a training mode (None: the input has no format)."""
 
-    def __init__(
-        self,
-        model: BDH,
-        sampling: Sampling,
-        key: mx.array,
-        stops: Sequence[bytes],
-        budget: int,
-        mode: str | None,
-        state: State | None = None,
-        chats: bool = False,
-    ):
-        self.start = state or State()  # the state before the session
-        self.model, self.sampling, self.key = model, sampling, key
-        self.stops, self.budget, self.mode, self.chats = (
-            stops,
-            budget,
-            mode,
-            chats and mode == "full",
-        )
-        self.system, self.saved_files, self.warned = "", set(), False  # warned: text is too long
+    def __init__(self, decoding: Decoding, mode: str | None, chats: bool = False):
+        """`chats` says whether the model was trained on chats."""
+        self.decoding = decoding  # its key changes with each turn
+        self.mode = mode
+        self.chats = chats and mode == "full"
+        self.system = ""  # system text of the turns to come
+        self.saved_files = set()
+        self.warned = False  # that the text is longer than the blocks of the training
         self.reset()
 
     def reset(self) -> None:
         """Return to the state before the session."""
-        self.state, self.text = self.start, bytearray()  # text: all bytes of the session
+        self.state = self.decoding.start
+        self.text = bytearray()  # all bytes of the session
 
     def run(self) -> None:
         """Take turns until Ctrl-D or /quit."""
@@ -157,11 +143,12 @@ class Session:
             print(f"system text: {escape_controls(self.system) or 'none'}")
         elif name == "/temp":
             try:
-                self.sampling = replace(self.sampling, temperature=float(argument))
+                sampling = replace(self.decoding.sampling, temperature=float(argument))
             except (ValueError, UserError) as error:
                 reason = error if isinstance(error, UserError) else f"{argument!r} is no number"
                 raise UserError(f"/temp: {reason}") from None
-            print(f"temperature: {self.sampling.temperature:g}")
+            self.decoding = self.decoding._replace(sampling=sampling)
+            print(f"temperature: {sampling.temperature:g}")
         elif name == "/reset":
             print(f"forgotten: {len(self.text):,} bytes")
             self.reset()
@@ -183,7 +170,7 @@ class Session:
         if file.suffix == ".safetensors":
             if not self.text:
                 raise UserError("/save: nothing was said yet")
-            save_state(file, self.model, self.state)
+            save_state(file, self.decoding.model, self.state)
             saved = f"the state after {self.state.position:,} bytes"
         else:
             with atomic_writer(file) as temporary:
@@ -194,19 +181,20 @@ class Session:
 
     def turn(self, line: str) -> None:
         """Read a line in its format and print the answer; Ctrl-C ends the answer."""
-        self.key, key = mx.random.split(self.key)
-        prompt, terminal = self.format_prompt(line), Terminal()
-        stop = StopMatcher(self.stops, prompt)
+        next_key, key = mx.random.split(self.decoding.key)
+        self.decoding = self.decoding._replace(key=next_key)
+        model, prompt, terminal = self.decoding.model, self.format_prompt(line), Terminal()
+        stop = StopMatcher(self.decoding.stops, prompt)
         try:
             with Progress("reading", len(prompt), "bytes") as progress:
                 for begin in range(0, len(prompt), PIECE):  # Ctrl-C acts between them
                     piece = prompt[begin : begin + PIECE]
-                    logits, self.state = read_prompt(self.model, pad_batch([piece]), self.state)
+                    logits, self.state = read_prompt(model, pad_batch([piece]), self.state)
                     self.text += piece
                     progress.update(len(piece))
             seen = pad_batch([self.text])
-            tokens = stream(self.model, logits, self.state, self.sampling, key, seen)
-            for token, state in islice(tokens, self.budget):
+            tokens = stream(self.decoding._replace(key=key), logits, self.state, seen)
+            for token, state in islice(tokens, self.decoding.max_new_tokens):
                 self.state = state
                 self.text += bytes(token)
                 terminal.write(stop.feed(bytes(token)))
@@ -214,10 +202,10 @@ class Session:
                     break
         except KeyboardInterrupt:
             pass
-        terminal.write(stop.end(), final=not self.sampling.utf8)
+        terminal.write(stop.end(), final=not self.decoding.sampling.utf8)
         print()
-        loaded = self.start.position > 0
-        note = context_length_warning(self.model, self.state.window, self.state.position, loaded)
+        loaded = self.decoding.start.position > 0
+        note = context_length_warning(model, self.state.window, self.state.position, loaded)
         if note and not self.warned:
             print(note)
         self.warned = bool(note)

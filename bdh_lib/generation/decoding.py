@@ -1,7 +1,8 @@
 """Generation: the decoding loop, stop strings, batches and terminal output.
 
+    decoding = Decoding(model, Sampling(temperature=0.8), key)
     logits, state = read_prompt(model, idx)
-    for token, state in stream(model, logits, state, sampling, key, idx): ...
+    for token, state in stream(decoding, logits, state, idx): ...
 
 A State is immutable, so several streams can start from one prompt.
 """
@@ -10,17 +11,31 @@ import codecs
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from bdh_lib.compute.device import on_cuda
 from bdh_lib.compute.state import State, prefetch_one, prefill, read
+from bdh_lib.data.formats import MAX_NEW_TOKENS
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.generation.sampling import PAD, Sampling, append_token, uniforms
 from bdh_lib.progress import Progress
+from bdh_mlx import BDH
 
 BYTES_AT_ONCE = 8  # of one row, in a submission to a CUDA GPU (docs/log.md)
+
+
+class Decoding(NamedTuple):
+    """A model, and how it writes: the same for all texts of a command."""
+
+    model: BDH
+    sampling: Sampling
+    key: mx.array  # of the draws
+    stops: Sequence[bytes] = ()  # strings before which a text ends
+    max_new_tokens: int = MAX_NEW_TOKENS  # bytes of a text at most
+    start: State = State()  # before each prompt
 
 
 def pad_batch(texts: Sequence[bytes]) -> np.ndarray:
@@ -47,23 +62,23 @@ def read_prompt(
 
 
 def stream(
-    model,
+    decoding: Decoding,
     logits: mx.array,
     state: State,
-    sampling: Sampling,
-    key: mx.array,
     seen: np.ndarray,
     forced: Sequence[bytes] = (),
 ) -> Iterator[tuple[list[int], State]]:
     """Yield the next byte of each row and the state after it, without end, at constant cost.
 
-    logits (B, V) and state come from `read_prompt`; seen (B, T) are the previous bytes, which some
-    filters need. Each row first takes its `forced` bytes, then drawn ones.
+    Of `decoding` only model, sampling and key act. logits (B, V) and state come from `read_prompt`;
+    seen (B, T) are the previous bytes, which some filters need. Each row first takes its `forced`
+    bytes, then drawn ones.
     """
+    model, sampling = decoding.model, decoding.sampling
     forced = pad_batch(forced).T if forced else ()  # (T, B)
 
     def steps(logits, state, recent):
-        for i, u in enumerate(uniforms(key, len(logits))):
+        for i, u in enumerate(uniforms(decoding.key, len(logits))):
             token = sampling.draw(logits, recent, u)
             if i < len(forced):
                 forced_i = mx.array(forced[i])
@@ -136,22 +151,15 @@ class StopMatcher:
 
 
 def generate_batch(
-    model,
-    prompts: Sequence[bytes],
-    sampling: Sampling,
-    key: mx.array,
-    stops: Sequence[bytes],
-    budget: int,
-    state: State | None = None,
-    stop=None,
+    decoding: Decoding, prompts: Sequence[bytes], stop=None
 ) -> Iterator[tuple[int, bytes, bool]]:
     """Yield row, completion and whether a stop string ended it, for each prompt as it ends.
 
-    Each prompt has at least a byte; all follow `state`; `budget` is the maximum bytes of a row. The
-    iterator ends once `stop`, a StopSignal, has received one.
+    Each prompt has at least a byte. The iterator ends once `stop`, a StopSignal, has received one.
     The common prefix is read once, then all prompts up to the length of the shortest. The rest of
     the longer ones is forced while shorter rows generate: exact, and fast for similar lengths.
     """
+    model, state = decoding.model, decoding.start
     shortest = min(map(len, prompts))
     idx = pad_batch(prompts)[:, :shortest]
     shared = int(np.append((idx == idx[0]).all(0), False).argmin())  # length of the common prefix
@@ -161,16 +169,19 @@ def generate_batch(
         logits, state = read_prompt(model, idx[:, shared:], state)
     logits = mx.broadcast_to(logits, (len(idx), logits.shape[-1]))
     forced = [prompt[shortest:] for prompt in prompts]
-    active = {row: (StopMatcher(stops, prompt), bytearray()) for row, prompt in enumerate(prompts)}
-    steps = stream(model, logits, state, sampling, key, idx, forced)
-    n_steps = max(map(len, forced)) + budget
+    active = {
+        row: (StopMatcher(decoding.stops, prompt), bytearray())
+        for row, prompt in enumerate(prompts)
+    }
+    steps = stream(decoding, logits, state, idx, forced)
+    n_steps = max(map(len, forced)) + decoding.max_new_tokens
     with Progress("writing a batch", n_steps, "bytes each", file=sys.stderr) as progress:
         for i, (tokens, _) in enumerate(steps, 1):
             for row, (matcher, text) in list(active.items()):
                 n_drawn = i - len(forced[row])
                 if n_drawn > 0:
                     text += matcher.feed(bytes([tokens[row]]))
-                if matcher.matched or n_drawn == budget:
+                if matcher.matched or n_drawn == decoding.max_new_tokens:
                     yield row, bytes(text + matcher.end()), matcher.matched
                     del active[row]
             progress.update()
@@ -178,18 +189,17 @@ def generate_batch(
                 return
 
 
-def complete_prompts(
-    model, prompts: Sequence[str], n_bytes: int, seed: int, stop, window: int | None = None
-) -> Iterator[str]:
-    """Yield the text of each prompt with its completion; the same seed gives the same draws.
+def complete_prompts(decoding: Decoding, prompts: Sequence[str], stop) -> Iterator[str]:
+    """Yield the text of each prompt with its completion; the same key gives the same draws.
 
-    The model sees `window` bytes at most. The iterator ends once `stop` has received a signal.
+    The iterator ends once `stop` has received a signal.
     """
-    sampling = Sampling(temperature=0.8, top_k=50)
-    for prompt, key in zip(prompts, mx.random.split(mx.random.key(seed), 9), strict=False):
+    model = decoding.model
+    for prompt, key in zip(prompts, mx.random.split(decoding.key, 9), strict=False):
         idx = pad_batch([prompt.encode()])
-        tokens = stream(model, *read_prompt(model, idx, State(window=window)), sampling, key, idx)
-        drawn = takewhile(lambda _: not stop.requested, islice(tokens, n_bytes))
+        begun = read_prompt(model, idx, decoding.start)
+        tokens = stream(decoding._replace(key=key), *begun, idx)
+        drawn = takewhile(lambda _: not stop.requested, islice(tokens, decoding.max_new_tokens))
         text = decode_text(prompt.encode() + bytes(token for (token,), _ in drawn))
         if stop.requested:
             break

@@ -18,29 +18,15 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from bdh_lib import files
-from bdh_lib.compute.state import State
 from bdh_lib.data import columns, formats
 from bdh_lib.data.chats import is_chat
 from bdh_lib.data.parsers import parse_exactly
 from bdh_lib.errors import UserError
-from bdh_lib.generation.decoding import decode_text, generate_batch
-from bdh_lib.generation.sampling import Sampling
+from bdh_lib.generation.decoding import Decoding, decode_text, generate_batch
 from bdh_lib.progress import Progress
-from bdh_mlx import BDH
 
 MAX_TEXTS = 10**6  # of one command
 INPUTS = ("model", "mode", "prompts", "evaluate", "out")  # flags that name what is in the results
-
-
-class Decoding(NamedTuple):
-    """A model, and how it generates: the same for all texts of a command."""
-
-    model: BDH
-    sampling: Sampling
-    key: mx.array
-    stops: Sequence[bytes]
-    budget: int  # maximum bytes of a text
-    state: State  # before each prompt
 
 
 class Job(NamedTuple):
@@ -172,17 +158,16 @@ def complete_jobs(
     It yields only `remaining` jobs, but batches and draws are those of all jobs. It ends once
     `stop`, a StopSignal, has received one.
     """
-    model, sampling, key, stops, budget, state = decoding
+    key, whole = decoding.key, decoding.sampling.utf8
     remaining = set(map(id, jobs if remaining is None else remaining))
-    for batch in batches(jobs, batch_size, budget):
+    for batch in batches(jobs, batch_size, decoding.max_new_tokens):
         key, batch_key = mx.random.split(key)
         if remaining.isdisjoint(map(id, batch)):
             continue
         prompts = [job.prompt or formats.SEPARATOR.encode() for job in batch]
-        results = generate_batch(model, prompts, sampling, batch_key, stops, budget, state, stop)
-        for row, text, stopped in results:
+        for row, text, stopped in generate_batch(decoding._replace(key=batch_key), prompts, stop):
             if id(batch[row]) in remaining:
-                yield batch[row], decode_text(text, whole=sampling.utf8), stopped
+                yield batch[row], decode_text(text, whole), stopped
 
 
 # ------------------------------------------------------------------------------------- the results

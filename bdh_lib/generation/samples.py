@@ -1,11 +1,14 @@
 """What a model writes in the course of its training: samples, and answers to held-out records."""
 
-from bdh_lib.compute.state import WINDOW_PARTS
+import mlx.core as mx
+
+from bdh_lib.compute.state import WINDOW_PARTS, State
 from bdh_lib.data.formats import sample_prompts
 from bdh_lib.data.questions import N_QUESTIONS, choose_questions
 from bdh_lib.data.split import Split
 from bdh_lib.generation.answers import answer_questions
-from bdh_lib.generation.decoding import complete_prompts
+from bdh_lib.generation.decoding import Decoding, complete_prompts
+from bdh_lib.generation.sampling import Sampling
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
 from bdh_mlx import BDH
@@ -23,8 +26,14 @@ def write_samples(s: Settings, step: int, model: BDH, val: Split, stop) -> dict:
     longest = max(map(len, [*prompts, *(question.prompt for question in questions)]))
     fits = longest + s.SAMPLE_BYTES <= s.BLOCK_SIZE
     window = None if fits else max(WINDOW_PARTS, s.BLOCK_SIZE)  # it reads badly past its blocks
+    decoding = Decoding(
+        model,
+        Sampling(temperature=0.8, top_k=50),
+        mx.random.key(s.SEED + step),
+        max_new_tokens=s.SAMPLE_BYTES,
+        start=State(window=window),
+    )
     with heartbeat("writing samples"):
-        seed = s.SEED + step
-        samples = list(complete_prompts(model, prompts, s.SAMPLE_BYTES, seed, stop, window))
+        samples = list(complete_prompts(decoding, prompts, stop))
         answers = answer_questions(model, questions, s.SAMPLE_BYTES, stop, window)
     return {"samples": samples} | ({"answers": answers} if answers else {})

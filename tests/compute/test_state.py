@@ -12,7 +12,7 @@ from bdh_lib.compute import state, step_cpu, step_cuda, step_mlx
 from bdh_lib.compute.state import WINDOW_PARTS, State, flush_pending, prefill, rotate_state
 from bdh_lib.compute.step_cpu import BUFFER_BYTES
 from bdh_lib.generation import decoding, states
-from bdh_lib.generation.decoding import read_prompt, stream
+from bdh_lib.generation.decoding import Decoding, read_prompt, stream
 from bdh_lib.generation.sampling import Sampling
 from bdh_mlx import BDH, BDHConfig, UserError
 
@@ -132,7 +132,7 @@ def test_a_stream_is_gone_on_from_where_it_stopped(step, B, window, monkeypatch)
     monkeypatch.setattr(decoding, "on_cuda", lambda: True)
     model, prompt = random_model(), np.array(random_bytes(B, 9))
     begun = read_prompt(model, prompt, State(window=window))
-    steps = stream(model, *begun, Sampling(), mx.random.key(1), prompt)
+    steps = stream(Decoding(model, Sampling(), mx.random.key(1)), *begun, prompt)
     written = [next(steps) for _ in range(60)]
     drawn, more = mx.array([tokens for tokens, _ in written]).T, random_bytes(B, 5)
     text = mx.concatenate([mx.array(prompt), drawn], 1)
@@ -372,7 +372,8 @@ def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(B, monkeypatch):
         monkeypatch.setattr(decoding, "on_cuda", lambda on_gpu=on_gpu: on_gpu)
         model.decode_step = None
         idx = np.array(random_bytes(B, 9))
-        going = stream(model, *read_prompt(model, idx), Sampling(), mx.random.key(1), idx)
+        decoding_ = Decoding(model, Sampling(), mx.random.key(1))
+        going = stream(decoding_, *read_prompt(model, idx), idx)
         report.append([next(going)[0] for _ in range(20)])
     assert report[0] == report[1]
 

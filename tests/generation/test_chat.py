@@ -16,6 +16,7 @@ from helpers import GREEDY, KEY, ROOT, greedy
 import bdh_mlx
 from bdh_lib.errors import escape_controls
 from bdh_lib.generation import chat
+from bdh_lib.generation.decoding import Decoding
 from bdh_lib.generation.sampling import Sampling
 
 
@@ -165,7 +166,7 @@ def test_lines_that_cannot_be_pasted_as_one_text_are_told(
     monkeypatch.setitem(sys.modules, "readline", fake if library else None)
     monkeypatch.setattr(chat.Session, "next_line", lambda _: None)
     monkeypatch.setattr(chat, "HISTORY", tmp_path / "history")
-    chat.Session(bdh_mlx.load_model(chaos), Sampling(), KEY, [], 9, "full").run()
+    chat.Session(Decoding(bdh_mlx.load_model(chaos), Sampling(), KEY), "full").run()
     assert ('go between two lines of """' in capsys.readouterr().out) == (not bound)
     assert len(bound) == (library == "GNU readline")
 
@@ -189,7 +190,7 @@ def test_a_session_answers_as_its_whole_transcript_would(monkeypatch, capsys, ch
     lines = iter(["first", "/system S", "second", f"/save {tmp_path / 'said'}", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     model = bdh_mlx.load_model(chaos)
-    chat.Session(model, GREEDY, KEY, [b"\n---\n"], 30, "full").run()
+    chat.Session(Decoding(model, GREEDY, KEY, [b"\n---\n"], 30), "full").run()
     output = (tmp_path / "said").read_bytes()
     asked, answer = output[: output.rindex(b"### Response:\n") + 14], output[-30:]
     assert asked.startswith(b"### Instruction:\nfirst") and b"### System:\nS\n" in asked
@@ -215,7 +216,7 @@ PLAIN = b"### System:\nS\n\n### Instruction:\nq"
     ],
 )
 def test_a_turn_goes_on_as_the_model_was_trained(said, mode, chats, read, chaos):
-    session = chat.Session(bdh_mlx.load_model(chaos), GREEDY, KEY, [], 9, mode, None, chats)
+    session = chat.Session(Decoding(bdh_mlx.load_model(chaos), GREEDY, KEY), mode, chats)
     session.system, session.text = "S", bytearray(said)
     assert session.format_prompt("q") == read
     session.text = bytearray()
@@ -227,6 +228,6 @@ def test_a_session_says_once_that_it_outgrew_the_blocks(monkeypatch, capsys, cha
     model = bdh_mlx.load_model(chaos)
     lines = iter(["a", "b" * model.trained_length, "c", "/save", "/quit "])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    chat.Session(model, GREEDY, KEY, [], 5, "full").run()
+    chat.Session(Decoding(model, GREEDY, KEY, [], 5), "full").run()
     out = capsys.readouterr().out
     assert out.count("was trained on blocks of") == 1 and "/save: name a file" in out

@@ -12,6 +12,7 @@ import bdh_mlx
 import generate
 from bdh_lib.generation import decoding
 from bdh_lib.generation.decoding import (
+    Decoding,
     StopMatcher,
     Terminal,
     decode_text,
@@ -30,14 +31,17 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
     prompts = [b"a", b"hello world", b"\xff\xfe", b"x" * 30, b"hello"]
     if alike:
         prompts = [b"all the same", *(b"all " + prompt for prompt in prompts), b"all "]
-    found = {row: text for row, text, _ in generate_batch(model, prompts, GREEDY, KEY, [], 20)}
+    found = {
+        row: text for row, text, _ in generate_batch(Decoding(model, GREEDY, KEY, [], 20), prompts)
+    }
     assert found == {row: greedy(model, prompt, 20) for row, prompt in enumerate(prompts)}
 
 
 def test_bytes_of_a_longer_prompt_are_of_the_type_of_drawn_ones(monkeypatch):
     step, types = decoding.read, []  # with another type a compiled step would be traced anew
     monkeypatch.setattr(decoding, "read", lambda *of: types.append(of[1].dtype) or step(*of))
-    assert len(list(generate_batch(random_model(), [b"a", b"hello"], GREEDY, KEY, [], 4))) == 2
+    decoding_ = Decoding(random_model(), GREEDY, KEY, [], 4)
+    assert len(list(generate_batch(decoding_, [b"a", b"hello"]))) == 2
     assert len(types) >= 8 and set(types) == {mx.uint32}  # 4 bytes given, 4 drawn
 
 
@@ -49,7 +53,7 @@ def test_a_prompt_read_in_pieces_is_the_same_place_and_can_be_gone_on_from_twice
     assert mx.max(mx.abs(logits - whole[0])).item() < 2e-5 * mx.max(mx.abs(whole[0])).item()
 
     def bytes_from(place, n=10):
-        going = stream(model, *place, GREEDY, KEY, idx)
+        going = stream(Decoding(model, GREEDY, KEY), *place, idx)
         return [next(going)[0] for _ in range(n)]
 
     assert bytes_from(whole) == bytes_from(place) == bytes_from(whole)
@@ -70,7 +74,7 @@ def test_the_loop_draws_what_a_draw_with_all_that_was_seen_gives(settings, looks
     model, s = random_model(), Sampling(**settings)
     seen = pad_batch([b"caf\xc3", b"\xf0\x9f\x98a"])
     assert (s.recent(seen) is not None) == looks_back
-    going = stream(model, *read_prompt(model, seen), s, KEY, seen, [b"", b"given"])
+    going = stream(Decoding(model, s, KEY), *read_prompt(model, seen), seen, [b"", b"given"])
     for i, number in enumerate(islice(uniforms(KEY, 2), 100)):
         past = np.full((2, 256), PAD)
         past[:, -seen.shape[1] :] = seen
@@ -165,7 +169,7 @@ def test_stop_strings_of_the_user_end_the_text_before_them(counting, output):
 def test_utf8_is_always_valid_text(chaos):
     model, s = bdh_mlx.load_model(chaos), Sampling(utf8=True)
     prompts = [b"a", b"caf\xc3", b"\xf0\x9f", b"\xff\xfe", "日本".encode()] * 4
-    for row, written, _ in generate_batch(model, prompts, s, KEY, [], 50):
+    for row, written, _ in generate_batch(Decoding(model, s, KEY, [], 50), prompts):
         partial = {1: b"\xc3", 2: b"\xf0\x9f"}.get(row % 5, b"")
         text = decode_text(partial + written, whole=True).encode()
         assert (partial + written).startswith(text) and len(partial + written) - len(text) < 4
