@@ -49,6 +49,7 @@ from bdh_lib.generation.decoding import (
     stream,
 )
 from bdh_lib.generation.jobs import (
+    Results,
     complete_jobs,
     print_line,
     read_jobs,
@@ -90,19 +91,17 @@ def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
 def complete_file(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
     """Write the completions of --prompts to --out, or to stdout, after those that it holds."""
     jobs = read_jobs(args.prompts, mode, args.samples, args.columns)
-    source, remaining, results = begin_jobs(jobs, decoding, weights, mode, args)
-    write_results(results, args.out, source, len(jobs) - len(remaining), len(jobs))
+    write_results(begin_jobs(jobs, decoding, weights, mode, args), args.out)
 
 
-def begin_jobs(jobs: list, decoding: Decoding, weights: Path, mode: str | None, args) -> tuple:
-    """Return the digest of what determines the texts of jobs, the jobs whose text --out lacks, and
-    an iterator that completes them.
-    """
+def begin_jobs(jobs: list, decoding: Decoding, weights: Path, mode: str | None, args) -> Results:
+    """Complete the jobs whose texts --out lacks."""
     warn_context_length(max(len(job.prompt) for job in jobs), decoding, args)
     print_prompt_length(sum(len(job.prompt) for job in jobs))
     source = source_digest(weights, mode, vars(args))
     remaining = remaining_jobs(jobs, args.out, source)
-    return source, remaining, complete_jobs(jobs, decoding, args.batch_size, remaining)
+    completed = complete_jobs(jobs, decoding, args.batch_size, remaining)
+    return Results(completed, source, len(jobs) - len(remaining), len(jobs))
 
 
 def answer_data(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
@@ -119,11 +118,10 @@ def answer_data(decoding: Decoding, weights: Path, mode: str | None, args) -> No
         data = runs.data_of(weights)
         about, records = load_questions(args.evaluate, args.columns, data, Path(folder))
     jobs = answers.question_jobs(records, args.answers)
-    source, remaining, results = begin_jobs(jobs, decoding, weights, mode, args)
-    done = len(jobs) - len(remaining)
+    results = begin_jobs(jobs, decoding, weights, mode, args)
     rows = answers.read_results(args.out)
-    results = answers.collect_rows(results, rows)
-    write_results(results, args.out, source, done, len(jobs), show=lambda _line: None)
+    results = results._replace(remaining=answers.collect_rows(results.remaining, rows))
+    write_results(results, args.out, show=lambda _line: None)
     print(f"{about}; {len(jobs):,} of {len(question_numbers(records)):,} answered")
     if cut := sum(len(job.question.truth.encode()) > args.max_new_tokens for job in jobs):
         print(f"true responses longer than --max-new-tokens {args.max_new_tokens}: {cut:,}")

@@ -235,18 +235,22 @@ def print_line(line: str) -> None:
     sys.stdout.flush()
 
 
-def write_results(
-    results: Iterator[tuple[Job, str, bool]],
-    out: Path | None,
-    source: str,
-    done: int,
-    total: int,
-    show: Callable[[str], None] = print_line,
-) -> None:
-    """Write a line to `out` for each result as soon as it is there; without `out`, `show` it.
+class Results(NamedTuple):
+    """The results of the jobs of a command, as they end, after those that --out holds already."""
 
-    `done` of the `total` texts were written before.
-    """
+    remaining: Iterator[
+        tuple[Job, str, bool]
+    ]  # a job, its text, and whether a stop string ended it
+    source: str  # digest of what determines the texts
+    done: int  # texts that were written before
+    total: int
+
+
+def write_results(
+    results: Results, out: Path | None, show: Callable[[str], None] = print_line
+) -> None:
+    """Write a line to `out` for each result as soon as it is there; without `out`, `show` it."""
+    remaining, source, done, total = results
     if done:
         status = "the others follow" if done < total else "none is left to write"
         print(f"{out} holds {done} of {total} texts; {status}", file=sys.stderr)
@@ -255,7 +259,7 @@ def write_results(
             open_output(out, show) as put,
             Progress("writing", total, "texts", done, sys.stderr) as progress,
         ):
-            for job, text, stopped in results:
+            for job, text, stopped in remaining:
                 put(result_line(job, source, text, stopped))
                 done += 1
                 progress.update()
