@@ -110,7 +110,7 @@ class BDH(nn.Module):
             mask = dropout_mask(mx.random.split(key, L + 1)[L], rates[1], v.shape)
             v = v * dropout_scale(mask, v.dtype)
         for key_l in [None] * L if key is None else mx.random.split(key, L):
-            v = layer(v, *self.weights(), self.compute, key_l, *rates)
+            v = layer(v, self.weights(), self.compute, key_l, rates)
         return self._logits_and_loss(v, targets)
 
     def _logits_and_loss(

@@ -177,38 +177,49 @@ class Neurons(NamedTuple):
     y: mx.array
 
 
+class Segment(NamedTuple):
+    """What a segment's passes take beside its bytes."""
+
+    weights: Weights
+    position: int  # of its first byte
+    C: int
+    mask: Mask | None = None
+
+
 def forward_segment(
-    vs: mx.array, S: mx.array | None, weights: Weights, position: int, C: int, groups: int = 1
-) -> tuple[mx.array, mx.array, Neurons | None]:
+    vs: mx.array, S: mx.array | None, weights: Weights, position: int, C: int
+) -> tuple[mx.array, mx.array, Neurons]:
     """Return v' (B, T, D), the float32 state after the segment (H, B, N, D), and its Neurons.
 
     vs is (B, T, D); S is the state before it, None if that is 0; `position` is that of its first
-    byte. With several `groups` of heads, Neurons is None.
+    byte.
     """
-    arrays = [*weights] if S is None else [*weights, S]
+    o, S, saved, y = _forward_heads(vs, S, Segment(weights, position, C))
+    return residual(vs, o), S, Neurons(saved.x, saved.q, y)
+
+
+def read_segment(
+    vs: mx.array, S: mx.array | None, weights: Weights, position: int, compute: Compute
+) -> tuple[mx.array, mx.array]:
+    """Return v' and the state as forward_segment does, computed by groups of heads."""
 
     def heads(Dx, Dy, E, S=None):
-        return _forward_heads(vs, S, (Dx, Dy, E), position, C)
+        return _forward_heads(vs, S, Segment((Dx, Dy, E), position, compute.chunk))[:2]
 
-    o, states, saved, y = zip(*by_groups(groups, heads, *arrays), strict=True)
-    if groups == 1:
-        return residual(vs, o[0]), states[0], Neurons(saved[0].x, saved[0].q, y[0])
-    return residual(vs, sum(o[1:], o[0])), mx.concatenate(states), None
+    arrays = [*weights] if S is None else [*weights, S]
+    o, states = zip(*by_groups(compute.groups, heads, *arrays), strict=True)
+    return residual(vs, sum(o[1:], o[0])), mx.concatenate(states)
 
 
 def _forward_heads(
-    vs: mx.array,
-    S: mx.array | None,
-    weights: Weights,
-    position: int,
-    C: int,
-    mask: Mask | None = None,
+    vs: mx.array, S: mx.array | None, segment: Segment
 ) -> tuple[mx.array, mx.array, Saved, mx.array]:
     """Return o (B, T, D), the sum over these heads, their state after it, Saved, and y (H, B*T, N).
 
     The backward pass computes y anew.
     """
-    (B, T, D), (Dx, Dy, E), passes = vs.shape, weights, fused_or_plain()
+    (Dx, Dy, E), position, C, mask = segment
+    (B, T, D), passes = vs.shape, fused_or_plain()
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     x, q = passes.encode(v @ Dx, position, B)
     k, vc = _chunked(q, B, C), _chunked(v, B, C)
@@ -222,23 +233,22 @@ def _forward_heads(
     return o, new_state, Saved(S, scores, a, prefix_states, x, gated, q), y
 
 
-def _backward_heads(
-    vs: mx.array,
-    do: mx.array,
-    R: mx.array | None,
-    dW: Sequence[mx.array | None],
-    weights: Weights,
-    saved: Saved,
-    position: int,
-    C: int,
-    mask: Mask | None,
-) -> tuple[mx.array, mx.array, tuple[mx.array, ...]]:
-    """Return dv (B, T, D) from do (B, T, D), and R and dW with this segment added.
+class LaterSums(NamedTuple):
+    """What the backward pass sums over the later segments, in float32; None is 0."""
 
-    R (H, B, N, D) and dW, the float32 gradients of the weights, are the sums over the later
-    segments; None is 0. dv lacks what reaches vs through the sum v + ln(o), which autodiff adds.
+    R: mx.array | None = None  # (H, B, N, D)
+    dW: tuple[mx.array | None, ...] = (None, None, None)  # the gradients of the weights
+
+
+def _backward_heads(
+    vs: mx.array, do: mx.array, sums: LaterSums, saved: Saved, segment: Segment
+) -> tuple[mx.array, LaterSums]:
+    """Return dv (B, T, D) from do (B, T, D), and the sums with this segment added.
+
+    dv lacks what reaches vs through the sum v + ln(o), which autodiff adds.
     """
-    (B, T, D), (Dx, Dy, E), passes = vs.shape, weights, fused_or_plain()
+    (Dx, Dy, E), position, C, mask = segment
+    (B, T, D), passes = vs.shape, fused_or_plain()
     S, scores, a, prefix_states, x, gated, q = saved
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     an = ln(a).astype(Dx.dtype)
@@ -256,7 +266,7 @@ def _backward_heads(
     k, vc, dac = _chunked(q, B, C), _chunked(v, B, C), _chunked(da, B, C)
     if prefix_states is None:
         prefix_states, _ = _chunk_states(S, k, vc)
-    suffix_states, R = _chunk_states(R, k, dac, reverse=True)
+    suffix_states, R = _chunk_states(sums.R, k, dac, reverse=True)
     dscores = mx.tril(dac @ _transpose(vc), -1)
     dq = (dscores + _transpose(dscores)) @ k
     dvc = (_transpose(scores) @ dac).astype(mx.float32)
@@ -268,12 +278,12 @@ def _backward_heads(
     dh = passes.encode_gradient(rest, dq.reshape(x.shape), position, B)
 
     dW = (
-        _add_matmul(dW[0], _transpose(v), dh),
-        _add_matmul(dW[1], _transpose(an), dg),
-        _add_matmul(dW[2], _transpose(y), do),
+        _add_matmul(sums.dW[0], _transpose(v), dh),
+        _add_matmul(sums.dW[1], _transpose(an), dg),
+        _add_matmul(sums.dW[2], _transpose(y), do),
     )
     dv = (dvc.reshape(-1, B * T, D) + dh @ _transpose(Dx)).sum(0).reshape(B, T, D)
-    return dv, R, dW
+    return dv, LaterSums(R, dW)
 
 
 # -------------------------------------------------------------------------------------------- layer
@@ -315,84 +325,97 @@ def by_groups(n: int, function: Callable, *arrays: mx.array) -> list:
 
 def layer(
     v: mx.array,
-    encoder: mx.array,
-    encoder_v: mx.array,
-    decoder: mx.array,
+    weights: Weights,
     compute: Compute,
     key: mx.array | None = None,
-    rate: float = 0.0,
-    rate_v: float = 0.0,
+    rates: tuple[float, float] = (0.0, 0.0),
 ) -> mx.array:
     """Apply the layer to v (B, T, D); return v' (B, T, D) in float32.
 
-    encoder, encoder_v (H, D, N); decoder (H, N, D). With a `key`, dropout of `rate` acts on y and
-    of `rate_v` on ln(o). The same key and Compute give the same masks.
+    With a `key`, dropout acts on y at the first of the `rates`, and on ln(o) at the second. The
+    same key and Compute give the same masks.
     """
     n, mask_v = compute.groups, None
     if key is None:
-        key, rate, rate_v = mx.random.key(0), 0, 0
+        key, rates = mx.random.key(0), (0, 0)
+    rate, rate_v = rates
     if rate_v:
         key, key_v = mx.random.split(key)  # a key that no mask on y has
         mask_v = dropout_mask(key_v, rate_v, v.shape)
     keys = key[None] if n == 1 else mx.random.split(key, n)
 
     def heads(key, *weights):
-        return _heads(v, *weights, compute, key[0], rate)
+        return _heads(v, weights, compute, key[0], rate)
 
-    o = by_groups(n, heads, keys, encoder, encoder_v, decoder)
+    o = by_groups(n, heads, keys, *weights)
     return residual(v, sum(o[1:], o[0]), dropout_scale(mask_v, mx.float32))
 
 
-def _heads(
-    v: mx.array,
-    Dx: mx.array,
-    Dy: mx.array,
-    E: mx.array,
-    compute: Compute,
-    key: mx.array,
-    rate: float,
-) -> mx.array:
+def _heads(v: mx.array, weights: Weights, compute: Compute, key: mx.array, rate: float) -> mx.array:
     """Return o (B, T, D), the sum over these heads.
 
     Its gradient is computed in the same stream, on the same core, as o.
     """
-    (B, T, _), (H, _, N) = v.shape, Dx.shape
-    parts, C = segments(B, T, compute), compute.chunk
+    parts = segments(*v.shape[:2], compute)
+    heads = _SegmentedHeads(compute, parts, mx.random.split(key, len(parts)), rate)
     stream = None if compute.groups == 1 else mx.default_stream(mx.cpu)
-    keys = mx.random.split(key, len(parts))
-    count = SMALL + compute.saved_activations
-
-    def mask(key_i, begin, end):
-        return fused_or_plain().dropout_mask(key_i, rate, (H, B * (end - begin), N))
-
-    @mx.custom_function
-    def forward(v, *weights):
-        out, saved, S = [], [], None
-        weights = [w.astype(compute.dtype) for w in weights]
-        for key_i, (begin, end) in zip(keys, parts, strict=True):
-            # wait for the previous segment; without key_i here, all masks are drawn at once
-            vs, key_i = mx.depends([v[:, begin:end], key_i], out[-1:] or [v])
-            o, S, segment, _ = _forward_heads(vs, S, weights, begin, C, mask(key_i, begin, end))
-            out.append(o)
-            saved += [mx.zeros(1) if array is None else array for array in segment[:count]]
-        return mx.concatenate(out, 1), *saved
+    forward = mx.custom_function(heads.forward)
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
         with mx.stream(stream) if stream else nullcontext():
-            return gradients(*primals, do=cotangents[0], saved=outputs[1:])
+            return heads.gradients(primals, cotangents[0], outputs[1:])
 
-    def gradients(v, *weights, do, saved):
-        weights = [w.astype(compute.dtype) for w in weights]
-        dv, R, dW = [], None, (None, None, None)
-        for i, (begin, end) in reversed(list(enumerate(parts))):
-            inputs = [v[:, begin:end], do[:, begin:end], keys[i]]
-            inputs += saved[i * count : (i + 1) * count]
-            vs, do_i, key_i, *arrays = mx.depends(inputs, [dv[-1], *dW] if dv else [do])
-            segment = Saved(*(None if array.shape == (1,) else array for array in arrays))
-            args = (begin, C, mask(key_i, begin, end))
-            dv_i, R, dW = _backward_heads(vs, do_i, R, dW, weights, segment, *args)
+    return forward(v, *weights)[0]
+
+
+class _SegmentedHeads(NamedTuple):
+    """Heads over all segments of a block, one after the other, forward and backward."""
+
+    compute: Compute
+    parts: list[tuple[int, int]]  # (begin, end) of each segment
+    keys: mx.array  # of each segment's dropout
+    rate: float  # of dropout on y
+
+    def forward(self, v: mx.array, *weights: mx.array) -> tuple[mx.array, ...]:
+        """Return o (B, T, D), and what each segment saves: `n_saved` arrays, one after the other.
+
+        An array of shape (1,) stands for None.
+        """
+        out, saved, S = [], [], None
+        weights = [w.astype(self.compute.dtype) for w in weights]
+        for key_i, (begin, end) in zip(self.keys, self.parts, strict=True):
+            # wait for the previous segment; without key_i here, all masks are drawn at once
+            vs, key_i = mx.depends([v[:, begin:end], key_i], out[-1:] or [v])
+            segment = self.segment(weights, vs, begin, key_i)
+            o, S, arrays, _ = _forward_heads(vs, S, segment)
+            out.append(o)
+            saved += [mx.zeros(1) if a is None else a for a in arrays[: self.n_saved]]
+        return mx.concatenate(out, 1), *saved
+
+    def gradients(
+        self, primals: Sequence[mx.array], do: mx.array, saved: Sequence[mx.array]
+    ) -> tuple[mx.array, ...]:
+        """Return dv and dW from do (B, T, D); `primals` are the inputs of `forward`."""
+        v, *weights = primals
+        weights, n = [w.astype(self.compute.dtype) for w in weights], self.n_saved
+        dv, sums = [], LaterSums()
+        for i, (begin, end) in reversed(list(enumerate(self.parts))):
+            inputs = [v[:, begin:end], do[:, begin:end], self.keys[i], *saved[i * n : (i + 1) * n]]
+            vs, do_i, key_i, *arrays = mx.depends(inputs, [dv[-1], *sums.dW] if dv else [do])
+            arrays = Saved(*(None if a.shape == (1,) else a for a in arrays))
+            segment = self.segment(weights, vs, begin, key_i)
+            dv_i, sums = _backward_heads(vs, do_i, sums, arrays, segment)
             dv.append(dv_i)
-        return *mx.depends([mx.concatenate(dv[::-1], 1)], list(dW)), *dW
+        return *mx.depends([mx.concatenate(dv[::-1], 1)], list(sums.dW)), *sums.dW
 
-    return forward(v, Dx, Dy, E)[0]
+    @property
+    def n_saved(self) -> int:
+        """Return how many fields of Saved are saved."""
+        return SMALL + self.compute.saved_activations
+
+    def segment(self, weights: Weights, vs: mx.array, begin: int, key: mx.array) -> Segment:
+        """Return the Segment of vs (B, T, D), with its mask drawn."""
+        (B, T, _), (H, _, N) = vs.shape, weights[0].shape
+        mask = fused_or_plain().dropout_mask(key, self.rate, (H, B * T, N))
+        return Segment(weights, begin, self.compute.chunk, mask)

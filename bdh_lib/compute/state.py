@@ -26,7 +26,7 @@ import numpy as np
 
 from bdh_lib.compute import step_cpu, step_cuda, step_mlx
 from bdh_lib.compute.device import on_gpu
-from bdh_lib.compute.layer import forward_segment, ln
+from bdh_lib.compute.layer import ln, read_segment
 from bdh_lib.compute.rope import rotate_state
 from bdh_lib.errors import UserError
 from bdh_lib.rules import check, whole
@@ -206,9 +206,7 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     for S in state.synapses or [None] * model.config.n_layer:
         local, outs = None if S is None else rotate_state(S, -state.position), []
         for begin, end in pairwise(sorted({0, T - T % c.chunk, T})):  # whole chunks, then the rest
-            out, local, _ = forward_segment(
-                v[:, begin:end], local, weights, begin, c.chunk, c.groups
-            )
+            out, local = read_segment(v[:, begin:end], local, weights, begin, c)
             outs.append(out)
         v = mx.concatenate(outs, 1)
         new_state = rotate_state(local, state.position)

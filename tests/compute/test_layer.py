@@ -62,8 +62,8 @@ def test_dropout_has_one_mask_in_forward_and_recomputation(keep, groups, compile
 
     quadratic = masked_quadratic(mask)
 
-    def fast(*args):
-        return (layer.layer(*args, compute, key, rate) ** 3).sum()
+    def fast(v, *weights):
+        return (layer.layer(v, weights, compute, key, (rate, 0)) ** 3).sum()
 
     gradient = mx.value_and_grad(fast, argnums=(0, 1, 2, 3))
     value, gradients = (mx.compile(gradient) if compiled else gradient)(v, *weights)
@@ -172,7 +172,7 @@ def test_the_mask_of_the_residual_has_a_key_that_none_of_three_segments_has(monk
     for module in (layer, layer.plain_passes):
         monkeypatch.setattr(module, "dropout_mask", dropout_mask)
     v, Dx, E = mx.ones((1, 48, 4)), mx.ones((3, 4, 8)), mx.ones((3, 8, 4))
-    layer.layer(v, Dx, Dx, E, Compute(chunk=16, rows=16), mx.random.key(1), 0.5, 0.5)
+    layer.layer(v, (Dx, Dx, E), Compute(chunk=16, rows=16), mx.random.key(1), (0.5, 0.5))
     mx.eval(drawn)
     assert len(drawn) == 4 and len({tuple(key.tolist()) for key in drawn}) == 4
 

@@ -88,19 +88,19 @@ def test_a_layer_forward_and_backward(mode, dtype, B, T):
     compute = memory.compute_for(CONFIG, mode, dtype)
 
     def both(v, Dx, Dy, E, key, cotangent):
-        inputs = v, Dx, Dy, E
-        layer.layer(*inputs, compute, key, 0.1, 0.1)
+        weights = Dx, Dy, E
+        layer.layer(v, weights, compute, key, (0.1, 0.1))
         function = CustomFunction.last
-        outputs = function.forward(*inputs)
-        return outputs[0], *function.backward(inputs, [cotangent], outputs)
+        outputs = function.forward(v, *weights)
+        return outputs[0], *function.backward((v, *weights), [cotangent], outputs)
 
     shapes = (B, T, D), (H, D, N), (H, D, N), (H, N, D)
     assert check(both, *map(mx.zeros, shapes), mx.random.key(1), mx.zeros((B, T, D))) > 300
 
 
 def test_what_is_around_the_layers_of_a_training_step_and_the_update(monkeypatch):
-    def a_layer(v, Dx, Dy, E, *_):
-        return v * (Dx.sum() + Dy.sum() + E.sum())
+    def a_layer(v, weights, *_):
+        return v * sum(w.sum() for w in weights)
 
     monkeypatch.setattr(bdh_mlx, "layer", a_layer)
     s = train_mlx.settings(["--ema-decay", "0.99", "--dropout-v", "0.1", "--byte-noise", "0.1"])
