@@ -180,7 +180,8 @@ class DecodeStep:
         """Read one byte idx (B, 1); return v (B, 1, D) and the new buffer."""
         if buffer.shared_length[0] > buffer.count:
             buffer = self._copy(buffer)
-        v = self.compiled(idx, self.weights, _count(buffer.count), *buffer[1:3], *buffer[4:8])
+        arrays = (*buffer[1:3], *buffer[4:8])  # all but the host's numbers
+        v = self.compiled(idx, self.weights, _count(buffer.count), arrays)
         buffer.shared_length[0] += 1
         return v, buffer._replace(count=buffer.count + 1, previous_v=v)
 
@@ -198,23 +199,15 @@ class DecodeStep:
         return buffer
 
 
-def step(
-    idx: mx.array,
-    weights: Sequence[mx.array],
-    count: mx.array,
-    keys: Sequence[mx.array],
-    values: Sequence[mx.array],
-    begin: mx.array,
-    base_state: Sequence[tuple[mx.array, mx.array]],
-    done: mx.array,
-    previous_v: mx.array,
-) -> mx.array:
+def step(idx: mx.array, weights: Sequence[mx.array], count: mx.array, arrays: tuple) -> mx.array:
     """Read one byte idx (B, 1), write its key and value in place, and return v (B, 1, D).
 
-    `weights` is that of DecodeStep, the others are fields of PendingBuffer. No other state may
-    share keys and values. MLX's graph does not show the write: this byte waits for previous_v, v of
-    the previous byte, and any other reader must wait for v.
+    `weights` is that of DecodeStep, `arrays` are the fields of PendingBuffer from keys to
+    previous_v, without shared_length. No other state may share keys and values. MLX's graph does
+    not show the write: this byte waits for previous_v, v of the previous byte, and any other reader
+    must wait for v.
     """
+    keys, values, begin, base_state, done, previous_v = arrays
     embed, encoder, encoder_v, decoder, increments = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     W, single = THREADS // D * D // 32, B == 1

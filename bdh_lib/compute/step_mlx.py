@@ -61,7 +61,7 @@ class DecodeStep:
 
     def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
         """Read one byte idx (B, 1); return v (B, 1, D) and the new buffer."""
-        v, keys, values = self.compiled(idx, self.weights, mx.array(buffer.count), *buffer[1:5])
+        v, keys, values = self.compiled(idx, self.weights, mx.array(buffer.count), buffer[1:5])
         return v, buffer._replace(count=buffer.count + 1, keys=keys, values=values)
 
 
@@ -77,19 +77,15 @@ def recall(q: mx.array, S: mx.array) -> mx.array:
 
 
 def step(
-    idx: mx.array,
-    weights: Sequence[mx.array],
-    count: mx.array,
-    keys: Sequence[mx.array],
-    values: Sequence[mx.array],
-    begin: mx.array,
-    base_state: Sequence[mx.array],
+    idx: mx.array, weights: Sequence[mx.array], count: mx.array, arrays: tuple
 ) -> tuple[mx.array, tuple[mx.array, ...], tuple[mx.array, ...]]:
     """Read one byte idx (B, 1); return v (B, 1, D) and the new keys and values.
 
-    `weights` is that of DecodeStep, the others are fields of PendingBuffer. `decoder` is (H, D, N):
-    Metal multiplies by a transposed matrix in more threadgroups.
+    `weights` is that of DecodeStep, `arrays` are the fields of PendingBuffer from keys to
+    base_state. `decoder` is (H, D, N): Metal multiplies by a transposed matrix in more
+    threadgroups.
     """
+    keys, values, begin, base_state = arrays
     embed, encoder, encoder_v, decoder, increments = weights
     (H, D, N), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     angles = (begin + count.astype(mx.uint32) * increments).view(mx.int32) * (math.pi / 2**31)

@@ -37,14 +37,15 @@ class Late:
     def __init__(self):
         self.pending = {}
 
-    def step(self, idx, weights, count, keys, values, begin, base_state, done, before):
+    def step(self, idx, weights, count, arrays):
+        keys, values, begin, base_state, _, before = arrays
         self.arrive(before)
         embed, encoder, encoder_v, decoder, turns = weights
         transposed = (w.swapaxes(-1, -2) for w in (encoder, encoder_v, decoder))
         weights = embed, *transposed, turns
         (H, B, pairs, K, _), S = keys[0].shape, [S for S, _ in base_state]
         rows = [k.swapaxes(2, 3).reshape(H, B, K, 2 * pairs) for k in keys]
-        v, *after = step_mlx.step(idx, weights, count, rows, values, begin, S)
+        v, *after = step_mlx.step(idx, weights, count, (rows, values, begin, S))
         mx.eval(v, after)
         self.pending[id(v)] = v, count.item(), keys, values, *after
         return v
