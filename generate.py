@@ -186,44 +186,53 @@ def main(argv: list[str] | None = None) -> int:
     if args.export:
         return export.export_model(args.model, args.export)
     if args.trace:
-        model = bdh_mlx.load_model(args.model)
-        check_bytes(model, args.model)
-        return trace.trace_texts(model, args.trace, args.out)
+        return trace.trace_texts(load_model(args.model), args.trace, args.out)
     if args.save_state:
         states.check_state_file(args.save_state)  # before the text is generated
-    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     weights = runs.find_weights(args.model)
-    model, trained = bdh_mlx.load_model(weights), settings_or_empty(weights)
-    check_bytes(model, weights)
+    model = load_model(weights)
+    trained = settings_or_empty(weights)
     keep_float32_exact(args.dtype or "auto")
     model.compute = compute_for(model.config, "small", args.dtype or "auto")
     mode = args.mode or trained.get("TRAINING_MODE")
     mode = mode if mode in formats.REQUIRED_FIELDS else None
-    key = mx.random.key(time.time_ns() if args.seed is None else args.seed)
-    stops = stop_strings(args, mode)
-    state = initial_state(model, args)
-    decoding = Decoding(model, sampling, key, stops, args.max_new_tokens, state)
-    if args.answers is not None:
-        answer_data(decoding, weights, mode, args)
-    elif args.evaluate is not None:
+    if args.evaluate is not None and args.answers is None:
         about = (args.evaluate, mode, trained, args.columns, runs.data_of(weights))
         print(evaluation.evaluation_table(model, *about))
-    elif args.prompts is not None:
-        complete_file(decoding, weights, mode, args)
-    elif args.prompt is args.prompt_file is None and sys.stdin.isatty() and sys.stdout.isatty():
-        if args.save_state or args.raw or args.samples > 1:
-            raise UserError("a session takes no --save-state (type /save), --raw or --samples")
-        chats = runs.trained_on_chats(weights)
-        chat.Session(decoding, mode, chats).run()
     else:
-        complete_prompt(decoding, prompt_of(args), args)
+        write_texts(decoding_of(model, mode, args), weights, mode, args)
     return 0
 
 
-def check_bytes(model, weights: Path) -> None:
-    """Raise UserError if the model does not read bytes."""
+def load_model(path: Path) -> bdh_mlx.BDH:
+    """Load a model that reads bytes. Raises UserError."""
+    model = bdh_mlx.load_model(path)
     if model.config.vocab_size != 256:
-        raise UserError(f"{weights} has a vocabulary of {model.config.vocab_size}; bytes are 256")
+        raise UserError(f"{path} has a vocabulary of {model.config.vocab_size}; bytes are 256")
+    return model
+
+
+def decoding_of(model: bdh_mlx.BDH, mode: str | None, args: argparse.Namespace) -> Decoding:
+    """Return how the model writes, by the flags. Raises UserError."""
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    key = mx.random.key(time.time_ns() if args.seed is None else args.seed)
+    stops = stop_strings(args, mode)
+    return Decoding(model, sampling, key, stops, args.max_new_tokens, initial_state(model, args))
+
+
+def write_texts(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
+    """Write what the flags ask for: answers, completions, a session, or one text."""
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if args.answers is not None:
+        answer_data(decoding, weights, mode, args)
+    elif args.prompts is not None:
+        complete_file(decoding, weights, mode, args)
+    elif args.prompt is args.prompt_file is None and on_terminal:
+        if args.save_state or args.raw or args.samples > 1:
+            raise UserError("a session takes no --save-state (type /save), --raw or --samples")
+        chat.Session(decoding, mode, runs.trained_on_chats(weights)).run()
+    else:
+        complete_prompt(decoding, prompt_of(args), args)
 
 
 def settings_or_empty(weights: Path) -> dict:

@@ -252,17 +252,20 @@ def _backward_heads(
     S, scores, a, prefix_states, x, gated, q = saved
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     an = ln(a).astype(Dx.dtype)
+    # what was not saved
     if q is None:
         x, q = passes.encode(v @ Dx if x is None else x, position, B)
     if gated is None:
         gated = passes.gate(x, an @ Dy, mask)[1]
 
+    # through o = y E, y = x * relu(g) and g = ln(a) Dy
     do = do.astype(Dx.dtype).reshape(1, B * T, D)
     dy = do @ _transpose(E)
     y, dg, rest = passes.gate_gradients(x, gated, dy, mask)
     dan = (dg @ _transpose(Dy)).astype(mx.float32)
     da = mx.vjp(ln, [a], [dan])[1][0].astype(Dx.dtype)
 
+    # through a, and through the states of other chunks and segments
     k, vc, dac = _chunked(q, B, C), _chunked(v, B, C), _chunked(da, B, C)
     if prefix_states is None:
         prefix_states, _ = _chunk_states(S, k, vc)
@@ -277,6 +280,7 @@ def _backward_heads(
         dvc = dvc + k @ suffix_states
     dh = passes.encode_gradient(rest, dq.reshape(x.shape), position, B)
 
+    # the weights, and v
     dW = (
         _add_matmul(sums.dW[0], _transpose(v), dh),
         _add_matmul(sums.dW[1], _transpose(an), dg),

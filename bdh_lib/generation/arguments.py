@@ -36,7 +36,27 @@ def make_parser(description: str) -> Parser:
     """Return the parser of the command line."""
     parser = Parser(description)
     parser.add_argument("--version", action="version", version=cli.version())
-    add = parser.add_argument
+    add_model(parser.add_argument)
+    group = parser.add_argument_group(
+        "what to do; default: a session on a terminal, else a prompt from stdin"
+    )
+    add_jobs(group.add_mutually_exclusive_group().add_argument)
+    group.add_argument(
+        "--answers",
+        metavar="N",
+        help="answer N instructions of --evaluate instead, those that the run held out of its own "
+        "data, at temperature 0, and compare with the true responses (mode full)",
+    )
+    add_state(parser.add_argument_group("state").add_argument)
+    stop = parser.add_argument_group("end of a text").add_mutually_exclusive_group()
+    add_stop(stop.add_argument)
+    add_output(parser.add_argument_group("output").add_argument)
+    add_sampling(parser.add_argument_group("sampling, in the order of its steps").add_argument)
+    return parser
+
+
+def add_model(add: Callable) -> None:
+    """Add the model, and how it reads records and computes."""
     add("model", help="run folder, checkpoint folder, .safetensors file or hf:USER/NAME")
     modes = formats.REQUIRED_FIELDS
     add("--mode", choices=modes, help="training mode; default: the one that the checkpoint names")
@@ -50,22 +70,6 @@ def make_parser(description: str) -> Parser:
         choices=DTYPES,
         help="of matrix products; default: bfloat16 on a GPU, else float32",
     )
-    jobs = parser.add_argument_group(
-        "what to do; default: a session on a terminal, else a prompt from stdin"
-    )
-    add_jobs(jobs.add_mutually_exclusive_group().add_argument)
-    jobs.add_argument(
-        "--answers",
-        metavar="N",
-        help="answer N instructions of --evaluate instead, those that the run held out of its own "
-        "data, at temperature 0, and compare with the true responses (mode full)",
-    )
-    add_state(parser.add_argument_group("state").add_argument)
-    stop = parser.add_argument_group("end of a text").add_mutually_exclusive_group()
-    add_stop(stop.add_argument)
-    add_output(parser.add_argument_group("output").add_argument)
-    add_sampling(parser.add_argument_group("sampling, in the order of its steps").add_argument)
-    return parser
 
 
 def add_jobs(add: Callable) -> None:
@@ -118,12 +122,11 @@ def add_stop(add: Callable) -> None:
 
 def add_output(add: Callable) -> None:
     """Add the flags of what is written, and where."""
-    budget = formats.MAX_NEW_TOKENS
     add(
         "--max-new-tokens",
-        default=budget,
+        default=formats.MAX_NEW_TOKENS,
         metavar="N",
-        help=f"bytes of a text at most; default: {budget}",
+        help=f"bytes of a text at most; default: {formats.MAX_NEW_TOKENS}",
     )
     add("--samples", default=1, metavar="N", help="texts for each prompt; default: 1")
     add("--batch-size", default=8, metavar="N", help="texts generated at once; default: 8")
@@ -150,12 +153,7 @@ def add_sampling(add: Callable) -> None:
         help=f"above 1: fewer of the last {PENALTY_WINDOW} bytes; letters recur, so keep it near "
         "1; default: 1",
     )
-    add(
-        "--temperature",
-        default=0.8,
-        metavar="X",
-        help="0: the likeliest byte; default: 0.8",
-    )
+    add("--temperature", default=0.8, metavar="X", help="0: the likeliest byte; default: 0.8")
     add("--top-k", metavar="K", help="among the K likeliest bytes; default: all")
     add(
         "--top-p",

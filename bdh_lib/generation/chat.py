@@ -4,6 +4,7 @@ The model keeps its state between turns: each follows all earlier ones, as recor
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -181,31 +182,44 @@ class Session:
 
     def turn(self, line: str) -> None:
         """Read a line in its format and print the answer; Ctrl-C ends the answer."""
-        next_key, key = mx.random.split(self.decoding.key)
-        self.decoding = self.decoding._replace(key=next_key)
-        model, prompt, terminal = self.decoding.model, self.format_prompt(line), Terminal()
-        stop = StopMatcher(self.decoding.stops, prompt)
-        try:
-            with Progress("reading", len(prompt), "bytes") as progress:
-                for begin in range(0, len(prompt), PIECE):  # Ctrl-C acts between them
-                    piece = prompt[begin : begin + PIECE]
-                    logits, self.state = read_prompt(model, pad_batch([piece]), self.state)
-                    self.text += piece
-                    progress.update(len(piece))
-            seen = pad_batch([self.text])
-            tokens = stream(self.decoding._replace(key=key), logits, self.state, seen)
-            for token, state in islice(tokens, self.decoding.max_new_tokens):
-                self.state = state
-                self.text += bytes(token)
-                terminal.write(stop.feed(bytes(token)))
+        key, turn_key = mx.random.split(self.decoding.key)
+        self.decoding = self.decoding._replace(key=key)
+        prompt = self.format_prompt(line)
+        terminal, stop = Terminal(), StopMatcher(self.decoding.stops, prompt)
+        with suppress(KeyboardInterrupt):
+            logits = self.read(prompt)
+            for piece in self.write(logits, turn_key):
+                terminal.write(stop.feed(piece))
                 if stop.matched:
                     break
-        except KeyboardInterrupt:
-            pass
         terminal.write(stop.end(), final=not self.decoding.sampling.utf8)
         print()
+        self.print_length_warning()
+
+    def read(self, prompt: bytes) -> mx.array:
+        """Read a prompt after the session's text; return the next byte's logits (1, V)."""
+        with Progress("reading", len(prompt), "bytes") as progress:
+            for begin in range(0, len(prompt), PIECE):  # Ctrl-C acts between them
+                piece = prompt[begin : begin + PIECE]
+                idx = pad_batch([piece])
+                logits, self.state = read_prompt(self.decoding.model, idx, self.state)
+                self.text += piece
+                progress.update(len(piece))
+        return logits
+
+    def write(self, logits: mx.array, key: mx.array) -> Iterator[bytes]:
+        """Yield the bytes of an answer, which are part of the session's text at once."""
+        decoding, seen = self.decoding._replace(key=key), pad_batch([self.text])
+        tokens = stream(decoding, logits, self.state, seen)
+        for token, self.state in islice(tokens, decoding.max_new_tokens):
+            self.text += bytes(token)
+            yield bytes(token)
+
+    def print_length_warning(self) -> None:
+        """Say once that the session has outgrown the blocks of the training."""
         loaded = self.decoding.start.position > 0
-        note = context_length_warning(model, self.state.window, self.state.position, loaded)
+        window, position = self.state.window, self.state.position
+        note = context_length_warning(self.decoding.model, window, position, loaded)
         if note and not self.warned:
             print(note)
         self.warned = bool(note)

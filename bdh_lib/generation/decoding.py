@@ -159,15 +159,9 @@ def generate_batch(
     The common prefix is read once, then all prompts up to the length of the shortest. The rest of
     the longer ones is forced while shorter rows generate: exact, and fast for similar lengths.
     """
-    model, state = decoding.model, decoding.start
     shortest = min(map(len, prompts))
     idx = pad_batch(prompts)[:, :shortest]
-    shared = int(np.append((idx == idx[0]).all(0), False).argmin())  # length of the common prefix
-    if shared:
-        logits, state = read_prompt(model, idx[:1, :shared], state)
-    if shared < shortest:
-        logits, state = read_prompt(model, idx[:, shared:], state)
-    logits = mx.broadcast_to(logits, (len(idx), logits.shape[-1]))
+    logits, state = _read_batch(decoding.model, idx, decoding.start)
     forced = [prompt[shortest:] for prompt in prompts]
     active = {
         row: (StopMatcher(decoding.stops, prompt), bytearray())
@@ -187,6 +181,17 @@ def generate_batch(
             progress.update()
             if not active or (stop and stop.requested):
                 return
+
+
+def _read_batch(model: BDH, idx: np.ndarray, state: State) -> tuple[mx.array, State]:
+    """Read idx (B, T), the common prefix of its rows once; return logits (B, V) and the State."""
+    (B, T), is_common = idx.shape, (idx == idx[0]).all(0)
+    shared = int(np.append(is_common, False).argmin())  # length of the common prefix
+    if shared:
+        logits, state = read_prompt(model, idx[:1, :shared], state)
+    if shared < T:
+        logits, state = read_prompt(model, idx[:, shared:], state)
+    return mx.broadcast_to(logits, (B, logits.shape[-1])), state
 
 
 def complete_prompts(decoding: Decoding, prompts: Sequence[str], stop) -> Iterator[str]:

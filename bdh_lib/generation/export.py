@@ -128,31 +128,35 @@ def _new_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def export_model(source: str, folder: Path) -> int:
-    """Export the model at `source` to `folder`. Raises UserError."""
-    weights = runs.find_weights(source)
-    model = bdh_mlx.load_model(weights)
-    card_facts, settings = facts(weights.parent)
-    card_facts["shape"] = ", ".join(f"{k} {v}" for k, v in asdict(model.config).items())
+def model_card(config: BDHConfig, checkpoint: Path, name: str) -> str:
+    """Return the card of a model called `name`, from what the checkpoint's folder tells."""
+    card_facts, settings = facts(checkpoint)
+    card_facts["shape"] = ", ".join(f"{k} {v}" for k, v in asdict(config).items())
     rows = (f"| {k} | {escape_controls(str(v)).translate(CELL)} |" for k, v in card_facts.items())
-    card = CARD.format(
-        name=escape_controls(files.absolute(folder).name),
-        parameters=model.config.n_parameters,
+    return CARD.format(
+        name=escape_controls(name),
+        parameters=config.n_parameters,
         facts="\n".join(rows),
         command=training_command(settings) if settings else "unknown: exported from weights alone",
-        config=official_config(model.config),
+        config=official_config(config),
         mode=f" --mode {card_facts['mode']}" if card_facts.get("mode") in REQUIRED_FIELDS else "",
     )
+
+
+def export_model(source: str, folder: Path) -> int:
+    """Export the model at `source` to `folder`; return the exit code, 0. Raises UserError."""
+    weights = runs.find_weights(source)
+    model = bdh_mlx.load_model(weights)
+    name = files.absolute(folder).name
+    card = model_card(model.config, weights.parent, name)
     with _new_folder(folder):
         if any(folder.iterdir()):
             raise UserError(f"--export {folder} is not empty; name a new folder")
         bdh_mlx.save_model(model, folder / "model.safetensors")
-        for name, text in (
-            ("config.json", json.dumps(official_config(model.config), indent=1)),
-            ("README.md", card),
-        ):
-            with files.atomic_writer(folder / name) as temporary:
+        config = json.dumps(official_config(model.config), indent=1)
+        for file, text in (("config.json", config), ("README.md", card)):
+            with files.atomic_writer(folder / file) as temporary:
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"written: {folder}; fill in the licence in {folder / 'README.md'}, then, to share it:")
-    print(f"  hf upload YOUR_NAME/{shlex.join([files.absolute(folder).name, str(folder)])}")
+    print(f"  hf upload YOUR_NAME/{shlex.join([name, str(folder)])}")
     return 0

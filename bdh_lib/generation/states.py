@@ -67,16 +67,9 @@ def load_state(path: str | Path, model: BDH) -> State:
         reason = "it is a folder" if path.is_dir() else reason
         raise UserError(f"{path} cannot be read: {reason}")
     arrays, header = read_arrays(path)
-    try:
-        header = {name: files.parse_json(value) for name, value in header.items()}
-    except ValueError:
-        header = {}
-    kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
-    digest = header.pop("sha256", None)
-    valid = all(type(n) is int and n >= 0 for n in (position, window or 0))
-    if kind != STATE_FORMAT or not valid or count not in range(WINDOW_PARTS + 1):
-        raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
+    header = _parse_header(path, header)
     check_model(model)
+    digest = header.pop("sha256", None)
     if sha256_arrays(arrays, header) != digest:
         raise UserError(f"{path} is damaged: it has changed since it was written (sha256)")
     if (saved := header.get("model")) != (current := weights_sha256(model)):
@@ -84,8 +77,21 @@ def load_state(path: str | Path, model: BDH) -> State:
             f"{path} was read by another model (weights {str(saved)[:12]}, here {current[:12]}); "
             "load it with that one, or read its text again"
         )
-    synapses, *parts = _arrays_by_part(path, arrays, count, model)
-    return State(position, window, synapses, tuple(parts))
+    synapses, *parts = _arrays_by_part(path, arrays, header["parts"], model)
+    return State(header["position"], header["window"], synapses, tuple(parts))
+
+
+def _parse_header(path: Path, header: dict[str, str]) -> dict:
+    """Return the values of a state's header. Raises UserError for that of another file."""
+    try:
+        header = {name: files.parse_json(value) for name, value in header.items()}
+    except ValueError:
+        header = {}
+    kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
+    valid = all(type(n) is int and n >= 0 for n in (position, window or 0))
+    if kind != STATE_FORMAT or not valid or count not in range(WINDOW_PARTS + 1):
+        raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
+    return header
 
 
 def _arrays_by_part(path: Path, arrays: dict, count: int, model: BDH) -> list[tuple]:

@@ -197,17 +197,10 @@ def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -
     if not traced:
         raise UserError("--trace has no text; give at least one byte")
     summary, shares, summed = trace(model, traced[0])
-    for i, layer in enumerate(summary["layers"]):
-        print(f"layer {i}: x {layer['share_x']:.1%}, y {layer['share_y']:.1%} of neurons active")
-        for name, entries in layer["synapses"].items():
-            ends = (f"{s['head']}.{s['from'][0]}+1 -> {s['head']}.{s['to']}" for s in entries[:3])
-            print(f"  strongest synapses {name}: {', '.join(ends) or 'none'}")
     if len(traced) > 1:
         summary["texts"] = [escape_controls(decode_text(text)) for text in traced]
         summary["selective"] = selective_neurons(model, traced)
-        for text, entries in zip(summary["texts"], summary["selective"], strict=True):
-            names = (f"{n['head']}.{n['neuron']} ({n['here']:.0%})" for n in entries[:5])
-            print(f"only on {text[:40]!r}: {', '.join(names) or 'none'}")
+    print_summary(summary)
     from bdh_lib.plots import render
 
     figure = render(picture(traced[0], shares, summed, model.config.neurons_per_head), "png")
@@ -216,6 +209,18 @@ def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -
         text.write_text(json.dumps({"made_by": MADE_BY} | summary))
     print(f"written: {drawing}, {listing}")
     return 0
+
+
+def print_summary(summary: dict) -> None:
+    """Print how many neurons each layer used, its synapses, and the selective neurons, if any."""
+    for i, layer in enumerate(summary["layers"]):
+        print(f"layer {i}: x {layer['share_x']:.1%}, y {layer['share_y']:.1%} of neurons active")
+        for name, entries in layer["synapses"].items():
+            ends = (f"{s['head']}.{s['from'][0]}+1 -> {s['head']}.{s['to']}" for s in entries[:3])
+            print(f"  strongest synapses {name}: {', '.join(ends) or 'none'}")
+    for text, entries in zip(summary.get("texts", ()), summary.get("selective", ()), strict=True):
+        names = (f"{n['head']}.{n['neuron']} ({n['here']:.0%})" for n in entries[:5])
+        print(f"only on {text[:40]!r}: {', '.join(names) or 'none'}")
 
 
 def _lines(text: str) -> list[bytes]:
