@@ -143,7 +143,8 @@ def complete_prompt(decoding: Decoding, prompt: bytes, args: argparse.Namespace)
 def print_stream(decoding: Decoding, prompt: bytes, args: argparse.Namespace) -> None:
     """Print the prompt and, byte by byte, its completion."""
     model = decoding.model
-    terminal, stop = Terminal(args.raw), StopMatcher(decoding.stops, prompt)
+    stop = StopMatcher(decoding.stops, prompt)
+    terminal = Terminal(args.raw)
     terminal.write(prompt)
     idx = pad_batch([prompt or formats.SEPARATOR.encode()])
     logits, state = read_prompt(model, idx, decoding.start)
@@ -252,7 +253,8 @@ def print_prompt_length(n_bytes: int) -> None:
 
 def warn_context_length(n_bytes: int, decoding: Decoding, args: argparse.Namespace) -> None:
     """Warn on stderr if a text after a prompt of `n_bytes` may exceed the training blocks."""
-    start, loaded = decoding.start, args.load_state is not None
+    start = decoding.start
+    loaded = args.load_state is not None
     length = start.position + n_bytes + decoding.max_new_tokens
     if note := context_length_warning(decoding.model, start.window, length, loaded):
         print(note, file=sys.stderr)

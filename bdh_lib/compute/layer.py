@@ -219,7 +219,8 @@ def _forward_heads(
     The backward pass computes y anew.
     """
     (Dx, Dy, E), position, C, mask = segment
-    (B, T, D), passes = vs.shape, fused_or_plain()
+    B, T, D = vs.shape
+    passes = fused_or_plain()
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     x, q = passes.encode(v @ Dx, position, B)
     k, vc = _chunked(q, B, C), _chunked(v, B, C)
@@ -248,7 +249,8 @@ def _backward_heads(
     dv lacks what reaches vs through the sum v + ln(o), which autodiff adds.
     """
     (Dx, Dy, E), position, C, mask = segment
-    (B, T, D), passes = vs.shape, fused_or_plain()
+    B, T, D = vs.shape
+    passes = fused_or_plain()
     S, scores, a, prefix_states, x, gated, q = saved
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     an = ln(a).astype(Dx.dtype)
@@ -339,10 +341,12 @@ def layer(
     With a `key`, dropout acts on y at the first of the `rates`, and on ln(o) at the second. The
     same key and Compute give the same masks.
     """
-    n, mask_v = compute.groups, None
+    n = compute.groups
     if key is None:
-        key, rates = mx.random.key(0), (0, 0)
+        key = mx.random.key(0)
+        rates = (0, 0)
     rate, rate_v = rates
+    mask_v = None
     if rate_v:
         key, key_v = mx.random.split(key)  # a key that no mask on y has
         mask_v = dropout_mask(key_v, rate_v, v.shape)
@@ -386,7 +390,8 @@ class _SegmentedHeads(NamedTuple):
 
         An array of shape (1,) stands for None.
         """
-        out, saved, S = [], [], None
+        out, saved = [], []
+        S = None
         weights = [w.astype(self.compute.dtype) for w in weights]
         for key_i, (begin, end) in zip(self.keys, self.parts, strict=True):
             # wait for the previous segment; without key_i here, all masks are drawn at once
@@ -402,7 +407,8 @@ class _SegmentedHeads(NamedTuple):
     ) -> tuple[mx.array, ...]:
         """Return dv and dW from do (B, T, D); `primals` are the inputs of `forward`."""
         v, *weights = primals
-        weights, n = [w.astype(self.compute.dtype) for w in weights], self.n_saved
+        weights = [w.astype(self.compute.dtype) for w in weights]
+        n = self.n_saved
         dv, sums = [], LaterSums()
         for i, (begin, end) in reversed(list(enumerate(self.parts))):
             inputs = [v[:, begin:end], do[:, begin:end], self.keys[i], *saved[i * n : (i + 1) * n]]

@@ -74,7 +74,8 @@ def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, St
 
     It checks no argument: it runs at each byte, and a check would wait for the GPU.
     """
-    state, logits = _broadcast(model, idx, state), []
+    state = _broadcast(model, idx, state)
+    logits = []
     for piece in _pieces(model, idx, state):
         out, state = _read_piece(model, piece, state)
         logits.append(out @ model.lm_head)
@@ -136,7 +137,8 @@ def check_state(model, state: State | None) -> None:
     check("position", state.position, whole(0, 2**62))
     check("window", state.window, WINDOW_RULE)
     H, D, N = model.encoder.shape
-    expected, shapes_read = (model.config.n_layer, H, D, N), []
+    expected = (model.config.n_layer, H, D, N)
+    shapes_read = []
     for layers in (state.synapses, *state.parts):
         shapes = {tuple(S.shape[i] for i in (0, 3, 2)) if S.ndim == 4 else S.shape for S in layers}
         shapes_read += [(len(layers), *shape) for shape in shapes]
@@ -165,7 +167,8 @@ def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
     if T == 1:  # in decoding the GPU waits for the host here
         return [idx]
     rows = _rows(model.compute.dtype)
-    step, begin = max(rows // 8, rows // B), state.position
+    step = max(rows // 8, rows // B)
+    begin = state.position
     cuts = set(range(begin, begin + T, step))
     if state.window:
         part = _part(state.window)
@@ -200,13 +203,17 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
             out.append(v)
         return mx.concatenate(out, 1), state
     state = flush_pending(state)
-    c, v = model.compute, ln(model.embed(idx))
-    weights = [w.astype(c.dtype) for w in model.weights()]
+    v = ln(model.embed(idx))
+    compute = model.compute
+    weights = [w.astype(compute.dtype) for w in model.weights()]
     updates = []
     for S in state.synapses or [None] * model.config.n_layer:
-        local, outs = None if S is None else rotate_state(S, -state.position), []
-        for begin, end in pairwise(sorted({0, T - T % c.chunk, T})):  # whole chunks, then the rest
-            out, local = read_segment(v[:, begin:end], local, weights, begin, c)
+        local = None if S is None else rotate_state(S, -state.position)
+        outs = []
+        for begin, end in pairwise(
+            sorted({0, T - T % compute.chunk, T})
+        ):  # whole chunks, then the rest
+            out, local = read_segment(v[:, begin:end], local, weights, begin, compute)
             outs.append(out)
         v = mx.concatenate(outs, 1)
         new_state = rotate_state(local, state.position)

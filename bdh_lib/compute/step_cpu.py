@@ -79,7 +79,8 @@ class DecodeStep:
         phase (N/2,) is exp(i t w) of the byte's position t.
         """
         embed, encoder, encoder_v, encoder_v_rows, decoder = self.weights
-        (H, D, N, _), count = self.shape, buffer.count
+        H, D, N, _ = self.shape
+        count = buffer.count
         v = _ln(embed[byte])
         for layer, (keys, values) in enumerate(zip(buffer.keys, buffer.values, strict=True)):
             x = np.maximum(np.stack([v @ encoder[h] for h in range(H)]), 0)

@@ -101,7 +101,8 @@ class PendingBuffer(NamedTuple):
     def pending(self) -> list[tuple[mx.array, mx.array]]:
         """Return the keys (H, B, N, count) and values (B, count, D) per layer, float32."""
         mx.eval(self.previous_v)
-        layers, (H, B, pairs, *_) = [], self.keys[0].shape
+        H, B, pairs, *_ = self.keys[0].shape
+        layers = []
         for k, v in zip(self.keys, self.values, strict=True):
             k = k[..., : self.count, :].swapaxes(-1, -2).astype(mx.float32)
             layers.append((k.reshape(H, B, 2 * pairs, -1), v[:, : self.count].astype(mx.float32)))
@@ -118,8 +119,8 @@ class PendingBuffer(NamedTuple):
         """Add the bytes of a full int8 buffer to the synapses; return them and an empty buffer."""
         layers = zip(synapses, self.keys, self.values, strict=True)
         S, *quantized = zip(*(fold(*layer, self.previous_v) for layer in layers), strict=True)
-        base_state, B = list(zip(*quantized, strict=True)), len(self.values[0])
-        return S, self.decode_step.empty_buffer(position, base_state, B)
+        base_state = list(zip(*quantized, strict=True))
+        return S, self.decode_step.empty_buffer(position, base_state, len(self.values[0]))
 
 
 @lru_cache
@@ -146,7 +147,8 @@ class DecodeStep:
     """Reads one byte, with the model's weights as rows of neurons, (H, N, D)."""
 
     def __init__(self, model):
-        self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
+        H, D, N = model.encoder.shape
+        self.dtype = model.compute.dtype
         transposed = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
         rows = [w.astype(self.dtype) for w in (*transposed, model.weights()[2])]
         self.weights = [ln(model.embed.weight), *rows, mx.array(phase_increments(1, N))]
@@ -169,7 +171,8 @@ class DecodeStep:
         keys = tuple(mx.zeros((H, B, N // 2, BUFFER_BYTES, 2), self.dtype) for _ in range(L))
         values = tuple(mx.zeros((B, BUFFER_BYTES, D), self.dtype) for _ in range(L))
         # + 2: an array of up to 8 bytes is in the host's memory, where counting is very slow
-        begin, done = mx.array(phase_increments(position, N)), mx.zeros(H * B + 2, mx.uint32)
+        done = mx.zeros(H * B + 2, mx.uint32)
+        begin = mx.array(phase_increments(position, N))
         buffer = PendingBuffer(
             0, keys, values, [0], begin, tuple(base_state), done, mx.zeros((B, 1, D)), self
         )
@@ -210,7 +213,8 @@ def step(idx: mx.array, weights: Sequence[mx.array], count: mx.array, arrays: tu
     keys, values, begin, base_state, done, previous_v = arrays
     embed, encoder, encoder_v, decoder, increments = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
-    W, single = THREADS // D * D // 32, B == 1
+    W = THREADS // D * D // 32
+    single = B == 1
     kinds = [("T", dtype), ("Q", mx.float32 if dtype == mx.float32 else mx.int8)]
     G, G_fire = (PAIRS_ONE, NEURONS_ONE) if single else (PAIRS, NEURONS)
 

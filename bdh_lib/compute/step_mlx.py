@@ -40,7 +40,8 @@ class DecodeStep:
     """Reads one byte, with the model's weights in the dtype of the products."""
 
     def __init__(self, model):
-        self.dtype, (H, D, N) = model.compute.dtype, model.encoder.shape
+        H, D, N = model.encoder.shape
+        self.dtype = model.compute.dtype
         encoder, encoder_v, decoder = model.weights()
         decoder = mx.contiguous(decoder.swapaxes(-1, -2))  # (H, D, N), see `step`
         weights = [w.astype(self.dtype) for w in (encoder, encoder_v, decoder)]
@@ -89,8 +90,11 @@ def step(
     embed, encoder, encoder_v, decoder, increments = weights
     (H, D, N), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     angles = (begin + count.astype(mx.uint32) * increments).view(mx.int32) * (math.pi / 2**31)
-    cos, sin, slot = mx.cos(angles), mx.sin(angles), mx.arange(keys[0].shape[2])
-    v, is_new, updated = embed[idx], (slot == count)[:, None], []
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    slot = mx.arange(keys[0].shape[2])
+    is_new = (slot == count)[:, None]
+    v = embed[idx]
+    updated = []
     for S, K, V in zip(base_state, keys, values, strict=True):
         x = mx.maximum(v.astype(dtype).reshape(1, B, D) @ encoder, 0)  # (H, B, N)
         x0, x1 = mx.split(x.astype(mx.float32).reshape(H, B, N // 2, 2), 2, -1)

@@ -51,18 +51,18 @@ def structure_of(fields: np.ndarray) -> str:
     return "/".join(dict.fromkeys(names)) + several
 
 
-def choose_questions(records: Split, n: int, length: int, budget: int) -> list[Question]:
+def choose_questions(records: Split, n: int, length: int, max_new_tokens: int) -> list[Question]:
     """Return up to `n` questions, always the same: the first of each structure, then the second.
 
-    Records of up to `length` bytes with a response of up to `budget` bytes come first, then those
-    that are least too long.
+    Records of up to `length` bytes with a response of up to `max_new_tokens` bytes come first, then
+    those that are least too long.
     """
     numbers = question_numbers(records)[:MAX_READ]
     excess = {}  # by question, the fitting ones first
     for question in (cut_question(records, i) for i in numbers):
         n_truth = len(question.truth.encode())
         n_bytes = len(question.prompt) + n_truth + len(STOP)
-        excess[question] = (max(0, n_bytes - length), max(0, n_truth - budget))
+        excess[question] = (max(0, n_bytes - length), max(0, n_truth - max_new_tokens))
     of_structure = Counter()  # questions so far
     rank = {}
     for question in sorted(excess, key=excess.get):

@@ -185,7 +185,8 @@ class Session:
         key, turn_key = mx.random.split(self.decoding.key)
         self.decoding = self.decoding._replace(key=key)
         prompt = self.format_prompt(line)
-        terminal, stop = Terminal(), StopMatcher(self.decoding.stops, prompt)
+        stop = StopMatcher(self.decoding.stops, prompt)
+        terminal = Terminal()
         with suppress(KeyboardInterrupt):
             logits = self.read(prompt)
             for piece in self.write(logits, turn_key):
@@ -209,8 +210,8 @@ class Session:
 
     def write(self, logits: mx.array, key: mx.array) -> Iterator[bytes]:
         """Yield the bytes of an answer, which are part of the session's text at once."""
-        decoding, seen = self.decoding._replace(key=key), pad_batch([self.text])
-        tokens = stream(decoding, logits, self.state, seen)
+        decoding = self.decoding._replace(key=key)
+        tokens = stream(decoding, logits, self.state, pad_batch([self.text]))
         for token, self.state in islice(tokens, decoding.max_new_tokens):
             self.text += bytes(token)
             yield bytes(token)

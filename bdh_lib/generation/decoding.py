@@ -24,7 +24,7 @@ from bdh_lib.generation.sampling import PAD, Sampling, append_token, uniforms
 from bdh_lib.progress import Progress
 from bdh_mlx import BDH
 
-BYTES_AT_ONCE = 8  # of one row, in a submission to a CUDA GPU (docs/log.md)
+STEPS_PER_SUBMISSION = 8  # of one row, to a CUDA GPU (docs/log.md)
 
 
 class Decoding(NamedTuple):
@@ -89,8 +89,8 @@ def stream(
             logits = logits[:, -1]
             yield _host_arrays(token), state, (logits, recent)
 
-    at_once = BYTES_AT_ONCE if len(logits) == 1 and on_cuda() else 1
-    for group in prefetch_one(_submit(steps(logits, state, sampling.recent(seen)), at_once)):
+    n_steps = STEPS_PER_SUBMISSION if len(logits) == 1 and on_cuda() else 1
+    for group in prefetch_one(_submit(steps(logits, state, sampling.recent(seen)), n_steps)):
         for tokens, state, _ in group:
             yield [byte for a in tokens for byte in a.tolist()], state
 
@@ -121,27 +121,32 @@ class StopMatcher:
     """
 
     def __init__(self, stops: Sequence[bytes], context: bytes = b""):
-        self.stops, self.matched = stops, False
+        self.stops = stops
+        self.matched = False
         self.lookback = max(map(len, stops), default=1) - 1
-        self.context, self.pending = context[max(0, len(context) - self.lookback) :], b""
+        self.context = context[max(0, len(context) - self.lookback) :]
+        self.pending = b""
 
     def feed(self, piece: bytes) -> bytes:
         """Return the bytes that certainly precede a stop string; none once one is `matched`."""
         if self.matched:
             return b""
-        text, new = self.context + self.pending + piece, len(self.context)
+        text = self.context + self.pending + piece
+        new = len(self.context)
         ends = [
             (begin + len(stop), begin)
             for stop in self.stops
             if (begin := text.find(stop, max(0, new - len(stop) + 1))) >= 0
         ]
         if ends:
-            self.matched, self.pending = True, b""
+            self.matched = True
+            self.pending = b""
             return text[new : min(ends)[1]]
         lengths = range(min(self.lookback, len(text)), 0, -1)
         partial = (n for n in lengths if any(s.startswith(text[-n:]) for s in self.stops))
         cut = max(new, len(text) - next(partial, 0))
-        self.pending, self.context = text[cut:], text[max(0, cut - self.lookback) : cut]
+        self.pending = text[cut:]
+        self.context = text[max(0, cut - self.lookback) : cut]
         return text[new:cut]
 
     def end(self) -> bytes:
@@ -185,8 +190,8 @@ def generate_batch(
 
 def _read_batch(model: BDH, idx: np.ndarray, state: State) -> tuple[mx.array, State]:
     """Read idx (B, T), the common prefix of its rows once; return logits (B, V) and the State."""
-    (B, T), is_common = idx.shape, (idx == idx[0]).all(0)
-    shared = int(np.append(is_common, False).argmin())  # length of the common prefix
+    B, T = idx.shape
+    shared = int(np.append((idx == idx[0]).all(0), False).argmin())  # length of the common prefix
     if shared:
         logits, state = read_prompt(model, idx[:1, :shared], state)
     if shared < T:

@@ -210,7 +210,9 @@ def remaining_jobs(jobs: list[Job], out: Path | None, source: str) -> list[Job]:
     if not (out and os.path.isfile(out)):  # noqa: PTH113  which raises nothing
         return jobs
     *lines, partial = out.read_bytes().split(b"\n")
-    jobs_by_key, remaining, of_text = {}, {id(job): job for job in jobs}, jobs[0].of_text
+    of_text = jobs[0].of_text
+    remaining = {id(job): job for job in jobs}
+    jobs_by_key = {}
     for job in jobs:
         jobs_by_key.setdefault(result_key(result_line(job, source), of_text), []).append(job)
     for number, line in enumerate(lines, 1):

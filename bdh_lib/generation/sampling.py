@@ -16,7 +16,7 @@ from bdh_lib.rules import TEMPERATURE, TOP_K, check, number
 
 PENALTY_WINDOW = 256  # bytes that the repetition penalty covers
 PAD = -1  # in `recent` and padded batches: no byte
-AT_ONCE = 64  # random numbers per row and call
+DRAWS_PER_CALL = 64  # random numbers of a row
 LIMITS = {
     "repetition_penalty": number("from 0.000001 to 1,000,000; 1: none", lambda x: 1e-6 <= x <= 1e6),
     "temperature": TEMPERATURE,
@@ -67,13 +67,14 @@ class Sampling:
 
 
 def uniforms(key: mx.array, B: int) -> Iterator[mx.array]:
-    """Yield random numbers u (B, 1) without end; AT_ONCE a call, since a call costs on a GPU.
+    """Yield random numbers u (B, 1) without end; DRAWS_PER_CALL at a time, as a GPU's calls cost.
 
     u is so far below 1 that the rounded product u * p is always less than p.
     """
     while True:
         key, draw_key = mx.random.split(key)
-        yield from mx.random.uniform(high=1 - 2**-22, shape=(AT_ONCE, B, 1), key=draw_key)
+        shape = (DRAWS_PER_CALL, B, 1)
+        yield from mx.random.uniform(high=1 - 2**-22, shape=shape, key=draw_key)
 
 
 def append_token(recent: mx.array | None, token: mx.array) -> mx.array | None:

@@ -90,7 +90,8 @@ def trace(model: bdh_mlx.BDH, text: bytes) -> tuple[dict, np.ndarray, np.ndarray
     They are the share of neurons that fire (L, T), and y summed over the layers (T, H*N). A head
     and an index identify a neuron, since the layers share their neurons.
     """
-    summaries, shares, summed = [], [], 0
+    summaries, shares = [], []
+    summed = 0
     for layer in layers(model, text):
         fires = mx.mean(layer.y > 0, (0, 2))
         shares.append(np.array(fires))
