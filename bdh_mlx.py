@@ -87,7 +87,8 @@ class BDH(nn.Module):
         self.config = config
         self.compute = default_compute(H, D)
         self.trained_length: int | None = None  # BLOCK_SIZE of its training, if known
-        self.decode_step = None  # weights laid out to read byte by byte (bdh_lib/compute/state.py)
+        # a cache, which None frees: weights laid out to read byte by byte (compute/state.py)
+        self.decode_step = None
         self.embed = nn.Embedding(config.vocab_size, D)
         self.embed.weight = mx.random.normal((config.vocab_size, D)) * 0.02
         self.encoder = mx.random.normal((H, D, N)) * 0.02

@@ -25,7 +25,9 @@ def is_without_columns(stream: TextIO) -> bool:
 class Progress:
     """Shows how much of a piece of work is done: `with Progress("reading", 100, "bytes") as p`."""
 
-    last_shown = 0.0  # time.monotonic() when any of them, or a heartbeat, last showed something
+    # time.monotonic() when any of them, or a heartbeat, last showed something: they are one inside
+    # the other, in functions that do not know of each other, and write to the same terminal
+    last_shown = 0.0
 
     def __init__(
         self, what: str, total: int | None, unit: str, initial: int = 0, file: TextIO | None = None

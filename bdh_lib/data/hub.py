@@ -20,7 +20,11 @@ TIMEOUT = 10  # seconds that the hub may take to answer at all; a hanging one wo
 
 
 class Silence:
-    """Why the hub is out of reach, for the error that follows."""
+    """Why the hub is out of reach, for the error that follows.
+
+    It is of the process, as is HF_HUB_OFFLINE, which is set with it: from then on the library does
+    not ask, and its own errors do not know the reason.
+    """
 
     reason = ""
 

@@ -28,7 +28,7 @@ from bdh_lib.settings import Settings
 
 VERSION = 2  # of prepared data: raise it where a change of the code changes any of their bytes
 IN_VAL = "in_val.npy"  # in prepared data: of each text of the mode, whether it validates
-STARTED = time.time()  # about when this process started
+STARTED = time.time()  # about when the process started, in which --refresh-data acts once
 
 
 class DataSettings(NamedTuple):
