@@ -5,9 +5,9 @@ continues its file, and the file then ends in the same bytes as without the inte
 """
 
 import fcntl
+import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,8 +65,8 @@ def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = N
         text = files.read_endable(file, "--prompts").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts {file} is no UTF-8: {error.reason}") from None
-    jobs, lines = [], re.sub("\r\n?", "\n", text).removesuffix("\n").split("\n")
-    for number, line in enumerate(lines, 1):
+    jobs = []
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):  # any line end is a line's
         if not line.strip():
             continue
         try:

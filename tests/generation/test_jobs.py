@@ -292,6 +292,6 @@ def test_a_million_texts_are_the_most(chaos, tmp_path):
 
 
 def test_prompts_of_another_editor_are_read(chaos, tmp_path, output):
-    (tmp_path / "p").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n')
+    (tmp_path / "p").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r{"prompt": "b"}\r\n')
     out = output(chaos, "--prompts", tmp_path / "p", "--max-new-tokens", 2).splitlines()
     assert [json.loads(line)["line"] for line in out] == [1, 3]
