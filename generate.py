@@ -34,7 +34,7 @@ from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
 from bdh_lib.data.questions import load_questions, question_numbers
 from bdh_lib.errors import UserError, escape_controls, warn
-from bdh_lib.files import read_endable
+from bdh_lib.files import read_endable, read_stream
 from bdh_lib.generation import answers, chat, export, states, trace
 from bdh_lib.generation.arguments import parse_args
 from bdh_lib.generation.decoding import (
@@ -72,9 +72,9 @@ def prompt_of(args: argparse.Namespace) -> bytes:
     if args.prompt_file is None:
         if sys.stdin.isatty():  # stdout is no terminal, or a session would run
             print("the prompt is what is typed here, up to Ctrl-D", file=sys.stderr)
-            return sys.stdin.buffer.read()
+            return read_stream(sys.stdin.buffer, "the prompt on stdin")
         with redirect_stdout(sys.stderr), heartbeat("waiting for the prompt on stdin"):
-            return sys.stdin.buffer.read()
+            return read_stream(sys.stdin.buffer, "the prompt on stdin")
     with redirect_stdout(sys.stderr), heartbeat(f"reading {args.prompt_file}"):
         return read_endable(args.prompt_file, "--prompt-file")
 

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 try:
     import fcntl
@@ -16,6 +17,7 @@ except ImportError:
 from bdh_lib.errors import UserError, escape_controls
 
 MADE_BY = "BDH-MLX"  # stands at the beginning of pictures and traces, which may be made anew
+MAX_STREAM = 10**8  # bytes of a pipe or a terminal; of a file its size is known
 
 
 def flush(path: Path) -> None:
@@ -63,11 +65,21 @@ def read_endable(path: Path, name: str) -> bytes:
     """
     try:
         with path.open("rb") as file:  # opened first: on a Mac only then is /dev/stdin what it is
-            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+            kind = os.fstat(file.fileno()).st_mode
+            if stat.S_ISCHR(kind) and not file.isatty():
                 raise UserError(f"{name} {path} is a device; name a file or a pipe")
-            return file.read()
+            return file.read() if stat.S_ISREG(kind) else read_stream(file, f"{name} {path}")
     except OSError as error:
         raise UserError(f"{name} {path}: {error.strerror}") from None
+
+
+def read_stream(file: BinaryIO, name: str) -> bytes:
+    """Read what may never end, a pipe or a terminal. Raises UserError past MAX_STREAM bytes."""
+    content = file.read(MAX_STREAM + 1)
+    if len(content) > MAX_STREAM:
+        limit = f"more than {MAX_STREAM:,} bytes (MAX_STREAM in bdh_lib/files.py)"
+        raise UserError(f"{name} gives {limit}; write them to a file and name it")
+    return content
 
 
 def parse_json(text: str | bytes):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from threading import Timer
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,7 @@ from helpers import ROOT, random_model, saved, train, write_best
 import bdh_mlx
 import generate
 import train_mlx
-from bdh_lib import progress, runs
+from bdh_lib import files, progress, runs
 from bdh_lib.compute import memory
 from bdh_lib.data import formats, sources
 from bdh_lib.errors import escape_controls
@@ -200,6 +201,17 @@ def test_what_is_no_file_is_not_evaluated(chaos, tmp_path):
 def test_a_device_that_never_ends_is_refused(counting, args):
     with pytest.raises(UserError, match="/dev/zero is a device; name a file or a pipe"):
         generate.main([str(counting), *args.split()])
+
+
+@pytest.mark.parametrize("args", ["", "--prompt-file PIPE", "--prompts PIPE", "--trace @PIPE"])
+def test_a_pipe_that_does_not_end_is_refused(counting, args, monkeypatch):
+    read, write = os.pipe()
+    os.write(write, b"1234567")  # and it stays open
+    with os.fdopen(read, "rb") as pipe, os.fdopen(write, "wb"):
+        monkeypatch.setattr(files, "MAX_STREAM", 5)
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe, isatty=lambda: False))
+        with pytest.raises(UserError, match=r"gives more than 5 bytes .*; write them to a file"):
+            generate.main([str(counting), *args.replace("PIPE", f"/dev/fd/{read}").split()])
 
 
 @pytest.mark.parametrize(
