@@ -4,6 +4,8 @@ The model keeps its state between turns: each follows all earlier ones, as recor
 """
 
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -102,6 +104,8 @@ class Session:
         """Take turns until Ctrl-D or /quit."""
         pastes_lines = enable_line_editing()
         Interrupts.end_the_process = False  # Ctrl-C ends an answer, not the session
+        # by an exception, at which input() resets the terminal: else it would go on marking pastes
+        on_sigterm = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         note = formats.SAMPLE_NOTES.get(
             self.mode, "no training mode is known: text is read as it is"
         )
@@ -122,6 +126,7 @@ class Session:
                 except UserError as error:
                     print(f"error: {escape_controls(str(error))}")
         finally:
+            signal.signal(signal.SIGTERM, on_sigterm)
             save_history()
 
     def next_line(self) -> str | None:

@@ -154,6 +154,18 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting, tmp_path):
     assert text.startswith(b"### Instruction:\ngo\n\n### Response:\n\x0b\x0c") and len(text) > 80
 
 
+def test_sigterm_resets_the_terminal(counting, tmp_path):
+    with Screen(tmp_path, counting) as screen:
+        screen.until(PROMPT)
+        screen.type(b"half a line")
+        screen.until(b"half a line")
+        time.sleep(0.1)  # as above
+        os.kill(screen.pid, signal.SIGTERM)
+        assert screen.ended() == 128 + signal.SIGTERM
+    ends = screen.out.count(b"\x1b[?2004l")
+    assert ends == screen.out.count(b"\x1b[?2004h") and (ends or "libedit" in readline.__doc__)
+
+
 @pytest.mark.parametrize("library", ["GNU readline", "libedit readline", None])
 def test_lines_that_cannot_be_pasted_as_one_text_are_told(
     library, monkeypatch, capsys, chaos, tmp_path
