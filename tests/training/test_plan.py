@@ -12,6 +12,7 @@ from helpers import ARGS
 import train_mlx
 from bdh_lib import progress
 from bdh_lib.compute import memory
+from bdh_lib.data import problems
 from bdh_lib.training import plan
 from bdh_lib.training.schedule import blocks_per_step
 
@@ -74,8 +75,8 @@ def test_presets_are_planned_on_the_bytes_that_are_left_to_train_on(tmp_path, ca
 
 
 def test_a_plan_that_takes_long_shows_a_sign_of_life(tmp_path, capsys, monkeypatch):
-    quick = plan.oddities
-    monkeypatch.setattr(plan, "oddities", lambda found: time.sleep(0.2) or quick(found))
+    quick = problems.oddities
+    monkeypatch.setattr(problems, "oddities", lambda found: time.sleep(0.2) or quick(found))
     monkeypatch.setattr(progress, "POLL", 0.01)
     monkeypatch.setattr(progress, "LINE_EVERY", 0.1)
     out = plan_output(tmp_path, capsys, [record(i) for i in range(20)])
@@ -102,14 +103,6 @@ def test_special_tokens_of_other_models_are_counted(tmp_path, capsys, token):
     out = plan_output(tmp_path, capsys, records)
     assert f"1 of 22 records: `{token}`, a special token of another model, inside response" in out
     assert out.count("special token") == 1
-
-
-def test_sound_text_is_not_called_mojibake():
-    for text in ("naïve café — “quotes” … €5", "你好 世界", "привет, мир", "São é»ß ÀÖ", "✓ 👍🏽"):
-        assert plan.mojibake(text) is None, text
-        if text.startswith(("naïve", "✓")):
-            for codec in ("mac_roman", "latin1", "cp1252"):
-                assert plan.mojibake(text.encode().decode(codec, "ignore")), (text, codec)
 
 
 def test_sizes_agree_with_the_prepared_bytes_and_the_model(tmp_path, capsys):
