@@ -35,7 +35,7 @@ from bdh_lib.data import formats, hub
 from bdh_lib.data.questions import load_questions, question_numbers
 from bdh_lib.errors import UserError, escape_controls, warn
 from bdh_lib.files import read_endable, read_stream
-from bdh_lib.generation import answers, chat, export, states, trace
+from bdh_lib.generation import answers, chat, export, losses, states, trace
 from bdh_lib.generation.arguments import parse_args
 from bdh_lib.generation.decoding import (
     Decoding,
@@ -60,8 +60,9 @@ from bdh_lib.generation.jobs import (
 )
 from bdh_lib.generation.sampling import Sampling
 from bdh_lib.progress import heartbeat
-from bdh_lib.training import evaluation
+from bdh_lib.training.evaluation import compile_evaluation, evaluate
 
+DEFAULT_BLOCK_SIZE = 4096  # of --evaluate where the checkpoint does not say its own
 LONG_PROMPT = 1000  # bytes of a prompt that the default model reads in seconds on a CPU
 
 
@@ -126,6 +127,24 @@ def answer_data(decoding: Decoding, weights: Path, mode: str | None, args) -> No
     if cut := sum(len(job.question.truth.encode()) > args.max_new_tokens for job in jobs):
         print(f"true responses longer than --max-new-tokens {args.max_new_tokens}: {cut:,}")
     print(answers.answers_table(rows))
+
+
+def evaluate_data(model: bdh_mlx.BDH, weights: Path, mode: str | None, B: int, args) -> None:
+    """Print the loss on the data of --evaluate, by field, in batches of B blocks.
+
+    Raises UserError where no mode is known, and where the data cannot be used.
+    """
+    if mode is None:
+        raise UserError("the checkpoint names no training mode to format records in; give --mode")
+    T = model.trained_length or DEFAULT_BLOCK_SIZE
+    with redirect_stdout(sys.stderr):  # the table alone is on stdout
+        print(f"reading {args.evaluate}")
+        data = losses.read_data(args.evaluate, mode, args.columns, runs.data_of(weights))
+        print(f"evaluating {len(data.split.bytes):,} bytes")
+    losses_fn = compile_evaluation(model, len(data.split.bytes), (B, T))
+    with redirect_stdout(sys.stderr):
+        whole, means = evaluate(losses_fn, data.split, (B, T))
+    print(losses.describe_data(data, T), losses.loss_table(whole, means, data.split), sep="\n")
 
 
 def complete_prompt(decoding: Decoding, prompt: bytes, args: argparse.Namespace) -> None:
@@ -198,8 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     mode = args.mode or trained.get("TRAINING_MODE")
     mode = mode if mode in formats.REQUIRED_FIELDS else None
     if args.evaluate is not None and args.answers is None:
-        about = (args.evaluate, mode, trained, args.columns, runs.data_of(weights))
-        print(evaluation.evaluation_table(model, *about))
+        evaluate_data(model, weights, mode, trained.get("BATCH_SIZE", 1), args)
     else:
         write_texts(decoding_of(model, mode, args), weights, mode, args)
     return 0

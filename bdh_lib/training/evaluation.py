@@ -1,26 +1,17 @@
 """The loss of a model on held out bytes, whole and by the field that each byte belongs to."""
 
 import math
-import sys
-import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from itertools import pairwise
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from bdh_lib.compute.layer import forward_segment, ln
-from bdh_lib.data.describe import count_text, skip_lines
 from bdh_lib.data.formats import FIELDS, LABEL_OF
-from bdh_lib.data.prepare import load_unsplit
-from bdh_lib.data.questions import settings_of_run
 from bdh_lib.data.split import Split
-from bdh_lib.errors import UserError
 from bdh_lib.progress import Progress, heartbeat
 from bdh_lib.settings import Settings
-from bdh_lib.tables import format_table
 from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.distributed import World
@@ -32,7 +23,6 @@ from bdh_mlx import BDH
 
 ACTIVITY_BYTES = 4096  # validation bytes over which the active neurons are counted
 ACTIVITY_CHUNK = 256  # of them at once
-DEFAULT_BLOCK_SIZE = 4096  # where the checkpoint does not say what it was trained on
 
 
 def evaluate(
@@ -90,17 +80,19 @@ def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float
     return {"active_x": x, "active_y": y, "dead": excited.size - excited.sum().item()}
 
 
-def compile_shapes(losses_fn: Callable, n_bytes: int, shape: tuple[int, int]) -> None:
-    """Let mx.compile trace `losses_fn` with each shape that `evaluate` reads; compute nothing.
+def compile_evaluation(model: BDH, n_bytes: int, shape: tuple[int, int]) -> Callable:
+    """Return compile_losses of the model, traced with each shape that `evaluate` reads.
 
-    `n_bytes` is the length of val in bytes, `shape` the (B, T) of `evaluate`.
+    `n_bytes` is the length of val in bytes, `shape` the (B, T) of `evaluate`. Nothing is computed.
     """
-    (B, T), n = shape, n_bytes - 1
+    losses_fn, (B, T), n = compile_losses(model), shape, n_bytes - 1
     rows = n // T
-    for shape in {(B, T) if rows >= B else (0, T), (rows % B, T), (1, n % T)}:
-        if 0 not in shape:
-            zeros = mx.zeros(shape, mx.int32)
-            losses_fn(zeros, zeros)
+    with default_signals():
+        for shape in {(B, T) if rows >= B else (0, T), (rows % B, T), (1, n % T)}:
+            if 0 not in shape:
+                zeros = mx.zeros(shape, mx.int32)
+                losses_fn(zeros, zeros)
+    return losses_fn
 
 
 class Evaluator:
@@ -114,10 +106,10 @@ class Evaluator:
         that are computed here from `data.train` and `data.val`.
         """
         self.s, self.model, self.val, self.world, self.stop = s, model, data.val, world, stop
-        self.losses_fn, self.shape = compile_losses(model), (s.BATCH_SIZE, s.BLOCK_SIZE)
+        self.shape = (s.BATCH_SIZE, s.BLOCK_SIZE)
         print(f"compiling the evaluation, once ({SIGNAL_NOTE})")
-        with heartbeat("compiling"), default_signals():
-            compile_shapes(self.losses_fn, len(self.val.bytes), self.shape)
+        with heartbeat("compiling"):
+            self.losses_fn = compile_evaluation(model, len(self.val.bytes), self.shape)
         self.n_steps = total_steps(s, len(data.train.bytes))
         self.baselines = byte_baselines(s.LOSS_ON, data.train, data.val)
 
@@ -140,52 +132,3 @@ class Evaluator:
             results |= neuron_activity(self.model, self.val.bytes, self.s.BLOCK_SIZE)
         advice = advise([*history, results], self.s, self.n_steps, self.baselines)
         return results | {"advice": advice}
-
-
-def evaluation_table(
-    model: BDH,
-    dataset: str,
-    mode: str | None,
-    settings: dict,
-    columns: str | None = None,
-    data: dict | None = None,
-) -> str:
-    """Return a table of the loss by field, in nats and bits per byte. Raises UserError.
-
-    `data` is the report of the data that the model was trained on.
-    """
-    if mode is None:
-        raise UserError("the checkpoint names no training mode to format records in; give --mode")
-    print(f"reading {dataset}", file=sys.stderr)
-    # the table alone is on stdout, not that large data are being read
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        about, stream, fields = load_unsplit(dataset, mode, Path(folder), columns)
-        is_ready = about["records"] is None  # then its validation alone was read
-        is_own = not is_ready and settings_of_run(dataset, about, data or {}, Path(folder))
-    if len(stream) < 2:
-        raise UserError(f"{dataset} has {len(stream)} byte; a loss needs at least 2")
-    T, B = model.trained_length or DEFAULT_BLOCK_SIZE, settings.get("BATCH_SIZE", 1)
-    print(f"evaluating {len(stream):,} bytes", file=sys.stderr)
-    losses_fn = compile_losses(model)
-    with default_signals():
-        compile_shapes(losses_fn, len(stream), (B, T))
-    with redirect_stdout(sys.stderr):
-        whole, means = evaluate(losses_fn, Split(stream, fields), (B, T))
-    count = np.bincount(fields[1:], minlength=len(FIELDS)).tolist()
-    counts = dict(zip(LABEL_OF.values(), count, strict=True))
-    n_bytes = len(stream) - 1
-    lines = [
-        f"{about['dataset']}: {count_text(about['records'])}mode {mode}, "
-        f"{len(stream):,} bytes in blocks of {T:,}, as the trainer validates",
-        *(f"  {skip}" for skip in skip_lines(about)),
-    ]
-    if is_own:
-        lines.append(
-            "  of these the run trained on all but its validation, whose loss is in its log"
-        )
-    rows = [("field", "bytes", "share", "nats/byte", "bits/byte")]
-    for name, mean in (means | {"whole": whole}).items():
-        n = counts.get(name, n_bytes)
-        bits = bits_per_byte(mean)
-        rows.append((name, f"{n:,}", f"{n / n_bytes:.1%}", f"{mean:.4f}", f"{bits:.4f}"))
-    return "\n".join([*lines, format_table(rows)])

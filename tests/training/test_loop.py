@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from helpers import ROOT, arrays, metrics, same, train
 
-import bdh_mlx
 import generate
 import train_mlx
 from bdh_lib import files, runs
@@ -326,13 +325,11 @@ def test_a_ready_split_trains_and_evaluates_to_the_same_loss(tmp_path, capsys):
     (split / "val.bin").write_bytes(bytes(range(32, 128)) * 3)
     assert train(tmp_path, "--max-iters", 3, "--dataset", split) == 0
     loss = [m["val_loss"] for m in metrics(tmp_path) if "val_loss" in m][-1]
-    settings = {"BLOCK_SIZE": 64, "BATCH_SIZE": 2}
-    table = evaluation.evaluation_table(
-        bdh_mlx.load_model(tmp_path / "full"), str(split), "full", settings
-    )
+    report = capsys.readouterr().out
+    assert generate.main([str(tmp_path / "full"), "--evaluate", str(split)]) == 0
+    table = capsys.readouterr().out
     assert "split, held out side: mode full, 288 bytes" in table
     assert re.search(rf"^whole +287 +100.0% +{loss:.4f} ", table, re.M)
-    report = capsys.readouterr().out
     assert f"data: {split}, mode full\n  structure ready split\n  training: 864 bytes\n" in report
     card = export.facts(tmp_path / "full" / "step-000003")[0]
     assert card["training data"] == "864 bytes" and "records" not in report + table
