@@ -105,6 +105,17 @@ def read_json_object(path: Path) -> dict:
     return content
 
 
+def seal(content: dict) -> dict:
+    """Return the content of a JSON file with its own sha256, for `is_sealed`."""
+    return content | {"sha256": sha256_text(json.dumps(content))}
+
+
+def is_sealed(content: dict) -> bool:
+    """Tell whether the content of a JSON file is as `seal` returned it."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return content.get("sha256") == sha256_text(json.dumps(rest))
+
+
 class NotWritten(UserError, OSError):
     """A file cannot be written. It is an OSError, too, for those who clean up after one."""
 

@@ -130,6 +130,27 @@ def trained_on_chats(weights: Path) -> bool:
     return bool(data_of(weights).get("several_turns"))
 
 
+def read_config(run: Path) -> dict:
+    """Return config.json without values that the trainer would not write; warn of a damaged one."""
+    empty, file = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}, run / "config.json"
+    try:
+        content = files.read_json_object(file) if file.exists() else empty
+    except UserError as error:
+        warn(str(error))
+        return empty
+    is_typed = {name: type(content.get(name)) is type(value) for name, value in empty.items()}
+    is_whole = is_typed | {"data": is_typed["data"] and _is_report(content["data"])}
+    if damaged := [name for name, whole in is_whole.items() if not whole]:
+        warn(f"{file} is damaged: {', '.join(damaged)} not as the trainer writes it")
+    config = empty | {name: content[name] for name, whole in is_whole.items() if whole}
+    return config | {"settings": valid_settings(config["settings"])}
+
+
+def _is_report(data: dict) -> bool:
+    """Tell whether the data of a config.json are a report as it was written, or none."""
+    return not data or files.is_sealed(data)
+
+
 def valid_settings(settings: dict) -> dict:
     """Drop settings of a wrong type from those of a config.json, which may hold anything."""
     settings = dict(settings)

@@ -22,7 +22,15 @@ from bdh_lib.data.formats import FIELDS, REQUIRED_FIELDS
 from bdh_lib.data.split import ENDS, choose_validation, write_sides
 from bdh_lib.data.texts import Texts, write_texts
 from bdh_lib.errors import NoDataError, UserError
-from bdh_lib.files import parse_json, read_json_object, sha256_file, sha256_text, write_fault
+from bdh_lib.files import (
+    is_sealed,
+    parse_json,
+    read_json_object,
+    seal,
+    sha256_file,
+    sha256_text,
+    write_fault,
+)
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
 
@@ -164,9 +172,9 @@ def is_intact(folder: Path) -> bool:
     """
     try:
         report = read_json_object(folder / "data.json")
-        sources.print_if_large("checking the prepared data", [*folder.iterdir()], 50)
-        if report.pop("sha256", None) != sha256_text(json.dumps(report)):
+        if not is_sealed(report):
             return False
+        sources.print_if_large("checking the prepared data", [*folder.iterdir()], 50)
         sums = {IN_VAL: report.get("in_val_sha256")}  # a ready split has none
         for side in ("train", "val"):
             sums[f"{side}.bin"] = report[side]["sha256"]
@@ -188,8 +196,7 @@ def _make(folder: Path, settings: DataSettings, files: list[Path] | None) -> Non
             report = _split(settings, making)
         report["made_from"] = settings.as_dict()
         report["commit"] = None if files else hub.commit(dataset)
-        sealed = report | {"sha256": sha256_text(json.dumps(report))}
-        (making / "data.json").write_text(json.dumps(sealed, indent=1))
+        (making / "data.json").write_text(json.dumps(seal(report), indent=1))
         if cache_key(settings, sources.find(dataset)) != folder.name:
             raise UserError(f"DATASET {dataset} changed while it was read; start again")
         shutil.rmtree(folder, ignore_errors=True)  # damaged, or to be made anew

@@ -37,7 +37,7 @@ def read_run(run: Path) -> tuple[dict, list[dict]]:
     ]
     if not lines:
         raise UserError(_no_run(run))
-    return read_config(run), lines
+    return runs.read_config(run), lines
 
 
 def _no_run(run: Path) -> str:
@@ -50,37 +50,6 @@ def _no_run(run: Path) -> str:
     runs = sorted(file.parent.name for file in run.glob("*/metrics.jsonl"))
     remedy = f"one or more of the runs in it: {', '.join(runs)}" if runs else "the folder of a run"
     return f"{run} holds no metrics.jsonl; name {remedy}"
-
-
-def read_config(run: Path) -> dict:
-    """Return config.json without values that the trainer would not write; warn of a damaged one."""
-    config, damaged = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}, []
-    try:
-        content = files.read_json_object(run / "config.json")
-        is_there = (run / "config.json").exists()
-    except UserError as error:
-        warn(str(error))
-        return config
-    for name, empty in config.items():
-        value = content.get(name) if is_there else empty
-        if type(value) is type(empty) and _is_described(name, value):
-            config[name] = value
-        else:
-            damaged.append(name)
-    if damaged:
-        problem = f"{', '.join(damaged)} not as the trainer writes it"
-        warn(f"{run / 'config.json'} is damaged: {problem}")
-    return config | {"settings": runs.valid_settings(config["settings"])}
-
-
-def _is_described(name: str, value) -> bool:
-    """Tell whether a part of config.json has what the page shows of it."""
-    if name == "data" and value:
-        try:
-            describe(value)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-            return False
-    return True
 
 
 def _drop_mistyped(m: dict) -> dict:

@@ -5,13 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from bdh_lib import runs
 from bdh_lib.data import hub
 from bdh_lib.data.describe import data_changes
 from bdh_lib.errors import UserError
 from bdh_lib.settings import Settings, settings_dict
 from bdh_lib.training import checkpoints, phases, tuning
 from bdh_lib.training.distributed import World
-from bdh_lib.training.report import read_config
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
 from bdh_lib.training.train_settings import FIXED_ON_RESUME, GLOBAL_BATCH, RULES
 from bdh_lib.training.train_state import (
@@ -56,7 +56,7 @@ def load_state(s: Settings, run: Path, step: int, data_report: dict, state: Trai
     """
     if not step:
         return init_from(s, state) if s.INIT_FROM else []
-    read_config(run)  # warns where it is damaged; what counts is that of the checkpoint
+    runs.read_config(run)  # warns where it is damaged; what counts is that of the checkpoint
     info = checkpoints.read_info(run, step)
     changes = changes_on_resume(run, info, s, data_report)
     check_origin(run, info, s)

@@ -227,6 +227,7 @@ CONFIGS = [
     b"{}", b"not json", b"\xff\xfe", b"[1]", b"null", b"{" * 10**5, b"[" * 10**5,
     b'{"settings": 5, "data": null}', b'{"data": {"train": 3}}', b'{"data": [1]}',
     b'{"parameters": "many", "versions": 3}', b'{"versions": ["x"]}', b'{"parameters": true}',
+    b'{"data": {"sha256": "0"}}',
 ]  # fmt: skip
 
 
