@@ -146,6 +146,13 @@ def read_config(run: Path) -> dict:
     return config | {"settings": valid_settings(config["settings"])}
 
 
+def is_checkpoint_config(content: dict) -> bool:
+    """Tell whether the content of a checkpoint's config.json has what this trainer writes."""
+    kinds = {"step": int, "settings": dict, "versions": dict, "data": dict}
+    is_typed = all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+    return is_typed and files.is_sealed(content["data"])
+
+
 def _is_report(data: dict) -> bool:
     """Tell whether the data of a config.json are a report as it was written, or none."""
     return not data or files.is_sealed(data)

@@ -84,27 +84,27 @@ def training_command(settings: dict) -> str:
 
 def facts(checkpoint: Path) -> tuple[dict, dict]:
     """Return rows of the card's table, and settings, of a checkpoint; empty for a bare file."""
-    try:
+    about = {}
+    with suppress(UserError):
         about = files.read_json_object(checkpoint / "config.json")
-        settings, step = runs.valid_settings(about["settings"]), about["step"]
-        rows = {
-            "data": without_folders(settings["DATASET"]),
-            "mode": settings["TRAINING_MODE"],
-            "iterations": f"{step:,}",
-            "training data": f"{count_text(about['data']['train']['records'])}"
-            f"{about['data']['train']['bytes']:,} bytes",
-        }
-    except (UserError, ValueError, KeyError, TypeError):
+    if not runs.is_checkpoint_config(about):
         return {}, {}
-    with suppress(UserError, KeyError, TypeError):
+    settings, train = runs.valid_settings(about["settings"]), about["data"]["train"]
+    if not settings.keys() >= {"DATASET", "TRAINING_MODE", "LOSS_ON"}:
+        return {}, {}
+    rows = {
+        "data": without_folders(settings["DATASET"]),
+        "mode": settings["TRAINING_MODE"],
+        "iterations": f"{about['step']:,}",
+        "training data": f"{count_text(train['records'])}{train['bytes']:,} bytes",
+    }
+    with suppress(UserError):
         best = runs.read_best(checkpoint.parent)
-        if best["step"] == step and math.isfinite(best["monitored_loss"]):
+        if best.get("step") == about["step"] and math.isfinite(best["monitored_loss"]):
             bits = bits_per_byte(best["monitored_loss"])
             rows["validation"] = f"{bits:.4f} bits per byte, of {settings['LOSS_ON']} bytes"
-    custom = about.get("own")
-    for name in custom if isinstance(custom, list) else []:  # other trainers lack these flags
-        settings.pop(name, None)
-    return rows, settings
+    own = about["own"] if isinstance(about.get("own"), list) else []  # others lack these flags
+    return rows, {name: value for name, value in settings.items() if name not in own}
 
 
 @contextmanager

@@ -108,19 +108,32 @@ def init_from(s: Settings, state: TrainState) -> list:
 
 def changes_on_resume(run: Path, info: dict, s: Settings, data_report: dict) -> list[str]:
     """Say what has changed since a checkpoint. Raises UserError for what may not change."""
+    old = saved_values(run, info)
     new = settings_dict(s) | checkpoints.versions() | {GLOBAL_BATCH: blocks_per_step(s)}
-    try:
-        saved = info["settings"]
-        if missing := {name for name in FIXED_ON_RESUME if name.isupper()} - saved.keys():
-            raise UserError(
-                f"{run} is of another format: it has no {min(missing)}. Set RUN_NAME to start "
-                f"another run, with INIT_FROM {run.name} from these weights"
-            )
-        old = saved | info["versions"]
-        old[GLOBAL_BATCH] = blocks_per_step(Settings(**saved))
-        changes = checkpoints.settings_changes(old, new) | data_changes(info["data"], data_report)
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME") from None
+    changes = checkpoints.settings_changes(old, new) | data_changes(info["data"], data_report)
+    refuse_changes(run, changes)
+    return list(changes.values())
+
+
+def saved_values(run: Path, info: dict) -> dict:
+    """Return the settings and versions in config.json of a checkpoint, and its GLOBAL_BATCH.
+
+    Raises UserError where the file is of another format.
+    """
+    if not runs.is_checkpoint_config(info):
+        raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME")
+    needed = {name for name in FIXED_ON_RESUME if name.isupper()} | {"BATCH_SIZE", "GRAD_ACCUM"}
+    if missing := needed - info["settings"].keys():
+        raise UserError(
+            f"{run} is of another format: it has no {min(missing)}. Set RUN_NAME to start "
+            f"another run, with INIT_FROM {run.name} from these weights"
+        )
+    global_batch = blocks_per_step(Settings(**info["settings"]))
+    return info["settings"] | info["versions"] | {GLOBAL_BATCH: global_batch}
+
+
+def refuse_changes(run: Path, changes: dict[str, str]) -> None:
+    """Raise UserError for changes, described by name, of what is fixed for a run."""
     fixed = [name for name in changes if name in FIXED_ON_RESUME]
     of_data = [name for name in fixed if name.endswith(" data")]
     if "TRAINING_MODE" in fixed or "SEED" in fixed:  # they change the data, too
@@ -132,7 +145,6 @@ def changes_on_resume(run: Path, info: dict, s: Settings, data_report: dict) -> 
             f"{run} holds a run with other settings ({'; '.join(shown)}). Set them back to go on "
             f"with it, or set RUN_NAME to start another{weights}"
         )
-    return list(changes.values())
 
 
 def check_origin(run: Path, info: dict, s: Settings) -> None:

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 import bdh_mlx
 import generate
 import train_mlx
+from bdh_lib import files
 from bdh_lib.data.sources import SAMPLE
 from bdh_lib.generation import export
 from bdh_mlx import UserError
@@ -108,7 +109,9 @@ def test_a_folder_that_cannot_be_made_is_one_line(name, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [b"\xff", b"[" * 10**5, b"null", b'{"settings": 5}', b'{"settings": {}, "step": [1]}',
-     b'{"settings": {"TRAINING_MODE": ["full"], "DATASET": 3}, "step": "x", "data": null}'],
+     b'{"settings": {"TRAINING_MODE": ["full"], "DATASET": 3}, "step": "x", "data": null}',
+     json.dumps({"settings": {"DATASET": 3}, "step": 5, "versions": {}, "own": 5,
+                 "data": files.seal({"train": {}})}).encode()],
 )  # fmt: skip
 @pytest.mark.parametrize("best", [b"[]", b'{"step": 5, "monitored_loss": NaN}', b"{" * 10**5])
 def test_a_model_of_a_damaged_run_is_exported(config, best, tmp_path):
