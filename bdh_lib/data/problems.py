@@ -6,6 +6,7 @@ A byte model learns every fault of its data literally, so `--plan` names them.
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,31 +94,39 @@ def examine(s: Settings) -> Findings:
 
 def _note(findings: Findings, structure: str, pieces: Turns, s: Settings) -> None:
     """Note one training text, in pieces by field, of the run's own mode."""
+    text = "".join(piece for _, piece in pieces)
+    findings.examples.setdefault(structure, text)
+    findings.digests.append(digest(text))
+    if len(text.encode()) > s.BLOCK_SIZE:
+        findings.odd["longer than BLOCK_SIZE"] += 1
+    for name, value in field_values(pieces).items():
+        findings.fields.setdefault(name, []).append(digest(" ".join(value.split()).lower()))
+        findings.odd.update(problems_of(name, value))
+
+
+def field_values(pieces: Turns) -> dict[str, str]:
+    """Return the text of each field in a training text; that of several turns is joined."""
     values = {}
     for name, piece in pieces:
         if name:
             values.setdefault(name, []).append(piece)
-    fields = {name: "\n\n".join(parts).removesuffix(STOP) for name, parts in values.items()}
-    text = "".join(piece for _, piece in pieces)
-    findings.examples.setdefault(structure, text)
-    findings.digests.append(digest(text))
-    for name, value in fields.items():
-        findings.fields.setdefault(name, []).append(digest(" ".join(value.split()).lower()))
-    if len(text.encode()) > s.BLOCK_SIZE:
-        findings.odd["longer than BLOCK_SIZE"] += 1
-    for name, value in fields.items():
-        if header := HEADER.search(value):
-            findings.odd[f"`{header[0]}` inside {name}"] += 1
-        if token := TOKENS.search(value):
-            findings.odd[f"`{token[0]}`, a special token of another model, inside {name}"] += 1
-        if "\r" in value:
-            findings.odd[f"an end of line of Windows (\\r\\n), or \\r alone, inside {name}"] += 1
-        if name == "response" and STOP in value:
-            findings.odd["the end mark `---` inside response"] += 1
-        if wrong := mojibake(value):
-            findings.odd[f"mojibake in {name}, such as `{wrong}`"[:60]] += 1
-        if "\ufffd" in value:
-            findings.odd[f"U+FFFD, a character lost before, in {name}"] += 1
+    return {name: "\n\n".join(parts).removesuffix(STOP) for name, parts in values.items()}
+
+
+def problems_of(name: str, value: str) -> Iterator[str]:
+    """Yield what is odd in the text of field `name`, in words."""
+    if header := HEADER.search(value):
+        yield f"`{header[0]}` inside {name}"
+    if token := TOKENS.search(value):
+        yield f"`{token[0]}`, a special token of another model, inside {name}"
+    if "\r" in value:
+        yield f"an end of line of Windows (\\r\\n), or \\r alone, inside {name}"
+    if name == "response" and STOP in value:
+        yield "the end mark `---` inside response"
+    if wrong := mojibake(value):
+        yield f"mojibake in {name}, such as `{wrong}`"[:60]
+    if "\ufffd" in value:
+        yield f"U+FFFD, a character lost before, in {name}"
 
 
 def shared_with_training(digests: list[int], in_val: list[bool]) -> int:

@@ -1,6 +1,7 @@
 """`python train_mlx.py --plan`: what a run would be, and problems of its data, without training."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -70,31 +71,37 @@ def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
     On a slow machine a short batch foretells them: the time is about linear in the bytes.
     """
     short = shortened(s, compute)
-    B, T = short.BATCH_SIZE, short.BLOCK_SIZE
-    times = s.BATCH_SIZE * s.BLOCK_SIZE / (B * T)
+    n_bytes = short.BATCH_SIZE * short.BLOCK_SIZE
+    times = s.BATCH_SIZE * s.BLOCK_SIZE / n_bytes
+    expected = duration(4 * 4 * memory.forward_seconds(short))  # an iteration is about four of them
+    part = f" of {n_bytes:,} bytes, about {expected} on two busy CPU cores" * (times > 1)
+    print(f"\nmeasuring the speed: compiling, then 4 iterations{part}")
+    seconds = np.array([*time_iterations(short, train, compute)])[1:]
+    batch, update, evaluation = seconds.T
+    step = batch * times * s.GRAD_ACCUM + update
+    return float(np.median(step)), float(np.median(evaluation * times))
+
+
+def time_iterations(s: Settings, train: Split, compute: Compute) -> Iterator[tuple]:
+    """Yield the seconds of a batch, of an update, and of an evaluation's batch, four times."""
     state = init_train_state(s, compute)
     micro_step, apply_update = compile_steps(state, s)
     losses_of = compile_losses(state.model)
-    steps, evaluations = [], []
-    expected = duration(4 * 4 * memory.forward_seconds(short))  # an iteration is about four of them
-    part = f" of {B * T:,} bytes, about {expected} on two busy CPU cores" * (times > 1)
-    print(f"\nmeasuring the speed: compiling, then 4 iterations{part}")
     for i in range(4):
-        batch = get_batch(train, i, short, B * T)
-        tick = time.perf_counter()
+        batch = get_batch(train, i, s, s.BATCH_SIZE * s.BLOCK_SIZE)
+        began = time.perf_counter()
         with default_signals():
             loss, gradients = micro_step(*batch)
         mx.eval(loss, gradients)
-        middle = time.perf_counter()
+        computed = time.perf_counter()
         mx.eval(apply_update(loss, gradients), state.arrays())
-        tock = time.perf_counter()
+        updated = time.perf_counter()
         with default_signals():
             losses = losses_of(batch.idx, batch.targets)
         mx.eval(losses)
-        steps.append((middle - tick) * times * s.GRAD_ACCUM + tock - middle)
-        evaluations.append((time.perf_counter() - tock) * times)
-        print(f"  iteration {i + 1} of 4: {tock - tick:.1f} s", flush=True)
-    return float(np.median(steps[1:])), float(np.median(evaluations[1:]))
+        ended = time.perf_counter()
+        print(f"  iteration {i + 1} of 4: {updated - began:.1f} s", flush=True)
+        yield computed - began, updated - computed, ended - updated
 
 
 def print_plan(base: Settings, presets: dict[str, Settings | None]) -> int:

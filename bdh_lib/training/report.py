@@ -119,25 +119,7 @@ def curves(config: dict, lines: list[dict]):
     """Draw the loss above; learning rate, gradient norm and speed below; a matplotlib figure."""
     figure = canvas(9, 5.4)
     grid = figure.add_gridspec(2, 3, height_ratios=[1.7, 1])
-    loss = figure.add_subplot(grid[0, :])
-    panel(loss, "bits per byte")
-    monitored, in_bits = monitored_name(config), bits(lines)
-    loss.plot(
-        *series(in_bits, "bpb"),
-        color=LINES[0],
-        linewidth=1,
-        alpha=0.7,
-        label=f"training, {monitored}",
-    )
-    steps, values = series([m for m in in_bits if m["step"]] or in_bits, "monitored_bpb")
-    lowest = f", best {best(lines)['monitored_bpb']:.3f}" if best(lines) else ""
-    loss.plot(steps, values, color=LINES[1], linewidth=2, marker="o", markersize=3,
-              label=f"validation, {monitored}{lowest}")  # fmt: skip
-    fields = sorted({f for m in lines for f in m.get("val_bpb_fields", ())})
-    for color, field in zip(LINES[2:], fields, strict=False):
-        of_field = [m | {field: m.get("val_bpb_fields", {}).get(field)} for m in lines if m["step"]]
-        loss.plot(*series(of_field, field), "--", color=color, linewidth=1, label=label(field))
-    legend(loss)
+    draw_losses(figure.add_subplot(grid[0, :]), config, lines)
     below = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("bytes_per_s", "bytes/s"))
     for i, (key, title) in enumerate(below):
         axes = figure.add_subplot(grid[1, i])
@@ -147,6 +129,23 @@ def curves(config: dict, lines: list[dict]):
         axes.yaxis.get_offset_text().set(color=INK, fontsize=7)
         axes.set_ylim(bottom=0)
     return figure
+
+
+def draw_losses(axes, config: dict, lines: list[dict]) -> None:
+    """Draw the losses of training and of validation, whole and by field, on axes of matplotlib."""
+    panel(axes, "bits per byte")
+    monitored, in_bits = monitored_name(config), bits(lines)
+    axes.plot(*series(in_bits, "bpb"), color=LINES[0], linewidth=1, alpha=0.7,
+              label=f"training, {monitored}")  # fmt: skip
+    steps, values = series([m for m in in_bits if m["step"]] or in_bits, "monitored_bpb")
+    lowest = f", best {best(lines)['monitored_bpb']:.3f}" if best(lines) else ""
+    axes.plot(steps, values, color=LINES[1], linewidth=2, marker="o", markersize=3,
+              label=f"validation, {monitored}{lowest}")  # fmt: skip
+    fields = sorted({f for m in lines for f in m.get("val_bpb_fields", ())})
+    for color, field in zip(LINES[2:], fields, strict=False):
+        of_field = [m | {field: m.get("val_bpb_fields", {}).get(field)} for m in lines if m["step"]]
+        axes.plot(*series(of_field, field), "--", color=color, linewidth=1, label=label(field))
+    legend(axes)
 
 
 # -------------------------------------------------------------------------------------------- page
@@ -266,28 +265,37 @@ def activity_html(lines: list[dict]) -> str:
     return rows
 
 
-def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
-    """Return report.html: one page that needs no other file."""
-    settings, about = config["settings"], config["data"]
-    evaluated = [m for m in lines if m.get("val_bpb_fields")]
-    fields = list(evaluated[-1]["val_bpb_fields"].items()) if evaluated else []
+def advice_html(lines: list[dict]) -> str:
+    """Return the advice of a run, the newest first, as HTML."""
     advice = [
         f"iteration {m['step']}: {note}"
         for m in lines[::-1]
         for note in (m.get("advice") or {}).values()
     ]
-    samples = samples_of(lines)[::-1]
+    return "".join(f'<p class="note">{text(n)}</p>' for n in dict.fromkeys(advice))
+
+
+def samples_html(lines: list[dict]) -> str:
+    """Return the samples of each evaluation, the newest first and open, as HTML."""
+    return "".join(
+        f"<details {'open' if i == 0 else ''}><summary>iteration {text(step)}</summary>"
+        + "".join(f"<pre>{text(sample)}</pre>" for sample in texts)
+        + "</details>"
+        for i, (step, texts) in enumerate(samples_of(lines)[::-1])
+    )
+
+
+def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
+    """Return report.html: one page that needs no other file."""
+    settings, about = config["settings"], config["data"]
+    evaluated = [m for m in lines if m.get("val_bpb_fields")]
+    fields = list(evaluated[-1]["val_bpb_fields"].items()) if evaluated else []
     parts = {
         "Curves": svg[svg.index("<svg") :] if svg else "",
-        "Advice": "".join(f'<p class="note">{text(n)}</p>' for n in dict.fromkeys(advice)),
+        "Advice": advice_html(lines),
         "Validation by field": html_table(fields, ("field", "bits per byte")),
         "Activity": activity_html(lines),
-        "Samples": "".join(
-            f"<details {'open' if i == 0 else ''}><summary>iteration {text(step)}</summary>"
-            + "".join(f"<pre>{text(sample)}</pre>" for sample in texts)
-            + "</details>"
-            for i, (step, texts) in enumerate(samples)
-        ),
+        "Samples": samples_html(lines),
         "Answers to held-out records": html_table(answers_of(lines), kind="texts"),
         "Data": f"<pre>{text(describe(about))}</pre>" if about else "",
         "Settings": f'<div class="two">{html_table(list(settings.items()))}</div>',
@@ -355,6 +363,12 @@ def redraw(run: Path) -> None:
         _warned.add(run)
 
 
+COMPARED = (
+    *("run", "parameters", "iterations", "million bytes"),
+    *("best bits/byte", "monitored on", "bytes/s"),
+)
+
+
 def compare(runs: list[Path], out: Path) -> str:
     """Draw the losses of runs over the bytes trained on into `out`, and return a table of them."""
     files.check_replaceable(out, "--out")
@@ -362,35 +376,34 @@ def compare(runs: list[Path], out: Path) -> str:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, title in zip(panels, ("validation", "training"), strict=True):
         panel(axes, f"{title}, bits per byte, over millions of bytes trained on")
-    rows = [
-        (
-            "run",
-            "parameters",
-            "iterations",
-            "million bytes",
-            "best bits/byte",
-            "monitored on",
-            "bytes/s",
-        )
-    ]
+    rows = [COMPARED]
     for i, run in enumerate(runs):
         config, lines = read_run(run)
-        s = {"BLOCK_SIZE": 1, "BATCH_SIZE": 1, "GRAD_ACCUM": 1, "PROCESSES": 1} | config["settings"]
-        mb = s["BLOCK_SIZE"] * s["BATCH_SIZE"] * s["GRAD_ACCUM"] * s["PROCESSES"] / 1e6
+        mb = megabytes_per_step(config)
         for axes, key in zip(panels, ("monitored_bpb", "bpb"), strict=True):
             steps, values = series([m for m in bits(lines) if m["step"]], key)
             style = {"color": LINES[i % len(LINES)], "linestyle": ("-", "--")[i // len(LINES) % 2]}
             axes.plot([n * mb for n in steps], values, label=label(run), linewidth=1.3, **style)
-        speeds = sorted(series(lines, "bytes_per_s")[1]) or [0]
-        rows.append(
-            (str(run), f"{config.get('parameters', 0):,}", f"{lines[-1]['step']:,}",
-             f"{lines[-1]['step'] * mb:.2f}", f"{best(lines).get('monitored_bpb', math.nan):.4f}",
-             monitored_name(config), f"{speeds[len(speeds) // 2]:,.0f}")
-        )  # fmt: skip
+        rows.append(comparison_row(run, config, lines))
     legend(panels[0])
     with files.atomic_writer(out) as making:
         making.write_bytes(render(figure, "png"))
     return escape_controls(f"{format_table(rows)}\npicture: {out}")
+
+
+def megabytes_per_step(config: dict) -> float:
+    """Return the millions of bytes that a step reads; a setting that is not known counts as 1."""
+    names = ("BLOCK_SIZE", "BATCH_SIZE", "GRAD_ACCUM", "PROCESSES")
+    return math.prod(config["settings"].get(name, 1) for name in names) / 1e6
+
+
+def comparison_row(run: Path, config: dict, lines: list[dict]) -> tuple[str, ...]:
+    """Return the cells of a run under COMPARED."""
+    step, lowest = lines[-1]["step"], best(lines).get("monitored_bpb", math.nan)
+    speeds = sorted(series(lines, "bytes_per_s")[1]) or [0]
+    return (str(run), f"{config['parameters']:,}", f"{step:,}",
+            f"{step * megabytes_per_step(config):.2f}", f"{lowest:.4f}", monitored_name(config),
+            f"{speeds[len(speeds) // 2]:,.0f}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

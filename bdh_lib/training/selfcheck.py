@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -194,16 +195,13 @@ def plain_mask(mask: passes.Mask, shape: tuple[int, ...]) -> passes.Mask:
 
 
 def run_passes(
-    module: ModuleType,
-    mask: passes.Mask | None,
-    position: int,
-    B: int,
-    h: mx.array,
-    g: mx.array,
-    dy: mx.array,
-    dq: mx.array,
+    module: ModuleType, mask: passes.Mask | None, position: int, B: int, arrays: Sequence[mx.array]
 ) -> tuple[mx.array, ...]:
-    """Return q, y, dg and dh (H, B*T, N) by passes or passes_cuda; the other arrays are alike."""
+    """Return q, y, dg and dh by passes or passes_cuda; `arrays` are h, g, dy and dq.
+
+    All are (H, B*T, N).
+    """
+    h, g, dy, dq = arrays
     x, q = module.encode(h, position, B)
     _, gated = module.gate(x, g, mask)
     y, dg, rest = module.gate_gradients(x, gated, dy, mask)
@@ -218,9 +216,9 @@ def check_fused_passes(dtype: str) -> tuple[float, float]:
     shape = LAYER.n_head, B * T, LAYER.neurons_per_head
     arrays = [mx.random.normal(shape, dtype, key=mx.random.key(i)) for i in range(4)]
     mask = passes_cuda.dropout_mask(mx.random.key(SEED), RATE, shape)
-    kernels = run_passes(passes_cuda, mask, T, B, *arrays)
+    kernels = run_passes(passes_cuda, mask, T, B, arrays)
     exact = [array.astype(mx.float32) for array in arrays]
-    exact = run_passes(passes, plain_mask(mask, shape), T, B, *exact)
+    exact = run_passes(passes, plain_mask(mask, shape), T, B, exact)
     return nan_max(map(relative_error, exact, kernels)), PRODUCT_ROUNDING[dtype]
 
 

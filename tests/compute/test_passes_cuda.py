@@ -83,9 +83,9 @@ def test_each_pass_is_that_of_the_plain_operations(fused, H, B, T, N, dtype, pos
     mask = passes_cuda.dropout_mask(KEY, rate, shape)
     assert (mask is None) == (rate == 0)
 
-    found = run_passes(passes_cuda, mask, position, B, h, g, dy, dq)
+    found = run_passes(passes_cuda, mask, position, B, (h, g, dy, dq))
     exact = (array.astype(mx.float32) for array in (h, g, dy, dq))
-    expected = run_passes(passes, mask and plain_mask(mask, shape), position, B, *exact)
+    expected = run_passes(passes, mask and plain_mask(mask, shape), position, B, exact)
     for got, want in zip(found, expected, strict=True):
         assert got.dtype == dtype and got.shape == shape
         assert max_abs_error(got, want) < 1.5 * ROUNDING[dtype] * mx.max(mx.abs(want)).item()
