@@ -17,25 +17,37 @@ def find_weights(path: str | Path) -> Path:
     if (path / "model.safetensors").is_file():
         return path / "model.safetensors"
     steps = [f for f in path.glob("step-*") if f.name[5:].isdigit()]
-    steps = sorted(steps, key=lambda f: int(f.name[5:]), reverse=True)
-    name = _best_of(path) if steps else None
+    if not steps:
+        raise UserError(_no_weights(path))
+    steps.sort(key=lambda f: int(f.name[5:]), reverse=True)
+    name = _best_of(path)
     best = [f for f in steps if f.name == name]
+    return _first_valid(path, list(dict.fromkeys([*best, *steps]))) / "model.safetensors"
+
+
+def _first_valid(run: Path, checkpoints: list[Path]) -> Path:
+    """Return the first checkpoint whose weights can be taken, and warn of those before it.
+
+    Raises UserError where there is none.
+    """
     faults = []
-    for step in dict.fromkeys([*best, *steps]):
-        if not (fault := _fault(step / "model.safetensors")):
+    for checkpoint in checkpoints:
+        if not (fault := _fault(checkpoint / "model.safetensors")):
             if faults:
-                damaged = "; ".join(f"{f.name} {reason}" for f, reason in faults)
-                warn(f"in {path} {damaged}; taking {step.name}")
-            return step / "model.safetensors"
-        faults.append((step, fault))
-    if faults:
-        raise UserError(f"{path} has no valid checkpoint: {faults[0][0].name} {faults[0][1]}")
+                warn(f"in {run} {'; '.join(faults)}; taking {checkpoint.name}")
+            return checkpoint
+        faults.append(f"{checkpoint.name} {fault}")
+    raise UserError(f"{run} has no valid checkpoint: {faults[0]}")
+
+
+def _no_weights(path: Path) -> str:
+    """Say why a path that is no file of weights means none, and the way on."""
     if path.name.startswith("step-") and path.is_dir():
-        raise UserError(f"{path} lacks its model.safetensors; name its run folder for another one")
+        return f"{path} lacks its model.safetensors; name its run folder for another one"
     reason = files.absence(path)
     if path.exists():
         reason = "has no checkpoint (step-000500/model.safetensors) in it"
-    raise UserError(f"{path} {reason}; name a run folder, a checkpoint or a .safetensors file")
+    return f"{path} {reason}; name a run folder, a checkpoint or a .safetensors file"
 
 
 def read_best(run: Path) -> dict:

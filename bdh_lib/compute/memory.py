@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -230,29 +231,32 @@ def is_gpu_fault(error: RuntimeError) -> bool:
 
 def oom_advice(s: Settings, peak: float) -> str:
     """Say the estimated peak, the available memory and the nearest settings that fit."""
-    fits, settings = [], set()
-    B, T, config = s.BATCH_SIZE, s.BLOCK_SIZE, s.BDH_CONFIG
-    candidates = [("MEMORY_MODE small", B, T, config)]
-    candidates += [
-        (f"BATCH_SIZE {b}, GRAD_ACCUM {s.GRAD_ACCUM * B // b}", b, T, config) for b in halvings(B)
-    ]
-    candidates += [(f"BLOCK_SIZE {t}", B, t, config) for t in halvings(T)]
-    candidates += [(f"BATCH_SIZE 1, BLOCK_SIZE {t}", 1, t, config) for t in halvings(T)]
-    for d in halvings(config.n_embd):
-        candidates.append((f"n_embd {d}", B, T, replace(config, n_embd=d)))
-    for change, b, t, c in candidates:
-        setting = change.split(" ")[0]
-        if setting not in settings:
-            changed = {"BDH_CONFIG": c, "BATCH_SIZE": b, "BLOCK_SIZE": t}
-            need = step_peak(Settings(**vars(s) | changed), compute_for(c, "small", s.DTYPE))
-            if need <= available():
-                settings.add(setting)
-                fits.append(f"{change} (with MEMORY_MODE small: {need / 1e9:.1f} GB)")
+    fits = {}  # by the first setting that changes
+    for change, changed in smaller_settings(s):
+        smaller = Settings(**vars(s) | changed)
+        need = step_peak(smaller, compute_for(smaller.BDH_CONFIG, "small", s.DTYPE))
+        if need <= available():
+            text = f"{change} (with MEMORY_MODE small: {need / 1e9:,.1f} GB)"
+            fits.setdefault(change.split(" ")[0], text)
     return (
-        f"a step on {B} blocks of {T:,} bytes needs about {peak / 1e9:.1f} GB, "
-        f"{available() / 1e9:.1f} GB can be had. What fits: {'; '.join(fits) or 'nothing near'}. "
-        "--ignore-memory-check starts all the same"
+        f"a step on {s.BATCH_SIZE:,} blocks of {s.BLOCK_SIZE:,} bytes needs about "
+        f"{peak / 1e9:,.1f} GB, {available() / 1e9:,.1f} GB can be had. What fits: "
+        f"{'; '.join(fits.values()) or 'nothing near'}. --ignore-memory-check starts all the same"
     )
+
+
+def smaller_settings(s: Settings) -> Iterator[tuple[str, dict]]:
+    """Yield changes that need less memory in words and as settings, the nearest first."""
+    B, T, config = s.BATCH_SIZE, s.BLOCK_SIZE, s.BDH_CONFIG
+    yield "MEMORY_MODE small", {}
+    for b in halvings(B):
+        yield f"BATCH_SIZE {b}, GRAD_ACCUM {s.GRAD_ACCUM * B // b}", {"BATCH_SIZE": b}
+    for t in halvings(T):
+        yield f"BLOCK_SIZE {t}", {"BLOCK_SIZE": t}
+    for t in halvings(T):
+        yield f"BATCH_SIZE 1, BLOCK_SIZE {t}", {"BATCH_SIZE": 1, "BLOCK_SIZE": t}
+    for d in halvings(config.n_embd):
+        yield f"n_embd {d}", {"BDH_CONFIG": replace(config, n_embd=d)}
 
 
 def halvings(n: int) -> list[int]:

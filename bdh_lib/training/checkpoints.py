@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -95,25 +96,12 @@ def check_writable(folder: Path) -> None:
 def lock_run(run: Path) -> Iterator[None]:
     """Lock the folder of a run for one trainer, rid of what a killed one left. Raises UserError."""
     is_new = not run.exists()
-    try:
-        refuse_other_case(run)
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("a")
-    except OSError as error:
-        reason = f"{error.filename or run} cannot be written: {files.write_fault(error)}"
-        raise UserError(f"{reason}; see CHECKPOINT_DIR") from None
-    with lock:
+    with _open_lock(run) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{run} is being trained by another process; set RUN_NAME") from None
-        for leftover in run.glob(".step-*.tmp"):
-            if leftover.is_symlink():
-                leftover.unlink()
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
-        for name in ("best.json", "metrics.jsonl", "modes.json", "config.json"):
-            (run / f".{name}.tmp").unlink(missing_ok=True)
+        _sweep(run)
         try:
             yield
         finally:
@@ -121,6 +109,28 @@ def lock_run(run: Path) -> Iterator[None]:
                 names = {f.name for f in run.iterdir()}
                 if is_new and names <= {".lock", "metrics.jsonl"}:  # refused before it trained
                     shutil.rmtree(run)
+
+
+def _open_lock(run: Path) -> TextIO:
+    """Open the file that is locked, in a folder that is made for it. Raises UserError."""
+    try:
+        refuse_other_case(run)
+        run.mkdir(parents=True, exist_ok=True)
+        return (run / ".lock").open("a")
+    except OSError as error:
+        reason = f"{error.filename or run} cannot be written: {files.write_fault(error)}"
+        raise UserError(f"{reason}; see CHECKPOINT_DIR") from None
+
+
+def _sweep(run: Path) -> None:
+    """Remove the temporary files and folders that a killed trainer left."""
+    for leftover in run.glob(".step-*.tmp"):
+        if leftover.is_symlink():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+    for name in ("best.json", "metrics.jsonl", "modes.json", "config.json"):
+        (run / f".{name}.tmp").unlink(missing_ok=True)
 
 
 def write_best(run: Path, step: int, monitored_loss: float) -> None:
@@ -176,21 +186,9 @@ def save(run: Path, step: int, state: TrainState, info: dict) -> None:
         raise UserError(f"{final} not saved: it holds numbers that are not finite")
     try:
         making.mkdir()
-        save_model(state.model, making / "model.safetensors")
-        for name, tree in (("optimizer", state.optimizer.state), ("raw", state.ema)):
-            if tree:  # sorted: the same state, the same file
-                arrays = dict(sorted(tree_flatten(tree)))
-                mx.save_safetensors(str(making / f"{name}.safetensors"), arrays)
+        _write_state(making, state)
         (making / "config.json").write_text(json.dumps({"step": step} | info, indent=1))
-        for file in making.iterdir():
-            files.flush(file)
-        manifest = {
-            f.name: {"bytes": f.stat().st_size, "sha256": files.sha256_file(f)}
-            for f in making.iterdir()
-        }
-        (making / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for path in (making / "manifest.json", making):
-            files.flush(path)
+        _write_manifest(making)
         making.rename(final)
         files.flush(run)
         (run / SAVED).touch()  # once the checkpoint is on the disk: without it the run is refused
@@ -200,34 +198,63 @@ def save(run: Path, step: int, state: TrainState, info: dict) -> None:
         raise UserError(f"{final} not saved: {reason}; earlier ones are intact") from None
 
 
+def _write_state(making: Path, state: TrainState) -> None:
+    """Write the arrays of a state: of its model, of its optimizer, and the trained weights."""
+    save_model(state.model, making / "model.safetensors")
+    for name, tree in (("optimizer", state.optimizer.state), ("raw", state.ema)):
+        if tree:  # sorted: the same state, the same file
+            arrays = dict(sorted(tree_flatten(tree)))
+            mx.save_safetensors(str(making / f"{name}.safetensors"), arrays)
+
+
+def _write_manifest(making: Path) -> None:
+    """List the size and sha256 of each file in manifest.json; all are on the disk afterwards."""
+    for file in making.iterdir():
+        files.flush(file)
+    manifest = {
+        f.name: {"bytes": f.stat().st_size, "sha256": files.sha256_file(f)}
+        for f in making.iterdir()
+    }
+    (making / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in (making / "manifest.json", making):
+        files.flush(path)
+
+
+NOT_AS_WRITTEN = "manifest.json or config.json is not what was written"
+NEEDED = {"model.safetensors", "optimizer.safetensors", "config.json"}
+
+
 def find_corruption(checkpoint: Path) -> str | None:
     """Return why the checkpoint cannot be trusted, or None when each file is as it was written."""
     if not checkpoint.is_dir():
         return f"{checkpoint.name} is not there"
-    not_as_written = "manifest.json or config.json is not what was written"
     try:
         manifest = files.parse_json((checkpoint / "manifest.json").read_text())
         if not _is_manifest(manifest):
-            return not_as_written
-        for name, written in manifest.items():
-            if (checkpoint / name).stat().st_size != written["bytes"]:
-                return f"{name} is not of the {written['bytes']:,} bytes written"
-            if files.sha256_file(checkpoint / name) != written["sha256"]:
-                return f"{name} has changed since it was written (sha256)"
+            return NOT_AS_WRITTEN
+        if reason := _find_change(checkpoint, manifest):
+            return reason
         config = files.parse_json((checkpoint / "config.json").read_text())
-        if not isinstance(config, dict) or "step" not in config:
-            return not_as_written
-        if config["step"] != int(checkpoint.name[5:]):
-            return "config.json tells another step"
-        if (
-            missing := {"model.safetensors", "optimizer.safetensors", "config.json"}
-            - manifest.keys()
-        ):
-            return f"manifest.json lacks {', '.join(sorted(missing))}"
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except ValueError:
-        return not_as_written
+        return NOT_AS_WRITTEN
+    if not isinstance(config, dict) or "step" not in config:
+        return NOT_AS_WRITTEN
+    if config["step"] != int(checkpoint.name[5:]):
+        return "config.json tells another step"
+    missing = NEEDED - manifest.keys()
+    return f"manifest.json lacks {', '.join(sorted(missing))}" if missing else None
+
+
+def _find_change(checkpoint: Path, manifest: dict) -> str | None:
+    """Return how a file differs from its entry in the manifest, or None where none does."""
+    for name, written in manifest.items():
+        if (checkpoint / name).stat().st_size != written["bytes"]:
+            return f"{name} is not of the {written['bytes']:,} bytes written"
+        if files.sha256_file(checkpoint / name) != written["sha256"]:
+            return f"{name} has changed since it was written (sha256)"
+    return None
 
 
 def _is_manifest(content: object) -> bool:

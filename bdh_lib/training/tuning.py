@@ -282,35 +282,50 @@ def tune(s: Settings) -> int:
     """
     if s.MEMORY_MODE != "auto":
         raise UserError(f"MEMORY_MODE is {s.MEMORY_MODE!r}; --tune is for 'auto': set it to that")
-    (_, start, _), B, T = memory.select_mode(s), s.BATCH_SIZE, s.BLOCK_SIZE
-    file = choice_file(s)
+    start, file = memory.select_mode(s)[1], choice_file(s)
     checkpoints.check_writable(file.parent)
-    print(f"tuning: {s.BDH_CONFIG.n_parameters:,} parameters, batches of {B} x {T:,} bytes, on "
-          f"{mx.default_device()}, in at most {SECONDS} s")  # fmt: skip
+    print(f"tuning: {s.BDH_CONFIG.n_parameters:,} parameters, batches of {s.BATCH_SIZE} x "
+          f"{s.BLOCK_SIZE:,} bytes, on {mx.default_device()}, in at most {SECONDS} s")  # fmt: skip
     with heartbeat("tuning"):
-        timed, short = TimedSteps(s, start), min(T, PROBE)
-        expected = timed.seconds(start, 1, short) * B * T / short  # time is linear in T
-        timed.longest = 6 * expected
-        if not timed.has_time():
-            raise UserError(
-                f"an iteration of this shape takes about {expected:,.0f} s here, too long to try "
-                "several ways; lower BLOCK_SIZE or BATCH_SIZE"
-            )
-        timed.longest = 2.5 * expected
+        timed = TimedSteps(s, start)
+        expect_time(s, start, timed)
         best, timings = search(s, start, timed)
     if len(timings) < 2:
         print("nothing kept: there was no other way to try, or no time after compiling; a second "
               "--tune compiles less")  # fmt: skip
         return 0
-    rows = [("MEMORY_MODE", "chunk", "segment", "bytes/s", "peak GB", "")]
-    for compute, times in timings.items():
-        marks = "kept" * (compute == best), "auto by itself" * (compute == start)
-        speed, gb = f"{B * T / min(times):,.0f}", f"{timed.peaks[compute] / 1e9:.2f}"
-        rows.append((*choice_dict(compute).values(), speed, gb, ", ".join(filter(None, marks))))
-    print(format_table(rows))
+    print(timings_table(s, timings, timed.peaks, start, best))
     content = choice_dict(best) | {"conditions": conditions(s)}
     files.atomic_write_text(file, json.dumps(content, indent=1))
     if best == start and min(map(min, timings.values())) < min(timings[start]):
         print("no other way was faster by more than its own times differ: nothing else should run")
     print(f"kept in {file}: MEMORY_MODE auto computes new runs of this shape so")
     return 0
+
+
+def expect_time(s: Settings, start: Compute, timed: TimedSteps) -> None:
+    """Time a short block, and set how long a first trial will take.
+
+    Raises UserError where there is no time for several.
+    """
+    short = min(s.BLOCK_SIZE, PROBE)  # time is linear in T
+    expected = timed.seconds(start, 1, short) * s.BATCH_SIZE * s.BLOCK_SIZE / short
+    timed.longest = 6 * expected
+    if not timed.has_time():
+        raise UserError(
+            f"an iteration of this shape takes about {expected:,.0f} s here, too long to try "
+            "several ways; lower BLOCK_SIZE or BATCH_SIZE"
+        )
+    timed.longest = 2.5 * expected
+
+
+def timings_table(s: Settings, timings: dict, peaks: dict, start: Compute, best: Compute) -> str:
+    """Return a table of the Computes that were timed: their speed, and their peak memory."""
+    rows = [("MEMORY_MODE", "chunk", "segment", "bytes/s", "peak GB", "")]
+    for compute, times in timings.items():
+        marks = ["kept"] * (compute == best) + ["auto by itself"] * (compute == start)
+        speed = f"{s.BATCH_SIZE * s.BLOCK_SIZE / min(times):,.0f}"
+        sizes = [f"{getattr(compute, name):,}" for name in SIZES]
+        gb = f"{peaks[compute] / 1e9:,.2f}"
+        rows.append((choice_dict(compute)["mode"], *sizes, speed, gb, ", ".join(marks)))
+    return format_table(rows)
