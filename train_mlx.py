@@ -264,7 +264,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
                 last_step = True
                 log.save(step, state)
             if world.is_main:
-                redraw(run)
+                redraw(log)
         if world.is_main and log.last_saved == step:
             checkpoints.prune(run, s.KEEP_CHECKPOINTS, log.best.get("step"))
         if last_step:

@@ -25,7 +25,6 @@ from bdh_lib.training import evaluation, runlog
 from bdh_lib.units import bits_per_byte
 
 POINTS = 1000  # of a curve, at most
-_warned = set()  # runs whose report failed
 
 # ------------------------------------------------------------------------------------------- a run
 
@@ -353,14 +352,14 @@ def write_report(run: Path) -> None:
             stack.enter_context(files.atomic_writer(run / name)).write_bytes(content)
 
 
-def redraw(run: Path) -> None:
+def redraw(log: runlog.RunLog) -> None:
     """Call `write_report` for the trainer: an error is one warning, and does not end the run."""
     try:
-        write_report(run)
+        write_report(log.run)
     except Exception as error:
-        if run not in _warned:
-            warn(f"no report in {run}: {' '.join(str(error).split())[:200]}")
-        _warned.add(run)
+        if not log.report_failed:
+            warn(f"no report in {log.run}: {' '.join(str(error).split())[:200]}")
+        log.report_failed = True
 
 
 COMPARED = (
