@@ -292,7 +292,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
 
     meter.close()
     if stop.requested:
-        print(f"stopped after iteration {step}, saved in {run}; the same command continues it")
+        print(f"stopped after iteration {step:,}, saved in {run}; the same command continues it")
         return 128 + stop.requested
     summary.print_summary(s, log, data, meter)
     return 0
@@ -309,7 +309,7 @@ def evaluate_and_log(
     """
     if step == log.first_step:
         note = memory.slow_note(s)
-        print(f"evaluating {len(evaluator.val.bytes):,} bytes before iteration {step + 1}{note}")
+        print(f"evaluating {len(evaluator.val.bytes):,} bytes before iteration {step + 1:,}{note}")
     with ema_applied(state):
         results = evaluator.evaluate(step, log.history)
     if not results:

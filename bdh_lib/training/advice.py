@@ -104,7 +104,7 @@ def higher_rate(s: Settings) -> str:
 
 def describe_change(run: SimpleNamespace, then: int) -> str:
     """Say how both losses went from the evaluation at `then` to the last one."""
-    text = f"from iteration {then} to {run.now} validation went from {run.val[then]:.4f} to "
+    text = f"from iteration {then:,} to {run.now:,} validation went from {run.val[then]:.4f} to "
     text += f"{run.val[run.now]:.4f}"
     if then:
         text += f" and the training loss from {run.loss[then]:.4f} to {run.loss[run.now]:.4f}"
@@ -137,7 +137,7 @@ def too_high(run: SimpleNamespace, s: Settings) -> str | None:
     jumps = [f"{a['loss']:.4f} to {b['loss']:.4f}" for a, b in pairwise(lines)
              if b["loss"] > (1 + LOSS_JUMP) * a["loss"]]  # fmt: skip
     if skipped > 0:
-        seen.append(f"{skipped} updates were skipped")
+        seen.append(f"{skipped:,} updates were skipped")
     if jumps:
         seen.append(f"the training loss jumped from {', '.join(jumps)}")
     if s.GRAD_CLIP and norm > NORM_LIMIT * s.GRAD_CLIP:
@@ -172,7 +172,7 @@ def not_coherent(run: SimpleNamespace, s: Settings) -> str | None:
         return (
             f"not yet coherent: {bits:.2f} bits per byte, and to know only how often each byte "
             f"occurs gives {unigram:.2f}: samples are noise. "
-            + ("Go on" if run.now < run.total else f"Double {end} ({vars(s)[end]:g})")
+            + ("Go on" if run.now < run.total else f"Double {end} ({vars(s)[end]:,g})")
         )
 
 
@@ -182,8 +182,8 @@ def slow(run: SimpleNamespace, s: Settings) -> str | None:
     if late and s.LEARNING_RATE < REFERENCE_RATE and run.val[run.now] > run.order_1:
         bits, bigram = (bits_per_byte(nats) for nats in (run.val[run.now], run.order_1))
         return (
-            f"slow: {bits:.2f} bits per byte after {run.now} of {run.total} iterations; to know "
-            f"only which byte follows which gives {bigram:.2f}. Raise LEARNING_RATE from "
+            f"slow: {bits:.2f} bits per byte after {run.now:,} of {run.total:,} iterations; to "
+            f"know only which byte follows which gives {bigram:.2f}. Raise LEARNING_RATE from "
             f"{s.LEARNING_RATE:g} to {REFERENCE_RATE:g}"
         )
 

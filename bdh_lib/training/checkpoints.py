@@ -340,7 +340,7 @@ def check_space(run: Path, state: TrainState, count: int) -> None:
     free = shutil.disk_usage(run).free
     if free < count * size * 1.05:
         raise UserError(
-            f"{run}: {free / 1e6:,.0f} MB free on its disk; {count} checkpoints of "
+            f"{run}: {free / 1e6:,.0f} MB free on its disk; {count:,} checkpoints of "
             f"{size / 1e6:,.0f} MB do not fit; lower KEEP_CHECKPOINTS or make room"
         )
 

@@ -123,7 +123,7 @@ class Evaluator:
         if self.stop.requested:
             return {}
         if not math.isfinite(val_loss):
-            raise Diverged(f"validation loss is {val_loss} at iteration {step}")
+            raise Diverged(f"validation loss is {val_loss} at iteration {step:,}")
         results = {"step": step, "val_loss": val_loss, "val_bpb": bits_per_byte(val_loss)}
         results["monitored_loss"] = nats.get(self.s.LOSS_ON, val_loss)
         results["val_loss_fields"] = nats

@@ -50,8 +50,8 @@ def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> 
         gb = peaks(s)
         fits = [k for k, g in zip(memory.MODES, gb, strict=True) if g * 1e9 <= memory.available()]
         rows.append(
-            (name, s.TRAINING_MODE, f"{s.BDH_CONFIG.n_parameters / 1e6:.1f}M", f"{total:,}",
-             f"{read / n_bytes:.2f}" if n_bytes else "no data", *(f"{g:.2f} GB" for g in gb),
+            (name, s.TRAINING_MODE, f"{s.BDH_CONFIG.n_parameters / 1e6:,.1f}M", f"{total:,}",
+             f"{read / n_bytes:,.2f}" if n_bytes else "no data", *(f"{g:,.2f} GB" for g in gb),
              fits[0] if fits else "no")
         )  # fmt: skip
     return format_table(rows, "  ")
@@ -100,7 +100,7 @@ def time_iterations(s: Settings, train: Split, compute: Compute) -> Iterator[tup
             losses = losses_of(batch.idx, batch.targets)
         mx.eval(losses)
         ended = time.perf_counter()
-        print(f"  iteration {i + 1} of 4: {updated - began:.1f} s", flush=True)
+        print(f"  iteration {i + 1} of 4: {updated - began:,.1f} s", flush=True)
         yield computed - began, updated - computed, ended - updated
 
 
@@ -172,7 +172,7 @@ def print_needs(s: Settings, data_report: dict) -> None:
     checkpoints = (s.KEEP_CHECKPOINTS + 2) * each  # the best, and one being written
     print(f"model: {n:,} parameters, on {mx.default_device()}")
     print(
-        f"memory: {', '.join(f'{k} {gb:.2f} GB' for k, gb in estimates)}; {fits:.1f} GB to be had"
+        f"memory: {', '.join(f'{k} {gb:,.2f} GB' for k, gb in estimates)}; {fits:,.1f} GB to be had"
     )
     n_bytes = data_report["train"]["bytes"] + data_report["val"]["bytes"]
     prepared = 2 * n_bytes  # bytes, and a field for each
@@ -192,5 +192,5 @@ def print_speed(s: Settings, train: Split, val: Split) -> None:
           "iterations")  # fmt: skip
     whole = total * step + evaluating
     share = f"{duration(evaluating)} ({evaluating / whole:.1%}) of it"
-    evaluations = f"{times} evaluations of {len(val.bytes):,} bytes"
+    evaluations = f"{times:,} evaluations of {len(val.bytes):,} bytes"
     print(f"time to the end: {duration(whole)}, {share} {evaluations}; no samples")

@@ -207,9 +207,9 @@ def tiles(config: dict, lines: list[dict]) -> str:
         (f"best bits per byte, {monitored_name(config)}",
          f"{lowest['monitored_bpb']:.3f}" if lowest else "none yet"),
         ("at iteration", lowest.get("step", "none yet")),
-        ("parameters", f"{config.get('parameters', 0) / 1e6:.1f} M"),
+        ("parameters", f"{config.get('parameters', 0) / 1e6:,.1f} M"),
         ("bytes/s, median", round(speeds[len(speeds) // 2]) if speeds else "none yet"),
-        ("peak memory", f"{max(series(lines, 'peak_gb')[1], default=0):.2f} GB"),
+        ("peak memory", f"{max(series(lines, 'peak_gb')[1], default=0):,.2f} GB"),
     ]  # fmt: skip
     boxes = (f'<div><span class="dim">{text(k)}</span><b>{text(v)}</b></div>' for k, v in facts)
     return f'<div class="tiles">{"".join(boxes)}</div>'
@@ -267,7 +267,7 @@ def activity_html(lines: list[dict]) -> str:
 def advice_html(lines: list[dict]) -> str:
     """Return the advice of a run, the newest first, as HTML."""
     advice = [
-        f"iteration {m['step']}: {note}"
+        f"iteration {m['step']:,}: {note}"
         for m in lines[::-1]
         for note in (m.get("advice") or {}).values()
     ]
@@ -401,7 +401,7 @@ def comparison_row(run: Path, config: dict, lines: list[dict]) -> tuple[str, ...
     step, lowest = lines[-1]["step"], best(lines).get("monitored_bpb", math.nan)
     speeds = sorted(series(lines, "bytes_per_s")[1]) or [0]
     return (str(run), f"{config['parameters']:,}", f"{step:,}",
-            f"{step * megabytes_per_step(config):.2f}", f"{lowest:.4f}", monitored_name(config),
+            f"{step * megabytes_per_step(config):,.2f}", f"{lowest:.4f}", monitored_name(config),
             f"{speeds[len(speeds) // 2]:,.0f}")  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def load_state(s: Settings, run: Path, step: int, data_report: dict, state: Trai
     check_origin(run, info, s)
     with ema_applied(state):  # as it was saved
         checkpoints.load(run, step, state)
-    print("; ".join([f"start: continues {run} after iteration {step}", *changes]))
+    print("; ".join([f"start: continues {run} after iteration {step:,}", *changes]))
     print_new_rate(info, s, step, data_report)
     return info.get("ancestry", [])
 
@@ -175,4 +175,4 @@ def print_new_rate(info: dict, s: Settings, step: int, data_report: dict) -> Non
     planned = learning_rate(step, old_end, old)
     if abs(new_rate - planned) > 0.01 * planned:
         last = learning_rate(step - 1, old_end, old)
-        print(f"learning rate: {last:.2e} at iteration {step}, {new_rate:.2e} from here on")
+        print(f"learning rate: {last:.2e} at iteration {step:,}, {new_rate:.2e} from here on")

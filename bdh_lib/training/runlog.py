@@ -77,7 +77,7 @@ class RunLog:
         """
         lines = read_log(self.path)
         if step and not self.path.exists():
-            warn(f"{self.path} is gone; what it told up to iteration {step} is lost")
+            warn(f"{self.path} is gone; what it told up to iteration {step:,} is lost")
         elif self.path.exists() and self.path.read_bytes().count(b"\n") > len(lines):
             aside = self.path.rename(checkpoints.free_path(self.run, "damaged-metrics.jsonl"))
             warn(f"lines of {self.path} are not what was written; kept as {aside.name}")
@@ -183,7 +183,7 @@ def format_line(m: dict) -> str:
     norm = math.nan if m["grad_norm"] is None else m["grad_norm"]
     return (
         f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | norm {norm:.2f} | "
-        f"{m['bytes_per_s']:,.0f} bytes/s | peak {m['peak_gb']:.2f} GB | "
+        f"{m['bytes_per_s']:,.0f} bytes/s | peak {m['peak_gb']:,.2f} GB | "
         f"{duration(m['seconds_left'])} left"
     )
 

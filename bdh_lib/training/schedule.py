@@ -23,10 +23,10 @@ def schedule_summary(s: Settings, n_bytes: int) -> str:
     total, bytes_per_step = total_steps(s, n_bytes), s.BLOCK_SIZE * blocks_per_step(s)
     epochs, cut = total * bytes_per_step / n_bytes, ""
     if epochs < (s.EPOCHS or 0):
-        cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:g})"
+        cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:,g})"
     elif total < (s.MAX_ITERS or 0):
-        cut = f"; EPOCHS ({s.EPOCHS:g}) ends it before MAX_ITERS ({s.MAX_ITERS:,})"
-    coverage = f"{total * bytes_per_step:,} bytes or {epochs:.2f} epochs"
+        cut = f"; EPOCHS ({s.EPOCHS:,g}) ends it before MAX_ITERS ({s.MAX_ITERS:,})"
+    coverage = f"{total * bytes_per_step:,} bytes or {epochs:,.2f} epochs"
     return f"{total:,} iterations of {bytes_per_step:,} bytes are {coverage}{cut}"
 
 
@@ -51,7 +51,7 @@ def passes_note(s: Settings, n_bytes: int) -> str | None:
     near = min(MEASURED_PASSES, key=lambda size: abs(math.log(size / n_bytes)))
     more = "; more bytes were not measured" * (n_bytes > max(MEASURED_PASSES))
     return (
-        f"{passes:.1f} passes over {n_bytes / 1e6:,.2f} MB; on {near / 1e6:g} MB the default "
+        f"{passes:,.1f} passes over {n_bytes / 1e6:,.2f} MB; on {near / 1e6:g} MB the default "
         f"settings {MEASURED_PASSES[near]}{more}"
     )
 

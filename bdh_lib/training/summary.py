@@ -39,7 +39,7 @@ def print_start(s: Settings, run: Path, data: Data, selection: Selection) -> Non
     n_parameters = s.BDH_CONFIG.n_parameters
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     dtype = str(selection.compute.dtype).removeprefix("mlx.core.")
-    print(f"memory: {selection.label}, {dtype}, estimated peak {selection.peak / 1e9:.2f} GB")
+    print(f"memory: {selection.label}, {dtype}, estimated peak {selection.peak / 1e9:,.2f} GB")
     if hint := tuning.hint(s, selection.by, total_steps(s, len(data.train.bytes))):
         print(hint)
     if note := passes_note(s, len(data.train.bytes)):

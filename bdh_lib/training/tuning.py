@@ -136,7 +136,7 @@ def select(s: Settings, by: str, choice: dict) -> Selection:
         label, peak = f"{choice['mode']} {by}{sizes}", memory.step_peak(s, compute)
         if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
             return Selection(label, by, compute, peak)
-        print(f"memory: {label} needs {peak / 1e9:.2f} GB, more than can be had; taking what fits")
+        print(f"memory: {label} needs {peak / 1e9:,.2f} GB, more than can be had; taking what fits")
     mode, compute, peak = memory.select_mode(s)
     return Selection(mode, "", replace(compute, **as_before), peak)
 
@@ -284,7 +284,7 @@ def tune(s: Settings) -> int:
         raise UserError(f"MEMORY_MODE is {s.MEMORY_MODE!r}; --tune is for 'auto': set it to that")
     start, file = memory.select_mode(s)[1], choice_file(s)
     checkpoints.check_writable(file.parent)
-    print(f"tuning: {s.BDH_CONFIG.n_parameters:,} parameters, batches of {s.BATCH_SIZE} x "
+    print(f"tuning: {s.BDH_CONFIG.n_parameters:,} parameters, batches of {s.BATCH_SIZE:,} x "
           f"{s.BLOCK_SIZE:,} bytes, on {mx.default_device()}, in at most {SECONDS} s")  # fmt: skip
     with heartbeat("tuning"):
         timed = TimedSteps(s, start)

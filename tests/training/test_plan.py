@@ -14,7 +14,7 @@ from bdh_lib import progress
 from bdh_lib.compute import memory
 from bdh_lib.data import problems
 from bdh_lib.training import plan
-from bdh_lib.training.schedule import blocks_per_step
+from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary
 
 TICK = "✓".encode().decode("mac_roman")
 MAC = "é".encode().decode("mac_roman")
@@ -215,6 +215,32 @@ def test_evaluations_take_at_most_a_twentieth_of_the_time(preset):
     forward = 0.37  # of an update's operations, for the same bytes
     between = s.EVAL_FREQ * blocks_per_step(s) * s.BLOCK_SIZE
     assert forward * s.EVAL_BYTES < 0.05 * between
+
+
+HUGE = (
+    "--n-embd 4096 --batch-size 3000 --block-size 65536 --grad-accum 7 --max-iters 5000000 "
+    "--epochs 50000 --ignore-memory-check --memory-mode fast"
+)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        lambda s: memory.oom_advice(s, 3e13),
+        lambda s: plan.preset_table({"huge": s}, {"both": 10**6}),
+        lambda s: schedule_summary(s, 10**6),
+        lambda s: schedule_summary(s, 10**11),
+        lambda s: passes_note(
+            train_mlx.settings(["--max-iters", "9999", "--epochs", "9999"]), 9999
+        ),
+        lambda s: plan.duration(1e9),
+        lambda s: str(plan.print_needs(s, {"train": {"bytes": 10**10}, "val": {"bytes": 5}})),
+    ],
+)
+def test_large_numbers_have_their_digits_grouped(message, capsys):
+    text = message(train_mlx.settings(HUGE.split())) + capsys.readouterr().out
+    assert re.search(r"\d,\d{3}", text)
+    assert not re.findall(r"\d{4,}[.\d]* ?(?:GB|MB|M|bytes|iterations|epochs|passes|days)\b", text)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(90, "1.5 min"), (7260, "2 h 01 min")])
