@@ -250,7 +250,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
         stop.sync()
 
         # by SAVE_FREQ or SAVE_MINUTES: save first, so that a crash in the evaluation loses nothing
-        if last_step or stop.requested or log.is_save_due(step, s.SAVE_FREQ, s.SAVE_MINUTES):
+        if last_step or log.is_save_due(step, s.SAVE_FREQ, s.SAVE_MINUTES):
             log.save(step, state)
         if stop.requested:
             break
@@ -258,7 +258,6 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
         # every EVAL_FREQ steps: evaluate, keep the best, advise, write samples
         if (last_step or step % s.EVAL_FREQ == 0) and log.last_eval_step < step:
             if not evaluate_and_log(s, step, state, evaluator, log):  # a signal came meanwhile
-                log.save(step, state)
                 break
             if log.patience_exceeded(s.PATIENCE):
                 last_step = True
@@ -277,7 +276,6 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
             n_targets, batches = step_batches(data.train, step, s, world)
             loss, gradients = sum_gradients(s, micro_step, batches, stop, world)
             if stop.requested:  # before the update: this step is not in what is saved
-                log.save(step, state)
                 break
             norm = apply_update(loss, gradients)
             # on CUDA the host prepares the next step meanwhile; the first one compiles: wait for it
@@ -290,6 +288,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
         if (step + 1) % s.LOG_FREQ == 0 and (averages := meter.pop_averages(step + 1)):
             log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **averages)
 
+    log.save(step, state)  # where a signal ended the loop; any other end is saved before
     meter.close()
     if stop.requested:
         print(f"stopped after iteration {step:,}, saved in {run}; the same command continues it")
