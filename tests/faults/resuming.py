@@ -16,6 +16,7 @@ from harness import (
     EAGER,
     LAST,
     ROOM,
+    SAMPLES,
     WORST,
     after,
     at_call,
@@ -120,10 +121,10 @@ class Deaf(signals.StopSignal):
 
 
 PHASES = {  # the call that starts it, and which
+    "step": (batches, "get_batch", 6),  # the first, because the control fails there
     "start": (checkpoints, "newest_valid", 1),
     "data preparation": (columns, "parse_record", 5),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
-    "step": (batches, "get_batch", 6),
     "evaluation": (evaluation, "evaluate", 3),
     "sampling": (decoding, "stream", 5),
     "save": (files, "flush", 10),
@@ -140,10 +141,10 @@ def _(n):
             box = fresh()
             if phase == "data preparation":
                 shutil.rmtree(box / ".data")
-            code, out = train(box, before=signalled(name, nth, number, owner))
+            code, out = train(box, *SAMPLES, before=signalled(name, nth, number, owner))
             code = as_a_shell_shows(code)
             wrong = "" if code == 128 + number else f"{phase}: exit {code}: {out[-300:]}"
-            yield (wrong, 0) if wrong else after(box, most=0)
+            yield (wrong, 0) if wrong else after(box, *SAMPLES, most=0)
 
 
 def as_a_shell_shows(code):

@@ -212,10 +212,10 @@ def _(n):
 def _(n):
     long = ("--block-size", 2000)  # so that most of the training bytes are read
     for name in (
+        "train.bin",
         "best.json",
         "metrics.jsonl",
         "data.json",
-        "train.bin",
         "val.bin",
         "train.fields",
     ) * n:
