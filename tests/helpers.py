@@ -26,7 +26,7 @@ MODEL = "--n-layer 2 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 8 --dr
 SMALL = (
     f"{MODEL} --dataset sample --training-mode full --block-size 64 --batch-size 2 --epochs none"
 )
-QUIET = "--sample-bytes 1 --eval-bytes 500 --log-freq 1 --eval-freq 5 --save-freq 4"
+QUIET = "--sample-bytes 0 --eval-bytes 500 --log-freq 1 --eval-freq 5 --save-freq 4"
 OFFICIAL = "--ema-decay 0 --weight-decay 0.1 --beta2 0.999"  # a short run is no average
 ARGS = (
     f"{SMALL} {QUIET} {OFFICIAL} --warmup-iters 2 --lr-decay-iters 20 --learning-rate 1e-3".split()

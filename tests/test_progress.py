@@ -146,5 +146,5 @@ def test_each_slow_part_of_an_evaluation_shows_life(
     else:
         owner = samples if name == "complete_prompts" else evaluation
         monkeypatch.setattr(owner, name, slowed(getattr(owner, name)))
-        train(tmp_path, "--max-iters", 1)
+        train(tmp_path, "--max-iters", 1, "--sample-bytes", 1)
     assert f"{what.get(name, 'evaluating')}: 0 s ..." in capsys.readouterr().out

@@ -136,14 +136,16 @@ def test_each_evaluation_asks_the_same_and_answers_as_generating_does(run, capsy
         assert written == f"{answer['prompt']}{answer['answer']}\n"
 
 
-@pytest.mark.parametrize("flags", ["--sample-bytes 0", "--training-mode both", "--dataset d.txt"])
+@pytest.mark.parametrize(
+    "flags", ["", "--training-mode both --sample-bytes 1", "--dataset d.txt --sample-bytes 1"]
+)
 def test_there_are_no_answers_without_a_response_or_without_samples(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.txt").write_text("\n\n".join(f"{i} paragraph of plain text" for i in range(30)))
     train(tmp_path, "--max-iters", 1, "--run-name", "full", *flags.split())
     lines = metrics(tmp_path)
     assert not any("answers" in m for m in lines)
-    assert any("samples" in m for m in lines) == ("--sample-bytes" not in flags)
+    assert any("samples" in m for m in lines) == ("--sample-bytes" in flags)
 
 
 # ------------------------------------------------------------------------------------ of a data set

@@ -196,7 +196,7 @@ def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys, monke
     """Without system texts none is asked for, and a text stays within the blocks."""
     asked = [{"question": f"q {i}" * 9, "answer": f"a {i}" * 9} for i in range(30)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1)
+    train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1, "--sample-bytes", 1)
     (output,) = [m["samples"] for m in metrics(tmp_path) if "samples" in m]
     assert output and not any("### System" in text for text in output)
     command = shlex.split(re.search("sample_it: (.*)", capsys.readouterr().out)[1])

@@ -74,13 +74,13 @@ def test_training_on_responses_learns_responses_alone(tmp_path):
         args = ["--max-iters", 60, "--eval-freq", 60, "--save-freq", 60, "--log-freq", 60]
         args.append("--no-shuffle-records")
         train(tmp_path / on, "--loss-on", on, "--learning-rate", 1e-2, *args)
-        of[on] = metrics(tmp_path / on)[-2]["val_loss_fields"]
+        of[on] = metrics(tmp_path / on)[-1]["val_loss_fields"]
     untrained = metrics(tmp_path / "response")[0]["val_loss_fields"]
     assert of["response"]["response"] < untrained["response"] - 1
     gap = {field: of["response"][field] - of["all"][field] for field in untrained}
     assert gap["headers"] > 10 * abs(gap["response"])  # it never trained on headers
     best = checkpoints.read_best(tmp_path / "response" / "full")
-    last = metrics(tmp_path / "response")[-2]
+    last = metrics(tmp_path / "response")[-1]
     assert (
         best["monitored_loss"]
         == last["monitored_loss"]
@@ -107,7 +107,7 @@ def test_data_without_responses_refuses_a_loss_on_them(tmp_path):
 
 def test_an_evaluation_tells_each_field_and_they_add_up(tmp_path):
     train(tmp_path, "--max-iters", 1, "--eval-bytes", "none")
-    last = metrics(tmp_path)[-2]  # before the samples
+    last = metrics(tmp_path)[-1]
     of = last["val_loss_fields"]
     assert of.keys() == {"headers", "system", "instruction", "response"}
     labels = np.fromfile(next((tmp_path / ".data").glob("*/val.fields")), np.uint8)[1:]
