@@ -14,14 +14,14 @@ import bdh_mlx  # noqa: F401  before any test imports mlx.core: it loads the fas
 from helpers import COUNTING, model_of, random_model, saved, train
 
 import generate
-import train_mlx
+from bdh_lib.training import report
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """Runs of other tests draw no report, which would take a second at each evaluation."""
     if request.module.__name__ != "test_report":
-        monkeypatch.setattr(train_mlx, "redraw", lambda *_: None)
+        monkeypatch.setattr(report, "write_report", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,16 @@ OFFICIAL = "--ema-decay 0 --weight-decay 0.1 --beta2 0.999"  # a short run is no
 ARGS = (
     f"{SMALL} {QUIET} {OFFICIAL} --warmup-iters 2 --lr-decay-iters 20 --learning-rate 1e-3".split()
 )
+# The arguments of Python that start the trainer, as its file does, and draw no report
+TRAINER = (
+    "-c",
+    f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_mlx
+from bdh_lib import cli
+train_mlx.redraw = lambda *_: None
+cli.run("train_mlx")""",
+)
 GREEDY = Sampling(temperature=0)
 KEY = mx.random.key(1)
 COUNTING = [(b + 1) % 256 for b in range(256)]  # model_of it writes all byte values, over and over

@@ -2,12 +2,10 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import datasets
 import pytest
-from helpers import ROOT
+from helpers import train
 from records import N, asked, excerpt, jsonl, prepared, rows, talk
 
 from bdh_lib.data import formats
@@ -169,20 +167,13 @@ def test_a_column_that_is_empty_gives_way_to_one_that_is_filled(tmp_path):
     assert "### Instruction:\nalso 3\n\n### Response:\nyes 3\n---" in texts["csv"]
 
 
-def test_the_trainer_and_the_generator_take_the_flag(tmp_path):
+def test_the_trainer_and_the_generator_take_the_flag(tmp_path, output):
     records = [{"ask": f"ask {i}", "say": f"reply {i}"} for i in range(40)]
     (tmp_path / "d.jsonl").write_text(jsonl(*records))
-    columns = ["--columns", "instruction=ask,response=say"]
-    run = [sys.executable, ROOT / "train_mlx.py", "--preset", "tiny", "--max-iters", "1", *columns]
-    run += ["--dataset", tmp_path / "d.jsonl", "--checkpoint-dir", tmp_path, "--block-size", "64"]
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ask = [sys.executable, ROOT / "generate.py", tmp_path / "full", *columns]
-    table = subprocess.run(
-        [*ask, "--evaluate", tmp_path / "d.jsonl"], capture_output=True, text=True
-    )
-    assert table.returncode == 0 and "instruction" in table.stdout, table.stderr
+    columns, data = ["--columns", "instruction=ask,response=say"], tmp_path / "d.jsonl"
+    assert train(tmp_path, "--max-iters", 1, "--dataset", data, *columns) == 0
+    ask = [tmp_path / "full", *columns]
+    assert b"instruction" in output(*ask, "--evaluate", data)
     (tmp_path / "p.jsonl").write_text(jsonl({"ask": "ask 3"}))
-    ask += ["--prompts", tmp_path / "p.jsonl", "--max-new-tokens", "3"]
-    written = subprocess.run(ask, capture_output=True, text=True)
-    assert json.loads(written.stdout)["prompt"] == excerpt(3).partition("reply")[0], written.stderr
+    written = output(*ask, "--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 3)
+    assert json.loads(written)["prompt"] == excerpt(3).partition("reply")[0]

@@ -9,7 +9,7 @@ from types import ModuleType
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, TRAINER
 from hub_stub import COMMIT, serving
 
 import bdh_mlx
@@ -89,7 +89,7 @@ def test_a_run_starts_from_a_model_of_the_hub_and_resumes_without_it(hub, tmp_pa
     flags = "--preset tiny --dataset sample --init-from hf:user/tiny --n-layer 2 --n-embd 16 "
     flags += "--n-head 2 --mlp-internal-dim-multiplier 8 --block-size 32 --batch-size 2 "
     flags += "--eval-bytes 100 --sample-bytes 0 --checkpoint-dir"
-    command = ["train_mlx.py", *flags.split(), str(tmp_path / "runs"), "--max-iters"]
+    command = [*TRAINER, *flags.split(), str(tmp_path / "runs"), "--max-iters"]
     first = run(hub[0], tmp_path / "hf", *command, "1")
     assert "start: weights of hf:user/tiny" in first.stdout, first.stderr
     resumed = run(NOWHERE, tmp_path / "hf", *command, "2")

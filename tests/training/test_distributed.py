@@ -13,13 +13,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import ARGS, ROOT, metrics, train
+from helpers import ARGS, ROOT, TRAINER, metrics, train
 
 import train_mlx
 from bdh_lib.training import checkpoints, dataset, distributed
 from bdh_mlx import UserError
 
-SCRIPT = [str(ROOT / "train_mlx.py"), *ARGS]
+SCRIPT = [*TRAINER, *ARGS]
 
 
 def free_ports(n):
@@ -217,6 +217,7 @@ import train_mlx
 from bdh_lib.training import runlog
 clock = (lambda: 0.0) if os.environ["MLX_RANK"] == "{stopped}" else runlog.time.monotonic
 runlog.time = SimpleNamespace(monotonic=clock)
+train_mlx.redraw = lambda *_: None
 sys.exit(train_mlx.main())
 """
 
