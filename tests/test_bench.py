@@ -1,4 +1,4 @@
-"""What bench/experiments.py stands on: the queue of jobs and the baselines."""
+"""The measurements of bench/, each once and tiny; their queue of jobs and the baselines."""
 
 import json
 import math
@@ -7,12 +7,15 @@ from functools import partial
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import CONFIG, ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 import experiments
+import generate_speed
 import job_queue
+import train_speed
 
+import bdh_mlx
 from bdh_lib.training import advice
 
 TELL = "import json, sys, time; time.sleep({}); print(json.dumps({{'told': {}}})); sys.exit({})"
@@ -105,3 +108,53 @@ def test_a_flat_model_costs_eight_bits_a_byte():
     train, val = rng.integers(0, 256, (2, 20_000), dtype=np.uint8)
     assert advice.order_n(train, val, 0) == pytest.approx(8 * math.log(2), abs=0.03)
     assert math.isclose(experiments.bits_per_byte(bytes(val), bytes(val))["xz"], 8, rel_tol=0.02)
+
+
+# ------------------------------------------------------------------------- each measurement, tiny
+
+SAMPLE = str(ROOT / "bdh_lib/data/sample.jsonl")
+
+
+def test_an_experiment_runs_to_its_table(tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    flags = f"recipe --text {SAMPLE} --only base --seeds 1 --smoke 2 --work {tmp_path}/work"
+    monkeypatch.setattr(sys, "argv", ["experiments.py", *flags.split(), "--out", str(rows)])
+    experiments.main()
+    (row,) = job_queue.rows(rows)
+    assert row.get("failed") is None and [step for step, _ in row["curve"]] == [0, 2]
+    assert row["best"] < math.log(256) + 0.1 and row["exit_code"] == 0
+    table = capsys.readouterr().out.splitlines()[-1]
+    assert table.split()[:4] == ["recipe:", "base", "1", f"{row['best']:.4f}"]
+
+
+def test_a_job_on_records_answers_what_it_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "N_ANSWERS", 1)
+    flags = f"{experiments.RECORDS} {experiments.QUIET} --dataset {SAMPLE} {experiments.TINY}"
+    job = {"in": "records", "name": "one", "phases": [f"{flags} --max-iters 1"]}
+    result = experiments.train(job, tmp_path)
+    assert result["answers"]["n"] == 1 and result["best_bits"].keys() >= {"whole", "response"}
+
+
+@pytest.mark.parametrize("system", ["ours, fast", "quadratic"])
+def test_a_training_step_is_timed_and_stands_in_the_table(system):
+    model = {"n_layer": 1, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 4}
+    case = {"system": system, "B": 1, "T": 64, "model": model | {"dropout": 0.0}}
+    row = case | train_speed.run_ours(case, steps=1)
+    assert row["seconds"] > 0 and (row["estimate_gb"] is None) == (system == "quadratic")
+    product = train_speed.run_product({"n": 64}, 1)
+    assert train_speed.table([row], product).splitlines()[1].startswith(system)
+
+
+def test_each_case_of_generation_gives_its_row(tmp_path):
+    bdh_mlx.save_model(bdh_mlx.BDH(CONFIG), tmp_path / "m.safetensors")
+    rows = []
+    for case in ({"kind": "stream", "contexts": [1, 32], "bytes": 64}, {"kind": "error"},
+                 {"kind": "prefill", "lengths": [64]},
+                 {"kind": "recompute", "contexts": [32], "bytes": 1}):  # fmt: skip
+        case |= {"model": str(tmp_path / "m.safetensors"), "text": SAMPLE}
+        measure = getattr(generate_speed, f"measure_{case['kind']}")
+        rows += [case | row for row in measure(case)]
+    assert [row["context"] for row in rows] == [1, 32, 512, 64, 32]
+    assert rows[2]["largest"] < 1e-3 * rows[2]["logits"]
+    ratio = generate_speed.table(rows).splitlines()[2].split()[-1]  # against the recomputation
+    assert float(ratio) == pytest.approx(rows[4]["seconds"] / rows[1]["seconds"], abs=0.06)
