@@ -223,10 +223,10 @@ def test_a_response_that_points_at_a_choice_is_none(choices):
         assert parsed.reason("response").startswith("response is the number or letter of one of")
         kept = columns.parse_record(record, "choices=").turns
         assert kept == [INSTRUCTION, ("response", str(response))]
-    for response in ("w", "either", ""):
+    for response, reason in (("w", None), ("either", None), ("", "response empty")):
         record = {"question": "q", "options": ["w", "x"], "answer": response}
         problem = columns.parse_record(record).problems.get("response")
-        assert problem is None or problem.reason == "response empty"
+        assert (problem and problem.reason) == reason
 
 
 @pytest.mark.parametrize(
@@ -352,6 +352,7 @@ def test_names_of_columns_that_mean_nothing_are_refused(chosen):
 )
 def test_what_is_no_text_has_a_reason(record, problems):
     parsed = columns.parse_record(record)
+    assert bool(parsed.problems) == bool(problems)
     for field, reason in problems.items():
         assert parsed.problems[field].reason.startswith(reason)
         assert field not in dict(parsed.turns)

@@ -55,6 +55,7 @@ def test_activity_takes_no_more_memory_for_more_bytes():
 def test_activity_is_logged_at_each_evaluation_and_summed_up(tmp_path, capsys):
     train(tmp_path, "--max-iters", 5)
     evaluated = [m for m in metrics(tmp_path) if "val_loss" in m]
+    assert len(evaluated) == 2  # before the first iteration, and at the last
     assert all(len(m["active_x"]) == len(m["active_y"]) == 2 for m in evaluated)
     x = " ".join(f"{share:.1%}" for share in evaluated[-1]["active_x"])
     assert f"active_x: {x}\n" in capsys.readouterr().out
