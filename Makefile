@@ -25,7 +25,7 @@ lint: .venv/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) does not run, or is older than 3.11. $(INSTALL_PYTHON)," \
 	    "then: make PYTHON=python3.13 $(MAKECMDGOALS)"; exit 2; }

@@ -27,7 +27,7 @@ esac
 @pytest.fixture
 def make(tmp_path):
     """`make train` on a machine as named, with a stand-in for Python: exit code, output, calls."""
-    for name in ("Makefile", "requirements.txt", "bdh_lib/platform_check.py"):
+    for name in ("Makefile", "requirements.txt", "constraints.txt", "bdh_lib/platform_check.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "fake").write_text(FAKE)
@@ -70,6 +70,15 @@ def test_what_a_machine_lacks_is_said_before_anything_is_made(make, tmp_path, ma
     errors = [line for line in out.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and re.search(complaint, errors[0])
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("kind", ["", "-cuda", "-dev"])
+def test_every_package_is_installed_in_its_tested_version(kind):
+    needed = (ROOT / f"requirements{kind}.txt").read_text()
+    tested = re.findall(r"^([\w-]+)==\d", (ROOT / "constraints.txt").read_text(), re.M)
+    names = re.findall(r"^[a-z][\w-]*", needed, re.M)
+    assert "\n-c constraints.txt\n" in f"\n{needed}" and len(names) >= 3
+    assert {*names} <= {*tested}
 
 
 def test_an_environment_stays_only_where_mlx_runs(make, tmp_path):
