@@ -32,6 +32,7 @@ def test_activity_is_the_share_of_neurons_not_zero_in_each_layer(T):
 
 
 def test_neurons_that_no_byte_excites_in_any_layer_are_dead():
+    mx.random.seed(0)  # with which some neurons are dead
     model = bdh_mlx.BDH(bdh_mlx.BDHConfig(3, 8, 0.5, 2, 4))
     val, ever, last, fired = np.frombuffer(b"dead?", np.uint8), False, False, False
     for begin in (0, 3):  # blocks of T
