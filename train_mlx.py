@@ -9,7 +9,9 @@ checkpoints_mlx/<run>: step-000500 and others (weights, optimizer, settings), be
 metrics.jsonl, and report.html to look at.
 """
 
-if __name__ == "__main__":  # cli.run imports it as a module: errors in settings are one line
+if __name__ == "__main__":
+    # This imports the file once more, as a module, and calls its main(): so a mistake in the
+    # settings below is told in one line.
     from bdh_lib import start
 
     start.run(__file__)
@@ -159,9 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     plots.find_fonts()  # before MLX computes anything
     world = World()
     base.PROCESSES = world.size
-    json_to = sys.stdout if base.json else None  # where print goes no more from here on
+    json_to = sys.stdout if base.json else None  # print goes to stderr from here on
     with (
-        # without argv this run is all that the process does
+        # only a run that was started from the command line is started again
         macos.restarted_after_gpu_fault(base, argv is None and world.size == 1),
         macos.kept_awake(base.KEEP_AWAKE),
         main_process_prints(json_to, world),
@@ -246,27 +248,28 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
     meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_step(s), log.skipped)
 
     for step in range(first_step, n_steps + 1):  # one more: the end is evaluated too
-        last_step = step == n_steps
+        finished = step == n_steps
         stop.sync()
 
         # by SAVE_FREQ or SAVE_MINUTES: save first, so that a crash in the evaluation loses nothing
-        if last_step or log.is_save_due(step, s.SAVE_FREQ, s.SAVE_MINUTES):
+        if finished or log.is_save_due(step, s.SAVE_FREQ, s.SAVE_MINUTES):
             log.save(step, state)
         if stop.requested:
             break
 
-        # every EVAL_FREQ steps: evaluate, keep the best, advise, write samples
-        if (last_step or step % s.EVAL_FREQ == 0) and log.last_eval_step < step:
+        # every EVAL_FREQ steps: evaluate, keep the best, advise, write samples; a resumed run may
+        # have evaluated this step before
+        if (finished or step % s.EVAL_FREQ == 0) and log.last_eval_step < step:
             if not evaluate_and_log(s, step, state, evaluator, log):  # a signal came meanwhile
                 break
             if log.patience_exceeded(s.PATIENCE):
-                last_step = True
+                finished = True
                 log.save(step, state)
             if world.is_main:
                 redraw(log)
         if world.is_main and log.last_saved == step:
             checkpoints.prune(run, s.KEEP_CHECKPOINTS, log.best.get("step"))
-        if last_step:
+        if finished:
             break
 
         # one step: micro-batches on each process, then an update by AdamW
@@ -281,12 +284,13 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
             # on CUDA the host prepares the next step meanwhile; the first one compiles: wait for it
             (mx.async_eval if step > first_step and on_cuda() else mx.eval)(state.arrays(), norm)
         stop.has_work_to_save = True
-        wait = step + 1 == n_steps or 0 in ((step + 1) % s.LOG_FREQ, (step + 1) % s.EVAL_FREQ)
-        meter.stop(step + 1, loss, norm, n_targets > 0, wait)
+        completed = step + 1
+        read_now = completed == n_steps or 0 in (completed % s.LOG_FREQ, completed % s.EVAL_FREQ)
+        meter.stop(completed, loss, norm, n_targets > 0, read_now)
         if meter.consecutive_skips >= s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(divergence_message(data.train, meter.last_read_step, s))
-        if (step + 1) % s.LOG_FREQ == 0 and (averages := meter.pop_averages(step + 1)):
-            log.write(step=step + 1, lr=lr, grad_norm=norm.item(), **averages)
+        if completed % s.LOG_FREQ == 0 and (averages := meter.pop_averages(completed)):
+            log.write(step=completed, lr=lr, grad_norm=norm.item(), **averages)
 
     log.save(step, state)  # where a signal ended the loop; any other end is saved before
     meter.close()

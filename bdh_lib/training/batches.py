@@ -126,6 +126,6 @@ def divergence_message(split: Split, step: int, s: Settings) -> str:
     starts = [int(n) for i in shown for n in batch_positions(split, i, s)[:, 0]][:64]
     more = f" and {count - len(starts):,} others" if count > len(starts) else ""
     return (
-        f"no sound update in {s.MAX_CONSECUTIVE_SKIPS:,} iterations; last batch: "
+        f"no finite update in {s.MAX_CONSECUTIVE_SKIPS:,} iterations; last batch: "
         f"{s.BLOCK_SIZE:,} bytes each from {starts}{more} of the training bytes"
     )

@@ -45,16 +45,16 @@ class Meter:
         self.step_start = time.perf_counter()
 
     def stop(
-        self, step: int, loss: mx.array, norm: mx.array, has_targets: bool, wait: bool
+        self, step: int, loss: mx.array, norm: mx.array, has_targets: bool, read_now: bool
     ) -> None:
         """End step number `step`; its loss is averaged where it has any targets.
 
-        With `wait` its numbers are read now. Without it CUDA's are read once the next step has been
-        submitted: the GPU computes while the host prepares. The first step is not timed: it
-        compiles.
+        With `read_now` the host waits for its numbers. Without, CUDA's are read once the next step
+        has been submitted: the GPU computes while the host prepares. The first step is not timed,
+        because it compiles.
         """
         self.unread.append((step, loss, norm, has_targets))
-        self.collect(0 if wait or not on_cuda() else 1)
+        self.collect(0 if read_now or not on_cuda() else 1)
         self.progress.update()
         if step > self.first_step + 1:
             self.seconds += time.perf_counter() - self.step_start

@@ -40,7 +40,7 @@ def test_an_update_that_is_read_late_counts_as_its_own(monkeypatch, capsys):
     meter = meters.Meter(0, 3, 1000)
     for step, loss in enumerate((1.0, math.nan, 3.0), 1):
         meter.start()
-        meter.stop(step, mx.array(loss), mx.array(1.0), True, wait=False)
+        meter.stop(step, mx.array(loss), mx.array(1.0), True, read_now=False)
     assert meter.consecutive_skips == 1 and meter.losses == [1.0]
     assert "iter      2 | update skipped" in capsys.readouterr().out
     meter.close()
@@ -67,7 +67,7 @@ def test_the_speed_of_a_gpu_that_computes_ahead_is_that_of_the_gpu(every, monkey
     for step in range(1, 22):
         meter.start()
         clock[0] += 1
-        meter.stop(step, Loss(), 1.0, True, wait=step == 1 or step % every == 0)
+        meter.stop(step, Loss(), 1.0, True, read_now=step == 1 or step % every == 0)
         if step > 1 and step % every == 0:
             speeds.append(meter.pop_averages(step)["bytes_per_s"])
     host = 1 / every  # seconds an update for which the GPU has nothing to do
@@ -90,7 +90,7 @@ def test_updates_that_are_not_finite_at_the_end_of_a_run_end_it(
     flags = ["--max-iters", 6, "--log-freq", 100, "--eval-freq", 100, "--max-consecutive-skips", 3]
     assert train(tmp_path, *flags) == 1
     out, err = capsys.readouterr()
-    assert (out + err).count("update skipped") == 3 and "no sound update in 3 iterations" in err
+    assert (out + err).count("update skipped") == 3 and "no finite update in 3 iterations" in err
 
 
 def test_skipped_updates_are_counted_over_resumes(tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_the_first_update_is_not_timed(monkeypatch):
     monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
     for step in (1, 2):
         meter.start()
-        meter.stop(step, 1.0, 1.0, True, wait=True)
+        meter.stop(step, 1.0, 1.0, True, read_now=True)
     assert meter.timed_bytes / meter.seconds == 500
 
 
