@@ -8,7 +8,8 @@ One layer, the same weights in each; ln is LayerNorm without parameters, R_t rot
     x_t = relu(v_t Dx)                                neurons that the byte excites, per head
     a_t = sum over s < t of (R_t x_t . R_s x_s) v_s   linear attention, without softmax
     y_t = relu(ln(a_t) Dy) * x_t                      excited neurons that fire
-    v_t = ln(v_t + ln(sum over heads of y_t E))       back to D numbers
+    o_t = sum over heads of y_t E                     back to D numbers
+    v_t = ln(v_t + ln(o_t))
 
 Without softmax, a_t = (R_t x_t) S_t, where the synapses S_t = sum over s < t of (R_s x_s) v_s^T are
 a state of fixed size. Reading a text at once, in chunks or byte by byte gives the same result
@@ -87,7 +88,7 @@ class BDH(nn.Module):
         self.config = config
         self.compute = default_compute(H, D)
         self.trained_length: int | None = None  # BLOCK_SIZE of its training, if known
-        # a cache, which None frees: weights laid out to read byte by byte (compute/state.py)
+        # a cache of weights laid out to read byte by byte (compute/state.py); None frees it
         self.decode_step = None
         self.embed = nn.Embedding(config.vocab_size, D)
         self.embed.weight = mx.random.normal((config.vocab_size, D)) * 0.02
@@ -107,7 +108,7 @@ class BDH(nn.Module):
         """Return logits and loss as the class says; `self.compute` says how layers are computed."""
         v = ln(self.embed(idx))  # (B, T, D)
         L, rates = self.config.n_layer, (self.config.dropout, self.config.dropout_v)
-        if key is not None and self.config.dropout_v:
+        if key is not None and self.config.dropout_v:  # a key that no layer has
             mask = dropout_mask(mx.random.split(key, L + 1)[L], rates[1], v.shape)
             v = v * dropout_scale(mask, v.dtype)
         for key_l in [None] * L if key is None else mx.random.split(key, L):
@@ -117,7 +118,10 @@ class BDH(nn.Module):
     def _logits_and_loss(
         self, v: mx.array, targets: mx.array | None
     ) -> tuple[mx.array, mx.array | None]:
-        """Return logits (B, T, V) and mean loss in nats (or None) of the last v (B, T, D)."""
+        """Return logits (B, T, V) and mean loss in nats (or None) of the last v (B, T, D).
+
+        Training and evaluation take their loss from byte_losses in bdh_lib/training/step.py.
+        """
         logits = v @ self.lm_head
         if targets is None:
             return logits, None
@@ -144,15 +148,15 @@ class BDH(nn.Module):
         return self._logits_and_loss(v, targets)
 
     def quadratic_layer(self, v: mx.array) -> mx.array:
-        """Apply the layer to v (B, T, D) by the equations at the top; GEMMs have B * T rows."""
+        """Apply the layer to v (B, T, D) by the equations at the top."""
         B, T, D = v.shape
         Dx, Dy, E = self.weights()
         H, N = self.config.n_head, self.config.neurons_per_head
         x = nn.relu(v.reshape(1, B * T, D) @ Dx)  # (H, B*T, N)
         a = attention_quadratic(rotate(x.reshape(H, B, T, N)), v)
         y = nn.relu(ln(a).reshape(H, B * T, D) @ Dy) * x  # (H, B*T, N)
-        out = (y @ E).sum(0)  # (B*T, D)
-        return ln(v + ln(out).reshape(B, T, D))
+        o = (y @ E).sum(0)  # (B*T, D)
+        return ln(v + ln(o).reshape(B, T, D))
 
     def generate(
         self,

@@ -5,7 +5,7 @@ from bdh_lib.rules import check, number, whole
 
 SIZE = whole(1, 65536)
 RATE = number("of at least 0 and below 1", lambda x: 0 <= x < 1)
-RULES = {
+FIELD_RULES = {
     "n_layer": whole(1, 1000),
     "n_embd": SIZE,
     "dropout": RATE,
@@ -17,7 +17,7 @@ RULES = {
 
 
 class CheckedConfig:
-    """Base class that checks a dataclass with the fields of RULES. Raises UserError."""
+    """Base class that checks a dataclass with the fields of FIELD_RULES. Raises UserError."""
 
     def __new__(cls, *args, **values):  # before the dataclass's __init__, which raises TypeError
         if len(args) > len(fields := cls.__dataclass_fields__):
@@ -30,7 +30,7 @@ class CheckedConfig:
 
     def __post_init__(self):
         """Check each field alone, then that the neurons can be divided among the heads."""
-        for name, rule in RULES.items():
+        for name, rule in FIELD_RULES.items():
             check(name, getattr(self, name), rule)
         neurons = self.n_embd * self.mlp_internal_dim_multiplier
         if neurons >= 2**31:  # a dimension of an array

@@ -49,7 +49,7 @@ class Compute:
     chunk: int = 128  # C: bytes whose scores are computed as a square
     rows: int = 16384  # B * T of a segment, at most
     max_rows: int = 16384  # the same for a block so long that it has MAX_SEGMENTS
-    saved_activations: int = 4  # 0 to 4: Saved's first fields after the small ones that are saved
+    saved_activations: int = 4  # how many of Saved's prefix_states, x, gated, q are saved
     groups: int = 1  # of heads, computed at once on a CPU, each on a core
 
 

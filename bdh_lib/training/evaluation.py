@@ -71,9 +71,11 @@ def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float
         for position in range(0, len(block), ACTIVITY_CHUNK):
             v = ln(model.embed(mx.array(block[None, position : position + ACTIVITY_CHUNK])))
             for i in range(L):
-                v, S[i], saved = forward_segment(v, S[i], model.weights(), position, ACTIVITY_CHUNK)
-                x, y = saved.x, saved.y
-                active[:, i] += [mx.mean(neurons > 0).item() * v.shape[1] for neurons in (x, y)]
+                v, S[i], neurons = forward_segment(
+                    v, S[i], model.weights(), position, ACTIVITY_CHUNK
+                )
+                x, y = neurons.x, neurons.y  # on CUDA x is before the relu: as often above 0
+                active[:, i] += [mx.mean(values > 0).item() * v.shape[1] for values in (x, y)]
                 excited = excited | mx.any(x > 0, -2)
             mx.eval(excited)  # or each x would be kept to the end
     x, y = (active / len(watched)).tolist()

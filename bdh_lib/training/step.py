@@ -40,9 +40,9 @@ def compile_losses(model: BDH) -> Callable:
 
 def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
     """Replace `share` of the bytes of idx by bytes from anywhere in it."""
-    where, which = mx.random.split(key)
-    others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=which)]
-    return mx.where(mx.random.uniform(shape=idx.shape, key=where) < share, others, idx)
+    mask_key, source_key = mx.random.split(key)
+    others = idx.reshape(-1)[mx.random.randint(0, idx.size, idx.shape, key=source_key)]
+    return mx.where(mx.random.uniform(shape=idx.shape, key=mask_key) < share, others, idx)
 
 
 def compile_steps(state: TrainState, s: Settings) -> tuple[Callable, Callable]:
@@ -76,10 +76,11 @@ def compile_steps(state: TrainState, s: Settings) -> tuple[Callable, Callable]:
             rate = 1 - mx.minimum(s.EMA_DECAY, optimizer.step / (optimizer.step + 9))
             ema.update(tree_map(lambda m, w: m + rate * (w - m), ema, model.parameters()))
         finite = mx.isfinite(loss) & mx.isfinite(norm)
-        after = tree_map(lambda new, old: mx.where(finite, new, old), arrays, before)
-        model.update(after[0])
-        optimizer.state.update(after[1])
-        ema.update(after[2])
+        kept = tree_map(lambda new, old: mx.where(finite, new, old), arrays, before)
+        weights, optimizer_state, averages = kept
+        model.update(weights)
+        optimizer.state.update(optimizer_state)
+        ema.update(averages)
         return norm
 
     return micro_step, apply_update
