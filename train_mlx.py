@@ -124,7 +124,7 @@ from bdh_lib.training.dataset import check_processes_agree, open_run_data
 from bdh_lib.training.distributed import World, is_lost
 from bdh_lib.training.evaluation import Evaluator
 from bdh_lib.training.meter import Meter
-from bdh_lib.training.report import redraw
+from bdh_lib.training.report import redraw_report
 from bdh_lib.training.resume import resume_or_init, run_info
 from bdh_lib.training.runlog import RunLog, main_process_prints
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
@@ -266,7 +266,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
                 finished = True
                 log.save(step, state)
             if world.is_main:
-                redraw(log)
+                redraw_report(log)
         if world.is_main and log.last_saved == step:
             checkpoints.prune(run, s.KEEP_CHECKPOINTS, log.best.get("step"))
         if finished:

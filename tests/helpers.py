@@ -38,7 +38,7 @@ TRAINER = (
 sys.path.insert(0, {str(ROOT)!r})
 import train_mlx
 from bdh_lib import cli
-train_mlx.redraw = lambda *_: None
+train_mlx.redraw_report = lambda *_: None
 cli.run("train_mlx")""",
 )
 GREEDY = Sampling(temperature=0)

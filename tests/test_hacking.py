@@ -15,7 +15,10 @@ TINY = (
     "--mlp-internal-dim-multiplier 8 --block-size 64 --batch-size 2 --eval-bytes 100 "
     "--sample-bytes 4 --log-freq 1"
 )
-UNDRAWN = ("-c", "import sys, train_mlx as t; t.redraw = lambda *_: None; sys.exit(t.main())")
+UNDRAWN = (
+    "-c",
+    "import sys, train_mlx as t; t.redraw_report = lambda *_: None; sys.exit(t.main())",
+)
 TEXT = (ROOT / "docs/hacking.md").read_text()
 
 

@@ -38,13 +38,12 @@ def evaluate(
     compile_losses makes it. val is read in batches of `shape`, (B, T); the last block may be
     shorter. The processes of `world` evaluate disjoint batches; `stop` ends it early.
     """
-    (B, T), (rank, size) = shape, (world.rank, world.size) if world else (0, 1)
-    n = len(val.bytes) - 1
+    n, T = len(val.bytes) - 1, shape[1]
+    rank, size = (world.rank, world.size) if world else (0, 1)
     nats, count = np.zeros(len(FIELDS)), np.bincount(val.fields[1:], minlength=len(FIELDS))
-    parts = [*pairwise([*range(0, n - n % T, B * T), n - n % T, n])][rank::size]
     with heartbeat("evaluating"), Progress("evaluating", n // size, "bytes") as progress:
-        for begin, end in parts:
-            if end > begin and not (stop and stop.requested):
+        for begin, end in batches_of(n, shape)[rank::size]:
+            if not (stop and stop.requested):
                 rows = (max(1, (end - begin) // T), -1)
                 idx, targets = (val.bytes[begin + i : end + i].astype(np.int32).reshape(rows)
                                 for i in (0, 1))  # fmt: skip
@@ -55,6 +54,13 @@ def evaluate(
         nats = np.sum(world.all_gather_object(nats.tolist()), 0)
     present = {LABEL_OF[name]: i for i, name in enumerate(FIELDS) if count[i]}
     return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
+
+
+def batches_of(n: int, shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return (begin, end) of the batches, up to B blocks of T bytes each, and of the rest of n."""
+    B, T = shape
+    cuts = sorted({*range(0, n - n % T, B * T), n - n % T, n})
+    return [*pairwise(cuts)]
 
 
 def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int]:
@@ -87,13 +93,12 @@ def compile_evaluation(model: BDH, n_bytes: int, shape: tuple[int, int]) -> Call
 
     `n_bytes` is the length of val in bytes, `shape` the (B, T) of `evaluate`. Nothing is computed.
     """
-    losses_fn, (B, T), n = compile_losses(model), shape, n_bytes - 1
-    rows = n // T
+    losses_fn, T = compile_losses(model), shape[1]
+    sizes = {end - begin for begin, end in batches_of(n_bytes - 1, shape)}
     with default_signals():
-        for shape in {(B, T) if rows >= B else (0, T), (rows % B, T), (1, n % T)}:
-            if 0 not in shape:
-                zeros = mx.zeros(shape, mx.int32)
-                losses_fn(zeros, zeros)
+        for size in sizes:
+            zeros = mx.zeros(size, mx.int32).reshape(max(1, size // T), -1)
+            losses_fn(zeros, zeros)
     return losses_fn
 
 

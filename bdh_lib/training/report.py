@@ -352,7 +352,7 @@ def write_report(run: Path) -> None:
             stack.enter_context(files.atomic_writer(run / name)).write_bytes(content)
 
 
-def redraw(log: runlog.RunLog) -> None:
+def redraw_report(log: runlog.RunLog) -> None:
     """Call `write_report` for the trainer: an error is one warning, and does not end the run."""
     try:
         write_report(log.run)

@@ -61,7 +61,7 @@ class RunLog:
     def __init__(self, run: Path, first_step: int, world: World, json_to: TextIO | None = None):
         self.run, self.first_step, self.world, self.json_to = run, first_step, world, json_to
         self.path, self.info = run / "metrics.jsonl", {}
-        self.report_failed = False  # report.redraw warns of it once
+        self.report_failed = False  # report.redraw_report warns of it once
         self.last_saved, self.save_time = first_step, time.monotonic()
         lines = self.valid_lines(first_step) if world.is_main else []
         lines = [m for m in lines if first_step and m["step"] <= first_step]

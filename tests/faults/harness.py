@@ -26,7 +26,7 @@ import train_mlx
 from bdh_lib import cli
 from bdh_lib.training import batches
 
-train_mlx.redraw = lambda *_: None  # pictures would take most of the time
+train_mlx.redraw_report = lambda *_: None  # pictures would take most of the time
 RAM_DISK = Path("/dev/shm")  # where there is one; a disk's flushes would take most of the time
 ROOM = Path(tempfile.mkdtemp(prefix="faults-", dir=RAM_DISK if RAM_DISK.is_dir() else None))
 DATA = ROOM / "records.jsonl"

@@ -217,7 +217,7 @@ import train_mlx
 from bdh_lib.training import runlog
 clock = (lambda: 0.0) if os.environ["MLX_RANK"] == "{stopped}" else runlog.time.monotonic
 runlog.time = SimpleNamespace(monotonic=clock)
-train_mlx.redraw = lambda *_: None
+train_mlx.redraw_report = lambda *_: None
 sys.exit(train_mlx.main())
 """
 

@@ -54,7 +54,7 @@ sys.path.insert(0, {root!r})
 import train_mlx
 from bdh_lib import cli
 from bdh_lib.training import batches
-train_mlx.redraw = lambda *_: None
+train_mlx.redraw_report = lambda *_: None
 print("pid", os.getpid(), file=sys.stderr)
 micro_batches, step = batches.micro_batch_indices, {step}
 

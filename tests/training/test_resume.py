@@ -97,7 +97,7 @@ def held(*args):
     return get_batch(*args)
 
 batches.get_batch = held
-train_mlx.redraw = lambda *_: None
+train_mlx.redraw_report = lambda *_: None
 sys.exit(train_mlx.main())
 """
 
