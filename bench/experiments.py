@@ -1,4 +1,4 @@
-"""Does it learn? Curves beside the official model, recipes, and the guide's question, measured.
+"""Does it learn? Curves beside the official model, recipes, and which mode to take, measured.
 
     python bench/experiments.py parity --official bdh.py --text tinyshakespeare.txt
     python bench/experiments.py recipe --text tinyshakespeare.txt
