@@ -76,7 +76,7 @@ class StopSignal:
                     os.write(2, f"stopped {why}\n".encode())
                 os._exit(128 + number[0])  # nothing saved can be lost by this
             with suppress(OSError):
-                os.write(2, b"stopping, once the iteration is done and saved\n")
+                os.write(2, b"stopping, once the last finished iteration is saved\n")
         os.close(read)
 
     def while_tracing(self) -> AbstractContextManager:

@@ -169,7 +169,7 @@ def test_a_killed_or_interrupted_run_ends_in_the_same_bits(tmp_path, straight, b
     assert process.returncode == (130 if blow == signal.SIGINT else -signal.SIGKILL), err
     if blow == signal.SIGINT:
         assert "the same command continues it" in out
-        assert err == "stopping, once the iteration is done and saved\n"
+        assert err == "stopping, once the last finished iteration is saved\n"
     assert train(tmp_path, "--max-iters", 12) == 0
     assert same(arrays(tmp_path, 12), arrays(straight, 12))
     steps = [m["step"] for m in metrics(tmp_path) if "loss" in m]
