@@ -1,5 +1,6 @@
 """`python train_mlx.py --plan`: what a run would be, and problems of its data, without training."""
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,8 +119,11 @@ def print_plan(base: Settings, presets: dict[str, Settings | None]) -> int:
     return 0
 
 
-def print_records(s: Settings) -> dict[str, int]:
-    """Print what the records hold; gives the training bytes of each mode."""
+def print_records(s: Settings, train_share: float) -> dict[str, int]:
+    """Print what the records hold; gives about the training bytes of each mode.
+
+    `train_share` is the share of the bytes that train in the run's own mode.
+    """
     with heartbeat(f"examining DATASET {s.DATASET}"):
         findings = problems.examine(s)
         lines = problems.oddities(findings)
@@ -131,7 +135,7 @@ def print_records(s: Settings) -> dict[str, int]:
         print(escape_controls(f"\nthe first record of structure {structure} as trained on, "
                               f"{len(raw):,} bytes, of which up to {SHOWN}:"))  # fmt: skip
         print(f"  {raw[:SHOWN]!r}")
-    return {mode: round(n.total() * (1 - s.VAL_FRACTION)) for mode, n in findings.of_mode.items()}
+    return {mode: round(n.total() * train_share) for mode, n in findings.of_mode.items()}
 
 
 def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
@@ -150,8 +154,10 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
     data_report, train, val = open_run_data(s)
     print(escape_controls(describe(data_report)))
+    n_val = data_report["val"]["bytes"]
+    train_share = len(train.bytes) / (len(train.bytes) + n_val)
     is_ready = data_report["records"] is None
-    sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s)
+    sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s, train_share)
     sizes[s.TRAINING_MODE] = len(train.bytes)
     print(f"\nrun: {schedule_summary(s, len(train.bytes))}")
     if note := passes_note(s, len(train.bytes)):
@@ -185,7 +191,7 @@ def print_speed(s: Settings, train: Split, val: Split) -> None:
     selection = tuning.select(s, *tuning.saved_choice(s))
     with heartbeat("measuring"):
         step, evaluation = measure(s, train, selection.compute)
-    times = total // s.EVAL_FREQ + 1
+    times = math.ceil(total / s.EVAL_FREQ) + 1  # before the first iteration, and at the end
     evaluating = times * evaluation * len(val.bytes) / (s.BATCH_SIZE * s.BLOCK_SIZE)
     speed = s.BLOCK_SIZE * blocks_per_step(s) / step
     print(f"speed: {speed:,.0f} bytes/s with MEMORY_MODE {selection.label}, measured over 3 "

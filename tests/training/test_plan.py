@@ -184,15 +184,17 @@ def test_each_phase_is_planned(tmp_path, capsys):
     assert "EPOCHS (1) ends it before MAX_ITERS (12)" in one
 
 
-def test_the_share_of_evaluations_is_told(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("eval_freq, times", [(5, 3), (3, 5), (20, 2)])
+def test_the_share_of_evaluations_is_told(tmp_path, capsys, monkeypatch, eval_freq, times):
     monkeypatch.setattr(plan, "measure", lambda *_: (2.0, 0.5))  # of 128 bytes each
     records = [record(i, response="word " * 20) for i in range(100)]
-    out = plan_output(tmp_path, capsys, records, "--max-iters", "10", "--eval-freq", "5")
+    flags = f"--max-iters 10 --eval-freq {eval_freq}".split()
+    out = plan_output(tmp_path, capsys, records, *flags)
     folders = ["--dataset", str(tmp_path / "data.jsonl"), "--checkpoint-dir", str(tmp_path / "ck")]
     evaluated = len(plan.open_run_data(train_mlx.settings([*ARGS, *folders])).val.bytes)
-    seconds = 3 * 0.5 * evaluated / 128
+    seconds = times * 0.5 * evaluated / 128
     share = f"{seconds / (20 + seconds):.1%}"
-    assert re.search(f"; 3 evaluations of {evaluated} bytes are .* \\({share}\\) of it;", out)
+    assert re.search(f"; {times} evaluations of {evaluated} bytes are .* \\({share}\\) of it;", out)
 
 
 def test_a_slow_machine_measures_a_part_of_a_batch(tmp_path, capsys, monkeypatch):
