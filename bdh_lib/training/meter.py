@@ -93,7 +93,7 @@ class Meter:
     def pop_averages(self, step: int) -> dict:
         """Return the mean loss, speed and time left after `step`, and begin new averages.
 
-        {} where no step since the last line has a loss.
+        {} where no step since the last line has a loss; no speed where none was timed.
         """
         if not self.losses:
             return {}
@@ -101,10 +101,11 @@ class Meter:
         values = {
             "loss": sum(self.losses) / len(self.losses),
             "skipped": self.skipped,
-            "bytes_per_s": self.timed_bytes / max(self.seconds, 1e-9),
             "peak_gb": mx.get_peak_memory() / 1e9,
             "seconds_left": elapsed / done * (self.n_steps - step),
         }
+        if self.seconds:
+            values["bytes_per_s"] = self.timed_bytes / self.seconds
         self.clear()
         self.has_logged, self.progress.line_every = True, LOGGED_LINE_EVERY
         return values

@@ -181,9 +181,10 @@ def format_line(m: dict) -> str:
             [f"iter {m['step']:>6} | {loss}", *map("advice: {}".format, m["advice"].values())]
         )
     norm = math.nan if m["grad_norm"] is None else m["grad_norm"]
+    speed = f"{m['bytes_per_s']:,.0f} bytes/s | " if "bytes_per_s" in m else ""
     return (
         f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | norm {norm:.2f} | "
-        f"{m['bytes_per_s']:,.0f} bytes/s | peak {m['peak_gb']:,.2f} GB | "
+        f"{speed}peak {m['peak_gb']:,.2f} GB | "
         f"{duration(m['seconds_left'])} left"
     )
 

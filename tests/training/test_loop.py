@@ -48,6 +48,16 @@ def test_an_update_that_is_read_late_counts_as_its_own(monkeypatch, capsys):
     assert meter.pop_averages(3) == {}
 
 
+def test_a_line_without_a_timed_step_has_no_speed():
+    meter, speeds = meters.Meter(0, 2, 1000), []
+    for step in (1, 2):
+        meter.start()
+        meter.stop(step, mx.array(1.0), mx.array(1.0), True, read_now=True)
+        line = {"step": step, "lr": 1e-3, "grad_norm": 1.0} | meter.pop_averages(step)
+        speeds.append("bytes/s" in runlog.format_line(line))
+    assert speeds == [False, True]  # the first step compiles
+
+
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_the_speed_of_a_gpu_that_computes_ahead_is_that_of_the_gpu(every, monkeypatch):
     """A GPU takes 10 s for an update, which the host submits in 1 s."""
