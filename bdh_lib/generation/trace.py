@@ -22,7 +22,7 @@ import numpy as np
 
 import bdh_mlx
 from bdh_lib.compute.layer import forward_segment, ln
-from bdh_lib.errors import UserError, escape_controls
+from bdh_lib.errors import UserError, escape_controls, warn
 from bdh_lib.files import MADE_BY, atomic_writer, check_replaceable, expand_user, read_endable
 from bdh_lib.generation.decoding import decode_text, parse_escapes
 
@@ -197,6 +197,9 @@ def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -
     traced = [line for text in texts for line in _lines(text)]
     if not traced:
         raise UserError("--trace has no text; give at least one byte")
+    if cut := sum(len(text) > LONGEST for text in traced):
+        warn(f"{cut:,} of {len(traced):,} texts are longer than {LONGEST} bytes, and traced so far")
+    traced = [text[:LONGEST] for text in traced]
     summary, shares, summed = trace(model, traced[0])
     if len(traced) > 1:
         summary["texts"] = [escape_controls(decode_text(text)) for text in traced]
@@ -227,5 +230,5 @@ def print_summary(summary: dict) -> None:
 def _lines(text: str) -> list[bytes]:
     if text.startswith("@"):
         content = read_endable(expand_user(text[1:], "--trace @FILE"), "--trace @FILE")
-        return [line[:LONGEST] for line in content.splitlines() if line]
-    return [parse_escapes(text)[:LONGEST]] if text else []
+        return [line for line in content.splitlines() if line]
+    return [parse_escapes(text)] if text else []

@@ -75,12 +75,15 @@ def test_trace_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert len(output["layers"]) == 2 and len(output["layers"][0]["fires"]) == len(output["text"])
     assert output["layers"][0]["fires"][0] == []  # the first byte has nothing to read
     assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
-    assert "strongest synapses read" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "strongest synapses read" in captured.out and "longer" not in captured.err
     (tmp_path / "texts.txt").write_text("\n")
     with pytest.raises(UserError, match="no text"):
         generate.main(["model.safetensors", "--trace", "@texts.txt"])
     assert generate.main(["model.safetensors", "--trace", "again"]) == 0  # its own are made anew
     assert json.loads((tmp_path / "trace.json").read_text())["text"] == "again"
+    generate.main(["model.safetensors", "--trace", "a" * (trace.LONGEST + 1)])
+    assert f"1 of 1 texts are longer than {trace.LONGEST} bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
