@@ -44,6 +44,10 @@ def test_the_presets_are_those_of_the_guide():
         ("--epochs 0", "EPOCHS is 0"),
         ("--max-iters none --epochs none", "MAX_ITERS and EPOCHS are both none.*set one"),
         ("--max-iters none --phases full:1,full:none", "MAX_ITERS and EPOCHS are both none"),
+        (
+            "--lr-decay-iters 100 --warmup-iters 100",
+            "LR_DECAY_ITERS is 100 and WARMUP_ITERS 100: .* raise LR_DECAY",
+        ),
         ("--learning-rate nan", "LEARNING_RATE is nan"),
         ("--weight-decay nan", "WEIGHT_DECAY is nan; it must be a number from 0 to 1,000"),
         ("--seed -1", "SEED is -1"),

@@ -161,6 +161,11 @@ def check_settings(s: Settings) -> None:
         )
     if s.MAX_ITERS is None and s.EPOCHS is None:
         raise UserError("MAX_ITERS and EPOCHS are both none, a run without an end; set one of them")
+    if s.LR_DECAY_ITERS is not None and s.LR_DECAY_ITERS <= s.WARMUP_ITERS:
+        raise UserError(
+            f"LR_DECAY_ITERS is {s.LR_DECAY_ITERS:,} and WARMUP_ITERS {s.WARMUP_ITERS:,}: the rate "
+            "falls after the warm-up, so raise LR_DECAY_ITERS or lower WARMUP_ITERS"
+        )
     if s.BDH_CONFIG.vocab_size != 256:
         raise UserError(
             f"vocab_size is {s.BDH_CONFIG.vocab_size}; bytes are 256, so leave it at 256"
