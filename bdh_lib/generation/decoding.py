@@ -205,7 +205,8 @@ def complete_prompts(decoding: Decoding, prompts: Sequence[str], stop) -> Iterat
     The iterator ends once `stop` has received a signal.
     """
     model = decoding.model
-    for prompt, key in zip(prompts, mx.random.split(decoding.key, 9), strict=False):
+    keys = mx.random.split(decoding.key, len(prompts))
+    for prompt, key in zip(prompts, keys, strict=True):
         idx = pad_batch([prompt.encode()])
         begun = read_prompt(model, idx, decoding.start)
         tokens = stream(decoding._replace(key=key), *begun, idx)
