@@ -98,7 +98,6 @@ def complete_file(decoding: Decoding, weights: Path, mode: str | None, args) -> 
 def begin_jobs(jobs: list, decoding: Decoding, weights: Path, mode: str | None, args) -> Results:
     """Complete the jobs whose texts --out lacks."""
     warn_context_length(max(len(job.prompt) for job in jobs), decoding, args)
-    print_prompt_length(sum(len(job.prompt) for job in jobs))
     source = source_digest(weights, mode, vars(args))
     remaining = remaining_jobs(jobs, args.out, source)
     completed = complete_jobs(jobs, decoding, args.batch_size, remaining)

@@ -1,7 +1,7 @@
 """Many texts at once: prompts from a JSONL file, their completions as lines of JSON.
 
 A job is a text to generate. Each result is written as soon as its text ends. An interrupted command
-continues its file, and the file then ends in the same bytes as without the interruption.
+continues its file, which with --seed ends in the same bytes as without the interruption.
 """
 
 import fcntl
