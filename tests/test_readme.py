@@ -134,7 +134,9 @@ output = model.generate(idx, max_new_tokens=5, temperature=0.8, top_k=50)
 print(bytes(output[0].tolist()).decode("utf-8", errors="backslashreplace"))
 """
     exec(code, {})
-    assert capsys.readouterr().out.startswith("### System:\nTask Overview: Analyze")
+    written = capsys.readouterr().out
+    assert written.startswith("b'### Instruction") or written.startswith('b"### Instruction')
+    assert "\n### System:\nTask Overview: Analyze" in written
 
 
 # ------------------------------------------------------------------------------------- the pages
