@@ -120,7 +120,7 @@ class BDH(nn.Module):
     ) -> tuple[mx.array, mx.array | None]:
         """Return logits (B, T, V) and mean loss in nats (or None) of the last v (B, T, D).
 
-        Training and evaluation take their loss from byte_losses in bdh_lib/training/step.py.
+        Training and evaluation take their loss from byte_losses in bdh_lib/loss.py.
         """
         logits = v @ self.lm_head
         if targets is None:

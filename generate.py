@@ -59,8 +59,8 @@ from bdh_lib.generation.jobs import (
     write_results,
 )
 from bdh_lib.generation.sampling import Sampling
+from bdh_lib.loss import compile_evaluation, evaluate
 from bdh_lib.progress import heartbeat
-from bdh_lib.training.evaluation import compile_evaluation, evaluate
 
 DEFAULT_BLOCK_SIZE = 4096  # of --evaluate where the checkpoint does not say its own
 LONG_PROMPT = 1000  # bytes of a prompt that the default model reads in seconds on a CPU

@@ -443,8 +443,7 @@ def judge(model, folder: Path, T: int) -> dict:
 
     from bdh_lib.compute import memory
     from bdh_lib.data.split import Split
-    from bdh_lib.training.evaluation import evaluate
-    from bdh_lib.training.step import byte_losses
+    from bdh_lib.loss import byte_losses, evaluate
     from bdh_lib.units import bits_per_byte
 
     model.compute = memory.compute_for(model.config, "fast", "auto")

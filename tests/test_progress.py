@@ -18,8 +18,8 @@ from bdh_lib.data.split import Split
 from bdh_lib.generation import samples
 from bdh_lib.generation.decoding import Decoding, generate_batch, read_prompt
 from bdh_lib.generation.sampling import Sampling
+from bdh_lib.loss import evaluate
 from bdh_lib.training import batches, evaluation
-from bdh_lib.training.evaluation import evaluate
 from bdh_mlx import BDH, BDHConfig
 
 

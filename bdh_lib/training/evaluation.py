@@ -1,66 +1,25 @@
-"""The loss of a model on held out bytes, whole and by the field that each byte belongs to."""
+"""The evaluations of a run: the loss, the neurons at work, and advice."""
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 
 from bdh_lib.compute.layer import forward_segment, ln
-from bdh_lib.data.formats import FIELDS, LABEL_OF
-from bdh_lib.data.split import Split
-from bdh_lib.progress import Progress, heartbeat
+from bdh_lib.loss import compile_evaluation, evaluate
+from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
 from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import total_steps
 from bdh_lib.training.signals import SIGNAL_NOTE, StopSignal, default_signals
-from bdh_lib.training.step import Diverged, compile_losses
+from bdh_lib.training.step import Diverged
 from bdh_lib.units import bits_per_byte
 from bdh_mlx import BDH
 
 ACTIVITY_BYTES = 4096  # validation bytes over which the active neurons are counted
 ACTIVITY_CHUNK = 256  # of them at once
-
-
-def evaluate(
-    losses_fn: Callable,
-    val: Split,
-    shape: tuple[int, int],
-    stop: StopSignal | None = None,
-    world: World | None = None,
-) -> tuple[float, dict[str, float]]:
-    """Return the mean nats per byte of val, and of the bytes of each field, without dropout.
-
-    `losses_fn` maps idx and targets, both (B, T), to the loss of each target in nats, (B, T), as
-    compile_losses makes it. val is read in batches of `shape`, (B, T); the last block may be
-    shorter. The processes of `world` evaluate disjoint batches; `stop` ends it early.
-    """
-    n, T = len(val.bytes) - 1, shape[1]
-    rank, size = (world.rank, world.size) if world else (0, 1)
-    nats, count = np.zeros(len(FIELDS)), np.bincount(val.fields[1:], minlength=len(FIELDS))
-    with heartbeat("evaluating"), Progress("evaluating", n // size, "bytes") as progress:
-        for begin, end in batches_of(n, shape)[rank::size]:
-            if not (stop and stop.requested):
-                rows = (max(1, (end - begin) // T), -1)
-                idx, targets = (val.bytes[begin + i : end + i].astype(np.int32).reshape(rows)
-                                for i in (0, 1))  # fmt: skip
-                nats_by_byte = np.array(losses_fn(mx.array(idx), mx.array(targets))).ravel()
-                nats += np.bincount(val.fields[begin + 1 : end + 1], nats_by_byte, len(FIELDS))
-                progress.update(end - begin)
-    if world:
-        nats = np.sum(world.all_gather_object(nats.tolist()), 0)
-    present = {LABEL_OF[name]: i for i, name in enumerate(FIELDS) if count[i]}
-    return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
-
-
-def batches_of(n: int, shape: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return (begin, end) of the batches, up to B blocks of T bytes each, and of the rest of n."""
-    B, T = shape
-    cuts = sorted({*range(0, n - n % T, B * T), n - n % T, n})
-    return [*pairwise(cuts)]
 
 
 def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float] | int]:
@@ -88,20 +47,6 @@ def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float
     return {"active_x": x, "active_y": y, "dead": excited.size - excited.sum().item()}
 
 
-def compile_evaluation(model: BDH, n_bytes: int, shape: tuple[int, int]) -> Callable:
-    """Return compile_losses of the model, traced with each shape that `evaluate` reads.
-
-    `n_bytes` is the length of val in bytes, `shape` the (B, T) of `evaluate`. Nothing is computed.
-    """
-    losses_fn, T = compile_losses(model), shape[1]
-    sizes = {end - begin for begin, end in batches_of(n_bytes - 1, shape)}
-    with default_signals():
-        for size in sizes:
-            zeros = mx.zeros(size, mx.int32).reshape(max(1, size // T), -1)
-            losses_fn(zeros, zeros)
-    return losses_fn
-
-
 class Evaluator:
     """Evaluates a run on the same bytes each time. The losses are compiled once."""
 
@@ -115,7 +60,7 @@ class Evaluator:
         self.s, self.model, self.val, self.world, self.stop = s, model, data.val, world, stop
         self.shape = (s.BATCH_SIZE, s.BLOCK_SIZE)
         print(f"compiling the evaluation, once ({SIGNAL_NOTE})")
-        with heartbeat("compiling"):
+        with heartbeat("compiling"), default_signals():
             self.losses_fn = compile_evaluation(model, len(self.val.bytes), self.shape)
         self.n_steps = total_steps(s, len(data.train.bytes))
         self.baselines = byte_baselines(s.LOSS_ON, data.train, data.val)

@@ -10,13 +10,12 @@ from bdh_lib.data import sources
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.data.prepare import cache_key, data_settings
 from bdh_lib.errors import NoDataError, UserError
+from bdh_lib.loss import compile_losses, evaluate
 from bdh_lib.runs import find_weights
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
 from bdh_lib.training.dataset import open_mode_data
-from bdh_lib.training.evaluation import evaluate
 from bdh_lib.training.signals import StopSignal
-from bdh_lib.training.step import compile_losses
 from bdh_lib.units import bits_per_byte
 from bdh_mlx import load_model
 

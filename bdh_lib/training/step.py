@@ -1,4 +1,4 @@
-"""The loss, and the two halves of a step."""
+"""The two halves of a step: the gradients of a batch, and the update of the weights."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,32 +10,16 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from bdh_lib.compute.device import on_cuda
+from bdh_lib.loss import byte_losses
 from bdh_lib.settings import Settings
 from bdh_lib.training.batches import Batch
 from bdh_lib.training.distributed import World
 from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.train_state import TrainState, copy_tree
-from bdh_mlx import BDH
 
 
 class Diverged(Exception):
     """Too many updates in a row, or a validation loss, were not finite. The exit code is 1."""
-
-
-def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
-    """Return the loss of each target in nats, (B, T), in training and in evaluation.
-
-    Without a key, their mean is that of model(idx, targets).
-    """
-    return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
-
-
-def compile_losses(model: BDH) -> Callable:
-    """Return byte_losses of the model, compiled: idx, targets (B, T) -> losses (B, T).
-
-    It reads the weights that the model has at the call.
-    """
-    return mx.compile(partial(byte_losses, model), inputs=[model.state])
 
 
 def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:

@@ -15,11 +15,12 @@ from helpers import train
 import bdh_mlx
 import train_mlx
 from bdh_lib.data.split import Split
+from bdh_lib.loss import byte_losses, evaluate
 from bdh_lib.settings import Settings
-from bdh_lib.training import evaluation, schedule
+from bdh_lib.training import schedule
 from bdh_lib.training.batches import epoch_order, get_batch
 from bdh_lib.training.dataset import open_mode_data
-from bdh_lib.training.step import byte_losses, compile_steps, corrupt_bytes
+from bdh_lib.training.step import compile_steps, corrupt_bytes
 from bdh_lib.training.train_state import TrainState, copy_tree
 
 
@@ -195,5 +196,5 @@ def test_evaluation_reads_every_byte_once(n):
         piece = mx.array(val[begin : begin + 9].astype(np.int32))[None]
         nats += model(piece[:, :-1], piece[:, 1:])[1].item() * (piece.shape[1] - 1)
     losses = partial(byte_losses, model)
-    mean, of = evaluation.evaluate(losses, Split(val, np.zeros(n, np.uint8)), (3, 8))
+    mean, of = evaluate(losses, Split(val, np.zeros(n, np.uint8)), (3, 8))
     assert mean == of["headers"] == pytest.approx(nats / (n - 1), rel=1e-5)

@@ -12,9 +12,8 @@ import train_mlx
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.split import Split
 from bdh_lib.generation import export
+from bdh_lib.loss import byte_losses, evaluate
 from bdh_lib.training import batches, checkpoints, report
-from bdh_lib.training.evaluation import evaluate
-from bdh_lib.training.step import byte_losses
 from bdh_mlx import UserError
 
 RESPONSE = FIELDS.index("response")
