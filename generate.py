@@ -35,7 +35,7 @@ from bdh_lib.data import formats, hub
 from bdh_lib.data.questions import load_questions, question_numbers
 from bdh_lib.errors import UserError, escape_controls, warn
 from bdh_lib.files import read_endable, read_stream
-from bdh_lib.generation import answers, chat, export, losses, states, trace
+from bdh_lib.generation import answers, chat, evaluation, export, states, trace
 from bdh_lib.generation.arguments import parse_args
 from bdh_lib.generation.decoding import (
     Decoding,
@@ -138,12 +138,13 @@ def evaluate_data(model: bdh_mlx.BDH, weights: Path, mode: str | None, B: int, a
     T = model.trained_length or DEFAULT_BLOCK_SIZE
     with redirect_stdout(sys.stderr):  # the table alone is on stdout
         print(f"reading {args.evaluate}")
-        data = losses.read_data(args.evaluate, mode, args.columns, runs.data_of(weights))
+        data = evaluation.read_data(args.evaluate, mode, args.columns, runs.data_of(weights))
         print(f"evaluating {len(data.split.bytes):,} bytes")
     losses_fn = compile_evaluation(model, len(data.split.bytes), (B, T))
     with redirect_stdout(sys.stderr):
         whole, means = evaluate(losses_fn, data.split, (B, T))
-    print(losses.describe_data(data, T), losses.loss_table(whole, means, data.split), sep="\n")
+    print(evaluation.describe_data(data, T))
+    print(evaluation.loss_table(whole, means, data.split))
 
 
 def complete_prompt(decoding: Decoding, prompt: bytes, args: argparse.Namespace) -> None:
