@@ -109,11 +109,8 @@ import sys
 from contextlib import nullcontext
 from typing import TextIO
 
-import mlx.core as mx
-
 from bdh_lib import cli, flags, plots
 from bdh_lib.compute import memory
-from bdh_lib.compute.device import on_cuda
 from bdh_lib.data.formats import format_example  # noqa: F401  for other scripts
 from bdh_lib.errors import UserError, warn
 from bdh_lib.generation.samples import write_samples
@@ -129,7 +126,7 @@ from bdh_lib.training.resume import resume_or_init, run_info
 from bdh_lib.training.runlog import RunLog, main_process_prints
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
 from bdh_lib.training.signals import StopSignal
-from bdh_lib.training.step import Diverged, compile_steps, sum_gradients
+from bdh_lib.training.step import Diverged, compile_steps, start_computing, sum_gradients
 from bdh_lib.training.train_settings import RULES, parse_settings, phase_settings, preset_settings
 from bdh_lib.training.train_state import TrainState, ema_applied
 
@@ -281,8 +278,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
             if stop.requested:  # before the update: this step is not in what is saved
                 break
             norm = apply_update(loss, gradients)
-            # on CUDA the host prepares the next step meanwhile; the first one compiles: wait for it
-            (mx.async_eval if step > first_step and on_cuda() else mx.eval)(state.arrays(), norm)
+            start_computing(state, norm, wait=step == first_step)  # the first one compiles
         stop.has_work_to_save = True
         completed = step + 1
         read_now = completed == n_steps or 0 in (completed % s.LOG_FREQ, completed % s.EVAL_FREQ)

@@ -103,8 +103,7 @@ def build(
     import mlx.optimizers as optim
 
     from bdh_lib.compute import memory
-    from bdh_lib.compute.device import on_cuda
-    from bdh_lib.training.step import compile_steps
+    from bdh_lib.training.step import compile_steps, start_computing
     from bdh_lib.training.train_state import TrainState
 
     class Quadratic(bdh_mlx.BDH):
@@ -132,13 +131,12 @@ def build(
     s = SimpleNamespace(BYTE_NOISE=0, GRAD_CLIP=1.0, EMA_DECAY=0)
     state = TrainState(model, optimizer, {})
     micro_step, apply_update = compile_steps(state, s)
-    evaluate = mx.async_eval if on_cuda() else mx.eval  # as in train_mlx.py
     submitted = []
 
     def step(idx, targets):
         weights = mx.full(idx.shape, 1 / idx.size)
         loss, gradients = micro_step(idx, targets, weights, mx.random.key(1))
-        evaluate(state.arrays(), apply_update(loss, gradients))
+        start_computing(state, apply_update(loss, gradients), wait=False)
         submitted.append(loss)
         if len(submitted) > 1:  # as Meter does: read once the next step is submitted
             submitted.pop(0).item()

@@ -90,3 +90,11 @@ def sum_gradients(
         if stop.requested:
             break
     return world.all_reduce_sum((loss, gradients))
+
+
+def start_computing(state: TrainState, norm: mx.array, wait: bool) -> None:
+    """Compute a step, or on CUDA, without `wait`, only start to.
+
+    There the host prepares the next step while the GPU computes this one.
+    """
+    (mx.async_eval if on_cuda() and not wait else mx.eval)(state.arrays(), norm)

@@ -147,7 +147,7 @@ def test_the_average_starts_fast_and_slows_down_to_its_decay():
 
 def test_each_batch_of_a_seed_has_a_key_of_its_own(tmp_path, monkeypatch):
     seeds, key = [], mx.random.key
-    monkeypatch.setattr(train_mlx.mx.random, "key", lambda seed: seeds.append(seed) or key(seed))
+    monkeypatch.setattr(mx.random, "key", lambda seed: seeds.append(seed) or key(seed))
     for seed in (1, 2):
         train(tmp_path / str(seed), "--max-iters", 3, "--seed", seed)
     batches = [seed for seed in seeds if seed >= 2**32]

@@ -26,7 +26,7 @@ from bdh_mlx import UserError
 
 
 def test_a_gpu_that_computes_ahead_trains_and_logs_the_same(straight, tmp_path, monkeypatch):
-    for module in (train_mlx, training_step, meters):
+    for module in (training_step, meters):
         monkeypatch.setattr(module, "on_cuda", lambda: True)
     assert train(tmp_path, "--max-iters", 12) == 0
     assert same(arrays(straight, 12), arrays(tmp_path, 12))
@@ -95,7 +95,7 @@ def test_updates_that_are_not_finite_at_the_end_of_a_run_end_it(
         return (mx.array(math.nan) if next(steps) >= 3 else loss), gradients
 
     monkeypatch.setattr(train_mlx, "sum_gradients", sum_gradients)
-    for module in (train_mlx, training_step, meters):
+    for module in (training_step, meters):
         monkeypatch.setattr(module, "on_cuda", lambda: ahead)
     flags = ["--max-iters", 6, "--log-freq", 100, "--eval-freq", 100, "--max-consecutive-skips", 3]
     assert train(tmp_path, *flags) == 1
