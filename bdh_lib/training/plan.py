@@ -176,14 +176,14 @@ def print_needs(s: Settings, data_report: dict) -> None:
     fits = memory.available() / 1e9
     estimates = zip(memory.MODES, peaks(s), strict=True)
     each = 4 * n * (4 if s.EMA_DECAY else 3)  # weights and their averages
-    kept = (s.KEEP_CHECKPOINTS + 2) * each  # the best, and one being written
+    all_bytes = (s.KEEP_CHECKPOINTS + 2) * each  # the best, and one being written
     print(f"model: {n:,} parameters, on {mx.default_device()}")
     print(
         f"memory: {', '.join(f'{k} {gb:,.2f} GB' for k, gb in estimates)}; {fits:,.1f} GB to be had"
     )
     n_bytes = data_report["train"]["bytes"] + data_report["val"]["bytes"]
     prepared = 2 * n_bytes  # bytes, and a field for each
-    print(f"disk: checkpoints {kept / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
+    print(f"disk: checkpoints {all_bytes / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
 
 
 def print_speed(s: Settings, train: Split, val: Split) -> None:

@@ -60,8 +60,9 @@ def compile_steps(state: TrainState, s: Settings) -> tuple[Callable, Callable]:
             rate = 1 - mx.minimum(s.EMA_DECAY, optimizer.step / (optimizer.step + 9))
             ema.update(tree_map(lambda m, w: m + rate * (w - m), ema, model.parameters()))
         finite = mx.isfinite(loss) & mx.isfinite(norm)
-        kept = tree_map(lambda new, old: mx.where(finite, new, old), arrays, before)
-        weights, optimizer_state, averages = kept
+        weights, optimizer_state, averages = tree_map(
+            lambda new, old: mx.where(finite, new, old), arrays, before
+        )
         model.update(weights)
         optimizer.state.update(optimizer_state)
         ema.update(averages)
