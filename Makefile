@@ -4,6 +4,9 @@
 # make mac-audit: the kernels of Metal that this project needs, in MLX's packages for macOS (123 MB).
 PYTHON ?= python3
 BIN = .venv/bin
+# pip says nothing while it unpacks: a line every four seconds shows that it works
+PIP = ( while sleep 4 >/dev/null 2>&1 && kill -0 $$$$; do echo "still installing"; done ) & \
+  trap "kill $$!" EXIT; $(BIN)/python -m pip install
 INSTALL_PYTHON = Install a newer one, on a Mac by xcode-select --install and \
   brew install python@3.13 (or the installer of python.org)
 
@@ -32,9 +35,9 @@ lint: .venv/ready-dev
 	@$(PYTHON) bdh_lib/platform_check.py
 	@echo "installing into .venv, which takes a minute or two"
 	@$(BIN)/python -c 'import mlx.core' 2>/dev/null || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install -r requirements.txt
+	@$(PIP) -r requirements.txt
 	touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt
-	$(BIN)/python -m pip install -r requirements-dev.txt
+	@$(PIP) -r requirements-dev.txt
 	touch $@
