@@ -19,6 +19,7 @@ NO_MEMORY = (  # in errors of the loader, NumPy, MLX, CUDA and Python, in any ca
     *("bad_alloc", "start new thread"),
 )
 LEAST_SPACE, LEAST_DATA = 1_600_000_000, 1_000_000_000  # bytes of MLX and its threads, two cores
+TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  # variables that MLX takes in turn
 TEMPORARY_SPACE = 1_000_000  # bytes that a first compile may take in the temporary folder
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as other programs end
 
@@ -73,6 +74,9 @@ def run(file: str):
     if sys.platform == "win32":
         sys.exit("error: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL")
     open_streams()
+    for name in TEMPORARY:
+        if os.environ.get(name) == "":  # it is no value, but MLX would take it for one
+            del os.environ[name]
     try:
         try:
             check_memory_limits()
@@ -285,8 +289,7 @@ def version() -> str:
 
 def temporary_folder() -> tuple[str | None, str]:
     """Return the folder to which MLX writes what it compiles, and the variable that names it."""
-    names = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  # which MLX takes in turn
-    name = next((name for name in names if os.environ.get(name)), None)
+    name = next((name for name in TEMPORARY if name in os.environ), None)
     return name, os.environ[name] if name else "/tmp"
 
 

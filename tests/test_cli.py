@@ -151,6 +151,11 @@ def test_a_temporary_folder_that_cannot_be_written_is_told_before_anything_is_ma
     assert done.stderr.count("\n") == 1 and not (run.parent / "other").exists()
 
 
+def test_an_empty_temporary_folder_is_no_value(run):
+    done = script(*commands(run)["generate"], env={"TMPDIR": "", "TMP": ""})
+    assert done.returncode == 0 and not done.stderr
+
+
 def test_a_temporary_folder_that_is_full_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
