@@ -60,8 +60,12 @@ def check(name: str, value, rule: Rule) -> None:
     if right_type and rule.is_valid(value):
         return
     or_none = " or None" if rule.allow_none else ""
-    near = did_you_mean(str(value), rule.choices)
-    raise UserError(f"{name} is {value!r}; it must be {rule.description}{or_none}{near}")
+    near = did_you_mean(value, rule.choices) if isinstance(value, str) else ""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        shown = "a number of very many digits"
+    raise UserError(f"{name} is {shown}; it must be {rule.description}{or_none}{near}")
 
 
 # Rules that BDH.generate and bdh_lib/generation/sampling.py share; imports only point down to here.

@@ -6,6 +6,7 @@ from helpers import train
 import bdh_mlx
 import train_mlx
 from bdh_lib import flags
+from bdh_lib.rules import check
 from bdh_mlx import UserError
 
 
@@ -80,6 +81,11 @@ def test_wrong_flags_exit_with_2(args):
     with pytest.raises(SystemExit) as error:
         train_mlx.settings(args.split())
     assert error.value.code == 2
+
+
+def test_a_number_that_python_cannot_write_is_refused_in_a_line():
+    with pytest.raises(UserError, match="BLOCK_SIZE is a number of very many digits; it must be"):
+        check("BLOCK_SIZE", 10**5000, train_mlx.RULES["BLOCK_SIZE"])
 
 
 def test_every_setting_has_a_rule_and_a_reason():
