@@ -10,7 +10,7 @@ import numpy as np
 
 from bdh_lib.compute import memory
 from bdh_lib.compute.layer import Compute
-from bdh_lib.data import problems
+from bdh_lib.data import hub, problems
 from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS, LABEL_OF, REQUIRED_FIELDS
 from bdh_lib.data.split import Split
@@ -22,6 +22,7 @@ from bdh_lib.tables import format_table
 from bdh_lib.training import checkpoints, tuning
 from bdh_lib.training.batches import get_batch
 from bdh_lib.training.dataset import open_run_data
+from bdh_lib.training.resume import origin_of
 from bdh_lib.training.runlog import duration
 from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary, total_steps
 from bdh_lib.training.signals import default_signals
@@ -151,6 +152,15 @@ def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
     return dict.fromkeys(REQUIRED_FIELDS, len(stream))
 
 
+def print_origin(s: Settings) -> None:
+    """Print whose weights the run starts from, and where they are not there yet."""
+    if s.INIT_FROM is None:
+        return
+    missing = not hub.is_model(s.INIT_FROM) and not origin_of(s).exists()
+    note = f", which is not there yet: no run in {s.CHECKPOINT_DIR}, and no such path" * missing
+    print(f"start: from the weights of {s.INIT_FROM}{note}")
+
+
 def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
     data_report, train, val = open_run_data(s)
@@ -161,6 +171,7 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s, train_share)
     sizes[s.TRAINING_MODE] = len(train.bytes)
     print(f"\nrun: {schedule_summary(s, len(train.bytes))}")
+    print_origin(s)
     if note := passes_note(s, len(train.bytes)):
         print(f"passes: {note}")
     print_needs(s, data_report)

@@ -184,6 +184,11 @@ def test_each_phase_is_planned(tmp_path, capsys):
     assert "EPOCHS (1) ends it before MAX_ITERS (12)" in one
 
 
+def test_weights_that_are_not_there_yet_are_told(tmp_path, capsys):
+    out = plan_output(tmp_path, capsys, [record(i) for i in range(40)], "--init-from", "nope")
+    assert "start: from the weights of nope, which is not there yet: no run in" in out
+
+
 @pytest.mark.parametrize("eval_freq, times", [(5, 3), (3, 5), (20, 2)])
 def test_the_share_of_evaluations_is_told(tmp_path, capsys, monkeypatch, eval_freq, times):
     monkeypatch.setattr(plan, "measure", lambda *_: (2.0, 0.5))  # of 128 bytes each
