@@ -69,6 +69,8 @@ def read_file(file: Path) -> Iterator[dict | list | str]:
     except Exception as error:  # parsers raise errors of many kinds
         cause = error.__cause__ or error
         reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:300]
+        if isinstance(cause, UnicodeDecodeError):
+            reason = f"it is no whole {cause.encoding}; save it as UTF-8"
         raise UserError(f"DATASET {file} cannot be read as {kind}: {reason}") from None
     if encoding.is_not_utf8:
         raise UserError(f"DATASET {file} {encoding.advice(file)}")
@@ -439,7 +441,7 @@ def _parse_paragraphs(lines: Iterable[str], encoding: Encoding) -> Iterator[dict
             yield {"text": text} if encoding.is_valid(text) else NOT_UTF8
 
 
-def _arrow_rows(raw: BinaryIO, kind: str) -> Iterator[dict]:
+def _arrow_rows(raw: BinaryIO, kind: str) -> Iterator[dict | str]:
     """Yield the rows of a table of Parquet or Arrow; a float of 32 bits as short as it was
     written.
     """
@@ -449,10 +451,20 @@ def _arrow_rows(raw: BinaryIO, kind: str) -> Iterator[dict]:
     short = [field.name for field in schema if types.is_floating(field.type)]
     short = [name for name in short if schema.field(name).type.bit_width < 64]
     for batch in batches:
-        for row in batch.to_pylist():
-            for name in short:
+        for row in _rows_of(batch):
+            for name in short if isinstance(row, dict) else ():
                 row[name] = None if row[name] is None else float(str(np.float32(row[name])))
             yield row
+
+
+def _rows_of(batch) -> list[dict | str]:
+    """Return the rows of a batch, or why one cannot be read, as of a date past the year 9999."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows == 1:
+            return [" ".join(str(error).split())]
+    return [row for i in range(batch.num_rows) for row in _rows_of(batch.slice(i, 1))]
 
 
 def _parquet_batches(raw: BinaryIO):

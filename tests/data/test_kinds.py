@@ -197,6 +197,20 @@ def test_an_arrow_file_may_be_a_file_or_a_stream(tmp_path):
         prepared(tmp_path / "d.arrow", tmp_path / "cache")
 
 
+@pytest.mark.parametrize("bad", [0, 3, 9])
+def test_a_row_of_a_table_that_cannot_be_read_costs_itself_alone(tmp_path, bad):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    times = [10**6 * (10**12 if i == bad else i) for i in range(10)]  # past the year 9999
+    columns = {"instruction": [f"ask {i}" for i in range(10)], "response": ["x"] * 10}
+    columns["when"] = pa.array(times, pa.timestamp("us"))
+    parquet.write_table(pa.table(columns), tmp_path / "d.parquet")
+    report, text = prepared(tmp_path / "d.parquet", tmp_path / "cache")
+    assert report["skipped"] == {"date value out of range": 1}
+    assert f"ask {bad}" not in text and f"ask {(bad + 1) % 10}" in text
+
+
 def test_single_precision_in_parquet_is_as_short_as_it_was_written(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
