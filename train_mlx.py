@@ -120,6 +120,7 @@ from bdh_lib.training.batches import divergence_message, step_batches
 from bdh_lib.training.dataset import check_processes_agree, open_run_data
 from bdh_lib.training.distributed import World, is_lost
 from bdh_lib.training.evaluation import Evaluator
+from bdh_lib.training.memory_plan import slow_note, what_fits
 from bdh_lib.training.meter import Meter
 from bdh_lib.training.report import redraw_report
 from bdh_lib.training.resume import resume_or_init, run_info
@@ -208,7 +209,7 @@ def train_or_explain(s: Settings, stop: StopSignal, world: World, json_to: TextI
             return 1
         if not memory.is_exhausted(error):
             raise
-        raise UserError(f"memory is out: {memory.oom_advice(s, memory.available())}") from None
+        raise UserError(f"memory is out. {what_fits(s)}") from None
     except Diverged as reason:
         last = max(checkpoints.steps(checkpoints.run_folder(s)), default="none")
         print(f"error: {reason}. Checkpoints are as they were, the last of iteration {last}; "
@@ -307,7 +308,7 @@ def evaluate_and_log(
     UserError.
     """
     if step == log.first_step:
-        note = memory.slow_note(s)
+        note = slow_note(s)
         print(f"evaluating {len(evaluator.val.bytes):,} bytes before iteration {step + 1:,}{note}")
     with ema_applied(state):
         results = evaluator.evaluate(step, log.history)

@@ -13,6 +13,7 @@ from helpers import ROOT
 
 import train_mlx
 from bdh_lib.compute import device, memory, rope, state
+from bdh_lib.training import memory_plan
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_each_size_of_mac_gets_the_fastest_mode_that_it_holds(
     monkeypatch.setattr(
         mx, "device_info", lambda: {"max_recommended_working_set_size": working_set}
     )
-    name, compute, peak = memory.select_mode(train_mlx.settings(["--preset", preset]))
+    name, compute, peak = memory_plan.select_mode(train_mlx.settings(["--preset", preset]))
     assert (name, compute.dtype) == (mode, mx.bfloat16) and peak < working_set
     assert state._rows(compute.dtype) == 4096
 

@@ -1,7 +1,7 @@
-"""Estimate the memory of a training step, and select a MEMORY_MODE that fits.
+"""What memory can be had, and what a training step needs in each MEMORY_MODE.
 
-The estimate is the sum of what the forward pass saves, what one segment needs while it is computed,
-and the parameters with their gradients and moments.
+The estimate of a step is the sum of what the forward pass saves, what one segment needs while it
+is computed, and the parameters with their gradients and moments.
 """
 
 import math
@@ -9,9 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,8 +19,6 @@ from bdh_lib import cli
 from bdh_lib.compute.device import on_gpu, on_metal
 from bdh_lib.compute.layer import CPU_ROWS, Compute, default_chunk, default_groups, segments
 from bdh_lib.config import CheckedConfig
-from bdh_lib.errors import UserError
-from bdh_lib.settings import Settings
 
 MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, saved_activations
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
@@ -158,27 +154,6 @@ def estimate(config: CheckedConfig, B: int, T: int, compute: Compute) -> float:
     return peak * (1 if on_gpu() else CPU_AHEAD)
 
 
-def step_peak(s: Settings, compute: Compute) -> float:
-    """Estimate the peak bytes of a training step with these settings and this Compute."""
-    ema = 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0  # a step needs two copies
-    return estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + ema
-
-
-def select_mode(s: Settings) -> tuple[str, Compute, float]:
-    """Select a memory mode: its name, its Compute, and its estimated peak in bytes.
-
-    "auto" selects the fastest mode that fits. Raises UserError, with settings that fit, if none
-    does.
-    """
-    names = list(MODES) if s.MEMORY_MODE == "auto" else [s.MEMORY_MODE]
-    for name in names:
-        compute = compute_for(s.BDH_CONFIG, name, s.DTYPE)
-        peak = step_peak(s, compute)
-        if peak <= available() or (s.IGNORE_MEMORY_CHECK and name == names[-1]):
-            return name, compute, peak
-    raise UserError(oom_advice(s, peak))
-
-
 def set_limit(peak: float, compute: Compute) -> None:
     """Limit MLX to about `peak` bytes where it runs ahead: on a GPU, and in one stream of a CPU.
 
@@ -205,19 +180,6 @@ def limit_cache() -> None:
         mx.set_cache_limit(CACHE_BYTES)
 
 
-def slow_note(s: Settings) -> str:
-    """Return a warning if a batch takes several seconds: a large model on a CPU."""
-    seconds = forward_seconds(s)
-    if on_gpu() or seconds < 3:
-        return ""
-    return f" (a batch takes about {seconds:,.0f} s on two CPU cores)"
-
-
-def forward_seconds(s: Settings) -> float:
-    """Return the seconds of a forward pass on two busy cores, measured with the default model."""
-    return 3e-10 * s.BDH_CONFIG.n_parameters * s.BATCH_SIZE * s.BLOCK_SIZE
-
-
 def is_exhausted(error: RuntimeError) -> bool:
     """Test for an error of Metal or CUDA that says memory is out; a CPU's system sends none."""
     texts = ("out of memory", "Unable to allocate", "Insufficient Memory", "maximum allowed buffer")
@@ -227,38 +189,3 @@ def is_exhausted(error: RuntimeError) -> bool:
 def is_gpu_fault(error: RuntimeError) -> bool:
     """Test for an error of Metal that says macOS ended the GPU's work, with memory left."""
     return "[METAL] Command buffer execution failed" in str(error) and not is_exhausted(error)
-
-
-def oom_advice(s: Settings, peak: float) -> str:
-    """Say the estimated peak, the available memory and the nearest settings that fit."""
-    fits = {}  # by the first setting that changes
-    for change, changed in smaller_settings(s):
-        smaller = Settings(**vars(s) | changed)
-        need = step_peak(smaller, compute_for(smaller.BDH_CONFIG, "small", s.DTYPE))
-        if need <= available():
-            text = f"{change} (with MEMORY_MODE small: {need / 1e9:,.1f} GB)"
-            fits.setdefault(change.split(" ")[0], text)
-    return (
-        f"a step on {s.BATCH_SIZE:,} blocks of {s.BLOCK_SIZE:,} bytes needs about "
-        f"{peak / 1e9:,.1f} GB, {available() / 1e9:,.1f} GB can be had. What fits: "
-        f"{'; '.join(fits.values()) or 'nothing near'}. --ignore-memory-check starts all the same"
-    )
-
-
-def smaller_settings(s: Settings) -> Iterator[tuple[str, dict]]:
-    """Yield changes that need less memory in words and as settings, the nearest first."""
-    B, T, config = s.BATCH_SIZE, s.BLOCK_SIZE, s.BDH_CONFIG
-    yield "MEMORY_MODE small", {}
-    for b in halvings(B):
-        yield f"BATCH_SIZE {b}, GRAD_ACCUM {s.GRAD_ACCUM * B // b}", {"BATCH_SIZE": b}
-    for t in halvings(T):
-        yield f"BLOCK_SIZE {t}", {"BLOCK_SIZE": t}
-    for t in halvings(T):
-        yield f"BATCH_SIZE 1, BLOCK_SIZE {t}", {"BATCH_SIZE": 1, "BLOCK_SIZE": t}
-    for d in halvings(config.n_embd):
-        yield f"n_embd {d}", {"BDH_CONFIG": replace(config, n_embd=d)}
-
-
-def halvings(n: int) -> list[int]:
-    """List the integers among n/2, n/4, ... down to 1."""
-    return [n >> i for i in range(1, n.bit_length()) if n % (1 << i) == 0]

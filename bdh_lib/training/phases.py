@@ -5,7 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from bdh_lib import files
-from bdh_lib.compute import memory
 from bdh_lib.data import sources
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.data.prepare import cache_key, data_settings
@@ -14,6 +13,7 @@ from bdh_lib.loss import compile_losses, evaluate
 from bdh_lib.runs import find_weights
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
+from bdh_lib.training import memory_plan
 from bdh_lib.training.dataset import open_mode_data
 from bdh_lib.training.signals import StopSignal
 from bdh_lib.units import bits_per_byte
@@ -48,7 +48,7 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]
         if results.items() <= earlier.items():
             return earlier["val_bpb"]
     model = load_model(run)
-    model.compute = memory.select_mode(s)[1]
+    model.compute = memory_plan.select_mode(s)[1]
     losses_fn = compile_losses(model)
     bpb, fields = {}, {}
     for mode in REQUIRED_FIELDS:

@@ -19,7 +19,7 @@ from bdh_lib.loss import compile_losses
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
-from bdh_lib.training import checkpoints, tuning
+from bdh_lib.training import checkpoints, memory_plan, tuning
 from bdh_lib.training.batches import get_batch
 from bdh_lib.training.dataset import open_run_data
 from bdh_lib.training.resume import origin_of
@@ -37,7 +37,7 @@ MAX_EXAMPLES = 10  # of structures, a record each
 def peaks(s: Settings) -> list[float]:
     """Return the estimated peak memory of a step in GB, for each setting of MEMORY_MODE."""
     computes = [memory.compute_for(s.BDH_CONFIG, name, s.DTYPE) for name in memory.MODES]
-    return [memory.step_peak(s, compute) / 1e9 for compute in computes]
+    return [memory_plan.step_peak(s, compute) / 1e9 for compute in computes]
 
 
 def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> str:
@@ -62,7 +62,7 @@ def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> 
 
 def shortened(s: Settings, compute: Compute) -> Settings:
     """Return the settings with a short batch where a machine is slow: two chunks of one block."""
-    if not memory.slow_note(s):
+    if not memory_plan.slow_note(s):
         return s
     T = min(s.BLOCK_SIZE, 2 * compute.chunk)
     return Settings(**vars(s) | {"BATCH_SIZE": 1, "BLOCK_SIZE": T})
@@ -76,7 +76,7 @@ def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
     short = shortened(s, compute)
     n_bytes = short.BATCH_SIZE * short.BLOCK_SIZE
     times = s.BATCH_SIZE * s.BLOCK_SIZE / n_bytes
-    expected = duration(4 * 4 * memory.forward_seconds(short))  # an iteration is about four of them
+    expected = duration(4 * 4 * memory_plan.forward_seconds(short))  # an iteration is about four
     part = f" of {n_bytes:,} bytes, about {expected} on two busy CPU cores" * (times > 1)
     print(f"\nmeasuring the speed: compiling, then 4 iterations{part}")
     seconds = np.array([*time_iterations(short, train, compute)])[1:]

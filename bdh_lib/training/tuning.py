@@ -23,7 +23,7 @@ from bdh_lib.errors import UserError, warn
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
-from bdh_lib.training import checkpoints
+from bdh_lib.training import checkpoints, memory_plan
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import blocks_per_step
 from bdh_lib.training.signals import default_signals
@@ -123,7 +123,7 @@ def select(s: Settings, by: str, choice: dict) -> Selection:
     """Return how a run computes.
 
     MEMORY_MODE auto takes `choice`, if there is one and it fits; each mode takes its groups of
-    heads, over which a CPU sums. Raises UserError as memory.select_mode does.
+    heads, over which a CPU sums. Raises UserError as memory_plan.select_mode does.
     """
     groups = choice.get("groups")
     is_divisor = type(groups) is int and groups > 0 and s.BDH_CONFIG.n_head % groups == 0
@@ -133,11 +133,11 @@ def select(s: Settings, by: str, choice: dict) -> Selection:
         of_mode = replace(of_mode, **as_before)
         compute = replace(of_mode, **{name: choice[name] for name in SIZES})
         sizes = f" (chunk {compute.chunk:,}, segment {compute.rows:,})" * (compute != of_mode)
-        label, peak = f"{choice['mode']} {by}{sizes}", memory.step_peak(s, compute)
+        label, peak = f"{choice['mode']} {by}{sizes}", memory_plan.step_peak(s, compute)
         if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
             return Selection(label, by, compute, peak)
         print(f"memory: {label} needs {peak / 1e9:,.2f} GB, more than can be had; taking what fits")
-    mode, compute, peak = memory.select_mode(s)
+    mode, compute, peak = memory_plan.select_mode(s)
     return Selection(mode, "", replace(compute, **as_before), peak)
 
 
@@ -148,7 +148,7 @@ def hint(s: Settings, by: str, n_steps: int) -> str:
     """
     work = s.BDH_CONFIG.n_parameters * n_steps * blocks_per_step(s) * s.BLOCK_SIZE
     guessed = s.MEMORY_MODE == "auto" and not by
-    if not guessed or work < WORTHWHILE or memory.slow_note(s):  # slow: --tune would refuse
+    if not guessed or work < WORTHWHILE or memory_plan.slow_note(s):  # slow: --tune would refuse
         return ""
     return "note: --tune looks for a faster way to compute on this machine, in at most 2 minutes"
 
@@ -171,7 +171,7 @@ class TimedSteps:
     def seconds(self, compute: Compute, B: int, T: int) -> float:
         """Return the seconds of the faster of two steps on blocks (B, T); the first compiles."""
         began = time.monotonic()
-        memory.set_limit(memory.step_peak(self.s, compute), compute)
+        memory.set_limit(memory_plan.step_peak(self.s, compute), compute)
         mx.reset_peak_memory()
         best = min(self.step(compute, B, T) for _ in range(2))
         self.peaks[compute] = max(mx.get_peak_memory(), self.peaks.get(compute, 0))
@@ -211,7 +211,7 @@ def neighbours(s: Settings, compute: Compute) -> list[Compute]:
     near = [replace(compute, chunk=n) for n in adjacent_sizes(compute.chunk) if 0 < n <= chunk]
     near += [replace(compute, rows=n) for n in adjacent_sizes(compute.rows) if 0 < n <= rows]
     near += [replace(mode, chunk=compute.chunk) for mode in modes]
-    return [c for c in near if memory.step_peak(s, c) <= memory.available()]
+    return [c for c in near if memory_plan.step_peak(s, c) <= memory.available()]
 
 
 def equivalence_key(s: Settings, compute: Compute) -> tuple:
@@ -282,7 +282,7 @@ def tune(s: Settings) -> int:
     """
     if s.MEMORY_MODE != "auto":
         raise UserError(f"MEMORY_MODE is {s.MEMORY_MODE!r}; --tune is for 'auto': set it to that")
-    start, file = memory.select_mode(s)[1], choice_file(s)
+    start, file = memory_plan.select_mode(s)[1], choice_file(s)
     checkpoints.check_writable(file.parent)
     print(f"tuning: {s.BDH_CONFIG.n_parameters:,} parameters, batches of {s.BATCH_SIZE:,} x "
           f"{s.BLOCK_SIZE:,} bytes, on {mx.default_device()}, in at most {SECONDS} s")  # fmt: skip

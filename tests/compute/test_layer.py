@@ -202,39 +202,3 @@ def test_the_planner_estimates_the_peak(name):
     mx.eval(gradient(*batch))
     estimate = memory.estimate(config, 1, 2048, compute)
     assert 0.8 < estimate / mx.get_peak_memory() < 1.2
-
-
-def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
-    import train_mlx
-
-    s = train_mlx.settings([])
-    monkeypatch.setattr(memory, "available", lambda: 2.4e9)
-    with pytest.raises(bdh_mlx.UserError) as error:
-        memory.select_mode(s)
-    for word in ("2.4 GB can be had", "n_embd 128", "BLOCK_SIZE", "--ignore-memory-check"):
-        assert word in str(error.value)
-    s.IGNORE_MEMORY_CHECK = True
-    assert memory.select_mode(s)[0] == "small"
-    monkeypatch.setattr(memory, "available", lambda: 200e9)
-    assert memory.select_mode(s)[0] == "fast"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "cudaMallocAsync(&data, size, stream) failed: out of memory",
-        "[malloc] Unable to allocate 9 bytes.",
-        "[METAL] Command buffer execution failed: Insufficient Memory (00000008:...)",
-        "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed "
-        "buffer size",
-    ],
-)
-def test_running_out_of_memory_ends_in_the_planner_s_advice(text, tmp_path, monkeypatch):
-    import train_mlx
-
-    def fails(*args):
-        raise RuntimeError(text)
-
-    monkeypatch.setattr(train_mlx, "train", fails)
-    with pytest.raises(bdh_mlx.UserError, match=r"memory is out.*What fits"):
-        train_mlx.main(["--checkpoint-dir", str(tmp_path)])

@@ -13,7 +13,8 @@ import train_mlx
 from bdh_lib import progress
 from bdh_lib.compute import memory
 from bdh_lib.data import problems
-from bdh_lib.training import plan
+from bdh_lib.errors import UserError
+from bdh_lib.training import memory_plan, plan
 from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary
 
 TICK = "✓".encode().decode("mac_roman")
@@ -203,9 +204,9 @@ def test_the_share_of_evaluations_is_told(tmp_path, capsys, monkeypatch, eval_fr
 
 
 def test_a_slow_machine_measures_a_part_of_a_batch(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "slow_note", lambda _: " (slow)")
+    monkeypatch.setattr(memory_plan, "slow_note", lambda _: " (slow)")
     monkeypatch.setattr(memory, "default_chunk", lambda D: 10)
-    monkeypatch.setattr(memory, "forward_seconds", lambda s: s.BLOCK_SIZE / 2)
+    monkeypatch.setattr(memory_plan, "forward_seconds", lambda s: s.BLOCK_SIZE / 2)
     clock = SimpleNamespace(perf_counter=count().__next__)  # each part takes a second
     monkeypatch.setattr(plan, "time", clock)
     seen, real = [], plan.get_batch
@@ -230,10 +231,17 @@ HUGE = (
 )
 
 
+def refusal(s):
+    s.IGNORE_MEMORY_CHECK = False
+    with pytest.raises(UserError) as error:
+        memory_plan.select_mode(s)
+    return str(error.value)
+
+
 @pytest.mark.parametrize(
     "message",
     [
-        lambda s: memory.oom_advice(s, 3e13),
+        refusal,
         lambda s: plan.preset_table({"huge": s}, {"both": 10**6}),
         lambda s: schedule_summary(s, 10**6),
         lambda s: schedule_summary(s, 10**11),

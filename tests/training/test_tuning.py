@@ -14,7 +14,7 @@ from helpers import ARGS, arrays, same, train
 import train_mlx
 from bdh_lib.compute import memory
 from bdh_lib.errors import UserError
-from bdh_lib.training import tuning
+from bdh_lib.training import memory_plan, tuning
 
 
 def shape(*args):
@@ -93,11 +93,11 @@ def test_nothing_larger_than_the_memory_or_than_macos_bears(monkeypatch):
     start = memory.compute_for(s.BDH_CONFIG, "fast", "float32")
     near = tuning.neighbours(s, start)
     assert max(c.rows for c in near) == 2048 and max(c.chunk for c in near) == 256
-    peak = memory.step_peak(s, start)
-    assert max(memory.step_peak(s, c) for c in near) > peak
+    peak = memory_plan.step_peak(s, start)
+    assert max(memory_plan.step_peak(s, c) for c in near) > peak
     monkeypatch.setattr(memory, "available", lambda: peak)
     near = tuning.neighbours(s, start)
-    assert near and max(memory.step_peak(s, c) for c in near) <= peak
+    assert near and max(memory_plan.step_peak(s, c) for c in near) <= peak
     monkeypatch.setattr(memory, "available", lambda: 1e12)
     monkeypatch.setattr(memory, "on_gpu", lambda: True)
     monkeypatch.setattr(memory, "on_metal", lambda: True)
@@ -185,9 +185,9 @@ def test_a_choice_that_does_not_fit_any_more_is_left_with_a_word(capsys, monkeyp
     s = train_mlx.settings(ARGS)
     large = {"mode": "fast", "chunk": 64, "rows": 128}
     assert tuning.select(s, "as before", large).label == "fast as before (chunk 64, segment 128)"
-    room = memory.step_peak(s, memory.compute_for(s.BDH_CONFIG, "small", "float32"))
+    room = memory_plan.step_peak(s, memory.compute_for(s.BDH_CONFIG, "small", "float32"))
     monkeypatch.setattr(memory, "available", lambda: room)
-    mode, compute, peak = memory.select_mode(s)
+    mode, compute, peak = memory_plan.select_mode(s)
     assert tuning.select(s, "as before", large) == (mode, "", compute, peak)
     assert "memory: fast as before (chunk 64, segment 128) needs" in capsys.readouterr().out
 
@@ -208,7 +208,7 @@ def test_a_damaged_file_is_ignored_with_one_warning(damage, tmp_path, capsys):
 
 
 def test_only_a_long_run_is_told_of_it(monkeypatch):
-    monkeypatch.setattr(memory, "on_gpu", lambda: True)  # where the default model is not slow
+    monkeypatch.setattr(memory_plan, "on_gpu", lambda: True)  # where the default model is not slow
 
     def hint(preset, n_steps, by="", *args):
         return tuning.hint(train_mlx.settings(["--preset", preset, *args]), by, n_steps)
@@ -217,7 +217,7 @@ def test_only_a_long_run_is_told_of_it(monkeypatch):
     assert not hint("tiny", 4500)
     assert not hint("both-64gb", 1300, "by --tune")
     assert not hint("both-64gb", 1300, "", "--memory-mode", "fast")
-    monkeypatch.setattr(memory, "on_gpu", lambda: False)
+    monkeypatch.setattr(memory_plan, "on_gpu", lambda: False)
     assert not hint("both-64gb", 1300)  # an update takes minutes: --tune would refuse it
 
 
