@@ -9,6 +9,8 @@ import signal
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 
+from bdh_lib import limits
+
 INTERRUPT_TIMEOUT = 1.0  # seconds that Ctrl-C waits for the interpreter, which MLX may hold
 REQUIRED = ("mlx", "mlx.core", "numpy", "tqdm")  # what is imported before main()
 NOT_COMPILED = ("[Compile::eval_cpu]", "shared library")  # in errors of MLX's compiler for the CPU
@@ -18,7 +20,6 @@ NO_MEMORY = (  # in errors of the loader, NumPy, MLX, CUDA and Python, in any ca
     *("out of memory", "failed to map segment", "Cannot allocate memory", "Unable to allocate"),
     *("bad_alloc", "start new thread"),
 )
-LEAST_SPACE, LEAST_DATA = 1_600_000_000, 1_000_000_000  # bytes of MLX and its threads, two cores
 TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  # variables that MLX takes in turn
 TEMPORARY_SPACE = 1_000_000  # bytes that a first compile may take in the temporary folder
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as other programs end
@@ -79,7 +80,7 @@ def run(file: str):
             del os.environ[name]
     try:
         try:
-            check_memory_limits()
+            limits.check_memory_limits()
             code = import_script(file).main()
         except SystemExit as error:  # argparse's, after --help or a mistake
             code = error.code
@@ -234,9 +235,9 @@ def memory_line(error: BaseException) -> str:
         return ""
     what = "no thread can be started" if signs == ["start new thread"] else "memory is out"
     detail = f": {text}" if text and len(text) < 200 else ""  # NumPy's is a page
-    limits = [f"`{command}` allows {size:,} bytes" for command, size, _ in memory_limits()]
-    limits = f"; {', '.join(limits)}: raise that limit" if limits else ""
-    return f"{what}{detail}{limits or '; close other programs, or take a smaller model or batch'}"
+    sizes = [f"`{command}` allows {size:,} bytes" for command, size, _ in limits.memory_limits()]
+    cure = f"; {', '.join(sizes)}: raise that limit" if sizes else ""
+    return f"{what}{detail}{cure or '; close other programs, or take a smaller model or batch'}"
 
 
 def gpu_line(error: BaseException) -> str:
@@ -328,25 +329,3 @@ def check_compiler() -> None:
     if not any(compiled.glob("*/*")):
         raise UserError(f"{fault}; set TMPDIR to another folder")
     warn(f"{fault}; what MLX compiled there before is used")
-
-
-def memory_limits() -> list[tuple[str, int, int]]:
-    """Return the command, the bytes and the least useful bytes of each limit on this process."""
-    if sys.platform != "linux":  # a Mac does not enforce them
-        return []
-    import resource
-
-    kinds = (("ulimit -v", resource.RLIMIT_AS, LEAST_SPACE),
-             ("ulimit -d", resource.RLIMIT_DATA, LEAST_DATA))  # fmt: skip
-    sizes = [(command, resource.getrlimit(kind)[0], least) for command, kind, least in kinds]
-    return [limit for limit in sizes if limit[1] != resource.RLIM_INFINITY]
-
-
-def check_memory_limits() -> None:
-    """Raise MemoryError where a limit leaves too little to begin with.
-
-    Libraries would end the process themselves, with lines that tell no cure.
-    """
-    for _, size, least in memory_limits():
-        if size < least:
-            raise MemoryError(f"MLX and its threads take {least:,} bytes before any model")

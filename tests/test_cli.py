@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT
 
 import bdh_mlx
-from bdh_lib import cli, files
+from bdh_lib import cli, files, limits
 from bdh_lib.compute import memory
 from bdh_lib.data import prepare
 from bdh_lib.training import summary
@@ -158,16 +158,16 @@ def test_an_empty_temporary_folder_is_no_value(run):
 
 def test_a_temporary_folder_that_is_full_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     cli.check_compiler()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (cli.TEMPORARY_SPACE - 1, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (cli.TEMPORARY_SPACE - 1, before[1]))
     try:
         with pytest.raises(
             bdh_mlx.UserError, match=r"TMPDIR is .* cannot be written .*; set TMPDIR"
         ):
             cli.check_compiler()
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_temporary_folder_is_only_warned_of_where_all_may_be_compiled(
@@ -223,7 +223,7 @@ def test_a_limit_on_memory_is_told_before_a_library_ends_the_process(run, name, 
 
 
 def test_a_limit_on_memory_counts_in_what_a_run_may_use(monkeypatch):
-    monkeypatch.setattr(cli, "memory_limits", lambda: [("ulimit -v", 3000, 1000)])
+    monkeypatch.setattr(limits, "memory_limits", lambda: [("ulimit -v", 3000, 1000)])
     assert memory.available() == 0.9 * 2000
 
 

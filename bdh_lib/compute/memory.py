@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from bdh_lib import cli
+from bdh_lib import limits
 from bdh_lib.compute.device import on_gpu, on_metal
 from bdh_lib.compute.layer import CPU_ROWS, Compute, default_chunk, default_groups, segments
 from bdh_lib.config import CheckedConfig
@@ -77,7 +77,7 @@ def available() -> float:
 
 def ulimit_rooms() -> list[float]:
     """Return the bytes that limits on this process leave for arrays: its threads take the rest."""
-    return [max(0, size - least) for _, size, least in cli.memory_limits()]
+    return [max(0, size - least) for _, size, least in limits.memory_limits()]
 
 
 @lru_cache(maxsize=1)
