@@ -36,9 +36,8 @@ from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.compute.layer import default_compute, dropout_mask, dropout_scale, layer, ln
 from bdh_lib.compute.rope import rotate
 from bdh_lib.compute.state import State, check_prompt, check_state, prefill, read
-from bdh_lib.config import CheckedConfig
 from bdh_lib.errors import UserError
-from bdh_lib.rules import TEMPERATURE, TOP_K, check, whole
+from bdh_lib.rules import TEMPERATURE, TOP_K, CheckedConfig, check, whole
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rules for the values of settings and of arguments, and the check that reports a wrong value."""
+"""Rules for the values of settings, arguments and models, and checks that report a wrong value."""
 
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -71,3 +71,50 @@ def check(name: str, value, rule: Rule) -> None:
 # Rules that BDH.generate and bdh_lib/generation/sampling.py share; imports only point down to here.
 TEMPERATURE = number("that is 0 or 0.000001 to 1,000,000", lambda x: x == 0 or 1e-6 <= x <= 1e6)
 TOP_K = whole(1, 65536, allow_none=True)
+
+# The fields of bdh_mlx.BDHConfig
+SIZE = whole(1, 65536)
+RATE = number("of at least 0 and below 1", lambda x: 0 <= x < 1)
+CONFIG_RULES = {
+    "n_layer": whole(1, 1000),
+    "n_embd": SIZE,
+    "dropout": RATE,
+    "n_head": SIZE,
+    "mlp_internal_dim_multiplier": SIZE,
+    "vocab_size": SIZE,
+    "dropout_v": RATE,
+}
+
+
+class CheckedConfig:
+    """Base class that checks a dataclass with the fields of CONFIG_RULES. Raises UserError."""
+
+    def __new__(cls, *args, **values):  # before the dataclass's __init__, which raises TypeError
+        if len(args) > len(fields := cls.__dataclass_fields__):
+            raise UserError(f"{cls.__name__} has {len(fields)} fields, not {len(args)}")
+        for name in values:
+            if name not in fields:
+                near = did_you_mean(name, fields)
+                raise UserError(f"{name} is no field of {cls.__name__}{near}")
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        """Check each field alone, then that the neurons can be divided among the heads."""
+        for name, rule in CONFIG_RULES.items():
+            check(name, getattr(self, name), rule)
+        neurons = self.n_embd * self.mlp_internal_dim_multiplier
+        if neurons >= 2**31:  # a dimension of an array
+            raise UserError(
+                f"n_embd * mlp_internal_dim_multiplier is {neurons:,}; it must be below 2^31"
+            )
+        if neurons % self.n_head:
+            raise UserError(
+                f"n_head is {self.n_head}; it must divide the number of neurons, "
+                f"n_embd * mlp_internal_dim_multiplier = {neurons}"
+            )
+        neurons_per_head = neurons // self.n_head
+        if neurons_per_head % 2:
+            raise UserError(
+                f"n_head is {self.n_head}, so each head has N = {neurons_per_head} neurons; "
+                "N must be even, since they rotate in pairs"
+            )

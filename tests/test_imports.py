@@ -10,7 +10,7 @@ from helpers import ROOT, random_model
 
 from bdh_mlx import save_model
 
-BASE = {"bdh_lib"}  # errors, rules, config, settings, start, files, flags, limits, cli, runs
+BASE = {"bdh_lib"}  # errors, rules, settings, start, files, flags, limits, cli, runs
 LOWER = BASE | {"bdh_lib.compute", "bdh_lib.data", "bdh_mlx"}
 SHARED = LOWER | {"bdh_lib.loss"}  # what training and generation share
 MAY_IMPORT = {

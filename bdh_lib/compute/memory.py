@@ -18,7 +18,7 @@ import mlx.core as mx
 from bdh_lib import limits
 from bdh_lib.compute.device import on_gpu, on_metal
 from bdh_lib.compute.layer import CPU_ROWS, Compute, default_chunk, default_groups, segments
-from bdh_lib.config import CheckedConfig
+from bdh_lib.rules import CheckedConfig
 
 MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, saved_activations
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
