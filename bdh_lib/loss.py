@@ -10,6 +10,7 @@ import numpy as np
 
 from bdh_lib.data.formats import FIELDS, LABEL_OF
 from bdh_lib.data.split import Split
+from bdh_lib.interrupts import default_signals
 from bdh_lib.progress import Progress, heartbeat
 from bdh_mlx import BDH
 
@@ -72,7 +73,8 @@ def compile_evaluation(model: BDH, n_bytes: int, shape: tuple[int, int]) -> Call
     """
     losses_fn, T = compile_losses(model), shape[1]
     sizes = {end - begin for begin, end in batches_of(n_bytes - 1, shape)}
-    for size in sizes:
-        zeros = mx.zeros(size, mx.int32).reshape(max(1, size // T), -1)
-        losses_fn(zeros, zeros)
+    with default_signals():
+        for size in sizes:
+            zeros = mx.zeros(size, mx.int32).reshape(max(1, size // T), -1)
+            losses_fn(zeros, zeros)
     return losses_fn

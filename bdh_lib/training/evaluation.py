@@ -13,7 +13,7 @@ from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import total_steps
-from bdh_lib.training.signals import SIGNAL_NOTE, StopSignal, default_signals
+from bdh_lib.training.signals import SIGNAL_NOTE, StopSignal
 from bdh_lib.training.step import Diverged
 from bdh_lib.units import bits_per_byte
 from bdh_mlx import BDH
@@ -60,7 +60,7 @@ class Evaluator:
         self.s, self.model, self.val, self.world, self.stop = s, model, data.val, world, stop
         self.shape = (s.BATCH_SIZE, s.BLOCK_SIZE)
         print(f"compiling the evaluation, once ({SIGNAL_NOTE})")
-        with heartbeat("compiling"), default_signals():
+        with heartbeat("compiling"):
             self.losses_fn = compile_evaluation(model, len(self.val.bytes), self.shape)
         self.n_steps = total_steps(s, len(data.train.bytes))
         self.baselines = byte_baselines(s.LOSS_ON, data.train, data.val)

@@ -15,6 +15,7 @@ from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS, LABEL_OF, REQUIRED_FIELDS
 from bdh_lib.data.split import Split
 from bdh_lib.errors import escape_controls
+from bdh_lib.interrupts import default_signals
 from bdh_lib.loss import compile_losses
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
@@ -25,7 +26,6 @@ from bdh_lib.training.dataset import open_run_data
 from bdh_lib.training.resume import origin_of
 from bdh_lib.training.runlog import duration
 from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary, total_steps
-from bdh_lib.training.signals import default_signals
 from bdh_lib.training.step import compile_steps
 from bdh_lib.training.train_settings import phase_settings
 from bdh_lib.training.train_state import init_train_state

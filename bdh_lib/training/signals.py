@@ -2,31 +2,13 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import Thread
 
+from bdh_lib.interrupts import SIGNALS, default_signals
 from bdh_lib.training.distributed import World
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SIGNAL_NOTE = "Ctrl-C ends it at once; nothing saved is lost, and the same command starts again"
-
-
-@contextmanager
-def default_signals() -> Iterator[None]:
-    """Let the system end the process at a signal.
-
-    MLX traces the graph of a long block or a deep model in one call of many seconds, and Python
-    handles no signal before the call returns. The process then ends without a message, so callers
-    print SIGNAL_NOTE first.
-    """
-    caught = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
-    handlers = {n: signal.signal(n, signal.SIG_DFL) for n in caught}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class StopSignal:

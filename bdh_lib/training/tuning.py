@@ -20,13 +20,13 @@ from bdh_lib import files
 from bdh_lib.compute import memory
 from bdh_lib.compute.layer import Compute, default_chunk, segments
 from bdh_lib.errors import UserError, warn
+from bdh_lib.interrupts import default_signals
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
 from bdh_lib.training import checkpoints, memory_plan
 from bdh_lib.training.distributed import World
 from bdh_lib.training.schedule import blocks_per_step
-from bdh_lib.training.signals import default_signals
 from bdh_lib.training.step import compile_steps
 from bdh_lib.training.train_state import init_train_state
 
