@@ -109,7 +109,7 @@ import sys
 from contextlib import nullcontext
 from typing import TextIO
 
-from bdh_lib import cli, flags, plots
+from bdh_lib import cli, flags, plots, runs
 from bdh_lib.compute import memory
 from bdh_lib.data.formats import format_example  # noqa: F401  for other scripts
 from bdh_lib.errors import UserError, warn
@@ -211,7 +211,7 @@ def train_or_explain(s: Settings, stop: StopSignal, world: World, json_to: TextI
             raise
         raise UserError(f"memory is out. {what_fits(s)}") from None
     except Diverged as reason:
-        last = max(checkpoints.steps(checkpoints.run_folder(s)), default="none")
+        last = max(runs.steps(checkpoints.run_folder(s)), default="none")
         print(f"error: {reason}. Checkpoints are as they were, the last of iteration {last}; "
               "lower LEARNING_RATE or GRAD_CLIP", file=sys.stderr)  # fmt: skip
         return 1

@@ -1,9 +1,23 @@
-"""Find the weights file and the settings in a run folder, without MLX."""
+"""What a run folder holds, without MLX: checkpoints, the best of them, weights and settings."""
 
+import json
 from pathlib import Path
 
 from bdh_lib import files
 from bdh_lib.errors import UserError, warn
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return where the checkpoint of `step` is, or would be."""
+    return run / f"step-{step:06d}"
+
+
+def steps(run: Path) -> list[int]:
+    """Return the steps with a checkpoint in `run`, ascending."""
+    names = [f.name[5:] for f in run.glob("step-*") if f.is_dir() and not f.is_symlink()]
+    return sorted(
+        int(n) for n in names if n.isdecimal() and checkpoint_folder(run, int(n)).name[5:] == n
+    )
 
 
 def find_weights(path: str | Path) -> Path:
@@ -16,13 +30,12 @@ def find_weights(path: str | Path) -> Path:
         return path
     if (path / "model.safetensors").is_file():
         return path / "model.safetensors"
-    steps = [f for f in path.glob("step-*") if f.name[5:].isdigit()]
-    if not steps:
+    if not (candidates := steps(path)):
         raise UserError(_no_weights(path))
-    steps.sort(key=lambda f: int(f.name[5:]), reverse=True)
-    name = _best_of(path)
-    best = [f for f in steps if f.name == name]
-    return _first_valid(path, list(dict.fromkeys([*best, *steps]))) / "model.safetensors"
+    best = _best_step(path)
+    candidates.sort(key=lambda step: (step != best, -step))  # the best, then the last
+    checkpoints = [checkpoint_folder(path, step) for step in candidates]
+    return _first_valid(path, checkpoints) / "model.safetensors"
 
 
 def _first_valid(run: Path, checkpoints: list[Path]) -> Path:
@@ -50,6 +63,17 @@ def _no_weights(path: Path) -> str:
     return f"{path} {reason}; name a run folder, a checkpoint or a .safetensors file"
 
 
+def write_best(run: Path, step: int, monitored_loss: float) -> None:
+    """Name the checkpoint of `step` the best, with its monitored loss in nats."""
+    best = {
+        "checkpoint": checkpoint_folder(run, step).name,
+        "step": step,
+        "monitored_loss": monitored_loss,
+    }
+    best["sha256"] = files.sha256_text(repr(best))
+    files.atomic_write_text(run / "best.json", json.dumps(best))
+
+
 def read_best(run: Path) -> dict:
     """Return the best evaluation of a run: checkpoint, step, monitored_loss in nats; {} before any.
 
@@ -69,20 +93,20 @@ def read_best(run: Path) -> dict:
     return best
 
 
-def _best_of(run: Path) -> str | None:
-    """Return the name of the checkpoint in a run's best.json, None if there is no such file.
+def _best_step(run: Path) -> int | None:
+    """Return the step of the checkpoint in a run's best.json, None if there is no such file.
 
     One that is damaged gets a warning: the last checkpoint is not the best.
     """
     try:
-        name = read_best(run).get("checkpoint")
+        step = read_best(run).get("step")
     except UserError as error:
         warn(f"in {run} {error}; taking the last checkpoint")
         return None
-    if name and not (run / name).is_dir():
+    if step is not None and step not in steps(run):
         warn(f"{run / 'best.json'} names no checkpoint of the run; taking the last checkpoint")
         return None
-    return name
+    return step
 
 
 def _fault(weights: Path) -> str | None:
@@ -90,6 +114,20 @@ def _fault(weights: Path) -> str | None:
     if not weights.is_file():
         return "lacks its model.safetensors"
     return "is damaged" if is_changed(weights) else None
+
+
+def is_entry(value: object) -> bool:
+    """Tell whether a value is what a manifest has of a file: its size in bytes, and its sha256."""
+    return isinstance(value, dict) and isinstance(value.get("bytes"), int) and "sha256" in value
+
+
+def find_change(file: Path, entry: dict) -> str | None:
+    """Return how a file differs from its entry in a manifest, None if not. Raises OSError."""
+    if file.stat().st_size != entry["bytes"]:
+        return f"{file.name} is not of the {entry['bytes']:,} bytes written"
+    if files.sha256_file(file) != entry["sha256"]:
+        return f"{file.name} has changed since it was written (sha256)"
+    return None
 
 
 def is_changed(file: Path) -> bool:
@@ -108,7 +146,7 @@ def is_changed(file: Path) -> bool:
         return False
     entry = written[file.name]
     try:
-        return not isinstance(entry, dict) or entry.get("sha256") != files.sha256_file(file)
+        return not is_entry(entry) or find_change(file, entry) is not None
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 

@@ -271,8 +271,9 @@ def of_steps(model, folder, *steps):
         at = run / f"step-{step:06d}"
         at.mkdir(parents=True)
         bdh_mlx.save_model(model, at / "model.safetensors")
-        digest = hashlib.sha256((at / "model.safetensors").read_bytes()).hexdigest()
-        manifest = {"model.safetensors": {"sha256": digest}}
+        content = (at / "model.safetensors").read_bytes()
+        entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest = {"model.safetensors": entry}
         (at / "manifest.json").write_text(json.dumps(manifest))
     return run
 

@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from bdh_lib import files, runs
 from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.errors import UserError, warn
+from bdh_lib.runs import checkpoint_folder
 from bdh_lib.settings import Settings
 from bdh_lib.training.train_state import TrainState
 from bdh_mlx import save_model
@@ -44,17 +45,6 @@ def run_folder(s: Settings) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
         raise UserError(f"RUN_NAME is {name!r}; it must be 1 to 64 of the characters A-Za-z0-9._-")
     return Path(s.CHECKPOINT_DIR, name)
-
-
-def folder(run: Path, step: int) -> Path:
-    """Return where the checkpoint of `step` is, or would be."""
-    return run / f"step-{step:06d}"
-
-
-def steps(run: Path) -> list[int]:
-    """Return the steps with a checkpoint in `run`, ascending."""
-    names = [f.name[5:] for f in run.glob("step-*") if f.is_dir() and not f.is_symlink()]
-    return sorted(int(n) for n in names if n.isdigit() and folder(run, int(n)).name[5:] == n)
 
 
 def refuse_in_the_way(run: Path, step: int) -> None:
@@ -133,14 +123,7 @@ def _sweep(run: Path) -> None:
         (run / f".{name}.tmp").unlink(missing_ok=True)
 
 
-def write_best(run: Path, step: int, monitored_loss: float) -> None:
-    """Name the checkpoint of `step` the best, with its monitored loss in nats."""
-    best = {"checkpoint": folder(run, step).name, "step": step, "monitored_loss": monitored_loss}
-    best["sha256"] = files.sha256_text(repr(best))
-    files.atomic_write_text(run / "best.json", json.dumps(best))
-
-
-def read_best(run: Path) -> dict:
+def valid_best(run: Path) -> dict:
     """Return the best evaluation so far (checkpoint, step, monitored_loss in nats); {} before any.
 
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
@@ -148,7 +131,7 @@ def read_best(run: Path) -> dict:
     """
     try:
         best = runs.read_best(run)
-        reason = find_corruption(folder(run, best["step"])) if best else None
+        reason = find_corruption(checkpoint_folder(run, best["step"])) if best else None
     except UserError as error:
         reason = str(error)
     if not reason:
@@ -165,9 +148,10 @@ def free_path(run: Path, name: str) -> Path:
 
 def prune(run: Path, keep: int, best: int | None) -> None:
     """Delete all checkpoints but the last `keep` and that of step `best`."""
-    for step in steps(run)[:-keep]:
+    for step in runs.steps(run)[:-keep]:
         if step != best:
-            gone = folder(run, step).rename(run / f".{folder(run, step).name}.tmp")
+            old = checkpoint_folder(run, step)
+            gone = old.rename(run / f".{old.name}.tmp")
             shutil.rmtree(gone, ignore_errors=True)  # what a crash leaves, the next start sweeps
 
 
@@ -179,7 +163,7 @@ def save(run: Path, step: int, state: TrainState, info: dict) -> None:
 
     Where the run has an average, the model holds it and `ema` the weights that are trained.
     """
-    final = folder(run, step)
+    final = checkpoint_folder(run, step)
     making = run / f".{final.name}.tmp"
     check_space(run, state, 1)
     if not _finite(tree_flatten(state.arrays())):
@@ -232,8 +216,9 @@ def find_corruption(checkpoint: Path) -> str | None:
         manifest = files.parse_json((checkpoint / "manifest.json").read_text())
         if not _is_manifest(manifest):
             return NOT_AS_WRITTEN
-        if reason := _find_change(checkpoint, manifest):
-            return reason
+        changes = (runs.find_change(checkpoint / name, manifest[name]) for name in manifest)
+        if change := next(filter(None, changes), None):
+            return change
         config = files.parse_json((checkpoint / "config.json").read_text())
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
@@ -247,22 +232,9 @@ def find_corruption(checkpoint: Path) -> str | None:
     return f"manifest.json lacks {', '.join(sorted(missing))}" if missing else None
 
 
-def _find_change(checkpoint: Path, manifest: dict) -> str | None:
-    """Return how a file differs from its entry in the manifest, or None where none does."""
-    for name, written in manifest.items():
-        if (checkpoint / name).stat().st_size != written["bytes"]:
-            return f"{name} is not of the {written['bytes']:,} bytes written"
-        if files.sha256_file(checkpoint / name) != written["sha256"]:
-            return f"{name} has changed since it was written (sha256)"
-    return None
-
-
 def _is_manifest(content: object) -> bool:
-    """Test whether a parsed manifest.json gives bytes and sha256 for each file."""
-    return isinstance(content, dict) and all(
-        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and "sha256" in entry
-        for entry in content.values()
-    )
+    """Test whether a parsed manifest.json has an entry for each file."""
+    return isinstance(content, dict) and all(map(runs.is_entry, content.values()))
 
 
 def newest_valid(run: Path) -> int:
@@ -271,11 +243,11 @@ def newest_valid(run: Path) -> int:
     Raises NoValidCheckpoint when none of the checkpoints is valid, or when they are gone: a run
     never starts anew silently.
     """
-    candidates = steps(run)
+    candidates = runs.steps(run)
     for step in reversed(candidates):
-        if not (reason := find_corruption(folder(run, step))):
+        if not (reason := find_corruption(checkpoint_folder(run, step))):
             return step
-        aside = folder(run, step).rename(free_path(run, f"damaged-{step:06d}"))
+        aside = checkpoint_folder(run, step).rename(free_path(run, f"damaged-{step:06d}"))
         warn(f"checkpoint {step} is damaged, kept as {aside.name}: {reason}")
     if candidates or any(run.glob("damaged-[0-9]*")):
         raise NoValidCheckpoint(
@@ -291,11 +263,11 @@ def newest_valid(run: Path) -> int:
 
 def load(run: Path, step: int, state: TrainState) -> None:
     """Put the checkpoint of `step` into `state`, as `save` had it, before the step is compiled."""
-    model, optimizer, raw = state
-    weights = _arrays_like(model.parameters(), folder(run, step) / "model.safetensors")
-    optimizer.state = _arrays_like(optimizer.state, folder(run, step) / "optimizer.safetensors")
+    (model, optimizer, raw), source = state, checkpoint_folder(run, step)
+    weights = _arrays_like(model.parameters(), source / "model.safetensors")
+    optimizer.state = _arrays_like(optimizer.state, source / "optimizer.safetensors")
     if raw:
-        raw.update(_arrays_like(raw, folder(run, step) / "raw.safetensors"))
+        raw.update(_arrays_like(raw, source / "raw.safetensors"))
     model.update(weights)
 
 
@@ -323,7 +295,7 @@ def _finite(named: Iterable[tuple[str, mx.array]]) -> bool:
 
 def read_info(run: Path, step: int) -> dict:
     """Return config.json of a checkpoint: step, settings, data, versions."""
-    return files.parse_json((folder(run, step) / "config.json").read_text())
+    return files.parse_json((checkpoint_folder(run, step) / "config.json").read_text())
 
 
 def settings_changes(old: dict, new: dict) -> dict[str, str]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from bdh_lib import runs
 from bdh_lib.compute import memory
 from bdh_lib.errors import UserError, warn
 from bdh_lib.settings import Settings
@@ -73,8 +74,8 @@ def restarted_after_gpu_fault(s: Settings, allowed: bool) -> Iterator[None]:
 
 def count_restart(s: Settings) -> int:
     """Count the restarts since the newest checkpoint, this one too, for the next process."""
-    runs = map(checkpoints.run_folder, phase_settings(s))
-    newest = str([max(checkpoints.steps(run), default=0) for run in runs])
+    folders = map(checkpoints.run_folder, phase_settings(s))
+    newest = str([max(runs.steps(folder), default=0) for folder in folders])
     count, _, since = os.environ.get(RESTARTS, "").partition(" ")
     count = int(count) + 1 if since == newest else 1
     os.environ[RESTARTS] = f"{count} {newest}"

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from bdh_lib import files
+from bdh_lib import files, runs
 from bdh_lib.errors import UserError, escape_controls, warn
 from bdh_lib.training import checkpoints
 from bdh_lib.training.distributed import World
@@ -66,7 +66,7 @@ class RunLog:
         lines = self.valid_lines(first_step) if world.is_main else []
         lines = [m for m in lines if first_step and m["step"] <= first_step]
         self.history = world.broadcast_object(lines)
-        self.best = world.broadcast_object(checkpoints.read_best(run) if world.is_main else None)
+        self.best = world.broadcast_object(checkpoints.valid_best(run) if world.is_main else None)
         if world.is_main:
             files.atomic_write_text(self.path, "".join(map(with_checksum, self.history)))
 
@@ -113,7 +113,7 @@ class RunLog:
         self.info = info
         if self.world.is_main:
             checkpoints.refuse_in_the_way(self.run, self.first_step)
-            missing = n_kept + 2 - len(checkpoints.steps(self.run))
+            missing = n_kept + 2 - len(runs.steps(self.run))
             checkpoints.check_space(self.run, state, max(1, missing))
             files.atomic_write_text(self.run / "config.json", json.dumps(info, indent=1))
 
@@ -147,7 +147,7 @@ class RunLog:
         """Name the checkpoint of `step` the best one."""
         self.best = {"step": step, "monitored_loss": monitored_loss}
         if self.world.is_main:
-            checkpoints.write_best(self.run, **self.best)
+            runs.write_best(self.run, **self.best)
 
     def write(self, **m) -> None:
         """Log a line. Raises UserError where metrics.jsonl cannot be written."""

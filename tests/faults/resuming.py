@@ -39,7 +39,7 @@ import numpy as np
 
 import bdh_mlx
 import train_mlx
-from bdh_lib import files
+from bdh_lib import files, runs
 from bdh_lib.data import columns
 from bdh_lib.generation import decoding
 from bdh_lib.training import batches, checkpoints, evaluation, signals
@@ -369,7 +369,7 @@ def by_name_alone(run):
     "foreign files, folders and links in the run",
     1,
     1,
-    any_name=[(checkpoints, "steps", by_name_alone)],
+    any_name=[(runs, "steps", by_name_alone)],
 )
 def _(n):
     for name, kind in (

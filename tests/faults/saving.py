@@ -42,14 +42,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import bdh_mlx
-from bdh_lib import cli, files
+from bdh_lib import cli, files, runs
 from bdh_lib.data import prepare as preparing
 from bdh_lib.training import checkpoints, evaluation, resume
 
 
 def save_in_place(run, step, trained, info):
     """Into the final folder, each file in turn, as most trainers do."""
-    at = checkpoints.folder(run, step)
+    at = runs.checkpoint_folder(run, step)
     at.mkdir(exist_ok=True)
     bdh_mlx.save_model(trained.model, at / FILES[0])
     mx.save_safetensors(str(at / FILES[1]), dict(sorted(tree_flatten(trained.optimizer.state))))
@@ -453,7 +453,7 @@ def _(n):
     5,
     newest_by_time=[
         (
-            checkpoints,
+            runs,
             "steps",
             lambda run: [
                 int(f.name[5:]) for f in sorted(run.glob("step-*"), key=lambda f: f.stat().st_mtime)

@@ -16,6 +16,7 @@ import pytest
 from helpers import ARGS, ROOT, TRAINER, metrics, train
 
 import train_mlx
+from bdh_lib import runs
 from bdh_lib.training import checkpoints, dataset, distributed
 from bdh_mlx import UserError
 
@@ -128,7 +129,7 @@ def test_a_signal_to_any_process_stops_all_with_the_work_saved(tmp_path):
     (code, out, err), (other, _, _) = ended(processes)
     assert (code, other) == (143, 143), err
     assert "the same command continues it" in out
-    assert checkpoints.steps(tmp_path / "full")[-1] == len(losses(tmp_path))
+    assert runs.steps(tmp_path / "full")[-1] == len(losses(tmp_path))
 
 
 def test_a_lost_process_ends_the_run_with_its_checkpoints_intact(tmp_path):
@@ -228,7 +229,7 @@ def test_the_clock_of_the_first_process_says_when_to_save(tmp_path, stopped, sav
     args = ("--max-iters", 6, "--save-freq", 99, "--eval-freq", 99, "--save-minutes", 1e-9)
     processes = start(tmp_path, "-c", code, *ARGS, "--checkpoint-dir", tmp_path, *args)
     assert [code for code, *_ in ended(processes)] == [0, 0]
-    assert checkpoints.steps(tmp_path / "full") == saved
+    assert runs.steps(tmp_path / "full") == saved
 
 
 TOGETHER = """

@@ -227,7 +227,7 @@ def test_what_a_run_leaves(straight):
     evaluations = {m["step"]: m["val_loss"] for m in metrics(straight) if "val_loss" in m}
     assert list(evaluations) == [0, 5, 10, 12]
     assert best["monitored_loss"] == min(v for k, v in evaluations.items() if k)
-    assert {f"step-{n:06d}" for n in checkpoints.steps(run)} >= {best["checkpoint"], "step-000012"}
+    assert {f"step-{n:06d}" for n in runs.steps(run)} >= {best["checkpoint"], "step-000012"}
     config = json.loads((run / "step-000012" / "config.json").read_text())
     assert config["step"] == 12 and config["settings"]["BLOCK_SIZE"] == 64
     assert sorted(f.name for f in run.iterdir() if f.name.startswith(".")) == [".lock", ".saved"]
@@ -242,7 +242,7 @@ def test_a_checkpoint_is_written_before_the_evaluation_of_its_step(tmp_path, mon
     monkeypatch.setattr(evaluation, "evaluate", dies)
     with pytest.raises(MemoryError):
         train(tmp_path, "--max-iters", 9, "--eval-freq", 4)
-    assert checkpoints.steps(tmp_path / "full")[-1] == 4
+    assert runs.steps(tmp_path / "full")[-1] == 4
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -266,8 +266,8 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
     losses = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
     monkeypatch.setattr(evaluation, "evaluate", lambda *args: (next(losses), {}))
     train(tmp_path, "--max-iters", 12, "--eval-freq", 2, "--save-freq", 2, "--keep-checkpoints", 2)
-    assert checkpoints.steps(tmp_path / "full") == [4, 10, 12]
-    assert checkpoints.read_best(tmp_path / "full")["step"] == 4
+    assert runs.steps(tmp_path / "full") == [4, 10, 12]
+    assert runs.read_best(tmp_path / "full")["step"] == 4
 
 
 @pytest.mark.parametrize("minutes", [10, "none"])
@@ -286,7 +286,7 @@ def test_a_checkpoint_is_written_when_minutes_have_passed(tmp_path, straight, mo
     rare = ("--eval-freq", 100, "--save-freq", 8, "--keep-checkpoints", 2)
     train(tmp_path, "--max-iters", 12, "--save-minutes", minutes, *rare)
     assert saved == ([8, 12] if minutes == "none" else [3, 6, 8, 11, 12])
-    assert checkpoints.steps(tmp_path / "full") == saved[-2:]
+    assert runs.steps(tmp_path / "full") == saved[-2:]
     assert same(arrays(tmp_path, 12), arrays(straight, 12))
 
 

@@ -9,11 +9,12 @@ from helpers import arrays, metrics, train
 
 import bdh_mlx
 import train_mlx
+from bdh_lib import runs
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.split import Split
 from bdh_lib.generation import export
 from bdh_lib.loss import byte_losses, evaluate
-from bdh_lib.training import batches, checkpoints, report
+from bdh_lib.training import batches, report
 from bdh_mlx import UserError
 
 RESPONSE = FIELDS.index("response")
@@ -78,7 +79,7 @@ def test_training_on_responses_learns_responses_alone(tmp_path):
     assert of["response"]["response"] < untrained["response"] - 1
     gap = {field: of["response"][field] - of["all"][field] for field in untrained}
     assert gap["headers"] > 10 * abs(gap["response"])  # it never trained on headers
-    best = checkpoints.read_best(tmp_path / "response" / "full")
+    best = runs.read_best(tmp_path / "response" / "full")
     last = metrics(tmp_path / "response")[-1]
     assert (
         best["monitored_loss"]

@@ -5,7 +5,8 @@ import json
 import pytest
 from helpers import arrays, metrics, same, train
 
-from bdh_lib.training import checkpoints, evaluation
+from bdh_lib import runs
+from bdh_lib.training import evaluation
 
 OVER = ["--eval-freq", "2", "--save-freq", "5", "--max-iters", "40"]
 
@@ -33,8 +34,8 @@ def test_a_run_out_of_patience_stops_early_and_says_where_its_best_is(
     assert train(tmp_path, *OVER, "--patience", 3) == 0
     out = capsys.readouterr().out
     assert "iterations: 12\n" in out and "best_step: 6\n" in out and "ended: early" in out
-    assert checkpoints.steps(tmp_path / "full")[-1] == 12  # saved, though no SAVE_FREQ is due
-    assert checkpoints.read_best(tmp_path / "full")["step"] == 6
+    assert runs.steps(tmp_path / "full")[-1] == 12  # saved, though no SAVE_FREQ is due
+    assert runs.read_best(tmp_path / "full")["step"] == 6
 
     assert train(tmp_path, *OVER, "--patience", 3) == 0
     out = capsys.readouterr().out

@@ -9,7 +9,7 @@ from helpers import arrays, metrics, same, train
 
 from bdh_lib import files, runs
 from bdh_lib.data.formats import REQUIRED_FIELDS
-from bdh_lib.training import batches, checkpoints, phases
+from bdh_lib.training import batches, phases
 from bdh_mlx import UserError
 
 CHAIN = ["--phases", "system:0.02,instruction:0.03@2e-3,full:0.01", "--max-iters", 9]
@@ -56,7 +56,7 @@ def test_each_phase_is_judged_on_every_mode(chained):
     for run in RUNS:
         modes = json.loads((chained / run / "modes.json").read_text())
         assert modes["val_bpb"].keys() == modes["val_bpb_fields"].keys() == REQUIRED_FIELDS.keys()
-        best = checkpoints.read_best(chained / run)
+        best = runs.read_best(chained / run)
         own = modes["val_bpb"][run.split("-")[-1]]
         assert own == pytest.approx(best["monitored_loss"] / math.log(2), rel=1e-5)
 
@@ -100,7 +100,7 @@ def test_a_chain_stopped_within_a_phase_ends_in_the_same_bits(tmp_path, chained,
     assert not (tmp_path / RUNS[2]).exists()
     assert train(tmp_path, *CHAIN) == 0
     for run in RUNS:
-        last = checkpoints.steps(chained / run)[-1]
+        last = runs.steps(chained / run)[-1]
         assert same(arrays(tmp_path, last, run), arrays(chained, last, run))
 
 

@@ -14,7 +14,7 @@ import pytest
 from helpers import ARGS, ROOT, arrays, metrics, same, train, write_best
 
 import train_mlx
-from bdh_lib import files
+from bdh_lib import files, runs
 from bdh_lib.compute import memory
 from bdh_lib.training import batches, checkpoints, resume, schedule
 from bdh_lib.training.batches import get_batch
@@ -52,7 +52,7 @@ def test_a_signal_during_an_update_saves_it_as_done(tmp_path, straight, monkeypa
     monkeypatch.setattr(train_mlx, "compile_steps", compile_steps)
     steps = [True, False, False]  # the last one first
     assert train(tmp_path, "--max-iters", 12) == 128 + signal.SIGTERM
-    assert checkpoints.steps(tmp_path / "full")[-1] == 3
+    assert runs.steps(tmp_path / "full")[-1] == 3
     steps = [False] * 9
     assert train(tmp_path, "--max-iters", 12) == 0
     assert same(arrays(tmp_path, 12), arrays(straight, 12))
@@ -386,7 +386,7 @@ def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
 def test_a_best_json_of_a_checkpoint_that_is_gone_is_dropped(tmp_path, capsys):
     train(tmp_path, "--max-iters", 4)
     write_best(tmp_path / "full", checkpoint="step-000006", step=6, monitored_loss=1.0)
-    assert checkpoints.read_best(tmp_path / "full") == {}
+    assert checkpoints.valid_best(tmp_path / "full") == {}
     assert "the best until the next validation: step-000006 is not" in capsys.readouterr().err
 
 
@@ -408,7 +408,7 @@ def test_what_is_in_the_way_of_a_checkpoint_is_told_before_training(tmp_path, ki
     obstacle.symlink_to(tmp_path) if kind == "link" else obstacle.write_text("mine")
     with pytest.raises(UserError, match=r"step-000030 is in the way .* remove or rename it"):
         train(tmp_path, "--max-iters", 2)
-    assert checkpoints.steps(tmp_path / "full") == [1]
+    assert runs.steps(tmp_path / "full") == [1]
     obstacle.rename(obstacle.with_name("step-000001-old"))
     assert train(tmp_path, "--max-iters", 2) == 0
 
