@@ -236,12 +236,12 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
     if reason := summary.finished_reason(s, log, n_steps):
         print(f"finished: {reason}")
         return 0
-    summary.print_start(s, run, data, start.selection)
+    summary.print_start(s, run, data, n_steps, start.selection)
     log.begin(run_info(s, data.report, start), state, s.KEEP_CHECKPOINTS)
 
     # ---- compiled functions
     micro_step, apply_update = compile_steps(state, s)
-    evaluator = Evaluator(s, state.model, data, world, stop)
+    evaluator = Evaluator(s, n_steps, state.model, data, world, stop)
     memory.set_limit(start.selection.peak, start.selection.compute)
     meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_step(s), log.skipped)
 

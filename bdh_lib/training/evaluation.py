@@ -12,7 +12,6 @@ from bdh_lib.settings import Settings
 from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.distributed import World
-from bdh_lib.training.schedule import total_steps
 from bdh_lib.training.signals import SIGNAL_NOTE, StopSignal
 from bdh_lib.training.step import Diverged
 from bdh_lib.units import bits_per_byte
@@ -50,19 +49,20 @@ def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float
 class Evaluator:
     """Evaluates a run on the same bytes each time. The losses are compiled once."""
 
-    def __init__(self, s: Settings, model: BDH, data: Data, world: World, stop: StopSignal):
+    def __init__(
+        self, s: Settings, n_steps: int, model: BDH, data: Data, world: World, stop: StopSignal
+    ):
         """Compile the losses of `model` for the bytes of `data.val`.
 
         An evaluation takes the weights that `model` has at that time. The processes of `world`
-        share an evaluation, and `stop` ends it early. The advice compares losses with baselines
-        that are computed here from `data.train` and `data.val`.
+        share an evaluation, and `stop` ends it early. The advice on a run of `n_steps` compares
+        losses with baselines that are computed here from `data.train` and `data.val`.
         """
-        self.s, self.model, self.val, self.world, self.stop = s, model, data.val, world, stop
-        self.shape = (s.BATCH_SIZE, s.BLOCK_SIZE)
+        self.s, self.n_steps, self.model, self.val = s, n_steps, model, data.val
+        self.world, self.stop, self.shape = world, stop, (s.BATCH_SIZE, s.BLOCK_SIZE)
         print(f"compiling the evaluation, once ({SIGNAL_NOTE})")
         with heartbeat("compiling"):
             self.losses_fn = compile_evaluation(model, len(self.val.bytes), self.shape)
-        self.n_steps = total_steps(s, len(data.train.bytes))
         self.baselines = byte_baselines(s.LOSS_ON, data.train, data.val)
 
     def evaluate(self, step: int, history: list[dict]) -> dict:

@@ -21,7 +21,7 @@ from bdh_lib.training import tuning
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.meter import Meter
 from bdh_lib.training.runlog import RunLog
-from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary, total_steps
+from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary
 from bdh_lib.training.tuning import Selection
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -34,13 +34,13 @@ def print_data(s: Settings, data: Data) -> None:
           f"an evaluation reads {len(data.val.bytes):,} bytes")  # fmt: skip
 
 
-def print_start(s: Settings, run: Path, data: Data, selection: Selection) -> None:
+def print_start(s: Settings, run: Path, data: Data, n_steps: int, selection: Selection) -> None:
     """Print what is trained, in which memory mode, and what to expect of its samples."""
     n_parameters = s.BDH_CONFIG.n_parameters
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     dtype = str(selection.compute.dtype).removeprefix("mlx.core.")
     print(f"memory: {selection.label}, {dtype}, estimated peak {selection.peak / 1e9:,.2f} GB")
-    if hint := tuning.hint(s, selection.by, total_steps(s, len(data.train.bytes))):
+    if hint := tuning.hint(s, selection.by, n_steps):
         print(hint)
     if note := passes_note(s, len(data.train.bytes)):
         print(f"note: {note}")
