@@ -105,10 +105,10 @@ def begin_jobs(jobs: list, decoding: Decoding, weights: Path, mode: str | None, 
 
 
 def answer_data(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
-    """Answer records of --evaluate, write the answers to --out, and print how near they come to the
-    true responses.
+    """Answer records of --evaluate, write the answers to --out, and print their scores.
 
-    Raises UserError where the mode is not full, and where records or --out cannot be used.
+    The scores tell how near the answers come to the true responses. Raises UserError where the mode
+    is not full, and where records or --out cannot be used.
     """
     if mode != "full":
         raise UserError(f"--answers is for models of mode full, which have seen responses, and the "

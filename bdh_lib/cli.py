@@ -115,8 +115,9 @@ def open_streams() -> None:
 
 
 def import_script(file: str):
-    """Import the script as a module. Ctrl-C ends the process at once meanwhile: there is no work
-    to lose, and a library that is being imported may swallow the exception.
+    """Import the script as a module, in which Ctrl-C ends the process at once.
+
+    There is no work to lose yet, and a library that is being imported may swallow the exception.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as by nohup
         return load_module(file)

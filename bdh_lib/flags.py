@@ -121,10 +121,11 @@ class Typed(argparse.Namespace):
     def __setattr__(self, name: str, value):
         earlier = vars(self).get(name)
         if earlier not in (None, value) and not isinstance(value, list):
-            self.tell_repeat(f"{flag_of(name)} is given twice, as {earlier!r} and as {value!r}")
+            self.on_repeat(f"{flag_of(name)} is given twice, as {earlier!r} and as {value!r}")
         super().__setattr__(name, value)
 
-    def tell_repeat(self, text: str) -> None:
+    def on_repeat(self, text: str) -> None:
+        """Warn of an argument that is given twice, as `text` says."""
         warn(f"{text}; the last one counts")
 
 
@@ -231,8 +232,10 @@ def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 
 
 def find_typos(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
-    """Warn in a line of each name at the top that may be a slip: like a setting's, or set twice;
-    and of each line that looks like an assignment and is none.
+    """Return a warning for each name at the top that may be a slip.
+
+    Such a name is like that of a setting, or set twice. A line that looks like an assignment and
+    is none gets a warning, too.
     """
     source = Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
     lines = {}
@@ -258,7 +261,7 @@ def find_typos(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
 
 
 def without_equals(source: str) -> list[str]:
-    """Warn in a line of each `NAME: 32` and `NAME == 32` above the first table, ACTIONS."""
+    """Return a warning for each `NAME: 32` and `NAME == 32` above the first table, ACTIONS."""
     table = next(node.lineno for node in assignments(source) if "ACTIONS" in targets(node))
     return [
         f"line {node.lineno}, {ast.unparse(node)}, sets nothing; its = is missing"

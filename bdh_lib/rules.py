@@ -31,8 +31,9 @@ def number(description: str, is_valid: Callable, allow_none: bool = False) -> Ru
 
 
 def text(allow_none: bool = False) -> Rule:
-    """Return a rule that admits text that is not blank, and None if `allow_none`; else not "none",
-    which would name a file.
+    """Return a rule that admits text that is not blank, and None if `allow_none`.
+
+    Without `allow_none` it does not admit the text "none", which would name a file.
     """
     if allow_none:
         return Rule(str, True, "text that is not empty", lambda value: value.strip())

@@ -240,8 +240,9 @@ def hold_out_systems(file: Path, folder: Path, n_records: int = 600) -> Path:
 
 
 def take_records(file: Path, folder: Path, n_bytes: int, share: float = 0.1) -> Path:
-    """A folder with a given split: about n_bytes of records to train on, and a tenth of all
-    records to validate, the same ones for each n_bytes.
+    """Make a folder with a given split, of about n_bytes of records to train on.
+
+    A tenth of all records is to validate, the same ones for each n_bytes.
     """
     lines = read_lines(file)
     order = np.random.default_rng(0).permutation(len(lines))

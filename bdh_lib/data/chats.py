@@ -38,9 +38,7 @@ def is_chat(value) -> bool:
 
 
 def as_turns(value):
-    """Return turns that are written as JSON, in one text or each in its own, as turns; any other
-    value as it is.
-    """
+    """Return turns that are written as JSON, in one text or one each; or the value as it is."""
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(t, str) and t[:1] in ("[", "{") for t in texts):
         return value
@@ -64,9 +62,7 @@ def alternate(turns: list) -> list:
 
 
 def turns_of(instruction, response) -> list | None:
-    """Return the turns of a prompt and a reply, one of which is a list of turns, as TRL has
-    them.
-    """
+    """Return the turns of a prompt and a reply, of which one is a list of turns, as in TRL."""
     if not is_chat(instruction) and not is_chat(response):
         return None
     if is_chat(response) and field_of(response[0]) != "response":
@@ -115,20 +111,18 @@ def parse_chat(turns: list) -> tuple[list[tuple[str, str]], list[str]]:
         (field, SEPARATOR.join(text for _, text in group))
         for field, group in groupby(spoken, lambda turn: turn[0])
     ]
-    asked, result = False, []
+    has_question, result = False, []
     for field, text in joined:
-        if field == "response" and not asked:
+        if field == "response" and not has_question:
             left_out.append(NO_QUESTION)
             continue
-        asked = field == "instruction" or (asked and field == "system")
+        has_question = field == "instruction" or (has_question and field == "system")
         result.append((field, text))
     return result, left_out
 
 
 def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
-    """Return the field and text of a turn, None where it has none; the reasons for what is left
-    out.
-    """
+    """Return the field and the text (or None) of a turn, and the reasons for what is left out."""
     if not isinstance(turn, dict):
         return "", None, [f"turn that is {type_name(turn)}, not an object"]
     role, content = _role(turn), turn.get(_first_key(turn, CONTENT_KEYS))
@@ -150,9 +144,7 @@ def _is_off(value) -> bool:
 
 
 def _join_parts(content) -> tuple[object, list[str]]:
-    """Return a content that is a list of parts as one text, and a reason for each part that is no
-    text.
-    """
+    """Join a content that is a list of parts; also return a reason for each part without text."""
     if not isinstance(content, list):
         return content, []
     texts, left_out = [], []

@@ -104,8 +104,9 @@ def check_read(columns: str | None, read: Collection[str], unused: Collection[st
 
 @lru_cache(maxsize=1024)
 def choose_columns(names: tuple[str, ...], columns: str | None = None) -> dict[str, str]:
-    """Return the column by field, for a record with columns of these names: as COLUMNS says, else
-    by alias.
+    """Return the column by field of a record with columns of these names.
+
+    COLUMNS, `columns`, chooses first, then ALIASES do.
     """
     by_name = {name.strip().lower(): name for name in reversed(names)}
     chosen = parse_columns(columns)
@@ -190,8 +191,9 @@ def _without_bad_response(parsed: Parsed, value: dict, column: dict[str, str]) -
 
 
 def _columns_of(record: dict, columns: str | None) -> dict[str, str]:
-    """Return the column of each field. A column that is null or empty counts where no other does:
-    tables give every record all columns.
+    """Return the column of each field.
+
+    Tables give every record all columns, so one that is null or empty counts where no other does.
     """
     filled = tuple(name for name, value in record.items() if not is_absent(value))
     column = dict(choose_columns(filled, columns))
@@ -301,8 +303,9 @@ def _chat(structure: str, turns: list, columns: tuple[str, ...]) -> Parsed:
 
 
 def unused_values(record: dict | list, parsed: Parsed) -> Counter:
-    """Return the bytes by name of each column that is not read, and of each key of turns that is
-    not, as "messages[].reasoning_content".
+    """Return the bytes by name of each column, and of each key of turns, that is not read.
+
+    The name of a key of turns is as "messages[].reasoning_content".
     """
     sizes = Counter()
     is_table = isinstance(record, dict)
@@ -317,8 +320,9 @@ def unused_values(record: dict | list, parsed: Parsed) -> Counter:
 
 
 def _columns_or_parts(record: dict, parsed: Parsed) -> Iterator[tuple[str, object]]:
-    """Yield each column by name; instead of an object its values, where one of them is read or
-    nothing is.
+    """Yield each column by name, and the values of an object instead of it.
+
+    An object is taken apart where one of its values is read, or where nothing of the record is.
     """
     for name, value in record.items():
         parts = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {}

@@ -26,9 +26,7 @@ def skip_lines(report: dict) -> list[str]:
 
 
 def _other_columns(report: dict) -> list[str]:
-    """Say which columns that are not used may be what others were taken for, and how to choose
-    them.
-    """
+    """Say which unused columns may hold a field that others were taken for, and how to choose."""
     read = {name.strip().lower() for names in report["structures"] for name in names.split("/")}
     lines = []
     for name in report.get("unused", {}):

@@ -53,8 +53,9 @@ def sample_prompts(mode: str, has: Collection[str]) -> list[str]:
 
 
 def needed_fields(mode: str) -> tuple[str, ...]:
-    """Return the fields without which a record has no text in `mode`: `full` does without a system
-    text.
+    """Return the fields without which a record has no text in `mode`.
+
+    Mode `full` does without a system text.
     """
     return tuple(f for f in REQUIRED_FIELDS[mode] if f != "system" or mode != "full")
 

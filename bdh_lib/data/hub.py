@@ -19,7 +19,7 @@ ALTERNATIVES = (
 TIMEOUT = 10  # seconds that the hub may take to answer at all; a hanging one would cost 400 s
 
 
-class Silence:
+class Unreached:
     """Why the hub is out of reach, for the error that follows.
 
     It is of the process, as is HF_HUB_OFFLINE, which is set with it: from then on the library does
@@ -52,8 +52,9 @@ def commit(dataset: str) -> str | None:
 
 @lru_cache  # a run reads one commit, and a hub that hangs is asked once
 def _ask(name: str, revision: str | None) -> str | None:
-    """Return the commit of a revision. A hub that does not answer is not asked again by this
-    process.
+    """Return the commit of a revision, None where the hub does not tell.
+
+    A hub that does not answer is not asked again by this process.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -64,7 +65,7 @@ def _ask(name: str, revision: str | None) -> str | None:
         return None
     except Exception as error:  # several libraries have errors of their own
         constants.HF_HUB_OFFLINE |= not _is_local(error)
-        Silence.reason = " ".join(str(error).split())
+        Unreached.reason = " ".join(str(error).split())
         return None
 
 
@@ -140,9 +141,7 @@ def rows(dataset: str, split: Iterable[dict]) -> Iterator[dict]:
 
 
 def _user_error(dataset: str, error: Exception) -> Exception:
-    """Return one line for an error of the hub's libraries, with the way on; an error of ours as it
-    is.
-    """
+    """Return an error of one line, with the way on, for an error of the hub's libraries."""
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub.errors import HFValidationError
 
@@ -172,7 +171,7 @@ def _unreached(reason: str) -> str:
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE
-    reason = (Silence.reason if offline else reason).split(" An error happened")[0][:200]
+    reason = (Unreached.reason if offline else reason).split(" An error happened")[0][:200]
     if "certificate" in reason.lower():
         reason += "; a network with a certificate of its own needs SSL_CERT_FILE"
     return reason + ("; it is not in the cache either" if offline else "")

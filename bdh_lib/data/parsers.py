@@ -47,9 +47,7 @@ LARGEST_ROW = 64_000_000  # characters of a row of a table that takes several li
 
 
 def file_kind(file: Path) -> str:
-    """Return the ending that says how a file is read, in small letters, without that of a
-    compression.
-    """
+    """Return the suffix that says how a file is read, in small letters; for a.csv.gz: .csv."""
     if file.suffix.lower() in COMPRESSED:
         file = file.with_suffix("")
     return file.suffix.lower()
@@ -77,8 +75,9 @@ def read_file(file: Path) -> Iterator[dict | list | str]:
 
 
 def _check_signature(raw: BinaryIO, kind: str) -> None:
-    """Raise ValueError for a file that is of another kind than its name says; web pages are
-    text.
+    """Raise ValueError for a file that is of another kind than its name says.
+
+    A web page may be named as text.
     """
     start = raw.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()
     for signature, what in SIGNATURES.items():
@@ -142,8 +141,9 @@ def _open_zst(file: Path, _mode: str) -> io.BufferedReader:
 
 
 def _open_text(raw: BinaryIO, encoding: Encoding) -> io.TextIOWrapper:
-    """Return the text of a file, its ends of lines as they are. Raises ValueError for zero bytes
-    and UTF-16 unmarked.
+    """Return the text of a file, with its ends of lines as they are.
+
+    Raises ValueError for zero bytes, and for UTF-16 without its mark.
     """
     start = raw.peek(4096)[:4096]
     name = next((BOMS[mark] for mark in BOMS if start.startswith(mark)), None)
@@ -267,10 +267,9 @@ def _is_document(start: list[str], is_lines: bool) -> bool:
 
 
 def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str]:
-    """Yield the records of JSON values, one after the other or by commas; a single object may wrap
-    them in a list.
+    """Yield the records of JSON values that stand in a row, or between commas.
 
-    Raises ValueError.
+    A single object may hold the records. Raises ValueError.
     """
     if not encoding.is_valid(text):
         encoding.n_invalid += 1  # a document is whole or nothing
@@ -311,8 +310,9 @@ def _check_lists(value: dict) -> None:
 
 
 def _records_of_object(value: dict) -> list | None:
-    """Return the records of an object that holds them by column, as pandas and `datasets` write a
-    table, or by name.
+    """Return the records of an object that holds them by column or by name, None for another.
+
+    By column pandas and `datasets` write a table.
     """
     parts = [*value.values()]
     if column := choose_columns(tuple(value)):
@@ -340,8 +340,10 @@ def _are_plain_turns(value) -> bool:
 
 
 def _delimiter(header: str) -> str:
-    """Return the tab, which no name of a column has; else the one that cuts the header into most
-    columns; a bar where no other cuts it.
+    """Return the delimiter of a table by its header.
+
+    It is a tab where there is one, as no name of a column has it. Else it is a comma or semicolon,
+    whichever cuts the header into more columns, or a bar where neither cuts it.
     """
     if "\t" in header:
         return "\t"
@@ -382,8 +384,9 @@ def _parse_csv(lines: Iterator[str], encoding: Encoding) -> Iterator[dict | str]
 
 
 def _without_rule(columns: list[str], rows: Iterator[list[str] | str]) -> tuple[list, Iterator]:
-    """Return header and rows of a table of bars, of a Markdown one without its row |---|:--| and
-    the spaces that pad its cells.
+    """Return the header and the rows of a table of bars.
+
+    A Markdown table loses its row |---|:--| and the spaces that pad its cells.
     """
     first = [*islice(rows, 1)]
     rows = chain(first, rows)
@@ -442,8 +445,9 @@ def _parse_paragraphs(lines: Iterable[str], encoding: Encoding) -> Iterator[dict
 
 
 def _arrow_rows(raw: BinaryIO, kind: str) -> Iterator[dict | str]:
-    """Yield the rows of a table of Parquet or Arrow; a float of 32 bits as short as it was
-    written.
+    """Yield the rows of a table of Parquet or Arrow; a str says why one is unreadable.
+
+    A float of 32 or 16 bits becomes the one of 64 with the same shortest digits.
     """
     from pyarrow import types  # imported late: a resume does without
 

@@ -74,8 +74,10 @@ def recorded_settings(report: dict) -> DataSettings | None:
 
 
 def cache_key(settings: DataSettings, files: list[Path] | None) -> str:
-    """Return the name of the prepared bytes: changes with the files (path, size, time), the commit
-    on the hub or a setting. `files` are what sources.find gives.
+    """Return the name of the folder of prepared data.
+
+    It changes with a setting, with the commit on the hub, and with a path, size or time of `files`,
+    which are what sources.find gives.
     """
     content = settings.as_dict()
     if files:
@@ -88,8 +90,9 @@ def cache_key(settings: DataSettings, files: list[Path] | None) -> str:
 
 
 def prepare(settings: DataSettings, cache: Path, refresh: bool = False) -> Path:
-    """Return a folder with train.bin, val.bin (uint8) and data.json (the report), made once and
-    then reused.
+    """Return a folder with train.bin, val.bin (uint8) and data.json (the report).
+
+    It is made once, and then reused.
 
     train.fields and val.fields say which of FIELDS each byte belongs to. Raises UserError when
     nothing can be trained on. With `refresh` a folder that is older than this process is made anew.
@@ -116,9 +119,7 @@ def _made_at(folder: Path) -> float:
 
 
 def _newest(cache: Path, settings: DataSettings) -> Path | None:
-    """Return the newest prepared data of a name on the hub, for when the hub does not tell its
-    commit.
-    """
+    """Return the newest prepared data of a name on the hub, whose commit the hub does not tell."""
     for folder in sorted((f.parent for f in cache.glob("*/data.json")), key=_made_at, reverse=True):
         if is_intact(folder):
             report = parse_json((folder / "data.json").read_text())
@@ -167,9 +168,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def is_intact(folder: Path) -> bool:
-    """Tell whether prepared data are whole: each side as long as, and the bytes that, data.json
-    says.
-    """
+    """Tell whether the files of prepared data have the sha256 digests that data.json has."""
     try:
         report = read_json_object(folder / "data.json")
         if not is_sealed(report):
@@ -270,9 +269,9 @@ def _check_sides(texts: Texts, held_out, shared, settings: DataSettings) -> None
 def load_unsplit(
     dataset: str, mode: str, folder: Path, columns: str | None = None
 ) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Return all of a data set as one side of a split: report, bytes, and the index in FIELDS of
-    each.
+    """Return all of a data set as one side of a split.
 
+    That is the report, the bytes, and the index in FIELDS of each byte, both uint8 of (n,).
     Of a ready split, or a validation that is given, it is the held out side. `folder` is for files
     on the way. Raises UserError when nothing of it has the fields of `mode`.
     """

@@ -52,8 +52,9 @@ def digest(text: str) -> int:
 
 
 def _bytes_under(codec: str) -> dict[int, int]:
-    """Return the byte by character of an 8-bit codec; a byte that it leaves undefined stands for
-    itself.
+    """Return the byte of each character of an 8-bit codec.
+
+    A byte that the codec leaves undefined stands for itself.
     """
     decoded = {b: bytes([b]).decode(codec, "ignore") or chr(b) for b in range(128, 256)}
     return {ord(character): b for b, character in decoded.items()}
@@ -63,9 +64,7 @@ CODECS = [_bytes_under(codec) for codec in ("cp1252", "latin1", "mac_roman")]
 
 
 def mojibake(text: str) -> str | None:
-    """Return the first UTF-8 of `text` that was read as Windows or Mac text, such as `â€™`, if
-    any.
-    """
+    """Return the first UTF-8 of `text` that was read as Windows or Mac text, such as `â€™`."""
     for match in NOT_ASCII.finditer(text):
         for codec in CODECS:
             if sequence := UTF_8.search(bytes(codec.get(ord(c), 0) for c in match[0])):

@@ -212,12 +212,11 @@ def _ready_files(folder: Path) -> list[Path]:
 
 
 def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """Return the data files in a folder and its subfolders, and what is left out of it. Raises
-    UserError.
+    """Return the data files in a folder and its subfolders, and what is left out of it.
 
     Hidden files and folders are left out, and folders that this project writes: runs and prepared
     data may lie beside the data. So are files about the data, such as README.md, and links that
-    lead nowhere.
+    lead nowhere. Raises UserError where there is no data file.
     """
     files, others, written = [], [], []
     for at, folders, names in os.walk(folder, onerror=_unreadable):
@@ -253,9 +252,7 @@ def _leads_nowhere(file: Path) -> bool:
 
 
 def _is_about(file: Path) -> bool:
-    """Tell whether a file is about the data, as README.md is and what `datasets` writes beside
-    them.
-    """
+    """Tell whether a file is about the data, as README.md is, and not of the data."""
     is_text = parsers.file_kind(file) in (".txt", ".md")
     return bool(BESIDE.fullmatch(file.name) or (is_text and ABOUT.match(file.name)))
 

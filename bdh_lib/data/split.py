@@ -92,10 +92,10 @@ def record_ends(folder: Path, side: str) -> np.ndarray | None:
 
 
 def bytes_to_evaluate(ends: np.ndarray | None, limit: int | None) -> int | None:
-    """Return the bytes of val.bin that an evaluation reads: whole records, at least one, else up to
-    `limit`.
+    """Return how many bytes of val.bin an evaluation reads, None for all.
 
-    `ends` is what record_ends gives.
+    They are whole records, at least one, of up to `limit` bytes. `ends` is what record_ends gives;
+    where it is None, they are `limit` bytes.
     """
     if limit is None or ends is None:
         return limit

@@ -183,9 +183,7 @@ def _write_text(text: Turns, out: BinaryIO, labels: BinaryIO) -> tuple[int, int]
 
 
 def _record_keys(turns: Turns) -> list[int]:
-    """Return the digests of a record's first system text and first instruction, and of all its
-    turns.
-    """
+    """Return the digests of a record's first system text, first instruction, and all turns."""
     first = dict(reversed(turns))
     keys = (first.get("system"), first.get("instruction"), sorted(turns))
     return [_digest(key) if key else 0 for key in keys]

@@ -78,11 +78,11 @@ def answer_questions(
 
 
 def chrf(answer: str, truth: str) -> float:
-    """Return chrF2 of an answer, from 0 to 100: the F-score of n-grams of characters without white
-    space, n from 1 to 6, recall weighted by 2 (Popovic 2015, 2016).
+    """Return chrF2 of an answer, from 0 to 100 (Popovic 2015, 2016).
 
-    It equals `CHRF().sentence_score(answer, [truth])` of sacrebleu. These lines stand in its place,
-    so that a figure does not depend on what is installed.
+    It is the F-score of n-grams of characters without white space, n from 1 to 6, with recall
+    weighted by 2. It equals `CHRF().sentence_score(answer, [truth])` of sacrebleu. These lines
+    stand in its place, so that a figure does not depend on what is installed.
     """
     answer, truth = ("".join(text.split()) for text in (answer, truth))
     shares = []  # of the n-grams that match: of those of the answer, of those of the truth
@@ -112,9 +112,7 @@ def read_results(out: Path | None) -> list[dict]:
 
 
 def scores(rows: Sequence[dict]) -> tuple[float, float, float]:
-    """Return the share of answers that equal the true response, the share that contain it, and the
-    mean chrF.
-    """
+    """Return the shares of answers that equal and that contain the truth, and the mean chrF."""
     pairs = [(row["answer"].strip(), row["truth"].strip()) for row in rows]
     equal, contain = zip(*((a == t, t in a) for a, t in pairs), strict=True)
     return float(np.mean(equal)), float(np.mean(contain)), float(np.mean([r["chrf"] for r in rows]))

@@ -191,7 +191,7 @@ def parse_args(argv: list[str] | None, description: str = "") -> argparse.Namesp
 class TypedOnce(Typed):
     """Arguments of which none may be typed again with another value."""
 
-    def tell_repeat(self, text: str) -> None:
+    def on_repeat(self, text: str) -> None:
         several = ", or several texts by --prompts FILE" if text.startswith("--prompt ") else ""
         raise UserError(f"{text}; give one of them{several}")
 

@@ -135,9 +135,9 @@ def _filtered(s: Sampling, logits, u):
 
 
 def _choice(logits, u):
-    """Draw (B,) from softmax(logits), by u (B, 1) below 1: the first index where the cumulative
-    probability exceeds u times the total.
+    """Draw indices (B,) from softmax(logits) (B, V), by random numbers u (B, 1) below 1.
 
+    Each is the first index where the cumulative probability exceeds u times the total.
     Probabilities are integers in units of 2^-30, so the sums are exact: CUDA does not add in order,
     and its rounded sums could first exceed the threshold at an index of probability 0.
     """

@@ -46,9 +46,7 @@ class StopSignal:
             self.requested = number
 
     def watch(self, read: int) -> None:
-        """Watch in a thread, since Python calls no handler while MLX computes or compiles in
-        C++.
-        """
+        """Answer each signal in a thread, since Python calls no handler while MLX computes."""
         heard = 0
         while number := os.read(read, 1):
             heard += 1

@@ -268,8 +268,9 @@ def search(s: Settings, start: Compute, timed: TimedSteps) -> tuple[Compute, dic
 
 
 def is_faster(seconds: list[float], baseline: list[float]) -> bool:
-    """Tell whether three quarters of two or more `seconds` beat the best of `baseline`: on a busy
-    machine a lucky one is noise.
+    """Tell whether three quarters of two or more `seconds` beat the best of `baseline`.
+
+    On a busy machine a single lucky time is noise.
     """
     usual = sorted(seconds)[3 * len(seconds) // 4]
     return min(len(seconds), len(baseline)) > 1 and usual < min(baseline)
