@@ -49,7 +49,7 @@ class Compute:
     chunk: int = 128  # C: bytes whose scores are computed as a square
     rows: int = 16384  # B * T of a segment, at most
     max_rows: int = 16384  # the same for a block so long that it has MAX_SEGMENTS
-    saved_activations: int = 4  # how many of Saved's prefix_states, x, gated, q are saved
+    saved_activations: int = 4  # how many of Saved's last four arrays are saved
     groups: int = 1  # of heads, computed at once on a CPU, each on a core
 
 
@@ -161,9 +161,10 @@ class Saved(NamedTuple):
     scores: mx.array  # (H, B, n, C, C)
     a: mx.array  # (H, B*T, D)
     prefix_states: mx.array | None = None  # S before each chunk, (H, B, n, N, D)
-    x: mx.array | None = None  # (H, B*T, N), as are the next two; on CUDA it is h
-    gated: mx.array | None = None  # g, on CUDA y: the second result of passes.gate
-    q: mx.array | None = None
+    # what encode and gate pass to the backward pass, (H, B*T, N) each: x and g, on CUDA h and y
+    encoded: mx.array | None = None
+    gate_output: mx.array | None = None
+    q: mx.array | None = None  # (H, B*T, N)
 
 
 SMALL = 3  # the fields of Saved that are always saved
@@ -172,7 +173,7 @@ SMALL = 3  # the fields of Saved that are always saved
 class Neurons(NamedTuple):
     """The activations of a segment, (H, B*T, N)."""
 
-    x: mx.array  # on CUDA h, from before the relu
+    x: mx.array
     q: mx.array  # rotated x
     y: mx.array
 
@@ -195,7 +196,8 @@ def forward_segment(
     byte.
     """
     o, S, saved, y = _forward_heads(vs, S, Segment(weights, position, C))
-    return residual(vs, o), S, Neurons(saved.x, saved.q, y)
+    x = plain_passes.relu(saved.encoded)  # on CUDA it is h
+    return residual(vs, o), S, Neurons(x, saved.q, y)
 
 
 def read_segment(
@@ -222,16 +224,16 @@ def _forward_heads(
     B, T, D = vs.shape
     passes = fused_or_plain()
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
-    x, q = passes.encode(v @ Dx, position, B)
+    encoded, q = passes.encode(v @ Dx, position, B)
     k, vc = _chunked(q, B, C), _chunked(v, B, C)
     scores = mx.tril(k @ _transpose(k), -1)
     prefix_states, new_state = _chunk_states(S, k, vc)
     a = (scores @ vc).astype(mx.float32)
     a = (a if prefix_states is None else a + k @ prefix_states).reshape(-1, B * T, D)
     g = ln(a).astype(Dx.dtype) @ Dy
-    y, gated = passes.gate(x, g, mask)
+    y, gate_output = passes.gate(encoded, g, mask)
     o = (y @ E).astype(mx.float32).sum(0).reshape(B, T, D)
-    return o, new_state, Saved(S, scores, a, prefix_states, x, gated, q), y
+    return o, new_state, Saved(S, scores, a, prefix_states, encoded, gate_output, q), y
 
 
 class LaterSums(NamedTuple):
@@ -251,19 +253,20 @@ def _backward_heads(
     (Dx, Dy, E), position, C, mask = segment
     B, T, D = vs.shape
     passes = fused_or_plain()
-    S, scores, a, prefix_states, x, gated, q = saved
+    S, scores, a, prefix_states, encoded, gate_output, q = saved
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     an = ln(a).astype(Dx.dtype)
     # what was not saved
     if q is None:
-        x, q = passes.encode(v @ Dx if x is None else x, position, B)
-    if gated is None:
-        gated = passes.gate(x, an @ Dy, mask)[1]
+        h = v @ Dx if encoded is None else encoded  # relu(relu(h)) is relu(h)
+        encoded, q = passes.encode(h, position, B)
+    if gate_output is None:
+        _, gate_output = passes.gate(encoded, an @ Dy, mask)
 
     # through o = y E, y = x * relu(g) and g = ln(a) Dy
     do = do.astype(Dx.dtype).reshape(1, B * T, D)
     dy = do @ _transpose(E)
-    y, dg, rest = passes.gate_gradients(x, gated, dy, mask)
+    y, dg, rest = passes.gate_gradients(encoded, gate_output, dy, mask)
     dan = (dg @ _transpose(Dy)).astype(mx.float32)
     da = mx.vjp(ln, [a], [dan])[1][0].astype(Dx.dtype)
 
@@ -280,7 +283,7 @@ def _backward_heads(
     if suffix_states is not None:
         dq = mx.addmm(dq, vc, _transpose(suffix_states))
         dvc = dvc + k @ suffix_states
-    dh = passes.encode_gradient(rest, dq.reshape(x.shape), position, B)
+    dh = passes.encode_gradient(rest, dq.reshape(q.shape), position, B)
 
     # the weights, and v
     dW = (

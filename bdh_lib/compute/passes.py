@@ -1,8 +1,8 @@
 """A layer's elementwise operations on activations (H, B*T, N) in plain MLX, and dropout.
 
 passes_cuda.py has the same four functions, each as one kernel: encode, gate, and their gradients.
-The two modules pass different things from one function to the next (`x`, `gated`, `rest`), so take
-all four from the same module.
+The two modules pass different arrays from one function to the next (`encoded` and `gate_output` of
+layer.py, and `rest`), so take all four from the same module.
 """
 
 import math
@@ -85,15 +85,15 @@ def encode(h: mx.array, position: int, B: int) -> tuple[mx.array, mx.array]:
 
 
 def gate(x: mx.array, g: mx.array, mask: Mask | None) -> tuple[mx.array, mx.array]:
-    """Return y = x * relu(g) with dropout, and `gated`, which the backward pass takes: here g."""
+    """Return y = x * relu(g) with dropout, and g, which the backward pass takes."""
     return _gate(x, g, mask), g
 
 
 def gate_gradients(
-    x: mx.array, gated: mx.array, dy: mx.array, mask: Mask | None
+    x: mx.array, g: mx.array, dy: mx.array, mask: Mask | None
 ) -> tuple[mx.array, mx.array, tuple]:
     """Return y, dg, and `rest`, from which encode_gradient takes dy's part of dh."""
-    return _gate(x, gated, mask), _gate_dg(x, gated, dy, mask), (x, gated, dy, mask)
+    return _gate(x, g, mask), _gate_dg(x, g, dy, mask), (x, g, dy, mask)
 
 
 def encode_gradient(rest: tuple, dq: mx.array, position: int, B: int) -> mx.array:

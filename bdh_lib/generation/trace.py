@@ -43,8 +43,8 @@ def layers(model: bdh_mlx.BDH, text: bytes) -> Iterator[LayerTrace]:
     """Yield the LayerTrace of each layer for a text."""
     v = ln(model.embed(mx.array([list(text)])))
     for _ in range(model.config.n_layer):
-        out, _, saved = forward_segment(v, None, model.weights(), 0, len(text))
-        yield LayerTrace(mx.maximum(saved.x, 0), saved.y, saved.q, v[0])
+        out, _, neurons = forward_segment(v, None, model.weights(), 0, len(text))
+        yield LayerTrace(neurons.x, neurons.y, neurons.q, v[0])
         v = out
 
 

@@ -38,7 +38,7 @@ def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float
                 v, S[i], neurons = forward_segment(
                     v, S[i], model.weights(), position, ACTIVITY_CHUNK
                 )
-                x, y = neurons.x, neurons.y  # on CUDA x is before the relu: as often above 0
+                x, y = neurons.x, neurons.y
                 active[:, i] += [mx.mean(values > 0).item() * v.shape[1] for values in (x, y)]
                 excited = excited | mx.any(x > 0, -2)
             mx.eval(excited)  # or each x would be kept to the end
