@@ -147,7 +147,7 @@ def check_state(model, state: State | None) -> None:
             raise UserError(
                 f"the state's buffer is of type {type(buffer).__name__}; read a text anew"
             )
-        shapes_read.append((len(buffer.values), *buffer.decode_step.source[2].shape))
+        shapes_read.append((len(buffer.values), *buffer.decode_step.shape[:3]))
     for shape in shapes_read:
         if shape != expected:
             raise UserError(f"the state was read with (layers, H, D, N) = {shape}, here {expected}")
@@ -286,8 +286,7 @@ def _decode_step_of(model) -> DecodeStep:
     source = (step_class, model.compute.dtype, *weights)
     cached = model.decode_step
     if cached is None or any(a is not b for a, b in zip(cached.source, source, strict=True)):
-        cached = model.decode_step = step_class(model)
-        cached.source = source
+        cached = model.decode_step = step_class(model, source)
     return cached
 
 

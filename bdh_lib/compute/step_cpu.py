@@ -35,16 +35,16 @@ class PendingBuffer(NamedTuple):
 
     def pending(self) -> list[tuple[mx.array, mx.array]]:
         """Return the keys (H, B, N, count) and values (B, count, D) per layer."""
-        cut = [
-            (k[..., : self.count, :], v[:, : self.count]) for k, v in zip(*self[1:3], strict=True)
-        ]
+        layers = zip(self.keys, self.values, strict=True)
+        cut = [(k[..., : self.count, :], v[:, : self.count]) for k, v in layers]
         return [(mx.array(k).swapaxes(-1, -2), mx.array(v)) for k, v in cut]
 
 
 class DecodeStep:
     """Reads one byte, with the model's weights as NumPy arrays."""
 
-    def __init__(self, model):
+    def __init__(self, model, source: tuple = ()):
+        self.source = source  # what it is made of; state.py makes another when that has changed
         H, D, N = model.encoder.shape
         self.shape = H, D, N, model.config.n_layer
         rows = mx.contiguous(model.encoder_v.swapaxes(-1, -2)).reshape(H * N, D)

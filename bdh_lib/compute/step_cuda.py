@@ -146,7 +146,8 @@ def _has_ampere() -> bool:
 class DecodeStep:
     """Reads one byte, with the model's weights as rows of neurons, (H, N, D)."""
 
-    def __init__(self, model):
+    def __init__(self, model, source: tuple = ()):
+        self.source = source  # what it is made of; state.py makes another when that has changed
         H, D, N = model.encoder.shape
         self.dtype = model.compute.dtype
         transposed = (mx.contiguous(w.swapaxes(-1, -2)) for w in (model.encoder, model.encoder_v))
@@ -183,7 +184,8 @@ class DecodeStep:
         """Read one byte idx (B, 1); return v (B, 1, D) and the new buffer."""
         if buffer.shared_length[0] > buffer.count:
             buffer = self._copy(buffer)
-        arrays = (*buffer[1:3], *buffer[4:8])  # all but the host's numbers
+        arrays = buffer.keys, buffer.values, buffer.begin, buffer.base_state
+        arrays = *arrays, buffer.done, buffer.previous_v
         v = self.compiled(idx, self.weights, _count(buffer.count), arrays)
         buffer.shared_length[0] += 1
         return v, buffer._replace(count=buffer.count + 1, previous_v=v)
@@ -194,7 +196,7 @@ class DecodeStep:
         valid = mx.arange(BUFFER_BYTES)[:, None] < buffer.count
         keys, values = (
             tuple(mx.where(valid, a, mx.zeros((), a.dtype)) for a in arrays)
-            for arrays in buffer[1:3]
+            for arrays in (buffer.keys, buffer.values)
         )
         buffer = buffer._replace(keys=keys, values=values, shared_length=[buffer.count])
         buffer = buffer._replace(done=mx.zeros(buffer.done.shape, mx.uint32))
@@ -205,10 +207,9 @@ class DecodeStep:
 def step(idx: mx.array, weights: Sequence[mx.array], count: mx.array, arrays: tuple) -> mx.array:
     """Read one byte idx (B, 1), write its key and value in place, and return v (B, 1, D).
 
-    `weights` is that of DecodeStep, `arrays` are the fields of PendingBuffer from keys to
-    previous_v, without shared_length. No other state may share keys and values. MLX's graph does
-    not show the write: this byte waits for previous_v, v of the previous byte, and any other reader
-    must wait for v.
+    `weights` is that of DecodeStep, `arrays` are all arrays of PendingBuffer, in order. No other
+    state may share keys and values. MLX's graph does not show the write: this byte waits for
+    previous_v, v of the previous byte, and any other reader must wait for v.
     """
     keys, values, begin, base_state, done, previous_v = arrays
     embed, encoder, encoder_v, decoder, increments = weights

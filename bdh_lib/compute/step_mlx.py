@@ -30,16 +30,16 @@ class PendingBuffer(NamedTuple):
 
     def pending(self) -> list[tuple[mx.array, mx.array]]:
         """Return the keys (H, B, N, count) and values (B, count, D) per layer, float32."""
-        cut = [
-            (k[..., : self.count, :], v[:, : self.count]) for k, v in zip(*self[1:3], strict=True)
-        ]
+        layers = zip(self.keys, self.values, strict=True)
+        cut = [(k[..., : self.count, :], v[:, : self.count]) for k, v in layers]
         return [(k.swapaxes(-1, -2).astype(mx.float32), v) for k, v in cut]
 
 
 class DecodeStep:
     """Reads one byte, with the model's weights in the dtype of the products."""
 
-    def __init__(self, model):
+    def __init__(self, model, source: tuple = ()):
+        self.source = source  # what it is made of; state.py makes another when that has changed
         H, D, N = model.encoder.shape
         self.dtype = model.compute.dtype
         encoder, encoder_v, decoder = model.weights()
@@ -62,7 +62,8 @@ class DecodeStep:
 
     def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
         """Read one byte idx (B, 1); return v (B, 1, D) and the new buffer."""
-        v, keys, values = self.compiled(idx, self.weights, mx.array(buffer.count), buffer[1:5])
+        arrays = buffer.keys, buffer.values, buffer.begin, buffer.base_state
+        v, keys, values = self.compiled(idx, self.weights, mx.array(buffer.count), arrays)
         return v, buffer._replace(count=buffer.count + 1, keys=keys, values=values)
 
 
@@ -82,8 +83,8 @@ def step(
 ) -> tuple[mx.array, tuple[mx.array, ...], tuple[mx.array, ...]]:
     """Read one byte idx (B, 1); return v (B, 1, D) and the new keys and values.
 
-    `weights` is that of DecodeStep, `arrays` are the fields of PendingBuffer from keys to
-    base_state. `decoder` is (H, D, N): Metal multiplies by a transposed matrix in more
+    `weights` is that of DecodeStep, `arrays` are keys, values, begin and base_state of
+    PendingBuffer. `decoder` is (H, D, N): Metal multiplies by a transposed matrix in more
     threadgroups.
     """
     keys, values, begin, base_state = arrays
