@@ -120,7 +120,7 @@ def answer_data(decoding: Decoding, weights: Path, mode: str | None, args) -> No
     jobs = answers.question_jobs(records, args.answers)
     results = begin_jobs(jobs, decoding, weights, mode, args)
     rows = answers.read_results(args.out)
-    results = results._replace(remaining=answers.collect_rows(results.remaining, rows))
+    results = results._replace(completed=answers.collect_rows(results.completed, rows))
     write_results(results, args.out, show=lambda _line: None)
     print(f"{about}; {len(jobs):,} of {len(question_numbers(records)):,} answered")
     if cut := sum(len(job.question.truth.encode()) > args.max_new_tokens for job in jobs):

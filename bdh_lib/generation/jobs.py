@@ -240,9 +240,8 @@ def print_line(line: str) -> None:
 class Results(NamedTuple):
     """The results of the jobs of a command, as they end, after those that --out holds already."""
 
-    remaining: Iterator[
-        tuple[Job, str, bool]
-    ]  # a job, its text, and whether a stop string ended it
+    # a job, its text, and whether a stop string ended it
+    completed: Iterator[tuple[Job, str, bool]]
     source: str  # digest of what determines the texts
     done: int  # texts that were written before
     total: int
@@ -252,7 +251,7 @@ def write_results(
     results: Results, out: Path | None, show: Callable[[str], None] = print_line
 ) -> None:
     """Write a line to `out` for each result as soon as it is there; without `out`, `show` it."""
-    remaining, source, done, total = results
+    completed, source, done, total = results
     if done:
         status = "the others follow" if done < total else "none is left to write"
         print(f"{out} holds {done} of {total} texts; {status}", file=sys.stderr)
@@ -261,7 +260,7 @@ def write_results(
             open_output(out, show) as put,
             Progress("writing", total, "texts", done, sys.stderr) as progress,
         ):
-            for job, text, stopped in remaining:
+            for job, text, stopped in completed:
                 put(result_line(job, source, text, stopped))
                 done += 1
                 progress.update()
