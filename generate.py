@@ -206,11 +206,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.export:
         return export.export_model(args.model, args.export)
     if args.trace:
-        return trace.trace_texts(load_model(args.model), args.trace, args.out)
+        return trace.trace_texts(load_byte_model(args.model), args.trace, args.out)
     if args.save_state:
         states.check_state_file(args.save_state)  # before the text is generated
     weights = runs.find_weights(args.model)
-    model = load_model(weights)
+    model = load_byte_model(weights)
     trained = settings_or_empty(weights)
     keep_float32_exact(args.dtype or "auto")
     model.compute = compute_for(model.config, "small", args.dtype or "auto")
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load_model(path: Path) -> bdh_mlx.BDH:
+def load_byte_model(path: Path) -> bdh_mlx.BDH:
     """Load a model that reads bytes. Raises UserError."""
     model = bdh_mlx.load_model(path)
     if model.config.vocab_size != 256:

@@ -20,8 +20,8 @@ MADE_BY = "BDH-MLX"  # stands at the beginning of pictures and traces, which may
 MAX_STREAM = 10**8  # bytes of a pipe or a terminal; of a file its size is known
 
 
-def flush(path: Path) -> None:
-    """Flush the file or folder to the drive itself; fsync alone stops at a Mac's drive cache."""
+def fsync(path: Path) -> None:
+    """Flush the file or folder to the drive itself; os.fsync alone stops at a Mac's drive cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
@@ -154,11 +154,11 @@ def atomic_writer(path: Path, durable: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         if durable:
-            flush(temporary)
+            fsync(temporary)
         if not special:
             temporary.replace(path)
         if durable:
-            flush(path.parent)
+            fsync(path.parent)
     except BaseException as error:
         if not special:
             with suppress(OSError):

@@ -181,8 +181,8 @@ def fused_and_plain(gpu: bool, steps: int) -> None:
     from bdh_lib.compute import memory, passes, passes_cuda
 
     shape, ((B, T), *_) = GPU if gpu else CPU
-    fits, modules = passes_cuda.fits, {"plain": passes}
-    if fits():
+    is_available, modules = passes_cuda.is_available, {"plain": passes}
+    if is_available():
         modules = {"fused": passes_cuda} | modules
     cases = list(itertools.product((0.0, 0.1), modules.items()))
     dtype = memory.compute_for(bdh_mlx.BDHConfig(**shape), "fast", "auto").dtype
@@ -213,10 +213,10 @@ def fused_and_plain(gpu: bool, steps: int) -> None:
     rows()
     idx = mx.random.randint(0, 256, (2, B, T))
     for rate, (kind, _) in cases:
-        passes_cuda.fits = fits if kind == "fused" else lambda: False
+        passes_cuda.is_available = is_available if kind == "fused" else lambda: False
         step, _ = build("ours, fast", shape | {"dropout": rate}, B, T)
         row(f"{kind}, dropout {rate:g}: step", step, steps, *idx)
-    passes_cuda.fits = fits
+    passes_cuda.is_available = is_available
 
 
 def run_ours(case: dict, steps: int) -> dict:

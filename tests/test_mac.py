@@ -122,7 +122,7 @@ def test_each_size_of_mac_gets_the_fastest_mode_that_it_holds(
     )
     name, compute, peak = memory_plan.select_mode(train_mlx.settings(["--preset", preset]))
     assert (name, compute.dtype) == (mode, mx.bfloat16) and peak < working_set
-    assert state._rows(compute.dtype) == 4096
+    assert state._piece_rows(compute.dtype) == 4096
 
 
 # ------------------------------------------------------------------------------ make mac-audit

@@ -80,7 +80,7 @@ def ln(x: mx.array) -> mx.array:
 
 def fused_or_plain() -> ModuleType:
     """Return the module whose passes this device runs: passes_cuda or passes."""
-    return passes_cuda if passes_cuda.fits() else plain_passes
+    return passes_cuda if passes_cuda.is_available() else plain_passes
 
 
 def residual(v: mx.array, o: mx.array, scale_v: mx.array | int = 1) -> mx.array:

@@ -44,7 +44,7 @@ ENCODE_GRADIENT = (
 )
 
 
-def fits() -> bool:
+def is_available() -> bool:
     """Tell whether the kernels run on this device."""
     return on_cuda()
 
@@ -58,13 +58,13 @@ def dropout_mask(key: mx.array, rate: float, shape: tuple[int, ...]) -> Mask | N
 
 def encode(h: mx.array, position: int, B: int) -> tuple[mx.array, mx.array]:
     """Return h, and q: relu(h) rotated by the positions of its bytes, the first `position`."""
-    return h, _run(ENCODE, [_rows(h, B), *_phases(position, h.shape[-1])], h)
+    return h, _run_pass(ENCODE, [_unfold_batch(h, B), *_phases(position, h.shape[-1])], h)
 
 
 def gate(h: mx.array, g: mx.array, mask: Mask | None) -> tuple[mx.array, mx.array]:
     """Return y = relu(h) * relu(g) with dropout, twice: the backward pass takes y, not g."""
     key, limit = mask or (mx.zeros((2, 2), mx.uint32), 0)
-    y = _run(GATE, [h, g, key], h, limit)
+    y = _run_pass(GATE, [h, g, key], h, limit)
     return y, y
 
 
@@ -72,15 +72,16 @@ def gate_gradients(
     h: mx.array, y: mx.array, dy: mx.array, mask: Mask | None
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return y, dg, and dx: dy's part of dh, which encode_gradient takes."""
-    return y, *_run(GATE_GRADIENTS, [h, y, dy], h, mask[1] if mask else 0)
+    return y, *_run_pass(GATE_GRADIENTS, [h, y, dy], h, mask[1] if mask else 0)
 
 
 def encode_gradient(dx: mx.array, dq: mx.array, position: int, B: int) -> mx.array:
     """Return dh from dx and dq."""
-    return _run(ENCODE_GRADIENT, [_rows(dx, B), _rows(dq, B), *_phases(position, dx.shape[-1])], dx)
+    phases = _phases(position, dx.shape[-1])
+    return _run_pass(ENCODE_GRADIENT, [_unfold_batch(dx, B), _unfold_batch(dq, B), *phases], dx)
 
 
-def _rows(x: mx.array, B: int) -> mx.array:
+def _unfold_batch(x: mx.array, B: int) -> mx.array:
     """Reshape x (H, B*T, N) to (H*B, T, N), a view."""
     return x.reshape(x.shape[0] * B, -1, x.shape[-1])
 
@@ -91,7 +92,7 @@ def _phases(position: int, N: int) -> tuple[mx.array, mx.array]:
     return mx.array(phase_increments(position, N)), mx.array(phase_increments(1, N))
 
 
-def _run(
+def _run_pass(
     kernel: Kernel, inputs: list[mx.array], like: mx.array, limit: int | None = None
 ) -> mx.array | list[mx.array]:
     """Run a kernel whose outputs have the shape and type of `like`; return its only one, or all.

@@ -166,7 +166,7 @@ def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
     B, T = idx.shape
     if T == 1:  # in decoding the GPU waits for the host here
         return [idx]
-    rows = _rows(model.compute.dtype)
+    rows = _piece_rows(model.compute.dtype)
     step = max(rows // 8, rows // B)
     begin = state.position
     cuts = set(range(begin, begin + T, step))
@@ -176,7 +176,7 @@ def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
     return mx.split(idx, sorted(cut - begin for cut in cuts if cut > begin), 1)
 
 
-def _rows(dtype: mx.Dtype) -> int:
+def _piece_rows(dtype: mx.Dtype) -> int:
     """Return how many bytes, B * T, a piece of a prompt has at most."""
     if not on_gpu():
         return CPU_PREFILL_ROWS
@@ -281,7 +281,7 @@ def _decode_step_of(model) -> DecodeStep:
     """
     step_class = step_cpu.DecodeStep
     if on_gpu():
-        step_class = step_cuda.DecodeStep if step_cuda.fits(model) else step_mlx.DecodeStep
+        step_class = step_cuda.DecodeStep if step_cuda.supports(model) else step_mlx.DecodeStep
     weights = (model.encoder, model.encoder_v, model.decoder, model.embed.weight)
     source = (step_class, model.compute.dtype, *weights)
     cached = model.decode_step

@@ -131,7 +131,7 @@ def _count(n: int) -> mx.array:
     return count
 
 
-def fits(model) -> bool:
+def supports(model) -> bool:
     """Test whether the kernels support this machine and the model's shape."""
     D = model.config.n_embd
     return D % 16 == 0 and D <= 256 and THREADS // D * D % 32 == 0 and on_gpu() and _has_ampere()
@@ -227,7 +227,7 @@ def step(idx: mx.array, weights: Sequence[mx.array], count: mx.array, arrays: tu
         kernel: Kernel, P: int, G: int, inputs: list[mx.array], *outputs: Output
     ) -> list[mx.array]:
         template = [*kinds, ("D", D), ("W", W), ("G", G), ("K", BUFFER_BYTES)]
-        return _run(kernel, template, (P, H * B), 32 * W, inputs, outputs)
+        return _launch(kernel, template, (P, H * B), 32 * W, inputs, outputs)
 
     P, P_fire = blocks(N // 2, G, 2 * BLOCKS), blocks(N, G_fire, BLOCKS // 2)
     v = embed[idx].reshape(B, D)
@@ -277,10 +277,10 @@ def _run_rows(
     (H, _, N, D), W = S.shape, THREADS // 32
     blocks = min(-(-2 * BLOCKS // (H * B)), -(-N // (8 * W)))
     template = [("D", D), ("W", W), ("K", BUFFER_BYTES)]
-    return _run(kernel, template, (blocks, H * B), THREADS, inputs, outputs)
+    return _launch(kernel, template, (blocks, H * B), THREADS, inputs, outputs)
 
 
-def _run(
+def _launch(
     kernel: Kernel,
     template: list[tuple[str, int | mx.Dtype]],
     blocks: tuple[int, int],

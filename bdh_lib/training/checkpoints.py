@@ -174,7 +174,7 @@ def save(run: Path, step: int, state: TrainState, info: dict) -> None:
         (making / "config.json").write_text(json.dumps({"step": step} | info, indent=1))
         _write_manifest(making)
         making.rename(final)
-        files.flush(run)
+        files.fsync(run)
         (run / SAVED).touch()  # once the checkpoint is on the disk: without it the run is refused
     except (OSError, RuntimeError) as error:  # RuntimeError: MLX could not write
         shutil.rmtree(making, ignore_errors=True)
@@ -194,14 +194,14 @@ def _write_state(making: Path, state: TrainState) -> None:
 def _write_manifest(making: Path) -> None:
     """List the size and sha256 of each file in manifest.json; all are on the disk afterwards."""
     for file in making.iterdir():
-        files.flush(file)
+        files.fsync(file)
     manifest = {
         f.name: {"bytes": f.stat().st_size, "sha256": files.sha256_file(f)}
         for f in making.iterdir()
     }
     (making / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in (making / "manifest.json", making):
-        files.flush(path)
+        files.fsync(path)
 
 
 NOT_AS_WRITTEN = "manifest.json or config.json is not what was written"

@@ -174,7 +174,7 @@ def check_gpu(_) -> tuple[float, float]:
     if not (both := devices()):
         raise Skipped("no GPU that MLX uses")
     before, results = mx.default_device(), []
-    key = None if passes_cuda.fits() else mx.random.key(SEED)
+    key = None if passes_cuda.is_available() else mx.random.key(SEED)
     try:
         for device in both:
             mx.set_default_device(device)
@@ -210,7 +210,7 @@ def run_passes(
 
 def check_fused_passes(dtype: str) -> tuple[float, float]:
     """Compare relu, rotation, gate, dropout and their gradients in CUDA kernels with plain MLX."""
-    if not passes_cuda.fits():
+    if not passes_cuda.is_available():
         raise Skipped("no CUDA GPU")
     dtype = memory.compute_for(LAYER, "fast", dtype).dtype
     shape = LAYER.n_head, B * T, LAYER.neurons_per_head

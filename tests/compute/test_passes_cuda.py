@@ -66,7 +66,7 @@ def entry(kernel, T, V, limit):
 @pytest.fixture
 def fused(library, monkeypatch):
     """The layer takes the kernels."""
-    monkeypatch.setattr(passes_cuda, "fits", lambda: True)
+    monkeypatch.setattr(passes_cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         passes_cuda, "_kernel", lambda name, inputs, *_: Kernel(library, name, inputs)
     )
@@ -187,7 +187,7 @@ def test_bfloat16_is_no_further_from_float32_than_with_the_plain_passes(fused, m
         exact = loss_and_gradients(model, lambda idx, model=model: model.quadratic(idx)[0], batch)
         model.compute = Compute(mx.bfloat16, chunk=16, rows=48, saved_activations=seed)
         for fits in (True, False):
-            monkeypatch.setattr(passes_cuda, "fits", lambda fits=fits: fits)
+            monkeypatch.setattr(passes_cuda, "is_available", lambda fits=fits: fits)
             got = loss_and_gradients(model, lambda idx, model=model: model(idx)[0], batch)
             norms = [mx.linalg.norm(got[k] - exact[k]) / mx.linalg.norm(exact[k]) for k in exact]
             errors.append(sum(norms).item())

@@ -26,7 +26,7 @@ def step(request, monkeypatch):
     monkeypatch.setattr(state, "on_gpu", lambda: request.param != "numpy")
     if request.param == "in place":
         late, evaluate = Late(), mx.eval
-        monkeypatch.setattr(step_cuda, "fits", lambda model: True)
+        monkeypatch.setattr(step_cuda, "supports", lambda model: True)
         monkeypatch.setattr(step_cuda, "step", late.step)
         monkeypatch.setattr(mx, "eval", lambda *a: (evaluate(*a), [late.arrive(v) for v in a]))
 

@@ -127,7 +127,7 @@ PHASES = {  # the call that starts it, and which
     "compilation": (bdh_mlx.BDH, "__call__", 1),
     "evaluation": (evaluation, "evaluate", 3),
     "sampling": (decoding, "stream", 5),
-    "save": (files, "flush", 10),
+    "save": (files, "fsync", 10),
     "retention": (checkpoints, "prune", 8),
     "last evaluation": (evaluation, "evaluate", 5),
 }
@@ -174,7 +174,7 @@ TINY_PHASES = {
     "evaluation": (evaluation, "evaluate", 2),
     "step": (batches, "get_batch", 3),
     "sampling": (decoding, "stream", 4),
-    "save": (files, "flush", 3),
+    "save": (files, "fsync", 3),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
     "data preparation": (columns, "parse_record", 5),
 }
@@ -213,7 +213,7 @@ def _(n):
 )
 def _(n):
     def slow_save(w):
-        at_call(files, "flush", 12, lambda: (os.write(w, b"."), time.sleep(2)))
+        at_call(files, "fsync", 12, lambda: (os.write(w, b"."), time.sleep(2)))
 
     def long_step(w):
         def compute():

@@ -173,7 +173,7 @@ class Drive:
         os._exit(9)
 
 
-NO_FLUSH = [(files, "flush", lambda path: None)]
+NO_FLUSH = [(files, "fsync", lambda path: None)]
 
 
 @fault("power cut at the i-th system call (simulated)", 8, 10**6, not_flushed=NO_FLUSH)

@@ -451,7 +451,7 @@ def test_a_disk_that_fills_during_a_save_is_told_without_an_error_number(tmp_pat
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.files, "flush", full)
+    monkeypatch.setattr(checkpoints.files, "fsync", full)
     monkeypatch.setattr(checkpoints, "check_space", lambda *_: None)
     s = train_mlx.settings(["--n-layer", "1", "--n-embd", "8"])
     state = init_train_state(s, memory.compute_for(s.BDH_CONFIG, "fast", "auto"))
