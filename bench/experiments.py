@@ -199,7 +199,7 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
     Records of the same instruction go to the same side, so that no held-out one was trained on.
     """
     from bdh_lib.data import columns, sources
-    from bdh_lib.data.formats import FIELDS, SEPARATOR, field_segments, to_turns
+    from bdh_lib.data.formats import FIELDS, SEPARATOR, field_pieces, to_turns
 
     found = [r for r in sources.read_records(str(file)) if isinstance(r, dict)]
     records = [dict(columns.parse_record(record).turns) for record in found]
@@ -212,12 +212,10 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
     for mode in MODES:
         (folder / mode).mkdir(parents=True, exist_ok=True)
         for side, side_records in sides.items():
-            segments = []
+            pieces = []
             for record in side_records:
-                segments += [("", SEPARATOR)] * bool(segments) + field_segments(
-                    to_turns(record), mode
-                )
-            parts = [(FIELDS.index(field), text.encode()) for field, text in segments]
+                pieces += [("", SEPARATOR)] * bool(pieces) + field_pieces(to_turns(record), mode)
+            parts = [(FIELDS.index(field), text.encode()) for field, text in pieces]
             (folder / mode / f"{side}.bin").write_bytes(b"".join(text for _, text in parts))
             labels = b"".join(bytes([field]) * len(text) for field, text in parts)
             (folder / mode / f"{side}.fields").write_bytes(labels)

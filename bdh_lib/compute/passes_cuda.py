@@ -21,13 +21,13 @@ STEPS = 1 << 16  # of the dropout rate
 
 # name, inputs, outputs and C++ call; MLX passes the arguments that a call names
 Kernel = tuple[str, tuple[str, ...], tuple[str, ...], str]
-TURNED = "begin, increments, {0}_shape[0], {0}_shape[1], {0}_shape[2]"
+ROPE_ARGUMENTS = "begin, increments, {0}_shape[0], {0}_shape[1], {0}_shape[2]"
 FLAT = "(size_t)h_shape[0] * h_shape[1] * h_shape[2]"
 ENCODE = (
     "encode",
     ("h", "begin", "increments"),
     ("q",),
-    f"bdh::encode<T, V>(h, {TURNED.format('h')}, q);",
+    f"bdh::encode<T, V>(h, {ROPE_ARGUMENTS.format('h')}, q);",
 )
 GATE = ("gate", ("h", "g", "key"), ("y",), f"bdh::gate<T, V, LIMIT>(h, g, key, {FLAT}, y);")
 GATE_GRADIENTS = (
@@ -40,7 +40,7 @@ ENCODE_GRADIENT = (
     "encode_gradient",
     ("dx", "dq", "begin", "increments"),
     ("dh",),
-    f"bdh::encode_gradient<T, V>(dx, dq, {TURNED.format('dx')}, dh);",
+    f"bdh::encode_gradient<T, V>(dx, dq, {ROPE_ARGUMENTS.format('dx')}, dh);",
 )
 
 

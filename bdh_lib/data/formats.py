@@ -67,7 +67,7 @@ def to_turns(record: dict) -> Turns:
     return [(field, record[field]) for field in REQUIRED_FIELDS["full"] if record.get(field)]
 
 
-def field_segments(turns: Turns, mode: str) -> Turns:
+def field_pieces(turns: Turns, mode: str) -> Turns:
     """Return the turns as one text of `mode`, as (field, text) pieces in their order.
 
     The field is one of FIELDS. Modes of several fields have a header before each, and `full` a mark
@@ -75,20 +75,20 @@ def field_segments(turns: Turns, mode: str) -> Turns:
     """
     if turns[0][0] == "text" or mode in ("system", "instruction"):
         return [turn for turn in turns if turn[0] in ("text", mode)]
-    segments = []
+    pieces = []
     for field, text in turns:
         if field in REQUIRED_FIELDS[mode]:
-            header = f"{SEPARATOR if segments else ''}### {field.capitalize()}:\n"
-            segments += [("", header), (field, text)]
-    if segments and segments[-1][0] == "response":
-        segments[-1] = ("response", segments[-1][1] + STOP)
-    return segments
+            header = f"{SEPARATOR if pieces else ''}### {field.capitalize()}:\n"
+            pieces += [("", header), (field, text)]
+    if pieces and pieces[-1][0] == "response":
+        pieces[-1] = ("response", pieces[-1][1] + STOP)
+    return pieces
 
 
 def training_texts(turns: Turns, mode: str) -> tuple[list[Turns], list[str]]:
     """Return the texts of a record in `mode`, and a reason for each turn that is in none of them.
 
-    A text is as field_segments gives it. A chat is one text of `full`, up to its last response. In
+    A text is as field_pieces gives it. A chat is one text of `full`, up to its last response. In
     `instruction` and `both` each instruction is one, in `both` after the system text before it; in
     `system` each system text is one. Turns of fields that the mode does not need have no reason.
     """
@@ -97,7 +97,7 @@ def training_texts(turns: Turns, mode: str) -> tuple[list[Turns], list[str]]:
     if mode in ("system", "instruction"):
         return [[turn] for turn in turns if turn[0] == mode], []
     parts, left_out = (_full_parts if mode == "full" else _both_parts)(turns)
-    return [field_segments(part, mode) for part in parts], left_out
+    return [field_pieces(part, mode) for part in parts], left_out
 
 
 def _full_parts(turns: Turns) -> tuple[list[Turns], list[str]]:
@@ -124,7 +124,7 @@ def _both_parts(turns: Turns) -> tuple[list[Turns], list[str]]:
 
 def format_example(record: dict, mode: str) -> str:
     """Return the training text of one record, given by field, in one mode."""
-    return "".join(text for _, text in field_segments(to_turns(record), mode))
+    return "".join(text for _, text in field_pieces(to_turns(record), mode))
 
 
 def format_prompt(turns: Turns, mode: str) -> str:
@@ -140,5 +140,5 @@ def format_prompt(turns: Turns, mode: str) -> str:
     if mode == "both":
         systems = [turn for turn in turns[:end] if turn[0] == "system"]
         turns, end = [*systems[-1:], turns[end]], len(systems[-1:])
-    text = "".join(text for _, text in field_segments(turns[: end + 1], mode))
+    text = "".join(text for _, text in field_pieces(turns[: end + 1], mode))
     return text + f"{SEPARATOR}### Response:\n" if mode == "full" else text
