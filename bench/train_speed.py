@@ -94,8 +94,8 @@ def build(
 ) -> tuple[Callable, float | None]:
     """Return the trainer's step, compiled for a `system` and a shape, and its estimated peak bytes.
 
-    With `compute` (chunk, rows, saved_activations) MLX's limit is so low that it cannot run ahead,
-    so the measured peak is what the step needs.
+    With `compute` (chunk, segment_rows, saved_activations) MLX's limit is so low that it cannot run
+    ahead, so the measured peak is what the step needs.
     """
     sys.path.insert(0, str(ROOT))
     import bdh_mlx  # isort: skip
@@ -123,7 +123,9 @@ def build(
         model.compute = memory.compute_for(model.config, name, "auto")
         if compute:
             chunk, rows, saved = compute
-            model.compute = replace(model.compute, chunk=chunk, rows=rows, saved_activations=saved)
+            model.compute = replace(
+                model.compute, chunk=chunk, segment_rows=rows, saved_activations=saved
+            )
         peak = memory.estimate(model.config, B, T, model.compute)
         mx.set_memory_limit(10**6) if compute else memory.set_limit(peak, model.compute)
     optimizer = optim.AdamW(rate, weight_decay=0.1, bias_correction=True)

@@ -11,8 +11,9 @@ explains chunks, segments, groups and what is saved. The differences save time o
 - The backward pass recomputes what was not saved, segment by segment. mx.depends makes each segment
   wait for the previous one: otherwise MLX evaluates them all at once and saves no memory.
 - Elementwise operations on activations are in passes.py; on CUDA they are fused kernels.
-- No array is larger than a segment's activation, which `rows` and `max_rows` bound: Macs limit the
-  size of a buffer (a few GB) and the time of a command buffer; arrays of 2^31 elements fail.
+- No array is larger than a segment's activation, which `segment_rows` and `max_segment_rows` bound:
+  Macs limit the size of a buffer (a few GB) and the time of a command buffer; arrays of 2^31
+  elements fail.
 
     C bytes of a chunk   n chunks of a segment   S, R (H, B, N, D) float32
 """
@@ -47,8 +48,8 @@ class Compute:
 
     dtype: mx.Dtype = mx.float32  # of the GEMMs; sums, norms and states stay float32
     chunk: int = 128  # C: bytes whose scores are computed as a square
-    rows: int = 16384  # B * T of a segment, at most
-    max_rows: int = 16384  # the same for a block so long that it has MAX_SEGMENTS
+    segment_rows: int = 16384  # B * T of a segment, at most
+    max_segment_rows: int = 16384  # the same for a block so long that it has MAX_SEGMENTS
     saved_activations: int = 4  # how many of Saved's last four arrays are saved
     groups: int = 1  # of heads, computed at once on a CPU, each on a core
 
@@ -70,7 +71,7 @@ def default_groups(H: int) -> int:
 def default_compute(H: int, D: int) -> Compute:
     """Return the Compute of a model that was given none: float32, everything saved."""
     rows = 16384 if on_gpu() else CPU_ROWS
-    return Compute(chunk=default_chunk(D), rows=rows, groups=default_groups(H))
+    return Compute(chunk=default_chunk(D), segment_rows=rows, groups=default_groups(H))
 
 
 def ln(x: mx.array) -> mx.array:
@@ -299,14 +300,14 @@ def _backward_heads(
 
 
 def segments(B: int, T: int, compute: Compute) -> list[tuple[int, int]]:
-    """Return (begin, end) of each segment of T bytes: whole chunks, at most compute.rows rows.
+    """Return (begin, end) of each segment of T bytes: whole chunks, B * T up to segment_rows.
 
     An incomplete last chunk is a segment of its own. The segments of a very long block are larger,
-    up to max_rows, so that there are few to compile.
+    up to max_segment_rows, so that there are few to compile.
     """
     C = compute.chunk
-    longest = min(math.ceil(T / MAX_SEGMENTS / C), compute.max_rows // B // C) * C
-    length = max(C, compute.rows // B // C * C, longest)
+    longest = min(math.ceil(T / MAX_SEGMENTS / C), compute.max_segment_rows // B // C) * C
+    length = max(C, compute.segment_rows // B // C * C, longest)
     cuts = sorted({*range(0, T, length), T - T % C, T})
     return list(pairwise(cuts))
 

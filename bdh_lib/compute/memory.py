@@ -20,7 +20,8 @@ from bdh_lib.compute.device import on_gpu, on_metal
 from bdh_lib.compute.layer import CPU_ROWS, Compute, default_chunk, default_groups, segments
 from bdh_lib.rules import CheckedConfig
 
-MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}  # rows, saved_activations
+# segment_rows, saved_activations
+MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}
 LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
 METAL_ROWS = 2048  # 34 GFLOP a product by default: macOS ends GPU work that delays its display
 CACHE_BYTES = 2 * 10**9  # of freed buffers that generation keeps on Metal
@@ -42,13 +43,13 @@ def compute_for(config: CheckedConfig, mode: str, dtype: str) -> Compute:
     """
     rows, saved_activations = MODES[mode]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
-    max_rows = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
+    max_segment_rows = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
     chunk = default_chunk(config.n_embd)
     if on_metal():  # a Mac before M5 has fewer FLOP for a byte of traffic, so small squares pay
         rows, chunk = min(rows, METAL_ROWS), max(128, chunk // 2)
-    rows = min(rows, max_rows if on_gpu() else CPU_ROWS)
+    rows = min(rows, max_segment_rows if on_gpu() else CPU_ROWS)
     groups = default_groups(config.n_head)
-    return Compute(dtype, chunk, rows, max_rows, saved_activations, groups)
+    return Compute(dtype, chunk, rows, max_segment_rows, saved_activations, groups)
 
 
 CGROUPS = Path("/sys/fs/cgroup")

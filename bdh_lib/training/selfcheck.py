@@ -225,7 +225,8 @@ def check_fused_passes(dtype: str) -> tuple[float, float]:
 def check_products(dtype: str) -> tuple[float, float]:
     """Compare the products of a segment, in training's shapes and precision, with exact ones."""
     compute = memory.compute_for(LAYER, "fast", dtype)
-    H, D, N, rows = LAYER.n_head, LAYER.n_embd, LAYER.neurons_per_head, min(compute.rows, MAX_ROWS)
+    H, D, N = LAYER.n_head, LAYER.n_embd, LAYER.neurons_per_head
+    rows = min(compute.segment_rows, MAX_ROWS)
     shapes = enumerate([(1, rows, D), (H, D, N), (H, rows, N), (H, N, D)])
     v, Dx, y, E = (mx.random.normal(of, compute.dtype, key=mx.random.key(i)) for i, of in shapes)
     pairs = [(v, Dx), (y, E), (v.swapaxes(1, 2), y), (v, E.swapaxes(1, 2))]

@@ -40,14 +40,15 @@ WORTHWHILE = 10**13  # parameters x bytes of a run: about an hour on two CPU cor
 # -------------------------------------------------------------------------------------- the choice
 
 
-SIZES = ("chunk", "rows")  # of a Compute, that a file holds beside its mode
+# of a Compute, that a file holds beside its mode: their names there and here
+SIZES = {"chunk": "chunk", "rows": "segment_rows"}
 
 
 def choice_dict(compute: Compute) -> dict:
     """Return what a file holds of a Compute."""
     names = {saved: mode for mode, (_, saved) in memory.MODES.items()}
     mode = names[compute.saved_activations]
-    sizes = {name: vars(compute)[name] for name in SIZES}
+    sizes = {name: getattr(compute, field) for name, field in SIZES.items()}
     return {"mode": mode} | sizes
 
 
@@ -131,8 +132,9 @@ def select(s: Settings, by: str, choice: dict) -> Selection:
     if choice and s.MEMORY_MODE == "auto":
         of_mode = memory.compute_for(s.BDH_CONFIG, choice["mode"], s.DTYPE)
         of_mode = replace(of_mode, **as_before)
-        compute = replace(of_mode, **{name: choice[name] for name in SIZES})
-        sizes = f" (chunk {compute.chunk:,}, segment {compute.rows:,})" * (compute != of_mode)
+        compute = replace(of_mode, **{field: choice[name] for name, field in SIZES.items()})
+        sizes = f" (chunk {compute.chunk:,}, segment {compute.segment_rows:,})"
+        sizes *= compute != of_mode
         label, peak = f"{choice['mode']} {by}{sizes}", memory_plan.step_peak(s, compute)
         if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
             return Selection(label, by, compute, peak)
@@ -207,9 +209,10 @@ def neighbours(s: Settings, compute: Compute) -> list[Compute]:
     """
     modes = [memory.compute_for(s.BDH_CONFIG, mode, s.DTYPE) for mode in memory.MODES]
     chunk = default_chunk(s.BDH_CONFIG.n_embd) if memory.on_metal() else s.BLOCK_SIZE
-    rows = modes[0].rows if memory.on_gpu() else s.BATCH_SIZE * s.BLOCK_SIZE
+    rows = modes[0].segment_rows if memory.on_gpu() else s.BATCH_SIZE * s.BLOCK_SIZE
     near = [replace(compute, chunk=n) for n in adjacent_sizes(compute.chunk) if 0 < n <= chunk]
-    near += [replace(compute, rows=n) for n in adjacent_sizes(compute.rows) if 0 < n <= rows]
+    near_rows = [n for n in adjacent_sizes(compute.segment_rows) if 0 < n <= rows]
+    near += [replace(compute, segment_rows=n) for n in near_rows]
     near += [replace(mode, chunk=compute.chunk) for mode in modes]
     return [c for c in near if memory_plan.step_peak(s, c) <= memory.available()]
 
@@ -326,7 +329,7 @@ def timings_table(s: Settings, timings: dict, peaks: dict, start: Compute, best:
     for compute, times in timings.items():
         marks = ["kept"] * (compute == best) + ["auto by itself"] * (compute == start)
         speed = f"{s.BATCH_SIZE * s.BLOCK_SIZE / min(times):,.0f}"
-        sizes = [f"{getattr(compute, name):,}" for name in SIZES]
+        sizes = [f"{getattr(compute, field):,}" for field in SIZES.values()]
         gb = f"{peaks[compute] / 1e9:,.2f}"
         rows.append((choice_dict(compute)["mode"], *sizes, speed, gb, ", ".join(marks)))
     return format_table(rows)

@@ -30,7 +30,7 @@ H, N = CONFIG.n_head, CONFIG.neurons_per_head
 def test_values_and_gradients_equal_the_quadratic_form(T, chunk, rows, groups, keep):
     model, batch = random_model(), (random_bytes(2, T), random_bytes(2, T, seed=2))
     slow = loss_and_gradients(model, lambda idx: model.quadratic(idx)[0], batch)
-    model.compute = Compute(chunk=chunk, rows=rows, saved_activations=keep, groups=groups)
+    model.compute = Compute(chunk=chunk, segment_rows=rows, saved_activations=keep, groups=groups)
     assert worst(loss_and_gradients(model, lambda idx: model(idx)[0], batch), slow) < 2e-5
 
 
@@ -39,7 +39,7 @@ def test_values_and_gradients_equal_the_quadratic_form(T, chunk, rows, groups, k
 def test_dropout_has_one_mask_in_forward_and_recomputation(keep, groups, compiled):
     """Against a quadratic layer that is given the same mask."""
     compute, key, rate, (B, T) = (
-        Compute(chunk=8, rows=40, saved_activations=keep, groups=groups),
+        Compute(chunk=8, segment_rows=40, saved_activations=keep, groups=groups),
         mx.random.key(3),
         0.3,
         (2, 45),
@@ -107,7 +107,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16
 
     yardstick = error(loss_and_gradients(model, rounded, batch)).item()
     for chunk, keep in ((16, 0), (16, 4), (96, 4)):
-        model.compute = Compute(mx.bfloat16, chunk=chunk, rows=48, saved_activations=keep)
+        model.compute = Compute(mx.bfloat16, chunk=chunk, segment_rows=48, saved_activations=keep)
         fast = loss_and_gradients(model, lambda idx: model(idx)[0], batch)
         assert all(g.dtype == mx.float32 for g in fast.values())
         assert 1e-4 < error(fast).item() <= 1.1 * yardstick
@@ -124,7 +124,7 @@ def test_the_rotation_undoes_itself_and_depends_on_the_position_alone():
 
 def test_segments_cover_the_block_in_whole_chunks():
     for B, T, rows, chunk in ((1, 100, 30, 8), (3, 64, 1, 16), (2, 7, 100, 8), (2, 200, 64, 16)):
-        parts = layer.segments(B, T, Compute(chunk=chunk, rows=rows))
+        parts = layer.segments(B, T, Compute(chunk=chunk, segment_rows=rows))
         assert parts[0][0] == 0 and parts[-1][1] == T
         assert all(a[1] == b[0] for a, b in pairwise(parts))
         assert all((end - begin) % chunk == 0 for begin, end in parts[:-1])
@@ -133,10 +133,10 @@ def test_segments_cover_the_block_in_whole_chunks():
 
 def test_a_very_long_block_has_few_segments_since_compiling_takes_the_cube_of_them():
     for B, T in ((1, 65_536), (4, 1_000_001)):
-        parts = layer.segments(B, T, Compute(chunk=128, rows=1024, max_rows=2**18))
+        parts = layer.segments(B, T, Compute(chunk=128, segment_rows=1024, max_segment_rows=2**18))
         assert len(parts) <= layer.MAX_SEGMENTS + 1  # what no chunk divides
         assert (parts[0][0], parts[-1][1]) == (0, T)
-        parts = layer.segments(B, T, Compute(chunk=128, rows=1024, max_rows=1536))
+        parts = layer.segments(B, T, Compute(chunk=128, segment_rows=1024, max_segment_rows=1536))
         assert max(B * (end - begin) for begin, end in parts) <= 1536
 
 
@@ -172,7 +172,7 @@ def test_the_mask_of_the_residual_has_a_key_that_none_of_three_segments_has(monk
     for module in (layer, layer.plain_passes):
         monkeypatch.setattr(module, "dropout_mask", dropout_mask)
     v, Dx, E = mx.ones((1, 48, 4)), mx.ones((3, 4, 8)), mx.ones((3, 8, 4))
-    layer.layer(v, (Dx, Dx, E), Compute(chunk=16, rows=16), mx.random.key(1), (0.5, 0.5))
+    layer.layer(v, (Dx, Dx, E), Compute(chunk=16, segment_rows=16), mx.random.key(1), (0.5, 0.5))
     mx.eval(drawn)
     assert len(drawn) == 4 and len({tuple(key.tolist()) for key in drawn}) == 4
 

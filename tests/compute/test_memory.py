@@ -140,11 +140,11 @@ def test_segments_and_chunks_are_short_on_metal_alone(monkeypatch, on_gpu, metal
         monkeypatch.setattr(module, "on_gpu", lambda: on_gpu)
     monkeypatch.setattr(memory.mx.metal, "is_available", lambda: metal)
     config, compute = BDHConfig(), memory.compute_for(BDHConfig(), "fast", "bfloat16")
-    assert (compute.rows, compute.chunk) == (rows, chunk)
+    assert (compute.segment_rows, compute.chunk) == (rows, chunk)
     parts = segments(2, 4096, compute)  # of the default batch
     assert max(end - begin for begin, end in parts) == min(4096, rows // 2)
     wide = replace(config, mlp_internal_dim_multiplier=4096)  # one array must fit into a buffer
-    assert memory.compute_for(wide, "fast", "bfloat16").rows == min(rows, 1024)
+    assert memory.compute_for(wide, "fast", "bfloat16").segment_rows == min(rows, 1024)
     assert memory.compute_for(BDHConfig(n_embd=64), "fast", "bfloat16").chunk == 128
 
 

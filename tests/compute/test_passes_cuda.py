@@ -147,13 +147,13 @@ def test_dropout_is_drawn_at_its_rate_from_key_and_place(fused):
 def test_gradients_of_a_layer_equal_the_quadratic_form(fused, keep, rows):
     model, batch = random_model(), (random_bytes(2, 40), random_bytes(2, 40, seed=2))
     slow = loss_and_gradients(model, lambda idx: model.quadratic(idx)[0], batch)
-    model.compute = Compute(chunk=8, rows=rows, saved_activations=keep)
+    model.compute = Compute(chunk=8, segment_rows=rows, saved_activations=keep)
     assert worst(loss_and_gradients(model, lambda idx: model(idx)[0], batch), slow) < 2e-5
 
 
 @pytest.mark.parametrize("keep", [0, 4])
 def test_dropout_has_one_mask_in_forward_and_backward(fused, keep):
-    compute, (B, T) = Compute(chunk=8, rows=40, saved_activations=keep), (2, 30)
+    compute, (B, T) = Compute(chunk=8, segment_rows=40, saved_activations=keep), (2, 30)
     model = random_model()
     H, D, N = model.encoder.shape
     v = layer.ln(mx.random.normal((B, T, D), key=KEY))
@@ -185,7 +185,7 @@ def test_bfloat16_is_no_further_from_float32_than_with_the_plain_passes(fused, m
             [random_bytes(1, 96, seed + i) for i in (3, 6)],
         )
         exact = loss_and_gradients(model, lambda idx, model=model: model.quadratic(idx)[0], batch)
-        model.compute = Compute(mx.bfloat16, chunk=16, rows=48, saved_activations=seed)
+        model.compute = Compute(mx.bfloat16, chunk=16, segment_rows=48, saved_activations=seed)
         for fits in (True, False):
             monkeypatch.setattr(passes_cuda, "is_available", lambda fits=fits: fits)
             got = loss_and_gradients(model, lambda idx, model=model: model(idx)[0], batch)

@@ -46,11 +46,11 @@ def found(cost, calls=10**6):
 
 def test_the_search_walks_to_the_fastest():
     def cost(c):  # least for chunk 32, segments of 256 and mode balanced
-        far = abs(c.chunk.bit_length() - 6) + abs(c.rows.bit_length() - 9)
+        far = abs(c.chunk.bit_length() - 6) + abs(c.segment_rows.bit_length() - 9)
         return 1 + far / 10 + 0.1 * (c.saved_activations != 1) + (c.chunk == 256)
 
     start, best, tried, updates = found(cost)
-    assert (best.chunk, best.rows, best.saved_activations) == (32, 256, 1)
+    assert (best.chunk, best.segment_rows, best.saved_activations) == (32, 256, 1)
     keys = [tuning.equivalence_key(shape(), c) for c in tried]
     assert len(keys) == len(set(keys))  # nothing is tried again
     assert updates.counts[start] == 2 + tuning.FINAL_ROUNDS  # which the others are to beat
@@ -64,10 +64,10 @@ def test_noise_and_a_lack_of_time_leave_what_auto_takes():
     for calls in (0, 1, 2):
         start, best, tried, updates = found(lambda c: 1, calls)
         assert best == start and updates.counts.total() == calls
-    start, best, *_ = found(lambda c: c.rows, calls=6)  # each was timed once
+    start, best, *_ = found(lambda c: c.segment_rows, calls=6)  # each was timed once
     assert best == start
-    start, best, *_ = found(lambda c: c.rows, calls=10)  # what there was time for counts
-    assert best == replace(start, rows=512)
+    start, best, *_ = found(lambda c: c.segment_rows, calls=10)  # what there was time for counts
+    assert best == replace(start, segment_rows=512)
 
 
 @pytest.mark.parametrize(("share", "is_kept"), [(1, False), (0.6, True)])
@@ -92,7 +92,7 @@ def test_nothing_larger_than_the_memory_or_than_macos_bears(monkeypatch):
     s = shape("--batch-size", "8")
     start = memory.compute_for(s.BDH_CONFIG, "fast", "float32")
     near = tuning.neighbours(s, start)
-    assert max(c.rows for c in near) == 2048 and max(c.chunk for c in near) == 256
+    assert max(c.segment_rows for c in near) == 2048 and max(c.chunk for c in near) == 256
     peak = memory_plan.step_peak(s, start)
     assert max(memory_plan.step_peak(s, c) for c in near) > peak
     monkeypatch.setattr(memory, "available", lambda: peak)
@@ -102,7 +102,9 @@ def test_nothing_larger_than_the_memory_or_than_macos_bears(monkeypatch):
     monkeypatch.setattr(memory, "on_gpu", lambda: True)
     monkeypatch.setattr(memory, "on_metal", lambda: True)
     near = tuning.neighbours(s, memory.compute_for(s.BDH_CONFIG, "fast", "float32"))
-    assert max(c.rows for c in near) == memory.METAL_ROWS and max(c.chunk for c in near) == 128
+    assert (
+        max(c.segment_rows for c in near) == memory.METAL_ROWS and max(c.chunk for c in near) == 128
+    )
 
 
 def test_what_takes_too_long_is_not_begun(monkeypatch):
