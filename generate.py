@@ -22,6 +22,7 @@ import time
 from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 
@@ -49,6 +50,7 @@ from bdh_lib.generation.decoding import (
     stream,
 )
 from bdh_lib.generation.jobs import (
+    Job,
     Results,
     complete_jobs,
     print_line,
@@ -64,6 +66,14 @@ from bdh_lib.progress import heartbeat
 
 DEFAULT_BLOCK_SIZE = 4096  # of --evaluate where the checkpoint does not say its own
 LONG_PROMPT = 1000  # bytes of a prompt that the default model reads in seconds on a CPU
+
+
+class Checkpoint(NamedTuple):
+    """The weights that generate, and what is known of their training."""
+
+    weights: Path
+    mode: str | None  # --mode, else that of the training; None if it is not known
+    batch_size: int  # blocks, of the training; 1 if it is not known
 
 
 def prompt_of(args: argparse.Namespace) -> bytes:
@@ -89,36 +99,38 @@ def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
     return [parse_escapes(text) for text in args.stop]
 
 
-def complete_file(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
+def complete_file(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     """Write the completions of --prompts to --out, or to stdout, after those that it holds."""
-    jobs = read_jobs(args.prompts, mode, args.samples, args.columns)
-    write_results(begin_jobs(jobs, decoding, weights, mode, args), args.out)
+    jobs = read_jobs(args.prompts, checkpoint.mode, args.samples, args.columns)
+    write_results(begin_jobs(jobs, decoding, checkpoint, args), args.out)
 
 
-def begin_jobs(jobs: list, decoding: Decoding, weights: Path, mode: str | None, args) -> Results:
+def begin_jobs(
+    jobs: list[Job], decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace
+) -> Results:
     """Complete the jobs whose texts --out lacks."""
     warn_context_length(max(len(job.prompt) for job in jobs), decoding, args)
-    source = source_digest(weights, mode, vars(args))
+    source = source_digest(checkpoint.weights, checkpoint.mode, vars(args))
     remaining = remaining_jobs(jobs, args.out, source)
     completed = complete_jobs(jobs, decoding, args.batch_size, remaining)
     return Results(completed, source, len(jobs) - len(remaining), len(jobs))
 
 
-def answer_data(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
+def answer_data(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     """Answer records of --evaluate, write the answers to --out, and print their scores.
 
     The scores tell how near the answers come to the true responses. Raises UserError where the mode
     is not full, and where records or --out cannot be used.
     """
-    if mode != "full":
+    if (mode := checkpoint.mode) != "full":
         raise UserError(f"--answers is for models of mode full, which have seen responses, and the "
                         f"mode is {mode or 'not known: give --mode full'}")  # fmt: skip
     # the table alone is on stdout, not that large data are being read
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        data = runs.data_of(weights)
+        data = runs.data_of(checkpoint.weights)
         about, records = load_questions(args.evaluate, args.columns, data, Path(folder))
     jobs = answers.question_jobs(records, args.answers)
-    results = begin_jobs(jobs, decoding, weights, mode, args)
+    results = begin_jobs(jobs, decoding, checkpoint, args)
     rows = answers.read_results(args.out)
     results = results._replace(completed=answers.collect_rows(results.completed, rows))
     write_results(results, args.out, show=lambda _line: None)
@@ -128,11 +140,12 @@ def answer_data(decoding: Decoding, weights: Path, mode: str | None, args) -> No
     print(answers.answers_table(rows))
 
 
-def evaluate_data(model: bdh_mlx.BDH, weights: Path, mode: str | None, B: int, args) -> None:
-    """Print the loss on the data of --evaluate, by field, in batches of B blocks.
+def evaluate_data(model: bdh_mlx.BDH, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Print the loss on the data of --evaluate, by field, in batches as in the training.
 
     Raises UserError where no mode is known, and where the data cannot be used.
     """
+    weights, mode, B = checkpoint
     if mode is None:
         raise UserError("the checkpoint names no training mode to format records in; give --mode")
     T = model.trained_length or DEFAULT_BLOCK_SIZE
@@ -216,10 +229,11 @@ def main(argv: list[str] | None = None) -> int:
     model.compute = compute_for(model.config, "small", args.dtype or "auto")
     mode = args.mode or trained.get("TRAINING_MODE")
     mode = mode if mode in formats.REQUIRED_FIELDS else None
+    checkpoint = Checkpoint(weights, mode, trained.get("BATCH_SIZE", 1))
     if args.evaluate is not None and args.answers is None:
-        evaluate_data(model, weights, mode, trained.get("BATCH_SIZE", 1), args)
+        evaluate_data(model, checkpoint, args)
     else:
-        write_texts(decoding_of(model, mode, args), weights, mode, args)
+        write_texts(decoding_of(model, mode, args), checkpoint, args)
     return 0
 
 
@@ -239,17 +253,18 @@ def decoding_of(model: bdh_mlx.BDH, mode: str | None, args: argparse.Namespace) 
     return Decoding(model, sampling, key, stops, args.max_new_tokens, initial_state(model, args))
 
 
-def write_texts(decoding: Decoding, weights: Path, mode: str | None, args) -> None:
+def write_texts(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     """Write what the flags ask for: answers, completions, a session, or one text."""
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if args.answers is not None:
-        answer_data(decoding, weights, mode, args)
+        answer_data(decoding, checkpoint, args)
     elif args.prompts is not None:
-        complete_file(decoding, weights, mode, args)
+        complete_file(decoding, checkpoint, args)
     elif args.prompt is args.prompt_file is None and on_terminal:
         if args.save_state or args.raw or args.samples > 1:
             raise UserError("a session takes no --save-state (type /save), --raw or --samples")
-        chat.Session(decoding, mode, runs.trained_on_chats(weights)).run()
+        has_chats = runs.trained_on_chats(checkpoint.weights)
+        chat.Session(decoding, checkpoint.mode, has_chats).run()
     else:
         complete_prompt(decoding, prompt_of(args), args)
 
