@@ -343,14 +343,11 @@ def layer(
     """Apply the layer to v (B, T, D); return v' (B, T, D) in float32.
 
     With a `key`, dropout acts on y at the first of the `rates`, and on ln(o) at the second. The
-    same key and Compute give the same masks.
+    same key and Compute give the same masks. Without one there is no dropout.
     """
-    n = compute.groups
-    if key is None:
-        key = mx.random.key(0)
-        rates = (0, 0)
-    rate, rate_v = rates
-    mask_v = None
+    n, mask_v = compute.groups, None
+    rate, rate_v = (0.0, 0.0) if key is None else rates
+    key = mx.random.key(0) if key is None else key  # at rate 0 nothing is drawn from it
     if rate_v:
         key, key_v = mx.random.split(key)  # a key that no mask on y has
         mask_v = dropout_mask(key_v, rate_v, v.shape)
