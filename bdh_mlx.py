@@ -249,4 +249,4 @@ def _infer_config(arrays: dict[str, mx.array], header: dict[str, str], file: Pat
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except ValueError:
-        raise UserError(f"{file}: a number of the model in its header is none") from None
+        raise UserError(f"{file}: the model's settings in its header are no JSON") from None
