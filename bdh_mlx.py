@@ -20,7 +20,6 @@ a state of fixed size. Reading a text at once, in chunks or byte by byte gives t
 """
 
 import json
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.compute.layer import default_compute, dropout_mask, dropout_scale, layer, ln
 from bdh_lib.compute.rope import rotate
 from bdh_lib.compute.state import State, check_prompt, check_state, prefill, read
-from bdh_lib.errors import UserError
+from bdh_lib.errors import UserError, warn
 from bdh_lib.rules import TEMPERATURE, TOP_K, CheckedConfig, check, whole
 
 
@@ -210,8 +209,9 @@ def load_model(path: str | Path) -> BDH:
     """Load the model at `path`: a .safetensors file, a checkpoint folder or a run folder.
 
     Official weights load, too: `attn.freqs` and `_orig_mod.` prefixes are dropped. The arrays give
-    the shapes; the header gives the number of layers, 6 if it is not there. Raises UserError for a
-    missing or damaged file, and for arrays that are not those of a BDH.
+    the shapes; the header gives the number of layers, 6 if it is not there. Warns of a damaged
+    config.json beside the file. Raises UserError for a missing or damaged file, and for arrays that
+    are not those of a BDH.
     """
     file = runs.find_weights(path)
     if runs.is_changed(file):
@@ -227,8 +227,10 @@ def load_model(path: str | Path) -> BDH:
             raise UserError(f"{file}: `{name}` is {shape}, a BDH of this shape needs {expected}")
     model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays.items()])
     mx.eval(model.parameters())
-    with suppress(UserError):
+    try:
         model.trained_length = runs.settings_of(file).get("BLOCK_SIZE")
+    except UserError as error:
+        warn(f"{error}; the settings of the training are unknown")
     return model
 
 

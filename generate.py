@@ -34,7 +34,7 @@ from bdh_lib.compute.memory import compute_for, keep_float32_exact, limit_cache
 from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
 from bdh_lib.data.questions import load_questions, question_numbers
-from bdh_lib.errors import UserError, escape_controls, warn
+from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.files import read_endable, read_stream
 from bdh_lib.generation import answers, chat, evaluation, export, states, trace
 from bdh_lib.generation.arguments import parse_args
@@ -270,11 +270,10 @@ def write_texts(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Names
 
 
 def settings_or_empty(weights: Path) -> dict:
-    """Return the settings of the training; if their file is damaged, warn and return {}."""
+    """Return the settings of the training; {} if their file is damaged: load_model warns of it."""
     try:
         return runs.settings_of(weights)
-    except UserError as error:
-        warn(f"{error}; the settings of the training are unknown")
+    except UserError:
         return {}
 
 

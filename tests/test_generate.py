@@ -242,6 +242,7 @@ def test_a_damaged_config_is_a_warning(config, chaos, tmp_path, capsys):
     assert generate.main([str(run), "--prompt", "a", "--max-new-tokens", "2"]) == 0
     output = capsys.readouterr().err
     assert output.count("\n") == 1 and "config.json is damaged" in output
+    assert bdh_mlx.load_model(run).trained_length is None and capsys.readouterr().err == output
 
 
 def test_a_config_that_was_not_written_with_its_checkpoint_is_a_warning(tmp_path, capsys):
