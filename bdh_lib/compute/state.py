@@ -9,9 +9,9 @@ rotated activations (keys) and values of the last bytes; one product adds it to 
 Each device has its own step: step_cpu, step_mlx, step_cuda. Phases are exact at any position: the
 host reduces multiples of the frequency in float64 (rope.py), and S is rotated to the first position
 of a segment or a buffer, so float32 only sees positions within it.
-A window W limits how far back the state reaches: S is the sum of WINDOW_PARTS parts, each of
-W / WINDOW_PARTS bytes. The oldest part is dropped when the newest is full, so the state covers at
-least the last W - W / WINDOW_PARTS bytes and at most the last W.
+A window W limits how far back the state reaches: S is the sum of WINDOW_PARTS parts, of W bytes
+together. The oldest part is dropped when the newest is full, so the state covers at least the last
+W - W / WINDOW_PARTS bytes, rounded down, and at most the last W.
 
 The model is not typed here: bdh_mlx.BDH imports this module.
 """
@@ -171,8 +171,7 @@ def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
     begin = state.position
     cuts = set(range(begin, begin + T, step))
     if state.window:
-        part = _part(state.window)
-        cuts |= set(range(-(-begin // part) * part, begin + T, part))
+        cuts |= _part_ends(state.window, begin, begin + T)
     return mx.split(idx, sorted(cut - begin for cut in cuts if cut > begin), 1)
 
 
@@ -186,9 +185,19 @@ def _piece_rows(dtype: mx.Dtype) -> int:
     return next(rows for minimum, rows in GPU_ROWS.items() if memory >= minimum)
 
 
-def _part(window: int) -> int:
-    """Return the bytes of a window's part."""
-    return -(-window // WINDOW_PARTS)
+def _part_ends(window: int, begin: int, end: int) -> set[int]:
+    """Return the positions from `begin` to before `end` at which a part of a window ends.
+
+    The n-th ends at n * window / WINDOW_PARTS, rounded down: any WINDOW_PARTS in a row, which may
+    differ by a byte, have `window` bytes together.
+    """
+    first, last = (-(-position * WINDOW_PARTS // window) for position in (begin, end))
+    return {n * window // WINDOW_PARTS for n in range(first, last)}
+
+
+def _ends_part(state: State) -> bool:
+    """Tell whether a part of the state's window ends at its position."""
+    return bool(state.window and _part_ends(state.window, state.position, state.position + 1))
 
 
 def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
@@ -231,7 +240,7 @@ def _add_updates(state: State, updates: Sequence[mx.array]) -> State:
     if not state.window:
         return state
     parts = (*state.parts[:-1], plus(state.parts[-1] if state.parts else (), updates))
-    if state.position % _part(state.window) == 0:
+    if _ends_part(state):
         parts = (*parts, ())[-WINDOW_PARTS:]
         nonempty = [part for part in parts if part]
         state = state._replace(synapses=reduce(plus, nonempty) if nonempty else ())
@@ -260,9 +269,8 @@ def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     buffer = state.buffer or decode_step.new_buffer(state.position, state.synapses, idx.shape[0])
     v, buffer = decode_step.step(idx, buffer)
     state = state._replace(position=state.position + 1, buffer=buffer)
-    ends_part = state.window and state.position % _part(state.window) == 0
     full = buffer.count == buffer.values[0].shape[1]
-    return v, _flush(state) if full or ends_part else state
+    return v, _flush(state) if full or _ends_part(state) else state
 
 
 def _flush(state: State) -> State:

@@ -181,18 +181,16 @@ def test_rows_of_a_batch_are_singles_and_share_a_state(step):
         model.read(idx[:2], after)
 
 
-@pytest.mark.parametrize("window", [8, 100, 400])
+@pytest.mark.parametrize("window", [4, 5, 9, 100, 129, 400])
 @pytest.mark.parametrize("cuts", [[1, 2, 150], list(range(1, 300)), []])
 def test_a_window_reads_what_recomputation_over_the_window_reads(step, window, cuts, monkeypatch):
     model, idx = random_model(), random_bytes(2, 300)
     windowed, _ = read_by(model, idx, cuts, State(window=window))
-    t, part = mx.arange(300), -(-window // WINDOW_PARTS)
-    begin = mx.maximum(0, (t // part - (WINDOW_PARTS - 1)) * part)
-    seen = (t[None] < t[:, None]) & (t[None] >= begin[:, None])
-    assert (
-        mx.all(seen.sum(1) <= WINDOW_PARTS * part)
-        and (seen.sum(1)[window:] >= window - 2 * part).all()
-    )
+    t, ends = np.arange(300), np.arange(301) * window // WINDOW_PARTS
+    newest = np.searchsorted(ends, t, "right") - 1  # the last part that is full
+    begin = ends[np.maximum(0, newest - (WINDOW_PARTS - 1))]
+    seen = mx.array((t < t[:, None]) & (t >= begin[:, None]))
+    assert (seen.sum(1) <= window).all() and (seen.sum(1)[window:] >= window * 3 // 4).all()
 
     def attention(q, v):
         return (q @ q.swapaxes(-1, -2) * seen) @ v
@@ -214,6 +212,26 @@ def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
     )
     assert max_abs_error(there, here) == 0
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(("window", "is_equal"), [(None, True), (8, True), (9, False)])
+def test_a_state_file_of_format_2_is_read_unless_its_window_was_longer(
+    window, is_equal, tmp_path, monkeypatch
+):
+    model, file = random_model(), tmp_path / "s.safetensors"
+    _, state = model.read(random_bytes(1, 30), State(window=window))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(states, "STATE_FORMAT", states.FORMAT_2)
+        states.save_state(file, model, state)
+    if is_equal:
+        assert states.load_state(file, model).position == 30
+    else:
+        with pytest.raises(
+            UserError, match=r"earlier version, whose window of 9 .*read its text again"
+        ):
+            states.load_state(file, model)
+    states.save_state(file, model, state)  # replaces it
+    assert states.load_state(file, model).window == window
 
 
 def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
