@@ -14,7 +14,6 @@ from bdh_lib.errors import UserError
 from bdh_mlx import BDH
 
 STATE_FORMAT = "bdh-mlx state 3"
-FORMAT_2 = "bdh-mlx state 2"  # the same, but its parts were longer where 4 does not divide a window
 
 
 def weights_sha256(model: BDH) -> str:
@@ -38,7 +37,7 @@ def _is_state(path: Path) -> bool:
         _, header = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError):
         return False
-    return header.get("format") in (json.dumps(STATE_FORMAT), json.dumps(FORMAT_2))
+    return header.get("format") == json.dumps(STATE_FORMAT)
 
 
 def save_state(path: str | Path, model: BDH, state: State) -> None:
@@ -90,13 +89,8 @@ def _parse_header(path: Path, header: dict[str, str]) -> dict:
         header = {}
     kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
     valid = all(type(n) is int and n >= 0 for n in (position, window or 0))
-    if kind not in (STATE_FORMAT, FORMAT_2) or not valid or count not in range(WINDOW_PARTS + 1):
+    if kind != STATE_FORMAT or not valid or count not in range(WINDOW_PARTS + 1):
         raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
-    if kind == FORMAT_2 and (window or 0) % WINDOW_PARTS:
-        raise UserError(
-            f"{path} was written by an earlier version, whose window of {window} reached back "
-            "further; read its text again"
-        )
     return header
 
 

@@ -214,26 +214,6 @@ def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
 
 
-@pytest.mark.parametrize(("window", "is_equal"), [(None, True), (8, True), (9, False)])
-def test_a_state_file_of_format_2_is_read_unless_its_window_was_longer(
-    window, is_equal, tmp_path, monkeypatch
-):
-    model, file = random_model(), tmp_path / "s.safetensors"
-    _, state = model.read(random_bytes(1, 30), State(window=window))
-    with monkeypatch.context() as earlier:
-        earlier.setattr(states, "STATE_FORMAT", states.FORMAT_2)
-        states.save_state(file, model, state)
-    if is_equal:
-        assert states.load_state(file, model).position == 30
-    else:
-        with pytest.raises(
-            UserError, match=r"earlier version, whose window of 9 .*read its text again"
-        ):
-            states.load_state(file, model)
-    states.save_state(file, model, state)  # replaces it
-    assert states.load_state(file, model).window == window
-
-
 def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
     model, file = random_model(), tmp_path / "s.safetensors"
     _, state = model.read(random_bytes(1, 20))
