@@ -34,7 +34,7 @@ from bdh_lib import files, runs
 from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.compute.layer import default_compute, dropout_mask, dropout_scale, layer, ln
 from bdh_lib.compute.rope import rotate
-from bdh_lib.compute.state import State, check_prompt, check_state, prefill, read
+from bdh_lib.compute.state import State, check_prompt, check_shape, check_state, prefill, read
 from bdh_lib.errors import UserError, warn
 from bdh_lib.rules import TEMPERATURE, TOP_K, CheckedConfig, check, whole
 
@@ -103,7 +103,11 @@ class BDH(nn.Module):
     def __call__(
         self, idx: mx.array, targets: mx.array | None = None, key: mx.array | None = None
     ) -> tuple[mx.array, mx.array | None]:
-        """Return logits and loss as the class says; `self.compute` says how layers are computed."""
+        """Return logits and loss as the class says; `self.compute` says how layers are computed.
+
+        Raises UserError for an idx that is no (B, T).
+        """
+        check_shape(idx)
         v = ln(self.embed(idx))  # (B, T, D)
         L, rates = self.config.n_layer, (self.config.dropout, self.config.dropout_v)
         if key is not None and self.config.dropout_v:  # a key that no layer has

@@ -345,6 +345,12 @@ def test_a_prompt_that_no_model_can_read_is_refused(how, prompt, complaint):
         calls[how](prompt)
 
 
+@pytest.mark.parametrize("shape", [(2,), (1, 0), (0, 2), (1, 2, 3)])
+def test_a_model_says_which_shape_it_takes(shape):
+    with pytest.raises(UserError, match=r"it must be \(B, T\)"):
+        random_model()(mx.zeros(shape, mx.int32))
+
+
 @pytest.mark.parametrize("count", [-1, 1.5, "8", True])
 def test_a_number_of_bytes_to_write_that_is_none_is_refused(count):
     with pytest.raises(UserError, match="max_new_tokens is"):

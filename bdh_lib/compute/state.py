@@ -107,6 +107,12 @@ def check_model(model) -> None:
         raise UserError(f"the model is of type {type(model).__name__}; it must be a BDH")
 
 
+def check_shape(idx: mx.array | np.ndarray) -> None:
+    """Raise UserError if idx is no (B, T) of at least one byte."""
+    if idx.ndim != 2 or 0 in idx.shape:
+        raise UserError(f"the bytes have shape {idx.shape}; it must be (B, T) with T at least 1")
+
+
 def check_prompt(model, idx) -> mx.array:
     """Convert idx (B, T >= 1) to an MLX array. Raises UserError if it is no batch of bytes."""
     check_model(model)
@@ -114,8 +120,7 @@ def check_prompt(model, idx) -> mx.array:
         raise UserError(
             f"the prompt is of type {type(idx).__name__}; it must be an mx.array (B, T)"
         )
-    if idx.ndim != 2 or 0 in idx.shape:
-        raise UserError(f"the prompt has shape {idx.shape}; it must be (B, T) with T at least 1")
+    check_shape(idx)
     if isinstance(idx, np.ndarray) and idx.dtype.kind not in "biuf":
         raise UserError(f"the prompt is of type {idx.dtype}; it must be whole numbers")
     idx = mx.array(idx) if isinstance(idx, np.ndarray) else idx
