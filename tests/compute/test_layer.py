@@ -1,5 +1,6 @@
 """The layer with its own gradient equals the quadratic form, whatever it keeps or cuts."""
 
+import math
 from itertools import pairwise
 
 import mlx.core as mx
@@ -184,8 +185,13 @@ def test_no_segment_is_larger_than_an_array_may_be(gpu, monkeypatch):
     for mode in memory.MODES:
         compute = memory.compute_for(config, mode, "float32")
         row = config.n_head * config.neurons_per_head * 4
-        for begin, end in layer.segments(1, 4_000_000, compute):
-            assert (end - begin) * row <= memory.LARGEST
+        for B in (1, 4):
+            one_chunk = B * compute.chunk  # of each row: a segment is never shorter
+            for begin, end in layer.segments(B, 1_000_000, compute):
+                assert B * (end - begin) <= max(memory.LARGEST // row, one_chunk)
+    B = 2**31 // (config.n_head * config.neurons_per_head * compute.chunk)
+    estimates = [memory.estimate(config, b, 10**4, compute) for b in (B - 1, B)]
+    assert estimates[0] < math.inf and (estimates[1] == math.inf) == gpu
 
 
 @pytest.mark.parametrize("name", memory.MODES)

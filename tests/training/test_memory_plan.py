@@ -77,3 +77,15 @@ def test_running_out_of_memory_ends_in_what_fits(text, settings, tmp_path, monke
     with pytest.raises(UserError) as error:
         train_mlx.main(["--checkpoint-dir", str(tmp_path), "--memory-mode", "small"])
     assert str(error.value) == f"memory is out. What fits: {SMALLER}"
+
+
+def test_arrays_that_no_gpu_addresses_are_refused_with_what_fits(monkeypatch):
+    for module in (memory, memory_plan):
+        monkeypatch.setattr(module, "on_gpu", lambda: True)
+    monkeypatch.setattr(memory, "available", lambda: 1e12)
+    args = ["--batch-size", "128", "--block-size", "512"]
+    with pytest.raises(UserError, match=r"needs arrays of 2\^31 elements.*BATCH_SIZE 64, GRAD_ACC"):
+        memory_plan.select_mode(train_mlx.settings(args))
+    ignored = train_mlx.settings([*args, "--ignore-memory-check"])
+    _, compute, peak = memory_plan.select_mode(ignored)
+    memory.set_limit(peak, compute)  # sets none
