@@ -13,6 +13,7 @@ import numpy as np
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.split import Split
 from bdh_lib.settings import Settings
+from bdh_lib.training.schedule import end_setting
 from bdh_lib.units import bits_per_byte
 
 MIN_RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
@@ -99,7 +100,7 @@ def lower_rate(s: Settings) -> str:
 
 def higher_rate(s: Settings) -> str:
     """Say to raise LEARNING_RATE to three times its value."""
-    return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * 3:.1g}"
+    return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * 3:.2g}"
 
 
 def describe_change(run: SimpleNamespace, then: int) -> str:
@@ -168,7 +169,7 @@ def not_coherent(run: SimpleNamespace, s: Settings) -> str | None:
     """Advise where the model knows little more than how often each byte occurs."""
     if run.val[run.now] > NOISE_SHARE * run.order_0:
         bits, unigram = (bits_per_byte(nats) for nats in (run.val[run.now], run.order_0))
-        end = "MAX_ITERS" if run.total == s.MAX_ITERS else "EPOCHS"
+        end = end_setting(s, run.total)
         return (
             f"not yet coherent: {bits:.2f} bits per byte, and to know only how often each byte "
             f"occurs gives {unigram:.2f}: samples are noise. "

@@ -18,6 +18,11 @@ def total_steps(s: Settings, n_bytes: int) -> int:
     return min(s.MAX_ITERS or math.inf, by_epochs)
 
 
+def end_setting(s: Settings, n_steps: int) -> str:
+    """Return the name of the setting that ends a run of n_steps."""
+    return "MAX_ITERS" if n_steps == s.MAX_ITERS else "EPOCHS"
+
+
 def schedule_summary(s: Settings, n_bytes: int) -> str:
     """Say how long the run is, and whether MAX_ITERS or EPOCHS ends it before the other."""
     total, bytes_per_step = total_steps(s, n_bytes), s.BLOCK_SIZE * blocks_per_step(s)

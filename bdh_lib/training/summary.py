@@ -21,7 +21,12 @@ from bdh_lib.training import tuning
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.meter import Meter
 from bdh_lib.training.runlog import RunLog
-from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary
+from bdh_lib.training.schedule import (
+    blocks_per_step,
+    end_setting,
+    passes_note,
+    schedule_summary,
+)
 from bdh_lib.training.tuning import Selection
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -52,7 +57,8 @@ def finished_reason(s: Settings, log: RunLog, n_steps: int) -> str | None:
     """Say why a run has nothing left to do, and which setting to change; None if it goes on."""
     run, step, is_evaluated = log.run, log.first_step, log.last_eval_step == log.first_step
     if step > n_steps or (step == n_steps and is_evaluated):  # >: the end was lowered since
-        return f"{run} has {step:,} iterations of {n_steps:,}; to go on, raise MAX_ITERS or EPOCHS"
+        end = end_setting(s, n_steps)
+        return f"{run} has {step:,} iterations of {n_steps:,}; to go on, raise {end}"
     if is_evaluated and log.patience_exceeded(s.PATIENCE):
         return (
             f"{run} stopped early after {step:,} iterations, its best is of {log.best['step']:,}; "
@@ -63,7 +69,7 @@ def finished_reason(s: Settings, log: RunLog, n_steps: int) -> str | None:
 def print_summary(s: Settings, log: RunLog, data: Data, meter: Meter) -> None:
     """Print the results of a finished run, for people and grep."""
     last, run = log.last_evaluation, log.run
-    ended = "by MAX_ITERS" if last["step"] == s.MAX_ITERS else "by EPOCHS"
+    ended = f"by {end_setting(s, last['step'])}"
     if last["step"] < meter.n_steps:
         ended = f"early, {s.PATIENCE} validations without a better one"
     epochs = last["step"] * s.BLOCK_SIZE * blocks_per_step(s) / len(data.train.bytes)

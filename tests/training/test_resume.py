@@ -178,7 +178,7 @@ def test_a_killed_or_interrupted_run_ends_in_the_same_bits(tmp_path, straight, b
 
 def test_a_finished_run_says_so_and_what_to_change(straight, capsys):
     assert train(straight, "--max-iters", 12) == 0
-    assert "raise MAX_ITERS or EPOCHS" in capsys.readouterr().out
+    assert "to go on, raise MAX_ITERS" in capsys.readouterr().out
 
 
 def test_other_bytes_before_the_first_checkpoint_are_evaluated_too(tmp_path, monkeypatch):
