@@ -126,6 +126,8 @@ def divergence_message(split: Split, step: int, s: Settings) -> str:
     starts = [int(n) for i in shown for n in batch_positions(split, i, s)[:, 0]][:64]
     more = f" and {count - len(starts):,} others" if count > len(starts) else ""
     return (
-        f"no finite update in {s.MAX_CONSECUTIVE_SKIPS:,} iterations; last batch: "
-        f"{s.BLOCK_SIZE:,} bytes each from {starts}{more} of the training bytes"
+        f"no finite update in {s.MAX_CONSECUTIVE_SKIPS:,} iterations; the blocks of the last batch "
+        f"begin at {starts}{more} of the training bytes, {s.BLOCK_SIZE:,} bytes each"
+        + "; shuffled, a block goes on in other records"
+        * s.SHUFFLE_RECORDS
     )
