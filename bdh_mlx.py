@@ -189,7 +189,7 @@ class BDH(nn.Module):
             if temperature:
                 token = mx.random.categorical(logits / temperature, key=key_t)
             idx = mx.concatenate([idx, token[:, None].astype(idx.dtype)], 1)
-            logits, state = read(self, token[:, None], state)
+            logits, state = read(self, token[:, None], state)  # the last one for nothing
             logits = logits[:, -1]
             mx.async_eval(idx, state)  # otherwise all bytes would be one graph
         return idx

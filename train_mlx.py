@@ -78,8 +78,8 @@ ACTIONS = {
 
 # The settings above are the recipe that docs/log.md measures on 4 MB of records. A preset stands
 # for a line of flags; what it does not name is as above. The presets for 64 and 16 GB are
-# earlier settings, unchanged for those who use them; docs/log.md measures them, too. Phase 2 starts
-# from the weights of phase 1. `tiny` is for a first look, `small-data` for a megabyte of text.
+# earlier settings, with the epochs of today where they name none. Phase 2 starts from the weights
+# of phase 1. `tiny` is for a first look, `small-data` for a megabyte of text.
 OFFICIAL = (  # what all presets begin with: mostly the values of the official code
     "--n-layer 6 --dropout 0.1 --weight-decay 0.1 --beta2 0.999 --ema-decay 0 "
     "--no-shuffle-records --eval-freq 250 "
@@ -159,12 +159,12 @@ def main(argv: list[str] | None = None) -> int:
     plots.find_fonts()  # before MLX computes anything
     world = World()
     base.PROCESSES = world.size
-    json_to = sys.stdout if base.json else None  # print goes to stderr from here on
+    json_to = sys.stdout if base.json else None
     with (
         # only a run that was started from the command line is started again
         macos.restarted_after_gpu_fault(base, argv is None and world.size == 1),
         macos.kept_awake(base.KEEP_AWAKE),
-        main_process_prints(json_to, world),
+        main_process_prints(json_to, world),  # with --json to stderr
         StopSignal(world) as stop,
     ):
         return train_chain(base, stop, world, json_to)
@@ -282,11 +282,12 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
             start_computing(state, norm, wait=step == first_step)  # the first one compiles
         stop.has_work_to_save = True
         completed = step + 1
-        read_now = completed == n_steps or 0 in (completed % s.LOG_FREQ, completed % s.EVAL_FREQ)
+        is_logged, is_evaluated = completed % s.LOG_FREQ == 0, completed % s.EVAL_FREQ == 0
+        read_now = is_logged or is_evaluated or completed == n_steps
         meter.stop(completed, loss, norm, n_targets > 0, read_now)
         if meter.consecutive_skips >= s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(divergence_message(data.train, meter.last_read_step, s))
-        if completed % s.LOG_FREQ == 0 and (averages := meter.pop_averages(completed)):
+        if is_logged and (averages := meter.pop_averages(completed)):
             log.write(step=completed, lr=lr, grad_norm=norm.item(), **averages)
 
     log.save(step, state)  # where a signal ended the loop; any other end is saved before

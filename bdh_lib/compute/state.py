@@ -1,7 +1,7 @@
 """The recurrent state of a model, updated by many bytes at once (prefill) or one (decoding).
 
 Prefill runs segments through the training layer's forward pass (layer.py), in bounded memory.
-Decoding does not rewrite S, 201 MB for the default model, at each byte. A buffer beside S holds the
+Decoding does not rewrite S, 201 MB for six layers, at each byte. A buffer beside S holds the
 rotated activations (keys) and values of the last bytes; one product adds it to S when it is full:
 
     a_t = (R_t x_t) S + sum over buffered s < t of (R_t x_t . R_s x_s) v_s

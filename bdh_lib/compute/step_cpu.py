@@ -1,6 +1,6 @@
 """One byte through the layers on a CPU, in NumPy, which multiplies a vector by GEMV; MLX by GEMM.
 
-S, 201 MB for the default model, is not rewritten at each byte: a buffer holds the last bytes
+S, 201 MB for six layers, is not rewritten at each byte: a buffer holds the last bytes
 (state.py). If few neurons are active, only their rows of S, encoder_v and decoder are read.
 """
 

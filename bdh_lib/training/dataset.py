@@ -102,7 +102,10 @@ def check_loss_on(s: Settings, data: Data) -> None:
 
 
 def check_grad_accum(s: Settings, n_bytes: int) -> None:
-    """Raise UserError where one step would read more blocks than the whole run has."""
+    """Raise UserError where a step has more micro-batches than there are blocks in all epochs.
+
+    Without EPOCHS they are counted in one pass over the data.
+    """
     passes = max(1, s.EPOCHS or 1)
     blocks = math.ceil(passes * n_bytes / s.BLOCK_SIZE)
     if blocks < s.GRAD_ACCUM:

@@ -22,7 +22,7 @@ LOST = ("[ring]", "[nccl]", "NCCL", "[mpi]", "[jaccl]")  # how the errors of a l
 
 
 class World:
-    """The processes of this run; where there is one, every method returns its input."""
+    """The processes of this run; where there is one, no method waits or changes anything."""
 
     def __init__(self):
         """Join the processes that the environment names. Raises UserError where that fails."""
