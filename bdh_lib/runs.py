@@ -77,13 +77,16 @@ def write_best(run: Path, step: int, monitored_loss: float) -> None:
 def read_best(run: Path) -> dict:
     """Return the best evaluation of a run: checkpoint, step, monitored_loss in nats; {} before any.
 
-    Raises UserError where best.json is not what the trainer wrote, by the sha256 in it.
+    Raises UserError where best.json is not what the trainer wrote, by the sha256 in it, and
+    PermissionError where it may not be read.
     """
     try:
         best = files.parse_json((run / "best.json").read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError):  # unreadable, or no JSON
+    except PermissionError:
+        raise
+    except (OSError, ValueError):  # a folder, a link in a circle, or no JSON
         best = None
     if not isinstance(best, dict) or best.pop("sha256", None) != files.sha256_text(repr(best)):
         raise UserError("best.json is not what was written")

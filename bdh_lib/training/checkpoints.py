@@ -127,13 +127,17 @@ def valid_best(run: Path) -> dict:
     """Return the best evaluation so far (checkpoint, step, monitored_loss in nats); {} before any.
 
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
-    evaluation is the best then.
+    evaluation is the best then. Raises UserError for a file that may not be read.
     """
+    best, reason = {}, None
     try:
         best = runs.read_best(run)
-        reason = find_corruption(checkpoint_folder(run, best["step"])) if best else None
+    except PermissionError as error:
+        raise unreadable(error) from None
     except UserError as error:
         reason = str(error)
+    if best:
+        reason = find_corruption(checkpoint_folder(run, best["step"]))
     if not reason:
         return best
     warn(f"no checkpoint is the best until the next validation: {reason}")
@@ -209,7 +213,10 @@ NEEDED = {"model.safetensors", "optimizer.safetensors", "config.json"}
 
 
 def find_corruption(checkpoint: Path) -> str | None:
-    """Return why the checkpoint cannot be trusted, or None when each file is as it was written."""
+    """Return why the checkpoint cannot be trusted, or None when each file is as it was written.
+
+    Raises UserError for a file that may not be read: it may be as it was written.
+    """
     if not checkpoint.is_dir():
         return f"{checkpoint.name} is not there"
     try:
@@ -220,6 +227,8 @@ def find_corruption(checkpoint: Path) -> str | None:
         if change := next(filter(None, changes), None):
             return change
         config = files.parse_json((checkpoint / "config.json").read_text())
+    except PermissionError as error:
+        raise unreadable(error) from None
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except ValueError:
@@ -230,6 +239,14 @@ def find_corruption(checkpoint: Path) -> str | None:
         return "config.json tells another step"
     missing = NEEDED - manifest.keys()
     return f"manifest.json lacks {', '.join(sorted(missing))}" if missing else None
+
+
+def unreadable(error: PermissionError) -> UserError:
+    """Return the error of a file of a run that may not be read; nothing has been changed."""
+    return UserError(
+        f"{error.filename} cannot be read: {error.strerror}; allow it (chmod u+r), and the same "
+        "command goes on"
+    )
 
 
 def _is_manifest(content: object) -> bool:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -381,6 +382,24 @@ def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
     (tmp_path / "d.txt").write_text("\n\n".join(map(str.upper, texts)))
     with pytest.raises(UserError, match="train data: other bytes, as many: "):
         train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / "d.txt")
+
+
+def test_files_that_may_not_be_read_are_left_as_they_are(straight, tmp_path, monkeypatch):
+    shutil.copytree(straight / "full", tmp_path / "full")
+    names = sorted(p.name for p in (tmp_path / "full").iterdir())
+
+    def denied(file, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    message = "safetensors cannot be read: Permission denied; allow it"
+    for check in (checkpoints.newest_valid, checkpoints.valid_best):
+        with monkeypatch.context() as unreadable, pytest.raises(UserError, match=message):
+            unreadable.setattr(runs, "find_change", denied)
+            check(tmp_path / "full")
+    with monkeypatch.context() as unreadable, pytest.raises(UserError, match=r"best\.json cannot"):
+        unreadable.setattr(type(tmp_path), "open", denied)
+        checkpoints.valid_best(tmp_path / "full")
+    assert sorted(p.name for p in (tmp_path / "full").iterdir()) == names
 
 
 def test_a_best_json_of_a_checkpoint_that_is_gone_is_dropped(tmp_path, capsys):
