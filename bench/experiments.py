@@ -676,12 +676,20 @@ def main() -> None:
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.what[0] == "plot":
+        if len(args.what) < 3 or not Path(args.what[1]).is_file():
+            parser.error("plot needs a file of rows, and the name of a picture")
         return plot(job_queue.rows(Path(args.what[1])), args.what[2], *args.what[3:])
     if args.job:
         is_official = args.job.get("do") == "official"
         result = official(args.job, args.official) if is_official else train(args.job, args.work)
         print("\n" + json.dumps(result))
         return
+    for what in args.what:
+        if what not in JOBS:
+            parser.error(f"{what!r} is none of {', '.join(JOBS)}, plot")
+        needed = "text" if what in ("parity", "recipe") else "records"
+        if not getattr(args, needed) or not getattr(args, needed).is_file():
+            parser.error(f"{what} needs a file --{needed}")
     jobs = [job for what in args.what for job in JOBS[what](args)]
     if args.smoke:
         for job in jobs:
@@ -703,4 +711,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(ROOT))
+    from bdh_lib import start
+
+    start.run(__file__)

@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -241,9 +242,12 @@ def run(case: dict, timeout: int) -> list[dict]:
     """Return the lines of one case's process; a failure is a line, too."""
     env = os.environ | ({"MLX_ENABLE_TF32": "0"} if case["kind"] == "error" else {})
     command = [sys.executable, __file__, "--case", json.dumps(case)]
+    from bdh_lib.progress import heartbeat
+
     failed, output = None, ""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+        with redirect_stdout(sys.stderr), heartbeat(case["kind"]):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
         output = done.stdout
         if done.returncode:
             failed = (done.stderr.strip().splitlines() or ["killed"])[-1][:200]
@@ -307,7 +311,8 @@ def main() -> None:
         return
     results = []
     cases = PROFILE if args.only == "profile" else GPU if args.gpu else CPU
-    cases = [c for c in cases if args.only in (None, c["kind"])]
+    if not (cases := [c for c in cases if args.only in (None, c["kind"])]):
+        parser.error(f"--only {args.only!r} is no kind of case")
     for case in cases:
         for line in run(case | {"model": args.model, "text": args.text}, args.timeout):
             results.append(line)
@@ -316,4 +321,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(ROOT))
+    from bdh_lib import start
+
+    start.run(__file__)

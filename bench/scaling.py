@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,13 +45,16 @@ def start(command: list[str]) -> subprocess.Popen:
 
 def speed(process: subprocess.Popen, run: Path) -> float:
     """Return the median bytes/s of a run that `process` computes, once it has ended."""
-    output = process.communicate()[0]
+    from bdh_lib.progress import heartbeat
+
+    with redirect_stdout(sys.stderr), heartbeat(f"training {run.name}"):
+        output = process.communicate()[0]
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()
         speeds = [m["bytes_per_s"] for m in map(json.loads, lines) if "bytes_per_s" in m]
         return statistics.median(speeds[2:])
     except (OSError, statistics.StatisticsError):
-        sys.exit(f"{run.name} did not train:\n{output[-4000:]}")
+        sys.exit(f"{run.name} logged fewer than three speeds:\n{output[-4000:]}")
 
 
 def together(n: int, args: argparse.Namespace, folder: str) -> float:
@@ -89,4 +93,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(ROOT))
+    from bdh_lib import start
+
+    start.run(__file__)

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -305,8 +306,11 @@ def run(case: dict, args: argparse.Namespace) -> dict:
     """Run one case in a process of its own, so that one out of memory costs its row only."""
     command = [sys.executable, __file__, "--case", json.dumps(case), "--steps", str(args.steps)]
     command += ["--official", args.official] if args.official else []
+    from bdh_lib.progress import heartbeat
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+        with redirect_stdout(sys.stderr), heartbeat(case["system"]):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
         result = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         result = {"failed": f"over {args.timeout} s"}
@@ -374,16 +378,20 @@ def main() -> None:
             done = (run_product if "n" in args.case else run_ours)(args.case, args.steps)
         print(json.dumps(done))
         return
+    chosen = [c for c in cases(args) if (args.only or "") in f"{c['system']}, T {c['T']}"]
+    if not chosen or args.steps < 1:
+        parser.error(f"--only {args.only!r}, --steps {args.steps}: no step to time")
     product = run({"system": "one product of n by n", "n": 8192 if args.gpu else 2048}, args)
     print(json.dumps(product), flush=True)
     results = []
-    for case in cases(args):
-        if (args.only or "") not in f"{case['system']}, T {case['T']}":
-            continue
+    for case in chosen:
         results.append(run(case, args))
         print(json.dumps(results[-1]), flush=True)
     print(table(results, product))
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(ROOT))
+    from bdh_lib import start
+
+    start.run(__file__)
