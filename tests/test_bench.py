@@ -110,6 +110,25 @@ def test_a_flat_model_costs_eight_bits_a_byte():
     assert math.isclose(experiments.bits_per_byte(bytes(val), bytes(val))["xz"], 8, rel_tol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "complaint"),
+    [
+        (experiments, "bogus", "'bogus' is none of parity"),
+        (experiments, "parity", "parity needs a file --text"),
+        (experiments, "guide --records /no/such", "guide needs a file --records"),
+        (experiments, "plot /no/such a.png", "plot needs a file of rows"),
+        (train_speed, "--only bogus", "no step to time"),
+        (train_speed, "--steps 0", "no step to time"),
+        (generate_speed, "--only bogus", "'bogus' is no kind of case"),
+    ],
+)
+def test_a_measurement_that_cannot_be_is_refused(script, flags, complaint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------- each measurement, tiny
 
 SAMPLE = str(ROOT / "bdh_lib/data/sample.jsonl")
