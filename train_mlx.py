@@ -292,7 +292,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
 
     log.save(step, state)  # where a signal ended the loop; any other end is saved before
     meter.close()
-    if stop.requested:
+    if stop.requested and not (finished and log.last_eval_step == step):
         print(f"stopped after iteration {step:,}, saved in {run}; the same command continues it")
         return 128 + stop.requested
     summary.print_summary(s, log, data, meter)

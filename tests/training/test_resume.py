@@ -384,6 +384,17 @@ def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
         train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / "d.txt")
 
 
+def test_a_signal_after_the_last_evaluation_finds_a_complete_run(tmp_path, monkeypatch, capsys):
+    def draw(log):
+        if log.last_eval_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_mlx, "redraw_report", draw)
+    assert train(tmp_path, "--max-iters", 4) == 0
+    out = capsys.readouterr().out
+    assert "ended: by MAX_ITERS" in out and "stopped" not in out
+
+
 def test_files_that_may_not_be_read_are_left_as_they_are(straight, tmp_path, monkeypatch):
     shutil.copytree(straight / "full", tmp_path / "full")
     names = sorted(p.name for p in (tmp_path / "full").iterdir())
