@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from bdh_lib.errors import UserError, did_you_mean
+from bdh_lib.settings import as_text
 
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 LARGEST = 2**31 - 1  # of a whole number: MLX's shapes are 32 bits
@@ -62,10 +63,7 @@ def check(name: str, value, rule: Rule) -> None:
         return
     or_none = " or None" if rule.allow_none else ""
     near = did_you_mean(value, rule.choices) if isinstance(value, str) else ""
-    try:
-        shown = repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        shown = "a number of very many digits"
+    shown = as_text(value, repr)
     raise UserError(f"{name} is {shown}; it must be {rule.description}{or_none}{near}")
 
 

@@ -70,8 +70,7 @@ def write_best(run: Path, step: int, monitored_loss: float) -> None:
         "step": step,
         "monitored_loss": monitored_loss,
     }
-    best["sha256"] = files.sha256_text(repr(best))
-    files.atomic_write_text(run / "best.json", json.dumps(best))
+    files.atomic_write_text(run / "best.json", json.dumps(files.seal(best)))
 
 
 def read_best(run: Path) -> dict:
@@ -88,8 +87,9 @@ def read_best(run: Path) -> dict:
         raise
     except (OSError, ValueError):  # a folder, a link in a circle, or no JSON
         best = None
-    if not isinstance(best, dict) or best.pop("sha256", None) != files.sha256_text(repr(best)):
+    if not isinstance(best, dict) or not files.is_sealed(best):
         raise UserError("best.json is not what was written")
+    del best["sha256"]
     kinds = {"checkpoint": str, "step": int, "monitored_loss": float}
     if not all(isinstance(best.get(name), kind) for name, kind in kinds.items()):
         raise UserError(f"best.json lacks one of {', '.join(kinds)}")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -28,9 +29,9 @@ def as_json(value):
         return re.sub(" at 0x[0-9a-f]+", "", as_text(value))  # its place in memory
 
 
-def as_text(value) -> str:
+def as_text(value, convert: Callable = str) -> str:
     """Convert a value to text, which Python refuses for very long integers."""
     try:
-        return str(value)
+        return convert(value)
     except ValueError:  # Python refuses to write a number of more than 4,300 digits
         return "a number of very many digits"

@@ -164,5 +164,5 @@ def masked_quadratic(mask):
 
 def write_best(run, **best):
     """Write a best.json that its sha256 fits."""
-    best["sha256"] = hashlib.sha256(repr(best).encode()).hexdigest()
+    best["sha256"] = hashlib.sha256(json.dumps(best).encode()).hexdigest()
     (run / "best.json").write_text(json.dumps(best))
