@@ -113,6 +113,7 @@ def print_plan(base: Settings, presets: dict[str, Settings | None]) -> int:
     Returns the exit code, 0. Raises UserError for unusable data.
     """
     checkpoints.check_writable(Path(base.CHECKPOINT_DIR))  # the prepared data are kept there
+    print_origin(base)  # of a chain, that of its first run
     for s in phase_settings(base):
         if s.PHASES:
             after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""
@@ -165,13 +166,11 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
     data_report, train, val = open_run_data(s)
     print(escape_controls(describe(data_report)))
-    n_val = data_report["val"]["bytes"]
-    train_share = len(train.bytes) / (len(train.bytes) + n_val)
+    train_share = len(train.bytes) / (len(train.bytes) + data_report["val"]["bytes"])
     is_ready = data_report["records"] is None
     sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s, train_share)
     sizes[s.TRAINING_MODE] = len(train.bytes)
     print(f"\nrun: {schedule_summary(s, len(train.bytes))}")
-    print_origin(s)
     if note := passes_note(s, len(train.bytes)):
         print(f"passes: {note}")
     print_needs(s, data_report)

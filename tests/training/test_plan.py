@@ -188,6 +188,8 @@ def test_each_phase_is_planned(tmp_path, capsys):
 def test_weights_that_are_not_there_yet_are_told(tmp_path, capsys):
     out = plan_output(tmp_path, capsys, [record(i) for i in range(40)], "--init-from", "nope")
     assert "start: from the weights of nope, which is not there yet: no run in" in out
+    out = plan_output(tmp_path, capsys, [record(i) for i in range(40)], "--phases", "both:1,full:1")
+    assert "not there yet" not in out  # the first phase will be, once the second begins
 
 
 @pytest.mark.parametrize("eval_freq, times", [(5, 3), (3, 5), (20, 2)])
