@@ -116,32 +116,9 @@ RECORDS_SWEEP = {
         }.items()
     },
     **{
-        f"1 x 4096, {name}": "--beta2 0.95 --block-size 4096 --batch-size 1 --eval-freq 1000 "
-        + flags
-        for name, flags in {
-            "layers 4": "--n-layer 4 --max-iters 10000",
-            "layers 3": "--n-layer 3 --max-iters 13300",
-            "layers 4, noise": "--n-layer 4 --max-iters 10000 --byte-noise 0.05 --dropout-v 0.1",
-            "layers 4, rate 1.5e-3": "--n-layer 4 --max-iters 10000 --learning-rate 1.5e-3",
-            "layers 4, decay 1": "--n-layer 4 --max-iters 10000 --weight-decay 1 "
-            "--ema-decay 0.998 --min-lr-ratio 0.2",
-            "layers 3, longer": "--n-layer 3 --max-iters 16000 --dropout 0.35",
-        }.items()
-    },
-    **{
-        f"{B} x {T}, {name}": f"--n-layer 4 --beta2 0.95 --batch-size {B} --block-size {T} "
-        f"--max-iters 10000 --eval-freq 1000 {flags}"
-        for B, T in ((4, 1024), (2, 2048))
-        for name, flags in {
-            "as it is": "",
-            "average of the last tenth": "--ema-decay 0.9999 --min-lr-ratio 0.2",
-            "falling decay": "",
-            "begin at records": "",
-            "rate 1.5e-3": "--learning-rate 1.5e-3",
-            "layers 3": "--n-layer 3 --max-iters 13300",
-            "layers 3, average of the last tenth": "--n-layer 3 --max-iters 13300 "
-            "--ema-decay 0.9999 --min-lr-ratio 0.2",
-        }.items()
+        f"average of the last tenth, layers {n}": f"--n-layer {n} --max-iters {iters} "
+        "--beta2 0.95 --ema-decay 0.9999 --min-lr-ratio 0.2 --eval-freq 1000"
+        for n, iters in ((4, 10000), (3, 13300))
     },
     "half as long": "--n-layer 4 --beta2 0.95 --max-iters 5000",
     "layers 3": "--n-layer 3 --beta2 0.95 --max-iters 6600",
@@ -392,38 +369,6 @@ JOBS = {
 # ---------------------------------------------------------------------------------- inside of a job
 
 
-def falling_decay():
-    """Make WEIGHT_DECAY twice as high at the peak of the rate, and let it fall with the rate."""
-    import mlx.optimizers as optim
-
-    class FallingDecay(optim.AdamW):
-        def apply_single(self, gradient, parameter, state):
-            lr, peak = self.learning_rate, 1e-3
-            decayed = parameter * (1 - lr * 2 * self.weight_decay * lr / peak)
-            return optim.Adam.apply_single(self, gradient, decayed, state)
-
-    optim.AdamW = FallingDecay
-
-
-def begin_at_records():
-    """Let each block begin at the first record that begins in it or after it."""
-    from bdh_lib.training import batches
-
-    def batch_positions(split, batch_index, s):
-        B, T, n_bytes = s.BATCH_SIZE, s.BLOCK_SIZE, len(split.bytes)
-        blocks = []
-        for block in range(batch_index * B, (batch_index + 1) * B):
-            epoch, i = divmod(block, math.ceil(n_bytes / T))
-            ends, offsets = batches.epoch_order(split, s.SEED, epoch)
-            start = batches.epoch_starts(n_bytes, T, s.SEED, epoch)[i]
-            start = ends[np.searchsorted(ends, start, side="right")]
-            ring = (start + np.arange(T + 1)) % n_bytes
-            blocks.append(ring + offsets[np.searchsorted(ends, ring, side="right")])
-        return np.stack(blocks)
-
-    batches.batch_positions = batch_positions
-
-
 def train(job: dict, work: Path) -> dict:
     """The trainer, phase after phase; the curve of validation nats by iteration over all phases."""
     from mlx.utils import tree_flatten
@@ -431,9 +376,6 @@ def train(job: dict, work: Path) -> dict:
     import bdh_mlx
     import train_mlx
 
-    for change in (falling_decay, begin_at_records):  # what no flag does; each job is a process
-        if job["of"].endswith(change.__name__.replace("_", " ")):
-            change()
     runs = work / "runs" / job_queue.slug(job["name"])
     shutil.rmtree(runs, ignore_errors=True)
     curve, speeds, offset, trained = [], [], 0, 0
