@@ -105,7 +105,7 @@ class BDH(nn.Module):
     ) -> tuple[mx.array, mx.array | None]:
         """Return logits and loss as the class says; `self.compute` says how layers are computed.
 
-        Raises UserError for an idx that is no (B, T).
+        Raises UserError for an idx that is not of shape (B, T).
         """
         check_shape(idx)
         v = ln(self.embed(idx))  # (B, T, D)
@@ -255,4 +255,4 @@ def _infer_config(arrays: dict[str, mx.array], header: dict[str, str], file: Pat
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except ValueError:
-        raise UserError(f"{file}: the model's settings in its header are no JSON") from None
+        raise UserError(f"{file}: the model's settings in its header are not JSON") from None

@@ -81,7 +81,7 @@ def prompt_of(args: argparse.Namespace) -> bytes:
     if args.prompt is not None:
         return parse_escapes(args.prompt)
     if args.prompt_file is None:
-        if sys.stdin.isatty():  # stdout is no terminal, or a session would run
+        if sys.stdin.isatty():  # stdout is not a terminal, or a session would run
             print("the prompt is what is typed here, up to Ctrl-D", file=sys.stderr)
             return read_stream(sys.stdin.buffer, "the prompt on stdin")
         with redirect_stdout(sys.stderr), heartbeat("waiting for the prompt on stdin"):
@@ -119,7 +119,7 @@ def begin_jobs(
 def answer_data(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     """Answer records of --evaluate, write the answers to --out, and print their scores.
 
-    The scores tell how near the answers come to the true responses. Raises UserError where the mode
+    The scores say how near the answers come to the true responses. Raises UserError where the mode
     is not full, and where records or --out cannot be used.
     """
     if (mode := checkpoint.mode) != "full":

@@ -11,7 +11,7 @@ metrics.jsonl, and report.html to look at.
 
 if __name__ == "__main__":
     # This imports the file once more, as a module, and calls its main(): so a mistake in the
-    # settings below is told in one line.
+    # settings below ends in one line.
     from bdh_lib import start
 
     start.run(__file__)

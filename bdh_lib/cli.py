@@ -76,7 +76,7 @@ def run(file: str):
         sys.exit("error: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL")
     open_streams()
     for name in TEMPORARY:
-        if os.environ.get(name) == "":  # it is no value, but MLX would take it for one
+        if os.environ.get(name) == "":  # it is not a value, but MLX would take it for one
             del os.environ[name]
     try:
         try:
@@ -145,20 +145,20 @@ def install_interrupt_handler() -> None:
     from select import select
     from threading import Event, Thread
 
-    heard = Event()
+    answered = Event()
 
     def on_signal(number, frame):
-        heard.set()
+        answered.set()
         raise KeyboardInterrupt
 
     def watch():
         while os.read(read, 4096):
-            if not heard.wait(INTERRUPT_TIMEOUT) and Interrupts.end_the_process:
+            if not answered.wait(INTERRUPT_TIMEOUT) and Interrupts.end_the_process:
                 os.write(2, b"stopped\n")
                 os._exit(INTERRUPTED)
             while select([read], [], [], 0)[0]:
                 os.read(read, 4096)
-            heard.clear()
+            answered.clear()
 
     read, write = os.pipe()
     os.set_blocking(write, False)

@@ -35,7 +35,7 @@ def parse(
 ) -> tuple[Settings, set[str]]:
     """Return the constants, changed by --preset, then by flags; and the names of typed flags.
 
-    rules: of the settings that the script knows; actions: flags that are no settings, with their
+    rules: of the settings that the script knows; actions: flags that are not settings, with their
     help. Raises UserError for a value that no rule admits; argparse reports an unknown flag.
     """
     constants, rules = read_constants(script, rules)
@@ -58,7 +58,7 @@ def read_constants(script: ModuleType, rules: dict[str, Rule]) -> tuple[dict, di
     UserError where one is missing or breaks its rule.
     """
     constants = {name: vars(script)[name] for name in setting_names(script)}
-    for name in rules:  # it may be set below the table, or to what is no setting
+    for name in rules:  # it may be set below the table, or to what is not a setting
         if name not in vars(script):
             raise UserError(f"{name} is not set; put its line back among the constants at the top")
         constants[name] = vars(script)[name]
@@ -84,7 +84,7 @@ def infer_rule(script: ModuleType, name: str) -> Rule:
     value = getattr(script, name)
     try:
         hint = get_type_hints(script).get(name)
-    except Exception:  # a type that is no type is the user's own matter
+    except Exception:  # a wrong type is the user's own matter
         hint = None
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     none = value is None or type(None) in kinds
@@ -252,10 +252,10 @@ def find_typos(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
                 f"{name} is set in lines {' and '.join(lines[name])}; the last one counts"
             )
         elif name not in rules and near:
-            warnings.append(f"{name} is no setting that the trainer reads{near}")
+            warnings.append(f"{name} is not a setting of the trainer{near}")
         elif name.lower() in model_of:
             warnings.append(
-                f"{name} is no setting that the trainer reads; set it in {model_of[name.lower()]}"
+                f"{name} is not a setting of the trainer; set it in {model_of[name.lower()]}"
             )
     return warnings
 

@@ -18,7 +18,7 @@ def find_fonts() -> None:
     The first search forks the process, which can hang once Metal is at work, and takes seconds.
     """
     if sys.platform == "darwin":
-        with suppress(Exception):  # the first report tells what is wrong
+        with suppress(Exception):  # the first report says what is wrong
             import_module("matplotlib.font_manager")
 
 

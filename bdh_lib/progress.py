@@ -15,10 +15,10 @@ POLL = 0.5  # seconds between two looks of a heartbeat at what was shown
 
 
 def is_without_columns(stream: TextIO) -> bool:
-    """Tell whether a terminal tells no size, as that of a serial line: tqdm draws nothing there."""
+    """Return whether a terminal has no size, like a serial line: tqdm draws nothing there."""
     try:
         return not os.get_terminal_size(stream.fileno()).columns
-    except (OSError, AttributeError):  # it is no terminal, or not even a file
+    except (OSError, AttributeError):  # it is not a terminal, or not even a file
         return False
 
 
@@ -38,7 +38,7 @@ class Progress:
         """
         self.what, self.total, self.unit, self.done, self.file = what, total, unit, initial, file
         options = {"unit": f" {unit}", "initial": initial, "leave": False, "delay": DELAY}
-        disable = True if is_without_columns(sys.stderr) else None  # None: where is no terminal
+        disable = True if is_without_columns(sys.stderr) else None  # None: not without a terminal
         self.bar = tqdm(total=total, desc=what, disable=disable, **options)
         self.last_line, self.line_every = time.monotonic(), LINE_EVERY
 

@@ -94,7 +94,7 @@ class CheckedConfig:
         for name in values:
             if name not in fields:
                 near = did_you_mean(name, fields)
-                raise UserError(f"{name} is no field of {cls.__name__}{near}")
+                raise UserError(f"{name} is not a field of {cls.__name__}{near}")
         return super().__new__(cls)
 
     def __post_init__(self):

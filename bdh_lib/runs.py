@@ -54,7 +54,7 @@ def _first_valid(run: Path, checkpoints: list[Path]) -> Path:
 
 
 def _no_weights(path: Path) -> str:
-    """Say why a path that is no file of weights means none, and the way on."""
+    """Say why a path that is not a file of weights means none, and the way on."""
     if path.name.startswith("step-") and path.is_dir():
         return f"{path} lacks its model.safetensors; name its run folder for another one"
     reason = files.absence(path)
@@ -163,7 +163,7 @@ def settings_of(weights: Path) -> dict:
     file = weights.with_name("config.json")
     settings = files.read_json_object(file).get("settings", {})
     if not isinstance(settings, dict):
-        raise UserError(f"{file} is damaged: its settings are no JSON object")
+        raise UserError(f"{file} is damaged: its settings are not a JSON object")
     if is_changed(file):
         raise UserError(f"{file} has changed since it was written (sha256 in manifest.json)")
     return valid_settings(settings)

@@ -123,10 +123,10 @@ def measure_stream(case: dict):
         streams[context] = stream, [], (mx.get_peak_memory() - others) / 1e9
     for _ in range(case["bytes"] // STRETCH):
         for stream, seconds, _ in streams.values():
-            began = time.perf_counter()
+            start = time.perf_counter()
             for _ in islice(stream, STRETCH):
                 pass
-            seconds.append((time.perf_counter() - began) / STRETCH)
+            seconds.append((time.perf_counter() - start) / STRETCH)
     for context, (_, seconds, peak) in streams.items():
         yield {"context": context, "B": B, "seconds": median(seconds), "peak_gb": peak}
 
@@ -138,7 +138,7 @@ def measure_profile(case: dict):
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    torch.zeros(1, device="cuda")  # the profiler needs CUDA begun
+    torch.zeros(1, device="cuda")  # the profiler needs CUDA to be started
     B = case.get("B", 1)
     stream = opened(model, prompt, case["context"], B)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -163,9 +163,9 @@ def measure_prefill(case: dict):
         idx = prompt(1, length)
         mx.eval(idx, prefill(model, idx[:, : 4096 if length > 4096 else 256]))
         mx.reset_peak_memory()
-        began = time.perf_counter()
+        start = time.perf_counter()
         mx.eval(prefill(model, idx))
-        seconds = (time.perf_counter() - began) / length
+        seconds = (time.perf_counter() - start) / length
         yield {"context": length, "B": 1, "seconds": seconds,
                "peak_gb": mx.get_peak_memory() / 1e9}  # fmt: skip
 
@@ -178,12 +178,12 @@ def measure_recompute(case: dict):
     for context in case["contexts"]:
         idx = prompt(1, context)
         mx.eval(model.quadratic(idx[:, :64] if mx.default_device() == mx.cpu else idx))
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(case["bytes"]):
             token = mx.argmax(model.quadratic(idx)[0][:, -1:], -1)
             idx = mx.concatenate([idx[:, 1:], token], 1)
             mx.eval(idx)
-        seconds = (time.perf_counter() - began) / case["bytes"]
+        seconds = (time.perf_counter() - start) / case["bytes"]
         yield {"context": context, "B": 1, "seconds": seconds,
                "peak_gb": mx.get_peak_memory() / 1e9}  # fmt: skip
 
@@ -312,7 +312,7 @@ def main() -> None:
     results = []
     cases = PROFILE if args.only == "profile" else GPU if args.gpu else CPU
     if not (cases := [c for c in cases if args.only in (None, c["kind"])]):
-        parser.error(f"--only {args.only!r} is no kind of case")
+        parser.error(f"--only {args.only!r} is not a kind of case")
     for case in cases:
         for line in run(case | {"model": args.model, "text": args.text}, args.timeout):
             results.append(line)

@@ -2,7 +2,7 @@
 
 A job is a dict with a `name` and the `seconds` it may take. Its process prints JSON objects, one a
 line, which become the job's row; a job that fails costs its row only. At the end of the budget the
-jobs at work get SIGTERM: they stop at their next step and tell what they have.
+jobs at work get SIGTERM: they stop at their next step and report what they have.
 """
 
 import json
@@ -48,10 +48,10 @@ def spread(jobs: list[dict], command, gpus: int, per_gpu: int, minutes: float, o
             _stop([process for _, _, _, process, _ in working])
         for entry in [entry for entry in working if entry[3].poll() is not None]:
             working.remove(entry)
-            job, gpu, needs, process, began = entry
+            job, gpu, needs, process, start = entry
             free[gpu] += needs
             row = job | {"gpu": gpu} | _result(_log(logs, job, "out"), process.returncode)
-            row |= {"seconds": round(time.monotonic() - began, 1), "cut": time_left < 0}
+            row |= {"seconds": round(time.monotonic() - start, 1), "cut": time_left < 0}
             with out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             result = {k: v for k, v in row.items() if k not in job and k != "curve"}

@@ -77,11 +77,11 @@ def timed(step, synchronize, steps: int) -> float:
     """Return the seconds of a step after two that warm up: the median of three times `steps`."""
     seconds = []
     for count in (2, steps, steps, steps):
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(count):
             step()
         synchronize()
-        seconds.append((time.perf_counter() - began) / count)
+        seconds.append((time.perf_counter() - start) / count)
     return statistics.median(seconds[1:])
 
 
@@ -228,10 +228,10 @@ def run_ours(case: dict, steps: int) -> dict:
     import mlx.core as mx
 
     batch = mx.random.randint(0, 256, (2, case["B"], case["T"]))
-    began = time.perf_counter()
+    start = time.perf_counter()
     step(*batch)  # compiles
     mx.synchronize()
-    first = time.perf_counter() - began
+    first = time.perf_counter() - start
     mx.clear_cache()
     mx.reset_peak_memory()
     seconds = timed(lambda: step(*batch), mx.synchronize, steps)

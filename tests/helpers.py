@@ -20,14 +20,14 @@ from bdh_lib.generation.sampling import Sampling
 from bdh_mlx import BDH, BDHConfig, attention_quadratic, save_model
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = Path(__file__).with_name("golden_bdh.safetensors")  # test_model.py tells how it was made
+GOLDEN = Path(__file__).with_name("golden_bdh.safetensors")  # test_model.py says how it was made
 CONFIG = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
 MODEL = "--n-layer 2 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 8 --dropout 0.2"
 SMALL = (
     f"{MODEL} --dataset sample --training-mode full --block-size 64 --batch-size 2 --epochs none"
 )
 QUIET = "--sample-bytes 0 --eval-bytes 500 --log-freq 1 --eval-freq 5 --save-freq 4"
-OFFICIAL = "--ema-decay 0 --weight-decay 0.1 --beta2 0.999"  # a short run is no average
+OFFICIAL = "--ema-decay 0 --weight-decay 0.1 --beta2 0.999"  # an average needs a longer run
 ARGS = (
     f"{SMALL} {QUIET} {OFFICIAL} --warmup-iters 2 --lr-decay-iters 20 --learning-rate 1e-3".split()
 )

@@ -18,7 +18,7 @@ import train_speed
 import bdh_mlx
 from bdh_lib.training import advice
 
-TELL = "import json, sys, time; time.sleep({}); print(json.dumps({{'told': {}}})); sys.exit({})"
+SCRIPT = "import json, sys, time; time.sleep({}); print(json.dumps({{'result': {}}})); sys.exit({})"
 
 
 def spread(tmp_path, pending, minutes=1.0, gpus=2, per_gpu=1):
@@ -26,16 +26,16 @@ def spread(tmp_path, pending, minutes=1.0, gpus=2, per_gpu=1):
         return [
             sys.executable,
             "-c",
-            TELL.format(job.get("sleep", 0), job["tell"], job.get("rc", 0)),
+            SCRIPT.format(job.get("sleep", 0), job["result"], job.get("rc", 0)),
         ]
 
     return job_queue.spread(pending, command, gpus, per_gpu, minutes, tmp_path / "rows.jsonl")
 
 
 def test_jobs_leave_a_row_each_and_are_not_done_twice(tmp_path):
-    pending = [{"name": f"job: {i}", "seconds": 1, "tell": i, "rc": i % 2} for i in range(4)]
+    pending = [{"name": f"job: {i}", "seconds": 1, "result": i, "rc": i % 2} for i in range(4)]
     rows = spread(tmp_path, pending)
-    assert {row["name"]: row["told"] for row in rows} == {f"job: {i}": i for i in range(4)}
+    assert {row["name"]: row["result"] for row in rows} == {f"job: {i}": i for i in range(4)}
     assert [row["name"] for row in rows if "failed" in row] == ["job: 1", "job: 3"]
     assert {row["gpu"] for row in rows} == {0, 1}
     spread(tmp_path, [job | {"rc": 0} for job in pending])
@@ -45,8 +45,8 @@ def test_jobs_leave_a_row_each_and_are_not_done_twice(tmp_path):
 
 
 def test_a_job_that_cannot_end_in_time_is_left_out_and_a_slow_one_stopped(tmp_path, capsys):
-    pending = [{"name": "slow", "seconds": 0.5, "tell": 1, "sleep": 60},
-               {"name": "long", "seconds": 100, "tell": 2}]  # fmt: skip
+    pending = [{"name": "slow", "seconds": 0.5, "result": 1, "sleep": 60},
+               {"name": "long", "seconds": 100, "result": 2}]  # fmt: skip
     rows = spread(tmp_path, pending, minutes=(job_queue.GRACE + 2) / 60)
     assert "the time was up: long" in capsys.readouterr().out
     assert [(row["name"], row["cut"], "failed" in row) for row in rows] == [("slow", True, True)]
@@ -119,7 +119,7 @@ def test_a_flat_model_costs_eight_bits_a_byte():
         (experiments, "plot /no/such a.png", "plot needs a file of rows"),
         (train_speed, "--only bogus", "no step to time"),
         (train_speed, "--steps 0", "no step to time"),
-        (generate_speed, "--only bogus", "'bogus' is no kind of case"),
+        (generate_speed, "--only bogus", "'bogus' is not a kind of case"),
     ],
 )
 def test_a_measurement_that_cannot_be_is_refused(script, flags, complaint, monkeypatch, capsys):

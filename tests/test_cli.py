@@ -268,7 +268,7 @@ def test_ctrl_c_ends_a_script_within_a_call_that_does_not_return(run):
 
 
 def test_several_interrupts_within_one_call_are_one(tmp_path):
-    """Python calls one handler for both: the process that heard it must not be ended later."""
+    """Python calls one handler for both: the process that received it must not be ended later."""
     (tmp_path / "deaf.py").write_text(
         "import os, signal, time\n"
         "def main():\n"

@@ -124,7 +124,7 @@ TRAINING_MODE = "both"  # Change this to: "system", "instruction", "both", or "f
 )""",
     "a smaller model by its name": "BDH_CONFIG = BDHConfig(n_layer=4, n_embd=128, n_head=2)",
 }
-TABLE = "\nACTIONS = {"  # the first line that is no setting
+TABLE = "\nACTIONS = {"  # the first line that is not a setting
 
 
 def copied(folder, edit):
@@ -233,8 +233,8 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
     assert re.search(r"--cooldown-iters int\s+updates at the end \(now 0\)", shown)
     args = [*SMALL.split(), *MODEL.split(), "--block-size", "64", "--checkpoint-dir", str(tmp_path)]
     assert trainer.main(args) == 0
-    told = capsys.readouterr().err
-    assert "warning" not in told and "own settings: COOLDOWN_ITERS, NOTE, RATE, LISTED," in told
+    shown = capsys.readouterr().err
+    assert "warning" not in shown and "own settings: COOLDOWN_ITERS, NOTE, RATE, LISTED," in shown
     (config,) = tmp_path.glob("*/step-000001/config.json")
     kept = json.loads(config.read_text())["settings"]
     assert kept["COOLDOWN_ITERS"] == 0 and kept["LISTED"] == [1, 2] and kept["RATE"] is None
@@ -256,11 +256,11 @@ def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
     [
         (
             "BATCHSIZE = 2",
-            "BATCHSIZE is no setting that the trainer reads; did you mean BATCH_SIZE?",
+            "BATCHSIZE is not a setting of the trainer; did you mean BATCH_SIZE?",
         ),
-        ("batch_size = 2", "batch_size is no setting .*; did you mean BATCH_SIZE?"),
-        ("n_layer = 4", "n_layer is no setting that the trainer reads; set it in BDH_CONFIG"),
-        ("EPOCH = 2", "EPOCH is no setting .*; did you mean EPOCHS?"),
+        ("batch_size = 2", "batch_size is not a setting .*; did you mean BATCH_SIZE?"),
+        ("n_layer = 4", "n_layer is not a setting of the trainer; set it in BDH_CONFIG"),
+        ("EPOCH = 2", "EPOCH is not a setting .*; did you mean EPOCHS?"),
         (
             "KEEP_CHECKPOINTS = 4",
             r"KEEP_CHECKPOINTS is set in lines \d+ and \d+; the last one counts",

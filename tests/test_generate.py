@@ -144,7 +144,7 @@ def test_files_that_cannot_be_read_or_would_be_lost_are_named(counting, tmp_path
     for asked, out, complaint in (
         ("none", "out", "none: No such file or directory"),
         (".", "out", "Is a directory"),
-        ("bad", "out", "bad is no UTF-8"),
+        ("bad", "out", "bad is not UTF-8"),
         ("in", "in", "in exists; name another file"),
         ("loop", "out", "loop: Too many levels of symbolic links"),
         ("in", "loop", "loop cannot be written: Too many levels"),
@@ -191,7 +191,7 @@ def test_the_version_is_a_line(script, capsys):
 def test_what_is_no_file_is_not_evaluated(chaos, tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name in (tmp_path / "pipe.jsonl", "/dev/null"):
-        with pytest.raises(UserError, match="is no regular file; write what it gives to a file"):
+        with pytest.raises(UserError, match="is not a regular file; write what it gives to a file"):
             generate.main([str(chaos), "--evaluate", str(name)])
 
 
@@ -326,7 +326,7 @@ def test_a_checkpoint_that_cannot_be_taken_is_told(tmp_path, capsys):
         runs.find_weights(run)
     assert capsys.readouterr().err == ""
     for name in ("manifest.json", "../best.json"):
-        with pytest.raises(UserError, match=r"it is no .safetensors file"):
+        with pytest.raises(UserError, match=r"it is not a .safetensors file"):
             bdh_mlx.load_model(run / "step-000001" / name)
 
 

@@ -204,7 +204,7 @@ def test_more_neurons_than_an_array_has_places_are_refused():
 def test_an_unknown_field_is_named_with_the_one_that_is_meant():
     with pytest.raises(UserError) as error:
         BDHConfig(n_embd=64, layers=2)
-    assert str(error.value) == "layers is no field of BDHConfig; did you mean n_layer?"
+    assert str(error.value) == "layers is not a field of BDHConfig; did you mean n_layer?"
     assert copy.copy(replace(BDHConfig(), n_layer=2)) == BDHConfig(n_layer=2)
 
 
@@ -251,10 +251,10 @@ BYTE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "no .safetensors file"),
-        (b"# A text\n" * 20, "no .safetensors file"),
-        (json.dumps({"checkpoint": "x"}).encode(), "no .safetensors file"),
-        (header({"a": BYTE})[:-1], "no .safetensors file"),
+        (b"", "not a .safetensors file"),
+        (b"# A text\n" * 20, "not a .safetensors file"),
+        (json.dumps({"checkpoint": "x"}).encode(), "not a .safetensors file"),
+        (header({"a": BYTE})[:-1], "not a .safetensors file"),
         (header({"a": BYTE}), "cannot be read"),
         (header(b"{" * 20000), "cannot be read"),
         (header(b'{"a": \xff}'), "cannot be read"),
@@ -285,9 +285,9 @@ def test_an_array_of_no_dimension_is_no_model(scalar, tmp_path):
     ("header", "fault"),
     [
         ({"n_layer": "1001"}, "n_layer is 1001"),
-        ({"n_layer": "two"}, "in its header are no JSON"),
+        ({"n_layer": "two"}, "in its header are not JSON"),
         ({"dropout": "NaN"}, "dropout is nan"),
-        ({"n_layer": "[" * 10**5}, "in its header are no JSON"),
+        ({"n_layer": "[" * 10**5}, "in its header are not JSON"),
     ],
 )
 def test_a_header_with_an_impossible_setting_names_the_file(header, fault, tmp_path):
@@ -370,8 +370,8 @@ FIRST = ["bdh_mlx", "train_mlx", "generate", "bdh_lib.training.report", "bdh_lib
 
 @pytest.mark.parametrize("first", FIRST)
 def test_what_a_program_begins_with_loads_the_fast_blas_before_mlx(first):
-    tell = "m = list(sys.modules); print(m.index('bdh_lib.compute.blas') < m.index('mlx.core'))"
-    assert python(f"import sys, {first}; {tell}") == "True\n"
+    code = "m = list(sys.modules); print(m.index('bdh_lib.compute.blas') < m.index('mlx.core'))"
+    assert python(f"import sys, {first}; {code}") == "True\n"
 
 
 @pytest.mark.skipif(not blas.is_wanted(), reason="a Mac and CUDA need no BLAS")

@@ -1,4 +1,4 @@
-"""The settings of train_mlx.py: presets, rules, and what wrong values are told."""
+"""The settings of train_mlx.py: presets, rules, and the messages for wrong values."""
 
 import pytest
 from helpers import train

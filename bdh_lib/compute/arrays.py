@@ -17,7 +17,7 @@ def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     Arrays must not overlap or leave bytes unused: the format demands it, and MLX does not check it.
     """
     if not _is_safetensors(file):
-        raise UserError(f"{file} cannot be read: it is no .safetensors file, or cut short")
+        raise UserError(f"{file} cannot be read: it is not a .safetensors file, or cut short")
     try:
         arrays, header = mx.load(str(file), format="safetensors", return_metadata=True)
         mx.eval(arrays)  # mx.load is lazy: read now, or a later change of the file is read

@@ -1,4 +1,4 @@
-"""What memory can be had, and what a training step needs in each MEMORY_MODE.
+"""How much memory is free, and what a training step needs in each MEMORY_MODE.
 
 The estimate of a step is the sum of what the forward pass saves, what one segment needs while it
 is computed, and the parameters with their gradients and moments.

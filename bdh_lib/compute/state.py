@@ -102,19 +102,19 @@ def prefill(
 
 
 def check_model(model) -> None:
-    """Raise UserError for an object that is no model."""
+    """Raise UserError for an object that is not a model."""
     if not hasattr(model, "encoder_v"):
         raise UserError(f"the model is of type {type(model).__name__}; it must be a BDH")
 
 
 def check_shape(idx: mx.array | np.ndarray) -> None:
-    """Raise UserError if idx is no (B, T) of at least one byte."""
+    """Raise UserError if idx is not of shape (B, T) of at least one byte."""
     if idx.ndim != 2 or 0 in idx.shape:
         raise UserError(f"the bytes have shape {idx.shape}; it must be (B, T) with T at least 1")
 
 
 def check_prompt(model, idx) -> mx.array:
-    """Convert idx (B, T >= 1) to an MLX array. Raises UserError if it is no batch of bytes."""
+    """Convert idx (B, T >= 1) to an MLX array. Raises UserError if it is not a batch of bytes."""
     check_model(model)
     if not isinstance(idx, mx.array | np.ndarray):
         raise UserError(
@@ -134,7 +134,7 @@ def check_prompt(model, idx) -> mx.array:
 
 
 def check_state(model, state: State | None) -> None:
-    """Raise UserError if `state` is no State, or a state of a model of another shape."""
+    """Raise UserError if `state` is not a State, or a state of a model of another shape."""
     if state is None:
         return
     if not isinstance(state, State):

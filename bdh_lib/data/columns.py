@@ -74,7 +74,7 @@ class Parsed(NamedTuple):
 
 
 def parse_columns(columns: str | None) -> dict[str, str]:
-    """Return the column by field of COLUMNS, as in "instruction=query,context=": "" is no column.
+    """Return the column by field of COLUMNS, as in "instruction=query,context=", where "" is none.
 
     Raises UserError.
     """
@@ -257,7 +257,7 @@ def _is_choice(response, choices) -> bool:
 
 
 def _parse_history(value) -> list[tuple[str, str]]:
-    """Return the turns of pairs of a question and a reply; none where one of them is no text."""
+    """Return the turns of pairs of a question and a reply; none where one of them is not text."""
     pairs = value if isinstance(value, list) else []
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         return []
@@ -331,7 +331,7 @@ def _columns_or_parts(record: dict, parsed: Parsed) -> Iterator[tuple[str, objec
 
 
 def _size(value) -> int:
-    """Return the bytes of a value, which is JSON where it is no text; 0 where nothing is there."""
+    """Return the bytes of a value, which is JSON where it is not text; 0 where nothing is there."""
     if is_absent(value):
         return 0
     text = value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,4 +1,4 @@
-"""What is told of a data set: its structure, what is left out, the split, and what has changed."""
+"""What is printed about a data set: its structure, omissions, split and changes."""
 
 from bdh_lib.data.chats import ROLES_BY_FIELD
 from bdh_lib.data.columns import ALIASES
@@ -41,7 +41,9 @@ def _other_columns(report: dict) -> list[str]:
 def cannot_serve(report: dict) -> str:
     """Say why a data set has no text in a mode, and the ways on."""
     mode, fields = report["mode"], report["fields"]
-    unused = [name for name in report["unused"] if "[]." not in name]  # a key of turns is no column
+    unused = [
+        name for name in report["unused"] if "[]." not in name
+    ]  # a key of turns is not a column
     if not report["records"]:
         return f"DATASET {report['dataset']} is empty: it has no record"
     lacking = [f for f in needed_fields(mode) if f not in fields]

@@ -128,7 +128,7 @@ def format_example(record: dict, mode: str) -> str:
 
 
 def format_prompt(turns: Turns, mode: str) -> str:
-    """Return the training text of a record up to its last instruction: what a model goes on with.
+    """Return the training text of a record up to its last instruction, which a model continues.
 
     In `full` the header of a response follows. In `both` the text has the last system text alone.
     """

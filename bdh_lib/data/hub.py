@@ -44,7 +44,7 @@ def _no_name(dataset: str) -> UserError:
 
 
 def commit(dataset: str) -> str | None:
-    """Return the commit that a name on the hub means now, or None where the hub does not tell."""
+    """Return the commit that a name on the hub means now, or None where the hub does not say."""
     name, _, revision, _ = parse_name(dataset)
     is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
     return revision if is_commit else _ask(name, revision)
@@ -52,7 +52,7 @@ def commit(dataset: str) -> str | None:
 
 @lru_cache  # a run reads one commit, and a hub that hangs is asked once
 def _ask(name: str, revision: str | None) -> str | None:
-    """Return the commit of a revision, None where the hub does not tell.
+    """Return the commit of a revision, None where the hub does not say.
 
     A hub that does not answer is not asked again by this process.
     """
@@ -61,7 +61,7 @@ def _ask(name: str, revision: str | None) -> str | None:
 
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT).sha
-    except (HfHubHTTPError, ValueError):  # it answers: `load_dataset` tells what is wrong
+    except (HfHubHTTPError, ValueError):  # it answers: `load_dataset` says what is wrong
         return None
     except Exception as error:  # several libraries have errors of their own
         constants.HF_HUB_OFFLINE |= not _is_local(error)
@@ -88,7 +88,7 @@ def load(dataset: str) -> dict:
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
     if constants.HF_HUB_OFFLINE and not os.environ.get("HF_HUB_OFFLINE"):
         warn("the hub is out of reach; looking in the cache of earlier downloads")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries, told as one error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries are one error
     try:
         loaded = datasets.load_dataset(name, config, revision=sha, split=split)
     except Exception as error:  # several libraries have errors of their own
@@ -125,7 +125,7 @@ def download_model(name: str) -> Path:
     except errors.RepositoryNotFoundError:
         reason = "is not on the hub, or private there: `hf auth login`"
     except errors.HFValidationError:
-        reason = "is no name of a model, which looks like hf:user/name or hf:user/name@revision"
+        reason = "is not a name of a model, which looks like hf:user/name or hf:user/name@revision"
     except Exception as error:  # several libraries have errors of their own
         text = " ".join(str(error).split())
         reason = f"is not in the cache, and the hub is out of reach ({_unreached(text)})"
@@ -149,7 +149,7 @@ def _user_error(dataset: str, error: Exception) -> Exception:
     if isinstance(error, HFValidationError):  # the hub allows fewer names than NAME
         return _no_name(dataset)
     if isinstance(error, DatasetNotFoundError):
-        unknown = "is no file or folder here, and not on the hub, or private there"
+        unknown = "is not a file or folder here, and not on the hub, or private there"
         what = "is gated: ask for access on its page" if "gated" in reason else unknown
     elif isinstance(error, DataFilesNotFoundError):
         what = "on the hub holds no data file of a known kind"
@@ -160,14 +160,14 @@ def _user_error(dataset: str, error: Exception) -> Exception:
         )
         return UserError(f"DATASET {name} {what}")
     elif isinstance(error, OSError):
-        what = f"is no file or folder here, and the hub is out of reach ({_unreached(reason)})"
+        what = f"is not a file or folder here, and the hub is out of reach ({_unreached(reason)})"
     else:
         what = _explain(name, reason)
     return UserError(f"DATASET {name} {what}. {ALTERNATIVES}")
 
 
 def _unreached(reason: str) -> str:
-    """Return why the hub is out of reach, as it was told when the hub was asked first."""
+    """Return why the hub is out of reach: the reason that the first request found."""
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE

@@ -68,7 +68,7 @@ def read_file(file: Path) -> Iterator[dict | list | str]:
         cause = error.__cause__ or error
         reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:300]
         if isinstance(cause, UnicodeDecodeError):
-            reason = f"it is no whole {cause.encoding}; save it as UTF-8"
+            reason = f"it is not a whole {cause.encoding}; save it as UTF-8"
         raise UserError(f"DATASET {file} cannot be read as {kind}: {reason}") from None
     if encoding.is_not_utf8:
         raise UserError(f"DATASET {file} {encoding.advice(file)}")
@@ -91,7 +91,7 @@ def _check_signature(raw: BinaryIO, kind: str) -> None:
 
 
 class Encoding:
-    """What the lines of a file tell of its encoding, which is UTF-8 or told by a mark.
+    """The encoding of the lines of a file: UTF-8, or what a byte order mark names.
 
     Bytes that are not UTF-8 come as lone surrogates, which no valid UTF-8 holds.
     """
@@ -121,7 +121,7 @@ class Encoding:
         """Return what the encoding is likely to be, and how to convert the file."""
         controls = sum(c < " " and c not in "\t\r\n\f" for c in self.sample)
         if controls > len(self.sample) / 50:
-            return "is no text: it holds control characters and bytes that are not UTF-8"
+            return "is not text: it holds control characters and bytes that are not UTF-8"
         high = [b >= 0x80 for b in self.sample.encode("utf-8", "surrogateescape")]
         alone = sum(a and not b for a, b in zip(high, [*high[1:], False], strict=True))
         if 2 * alone > sum(high):  # accents among other letters
@@ -221,7 +221,7 @@ def _parse_json(
 ) -> Iterator[dict | list | str]:
     """Read a line for each record, or one document over several lines. Raises ValueError.
 
-    A file that `is_lines` by its name is read as lines where it is no document either.
+    A file that `is_lines` by its name is read as lines where it is not a document either.
     """
     lines = iter(lines)
     start = [*_first_lines(lines, 2)]

@@ -119,14 +119,14 @@ def _made_at(folder: Path) -> float:
 
 
 def _newest(cache: Path, settings: DataSettings) -> Path | None:
-    """Return the newest prepared data of a name on the hub, whose commit the hub does not tell."""
+    """Return the newest prepared data of a name on the hub, whose commit the hub does not say."""
     for folder in sorted((f.parent for f in cache.glob("*/data.json")), key=_made_at, reverse=True):
         if is_intact(folder):
             report = parse_json((folder / "data.json").read_text())
             if report.get("made_from") == settings.as_dict():
                 when = time.strftime("%Y-%m-%d", time.localtime(_made_at(folder)))
                 print(
-                    f"the hub does not tell of DATASET {report['dataset']}; taking what was "
+                    f"the hub does not answer for DATASET {report['dataset']}; taking what was "
                     f"prepared on {when} of commit {report['commit'] or 'unknown'}"
                 )
                 return folder

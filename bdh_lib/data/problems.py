@@ -21,7 +21,7 @@ from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
 
 HEADER = re.compile(r"^### (System|Instruction|Response):", re.MULTILINE)
-TOKENS = re.compile(  # special tokens of other models' chats, and places of what is no text
+TOKENS = re.compile(  # special tokens of other models' chats, and places of what is not text
     r"<\|(im_start|im_end|endoftext|eot_id|start_header_id|user|assistant|system)\|>"
     r"|\[/?INST\]|<</?SYS>>|</?s>|<(start|end)_of_turn>|<(image|audio|video)>"
 )

@@ -18,7 +18,7 @@ from bdh_lib.progress import counted
 SAMPLE = Path(__file__).with_name("sample.jsonl")
 # a folder with these is used as it is
 PREPARED_FILES = ("train.bin", "val.bin", "train.fields", "val.fields")
-WRITTEN_HERE = (  # names that tell a CHECKPOINT_DIR, a run, a model
+WRITTEN_HERE = (  # names found in a CHECKPOINT_DIR, a run, a model
     (".data/.lock",),
     ("metrics.jsonl", "config.json"),
     ("model.safetensors",),
@@ -117,7 +117,7 @@ def split_of(name: Path | str) -> str | None:
 
 
 def open_source(dataset: str) -> Source:
-    """Find the parts of a data set. Raises UserError where they cannot be told apart."""
+    """Find the parts of a data set. Raises UserError where it is not clear what they are."""
     path = expand_user(dataset, "DATASET")
     if dataset == "sample" or _kind(path) != stat.S_IFDIR:
         files = find(dataset)
@@ -195,7 +195,7 @@ def _unreadable(error: OSError) -> None:
 def _check_regular(file: Path) -> None:
     """Raise UserError for a pipe, a socket or a device, which cannot be read twice."""
     if _kind(file) != stat.S_IFREG:
-        raise UserError(f"DATASET {file} is no regular file; write what it gives to a file")
+        raise UserError(f"DATASET {file} is not a regular file; write what it gives to a file")
 
 
 def _ready_files(folder: Path) -> list[Path]:

@@ -86,7 +86,7 @@ def _copy_parts(source, parts: Iterable, separator: bytes, target: Path) -> tupl
 
 
 def record_ends(folder: Path, side: str) -> np.ndarray | None:
-    """Return where each record of a side of prepared data ends; a ready split does not tell."""
+    """Return where each record of a side of prepared data ends; None for a ready split."""
     file = folder / ENDS.format(side=side)
     return np.load(file) if file.is_file() else None
 

@@ -43,7 +43,7 @@ HELP = '''/system TEXT  system text of the turns to come; without TEXT they have
 
 
 def enable_line_editing() -> bool:
-    """Give input() line editing and a history; tell whether pasted lines become one input."""
+    """Give input() line editing and a history; return whether pasted lines become one input."""
     try:
         import readline
     except ImportError:  # some Pythons have none; input() works without
@@ -151,7 +151,7 @@ class Session:
             try:
                 sampling = replace(self.decoding.sampling, temperature=float(argument))
             except (ValueError, UserError) as error:
-                reason = error if isinstance(error, UserError) else f"{argument!r} is no number"
+                reason = error if isinstance(error, UserError) else f"{argument!r} is not a number"
                 raise UserError(f"/temp: {reason}") from None
             self.decoding = self.decoding._replace(sampling=sampling)
             print(f"temperature: {sampling.temperature:g}")
@@ -164,7 +164,7 @@ class Session:
         elif name == "/help":
             print(HELP)
         else:
-            raise UserError(f"{name} is no command; /help lists them")
+            raise UserError(f"{name} is not a command; /help lists them")
 
     def save(self, name: str) -> None:
         """Write the session's text, or the state after it, to a file. Raises UserError."""

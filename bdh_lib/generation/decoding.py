@@ -208,8 +208,8 @@ def complete_prompts(decoding: Decoding, prompts: Sequence[str], stop) -> Iterat
     keys = mx.random.split(decoding.key, len(prompts))
     for prompt, key in zip(prompts, keys, strict=True):
         idx = pad_batch([prompt.encode()])
-        begun = read_prompt(model, idx, decoding.start)
-        tokens = stream(decoding._replace(key=key), *begun, idx)
+        prefilled = read_prompt(model, idx, decoding.start)
+        tokens = stream(decoding._replace(key=key), *prefilled, idx)
         drawn = takewhile(lambda _: not stop.requested, islice(tokens, decoding.max_new_tokens))
         text = decode_text(prompt.encode() + bytes(token for (token,), _ in drawn))
         if stop.requested:

@@ -129,7 +129,7 @@ def _new_folder(folder: Path) -> Iterator[None]:
 
 
 def model_card(config: BDHConfig, checkpoint: Path, name: str) -> str:
-    """Return the card of a model called `name`, from what the checkpoint's folder tells."""
+    """Return the card of a model called `name`, from what is in the checkpoint's folder."""
     card_facts, settings = facts(checkpoint)
     card_facts["shape"] = ", ".join(f"{k} {v}" for k, v in asdict(config).items())
     rows = (f"| {k} | {escape_controls(str(v)).translate(CELL)} |" for k, v in card_facts.items())

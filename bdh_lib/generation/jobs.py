@@ -64,7 +64,7 @@ def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = N
     try:
         text = files.read_endable(file, "--prompts").decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {file} is no UTF-8: {error.reason}") from None
+        raise UserError(f"--prompts {file} is not UTF-8: {error.reason}") from None
     jobs = []
     for number, line in enumerate(io.StringIO(text, newline=None), 1):  # any line end is a line's
         if not line.strip():
@@ -220,7 +220,7 @@ def remaining_jobs(jobs: list[Job], out: Path | None, source: str) -> list[Job]:
             del remaining[id(jobs_by_key[result_key(line, of_text)].pop(0))]
         except (ValueError, RecursionError, LookupError, TypeError):
             raise UserError(
-                f"--out {out} exists, and its line {number} is no answer of this command to "
+                f"--out {out} exists, and its line {number} is not an answer of this command to "
                 "these prompts; name another file, or remove it"
             ) from None
     if partial:

@@ -26,7 +26,7 @@ def check_state_file(path: str | Path) -> Path:
     if (path := files.expand_user(path, "the path of a state")).suffix != ".safetensors":
         raise UserError(f"{path} not saved: name a .safetensors file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path} not saved: {path.parent} is no folder that can be written to")
+        raise UserError(f"{path} not saved: {path.parent} is not a folder that can be written to")
     if path.exists() and not _is_state(path):  # weights, say
         raise UserError(f"{path} not saved: it exists and holds no state; name another file")
     return path
@@ -63,7 +63,7 @@ def load_state(path: str | Path, model: BDH) -> State:
     """Load what `save_state` wrote. Raises UserError if it is damaged or another model's."""
     path = files.expand_user(path, "the path of a state")
     if not path.is_file():
-        reason = "it is no regular file" if path.exists() else "there is no such file"
+        reason = "it is not a regular file" if path.exists() else "there is no such file"
         reason = "it is a folder" if path.is_dir() else reason
         raise UserError(f"{path} cannot be read: {reason}")
     arrays, header = read_arrays(path)
@@ -90,7 +90,7 @@ def _parse_header(path: Path, header: dict[str, str]) -> dict:
     kind, position, window, count = map(header.get, ("format", "position", "window", "parts"))
     valid = all(type(n) is int and n >= 0 for n in (position, window or 0))
     if kind != STATE_FORMAT or not valid or count not in range(WINDOW_PARTS + 1):
-        raise UserError(f"{path} is no state file ({STATE_FORMAT!r} in its header)")
+        raise UserError(f"{path} is not a state file ({STATE_FORMAT!r} in its header)")
     return header
 
 

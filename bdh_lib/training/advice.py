@@ -73,7 +73,7 @@ def advise(
     val = {m["step"]: m["monitored_loss"] for m in history if "monitored_loss" in m}
     lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]
              for a, b in pairwise([0, *(step for step in val if step)])}  # fmt: skip
-    if len(val) < 2 or not all(lines.values()):  # LOG_FREQ above EVAL_FREQ tells too little
+    if len(val) < 2 or not all(lines.values()):  # LOG_FREQ above EVAL_FREQ shows too little
         return {}
     run = SimpleNamespace(
         val=val,

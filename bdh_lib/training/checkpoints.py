@@ -53,7 +53,7 @@ def refuse_in_the_way(run: Path, step: int) -> None:
         is_folder = path.is_dir() and not path.is_symlink()
         if path.name[5:].isdecimal() and int(path.name[5:]) > step and not is_folder:
             raise UserError(
-                f"{path} is in the way of a checkpoint, as it is no folder; remove or rename it"
+                f"{path} is in the way of a checkpoint, as it is not a folder; remove or rename it"
             )
 
 
@@ -236,7 +236,7 @@ def find_corruption(checkpoint: Path) -> str | None:
     if not isinstance(config, dict) or "step" not in config:
         return NOT_AS_WRITTEN
     if config["step"] != int(checkpoint.name[5:]):
-        return "config.json tells another step"
+        return "config.json names another step"
     missing = NEEDED - manifest.keys()
     return f"manifest.json lacks {', '.join(sorted(missing))}" if missing else None
 
@@ -279,7 +279,7 @@ def newest_valid(run: Path) -> int:
 
 
 def load(run: Path, step: int, state: TrainState) -> None:
-    """Put the checkpoint of `step` into `state`, as `save` had it, before the step is compiled."""
+    """Put the checkpoint of `step`, as saved, into `state`, before the step is compiled."""
     (model, optimizer, raw), source = state, checkpoint_folder(run, step)
     weights = _arrays_like(model.parameters(), source / "model.safetensors")
     optimizer.state = _arrays_like(optimizer.state, source / "optimizer.safetensors")

@@ -32,7 +32,7 @@ def select_mode(s: Settings) -> tuple[str, Compute, float]:
     need = f"about {peak / 1e9:,.1f} GB" if math.isfinite(peak) else "arrays of 2^31 elements"
     raise UserError(
         f"a step on {s.BATCH_SIZE:,} blocks of {s.BLOCK_SIZE:,} bytes needs {need}, "
-        f"{memory.available() / 1e9:,.1f} GB can be had. {what_fits(s)}. "
+        f"{memory.available() / 1e9:,.1f} GB are available. {what_fits(s)}. "
         "--ignore-memory-check starts all the same"
     )
 

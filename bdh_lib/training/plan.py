@@ -92,7 +92,7 @@ def time_iterations(s: Settings, train: Split, compute: Compute) -> Iterator[tup
     losses_of = compile_losses(state.model)
     for i in range(4):
         batch = get_batch(train, i, s, s.BATCH_SIZE * s.BLOCK_SIZE)
-        began = time.perf_counter()
+        start = time.perf_counter()
         with default_signals():
             loss, gradients = micro_step(*batch)
         mx.eval(loss, gradients)
@@ -103,8 +103,8 @@ def time_iterations(s: Settings, train: Split, compute: Compute) -> Iterator[tup
             losses = losses_of(batch.idx, batch.targets)
         mx.eval(losses)
         ended = time.perf_counter()
-        print(f"  iteration {i + 1} of 4: {updated - began:,.1f} s", flush=True)
-        yield computed - began, updated - computed, ended - updated
+        print(f"  iteration {i + 1} of 4: {updated - start:,.1f} s", flush=True)
+        yield computed - start, updated - computed, ended - updated
 
 
 def print_plan(base: Settings, presets: dict[str, Settings | None]) -> int:
@@ -189,7 +189,7 @@ def print_needs(s: Settings, data_report: dict) -> None:
     all_bytes = (s.KEEP_CHECKPOINTS + 2) * each  # the best, and one being written
     print(f"model: {n:,} parameters, on {mx.default_device()}")
     print(
-        f"memory: {', '.join(f'{k} {gb:,.2f} GB' for k, gb in estimates)}; {fits:,.1f} GB to be had"
+        f"memory: {', '.join(f'{k} {gb:,.2f} GB' for k, gb in estimates)}; {fits:,.1f} GB available"
     )
     n_bytes = data_report["train"]["bytes"] + data_report["val"]["bytes"]
     prepared = 2 * n_bytes  # bytes, and a field for each

@@ -45,7 +45,7 @@ def _no_run(run: Path) -> str:
     if (log := run / "metrics.jsonl").exists() and not log.stat().st_size:
         return f"{log} is empty: the run has not been evaluated yet"
     if log.exists():
-        return f"{run / 'metrics.jsonl'} is damaged: it is no log of a run"
+        return f"{run / 'metrics.jsonl'} is damaged: it is not a log of a run"
     runs = sorted(file.parent.name for file in run.glob("*/metrics.jsonl"))
     remedy = f"one or more of the runs in it: {', '.join(runs)}" if runs else "the folder of a run"
     return f"{run} holds no metrics.jsonl; name {remedy}"

@@ -77,7 +77,7 @@ class RunLog:
         """
         lines = read_log(self.path)
         if step and not self.path.exists():
-            warn(f"{self.path} is gone; what it told up to iteration {step:,} is lost")
+            warn(f"{self.path} is gone; its lines up to iteration {step:,} are lost")
         elif self.path.exists() and self.path.read_bytes().count(b"\n") > len(lines):
             aside = self.path.rename(checkpoints.free_path(self.run, "damaged-metrics.jsonl"))
             warn(f"lines of {self.path} are not what was written; kept as {aside.name}")

@@ -288,7 +288,7 @@ def run_checks(dtype: str = "auto") -> int:
     print(f"{mx.default_device()}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     if sys.platform == "darwin":
         print(about_mac(platform.mac_ver()[0], mx.device_info(mx.gpu).get("device_name", "no GPU")))
-    failed, began = [], time.perf_counter()
+    failed, start = [], time.perf_counter()
     for name, check in CHECKS.items():
         try:
             with heartbeat(name):
@@ -304,7 +304,7 @@ def run_checks(dtype: str = "auto") -> int:
     if memory.on_gpu() and AS_TRAINED.keys() & failed:
         print(WAY_ON)
     verdict = f"{len(failed)} of {len(CHECKS)} FAILED" if failed else "all hold"
-    print(f"{verdict}, in {time.perf_counter() - began:.1f} s")
+    print(f"{verdict}, in {time.perf_counter() - start:.1f} s")
     return int(bool(failed))
 
 

@@ -47,11 +47,13 @@ class StopSignal:
 
     def watch(self, read: int) -> None:
         """Answer each signal in a thread, since Python calls no handler while MLX computes."""
-        heard = 0
+        n_signals = 0
         while number := os.read(read, 1):
-            heard += 1
-            if heard > 1 or not self.has_work_to_save:
-                why = "at the second signal" if heard > 1 else "before there was new work to save"
+            n_signals += 1
+            if n_signals > 1 or not self.has_work_to_save:
+                why = (
+                    "at the second signal" if n_signals > 1 else "before there was new work to save"
+                )
                 with suppress(OSError):  # nobody reads
                     os.write(2, f"stopped {why}\n".encode())
                 os._exit(128 + number[0])  # nothing saved can be lost by this
@@ -64,6 +66,6 @@ class StopSignal:
         return nullcontext() if self.has_work_to_save else default_signals()
 
     def sync(self):
-        """Take over what any process has heard; called by all of them at once."""
+        """Share the signal that any process received; all of them call it at once."""
         if self.world.size > 1:
             self.requested = max(self.world.all_gather_object(self.received))

@@ -138,7 +138,7 @@ def select(s: Settings, by: str, choice: dict) -> Selection:
         label, peak = f"{choice['mode']} {by}{sizes}", memory_plan.step_peak(s, compute)
         if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
             return Selection(label, by, compute, peak)
-        print(f"memory: {label} needs {peak / 1e9:,.2f} GB, more than can be had; taking what fits")
+        print(f"memory: {label} needs {peak / 1e9:,.2f} GB, too much; taking what fits")
     mode, compute, peak = memory_plan.select_mode(s)
     return Selection(mode, "", replace(compute, **as_before), peak)
 
@@ -172,12 +172,12 @@ class TimedSteps:
 
     def seconds(self, compute: Compute, B: int, T: int) -> float:
         """Return the seconds of the faster of two steps on blocks (B, T); the first compiles."""
-        began = time.monotonic()
+        start = time.monotonic()
         memory.set_limit(memory_plan.step_peak(self.s, compute), compute)
         mx.reset_peak_memory()
         best = min(self.step(compute, B, T) for _ in range(2))
         self.peaks[compute] = max(mx.get_peak_memory(), self.peaks.get(compute, 0))
-        self.longest = max(self.longest, time.monotonic() - began)
+        self.longest = max(self.longest, time.monotonic() - start)
         return best
 
     def step(self, compute: Compute, B: int, T: int) -> float:
@@ -188,12 +188,12 @@ class TimedSteps:
         micro_step, apply_update = self.compiled[compute]
         batch, weights = mx.random.randint(0, 256, (2, B, T)), mx.full((B, T), 1 / (B * T))
         mx.eval(batch, weights)
-        began = time.perf_counter()
+        start = time.perf_counter()
         with default_signals():
             loss, gradients = micro_step(*batch, weights, mx.random.key(0))
         mx.eval(loss, gradients)
         mx.eval(apply_update(loss, gradients), self.state.arrays())
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
 
 def adjacent_sizes(n: int) -> tuple[int, int]:
@@ -282,7 +282,7 @@ def is_faster(seconds: list[float], baseline: list[float]) -> bool:
 def tune(s: Settings) -> int:
     """Search, print a table and keep the winner.
 
-    Returns the exit code, 0. Raises UserError where a search is no use.
+    Returns the exit code, 0. Raises UserError where a search is of no use.
     """
     if s.MEMORY_MODE != "auto":
         raise UserError(f"MEMORY_MODE is {s.MEMORY_MODE!r}; --tune is for 'auto': set it to that")

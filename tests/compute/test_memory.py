@@ -61,7 +61,7 @@ def test_what_cannot_be_read_is_no_limit(groups, tmp_path, content):
     assert memory.cgroup_rooms(tmp_path / "own") == [math.inf]
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux tells its memory there")
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux alone has it")
 def test_available_is_what_the_limit_leaves(monkeypatch):
     monkeypatch.setattr(memory, "on_gpu", lambda: False)
     monkeypatch.setattr(memory, "cgroup_rooms", lambda: [math.inf])
@@ -89,7 +89,7 @@ Pages occupied by compressor:            442179.
 
 @pytest.fixture
 def mac(monkeypatch):
-    """Stands for a Mac: gives the bytes to be had by what vm_stat prints, or an error of it."""
+    """Stands for a Mac: gives the free bytes by what vm_stat prints, or an error of it."""
 
     def available(vm_stat, working_set=12e9):
         def run(command, **options):

@@ -234,7 +234,7 @@ def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
         (len(whole) - 1, "has changed since it was written"),
         (len(whole) // 2, "has changed since it was written"),
         (position, "has changed since it was written"),  # 30 for 20
-        (whole.index(b'"window":"null"') + 10, "no state file"),
+        (whole.index(b'"window":"null"') + 10, "not a state file"),
     ):
         changed = bytearray(whole)
         changed[flipped] ^= 1
@@ -244,15 +244,15 @@ def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
     header |= {"position": "20"}
     for name, wrong, output in (
         ("model", "null", "damaged"),
-        ("position", "[" * 10**5, "no state file"),
-        ("parts", "1e999", "no state file"),
-        ("window", "true", "no state file"),
+        ("position", "[" * 10**5, "not a state file"),
+        ("parts", "1e999", "not a state file"),
+        ("window", "true", "not a state file"),
     ):
         mx.save_safetensors(str(file), arrays, metadata=header | {name: wrong})
         with pytest.raises(UserError, match=output):
             states.load_state(file, model)
     bdh_mlx.save_model(model, file)
-    with pytest.raises(UserError, match="no state file"):
+    with pytest.raises(UserError, match="not a state file"):
         states.load_state(file, model)
     file.write_bytes(b"x")
     with pytest.raises(UserError, match="cannot be read"):
@@ -309,7 +309,7 @@ def test_a_link_to_a_model_stays_a_link(tmp_path):
 def test_a_state_of_no_byte_is_not_saved_and_a_folder_not_loaded(tmp_path):
     with pytest.raises(UserError, match="the state is of no byte"):
         states.save_state(tmp_path / "s.safetensors", random_model(), State())
-    with pytest.raises(UserError, match="it is no regular file"):
+    with pytest.raises(UserError, match="it is not a regular file"):
         states.load_state("/dev/null", random_model())
     with pytest.raises(UserError, match="it is a folder"):
         states.load_state(tmp_path, random_model())

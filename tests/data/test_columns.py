@@ -115,11 +115,11 @@ RECORDS = {
         },
         [INSTRUCTION, RESPONSE],
     ),
-    "JSON that is no chat": (
+    "JSON that is not a chat": (
         {"prompt": "q", "completion": '[{"from": "Rome", "value": 5}]'},
         [INSTRUCTION, ("response", '[{"from": "Rome", "value": 5}]')],
     ),
-    "brackets that are no JSON": (
+    "brackets that are not JSON": (
         {"prompt": "[" * 100_000, "completion": "{a}"},
         [("instruction", "[" * 100_000), ("response", "{a}")],
     ),

@@ -27,12 +27,12 @@ def test_splits_that_are_given_are_used(tmp_path, val, names):
     sides = [(files / f"{side}.bin").read_text() for side in ("train", "val")]
     assert [side.count("train q") for side in sides] == [20, 0]
     assert [side.count("val q") for side in sides] == [0, 5]
-    told = describe(report)
-    assert "validation, as given: 5 records" in told and "say little of the loss" in told
+    printed = describe(report)
+    assert "validation, as given: 5 records" in printed and "say little of the loss" in printed
     report["val"]["bytes"] = 1000
     assert "say little of the loss" not in describe(report)
-    assert f"not read: the test split, {Path(names.format('test')).name}" in told
-    assert f"--evaluate {folder}#test" in told
+    assert f"not read: the test split, {Path(names.format('test')).name}" in printed
+    assert f"--evaluate {folder}#test" in printed
     about, stream, _ = load_unsplit(f"{folder}#test", "full", tmp_path)
     assert about["records"] == 5 and b"test q3" in stream.tobytes()
     about, stream, _ = load_unsplit(str(folder), "full", tmp_path)

@@ -73,9 +73,9 @@ def hub(monkeypatch):
         (datasets.exceptions.DatasetNotFoundError("x is a gated dataset on the Hub."), "is gated"),
         (
             datasets.exceptions.DatasetNotFoundError("Dataset x doesn't exist"),
-            "no file or folder here, and not on the hub",
+            "not a file or folder here, and not on the hub",
         ),
-        (ConnectionError("Couldn't reach x"), "no file or folder here.*out of reach"),
+        (ConnectionError("Couldn't reach x"), "not a file or folder here.*out of reach"),
         (ValueError('Unknown split "tset". Should be one of [train]'), "Unknown split"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_hub_that_does_not_tell_leaves_the_newest_prepared_data(hub, tmp_path,
     capsys.readouterr()
     assert prepare("user/name", tmp_path)[0]["commit"] == NEW
     assert capsys.readouterr().out == (
-        "the hub does not tell of DATASET user/name; taking what was prepared on 2001-09-09 of "
+        "the hub does not answer for DATASET user/name; taking what was prepared on 2001-09-09 of "
         f"commit {NEW}\n"
     )
 

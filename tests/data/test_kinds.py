@@ -232,7 +232,7 @@ REFUSED = {
         f"zeros.{kind}": (bytes(4000), "filled with zero bytes") for kind in ("jsonl", "csv", "txt")
     },
     **{
-        f"noise.{kind}": (np.random.default_rng(0).bytes(5000), "is no text")
+        f"noise.{kind}": (np.random.default_rng(0).bytes(5000), "is not text")
         for kind in ("jsonl", "json", "txt")
     },
     "unmarked.jsonl": (jsonl(*rows(asked)).encode("utf-16-le"), "UTF-16 without its mark"),

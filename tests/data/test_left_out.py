@@ -1,4 +1,4 @@
-"""What is not trained on is told, and columns of other names are asked for and taken."""
+"""What is not trained on is printed; columns of other names are asked for and taken."""
 
 import csv
 import json
@@ -22,13 +22,13 @@ def test_all_that_is_not_trained_on_is_told(tmp_path):
     for name in ("README.md", "LICENSE.txt", "picture.png"):
         (folder / name).write_text("About the data.\n\nNo record.")
     report, text = prepared(folder, tmp_path / "cache")
-    told = describe(report)
-    assert "skipped 1: response missing (first: record 21)" in told
-    assert "left out 1: question without a reply after it" in told
-    assert f"source {1000 / report['bytes_read']:.1%}" in told and "note" not in report["unused"]
-    assert "not read: 3 other files: LICENSE.txt, README.md, picture.png" in told
+    shown = describe(report)
+    assert "skipped 1: response missing (first: record 21)" in shown
+    assert "left out 1: question without a reply after it" in shown
+    assert f"source {1000 / report['bytes_read']:.1%}" in shown and "note" not in report["unused"]
+    assert "not read: 3 other files: LICENSE.txt, README.md, picture.png" in shown
     assert "About the data" not in text and "open" not in text
-    assert "field system" not in told and "no record has a system text" in told
+    assert "field system" not in shown and "no record has a system text" in shown
     instruction = prepared(folder, tmp_path / "cache", "instruction")
     assert "field response: in 95.5% of records" in describe(instruction[0])
     assert "not part of this mode" in describe(instruction[0]) and "open" in instruction[1]
@@ -121,9 +121,9 @@ def test_values_of_objects_are_asked_for_and_taken(tmp_path):
     for kind in ("jsonl", "parquet"):
         with pytest.raises(UserError) as refused:
             prepared(tmp_path / f"d.{kind}", tmp_path / "cache")
-        told = str(refused.value)
-        assert "columns translation.fr, translation.en holds it: --columns instruction=COL" in told
-        assert "or messages=COLUMN for turns, text=COLUMN for plain text" in told
+        shown = str(refused.value)
+        assert "columns translation.fr, translation.en holds it: --columns instruction=COL" in shown
+        assert "or messages=COLUMN for turns, text=COLUMN for plain text" in shown
         assert excerpt(3) in prepared(tmp_path / f"d.{kind}", tmp_path / "cache", columns=chosen)[1]
 
 
@@ -132,15 +132,15 @@ def test_columns_that_may_be_the_same_field_are_asked_for(tmp_path):
         {"problem": f"ask {i}", "answer": str(i), "solution": f"reply {i}"} for i in range(N)
     ]
     (tmp_path / "d.jsonl").write_text(jsonl(*records))
-    told = describe(prepared(tmp_path / "d.jsonl", tmp_path / "cache")[0])
+    shown = describe(prepared(tmp_path / "d.jsonl", tmp_path / "cache")[0])
     flag = "response=solution"
-    assert f"column solution may be the response, too: --columns {flag} takes it" in told
+    assert f"column solution may be the response, too: --columns {flag} takes it" in shown
     report, text = prepared(tmp_path / "d.jsonl", tmp_path / "cache", columns=flag)
     assert excerpt(3) in text and "column answer may be the response, too" in describe(report)
     records = [asked(i) | {"input": "i", "context": "c", "Response": "x"} for i in range(N)]
     (tmp_path / "d.jsonl").write_text(jsonl(*records))
-    told = describe(prepared(tmp_path / "d.jsonl", tmp_path / "cache")[0])
-    assert "column input may be the context, too" in told and "input may be the ins" not in told
+    shown = describe(prepared(tmp_path / "d.jsonl", tmp_path / "cache")[0])
+    assert "column input may be the context, too" in shown and "input may be the ins" not in shown
     text = prepared(tmp_path / "d.jsonl", tmp_path / "cache", columns="response=Response")[1]
     assert ":\nx\n---" in text
     chats = [talk(("user", "q"), ("assistant", f"a{i}")) | {"answer": "x"} for i in range(N)]

@@ -34,7 +34,7 @@ def test_valid_text_stays_as_it_is_and_what_is_not_utf8_costs_its_record(tmp_pat
     kept = "\ufffd \ufeff é 你 👍 \u2028 \x85 \u0000"
     if name == "d.jsonl":
         kept = kept.replace("\u0000", "")
-    for start in (b"", b"\xef\xbb\xbf"):  # the mark at the start of a file is no text of it
+    for start in (b"", b"\xef\xbb\xbf"):  # the mark at the start of a file is not part of its text
         (tmp_path / name).write_bytes(start + text.format(kept).encode())
         records = list(sources.read_records(str(tmp_path / name)))
         assert [r["text"] for r in records] == ["a", kept, "b"]

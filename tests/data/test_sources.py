@@ -74,7 +74,7 @@ def test_folders_and_files_of_no_use_are_refused(tmp_path):
 
 
 def odd_path(folder, kind):
-    """Something in `folder` that is no data file although its name says so."""
+    """Something in `folder` that is not a data file although its name says so."""
     path = folder / "d.jsonl"
     if kind == "socket":
         with socket.socket(socket.AF_UNIX) as at:
@@ -96,9 +96,9 @@ def odd_path(folder, kind):
 
 
 ODD = {
-    "socket": "is no regular file",
-    "fifo": "is no regular file",
-    "device": "is no regular file",
+    "socket": "is not a regular file",
+    "fifo": "is not a regular file",
+    "device": "is not a regular file",
     "link in a circle": "cannot be read: Too many levels of symbolic links",
     "link to nothing": "is a link to a file that does not exist",
     "name that is not UTF-8": "not UTF-8",

@@ -223,7 +223,7 @@ def fault(name, quick, full, **controls):
     return lambda tries: FAULTS.append((name, quick, full, controls, tries)) or tries
 
 
-WORST = {}  # seconds and bytes, told below the table
+WORST = {}  # seconds and bytes, printed below the table
 
 
 def checkpoints_of(box):

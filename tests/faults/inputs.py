@@ -475,7 +475,7 @@ def on_terminal(begin_process):
     master, slave = pty.openpty()
 
     def connect():
-        os.environ["NO_COLOR"] = "1"  # our own bold lines are no harm
+        os.environ["NO_COLOR"] = "1"  # our own bold lines do no harm
         for standard in (1, 2):
             os.dup2(slave, standard)
 

@@ -153,7 +153,7 @@ def as_a_shell_shows(code):
 
 
 def latency(box, *args, before, numbers, base):
-    """Seconds from the last of the signals, sent in a phase that `before` tells of, to the end."""
+    """Seconds from the last of the signals, sent in a phase that `before` reports, to the end."""
     read, write = os.pipe()
     pid = begin(box, *base, "--checkpoint-dir", box, *args, before=lambda: before(write))
     os.close(write)
@@ -193,8 +193,8 @@ def _(n):
         box = fresh()
         if name == "parse_record":
             shutil.rmtree(box / ".data")
-        tell = lambda w: at_call(owner, name, nth, lambda: os.write(w, b"."))
-        seconds, code = latency(box, before=tell, numbers=[signal.SIGTERM], base=TINY)
+        report = lambda w: at_call(owner, name, nth, lambda: os.write(w, b"."))
+        seconds, code = latency(box, before=report, numbers=[signal.SIGTERM], base=TINY)
         rates = re.findall(r"norm .*?([\d,]+) bytes/s", (box / "out").read_text())
         step = 2048 / max(1, int(rates[-1].replace(",", ""))) if rates else 0
         WORST["latency on tiny, s"] = max(WORST.get("latency on tiny, s", 0), round(seconds, 2))
@@ -282,7 +282,7 @@ def _(n):
 
 
 @fault(
-    "numbers not finite for ever: stops, tells the bytes, keeps what was",
+    "numbers not finite for ever: stops, names the bytes, keeps what was",
     1,
     3,
     no_guard=[*UNGUARDED, (math, "isfinite", lambda x: True)],

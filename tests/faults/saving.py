@@ -62,7 +62,7 @@ UNCHECKED = [(checkpoints, "find_corruption", lambda checkpoint: None)]
 IN_PLACE = [(checkpoints, "save", save_in_place), *UNCHECKED]
 
 
-def saves_told(pipe):
+def report_saves(pipe):
     """For `before`: each save writes "(" to the pipe as it begins and ")" when it is done."""
     save = checkpoints.save
 
@@ -78,17 +78,17 @@ def killed(n, in_save):
     span, done = (0.02 if in_save else 0.4), 0  # seconds to wait at most; learned
     while done < n:
         box, (read, write) = fresh(), os.pipe()
-        tell = functools.partial(saves_told, write)
-        pid = begin(box, *ARGS, *LARGER, "--checkpoint-dir", box, before=tell)
+        report = functools.partial(report_saves, write)
+        pid = begin(box, *ARGS, *LARGER, "--checkpoint-dir", box, before=report)
         os.close(write)
-        heard, wait_for = b"", random.randrange(1, 8) * in_save
-        while heard.count(b"(") < wait_for:
-            heard += os.read(read, 1)
+        received, wait_for = b"", random.randrange(1, 8) * in_save
+        while received.count(b"(") < wait_for:
+            received += os.read(read, 1)
         time.sleep(random.uniform(0, span))
         os.kill(pid, signal.SIGKILL)
-        code, heard = end(pid), heard + os.read(read, 1000)
+        code, received = end(pid), received + os.read(read, 1000)
         os.close(read)
-        hit = heard.endswith(b"(") if in_save else code != 0
+        hit = received.endswith(b"(") if in_save else code != 0
         span *= 1.1 if hit else 0.8
         if hit:
             done += 1

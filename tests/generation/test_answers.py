@@ -181,7 +181,7 @@ def test_answers_are_to_what_the_run_held_out_and_go_on_where_they_stopped(run, 
         assert answered("sample", "--out", str(out)) == table
         assert sorted(out.read_bytes().splitlines()) == sorted(content.splitlines())
     out.write_text("mine\n")
-    with pytest.raises(UserError, match="line 1 is no answer of this command"):
+    with pytest.raises(UserError, match="line 1 is not an answer of this command"):
         answered("sample", "--out", str(out))
     part = tmp_path / "part.jsonl"
     part.write_text("".join(sources.SAMPLE.read_text().splitlines(keepends=True)[:9]))

@@ -99,9 +99,9 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
             return (tmp_path / "said").read_bytes()
 
         assert b"/reset" in line(b"/help")
-        assert b"no command" in line(b"/what")
+        assert b"not a command" in line(b"/what")
         assert b"temperature is -1" in line(b"/temp -1")
-        assert b"'x' is no number" in line(b"/temp x")
+        assert b"'x' is not a number" in line(b"/temp x")
         assert b"temperature: 0.5" in line(b"/temp 0.5")
         answer = bytes((11 + i) % 256 for i in range(300))  # after the \n of the header
         shown = escape_controls(answer.decode(errors="backslashreplace"))

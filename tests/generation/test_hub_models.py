@@ -66,8 +66,8 @@ ERRORS = {
     "hf:user/pickled": "hf:user/pickled has no model.safetensors",
     "hf:user/gated": "is gated: ask for access on its page",
     "hf:user/mispelt": "is not on the hub, or private there",
-    "hf:a/b/c": "is no name of a model, which looks like hf:user/name",
-    "hf:": "is no name of a model, which looks like hf:user/name",
+    "hf:a/b/c": "is not a name of a model, which looks like hf:user/name",
+    "hf:": "is not a name of a model, which looks like hf:user/name",
 }
 
 

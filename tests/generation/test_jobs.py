@@ -191,7 +191,7 @@ def test_a_long_prompt_is_told_before_it_is_read(n, error, chaos, tmp_path, capf
 def test_texts_of_another_command_do_not_count_as_done(other, seed, asked, tmp_path):
     asked()
     before = (tmp_path / "out.jsonl").read_bytes()
-    with pytest.raises(UserError, match="its line 1 is no answer of this command"):
+    with pytest.raises(UserError, match="its line 1 is not an answer of this command"):
         asked(*other.split(), seed=seed)
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
@@ -202,7 +202,7 @@ def test_texts_of_another_model_do_not_count_as_done(asked, chaos, tmp_path, mon
     other = tmp_path / "other.safetensors"
     bdh_mlx.save_model(random_model(seed=5), other)
     monkeypatch.setattr(generate.runs, "find_weights", lambda path: real(other))
-    with pytest.raises(UserError, match="its line 1 is no answer of this command"):
+    with pytest.raises(UserError, match="its line 1 is not an answer of this command"):
         asked()
 
 
@@ -255,7 +255,9 @@ def test_a_file_that_is_no_output_of_these_prompts_is_refused_and_kept(asked, tm
             asked()
         assert out.read_bytes() == content
     out.write_bytes(lines[0])
-    with pytest.raises(UserError, match="its line 1 is no answer of this command to these prompts"):
+    with pytest.raises(
+        UserError, match="its line 1 is not an answer of this command to these prompts"
+    ):
         asked("--samples", "2")
 
 

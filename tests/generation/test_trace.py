@@ -131,5 +131,5 @@ def test_a_trace_that_cannot_be_written_leaves_nothing_and_names_the_file(tmp_pa
     with pytest.raises(UserError, match=r"^trace.json cannot be written: No space left"):
         generate.main(["model.safetensors", "--trace", "text"])
     assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
-    with pytest.raises(UserError, match="--out none/x: none is no folder"):
+    with pytest.raises(UserError, match="--out none/x: none is not a folder"):
         generate.main(["model.safetensors", "--trace", "text", "--out", "none/x"])

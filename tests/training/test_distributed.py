@@ -282,9 +282,9 @@ def test_an_environment_by_which_no_processes_meet_is_told(tmp_path, rank, hosts
         file.write_text(hosts)
     env = os.environ | {"MLX_RANK": rank, "MLX_HOSTFILE": str(file)}
     code = "import sys, bdh_lib.training.distributed as d\n"
-    code += "try: d.World()\nexcept d.UserError as error: sys.exit(f'told: {error}')"
+    code += "try: d.World()\nexcept d.UserError as error: sys.exit(f'error: {error}')"
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True)
-    assert done.stderr.decode().startswith(f"told: MLX_RANK is {rank} and MLX_HOSTFILE {file}, ")
+    assert done.stderr.decode().startswith(f"error: MLX_RANK is {rank} and MLX_HOSTFILE {file}, ")
 
 
 def test_sums_are_evaluated_before_anything_reads_them(monkeypatch):
@@ -303,7 +303,7 @@ def test_sums_are_evaluated_before_anything_reads_them(monkeypatch):
 
 
 def test_the_launcher_of_mlx_starts_them(tmp_path):
-    """It returns 0 whatever happened: the run folder tells."""
+    """It returns 0 whatever happened: the run folder says."""
     launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
     launch += ["-p", str(free_ports(1)[0]), "--", sys.executable, *SCRIPT]
     ran = subprocess.run(

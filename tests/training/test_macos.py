@@ -17,12 +17,12 @@ from bdh_lib.training import batches, macos
 def caffeinate(tmp_path, monkeypatch):
     """A stand-in for the program of a Mac, which writes its arguments and its pid to a file."""
     (folder := tmp_path / "bin").mkdir()
-    program, told = folder / "caffeinate", folder / "told"
-    program.write_text(f'#!/bin/sh\necho "$@" $$ > {told}\nexec sleep 60\n')
+    program, calls = folder / "caffeinate", folder / "calls"
+    program.write_text(f'#!/bin/sh\necho "$@" $$ > {calls}\nexec sleep 60\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.setattr(sys, "platform", "darwin")
-    return told
+    return calls
 
 
 def test_a_mac_is_kept_awake_while_it_trains_and_its_display_is_not(tmp_path, caffeinate):

@@ -15,7 +15,7 @@ SMALLER = (
 
 @pytest.fixture
 def settings(monkeypatch):
-    """Gives the default settings with a MEMORY_MODE, where so many GB can be had."""
+    """Gives the default settings with a MEMORY_MODE, where so many GB are available."""
 
     def make(mode, gb):
         monkeypatch.setattr(memory, "on_gpu", lambda: False)
@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_refused_with_what_would(settings):
     with pytest.raises(UserError) as error:
         memory_plan.select_mode(s)
     assert str(error.value) == (
-        "a step on 2 blocks of 2,048 bytes needs about 4.3 GB, 2.4 GB can be had. What fits: "
+        "a step on 2 blocks of 2,048 bytes needs about 4.3 GB, 2.4 GB are available. What fits: "
         "BLOCK_SIZE 256 (with MEMORY_MODE small: 2.3 GB); BATCH_SIZE 1, BLOCK_SIZE 512 (with "
         "MEMORY_MODE small: 2.3 GB); n_embd 128 (with MEMORY_MODE small: 1.5 GB). "
         "--ignore-memory-check starts all the same"

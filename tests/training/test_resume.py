@@ -174,7 +174,7 @@ def test_a_killed_or_interrupted_run_ends_in_the_same_bits(tmp_path, straight, b
     assert train(tmp_path, "--max-iters", 12) == 0
     assert same(arrays(tmp_path, 12), arrays(straight, 12))
     steps = [m["step"] for m in metrics(tmp_path) if "loss" in m]
-    assert steps == list(range(1, 13))  # each iteration is told once
+    assert steps == list(range(1, 13))  # each iteration is logged once
 
 
 def test_a_finished_run_says_so_and_what_to_change(straight, capsys):
@@ -241,7 +241,7 @@ def test_a_log_cut_by_a_kill_is_no_damage_and_one_that_is_gone_is_told(tmp_path,
     assert "warning" not in capsys.readouterr().err
     log.unlink()
     train(tmp_path, "--max-iters", 6)
-    assert "is gone; what it told up to iteration 5 is lost" in capsys.readouterr().err
+    assert "is gone; its lines up to iteration 5 are lost" in capsys.readouterr().err
     assert not list((tmp_path / "full").glob("damaged-*"))
 
 
@@ -254,7 +254,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path, monk
 
 
 def test_a_run_past_a_lowered_end_is_finished(tmp_path, capsys):
-    """It was stopped between evaluations: there is nothing to train, and nothing to tell."""
+    """It was stopped between evaluations: there is nothing to train, and nothing to print."""
     train(tmp_path, "--max-iters", 5, "--eval-freq", 100)
     log = tmp_path / "full" / "metrics.jsonl"  # as if it had not been evaluated at its end
     lines = log.read_text().splitlines(keepends=True)

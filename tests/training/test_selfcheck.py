@@ -64,8 +64,8 @@ def test_a_fault_as_trained_names_the_way_on(monkeypatch, capsys, on_gpu, fails)
     monkeypatch.setattr(selfcheck, "CHECKS", {fails: lambda *_: (float("nan"), 1)})
     monkeypatch.setattr(selfcheck.memory, "on_gpu", lambda: on_gpu)
     assert selfcheck.run_checks() == 1
-    told = "--dtype float32, or update macOS" in capsys.readouterr().out
-    assert told == (on_gpu and fails in selfcheck.AS_TRAINED)
+    printed = "--dtype float32, or update macOS" in capsys.readouterr().out
+    assert printed == (on_gpu and fails in selfcheck.AS_TRAINED)
 
 
 @pytest.mark.parametrize(
