@@ -149,8 +149,9 @@ def _open_text(raw: BinaryIO, encoding: Encoding) -> io.TextIOWrapper:
     name = next((BOMS[mark] for mark in BOMS if start.startswith(mark)), None)
     if start and start.count(0) > 0.9 * len(start):
         raise ValueError("it is filled with zero bytes, as a crash leaves a file")
-    if name is None and start.count(0) > len(start) / 5:
-        raise ValueError("it looks like UTF-16 without its mark: iconv -f UTF-16LE -t UTF-8")
+    if name is None and start.count(0) > len(start) / 5:  # the zeros of Latin letters
+        order = "BE" if start[::2].count(0) > start[1::2].count(0) else "LE"
+        raise ValueError(f"it looks like UTF-16 without its mark: iconv -f UTF-16{order} -t UTF-8")
     errors = "surrogatepass" if name in ("utf-16", "utf-32") else "surrogateescape"
     return io.TextIOWrapper(raw, encoding=name or "utf-8", errors=errors, newline="")
 

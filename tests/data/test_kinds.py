@@ -235,8 +235,8 @@ REFUSED = {
         f"noise.{kind}": (np.random.default_rng(0).bytes(5000), "is not text")
         for kind in ("jsonl", "json", "txt")
     },
-    "unmarked.jsonl": (jsonl(*rows(asked)).encode("utf-16-le"), "UTF-16 without its mark"),
-    "unmarked.csv": (table(",").encode("utf-16-be"), "UTF-16 without its mark"),
+    "unmarked.jsonl": (jsonl(*rows(asked)).encode("utf-16-le"), "iconv -f UTF-16LE"),
+    "unmarked.csv": (table(",").encode("utf-16-be"), "iconv -f UTF-16BE"),
     "columns.jsonl": (jsonl(*[{"foo": "a", "bar": "b"}] * N), "--columns instruction=COLUMN,resp"),
     "python.jsonl": ("{'instruction': 'a'}\n" * N, "skipped 20: not JSON"),
     "deep.jsonl": (
