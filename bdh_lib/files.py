@@ -129,17 +129,19 @@ def write_fault(error: OSError | RuntimeError) -> str:
 
 
 def check_replaceable(path: Path, name: str) -> None:
-    """Raise UserError where `path` is a file other than a picture or trace of this project.
+    """Raise UserError where `path` cannot be written, or is a file that is not of this project.
 
-    `name` is the flag that names another file.
+    Its files are pictures and traces. `name` is the flag that names another file.
     """
+    if not os.access(path.parent, os.W_OK | os.X_OK):  # also where it is a file
+        raise UserError(f"{name} {path}: {path.parent} is not a folder that can be written to")
     if not os.path.isfile(path):  # noqa: PTH113  which raises nothing
         return
     with path.open("rb") as file:
         start = file.read(200)
     is_ours = start.startswith((b"\x89PNG", b'{"made_by"')) and MADE_BY.encode() in start
     if start and not is_ours:
-        raise UserError(f"{path} exists and is none of BDH-MLX; name another file with {name}")
+        raise UserError(f"{path} was not written by BDH-MLX; name another file with {name}")
 
 
 @contextmanager

@@ -179,8 +179,6 @@ def output_paths(out: Path | None) -> tuple[Path, Path]:
         stem = stem / "trace"
     stem = stem.with_suffix("") if stem.suffix in (".png", ".json") else stem
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".json")]
-    if not stem.parent.is_dir():
-        raise UserError(f"--out {out}: {stem.parent} is not a folder")
     for path in paths:
         check_replaceable(path, "--out")
     return tuple(paths)
