@@ -57,6 +57,7 @@ def test_the_presets_are_those_of_the_guide():
             "MIN_LR_RATIO is 2.0; .* above 0 and at most 1",
         ),
         ("--run-name ../x", "RUN_NAME is '../x'"),
+        ("--run-name .x", "RUN_NAME is '.x'; it must be .* the first of them not a dot"),
         ("--val-fraction 2", "VAL_FRACTION is 2"),
         ("--n-head 3", "n_head is 3"),
         ("--block-size 900000", "BLOCK_SIZE is 900,000"),

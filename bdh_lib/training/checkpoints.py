@@ -27,6 +27,9 @@ from bdh_lib.settings import Settings
 from bdh_lib.training.train_state import TrainState
 from bdh_mlx import save_model
 
+# what a run writes besides its checkpoints
+WRITTEN = ["config.json", "metrics.jsonl", "best.json", "modes.json"]
+WRITTEN += ["samples.md", "curves.png", "report.html"]
 SAVED = ".saved"  # says that the run had a checkpoint, should they all be deleted
 
 
@@ -43,8 +46,18 @@ def run_folder(s: Settings) -> Path:
     """Return the folder of the run. Raises UserError for a name that could lie elsewhere."""
     name = s.TRAINING_MODE if s.RUN_NAME is None else s.RUN_NAME
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
-        raise UserError(f"RUN_NAME is {name!r}; it must be 1 to 64 of the characters A-Za-z0-9._-")
+        must = "1 to 64 of the characters A-Za-z0-9._-, the first of them not a dot"
+        raise UserError(f"RUN_NAME is {name!r}; it must be {must}")
     return Path(s.CHECKPOINT_DIR, name)
+
+
+def refuse_foreign_files(run: Path) -> None:
+    """Raise UserError where `run` is not a run, and holds files that a run would replace."""
+    found = [name for name in WRITTEN if (run / name).is_file()]
+    if found and not (run / ".lock").exists() and not runs.steps(run):
+        raise UserError(
+            f"{run} is not a run, and a run would replace its {', '.join(found)}; set RUN_NAME"
+        )
 
 
 def refuse_in_the_way(run: Path, step: int) -> None:
@@ -105,6 +118,7 @@ def _open_lock(run: Path) -> TextIO:
     """Open the file that is locked, in a folder that is made for it. Raises UserError."""
     try:
         refuse_other_case(run)
+        refuse_foreign_files(run)
         run.mkdir(parents=True, exist_ok=True)
         return (run / ".lock").open("a")
     except OSError as error:

@@ -211,6 +211,22 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_log(tmp_path, also):
     assert (run / "earlier.jsonl").read_bytes() == log
 
 
+@pytest.mark.parametrize("name", checkpoints.WRITTEN)
+def test_a_folder_of_other_files_does_not_become_a_run(tmp_path, name):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / name).write_text("my own")
+    with pytest.raises(UserError, match=f"full is not a run, .* replace its {name}; set RUN_NAME"):
+        train(tmp_path, "--max-iters", 1)
+    assert [f.read_text() for f in (tmp_path / "full").iterdir()] == ["my own"]
+
+
+def test_a_run_may_lie_in_a_folder_whose_files_it_does_not_replace(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("my own")
+    assert train(tmp_path, "--max-iters", 1) == 0
+    assert (tmp_path / "full" / "notes.txt").read_text() == "my own"
+
+
 @pytest.mark.parametrize("damage", ["foreign", "flipped", "binary", "deep"])
 def test_a_log_that_is_damaged_is_set_aside_and_told(tmp_path, capsys, damage):
     train(tmp_path, "--max-iters", 4)
