@@ -237,7 +237,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
         print(f"finished: {reason}")
         return 0
     summary.print_start(s, run, data, n_steps, start.selection)
-    log.begin(run_info(s, data.report, start), state, s.KEEP_CHECKPOINTS)
+    log.begin(run_info(s, data.report, start), state, checkpoints.max_checkpoints(s, n_steps))
 
     # ---- compiled functions
     micro_step, apply_update = compile_steps(state, s)

@@ -337,14 +337,24 @@ def settings_changes(old: dict, new: dict) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------- disk
 
 
+def max_checkpoints(s: Settings, n_steps: int) -> int:
+    """Return how many checkpoints lie on the disk at once, at most, in a run of `n_steps`.
+
+    They are the latest ones, the best, and the one being written. SAVE_MINUTES may add to a short
+    run: each save checks its own space.
+    """
+    n_saves = n_steps // s.SAVE_FREQ + n_steps // s.EVAL_FREQ + 1
+    return min(s.KEEP_CHECKPOINTS + 2, n_saves)
+
+
 def check_space(run: Path, state: TrainState, count: int) -> None:
     """Raise UserError unless `count` checkpoints of `state` fit on the disk of `run`."""
     size = sum(array.nbytes for _, array in tree_flatten(state.arrays()))
     free = shutil.disk_usage(run).free
     if free < count * size * 1.05:
         raise UserError(
-            f"{run}: {free / 1e6:,.0f} MB free on its disk; {count:,} checkpoints of "
-            f"{size / 1e6:,.0f} MB do not fit; lower KEEP_CHECKPOINTS or make room"
+            f"{run}: {free / 1e6:,.0f} MB free on its disk, {count * size / 1e6:,.0f} MB needed "
+            f"for checkpoints ({count:,}); make room, or lower KEEP_CHECKPOINTS (at least 1)"
         )
 
 

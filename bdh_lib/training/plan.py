@@ -173,26 +173,25 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     print(f"\nrun: {schedule_summary(s, len(train.bytes))}")
     if note := passes_note(s, len(train.bytes)):
         print(f"passes: {note}")
-    print_needs(s, data_report)
+    print_needs(s, data_report, len(train.bytes))
     if not s.PHASES:
         print("\npresets on these data (estimated memory of a step by MEMORY_MODE):")
         print(preset_table(presets, sizes))
     print_speed(s, train, val)
 
 
-def print_needs(s: Settings, data_report: dict) -> None:
+def print_needs(s: Settings, data_report: dict, n_bytes: int) -> None:
     """Print the size of the model, and what a run needs of memory and disk."""
     n = s.BDH_CONFIG.n_parameters
     fits = memory.available() / 1e9
     estimates = zip(memory.MODES, peaks(s), strict=True)
     each = 4 * n * (4 if s.EMA_DECAY else 3)  # weights and their averages
-    all_bytes = (s.KEEP_CHECKPOINTS + 2) * each  # the best, and one being written
+    all_bytes = checkpoints.max_checkpoints(s, total_steps(s, n_bytes)) * each
     print(f"model: {n:,} parameters, on {mx.default_device()}")
     print(
         f"memory: {', '.join(f'{k} {gb:,.2f} GB' for k, gb in estimates)}; {fits:,.1f} GB available"
     )
-    n_bytes = data_report["train"]["bytes"] + data_report["val"]["bytes"]
-    prepared = 2 * n_bytes  # bytes, and a field for each
+    prepared = 2 * (data_report["train"]["bytes"] + data_report["val"]["bytes"])  # and their fields
     print(f"disk: checkpoints {all_bytes / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
 
 

@@ -104,16 +104,16 @@ class RunLog:
         since = [e for e in evaluated_steps(self.history) if e > self.best.get("step", math.inf)]
         return patience is not None and len(since) >= patience
 
-    def begin(self, info: dict, state: TrainState, n_kept: int) -> None:
+    def begin(self, info: dict, state: TrainState, n_checkpoints: int) -> None:
         """Write config.json, whose content `info` each checkpoint repeats.
 
         Raises UserError where something is in the way of a checkpoint, and where they will not fit
-        on the disk: the `n_kept` latest ones, the best, and the one that is being written.
+        on the disk, where at most `n_checkpoints` lie at once.
         """
         self.info = info
         if self.world.is_main:
             checkpoints.refuse_in_the_way(self.run, self.first_step)
-            missing = n_kept + 2 - len(runs.steps(self.run))
+            missing = n_checkpoints - len(runs.steps(self.run))
             checkpoints.check_space(self.run, state, max(1, missing))
             files.atomic_write_text(self.run / "config.json", json.dumps(info, indent=1))
 

@@ -373,7 +373,7 @@ def _(n):
         return
     late = (mx, "save_safetensors")
     for words, when in (
-        (("do not fit", "KEEP_CHECKPOINTS"), (checkpoints, "newest_valid")),
+        (("needed for checkpoints", "KEEP_CHECKPOINTS"), (checkpoints, "newest_valid")),
         (("intact",), late),
     ):
         box = fresh(8, *LARGER)

@@ -251,7 +251,9 @@ def refusal(s):
             train_mlx.settings(["--max-iters", "9999", "--epochs", "9999"]), 9999
         ),
         lambda s: plan.duration(1e9),
-        lambda s: str(plan.print_needs(s, {"train": {"bytes": 10**10}, "val": {"bytes": 5}})),
+        lambda s: str(
+            plan.print_needs(s, {"train": {"bytes": 10**10}, "val": {"bytes": 5}}, 10**10)
+        ),
     ],
 )
 def test_large_numbers_have_their_digits_grouped(message, capsys):

@@ -227,6 +227,20 @@ def test_a_run_may_lie_in_a_folder_whose_files_it_does_not_replace(tmp_path):
     assert (tmp_path / "full" / "notes.txt").read_text() == "my own"
 
 
+@pytest.mark.parametrize(
+    "flags, n_steps, expected",
+    [
+        ("--keep-checkpoints 3 --save-freq 500", 10_000, 5),
+        ("--keep-checkpoints 100000 --save-freq 10", 20, 3),
+        ("--keep-checkpoints 100000 --save-freq 10 --eval-freq 5", 20, 7),
+        ("--keep-checkpoints 1", 1, 1),
+    ],
+)
+def test_disk_is_needed_for_the_checkpoints_that_a_run_can_save(flags, n_steps, expected):
+    s = train_mlx.settings(flags.split())
+    assert checkpoints.max_checkpoints(s, n_steps) == expected
+
+
 @pytest.mark.parametrize("damage", ["foreign", "flipped", "binary", "deep"])
 def test_a_log_that_is_damaged_is_set_aside_and_told(tmp_path, capsys, damage):
     train(tmp_path, "--max-iters", 4)
