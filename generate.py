@@ -29,7 +29,7 @@ import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 # isort: split
 import mlx.core as mx
 
-from bdh_lib import cli, runs
+from bdh_lib import compiler, runs
 from bdh_lib.compute.memory import compute_for, keep_float32_exact, limit_cache
 from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
@@ -212,7 +212,7 @@ def initial_state(model, args: argparse.Namespace) -> State:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Raises UserError."""
     args = parse_args(argv, __doc__)
-    cli.check_compiler()
+    compiler.check()
     limit_cache()
     if hub.is_model(str(args.model)):
         args.model = hub.download_model(args.model)

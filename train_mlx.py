@@ -109,7 +109,7 @@ import sys
 from contextlib import nullcontext
 from typing import TextIO
 
-from bdh_lib import cli, flags, plots, runs
+from bdh_lib import cli, compiler, flags, plots, runs
 from bdh_lib.compute import memory
 from bdh_lib.data.formats import format_example  # noqa: F401  for other scripts
 from bdh_lib.errors import UserError, warn
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train one run or a chain of PHASES. Returns the exit code. Raises UserError."""
     base = settings(argv)
     memory.keep_float32_exact(base.DTYPE)
-    cli.check_compiler()
+    compiler.check()
     for slip in flags.find_typos(sys.modules[__name__], RULES):
         warn(slip)
     if own := flags.own_settings(sys.modules[__name__], RULES):

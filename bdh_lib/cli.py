@@ -7,28 +7,12 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 
-from bdh_lib import limits
+from bdh_lib import compiler, failures, interrupts, limits
 
-INTERRUPT_TIMEOUT = 1.0  # seconds that Ctrl-C waits for the interpreter, which MLX may hold
-REQUIRED = ("mlx", "mlx.core", "numpy", "tqdm")  # what is imported before main()
-NOT_COMPILED = ("[Compile::eval_cpu]", "shared library")  # in errors of MLX's compiler for the CPU
-NOT_STORED = ("No space left", "shared library", "quota")  # in those that are the folder's fault
-GET_COMPILER = "apt install g++ (or your system's package of it)"
-NO_MEMORY = (  # in errors of the loader, NumPy, MLX, CUDA and Python, in any case
-    *("out of memory", "failed to map segment", "Cannot allocate memory", "Unable to allocate"),
-    *("bad_alloc", "start new thread"),
-)
-TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  # variables that MLX takes in turn
-TEMPORARY_SPACE = 1_000_000  # bytes that a first compile may take in the temporary folder
-INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 141: 128 + SIGPIPE, as other programs end
-
-
-class Interrupts:
-    """Whether Ctrl-C ends a process that does not answer it within INTERRUPT_TIMEOUT."""
-
-    end_the_process = True
+READER_GONE = 141  # exit code: 128 + SIGPIPE, as other programs end
 
 
 class Output(io.TextIOWrapper):
@@ -74,14 +58,17 @@ def run(file: str):
     """
     if sys.platform == "win32":
         sys.exit("error: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL")
+    run_main(lambda: import_script(file).main(), file)
+
+
+def run_main(main: Callable[[], int | None], file: str):
+    """Call the main() of the script `file` and exit, as `run` does."""
     open_streams()
-    for name in TEMPORARY:
-        if os.environ.get(name) == "":  # it is not a value, but MLX would take it for one
-            del os.environ[name]
+    compiler.ignore_empty_variables()
     try:
         try:
             limits.check_memory_limits()
-            code = import_script(file).main()
+            code = main()
         except SystemExit as error:  # argparse's, after --help or a mistake
             code = error.code
         sys.stdout.flush()
@@ -121,50 +108,18 @@ def import_script(file: str):
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as by nohup
         return load_module(file)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(interrupts.INTERRUPTED))
     module = load_module(file)
-    install_interrupt_handler()
+    interrupts.install_handler()
     return module
 
 
 def load_module(file: str):
-    """Load the module in a file of any name, as users copy the trainer; or return a loaded one."""
-    if file in sys.modules:
-        return sys.modules[file]
+    """Load the module in a file of any name, as users copy the trainer."""
     spec = spec_from_file_location("script", file)
     module = sys.modules["script"] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def install_interrupt_handler() -> None:
-    """Raise KeyboardInterrupt at Ctrl-C; end the process if that takes over INTERRUPT_TIMEOUT.
-
-    Python calls no handler before a call of MLX returns. Several signals in one call are one.
-    """
-    from select import select
-    from threading import Event, Thread
-
-    answered = Event()
-
-    def on_signal(number, frame):
-        answered.set()
-        raise KeyboardInterrupt
-
-    def watch():
-        while os.read(read, 4096):
-            if not answered.wait(INTERRUPT_TIMEOUT) and Interrupts.end_the_process:
-                os.write(2, b"stopped\n")
-                os._exit(INTERRUPTED)
-            while select([read], [], [], 0)[0]:
-                os.read(read, 4096)
-            answered.clear()
-
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write)
-    signal.signal(signal.SIGINT, on_signal)
-    Thread(target=watch, daemon=True).start()
 
 
 def lost_output(error: BaseException | None) -> OSError | None:
@@ -189,8 +144,8 @@ def report_error(error: BaseException, file: str) -> int:
     if error is sys.stdout.error:
         redirect_to_devnull(1)  # what waits in its buffer would fail again at the end
     if isinstance(error, KeyboardInterrupt):
-        text, code = "stopped", INTERRUPTED
-    elif text := error_line(error, file):
+        text, code = "stopped", interrupts.INTERRUPTED
+    elif text := failures.error_line(error, file):
         text, code = f"error: {text}", getattr(error, "exit_code", 2)
     else:
         import traceback
@@ -203,80 +158,6 @@ def report_error(error: BaseException, file: str) -> int:
     return code
 
 
-def error_line(error: BaseException, file: str) -> str:
-    """Return what went wrong and its cure in one line; nothing for a fault of this project."""
-    from bdh_lib.errors import UserError, escape_controls  # late: a start need not wait for it
-
-    kinds = (compiler_line, memory_line, gpu_line, package_line, system_line)
-    text = str(error) if isinstance(error, UserError) else ""
-    text = text or next(filter(None, (kind(error) for kind in kinds)), "")
-    if not text and (line := script_line(error, file)):
-        text = f"{file.rpartition('/')[2]} line {line}: {type(error).__name__}: {error}"
-    return escape_controls(" ".join(text.split()))
-
-
-def compiler_line(error: BaseException) -> str:
-    """Describe an error of MLX's compiler for the CPU, g++, or of loading what it compiled."""
-    text = " ".join(str(error).split())
-    if not isinstance(error, RuntimeError) or not any(sign in text for sign in NOT_COMPILED):
-        return ""
-    fault = temporary_folder_fault()
-    if not fault and any(sign in text for sign in NOT_STORED):
-        fault = f"look at {temporary_folder()[1]}"  # full for a moment, or mounted noexec
-    cure = f"{fault}; set TMPDIR to another folder" if fault else f"repair g++: {GET_COMPILER}"
-    return f"MLX cannot compile: {text[-200:]}; {cure}"  # before it is a compiler's long command
-
-
-def memory_line(error: BaseException) -> str:
-    """Describe memory that is out, of whichever library: each of them has its own error."""
-    text = " ".join(str(error).split())
-    signs = [sign for sign in NO_MEMORY if sign.lower() in text.lower()]
-    is_memory = isinstance(error, RuntimeError | ImportError | OSError) and signs
-    if not isinstance(error, MemoryError) and not is_memory:
-        return ""
-    what = "no thread can be started" if signs == ["start new thread"] else "memory is out"
-    detail = f": {text}" if text and len(text) < 200 else ""  # NumPy's is a page
-    sizes = [f"`{command}` allows {size:,} bytes" for command, size, _ in limits.memory_limits()]
-    cure = f"; {', '.join(sizes)}: raise that limit" if sizes else ""
-    return f"{what}{detail}{cure or '; close other programs, or take a smaller model or batch'}"
-
-
-def gpu_line(error: BaseException) -> str:
-    """Describe a fault of a Mac's GPU."""
-    if not isinstance(error, RuntimeError) or not str(error).lower().startswith("[metal"):
-        return ""
-    return f"{error}; close other programs, let the display sleep, and start again (docs/mac.md)"
-
-
-def package_line(error: BaseException) -> str:
-    """Describe a package that is not installed."""
-    is_missing = isinstance(error, ModuleNotFoundError) and error.name in REQUIRED
-    return f"{error}; pip install -r requirements.txt" if is_missing else ""
-
-
-def system_line(error: BaseException) -> str:
-    """Describe an error of the operating system, as of a file or of the output."""
-    if not isinstance(error, OSError):
-        return ""
-    reason = error.strerror or str(error)
-    if error is sys.stdout.error:
-        return f"the output: {reason}"
-    if isinstance(error, FileNotFoundError) and not error.filename:  # os.getcwd names no file
-        return "the current folder has been deleted; go to another one (cd)"
-    return f"{error.filename}: {reason}" if error.filename else reason
-
-
-def script_line(error: BaseException, file: str) -> int | None:
-    """Return the line of the script, outside its functions, that led to `error`: a setting."""
-    entry = error.__traceback__
-    while entry:
-        code = entry.tb_frame.f_code
-        if code.co_name == "<module>" and code.co_filename == file:
-            return entry.tb_lineno
-        entry = entry.tb_next
-    return None
-
-
 def redirect_to_devnull(number: int) -> None:
     """Send what is written to a file descriptor to /dev/null from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), number)
@@ -287,46 +168,3 @@ def version() -> str:
     import mlx.core as mx  # late, as all that a start need not wait for
 
     return f"BDH-MLX, mlx {mx.__version__}, python {sys.version.split()[0]}"
-
-
-def temporary_folder() -> tuple[str | None, str]:
-    """Return the folder to which MLX writes what it compiles, and the variable that names it."""
-    name = next((name for name in TEMPORARY if name in os.environ), None)
-    return name, os.environ[name] if name else "/tmp"
-
-
-def temporary_folder_fault() -> str:
-    """Return why MLX could not write what it compiles; nothing where it could."""
-    import tempfile
-
-    name, folder = temporary_folder()
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(TEMPORARY_SPACE))
-    except OSError as error:
-        subject = f"{name} is {folder}" if name else folder
-        return f"{subject}, where {TEMPORARY_SPACE:,} bytes cannot be written ({error.strerror})"
-    return ""
-
-
-def check_compiler() -> None:
-    """Raise UserError where MLX could not write what it compiles, and has compiled nothing yet.
-
-    Warn where it may have compiled all that is needed, and where it has no compiler.
-    """
-    from pathlib import Path
-    from shutil import which
-
-    import mlx.core as mx  # late, as all that a start need not wait for
-
-    from bdh_lib.errors import UserError, warn
-
-    if sys.platform == "linux" and mx.default_device() == mx.cpu and not which("g++"):
-        warn(f"without the compiler g++ MLX computes more slowly; {GET_COMPILER}")
-        return
-    if not (fault := temporary_folder_fault()):
-        return
-    compiled = Path(temporary_folder()[1], "mlx", mx.__version__)
-    if not any(compiled.glob("*/*")):
-        raise UserError(f"{fault}; set TMPDIR to another folder")
-    warn(f"{fault}; what MLX compiled there before is used")

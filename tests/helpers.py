@@ -39,7 +39,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import train_mlx
 from bdh_lib import cli
 train_mlx.redraw_report = lambda *_: None
-cli.run("train_mlx")""",
+cli.run_main(train_mlx.main, "train_mlx.py")""",
 )
 GREEDY = Sampling(temperature=0)
 KEY = mx.random.key(1)

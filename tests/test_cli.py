@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT
 
 import bdh_mlx
-from bdh_lib import cli, files, limits
+from bdh_lib import cli, compiler, files, limits
 from bdh_lib.compute import memory
 from bdh_lib.data import prepare
 from bdh_lib.training import summary
@@ -127,7 +127,7 @@ def test_ctrl_c_later_is_one_line(run, name, called):
         f"import os, signal, sys; sys.argv = sys.argv[1:]\n"
         f"from bdh_lib import cli; import train_mlx; from bdh_lib.training import {name}\n"
         f"{name}.{called} = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
-        "cli.run('train_mlx')\n"
+        "cli.run_main(train_mlx.main, 'train_mlx.py')\n"
     )
     command = [sys.executable, "-c", code, *map(str, commands(run)[name])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -159,13 +159,13 @@ def test_an_empty_temporary_folder_is_no_value(run):
 def test_a_temporary_folder_that_is_full_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    cli.check_compiler()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (cli.TEMPORARY_SPACE - 1, before[1]))
+    compiler.check()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (compiler.TEMPORARY_SPACE - 1, before[1]))
     try:
         with pytest.raises(
             bdh_mlx.UserError, match=r"TMPDIR is .* cannot be written .*; set TMPDIR"
         ):
-            cli.check_compiler()
+            compiler.check()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -174,12 +174,12 @@ def test_a_temporary_folder_is_only_warned_of_where_all_may_be_compiled(
     tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "mlx" / mx.__version__ / "cpu").mkdir(parents=True)
-    monkeypatch.setattr(cli, "temporary_folder_fault", lambda: "TMPDIR is full")
+    monkeypatch.setattr(compiler, "temporary_folder_fault", lambda: "TMPDIR is full")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(bdh_mlx.UserError, match="TMPDIR is full; set TMPDIR"):
-        cli.check_compiler()
+        compiler.check()
     (tmp_path / "mlx" / mx.__version__ / "cpu" / "a.so").touch()
-    cli.check_compiler()
+    compiler.check()
     assert capsys.readouterr().err.startswith("warning: TMPDIR is full; what MLX compiled there")
 
 
@@ -249,13 +249,14 @@ def test_memory_that_is_out_is_one_line_in_every_script(error, capsys, monkeypat
 def test_ctrl_c_ends_a_script_within_a_call_that_does_not_return(run):
     """A lock of C that is taken twice stands for MLX, which computes without the interpreter's."""
     code = (
-        "import ctypes, sys; sys.argv = sys.argv[1:]; from bdh_lib import cli; import generate\n"
+        "import ctypes, sys; sys.argv = sys.argv[1:]\n"
+        "import generate; from bdh_lib import cli, interrupts\n"
         "c, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
         "c.pthread_mutex_init(lock, None); c.pthread_mutex_lock(lock)\n"
-        "cli.INTERRUPT_TIMEOUT = 0.2\n"
+        "interrupts.TIMEOUT = 0.2\n"
         "hold = lambda *_: (print('held', flush=True), c.pthread_mutex_lock(lock))\n"
         "generate.read_prompt = hold\n"
-        "cli.run('generate')\n"
+        "interrupts.install_handler(); cli.run_main(generate.main, 'generate.py')\n"
     )
     command = [sys.executable, "-c", code, *map(str, commands(run)["generate"])]
     process = subprocess.Popen(
@@ -277,7 +278,7 @@ def test_several_interrupts_within_one_call_are_one(tmp_path):
         "    except KeyboardInterrupt: pass\n"
         "    time.sleep(0.6); print('it goes on'); return 0\n"
     )
-    code = "from bdh_lib import cli; cli.INTERRUPT_TIMEOUT = 0.1; "
+    code = "from bdh_lib import cli, interrupts; interrupts.TIMEOUT = 0.1; "
     code += f"cli.run({str(tmp_path / 'deaf.py')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "it goes on\n")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from bdh_lib.cli import Interrupts
 from bdh_lib.data import formats
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.files import atomic_writer, expand_user
@@ -103,7 +102,7 @@ class Session:
     def run(self) -> None:
         """Take turns until Ctrl-D or /quit."""
         pastes_lines = enable_line_editing()
-        Interrupts.end_the_process = False  # Ctrl-C ends an answer, not the session
+        signal.set_wakeup_fd(-1)  # nothing ends the process: Ctrl-C ends an answer, not the session
         # by an exception, at which input() resets the terminal: else it would go on marking pastes
         on_sigterm = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         note = formats.SAMPLE_NOTES.get(

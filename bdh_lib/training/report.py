@@ -100,7 +100,7 @@ def bits(lines: list[dict]) -> list[dict]:
     return [m | {b: bits_per_byte(m[a]) for a, b in names if a in m} for m in lines]
 
 
-def best(lines: list[dict]) -> dict:
+def best_evaluation(lines: list[dict]) -> dict:
     """Return the evaluation of the lowest monitored loss, that of the untrained model aside."""
     evaluated = [m for m in bits(lines) if "monitored_loss" in m and m["step"]]
     return min(evaluated, key=lambda m: m["monitored_loss"], default={})
@@ -137,7 +137,9 @@ def draw_losses(axes, config: dict, lines: list[dict]) -> None:
     axes.plot(*series(in_bits, "bpb"), color=LINES[0], linewidth=1, alpha=0.7,
               label=f"training, {monitored}")  # fmt: skip
     steps, values = series([m for m in in_bits if m["step"]] or in_bits, "monitored_bpb")
-    lowest = f", best {best(lines)['monitored_bpb']:.3f}" if best(lines) else ""
+    lowest = (
+        f", best {best_evaluation(lines)['monitored_bpb']:.3f}" if best_evaluation(lines) else ""
+    )
     axes.plot(steps, values, color=LINES[1], linewidth=2, marker="o", markersize=3,
               label=f"validation, {monitored}{lowest}")  # fmt: skip
     fields = sorted({f for m in lines for f in m.get("val_bpb_fields", ())})
@@ -200,7 +202,7 @@ def html_table(rows: list, head: tuple = (), kind: str = "") -> str:
 
 def tiles(config: dict, lines: list[dict]) -> str:
     """Return the key figures of a run, as HTML."""
-    last, lowest = lines[-1], best(lines)
+    last, lowest = lines[-1], best_evaluation(lines)
     speeds = sorted(series(lines, "bytes_per_s")[1])
     facts = [
         ("iterations", last["step"]),
@@ -255,7 +257,7 @@ def activity_html(lines: list[dict]) -> str:
         titles = ("x: excited by the byte", "y: fire, given the memory")
         head = "<tr><th>" + "".join(f'<th colspan="2">{name}' for name in titles)
         rows = f"<table>{head}{rows}</table>"
-    if "dead" in (lowest := best(lines)):
+    if "dead" in (lowest := best_evaluation(lines)):
         rows += (
             f'<p class="dim">{text(lowest["dead"])} neurons are dead at iteration '
             f"{text(lowest['step'])}, the best: no validation byte "
@@ -398,7 +400,7 @@ def megabytes_per_step(config: dict) -> float:
 
 def comparison_row(run: Path, config: dict, lines: list[dict]) -> tuple[str, ...]:
     """Return the cells of a run under COMPARED."""
-    step, lowest = lines[-1]["step"], best(lines).get("monitored_bpb", math.nan)
+    step, lowest = lines[-1]["step"], best_evaluation(lines).get("monitored_bpb", math.nan)
     speeds = sorted(series(lines, "bytes_per_s")[1]) or [0]
     return (str(run), f"{config['parameters']:,}", f"{step:,}",
             f"{step * megabytes_per_step(config):,.2f}", f"{lowest:.4f}", monitored_name(config),

@@ -64,7 +64,7 @@ def begin(box, *args, before=None, module=train_mlx):
         if before:
             before()
         sys.stdout, sys.stderr = (open(fd, "w", 1, closefd=False) for fd in (1, 2))  # noqa: SIM115
-        cli.run(module.__name__)
+        cli.run_main(module.main, module.__file__)
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:

@@ -42,7 +42,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import bdh_mlx
-from bdh_lib import cli, files, runs
+from bdh_lib import compiler, files, runs
 from bdh_lib.data import prepare as preparing
 from bdh_lib.training import checkpoints, evaluation, resume
 
@@ -362,7 +362,9 @@ def _(n):
 
         def full(limit=limit):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            cli.TEMPORARY_SPACE = 0  # the limit is for the save, not for the check at the start
+            compiler.TEMPORARY_SPACE = (
+                0  # the limit is for the save, not for the check at the start
+            )
 
         yield after_refusal(box, train(box, *LARGER, before=full), "not saved", "intact")
 

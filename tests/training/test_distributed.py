@@ -195,7 +195,7 @@ def faulty(*args):
     return n_targets(*args)
 
 batches.n_targets_in_step = faulty
-cli.run("train_mlx")
+cli.run_main(train_mlx.main, "train_mlx.py")
 """
 
 

@@ -88,7 +88,7 @@ def test_training_on_responses_learns_responses_alone(tmp_path):
         != last["val_loss"]
     )
     shown = best["monitored_loss"] / math.log(2)  # in the report and on the card as well
-    assert report.best(metrics(tmp_path / "response"))["monitored_bpb"] == shown
+    assert report.best_evaluation(metrics(tmp_path / "response"))["monitored_bpb"] == shown
     result, _ = export.facts(tmp_path / "response" / "full" / best["checkpoint"])
     assert result["validation"] == f"{shown:.4f} bits per byte, of response bytes"
 

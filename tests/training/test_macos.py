@@ -64,7 +64,7 @@ def faulty(s, at, world):
     return micro_batches(s, at, world)
 
 batches.micro_batch_indices = faulty
-cli.run("train_mlx")
+cli.run_main(train_mlx.main, "train_mlx.py")
 """
 
 

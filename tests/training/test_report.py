@@ -111,8 +111,8 @@ def test_best_leaves_the_untrained_model_aside():
     lines = [
         {"step": s, "monitored_loss": v} for s, v in ((0, 1.0), (5, 3.0), (10, 2.0), (15, 2.5))
     ]
-    assert report.best(lines)["step"] == 10
-    assert report.best(lines[:1]) == {}
+    assert report.best_evaluation(lines)["step"] == 10
+    assert report.best_evaluation(lines[:1]) == {}
 
 
 def test_the_best_is_that_of_the_bytes_which_judge_and_the_report_says_which(run, tmp_path):
