@@ -35,7 +35,7 @@ from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
 from bdh_lib.data.questions import load_questions, question_numbers
 from bdh_lib.errors import UserError, escape_controls
-from bdh_lib.files import read_endable, read_stream
+from bdh_lib.files import read_input, read_stream
 from bdh_lib.generation import answers, chat, evaluation, export, states, trace
 from bdh_lib.generation.arguments import parse_args
 from bdh_lib.generation.decoding import (
@@ -87,7 +87,7 @@ def prompt_of(args: argparse.Namespace) -> bytes:
         with redirect_stdout(sys.stderr), heartbeat("waiting for the prompt on stdin"):
             return read_stream(sys.stdin.buffer, "the prompt on stdin")
     with redirect_stdout(sys.stderr), heartbeat(f"reading {args.prompt_file}"):
-        return read_endable(args.prompt_file, "--prompt-file")
+        return read_input(args.prompt_file, "--prompt-file")
 
 
 def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:

@@ -54,11 +54,11 @@ def absolute(path: Path) -> Path:
 
 
 def absence(path: Path) -> str:
-    """Say what a path is that does not exist: it may be a link, which `ls` shows."""
+    """Return why a path is not found: it does not exist, or is a link to nothing."""
     return "is a link that leads to nothing" if path.is_symlink() else "does not exist"
 
 
-def read_endable(path: Path, name: str) -> bytes:
+def read_input(path: Path, name: str) -> bytes:
     """Read a file, a pipe or a terminal. Raises UserError, also for a device, which may not end.
 
     `name` is the flag that names the path.
@@ -144,6 +144,11 @@ def check_replaceable(path: Path, name: str) -> None:
         raise UserError(f"{path} was not written by BDH-MLX; name another file with {name}")
 
 
+def temporary_name(name: str, process: int | str) -> str:
+    """Return the name under which a process writes a file that then gets its own `name`."""
+    return f".{name}.{process}.tmp{Path(name).suffix}"
+
+
 @contextmanager
 def atomic_writer(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yield a path to write to, which then replaces `path`: readers find old or new content.
@@ -152,7 +157,7 @@ def atomic_writer(path: Path, durable: bool = False) -> Iterator[Path]:
     """
     requested, path = path, Path(os.path.realpath(path))
     special = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113  a device
-    temporary = path if special else path.with_name(f".{path.name}.tmp{path.suffix}")
+    temporary = path if special else path.with_name(temporary_name(path.name, os.getpid()))
     try:
         yield temporary
         if durable:

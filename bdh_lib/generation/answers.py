@@ -29,10 +29,10 @@ CHRF_ORDER, CHRF_BETA = 6, 2  # longest n-grams of characters; recall counts as 
 class QuestionJob(NamedTuple):
     """An answer to generate, as jobs.Job is a text."""
 
-    number: int  # of the record among those that may be asked
+    number: int  # of the record in its data set, from 1
     question: Question
 
-    of_text = ("answer", "stopped", "chrf")
+    result_names = ("answer", "stopped", "chrf")
 
     @property
     def prompt(self) -> bytes:

@@ -37,7 +37,10 @@ class Job(NamedTuple):
     record: dict  # the line's JSON
     prompt: bytes
 
-    of_text = ("completion", "stopped")  # fields of a result that its text decides, itself first
+    result_names = (
+        "completion",
+        "stopped",
+    )  # fields of a result that its text decides, itself first
 
     def result(self, text: str, stopped: bool, source: str) -> dict:
         """Return the job's record and what it gave.
@@ -62,7 +65,7 @@ def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = N
     `chosen` is COLUMNS.
     """
     try:
-        text = files.read_endable(file, "--prompts").decode("utf-8-sig")
+        text = files.read_input(file, "--prompts").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts {file} is not UTF-8: {error.reason}") from None
     jobs = []
@@ -185,19 +188,20 @@ def result_line(job: Job, source: str, text: str = "", stopped: bool = False) ->
     return json.dumps(job.result(text, stopped, source))
 
 
-def result_key(line: str | bytes, of_text: Sequence[str]) -> str:
-    """Return a line of results without the fields `of_text`, as a key. Raises an error for another
-    line.
+def result_key(line: str | bytes, result_names: Sequence[str]) -> str:
+    """Return a line of results without the fields `result_names`, as a key.
+
+    Raises an error for another line.
     """
     result = files.parse_json(line)
-    for name in of_text:
+    for name in result_names:
         del result[name]
     return json.dumps(result, sort_keys=True)
 
 
 def line_start(job: Job, source: str) -> bytes:
     """Return a job's line of results up to its text."""
-    before, mark, _ = result_line(job, source).partition(f'"{job.of_text[0]}": "')
+    before, mark, _ = result_line(job, source).partition(f'"{job.result_names[0]}": "')
     return f"{before}{mark}".encode()
 
 
@@ -210,14 +214,14 @@ def remaining_jobs(jobs: list[Job], out: Path | None, source: str) -> list[Job]:
     if not (out and os.path.isfile(out)):  # noqa: PTH113  which raises nothing
         return jobs
     *lines, partial = out.read_bytes().split(b"\n")
-    of_text = jobs[0].of_text
+    result_names = jobs[0].result_names
     remaining = {id(job): job for job in jobs}
     jobs_by_key = {}
     for job in jobs:
-        jobs_by_key.setdefault(result_key(result_line(job, source), of_text), []).append(job)
+        jobs_by_key.setdefault(result_key(result_line(job, source), result_names), []).append(job)
     for number, line in enumerate(lines, 1):
         try:
-            del remaining[id(jobs_by_key[result_key(line, of_text)].pop(0))]
+            del remaining[id(jobs_by_key[result_key(line, result_names)].pop(0))]
         except (ValueError, RecursionError, LookupError, TypeError):
             raise UserError(
                 f"--out {out} exists, and its line {number} is not an answer of this command to "
@@ -265,7 +269,7 @@ def write_results(
                 done += 1
                 progress.update()
     except KeyboardInterrupt:
-        hint = " are written; the same command goes on" if out else ""
+        hint = " are written; the same command continues" if out else ""
         print(f"stopped: {done} of {total} texts{hint}", file=sys.stderr)
         raise
 

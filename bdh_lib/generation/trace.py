@@ -4,7 +4,7 @@
     python generate.py checkpoints_mlx/full --trace "chess" --trace "bread"  # how they differ
 
 A byte excites the neurons x = relu(v Dx) of a layer. Those that agree with the memory a = q S fire:
-y = x * relu(ln(a) Dy) (equations: bdh_mlx.py). S, the sum of q_s v_s^T over earlier bytes, is
+y = x * relu(ln(a) Dy) (equations: bdh_mlx.py). S, the sum of q_s^T v_s over earlier bytes, is
 neurons by n_embd; Dy maps its columns to neurons. So a synapse here is an entry of S Dy, from a
 neuron excited earlier to a neuron that it makes fire. The rotation mixes the two neurons of a pair,
 so a synapse starts at a pair. Its strength is the norm of the pair's two entries, the most that a
@@ -23,7 +23,7 @@ import numpy as np
 import bdh_mlx
 from bdh_lib.compute.layer import forward_segment, ln
 from bdh_lib.errors import UserError, escape_controls, warn
-from bdh_lib.files import MADE_BY, atomic_writer, check_replaceable, expand_user, read_endable
+from bdh_lib.files import MADE_BY, atomic_writer, check_replaceable, expand_user, read_input
 from bdh_lib.generation.decoding import decode_text, parse_escapes
 
 LONGEST = 512  # bytes traced of a text; all their neurons are in memory
@@ -196,7 +196,7 @@ def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -
     if not traced:
         raise UserError("--trace has no text; give at least one byte")
     if cut := sum(len(text) > LONGEST for text in traced):
-        warn(f"{cut:,} of {len(traced):,} texts are longer than {LONGEST} bytes, and traced so far")
+        warn(f"{cut:,} of {len(traced):,} texts are cut to {LONGEST} bytes")
     traced = [text[:LONGEST] for text in traced]
     summary, shares, summed = trace(model, traced[0])
     if len(traced) > 1:
@@ -227,6 +227,6 @@ def print_summary(summary: dict) -> None:
 
 def _lines(text: str) -> list[bytes]:
     if text.startswith("@"):
-        content = read_endable(expand_user(text[1:], "--trace @FILE"), "--trace @FILE")
+        content = read_input(expand_user(text[1:], "--trace @FILE"), "--trace @FILE")
         return [line for line in content.splitlines() if line]
     return [parse_escapes(text)] if text else []

@@ -97,7 +97,7 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Lock the folder of a run for one trainer, rid of what a killed one left. Raises UserError."""
+    """Lock a run for one trainer, and remove what a killed one left. Raises UserError."""
     is_new = not run.exists()
     with _open_lock(run) as lock:
         try:
@@ -133,8 +133,9 @@ def _sweep(run: Path) -> None:
             leftover.unlink()
         else:
             shutil.rmtree(leftover, ignore_errors=True)
-    for name in ("best.json", "metrics.jsonl", "modes.json", "config.json"):
-        (run / f".{name}.tmp").unlink(missing_ok=True)
+    for name in WRITTEN:
+        for leftover in run.glob(files.temporary_name(name, "*")):
+            leftover.unlink()
 
 
 def valid_best(run: Path) -> dict:
@@ -182,43 +183,43 @@ def save(run: Path, step: int, state: TrainState, info: dict) -> None:
     Where the run has an average, the model holds it and `ema` the weights that are trained.
     """
     final = checkpoint_folder(run, step)
-    making = run / f".{final.name}.tmp"
+    staging = run / f".{final.name}.tmp"
     check_space(run, state, 1)
     if not _finite(tree_flatten(state.arrays())):
         raise UserError(f"{final} not saved: it holds numbers that are not finite")
     try:
-        making.mkdir()
-        _write_state(making, state)
-        (making / "config.json").write_text(json.dumps({"step": step} | info, indent=1))
-        _write_manifest(making)
-        making.rename(final)
+        staging.mkdir()
+        _write_state(staging, state)
+        (staging / "config.json").write_text(json.dumps({"step": step} | info, indent=1))
+        _write_manifest(staging)
+        staging.rename(final)
         files.fsync(run)
         (run / SAVED).touch()  # once the checkpoint is on the disk: without it the run is refused
     except (OSError, RuntimeError) as error:  # RuntimeError: MLX could not write
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         reason = files.write_fault(error)
         raise UserError(f"{final} not saved: {reason}; earlier ones are intact") from None
 
 
-def _write_state(making: Path, state: TrainState) -> None:
+def _write_state(staging: Path, state: TrainState) -> None:
     """Write the arrays of a state: of its model, of its optimizer, and the trained weights."""
-    save_model(state.model, making / "model.safetensors")
+    save_model(state.model, staging / "model.safetensors")
     for name, tree in (("optimizer", state.optimizer.state), ("raw", state.ema)):
         if tree:  # sorted: the same state, the same file
             arrays = dict(sorted(tree_flatten(tree)))
-            mx.save_safetensors(str(making / f"{name}.safetensors"), arrays)
+            mx.save_safetensors(str(staging / f"{name}.safetensors"), arrays)
 
 
-def _write_manifest(making: Path) -> None:
+def _write_manifest(staging: Path) -> None:
     """List the size and sha256 of each file in manifest.json; all are on the disk afterwards."""
-    for file in making.iterdir():
+    for file in staging.iterdir():
         files.fsync(file)
     manifest = {
         f.name: {"bytes": f.stat().st_size, "sha256": files.sha256_file(f)}
-        for f in making.iterdir()
+        for f in staging.iterdir()
     }
-    (making / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for path in (making / "manifest.json", making):
+    (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in (staging / "manifest.json", staging):
         files.fsync(path)
 
 
@@ -259,7 +260,7 @@ def unreadable(error: PermissionError) -> UserError:
     """Return the error of a file of a run that may not be read; nothing has been changed."""
     return UserError(
         f"{error.filename} cannot be read: {error.strerror}; allow it (chmod u+r), and the same "
-        "command goes on"
+        "command continues"
     )
 
 

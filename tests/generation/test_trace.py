@@ -83,7 +83,7 @@ def test_trace_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert generate.main(["model.safetensors", "--trace", "again"]) == 0  # its own are made anew
     assert json.loads((tmp_path / "trace.json").read_text())["text"] == "again"
     generate.main(["model.safetensors", "--trace", "a" * (trace.LONGEST + 1)])
-    assert f"1 of 1 texts are longer than {trace.LONGEST} bytes" in capsys.readouterr().err
+    assert f"1 of 1 texts are cut to {trace.LONGEST} bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

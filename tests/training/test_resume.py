@@ -212,6 +212,17 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_log(tmp_path, also):
 
 
 @pytest.mark.parametrize("name", checkpoints.WRITTEN)
+def test_what_a_killed_process_left_unfinished_is_removed(tmp_path, name):
+    train(tmp_path, "--max-iters", 1)
+    unfinished = tmp_path / "full" / files.temporary_name(name, 12345)
+    unfinished.touch()
+    mine = tmp_path / "full" / ".mine.tmp"
+    mine.touch()
+    train(tmp_path, "--max-iters", 2)
+    assert mine.exists() and not unfinished.exists()
+
+
+@pytest.mark.parametrize("name", checkpoints.WRITTEN)
 def test_a_folder_of_other_files_does_not_become_a_run(tmp_path, name):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / name).write_text("my own")
