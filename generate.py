@@ -85,9 +85,15 @@ def prompt_of(args: argparse.Namespace) -> bytes:
             print("the prompt is what is typed here, up to Ctrl-D", file=sys.stderr)
             return read_stream(sys.stdin.buffer, "the prompt on stdin")
         with redirect_stdout(sys.stderr), heartbeat("waiting for the prompt on stdin"):
-            return read_stream(sys.stdin.buffer, "the prompt on stdin")
+            prompt = read_stream(sys.stdin.buffer, "the prompt on stdin")
+        if not prompt:
+            print("note: stdin is empty, so there is no prompt", file=sys.stderr)
+        return prompt
     with redirect_stdout(sys.stderr), heartbeat(f"reading {args.prompt_file}"):
-        return read_input(args.prompt_file, "--prompt-file")
+        prompt = read_input(args.prompt_file, "--prompt-file")
+    if not prompt:
+        raise UserError(f'--prompt-file {args.prompt_file} is empty; --prompt "" begins a record')
+    return prompt
 
 
 def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:

@@ -23,7 +23,7 @@ from bdh_lib.errors import UserError, did_you_mean, escape_controls, warn
 from bdh_lib.rules import KINDS, Rule, check
 from bdh_lib.settings import Settings, as_text
 
-SIMILARITY = 0.8  # share of two names that is the same where one is taken for a slip in the other
+SIMILARITY = 0.8  # of two names, by difflib, from which one counts as a typo of the other
 
 
 def parse(
@@ -40,7 +40,7 @@ def parse(
     """
     constants, rules = read_constants(script, rules)
     parser = parser_of(script, constants, rules, presets, actions)
-    typed = vars(parser.parse_args(argv, Typed() if argv is None else None))
+    typed = vars(parser.parse_args(argv, RecordTyped() if argv is None else None))
     typed_names = set(typed)
     preset = typed.pop("preset", None)
     if preset not in (None, *presets):
@@ -115,7 +115,7 @@ def parse_value(name: str, value: str | bool, rule: Rule | None):
 # ---------------------------------------------------------------------------- flags and their help
 
 
-class Typed(argparse.Namespace):
+class RecordTyped(argparse.Namespace):
     """Arguments as they were typed; one that is typed again with another value gets a warning."""
 
     def __setattr__(self, name: str, value):
@@ -135,13 +135,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form, allow_abbrev=False)
-        self.flagless = {}  # by the flag that a setting would have: why it has none
+        self.without_flag = {}  # by the flag that a setting would have: why it has none
 
     def error(self, message: str):
         flags = [flag for action in self._actions for flag in action.option_strings]
         if unknown := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
             message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1], flags)}"
-            message = self.flagless.get(unknown[1], message)
+            message = self.without_flag.get(unknown[1], message)
         message = escape_controls(" ".join(message.split()))  # it repeats what was typed
         self.exit(2, f"{self.prog}: {message} (--help lists all)\n")
 
@@ -166,7 +166,7 @@ def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions
         flag, kind = flag_of(name), rules[name].kind
         if kind not in KINDS:
             held = f"{name} holds a {type(value).__name__}, which no flag can"
-            parser.flagless[flag] = f"{held}; change it in {Path(script.__file__).name}"
+            parser.without_flag[flag] = f"{held}; change it in {Path(script.__file__).name}"
             continue
         if other := owners.get(flag):
             setting, other = (name, other) if name.isupper() else (other, name)

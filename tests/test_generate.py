@@ -44,6 +44,18 @@ def test_an_empty_prompt_begins_a_record(counting, output):
     assert output(counting, "--prompt", "", "--max-new-tokens", 2, "--raw") == b"\x0b\x0c"
 
 
+def test_an_empty_prompt_file_is_refused_and_an_empty_stdin_noted(
+    counting, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "empty").touch()
+    with pytest.raises(UserError, match='empty is empty; --prompt "" begins a record'):
+        generate.main([str(counting), "--prompt-file", str(tmp_path / "empty")])
+    with (tmp_path / "empty").open("rb") as empty:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=empty, isatty=lambda: False))
+        generate.main([str(counting), "--max-new-tokens", "2", "--raw"])
+    assert "stdin is empty, so there is no prompt" in capsys.readouterr().err
+
+
 def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(counting, output, tmp_path):
     (tmp_path / "p").write_bytes(b"a\xff\x1b")
     ask = (counting, "--prompt-file", tmp_path / "p", "--max-new-tokens", 1)

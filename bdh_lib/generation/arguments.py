@@ -8,7 +8,7 @@ from bdh_lib.compute.state import WINDOW_RULE
 from bdh_lib.data import formats, hub
 from bdh_lib.errors import UserError
 from bdh_lib.files import expand_user
-from bdh_lib.flags import Parser, Typed, flag_of, parse_value
+from bdh_lib.flags import Parser, RecordTyped, flag_of, parse_value
 from bdh_lib.generation.jobs import MAX_TEXTS
 from bdh_lib.generation.sampling import LIMITS, PENALTY_WINDOW
 from bdh_lib.rules import whole
@@ -29,7 +29,7 @@ NUMBERS = LIMITS | {  # of each flag that takes one
     "seed": whole(0, 2**64 - 1),
 }
 PATHS = ("model", "prompt_file", "prompts", "export", "load_state", "save_state", "out")
-TEXTS = ("evaluate", "trace", "stop")  # an empty --prompt begins a record
+TEXTS = ("evaluate", "trace", "stop", "columns")  # an empty --prompt begins a record
 
 
 def make_parser(description: str) -> Parser:
@@ -68,7 +68,7 @@ def add_model(add: Callable) -> None:
     add(
         "--dtype",
         choices=DTYPES,
-        help="of matrix products; default: bfloat16 on a GPU, else float32",
+        help="of products (on a CPU, when reading); default: bfloat16 on a GPU, else float32",
     )
 
 
@@ -188,7 +188,7 @@ def parse_args(argv: list[str] | None, description: str = "") -> argparse.Namesp
     return args
 
 
-class TypedOnce(Typed):
+class RefuseRepeated(RecordTyped):
     """Arguments of which none may be typed again with another value."""
 
     def on_repeat(self, text: str) -> None:
@@ -200,7 +200,7 @@ def parse_typed(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namesp
     """Return the parsed arguments, and those that the user typed, even with a default's value."""
     args = parser.parse_args(argv)
     absent = {name: None for name in vars(args)}
-    typed = vars(parser.parse_args(argv, TypedOnce(**absent)))
+    typed = vars(parser.parse_args(argv, RefuseRepeated(**absent)))
     return args, {name: value for name, value in typed.items() if value is not None}
 
 
@@ -212,7 +212,7 @@ def flag_name(argument: str) -> str:
 def check_flags(args: argparse.Namespace, typed: dict) -> None:
     """Raise UserError if a flag has no effect with the others."""
     if args.answers and not args.evaluate:
-        raise UserError("--answers: say to the questions of which data; give --evaluate DATA, too")
+        raise UserError("--answers is for the questions of --evaluate DATA; give both")
     for job in EXCLUSIVE_JOBS.keys() & typed:
         effective = ("model", job, *EXCLUSIVE_JOBS[job], *(OF_ANSWERS if args.answers else ()))
         if idle := ", ".join(flag_name(name) for name in typed if name not in effective):

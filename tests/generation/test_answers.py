@@ -193,8 +193,8 @@ def test_answers_are_to_what_the_run_held_out_and_go_on_where_they_stopped(run, 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ("--answers 3", "--answers: say to the questions of which data; give --evaluate"),
-        ("--answers 3 --trace x", "--answers: say to the questions of which data"),
+        ("--answers 3", "--answers is for the questions of --evaluate DATA; give both"),
+        ("--answers 3 --trace x", "--answers is for the questions of --evaluate DATA"),
         ("--evaluate sample --answers 0", "--answers is 0; it must be a whole number from 1"),
         ("--evaluate sample --answers 3 --seed 1", "--seed: no effect beside --evaluate"),
         ("--evaluate sample --answers 3 --temperature 0", "--temperature: no effect beside"),
