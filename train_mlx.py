@@ -10,8 +10,8 @@ metrics.jsonl, and report.html to look at.
 """
 
 if __name__ == "__main__":
-    # This imports the file once more, as a module, and calls its main(): so a mistake in the
-    # settings below ends in one line.
+    # This imports the file once more, as a module, and calls its main(). So a mistake in the
+    # settings below is one line, not a traceback.
     from bdh_lib import start
 
     start.run(__file__)
@@ -118,12 +118,12 @@ from bdh_lib.settings import Settings
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
 from bdh_lib.training.batches import divergence_message, step_batches
 from bdh_lib.training.dataset import check_processes_agree, open_run_data
-from bdh_lib.training.distributed import World, is_lost
+from bdh_lib.training.distributed import World, is_lost, refuse_launcher
 from bdh_lib.training.evaluation import Evaluator
 from bdh_lib.training.memory_plan import slow_note, what_fits
 from bdh_lib.training.meter import Meter
 from bdh_lib.training.report import redraw_report
-from bdh_lib.training.resume import resume_or_init, run_info
+from bdh_lib.training.resume import check_chain, resume_or_init, run_info
 from bdh_lib.training.runlog import RunLog, main_process_prints
 from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
 from bdh_lib.training.signals import StopSignal
@@ -149,6 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     if own := flags.own_settings(sys.modules[__name__], RULES):
         note = "kept in config.json; only code of your own reads them"
         print(f"own settings: {', '.join(own)} ({note})", file=sys.stderr)
+    if base.selfcheck or base.plan or base.tune:
+        refuse_launcher()
     if base.selfcheck:
         return selfcheck.run_checks(base.DTYPE)
     if base.plan:
@@ -176,8 +178,9 @@ def train_chain(base: Settings, stop: StopSignal, world: World, json_to: TextIO 
     After each of PHASES a table shows the loss in every mode, and what was forgotten. Returns the
     exit code. Raises UserError.
     """
-    results = {}
-    for s in phase_settings(base):
+    results, chain = {}, phase_settings(base)
+    check_chain(chain)
+    for s in chain:
         run = checkpoints.run_folder(s)
         with checkpoints.lock_run(run) if world.is_main else nullcontext():
             if code := train_or_explain(s, stop, world, json_to):
@@ -204,16 +207,16 @@ def train_or_explain(s: Settings, stop: StopSignal, world: World, json_to: TextI
         if stop.received and not stop.has_work_to_save:  # Ctrl-C ends MLX's compiler, too
             return 128 + stop.received
         if is_lost(error):
-            print(f"error: process {world.rank} lost another one: {error}. Checkpoints are as "
-                  "they were; the same command goes on", file=sys.stderr)  # fmt: skip
+            print(f"error: process {world.rank} lost another one: {error}. Checkpoints are "
+                  "unchanged; the same command continues", file=sys.stderr)  # fmt: skip
             return 1
         if not memory.is_exhausted(error):
             raise
         raise UserError(f"memory is out. {what_fits(s)}") from None
     except Diverged as reason:
-        last = max(runs.steps(checkpoints.run_folder(s)), default="none")
-        print(f"error: {reason}. Checkpoints are as they were, the last of iteration {last}; "
-              "lower LEARNING_RATE or GRAD_CLIP", file=sys.stderr)  # fmt: skip
+        steps = runs.steps(checkpoints.run_folder(s))
+        last = f"the last checkpoint is of iteration {max(steps)}" if steps else "no checkpoint yet"
+        print(f"error: {reason}; {last}; lower LEARNING_RATE or GRAD_CLIP", file=sys.stderr)
         return 1
 
 
@@ -282,12 +285,12 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
             start_computing(state, norm, wait=step == first_step)  # the first one compiles
         stop.has_work_to_save = True
         completed = step + 1
-        is_logged, is_evaluated = completed % s.LOG_FREQ == 0, completed % s.EVAL_FREQ == 0
-        read_now = is_logged or is_evaluated or completed == n_steps
+        log_due, eval_due = completed % s.LOG_FREQ == 0, completed % s.EVAL_FREQ == 0
+        read_now = log_due or eval_due or completed == n_steps
         meter.stop(completed, loss, norm, n_targets > 0, read_now)
         if meter.consecutive_skips >= s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(divergence_message(data.train, meter.last_read_step, s))
-        if is_logged and (averages := meter.pop_averages(completed)):
+        if log_due and (averages := meter.pop_averages(completed)):
             log.write(step=completed, lr=lr, grad_norm=norm.item(), **averages)
 
     log.save(step, state)  # where a signal ended the loop; any other end is saved before

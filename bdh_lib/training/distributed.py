@@ -90,6 +90,12 @@ def _join() -> mx.distributed.Group:
         ) from None
 
 
+def refuse_launcher() -> None:
+    """Raise UserError if mlx.launch started this process, which does something by itself."""
+    if os.environ.get("MLX_RANK"):
+        raise UserError("--selfcheck, --plan and --tune take one process: leave out mlx.launch")
+
+
 def is_lost(error: RuntimeError) -> bool:
     """Tell whether MLX says by an error that another process is gone."""
     return any(text in str(error) for text in LOST)

@@ -63,7 +63,7 @@ def restarted_after_gpu_fault(s: Settings, allowed: bool) -> Iterator[None]:
             raise
         reason = f"macOS ended the GPU's work: {' '.join(str(error).split())}. {ADVICE}"
     if not allowed or (count := count_restart(s)) > MAX_RESTARTS:
-        raise GpuFault(f"{reason}. Checkpoints are as they were; the same command goes on")
+        raise GpuFault(f"{reason}. Checkpoints are as they were; the same command continues")
     again = f"restart {count} of at most {MAX_RESTARTS} without a newer one"
     warn(f"{reason}. Going on from the newest checkpoint: {again}")
     sys.stdout.flush()

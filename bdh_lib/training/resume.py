@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,8 +164,32 @@ def check_origin(run: Path, info: dict, s: Settings) -> None:
     if ancestry and current[-1]["sha256"] != ancestry[-1]["sha256"]:
         raise UserError(
             f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
-            f"{s.INIT_FROM} are others now; set RUN_NAME to start another run from them"
+            f"{s.INIT_FROM} are others now. Set RUN_NAME to start another run from them; to go on "
+            f"with this one, set RUN_NAME to {run.name}, and INIT_FROM and PHASES to None"
         )
+
+
+def check_chain(chain: list[Settings]) -> None:
+    """Raise UserError where one of PHASES would train on after the next one took its weights."""
+    for earlier, later in pairwise(chain):
+        run, next_run = map(checkpoints.run_folder, (earlier, later))
+        if runs.steps(next_run) and is_longer(run, earlier):
+            raise UserError(
+                f"{run} would train for longer now, and {next_run} started from its weights; set "
+                "PHASES and MAX_ITERS back, or RUN_NAME to start another chain"
+            )
+
+
+def is_longer(run: Path, s: Settings) -> bool:
+    """Tell whether a run has more steps by these settings than by those of its last checkpoint."""
+    try:
+        info = checkpoints.read_info(run, max(runs.steps(run)))
+    except (ValueError, OSError):  # it has none, or a damaged one, which is looked at later
+        return False
+    if not runs.is_checkpoint_config(info):
+        return False
+    n_bytes = info["data"]["train"]["bytes"]
+    return total_steps(s, n_bytes) > total_steps(Settings(**vars(s) | info["settings"]), n_bytes)
 
 
 def print_new_rate(info: dict, s: Settings, step: int, data_report: dict) -> None:

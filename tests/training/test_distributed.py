@@ -139,7 +139,7 @@ def test_a_lost_process_ends_the_run_with_its_checkpoints_intact(tmp_path):
     (code, _, err), _ = ended(processes)
     # MLX's threads write their own lines beside ours, in pieces that mix
     assert code == 1 and err.count("error: ") == err.count("error: process 0 lost another one") == 1
-    assert "Traceback" not in err and "the same command goes on" in err
+    assert "Traceback" not in err and "the same command continues" in err
     last = checkpoints.newest_valid(tmp_path / "full")
     assert last >= 4 and not list((tmp_path / "full").glob("damaged*"))
     assert train(tmp_path, "--max-iters", last + 1, "--grad-accum", 2) == 0
@@ -312,3 +312,11 @@ def test_the_launcher_of_mlx_starts_them(tmp_path):
     )  # fmt: skip
     assert "iterations: 2" in ran.stdout, ran.stderr
     assert json.loads((tmp_path / "full" / "config.json").read_text())["settings"]["PROCESSES"] == 2
+
+
+@pytest.mark.parametrize("action", ["--plan", "--tune", "--selfcheck"])
+def test_what_one_process_does_is_refused_under_mlx_launch(tmp_path, monkeypatch, action):
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="take one process: leave out"):
+        train_mlx.main([action])

@@ -105,9 +105,22 @@ def test_a_chain_stopped_within_a_phase_ends_in_the_same_bits(tmp_path, chained,
 
 
 def test_a_phase_is_not_continued_on_other_weights_than_it_started_from(tmp_path):
-    train(tmp_path, "--phases", "system:none,full:none", "--max-iters", 2)
-    with pytest.raises(UserError, match=r"started from .*phases-1-system.* are others now"):
-        train(tmp_path, "--phases", "system:none,full:none", "--max-iters", 12)
+    first = ("--training-mode", "system", "--max-iters")
+    train(tmp_path, *first, 2)
+    train(tmp_path, "--init-from", "system", "--max-iters", 2)
+    train(tmp_path, *first, 12)
+    with pytest.raises(UserError, match=r"started from .* are others now.* RUN_NAME to full"):
+        train(tmp_path, "--init-from", "system", "--max-iters", 4)
+    assert train(tmp_path, "--run-name", "full", "--max-iters", 4) == 0
+
+
+def test_a_phase_is_not_trained_on_where_the_next_one_took_its_weights(tmp_path):
+    chain = ("--phases", "system:none,full:none", "--max-iters")
+    train(tmp_path, *chain, 2)
+    with pytest.raises(UserError, match=r"1-system would train for longer now, and .*2-full st"):
+        train(tmp_path, *chain, 12)
+    assert max(runs.steps(tmp_path / RUNS[0])) == 2
+    assert train(tmp_path, *chain, 2) == 0
 
 
 def test_a_phase_goes_on_without_the_checkpoints_of_its_parent(tmp_path):
