@@ -20,10 +20,10 @@ TIMEOUT = 10  # seconds that the hub may take to answer at all; a hanging one wo
 
 
 class Unreached:
-    """Why the hub is out of reach, for the error that follows.
+    """The first network error of this process, kept for later messages.
 
-    It is of the process, as is HF_HUB_OFFLINE, which is set with it: from then on the library does
-    not ask, and its own errors do not know the reason.
+    HF_HUB_OFFLINE is set with it: from then on the library does not ask, and its own errors do not
+    know the reason.
     """
 
     reason = ""
@@ -129,6 +129,7 @@ def download_model(name: str) -> Path:
     except Exception as error:  # several libraries have errors of their own
         text = " ".join(str(error).split())
         reason = f"is not in the cache, and the hub is out of reach ({_unreached(text)})"
+        reason = _not_stored(error) if _is_local(error) else reason
     raise UserError(f"{name} {reason}")
 
 
@@ -154,16 +155,18 @@ def _user_error(dataset: str, error: Exception) -> Exception:
     elif isinstance(error, DataFilesNotFoundError):
         what = "on the hub holds no data file of a known kind"
     elif _is_local(error):
-        file = error.filename or "what the hub sends"
-        what = (
-            f"needs a folder to write in: {file} cannot be written: {error.strerror}; set HF_HOME"
-        )
-        return UserError(f"DATASET {name} {what}")
+        return UserError(f"DATASET {name} {_not_stored(error)}")
     elif isinstance(error, OSError):
         what = f"is not a file or folder here, and the hub is out of reach ({_unreached(reason)})"
     else:
         what = _explain(name, reason)
     return UserError(f"DATASET {name} {what}. {ALTERNATIVES}")
+
+
+def _not_stored(error: OSError) -> str:
+    """Return why what the hub sends could not be written."""
+    file = error.filename or "what the hub sends"
+    return f"needs a folder to write in: {file} cannot be written: {error.strerror}; set HF_HOME"
 
 
 def _unreached(reason: str) -> str:

@@ -141,3 +141,10 @@ def test_the_documented_snippet_converts_an_official_checkpoint(tmp_path, monkey
     assert converted.config == bdh_mlx.BDHConfig(**saved["config"])
     idx = mx.array([[1, 2, 3, 200]])
     assert mx.array_equal(converted(idx)[0], model(idx)[0])
+
+
+def test_a_model_that_cannot_be_stored_is_told_with_the_cure(hub, tmp_path):
+    (tmp_path / "home").write_text("a file where the folder should be")
+    done = generate(hub[0], tmp_path / "home", "hf:user/tiny")
+    assert done.returncode == 2 and "needs a folder to write in" in done.stderr, done.stderr
+    assert "set HF_HOME" in done.stderr and "out of reach" not in done.stderr
