@@ -32,7 +32,7 @@ from bdh_lib.progress import Progress
 PIECE = 256  # bytes of a prompt that are read at once
 END_OF_RECORD = f"{formats.STOP}\n".encode()
 MAX_OVERLAP = 64  # bytes: longer than all that ends a record or begins a turn
-HISTORY = Path("~/.bdh_history").expanduser()
+HISTORY = Path(os.path.expanduser("~/.bdh_history"))  # noqa: PTH111  which raises without a home
 HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
 /temp 0.7     temperature; 0: the likeliest byte
 /reset        forget all that was said, back to the state of --load-state if one was given
@@ -57,7 +57,7 @@ def enable_line_editing() -> bool:
 
 
 def save_history() -> None:
-    """Write the history if it exists and can be written."""
+    """Write the history where that is possible."""
     with suppress(ImportError, OSError):
         import readline
 
