@@ -11,7 +11,7 @@ One layer, the same weights in each; ln is LayerNorm without parameters, R_t rot
     o_t = sum over heads of y_t E                     back to D numbers
     v_t = ln(v_t + ln(o_t))
 
-Without softmax, a_t = (R_t x_t) S_t, where the synapses S_t = sum over s < t of (R_s x_s) v_s^T are
+Without softmax, a_t = (R_t x_t) S_t, where the synapses S_t = sum over s < t of (R_s x_s)^T v_s are
 a state of fixed size. Reading a text at once, in chunks or byte by byte gives the same result
 (bdh_lib/compute/state.py).
 

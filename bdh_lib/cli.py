@@ -18,7 +18,7 @@ READER_GONE = 141  # exit code: 128 + SIGPIPE, as other programs end
 class Output(io.TextIOWrapper):
     """Standard output or error that keeps the `error` of a failed write: argparse swallows it.
 
-    Once it `ignores_errors`, it writes to nowhere where its reader is gone.
+    Once it `ignores_errors`, it discards what nobody reads any more.
     """
 
     ignores_errors, error = False, None
@@ -81,10 +81,10 @@ def run_main(main: Callable[[], int | None], file: str):
 
 
 def open_streams() -> None:
-    """Open the standard streams that are closed, and show any character on any terminal.
+    """Open closed standard streams on /dev/null, and escape what a terminal cannot show.
 
-    A closed one is /dev/null, and not writable where output would be lost: a file that is opened
-    later would get its number, which MLX takes for an error.
+    A file that is opened later would get the number of a closed stream, which MLX takes for an
+    error. A closed output is opened for reading, so that lost output is an error.
     """
     for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:

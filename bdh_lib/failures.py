@@ -1,4 +1,4 @@
-"""What ended a script, in one line with its cure: of the user, MLX, the loader or the system."""
+"""Turn an exception that ended a script into one line with its cure."""
 
 import sys
 

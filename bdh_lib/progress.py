@@ -60,7 +60,7 @@ class Progress:
 
 
 def counted(items: Iterable, what: str, unit: str) -> Iterator:
-    """Yield the items, and show how many they are."""
+    """Yield the items, and show a running count."""
     with Progress(what, None, unit) as progress:
         for item in items:
             yield item

@@ -73,7 +73,7 @@ SWEEP = {
     "layers 4": "--n-layer 4",
     "rate 2e-3": "--learning-rate 2e-3",
     "multiplier 16": "--mlp-internal-dim-multiplier 16 --dropout 0.4",
-    # longer blocks and smaller batches; the last one is the preset small-data
+    # longer blocks and smaller batches; "small-data" is the preset
     **{
         name: "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema-decay 0.99 --patience none "
         "--beta2 0.95 --block-size 2048 --batch-size 2 --max-iters 6000 --eval-freq 250 " + flags
@@ -542,15 +542,15 @@ def parity_says(rows: list[dict]) -> str:
     if not all(curves.values()):
         return "parity: one side is missing"
     steps = sorted(set.intersection(*(set(c) for side in curves.values() for c in side)))
-    lines, apart = [f"{'step':>6}{'official':>18}{'ours':>18}{'difference':>12}"], {}
+    lines, agrees = [f"{'step':>6}{'official':>18}{'ours':>18}{'difference':>12}"], {}
     for step in steps:
         values = {of: [c[step] for c in side] for of, side in curves.items()}
         mean = {of: statistics.mean(v) for of, v in values.items()}
         spread = {of: max(v) - min(v) for of, v in values.items()}
-        apart[step] = abs(mean["ours"] - mean["official"]) <= max(spread.values())
+        agrees[step] = abs(mean["ours"] - mean["official"]) <= max(spread.values())
         shown = "".join(f"{mean[of]:>10.4f} ±{spread[of] / 2:.4f}" for of in curves)
         lines.append(f"{step:>6}{shown}{mean['ours'] - mean['official']:>12.4f}")
-    agree = sum(apart.values())
+    agree = sum(agrees.values())
     lines.append(
         f"The means differ by no more than the larger spread of the seeds at {agree} of "
         f"{len(steps)} steps."

@@ -1,6 +1,6 @@
 """Generation: ours against recomputing the whole prefix for every byte, and the prompt's speed.
 
-    python bench/generate_speed.py                    # default model on a CPU, under 2 minutes
+    python bench/generate_speed.py                    # 6 layers on a CPU, under 2 minutes
     python bench/generate_speed.py --gpu              # on a GPU, under 2 minutes
     python bench/generate_speed.py --only profile     # a CUDA GPU's time by kernel; needs PyTorch
     python bench/generate_speed.py --positions checkpoints_mlx/full text.txt    # loss by position

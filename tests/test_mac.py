@@ -116,7 +116,7 @@ def test_each_size_of_mac_gets_the_fastest_mode_that_it_holds(
         monkeypatch.setattr(module, "on_gpu", lambda: True)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(memory, "mac_room", lambda: working_set + 1e9)
+    monkeypatch.setattr(memory, "mac_free_memory", lambda: working_set + 1e9)
     monkeypatch.setattr(
         mx, "device_info", lambda: {"max_recommended_working_set_size": working_set}
     )

@@ -168,7 +168,7 @@ class Saved(NamedTuple):
     q: mx.array | None = None  # (H, B*T, N)
 
 
-SMALL = 3  # the fields of Saved that are always saved
+N_ALWAYS_SAVED = 3  # the fields of Saved that are always saved
 
 
 class Neurons(NamedTuple):
@@ -423,7 +423,7 @@ class _SegmentedHeads(NamedTuple):
     @property
     def n_saved(self) -> int:
         """Return how many fields of Saved are saved."""
-        return SMALL + self.compute.saved_activations
+        return N_ALWAYS_SAVED + self.compute.saved_activations
 
     def segment(self, weights: Weights, vs: mx.array, begin: int, key: mx.array) -> Segment:
         """Return the Segment of vs (B, T, D), with its mask drawn."""

@@ -67,22 +67,22 @@ def available() -> float:
     """
     info = mx.device_info()
     if sys.platform == "darwin":
-        return min(mac_room(), info.get("max_recommended_working_set_size", math.inf))
+        return min(mac_free_memory(), info.get("max_recommended_working_set_size", math.inf))
     if on_gpu():
         return 0.95 * info.get("total_memory", 0)
     meminfo = Path("/proc/meminfo").read_text()
     fields = dict(line.split(":") for line in meminfo.splitlines())
     free = 1024 * int(fields["MemAvailable"].split()[0])
-    return 0.9 * max(0, min(free, *cgroup_rooms(), *ulimit_rooms()))
+    return 0.9 * max(0, min(free, *cgroup_headroom(), *ulimit_headroom()))
 
 
-def ulimit_rooms() -> list[float]:
+def ulimit_headroom() -> list[float]:
     """Return the bytes that limits on this process leave for arrays: its threads take the rest."""
     return [max(0, size - least) for _, size, least in limits.memory_limits()]
 
 
 @lru_cache(maxsize=1)
-def mac_room() -> float:
+def mac_free_memory() -> float:
     """Return the bytes that a Mac's programs leave by `vm_stat`, else 0.6 of its memory.
 
     They are read once, before the model takes any.
@@ -99,12 +99,12 @@ def mac_room() -> float:
         return 0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def cgroup_rooms(cgroup: Path = Path("/proc/self/cgroup")) -> list[float]:
+def cgroup_headroom(cgroup: Path = Path("/proc/self/cgroup")) -> list[float]:
     """Return the free bytes under each memory limit on this process's control groups.
 
     The first item is infinity, so that the list has a minimum where there is no limit.
     """
-    rooms = [math.inf]
+    headroom = [math.inf]
     with suppress(OSError, ValueError):
         for line in cgroup.read_text().splitlines():
             _, kinds, path = line.split(":", 2)  # "0::/a/b" in version 2, "4:memory:/a/b" in 1
@@ -115,11 +115,11 @@ def cgroup_rooms(cgroup: Path = Path("/proc/self/cgroup")) -> list[float]:
                 groups = [
                     group for group in (folder, *folder.parents) if group.is_relative_to(root)
                 ]
-                rooms += [_room(group, *CGROUP_FILES[bool(kinds)]) for group in groups]
-    return rooms
+                headroom += [_group_headroom(group, *CGROUP_FILES[bool(kinds)]) for group in groups]
+    return headroom
 
 
-def _room(group: Path, limit: str, used: str, cached: str) -> float:
+def _group_headroom(group: Path, limit: str, used: str, cached: str) -> float:
     """Return the free bytes under a group's limit, or infinity. Page cache counts as free."""
     try:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -137,8 +137,8 @@ CPU_AHEAD = 1.2  # MLX allocates before it computes
 def estimate(config: CheckedConfig, B: int, T: int, compute: Compute) -> float:
     """Estimate the peak bytes of a step on blocks (B, T) of a model of this BDHConfig.
 
-    A test holds them within 20 % of the peaks of a CPU. docs/log.md has those of an H100: without a
-    memory limit fast took 26.7 GB where 15.6 were estimated (2026-11-27).
+    A test checks that it is within 20 % of the peak that a CPU measures. docs/log.md has those of
+    an H100: without a memory limit fast took 26.7 GB where 15.6 were estimated (2026-11-27).
     """
     D, H, N = config.n_embd, config.n_head, config.neurons_per_head
     V, L, e, C, rows = config.vocab_size, config.n_layer, compute.dtype.size, compute.chunk, B * T

@@ -20,7 +20,7 @@ def dropout_mask(key: mx.array, rate: float, shape: tuple[int, ...]) -> Mask | N
 
     The mask is None for rate 0. A 32-bit draw serves four neurons: a draw for each would cost more
     than a GEMM. 256 * rate is seldom an integer: the limit is drawn from its two neighbours, so the
-    mean rate is exact.
+    mean rate is exact up to 255/256.
     """
     if not rate:
         return None

@@ -113,8 +113,8 @@ def describe(report: dict) -> str:
         size = f"{count_text(report[side]['records'])}{report[side]['bytes']:,} bytes"
         lines.append(f"  {name}{given}: {size}")
     if report.get("given_validation") and report["val"]["bytes"] < FEW_BYTES:
-        lines.append("  so few bytes say little of the loss: take that file away, and VAL_FRACTION "
-                     "of the records validates")  # fmt: skip
+        lines.append("  so few bytes say little of the loss; without that file VAL_FRACTION of the "
+                     "records is held out")  # fmt: skip
     return "\n".join(lines)
 
 

@@ -212,7 +212,7 @@ def _records_of(value) -> Iterator[dict | list | str]:
 
 
 def _parse_lines(lines: Iterable[str], encoding: Encoding) -> Iterator[dict | list | str]:
-    """Yield the records of each line: a bad one costs one, a large one itself thrice."""
+    """Yield the records of each line. A bad line costs one record; a line takes thrice its size."""
     for value in map(partial(_parse_line, encoding=encoding), lines):
         yield from [value] if isinstance(value, str) else _records_of(value)
 

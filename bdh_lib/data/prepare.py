@@ -36,7 +36,7 @@ from bdh_lib.settings import Settings
 
 VERSION = 2  # of prepared data: raise it where a change of the code changes any of their bytes
 IN_VAL = "in_val.npy"  # in prepared data: of each text of the mode, whether it validates
-STARTED = time.time()  # about when the process started, in which --refresh-data acts once
+PROCESS_START = time.time()  # about when the process started, in which --refresh-data acts once
 
 
 class DataSettings(NamedTuple):
@@ -77,7 +77,7 @@ def cache_key(settings: DataSettings, files: list[Path] | None) -> str:
     """Return the name of the folder of prepared data.
 
     It changes with a setting, with the commit on the hub, and with a path, size or time of `files`,
-    which are what sources.find gives.
+    which are what sources.resolve_files gives.
     """
     content = settings.as_dict()
     if files:
@@ -104,12 +104,12 @@ def prepare(settings: DataSettings, cache: Path, refresh: bool = False) -> Path:
     """
     dataset = settings.dataset
     with heartbeat(f"preparing DATASET {dataset}"):
-        files = sources.find(dataset)  # once: there may be many
+        files = sources.resolve_files(dataset)  # once: there may be many
         folder = cache / cache_key(settings, files)
         with _locked(cache):
             if not refresh and files is None and not hub.commit(dataset):
                 folder = _newest(cache, settings) or folder
-            if not is_intact(folder) or (refresh and _made_at(folder) < STARTED):
+            if not is_intact(folder) or (refresh and _made_at(folder) < PROCESS_START):
                 _make(folder, settings, files)
             return folder
 
@@ -186,22 +186,22 @@ def is_intact(folder: Path) -> bool:
 
 def _make(folder: Path, settings: DataSettings, files: list[Path] | None) -> None:
     dataset = settings.dataset
-    making = folder.with_name(f"{folder.name}.tmp")
-    making.mkdir()
+    staging = folder.with_name(f"{folder.name}.tmp")
+    staging.mkdir()
     try:
         if ready := sources.ready_split(files):
-            report = _copy_split(ready, dataset, settings.mode, making)
+            report = _copy_split(ready, dataset, settings.mode, staging)
         else:
-            report = _split(settings, making)
+            report = _split(settings, staging)
         report["made_from"] = settings.as_dict()
         report["commit"] = None if files else hub.commit(dataset)
-        (making / "data.json").write_text(json.dumps(seal(report), indent=1))
-        if cache_key(settings, sources.find(dataset)) != folder.name:
+        (staging / "data.json").write_text(json.dumps(seal(report), indent=1))
+        if cache_key(settings, sources.resolve_files(dataset)) != folder.name:
             raise UserError(f"DATASET {dataset} changed while it was read; start again")
         shutil.rmtree(folder, ignore_errors=True)  # damaged, or to be made anew
-        making.replace(folder)
+        staging.replace(folder)
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _split(settings: DataSettings, folder: Path) -> dict:
@@ -276,7 +276,7 @@ def load_unsplit(
     on the way. Raises UserError when nothing of it has the fields of `mode`.
     """
     with heartbeat(f"preparing DATASET {dataset}"), _writing(folder):
-        if ready := sources.ready_split(sources.find(dataset)):
+        if ready := sources.ready_split(sources.resolve_files(dataset)):
             held_out = [file for file in ready if file.stem == "val"]
             report = _copy_split(held_out, f"{dataset}, held out side", mode, folder)
         else:

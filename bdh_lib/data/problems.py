@@ -1,4 +1,4 @@
-"""What one more pass over the records finds: what is odd in them, and the bytes of each mode.
+"""What one more pass over the records finds: their issues, and the bytes of each mode.
 
 A byte model learns every fault of its data literally, so `--plan` names them.
 """
@@ -35,7 +35,7 @@ NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
 class Findings:
     """What one pass over all records found; counts of records where nothing else is said."""
 
-    odd: Counter = field(default_factory=Counter)
+    issues: Counter = field(default_factory=Counter)
     of_mode: dict = field(
         default_factory=lambda: {mode: Counter() for mode in REQUIRED_FIELDS}
     )  # bytes
@@ -73,7 +73,7 @@ def mojibake(text: str) -> str | None:
 
 
 def examine(s: Settings) -> Findings:
-    """Read every record once more; note what is odd in it and which side of the split has it."""
+    """Read every record once more; note its issues and which side of the split has it."""
     findings = Findings()
     folder = prepare(data_settings(s, s.TRAINING_MODE), Path(s.CHECKPOINT_DIR) / ".data")
     in_val = iter(np.load(folder / IN_VAL).tolist())
@@ -97,10 +97,10 @@ def _note(findings: Findings, structure: str, pieces: Turns, s: Settings) -> Non
     findings.examples.setdefault(structure, text)
     findings.digests.append(digest(text))
     if len(text.encode()) > s.BLOCK_SIZE:
-        findings.odd["longer than BLOCK_SIZE"] += 1
+        findings.issues["longer than BLOCK_SIZE"] += 1
     for name, value in field_values(pieces).items():
         findings.fields.setdefault(name, []).append(digest(" ".join(value.split()).lower()))
-        findings.odd.update(problems_of(name, value))
+        findings.issues.update(problems_of(name, value))
 
 
 def field_values(pieces: Turns) -> dict[str, str]:
@@ -113,7 +113,7 @@ def field_values(pieces: Turns) -> dict[str, str]:
 
 
 def problems_of(name: str, value: str) -> Iterator[str]:
-    """Yield what is odd in the text of field `name`, in words."""
+    """Yield the issues of the text of field `name`, in words."""
     if header := HEADER.search(value):
         yield f"`{header[0]}` inside {name}"
     if token := TOKENS.search(value):
@@ -134,15 +134,15 @@ def shared_with_training(digests: list[int], in_val: list[bool]) -> int:
     return sum(d in train for d, val in zip(digests, in_val, strict=True) if val)
 
 
-def oddities(found: Findings) -> list[str]:
+def issue_lines(found: Findings) -> list[str]:
     """Return the findings as lines; mojibake is summed up by its field."""
     n, n_val = len(found.digests), sum(found.in_val)
-    odd = Counter()
-    for name, count in found.odd.items():
+    issues = Counter()
+    for name, count in found.issues.items():
         kind = name.split(", such as")[0]
-        odd[next((k for k in odd if k.split(", such as")[0] == kind), name)] += count
-    odd["with the same text as an earlier one"] = n - len(set(found.digests))
-    lines = [f"  {count:,} of {n:,} records: {name}" for name, count in odd.items() if count]
+        issues[next((k for k in issues if k.split(", such as")[0] == kind), name)] += count
+    issues["with the same text as an earlier one"] = n - len(set(found.digests))
+    lines = [f"  {count:,} of {n:,} records: {name}" for name, count in issues.items() if count]
     both = shared_with_training(found.digests, found.in_val)
     lines.append(f"  {both:,} of {n_val:,} validation records are in the training split")
     for name, digests in found.fields.items():

@@ -74,7 +74,7 @@ def choose_questions(records: Split, n: int, length: int, max_new_tokens: int) -
 def load_questions(
     dataset: str, columns: str | None, data: dict, folder: Path
 ) -> tuple[str, Split]:
-    """Return a line about the records of a data set that may be asked, and the records.
+    """Return a line that describes the records with questions, and the records.
 
     They are those that a run held out, where `data`, the report of its data, is of the same data
     set; else all. `folder` is for files on the way. Raises UserError without questions.

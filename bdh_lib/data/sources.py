@@ -18,7 +18,7 @@ from bdh_lib.progress import counted
 SAMPLE = Path(__file__).with_name("sample.jsonl")
 # a folder with these is used as it is
 PREPARED_FILES = ("train.bin", "val.bin", "train.fields", "val.fields")
-WRITTEN_HERE = (  # names found in a CHECKPOINT_DIR, a run, a model
+PROJECT_FILES = (  # names found in a CHECKPOINT_DIR, a run, a model
     (".data/.lock",),
     ("metrics.jsonl", "config.json"),
     ("model.safetensors",),
@@ -29,9 +29,11 @@ SPLITS = {  # words in names of files, folders and splits by their use, as `data
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
-ABOUT = re.compile(r"(readme|license|licence|changelog|contributing|notice)\b", re.IGNORECASE)
-BESIDE = re.compile(  # what `datasets` writes beside data: descriptions, and what `map` gave
-    r"dataset_infos?\.json|dataset_dict\.json|state\.json|cache-\w+\.arrow"
+DOCUMENTS = re.compile(r"(readme|license|licence|changelog|contributing|notice)\b", re.IGNORECASE)
+METADATA_FILES = (
+    re.compile(  # what `datasets` writes beside data: descriptions, and what `map` gave
+        r"dataset_infos?\.json|dataset_dict\.json|state\.json|cache-\w+\.arrow"
+    )
 )
 UNREAD_FILES = {  # what to do with files that people bring and that are not read, by their endings
     (".zip", ".tar", ".tgz", ".7z", ".rar"): "unpack it and name the folder",
@@ -53,7 +55,7 @@ class Source(NamedTuple):
     is_local: bool = True
 
 
-def find(dataset: str) -> list[Path] | None:
+def resolve_files(dataset: str) -> list[Path] | None:
     """Return the local files that `dataset` names, or None for a name on the hub.
 
     Raises UserError.
@@ -120,7 +122,7 @@ def open_source(dataset: str) -> Source:
     """Find the parts of a data set. Raises UserError where it is not clear what they are."""
     path = expand_user(dataset, "DATASET")
     if dataset == "sample" or _kind(path) != stat.S_IFDIR:
-        files = find(dataset)
+        files = resolve_files(dataset)
         return _hub_source(dataset) if files is None else Source(dataset, {"all": files})
     files, left_out = _data_files(path)
     by_split = {name: [] for name in (*SPLITS, None)}
@@ -254,13 +256,13 @@ def _leads_nowhere(file: Path) -> bool:
 def _is_about(file: Path) -> bool:
     """Tell whether a file is about the data, as README.md is, and not of the data."""
     is_text = parsers.file_kind(file) in (".txt", ".md")
-    return bool(BESIDE.fullmatch(file.name) or (is_text and ABOUT.match(file.name)))
+    return bool(METADATA_FILES.fullmatch(file.name) or (is_text and DOCUMENTS.match(file.name)))
 
 
 def _is_written_here(folder: Path) -> bool:
     """Tell whether a folder is a CHECKPOINT_DIR, a run, a checkpoint or an exported model."""
     there = os.path.exists  # Path's own raises for a folder that may not be entered
-    return any(all(there(folder / name) for name in mark) for mark in WRITTEN_HERE)
+    return any(all(there(folder / name) for name in mark) for mark in PROJECT_FILES)
 
 
 def ready_split(files: list[Path] | None) -> list[Path]:

@@ -32,7 +32,7 @@ class Split:
 
 
 def choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return for each record whether it validates: a seeded draw of about `share` of them.
+    """Return which records are held out for validation: a seeded draw of about `share` of them.
 
     Half are drawn by whole system texts (or instructions, where systems are too few or none), with
     all their records, since modes that train on one field need texts of it seen nowhere else; the

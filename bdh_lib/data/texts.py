@@ -113,7 +113,7 @@ class Tally:
 def format_record(parsed: columns.Parsed, mode: str) -> Formatted:
     """Format a record in a mode.
 
-    A system text that is there and broken costs `full` the record, one that is not there does not.
+    Mode `full` leaves out a record with a broken system text, and keeps one without a system text.
     """
     present = {field for field, _ in parsed.turns}
     for field in ("text",) if parsed.kind == "text" else needed_fields(mode):

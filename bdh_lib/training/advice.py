@@ -1,7 +1,6 @@
 """Warning signs in a run's metrics: what they are, and which setting to change.
 
-After an evaluation that shows a sign there is one line, of the first sign that explains what is
-seen; a healthy run gets none.
+An evaluation gets at most one line of advice: that of the first sign which explains what is seen.
 """
 
 import math

@@ -26,7 +26,7 @@ class Meter:
         self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
         self.progress = Progress("training", n_steps, "iterations", step)
         self.skipped, self.consecutive_skips = skipped, 0  # steps whose numbers were not finite
-        self.unread = []  # steps that MLX may not have computed yet
+        self.pending_steps = []  # steps that MLX may not have computed yet
         self.has_logged = False  # whether the log has a line of training
         self.start_time = time.perf_counter()
         self.clear()
@@ -53,7 +53,7 @@ class Meter:
         has been submitted: the GPU computes while the host prepares. The first step is not timed,
         because it compiles.
         """
-        self.unread.append((step, loss, norm, has_targets))
+        self.pending_steps.append((step, loss, norm, has_targets))
         self.collect(0 if read_now or not on_cuda() else 1)
         self.progress.update()
         if step > self.first_step + 1:
@@ -62,8 +62,8 @@ class Meter:
 
     def collect(self, n_left: int) -> None:
         """Wait for the steps but the last `n_left`, and count them."""
-        while len(self.unread) > n_left:
-            step, loss, norm, has_targets = self.unread.pop(0)
+        while len(self.pending_steps) > n_left:
+            step, loss, norm, has_targets = self.pending_steps.pop(0)
             loss, norm = float(loss), float(norm)
             if math.isfinite(loss) and math.isfinite(norm):
                 self.consecutive_skips = 0
@@ -88,7 +88,7 @@ class Meter:
     @property
     def last_read_step(self) -> int:
         """Return the last step whose loss was read, as the loop counts steps: from 0."""
-        return self.progress.done - len(self.unread) - 1
+        return self.progress.done - len(self.pending_steps) - 1
 
     def pop_averages(self, step: int) -> dict:
         """Return the mean loss, speed and time left after `step`, and begin new averages.

@@ -41,7 +41,7 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]
     Modes that the data do not serve are left out. modes.json keeps the results, by field too.
     """
     results = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
-    results["data"] = cache_key(data_settings(s, s.TRAINING_MODE), sources.find(s.DATASET))
+    results["data"] = cache_key(data_settings(s, s.TRAINING_MODE), sources.resolve_files(s.DATASET))
     file = run / "modes.json"
     with suppress(UserError):
         earlier = files.read_json_object(file)

@@ -129,8 +129,8 @@ def print_records(s: Settings, train_share: float) -> dict[str, int]:
     """
     with heartbeat(f"examining DATASET {s.DATASET}"):
         findings = problems.examine(s)
-        lines = problems.oddities(findings)
-    print("\nthe records that this mode trains on, what is odd in them and what validation shares:")
+        lines = problems.issue_lines(findings)
+    print("\nthe records that this mode trains on, their issues, and what validation shares:")
     print(escape_controls("\n".join(lines)))
     print(f"\nrecords and bytes by mode:\n{problems.mode_table(findings)}")
     for structure, text in list(findings.examples.items())[:MAX_EXAMPLES]:

@@ -387,8 +387,8 @@ def compare(runs: list[Path], out: Path) -> str:
             axes.plot([n * mb for n in steps], values, label=label(run), linewidth=1.3, **style)
         rows.append(comparison_row(run, config, lines))
     legend(panels[0])
-    with files.atomic_writer(out) as making:
-        making.write_bytes(render(figure, "png"))
+    with files.atomic_writer(out) as staging:
+        staging.write_bytes(render(figure, "png"))
     return escape_controls(f"{format_table(rows)}\npicture: {out}")
 
 

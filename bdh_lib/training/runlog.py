@@ -128,7 +128,7 @@ class RunLog:
         if self.world.is_main:
             with ema_applied(state):
                 checkpoints.save(self.run, step, state, self.info)
-        self.world.barrier()  # none goes on, or leaves, before it is on the disk
+        self.world.barrier()  # no process continues or exits before it is on the disk
         self.last_saved, self.save_time = step, time.monotonic()
 
     def is_save_due(self, step: int, freq: int, minutes: float | None) -> bool:

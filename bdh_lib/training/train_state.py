@@ -13,6 +13,8 @@ from bdh_lib.settings import Settings
 from bdh_lib.training.distributed import World
 from bdh_mlx import BDH
 
+BETA1 = 0.9  # AdamW's decay of the mean of gradients
+
 
 class TrainState(NamedTuple):
     """A model in training, its optimizer, and its average."""
@@ -32,7 +34,7 @@ def init_train_state(s: Settings, compute: Compute) -> TrainState:
     model = BDH(s.BDH_CONFIG)
     model.compute = compute
     optimizer = optim.AdamW(
-        s.LEARNING_RATE, [0.9, s.BETA2], weight_decay=s.WEIGHT_DECAY, bias_correction=True
+        s.LEARNING_RATE, [BETA1, s.BETA2], weight_decay=s.WEIGHT_DECAY, bias_correction=True
     )
     optimizer.init(model.trainable_parameters())
     return TrainState(model, optimizer, copy_tree(model.parameters()) if s.EMA_DECAY else {})

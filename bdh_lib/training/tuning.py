@@ -295,15 +295,14 @@ def tune(s: Settings) -> int:
         expect_time(s, start, timed)
         best, timings = search(s, start, timed)
     if len(timings) < 2:
-        print("nothing kept: there was no other way to try, or no time after compiling; a second "
-              "--tune compiles less")  # fmt: skip
+        print("nothing kept: no other way was timed; if compiling took the time, run --tune again")
         return 0
     print(timings_table(s, timings, timed.peaks, start, best))
     content = choice_dict(best) | {"conditions": conditions(s)}
     files.atomic_write_text(file, json.dumps(content, indent=1))
     if best == start and min(map(min, timings.values())) < min(timings[start]):
-        print("no other way was faster by more than its own times differ: nothing else should run")
-    print(f"kept in {file}: MEMORY_MODE auto computes new runs of this shape so")
+        print("no other way was clearly faster; to try again, close other programs")
+    print(f"kept in {file}: MEMORY_MODE auto takes it for new runs of this shape")
     return 0
 
 

@@ -28,7 +28,7 @@ def groups(tmp_path, monkeypatch):
             (group / limit).write_text(f"{most}\n")
             (group / used).write_text(f"{now}\n")
             (group / "memory.stat").write_text(f"anon 5\n{cached} {cache}\nfile 7\n")
-        return memory.cgroup_rooms(tmp_path / "own")
+        return memory.cgroup_headroom(tmp_path / "own")
 
     return make
 
@@ -57,19 +57,19 @@ def test_version_1_and_a_container_that_sees_its_root_alone(groups):
 def test_what_cannot_be_read_is_no_limit(groups, tmp_path, content):
     assert min(groups("0::/", 2, {".": (content, 5, 5)})) == math.inf
     (tmp_path / "own").write_text("odd\n")
-    assert memory.cgroup_rooms(tmp_path / "none") == [math.inf]
-    assert memory.cgroup_rooms(tmp_path / "own") == [math.inf]
+    assert memory.cgroup_headroom(tmp_path / "none") == [math.inf]
+    assert memory.cgroup_headroom(tmp_path / "own") == [math.inf]
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux alone has it")
 def test_available_is_what_the_limit_leaves(monkeypatch):
     monkeypatch.setattr(memory, "on_gpu", lambda: False)
-    monkeypatch.setattr(memory, "cgroup_rooms", lambda: [math.inf])
+    monkeypatch.setattr(memory, "cgroup_headroom", lambda: [math.inf])
     free = memory.available()
     assert 0 < free < math.inf
-    monkeypatch.setattr(memory, "cgroup_rooms", lambda: [math.inf, free / 2])
+    monkeypatch.setattr(memory, "cgroup_headroom", lambda: [math.inf, free / 2])
     assert memory.available() == pytest.approx(0.9 * free / 2)
-    monkeypatch.setattr(memory, "cgroup_rooms", lambda: [math.inf, -5.0])
+    monkeypatch.setattr(memory, "cgroup_headroom", lambda: [math.inf, -5.0])
     assert memory.available() == 0
 
 
@@ -98,7 +98,7 @@ def mac(monkeypatch):
                 raise vm_stat
             return subprocess.CompletedProcess(command, 0, vm_stat, "")
 
-        memory.mac_room.cache_clear()
+        memory.mac_free_memory.cache_clear()
         monkeypatch.setattr(memory.sys, "platform", "darwin")
         monkeypatch.setattr(memory.subprocess, "run", run)
         info = {"max_recommended_working_set_size": working_set} if working_set else {}
@@ -106,7 +106,7 @@ def mac(monkeypatch):
         return memory.available()
 
     yield available
-    memory.mac_room.cache_clear()
+    memory.mac_free_memory.cache_clear()
 
 
 def test_a_mac_has_what_other_programs_leave(mac):

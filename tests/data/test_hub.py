@@ -226,7 +226,7 @@ def test_refreshed_data_are_prepared_anew_once(hub, tmp_path, monkeypatch, local
     made = folder.stat().st_ino
     again = partial(preparing.prepare, settings, cache, refresh=True)
     assert again().stat().st_ino == made  # by this process itself
-    monkeypatch.setattr(preparing, "STARTED", time.time() + 9)
+    monkeypatch.setattr(preparing, "PROCESS_START", time.time() + 9)
     assert preparing.prepare(settings, cache).stat().st_ino == made
     read = sources.read_parts
     monkeypatch.setattr(sources, "read_parts", lambda *args: [("all", "not JSON")])

@@ -245,7 +245,7 @@ def test_the_flag_refreshes(tmp_path, monkeypatch):
     args = ["--dataset", str(source), "--checkpoint-dir", str(tmp_path), "--block-size", "16"]
     s = train_mlx.settings([*args, "--refresh-data"])
     dataset.open_run_data(train_mlx.settings(args))
-    monkeypatch.setattr(preparing, "STARTED", time.time() + 9)
+    monkeypatch.setattr(preparing, "PROCESS_START", time.time() + 9)
     asked = []
     make = preparing._make
     monkeypatch.setattr(preparing, "_make", lambda *a: asked.append(a) or make(*a))

@@ -76,8 +76,8 @@ def test_presets_are_planned_on_the_bytes_that_are_left_to_train_on(tmp_path, ca
 
 
 def test_a_plan_that_takes_long_shows_a_sign_of_life(tmp_path, capsys, monkeypatch):
-    quick = problems.oddities
-    monkeypatch.setattr(problems, "oddities", lambda found: time.sleep(0.2) or quick(found))
+    quick = problems.issue_lines
+    monkeypatch.setattr(problems, "issue_lines", lambda found: time.sleep(0.2) or quick(found))
     monkeypatch.setattr(progress, "POLL", 0.01)
     monkeypatch.setattr(progress, "LINE_EVERY", 0.1)
     out = plan_output(tmp_path, capsys, [record(i) for i in range(20)])
