@@ -11,7 +11,7 @@ each byte takes the same time, however long the text is.
 """
 
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
-    from bdh_lib import start
+    from bdh_lib.script import start
 
     start.run(__file__)
 
@@ -29,14 +29,14 @@ import bdh_mlx  # before mlx.core, to which it gives a fast BLAS on Linux
 # isort: split
 import mlx.core as mx
 
-from bdh_lib import compiler, runs
+from bdh_lib import runs
 from bdh_lib.compute.memory import compute_for, keep_float32_exact, limit_cache
 from bdh_lib.compute.state import State
 from bdh_lib.data import formats, hub
 from bdh_lib.data.questions import load_questions, question_numbers
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.files import read_input, read_stream
-from bdh_lib.generation import answers, chat, evaluation, export, states, trace
+from bdh_lib.generation import answers, chat, evaluation, export, state_files, trace
 from bdh_lib.generation.arguments import parse_args
 from bdh_lib.generation.decoding import (
     Decoding,
@@ -63,6 +63,7 @@ from bdh_lib.generation.jobs import (
 from bdh_lib.generation.sampling import Sampling
 from bdh_lib.loss import compile_evaluation, evaluate
 from bdh_lib.progress import heartbeat
+from bdh_lib.script import compiler
 
 DEFAULT_BLOCK_SIZE = 4096  # of --evaluate where the checkpoint does not say its own
 LONG_PROMPT = 1000  # bytes of a prompt that the default model reads in seconds on a CPU
@@ -197,14 +198,14 @@ def print_stream(decoding: Decoding, prompt: bytes, args: argparse.Namespace) ->
             print()
     finally:  # after Ctrl-C, too
         if args.save_state:
-            states.save_state(args.save_state, model, state)
+            state_files.save_state(args.save_state, model, state)
 
 
 def initial_state(model, args: argparse.Namespace) -> State:
     """Load the state of --load-state, or make an empty one with --window. Raises UserError."""
     if not args.load_state:
         return State(window=args.window)
-    state = states.load_state(args.load_state, model)
+    state = state_files.load_state(args.load_state, model)
     if state.batch > 1:
         raise UserError(f"{args.load_state} holds {state.batch} texts; --load-state takes one")
     if args.window and args.window != state.window:
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.trace:
         return trace.trace_texts(load_byte_model(args.model), args.trace, args.out)
     if args.save_state:
-        states.check_state_file(args.save_state)  # before the text is generated
+        state_files.check_state_file(args.save_state)  # before the text is generated
     weights = runs.find_weights(args.model)
     model = load_byte_model(weights)
     trained = settings_or_empty(weights)

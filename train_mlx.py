@@ -12,7 +12,7 @@ metrics.jsonl, and report.html to look at.
 if __name__ == "__main__":
     # This imports the file once more, as a module, and calls its main(). So a mistake in the
     # settings below is one line, not a traceback.
-    from bdh_lib import start
+    from bdh_lib.script import start
 
     start.run(__file__)
 
@@ -109,17 +109,18 @@ import sys
 from contextlib import nullcontext
 from typing import TextIO
 
-from bdh_lib import cli, compiler, flags, plots, runs
+from bdh_lib import flags, plots, runs
 from bdh_lib.compute import memory
 from bdh_lib.data.formats import format_example  # noqa: F401  for other scripts
 from bdh_lib.errors import UserError, warn
 from bdh_lib.generation.samples import write_samples
+from bdh_lib.script import cli, compiler
 from bdh_lib.settings import Settings
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
 from bdh_lib.training.batches import divergence_message, step_batches
 from bdh_lib.training.dataset import check_processes_agree, open_run_data
 from bdh_lib.training.distributed import World, is_lost, refuse_launcher
-from bdh_lib.training.evaluation import Evaluator
+from bdh_lib.training.evaluator import Evaluator
 from bdh_lib.training.memory_plan import slow_note, what_fits
 from bdh_lib.training.meter import Meter
 from bdh_lib.training.report import redraw_report

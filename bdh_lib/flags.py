@@ -18,9 +18,9 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
-from bdh_lib import cli
 from bdh_lib.errors import UserError, did_you_mean, escape_controls, warn
 from bdh_lib.rules import KINDS, Rule, check
+from bdh_lib.script import cli
 from bdh_lib.settings import Settings, as_text
 
 SIMILARITY = 0.8  # of two names, by difflib, from which one counts as a typo of the other

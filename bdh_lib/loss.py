@@ -10,8 +10,8 @@ import numpy as np
 
 from bdh_lib.data.formats import FIELDS, LABEL_OF
 from bdh_lib.data.split import Split
-from bdh_lib.interrupts import default_signals
 from bdh_lib.progress import Progress, heartbeat
+from bdh_lib.script.interrupts import default_signals
 from bdh_mlx import BDH
 
 

@@ -392,6 +392,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from bdh_lib import start
+    from bdh_lib.script import start
 
     start.run(__file__)

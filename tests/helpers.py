@@ -37,7 +37,7 @@ TRAINER = (
     f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
 import train_mlx
-from bdh_lib import cli
+from bdh_lib.script import cli
 train_mlx.redraw_report = lambda *_: None
 cli.run_main(train_mlx.main, "train_mlx.py")""",
 )

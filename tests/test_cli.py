@@ -14,9 +14,10 @@ import pytest
 from helpers import ROOT
 
 import bdh_mlx
-from bdh_lib import cli, compiler, files, limits
+from bdh_lib import files
 from bdh_lib.compute import memory
 from bdh_lib.data import prepare
+from bdh_lib.script import cli, compiler, limits
 from bdh_lib.training import summary
 
 DEV_FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Mac has no /dev/full")
@@ -125,7 +126,7 @@ def test_ctrl_c_while_a_package_is_imported_for_its_module_is_no_traceback(run, 
 def test_ctrl_c_later_is_one_line(run, name, called):
     code = (
         f"import os, signal, sys; sys.argv = sys.argv[1:]\n"
-        f"from bdh_lib import cli; import train_mlx; from bdh_lib.training import {name}\n"
+        f"from bdh_lib.script import cli; import train_mlx; from bdh_lib.training import {name}\n"
         f"{name}.{called} = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "cli.run_main(train_mlx.main, 'train_mlx.py')\n"
     )
@@ -250,7 +251,7 @@ def test_ctrl_c_ends_a_script_within_a_call_that_does_not_return(run):
     """A lock of C that is taken twice stands for MLX, which computes without the interpreter's."""
     code = (
         "import ctypes, sys; sys.argv = sys.argv[1:]\n"
-        "import generate; from bdh_lib import cli, interrupts\n"
+        "import generate; from bdh_lib.script import cli, interrupts\n"
         "c, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
         "c.pthread_mutex_init(lock, None); c.pthread_mutex_lock(lock)\n"
         "interrupts.TIMEOUT = 0.2\n"
@@ -278,7 +279,7 @@ def test_several_interrupts_within_one_call_are_one(tmp_path):
         "    except KeyboardInterrupt: pass\n"
         "    time.sleep(0.6); print('it goes on'); return 0\n"
     )
-    code = "from bdh_lib import cli, interrupts; interrupts.TIMEOUT = 0.1; "
+    code = "from bdh_lib.script import cli, interrupts; interrupts.TIMEOUT = 0.1; "
     code += f"cli.run({str(tmp_path / 'deaf.py')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "it goes on\n")
@@ -318,7 +319,9 @@ def test_on_windows_one_sentence_says_where_it_runs():
     assert done.stderr.splitlines()[-1] == (
         "ImportError: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL"
     )
-    code = "import sys; sys.platform = 'win32'; from bdh_lib import cli; cli.run('train_mlx')"
+    code = (
+        "import sys; sys.platform = 'win32'; from bdh_lib.script import cli; cli.run('train_mlx')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr == "error: BDH-MLX runs on macOS and Linux; on Windows it runs in WSL\n"
 
@@ -366,7 +369,7 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused_in_one_line(run, name):
 
 def test_an_error_of_this_project_keeps_its_traceback(tmp_path):
     (tmp_path / "broken.py").write_text("def main(): return [][0]\n")
-    code = f"from bdh_lib import cli; cli.run({str(tmp_path / 'broken.py')!r})"
+    code = f"from bdh_lib.script import cli; cli.run({str(tmp_path / 'broken.py')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "IndexError" in done.stderr
     assert bdh_mlx.UserError.exit_code == 2

@@ -22,7 +22,7 @@ from bdh_lib import files, progress, runs
 from bdh_lib.compute import memory
 from bdh_lib.data import formats, sources
 from bdh_lib.errors import escape_controls
-from bdh_lib.generation import states
+from bdh_lib.generation import state_files
 from bdh_lib.generation.decoding import (
     StopMatcher,
     parse_escapes,
@@ -455,7 +455,7 @@ def test_an_interrupted_text_saves_its_state_too(chaos, tmp_path, monkeypatch, c
     file = tmp_path / "s.safetensors"
     with pytest.raises(KeyboardInterrupt):
         generate.main([*f"{chaos} --prompt abc --max-new-tokens 5 --save-state {file}".split()])
-    assert states.load_state(file, bdh_mlx.load_model(chaos)).position == 8
+    assert state_files.load_state(file, bdh_mlx.load_model(chaos)).position == 8
 
 
 def test_a_text_that_is_interrupted_before_its_first_byte_saves_what_was_read(
@@ -469,4 +469,4 @@ def test_a_text_that_is_interrupted_before_its_first_byte_saves_what_was_read(
     file = tmp_path / "s.safetensors"
     with pytest.raises(KeyboardInterrupt):
         generate.main([str(chaos), "--prompt", "abcdef", "--save-state", str(file)])
-    assert states.load_state(file, bdh_mlx.load_model(chaos)).position == 6
+    assert state_files.load_state(file, bdh_mlx.load_model(chaos)).position == 6

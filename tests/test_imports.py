@@ -10,11 +10,12 @@ from helpers import ROOT, random_model
 
 from bdh_mlx import save_model
 
-BASE = {"bdh_lib"}  # errors, rules, settings, start, files, flags, limits, cli, runs
+BASE = {"bdh_lib", "bdh_lib.script"}  # errors, rules, flags, files, runs; how a script runs
 LOWER = BASE | {"bdh_lib.compute", "bdh_lib.data", "bdh_mlx"}
 SHARED = LOWER | {"bdh_lib.loss"}  # what training and generation share
 MAY_IMPORT = {
     "bdh_lib": BASE,
+    "bdh_lib.script": BASE,
     "bdh_lib.compute": BASE | {"bdh_lib.compute"},
     "bdh_lib.data": BASE | {"bdh_lib.data"},
     "bdh_mlx": BASE | {"bdh_lib.compute"},

@@ -22,7 +22,7 @@ from bdh_lib.training import memory_plan
 )
 def test_the_tests_and_their_child_processes_compute_on_the_cpu(device, output):
     """conftest.py sets BDH_DEVICE; print stands for what moves MLX."""
-    code = "import mlx.core as mx; mx.set_default_device = print; from bdh_lib import cli; "
+    code = "import mlx.core as mx; mx.set_default_device = print; from bdh_lib.script import cli; "
     env = os.environ | ({} if device is None else {"BDH_DEVICE": device})
     command = [sys.executable, "-c", f"{code} cli.run('generate.py')", "--version"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

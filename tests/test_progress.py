@@ -19,7 +19,7 @@ from bdh_lib.generation import samples
 from bdh_lib.generation.decoding import Decoding, generate_batch, read_prompt
 from bdh_lib.generation.sampling import Sampling
 from bdh_lib.loss import evaluate
-from bdh_lib.training import batches, evaluation
+from bdh_lib.training import batches, evaluator
 from bdh_mlx import BDH, BDHConfig
 
 
@@ -144,7 +144,7 @@ def test_each_slow_part_of_an_evaluation_shows_life(
         losses = slowed(lambda idx, targets: mx.zeros(idx.shape))
         evaluate(losses, Split(*np.zeros((2, 9), np.uint8)), (1, 8))
     else:
-        owner = samples if name == "complete_prompts" else evaluation
+        owner = samples if name == "complete_prompts" else evaluator
         monkeypatch.setattr(owner, name, slowed(getattr(owner, name)))
         train(tmp_path, "--max-iters", 1, "--sample-bytes", 1)
     assert f"{what.get(name, 'evaluating')}: 0 s ..." in capsys.readouterr().out

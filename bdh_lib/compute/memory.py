@@ -15,10 +15,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from bdh_lib import limits
 from bdh_lib.compute.device import on_gpu, on_metal
 from bdh_lib.compute.layer import CPU_ROWS, Compute, default_chunk, default_groups, segments
 from bdh_lib.rules import CheckedConfig
+from bdh_lib.script import limits
 
 # segment_rows, saved_activations
 MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}

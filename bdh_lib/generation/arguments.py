@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable
 
-from bdh_lib import cli
 from bdh_lib.compute.state import WINDOW_RULE
 from bdh_lib.data import formats, hub
 from bdh_lib.errors import UserError
@@ -12,6 +11,7 @@ from bdh_lib.flags import Parser, RecordTyped, flag_of, parse_value
 from bdh_lib.generation.jobs import MAX_TEXTS
 from bdh_lib.generation.sampling import LIMITS, PENALTY_WINDOW
 from bdh_lib.rules import whole
+from bdh_lib.script import cli
 
 DTYPES = ("bfloat16", "float32")
 EXCLUSIVE_JOBS = {

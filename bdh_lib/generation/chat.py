@@ -26,7 +26,7 @@ from bdh_lib.generation.decoding import (
     read_prompt,
     stream,
 )
-from bdh_lib.generation.states import save_state
+from bdh_lib.generation.state_files import save_state
 from bdh_lib.progress import Progress
 
 PIECE = 256  # bytes of a prompt that are read at once

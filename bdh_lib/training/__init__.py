@@ -2,7 +2,7 @@
 
 import sys
 
-from bdh_lib import start
+from bdh_lib.script import start
 
 if sys.argv[0] == "-m":  # python -m imports this package before the module that calls start.run
     start.quiet_interrupts()

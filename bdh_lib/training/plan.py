@@ -15,9 +15,9 @@ from bdh_lib.data.describe import describe
 from bdh_lib.data.formats import FIELDS, LABEL_OF, REQUIRED_FIELDS
 from bdh_lib.data.split import Split
 from bdh_lib.errors import escape_controls
-from bdh_lib.interrupts import default_signals
 from bdh_lib.loss import compile_losses
 from bdh_lib.progress import heartbeat
+from bdh_lib.script.interrupts import default_signals
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
 from bdh_lib.training import checkpoints, memory_plan, tuning

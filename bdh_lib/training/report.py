@@ -7,7 +7,7 @@ The trainer redraws them at each evaluation. Losses are in bits per byte.
 """
 
 if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
-    from bdh_lib import start
+    from bdh_lib.script import start
 
     start.run(__file__)
 
@@ -16,12 +16,13 @@ import math
 from contextlib import ExitStack
 from pathlib import Path
 
-from bdh_lib import cli, files, flags, runs
+from bdh_lib import files, flags, runs
 from bdh_lib.data.describe import describe
 from bdh_lib.errors import UserError, escape_controls, warn
 from bdh_lib.plots import INK, LINES, canvas, label, legend, panel, render
+from bdh_lib.script import cli
 from bdh_lib.tables import format_table
-from bdh_lib.training import evaluation, runlog
+from bdh_lib.training import evaluator, runlog
 from bdh_lib.units import bits_per_byte
 
 POINTS = 1000  # of a curve, at most
@@ -261,7 +262,7 @@ def activity_html(lines: list[dict]) -> str:
         rows += (
             f'<p class="dim">{text(lowest["dead"])} neurons are dead at iteration '
             f"{text(lowest['step'])}, the best: no validation byte "
-            f"of up to {evaluation.ACTIVITY_BYTES:,} excited them in any layer.</p>"
+            f"of up to {evaluator.ACTIVITY_BYTES:,} excited them in any layer.</p>"
         )
     return rows
 

@@ -5,7 +5,7 @@ import signal
 from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import Thread
 
-from bdh_lib.interrupts import SIGNALS, default_signals
+from bdh_lib.script.interrupts import SIGNALS, default_signals
 from bdh_lib.training.distributed import World
 
 SIGNAL_NOTE = "Ctrl-C ends it at once; nothing saved is lost, and the same command starts again"

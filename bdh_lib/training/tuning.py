@@ -20,8 +20,8 @@ from bdh_lib import files
 from bdh_lib.compute import memory
 from bdh_lib.compute.layer import Compute, default_chunk, segments
 from bdh_lib.errors import UserError, warn
-from bdh_lib.interrupts import default_signals
 from bdh_lib.progress import heartbeat
+from bdh_lib.script.interrupts import default_signals
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
 from bdh_lib.training import checkpoints, memory_plan

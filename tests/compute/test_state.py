@@ -11,7 +11,7 @@ import bdh_mlx
 from bdh_lib.compute import state, step_cpu, step_cuda, step_mlx
 from bdh_lib.compute.state import WINDOW_PARTS, State, flush_pending, prefill, rotate_state
 from bdh_lib.compute.step_cpu import BUFFER_BYTES
-from bdh_lib.generation import decoding, states
+from bdh_lib.generation import decoding, state_files
 from bdh_lib.generation.decoding import Decoding, read_prompt, stream
 from bdh_lib.generation.sampling import Sampling
 from bdh_mlx import BDH, BDHConfig, UserError
@@ -204,8 +204,8 @@ def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
     model, idx, file = random_model(), random_bytes(2, 150), tmp_path / "manual.safetensors"
     model.trained_length = 128
     _, state = read_by(model, idx[:, :100], [97, 98], State(window=window))
-    states.save_state(file, model, state)
-    loaded = states.load_state(file, model)
+    state_files.save_state(file, model, state)
+    loaded = state_files.load_state(file, model)
     assert (loaded.position, loaded.window) == (100, window)
     there, here = (
         read_by(model, idx[:, 100:], [1, 2], s)[0] for s in (loaded, flush_pending(state))
@@ -217,17 +217,17 @@ def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
 def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
     model, file = random_model(), tmp_path / "s.safetensors"
     _, state = model.read(random_bytes(1, 20))
-    states.save_state(file, model, state)
+    state_files.save_state(file, model, state)
     with pytest.raises(UserError, match="another model"):
-        states.load_state(file, random_model(seed=1))
+        state_files.load_state(file, random_model(seed=1))
     arrays, header = mx.load(str(file), return_metadata=True)
     mx.eval(arrays)
     for changed in ({"synapses.0": mx.zeros((1, 2))}, {"synapses.1": None}):
         kept = {k: v for k, v in (arrays | changed).items() if v is not None}
         mx.save_safetensors(str(file), kept, metadata=header)
         with pytest.raises(UserError, match="damaged"):
-            states.load_state(file, model)
-    states.save_state(file, model, state)
+            state_files.load_state(file, model)
+    state_files.save_state(file, model, state)
     whole = file.read_bytes()
     position = whole.index(b'"position":"20"') + len('"position":"')
     for flipped, output in (
@@ -240,7 +240,7 @@ def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
         changed[flipped] ^= 1
         file.write_bytes(changed)
         with pytest.raises(UserError, match=output):
-            states.load_state(file, model)
+            state_files.load_state(file, model)
     header |= {"position": "20"}
     for name, wrong, output in (
         ("model", "null", "damaged"),
@@ -250,15 +250,15 @@ def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
     ):
         mx.save_safetensors(str(file), arrays, metadata=header | {name: wrong})
         with pytest.raises(UserError, match=output):
-            states.load_state(file, model)
+            state_files.load_state(file, model)
     bdh_mlx.save_model(model, file)
     with pytest.raises(UserError, match="not a state file"):
-        states.load_state(file, model)
+        state_files.load_state(file, model)
     file.write_bytes(b"x")
     with pytest.raises(UserError, match="cannot be read"):
-        states.load_state(file, model)
+        state_files.load_state(file, model)
     with pytest.raises(UserError, match="not saved"):
-        states.save_state(tmp_path / "absent" / "s.safetensors", model, state)
+        state_files.save_state(tmp_path / "absent" / "s.safetensors", model, state)
 
 
 @pytest.mark.parametrize("window", [-1, 0, 2, 1.5, "8", True, 2**41])
@@ -275,7 +275,7 @@ def test_a_state_of_a_model_of_another_shape_is_refused(length, tmp_path):
     with pytest.raises(UserError, match=shapes):
         prefill(small, random_bytes(1, 3), state)
     with pytest.raises(UserError, match=shapes):
-        states.save_state(tmp_path / "s.safetensors", small, state)
+        state_files.save_state(tmp_path / "s.safetensors", small, state)
     with pytest.raises(UserError, match="of type tuple; it must be a State"):
         prefill(small, random_bytes(1, 3), (0, 0))
     assert [*tmp_path.iterdir()] == []
@@ -308,11 +308,11 @@ def test_a_link_to_a_model_stays_a_link(tmp_path):
 
 def test_a_state_of_no_byte_is_not_saved_and_a_folder_not_loaded(tmp_path):
     with pytest.raises(UserError, match="the state is of no byte"):
-        states.save_state(tmp_path / "s.safetensors", random_model(), State())
+        state_files.save_state(tmp_path / "s.safetensors", random_model(), State())
     with pytest.raises(UserError, match="it is not a regular file"):
-        states.load_state("/dev/null", random_model())
+        state_files.load_state("/dev/null", random_model())
     with pytest.raises(UserError, match="it is a folder"):
-        states.load_state(tmp_path, random_model())
+        state_files.load_state(tmp_path, random_model())
 
 
 def test_position_a_million_is_as_exact_as_0(step):
@@ -411,11 +411,11 @@ def test_a_decode_step_is_made_once_and_again_after_a_weight_was_replaced(monkey
 def test_what_is_no_model_or_state_is_refused_in_one_line(nothing, tmp_path):
     model, file = random_model(), tmp_path / "s.safetensors"
     _, state = prefill(model, random_bytes(1, 5))
-    states.save_state(file, model, state)
+    state_files.save_state(file, model, state)
     for call in (
         lambda: prefill(nothing, random_bytes(1, 5)),
-        lambda: states.load_state(file, nothing),
-        lambda: states.save_state(file, model, nothing),
+        lambda: state_files.load_state(file, nothing),
+        lambda: state_files.save_state(file, model, nothing),
     ):
         with pytest.raises(UserError):
             call()

@@ -23,7 +23,7 @@ import bdh_mlx  # noqa: F401  before mlx.core: it loads the fast BLAS
 import mlx.core as mx
 
 import train_mlx
-from bdh_lib import cli
+from bdh_lib.script import cli
 from bdh_lib.training import batches
 
 train_mlx.redraw_report = lambda *_: None  # pictures would take most of the time

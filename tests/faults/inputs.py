@@ -45,12 +45,12 @@ import numpy as np
 import bdh_mlx
 import generate
 import train_mlx
-from bdh_lib import cli
 from bdh_lib.data import columns, parsers, texts  # noqa: F401  a fault names one
 from bdh_lib.data import hub as hub_access
 from bdh_lib.data import prepare as preparing
 from bdh_lib.generation import decoding
 from bdh_lib.generation.sampling import Sampling
+from bdh_lib.script import cli
 from bdh_lib.training import batches, checkpoints, resume  # noqa: F401  a fault names one
 
 # ------------------------------------------------------------------------------------------ data

@@ -42,7 +42,7 @@ import train_mlx
 from bdh_lib import files, runs
 from bdh_lib.data import columns
 from bdh_lib.generation import decoding
-from bdh_lib.training import batches, checkpoints, evaluation, signals
+from bdh_lib.training import batches, checkpoints, evaluator, signals
 
 # ------------------------------------------------------------------------- exact resume and signals
 
@@ -125,11 +125,11 @@ PHASES = {  # the call that starts it, and which
     "start": (checkpoints, "newest_valid", 1),
     "data preparation": (columns, "parse_record", 5),
     "compilation": (bdh_mlx.BDH, "__call__", 1),
-    "evaluation": (evaluation, "evaluate", 3),
+    "evaluation": (evaluator, "evaluate", 3),
     "sampling": (decoding, "stream", 5),
     "save": (files, "fsync", 10),
     "retention": (checkpoints, "prune", 8),
-    "last evaluation": (evaluation, "evaluate", 5),
+    "last evaluation": (evaluator, "evaluate", 5),
 }
 
 
@@ -171,7 +171,7 @@ def latency(box, *args, before, numbers, base):
 TINY = f"--preset tiny --dataset {DATA} --save-freq 2 --eval-freq 2 --log-freq 1".split()
 WAITS = iter([0, 9])  # seconds
 TINY_PHASES = {
-    "evaluation": (evaluation, "evaluate", 2),
+    "evaluation": (evaluator, "evaluate", 2),
     "step": (batches, "get_batch", 3),
     "sampling": (decoding, "stream", 4),
     "save": (files, "fsync", 3),
@@ -185,7 +185,7 @@ TINY_PHASES = {
     0,
     2,
     deaf_evaluation=[
-        (evaluation, "evaluate", lambda *a, **k: (time.sleep(next(WAITS, 0)), (2.0, {}))[1])
+        (evaluator, "evaluate", lambda *a, **k: (time.sleep(next(WAITS, 0)), (2.0, {}))[1])
     ],
 )
 def _(n):
@@ -316,10 +316,10 @@ def _(n):
 def _(n):
     for value in (math.nan, math.inf)[:n]:
         for at in (1, 2, 4):
-            box, real = fresh(), evaluation.evaluate
+            box, real = fresh(), evaluator.evaluate
             count = iter(range(100))
             fake = lambda *a, **k: (value, {}) if next(count) == at else real(*a, **k)
-            code, out = train(box, before=lambda: setattr(evaluation, "evaluate", fake))
+            code, out = train(box, before=lambda: setattr(evaluator, "evaluate", fake))
             best = box / "full/best.json"
             named = json.loads(best.read_text())["step"] if best.exists() else 0
             why = refusal(code, out, f"validation loss is {value}", want=1)
@@ -347,7 +347,7 @@ def _(n):
                 keep,
                 "--eval-freq",
                 2,
-                before=lambda: setattr(evaluation, "evaluate", fake),
+                before=lambda: setattr(evaluator, "evaluate", fake),
             )
             expected = sorted({best, *range(2, LAST + 1, 2)[-keep:]})
             yield (

@@ -42,9 +42,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import bdh_mlx
-from bdh_lib import compiler, files, runs
+from bdh_lib import files, runs
 from bdh_lib.data import prepare as preparing
-from bdh_lib.training import checkpoints, evaluation, resume
+from bdh_lib.script import compiler
+from bdh_lib.training import checkpoints, evaluator, resume
 
 
 def save_in_place(run, step, trained, info):
@@ -438,7 +439,7 @@ def _(n):
         box, second = fresh(), ROOM / "second"
         second.mkdir(exist_ok=True)
         read, go_on = os.pipe()
-        wait = lambda: at_call(evaluation, "evaluate", 3, lambda: os.read(read, 1))
+        wait = lambda: at_call(evaluator, "evaluate", 3, lambda: os.read(read, 1))
         pid = begin(box, *ARGS, "--checkpoint-dir", box, before=wait)
         while not output(box):
             time.sleep(0.005)

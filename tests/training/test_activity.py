@@ -9,7 +9,7 @@ import bdh_mlx
 from bdh_lib.compute.layer import ln
 from bdh_lib.compute.rope import rotate
 from bdh_lib.generation import trace
-from bdh_lib.training.evaluation import neuron_activity
+from bdh_lib.training.evaluator import neuron_activity
 
 
 @pytest.mark.parametrize("T", [40, 300, 999])

@@ -184,7 +184,7 @@ FAULTY = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train_mlx
-from bdh_lib import cli
+from bdh_lib.script import cli
 from bdh_lib.training import batches
 n_targets, calls = batches.n_targets_in_step, []
 

@@ -18,7 +18,7 @@ import generate
 import train_mlx
 from bdh_lib import files, runs
 from bdh_lib.generation import export
-from bdh_lib.training import batches, checkpoints, evaluation, runlog, summary
+from bdh_lib.training import batches, checkpoints, evaluator, runlog, summary
 from bdh_lib.training import meter as meters
 from bdh_lib.training import step as training_step
 from bdh_lib.training.batches import get_batch
@@ -239,7 +239,7 @@ def test_a_checkpoint_is_written_before_the_evaluation_of_its_step(tmp_path, mon
         raise MemoryError
 
     train(tmp_path, "--max-iters", 3, "--eval-freq", 4)
-    monkeypatch.setattr(evaluation, "evaluate", dies)
+    monkeypatch.setattr(evaluator, "evaluate", dies)
     with pytest.raises(MemoryError):
         train(tmp_path, "--max-iters", 9, "--eval-freq", 4)
     assert runs.steps(tmp_path / "full")[-1] == 4
@@ -264,7 +264,7 @@ def test_where_a_full_flush_is_refused_fsync_flushes(tmp_path, monkeypatch, supp
 
 def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
     losses = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: (next(losses), {}))
+    monkeypatch.setattr(evaluator, "evaluate", lambda *args: (next(losses), {}))
     train(tmp_path, "--max-iters", 12, "--eval-freq", 2, "--save-freq", 2, "--keep-checkpoints", 2)
     assert runs.steps(tmp_path / "full") == [4, 10, 12]
     assert runs.read_best(tmp_path / "full")["step"] == 4

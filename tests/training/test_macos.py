@@ -52,7 +52,7 @@ FAULTY = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train_mlx
-from bdh_lib import cli
+from bdh_lib.script import cli
 from bdh_lib.training import batches
 train_mlx.redraw_report = lambda *_: None
 print("pid", os.getpid(), file=sys.stderr)

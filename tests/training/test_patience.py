@@ -6,7 +6,7 @@ import pytest
 from helpers import arrays, metrics, same, train
 
 from bdh_lib import runs
-from bdh_lib.training import evaluation
+from bdh_lib.training import evaluator
 
 OVER = ["--eval-freq", "2", "--save-freq", "5", "--max-iters", "40"]
 
@@ -23,7 +23,7 @@ def worse_after_6(monkeypatch):
         nonlocal step
         step = iter([abs(6 - i) + 1.0 for i in range(first, 99, 2)])
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluator, "evaluate", evaluate)
     return begin
 
 

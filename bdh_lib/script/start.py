@@ -16,6 +16,6 @@ def run(file: str) -> None:
     This module imports nothing else, since Ctrl-C before this call is a traceback.
     """
     quiet_interrupts()
-    from bdh_lib import cli
+    from bdh_lib.script import cli
 
     cli.run(file)

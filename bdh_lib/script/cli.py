@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 
-from bdh_lib import compiler, failures, interrupts, limits
+from bdh_lib.script import compiler, failures, interrupts, limits
 
 READER_GONE = 141  # exit code: 128 + SIGPIPE, as other programs end
 

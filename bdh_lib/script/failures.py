@@ -2,7 +2,7 @@
 
 import sys
 
-from bdh_lib import compiler, limits
+from bdh_lib.script import compiler, limits
 
 REQUIRED = ("mlx", "mlx.core", "numpy", "tqdm")  # what is imported before main()
 NO_MEMORY = (  # in errors of the loader, NumPy, MLX, CUDA and Python, in any case

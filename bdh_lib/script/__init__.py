@@ -1,0 +1,1 @@
+"""How a script starts and ends: streams, signals, limits, and errors as one line."""
