@@ -126,7 +126,7 @@ def begin_jobs(
 def answer_data(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     """Answer records of --evaluate, write the answers to --out, and print their scores.
 
-    The scores say how near the answers come to the true responses. Raises UserError where the mode
+    The scores say how near the answers come to the true responses. Raises UserError if the mode
     is not full, and where records or --out cannot be used.
     """
     if (mode := checkpoint.mode) != "full":
@@ -150,7 +150,7 @@ def answer_data(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Names
 def evaluate_data(model: bdh_mlx.BDH, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     """Print the loss on the data of --evaluate, by field, in batches as in the training.
 
-    Raises UserError where no mode is known, and where the data cannot be used.
+    Raises UserError if no mode is known, or the data cannot be used.
     """
     weights, mode, B = checkpoint
     if mode is None:

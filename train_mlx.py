@@ -198,7 +198,7 @@ def train_chain(base: Settings, stop: StopSignal, world: World, json_to: TextIO 
 def train_or_explain(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None) -> int:
     """Run train(), and turn failures that are expected into a line and an exit code.
 
-    Raises UserError, also where memory is out or MLX cannot compile, and a RuntimeError that is
+    Raises UserError, also if memory is out or MLX cannot compile, and a RuntimeError that is
     none of those.
     """
     stop.has_work_to_save = False

@@ -129,7 +129,7 @@ def write_fault(error: OSError | RuntimeError) -> str:
 
 
 def check_replaceable(path: Path, name: str) -> None:
-    """Raise UserError where `path` cannot be written, or is a file that is not of this project.
+    """Raise UserError if `path` cannot be written, or is a file that is not of this project.
 
     Its files are pictures and traces. `name` is the flag that names another file.
     """

@@ -149,7 +149,7 @@ class Parser(argparse.ArgumentParser):
 def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions) -> Parser:
     """Make a parser with a flag, under its heading, for each setting that a flag can hold.
 
-    Raises UserError where a setting would have the flag of another setting, or of the script.
+    Raises UserError if a setting would have the flag of another setting, or of the script.
     """
     parser = Parser(script.__doc__)
     parser.add_argument("--version", action="version", version=cli.version())

@@ -5,7 +5,7 @@ import sys
 
 
 def obstacle(system: str, machine: str, macos: str) -> str:
-    """Return why MLX does not run on such a machine, and what helps; nothing where it does."""
+    """Return why MLX does not run on such a machine, and what helps; nothing if it does."""
     if system != "Darwin":
         return ""
     release = tuple(map(int, macos.split(".")[:2]))

@@ -32,7 +32,7 @@ class Progress:
     def __init__(
         self, what: str, total: int | None, unit: str, initial: int = 0, file: TextIO | None = None
     ):
-        """`total` is the number of units of the whole work, None where it is not known.
+        """`total` is the number of units of the whole work, None if it is not known.
 
         Lines go to `file`, which is stdout where it is None.
         """

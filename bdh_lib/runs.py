@@ -41,7 +41,7 @@ def find_weights(path: str | Path) -> Path:
 def _first_valid(run: Path, checkpoints: list[Path]) -> Path:
     """Return the first checkpoint whose weights can be taken, and warn of those before it.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     faults = []
     for checkpoint in checkpoints:
@@ -76,8 +76,8 @@ def write_best(run: Path, step: int, monitored_loss: float) -> None:
 def read_best(run: Path) -> dict:
     """Return the best evaluation of a run: checkpoint, step, monitored_loss in nats; {} before any.
 
-    Raises UserError where best.json is not what the trainer wrote, by the sha256 in it, and
-    PermissionError where it may not be read.
+    Raises UserError if best.json is not what the trainer wrote, by the sha256 in it, and
+    PermissionError if it may not be read.
     """
     try:
         best = files.parse_json((run / "best.json").read_text())
@@ -137,7 +137,7 @@ def is_changed(file: Path) -> bool:
     """Tell whether a file of a checkpoint differs from its sha256 in the manifest beside it.
 
     A damaged manifest counts as a change; without a manifest, or an entry in it, there is none.
-    Raises UserError where the file cannot be read.
+    Raises UserError if the file cannot be read.
     """
     if not (manifest := file.with_name("manifest.json")).exists():
         return False
@@ -158,7 +158,7 @@ def settings_of(weights: Path) -> dict:
     """Read the trainer's settings from config.json beside the weights; {} without one.
 
     Those that others compute with are left out where they are of another type. Raises UserError
-    where the file is damaged.
+    if the file is damaged.
     """
     file = weights.with_name("config.json")
     settings = files.read_json_object(file).get("settings", {})

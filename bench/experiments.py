@@ -8,7 +8,7 @@
     python bench/experiments.py plot results.jsonl curves.png [parity]
 
 Each job trains in a process of its own, ours with the trainer itself; rows go to --out, a JSON
-line a job, and a second call goes on with the jobs not done. --smoke: tiny models, on a CPU.
+line a job, and a second call continues with the jobs not done. --smoke: tiny models, on a CPU.
 """
 
 import argparse

@@ -74,7 +74,7 @@ def turns_of(instruction, response) -> list | None:
 
 
 def field_of(turn: dict) -> str | None:
-    """Return the field that a turn is of by its role, None where the role is unknown."""
+    """Return the field that a turn is of by its role, None if the role is unknown."""
     return FIELD_OF.get(_role(turn))
 
 

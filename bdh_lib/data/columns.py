@@ -91,7 +91,7 @@ def parse_columns(columns: str | None) -> dict[str, str]:
 
 
 def check_read(columns: str | None, read: Collection[str], unused: Collection[str]) -> None:
-    """Raise UserError where COLUMNS names a column that is filled and read in no record.
+    """Raise UserError if COLUMNS names a column that is filled and read in no record.
 
     `read` and `unused` are the names of columns that are read in a record, and that are not.
     """
@@ -152,7 +152,7 @@ def _parse_only_chat(record: dict, columns: str | None) -> Parsed | None:
 
 
 def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
-    """Return what the columns by field hold, or None where no field has one."""
+    """Return what the columns by field hold, or None if no field has one."""
     messages, has_fields = value.get("messages"), value.keys() & {"instruction", "response"}
     if isinstance(messages, list) and (messages or not has_fields):
         return _parse_messages(value, column, alternate(messages))

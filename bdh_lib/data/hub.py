@@ -44,7 +44,7 @@ def _no_name(dataset: str) -> UserError:
 
 
 def commit(dataset: str) -> str | None:
-    """Return the commit that a name on the hub means now, or None where the hub does not say."""
+    """Return the commit that a name on the hub means now, or None if the hub does not say."""
     name, _, revision, _ = parse_name(dataset)
     is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
     return revision if is_commit else _ask(name, revision)
@@ -52,7 +52,7 @@ def commit(dataset: str) -> str | None:
 
 @lru_cache  # a run reads one commit, and a hub that hangs is asked once
 def _ask(name: str, revision: str | None) -> str | None:
-    """Return the commit of a revision, None where the hub does not say.
+    """Return the commit of a revision, None if the hub does not say.
 
     A hub that does not answer is not asked again by this process.
     """
@@ -134,7 +134,7 @@ def download_model(name: str) -> Path:
 
 
 def rows(dataset: str, split: Iterable[dict]) -> Iterator[dict]:
-    """Yield the records of a split. Raises UserError where one cannot be decoded."""
+    """Yield the records of a split. Raises UserError if one cannot be decoded."""
     try:
         yield from split
     except Exception as error:

@@ -59,7 +59,7 @@ def data_settings(s: Settings, mode: str) -> DataSettings:
 
 
 def recorded_settings(report: dict) -> DataSettings | None:
-    """Return what prepared data depended on, by their report; None where it is of another format.
+    """Return what prepared data depended on, by their report; None if it is of another format.
 
     `report` is data.json as the config.json of any model may hold it.
     """
@@ -240,7 +240,7 @@ def _check_distinct(texts: Texts, settings: DataSettings) -> None:
 
 
 def _check_sides(texts: Texts, held_out, shared, settings: DataSettings) -> None:
-    """Raise UserError where a side of the split has no text, or validation none of its own."""
+    """Raise UserError if a side of the split has no text, or validation none of its own."""
     dataset, mode = settings.dataset, settings.mode
     n = len(texts.lengths)
     is_given = texts.report["given_validation"]
@@ -295,7 +295,7 @@ def load_unsplit(
 def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dict:
     """Take a split that is there, raw bytes; without .fields beside it, all is `text`. The report.
 
-    Raises UserError where a .fields file does not fit its bytes.
+    Raises UserError if a .fields file does not fit its bytes.
     """
     sides = [file for file in files if file.suffix == ".bin"]
     sources.print_if_large(f"copying DATASET {dataset}", files, 10)

@@ -119,7 +119,7 @@ def split_of(name: Path | str) -> str | None:
 
 
 def open_source(dataset: str) -> Source:
-    """Find the parts of a data set. Raises UserError where it is not clear what they are."""
+    """Find the parts of a data set. Raises UserError if it is not clear what they are."""
     path = expand_user(dataset, "DATASET")
     if dataset == "sample" or _kind(path) != stat.S_IFDIR:
         files = resolve_files(dataset)
@@ -176,7 +176,7 @@ def _names(files: list[Path], most: int = 3) -> str:
 
 
 def _kind(path: Path) -> int | None:
-    """Return what `stat` calls the kind of a file, or None where nothing is. Raises UserError."""
+    """Return what `stat` calls the kind of a file, or None if nothing is. Raises UserError."""
     try:
         str(path).encode()
         return stat.S_IFMT(path.stat().st_mode)
@@ -218,7 +218,7 @@ def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
 
     Hidden files and folders are left out, and folders that this project writes: runs and prepared
     data may lie beside the data. So are files about the data, such as README.md, and links that
-    lead nowhere. Raises UserError where there is no data file.
+    lead nowhere. Raises UserError if there is no data file.
     """
     files, others, written = [], [], []
     for at, folders, names in os.walk(folder, onerror=_unreadable):

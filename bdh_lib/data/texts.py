@@ -130,7 +130,7 @@ def format_record(parsed: columns.Parsed, mode: str) -> Formatted:
 def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | None) -> Texts:
     """Write the texts that the records have in a mode to all.bin and all.fields.
 
-    `chosen` is COLUMNS. Raises UserError where there is no text.
+    `chosen` is COLUMNS. Raises UserError if there is no text.
     """
     tally = Tally()
     lengths, digests, keys = array("Q"), array("Q"), array("Q")
@@ -160,7 +160,7 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
 
 
 def _check_columns(chosen: str | None, names: set[str]) -> None:
-    """Raise UserError where COLUMNS names a column that no record has."""
+    """Raise UserError if COLUMNS names a column that no record has."""
     lower = {name.strip().lower() for name in names}
     for column in columns.parse_columns(chosen).values():
         if column and column.lower() not in lower:

@@ -26,7 +26,7 @@ def as_text(value):
 
 
 def find_problem(field: str, value) -> Problem | None:
-    """Return why a value cannot be trained on, or None where it is valid text."""
+    """Return why a value cannot be trained on, or None if it is valid text."""
     if not isinstance(value, str):
         return Problem(f"{field} is {type_name(value)}, not text", value is None)
     if not value.strip():

@@ -103,7 +103,7 @@ class Session:
         """Take turns until Ctrl-D or /quit."""
         pastes_lines = enable_line_editing()
         signal.set_wakeup_fd(-1)  # nothing ends the process: Ctrl-C ends an answer, not the session
-        # by an exception, at which input() resets the terminal: else it would go on marking pastes
+        # by an exception, at which input() resets the terminal: else it would still mark pastes
         on_sigterm = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         note = formats.SAMPLE_NOTES.get(
             self.mode, "no training mode is known: text is read as it is"
@@ -232,7 +232,7 @@ class Session:
     def format_prompt(self, line: str) -> bytes:
         """Return the line in the format of the mode, after what the session's text lacks before it.
 
-        A model of chats goes on with the chat, as it was trained; any other begins a new record.
+        A model of chats continues the chat, as it was trained; any other begins a new record.
         """
         if self.mode is None:
             return line.encode(errors="surrogateescape")

@@ -58,7 +58,7 @@ class Sampling:
     def draw(self, logits: mx.array, recent: mx.array | None, u: mx.array) -> mx.array:
         """Draw a byte (B,) for the logits (B, V), by u (B, 1) from `uniforms`.
 
-        `recent` is that of the method of this name. Raises UserError where utf8 is set and V is
+        `recent` is that of the method of this name. Raises UserError if utf8 is set and V is
         not 256.
         """
         if self.utf8 and logits.shape[-1] != 256:

@@ -188,7 +188,7 @@ def trace_texts(model: bdh_mlx.BDH, texts: list[str], out: Path | None = None) -
     """Write a picture and a JSON file of the first text; for several texts, also their selective
     neurons. A text @FILE stands for the lines of a file.
 
-    Returns the exit code, 0. Raises UserError where there is no text, a file cannot be read, or
+    Returns the exit code, 0. Raises UserError if there is no text, a file cannot be read, or
     `out` cannot be written or would replace another file.
     """
     drawing, listing = output_paths(out)

@@ -24,7 +24,7 @@ def temporary_folder() -> tuple[str | None, str]:
 
 
 def temporary_folder_fault() -> str:
-    """Return why MLX could not write what it compiles; nothing where it could."""
+    """Return why MLX could not write what it compiles; nothing if it could."""
     import tempfile
 
     name, folder = temporary_folder()
@@ -38,9 +38,9 @@ def temporary_folder_fault() -> str:
 
 
 def check() -> None:
-    """Raise UserError where MLX could not write what it compiles, and has compiled nothing yet.
+    """Raise UserError if MLX could not write what it compiles, and has compiled nothing yet.
 
-    Warn where it may have compiled all that is needed, and where it has no compiler.
+    Warn if it may have compiled all that is needed, or has no compiler.
     """
     from pathlib import Path
     from shutil import which

@@ -18,7 +18,7 @@ def memory_limits() -> list[tuple[str, int, int]]:
 
 
 def check_memory_limits() -> None:
-    """Raise MemoryError where a limit leaves too little to begin with.
+    """Raise MemoryError if a limit leaves too little to begin with.
 
     Libraries would end the process themselves, with lines that name no cure.
     """

@@ -117,7 +117,7 @@ def has_risen(run: SimpleNamespace, then: int) -> bool:
 
 
 def overfitting(run: SimpleNamespace, s: Settings) -> str | None:
-    """Advise where validation rose above its best while the training loss fell."""
+    """Advise if validation rose above its best while the training loss fell."""
     if has_risen(run, run.best) and run.loss[run.now] < run.loss[run.best]:
         dropout = s.BDH_CONFIG.dropout
         higher = min(MAX_DROPOUT, dropout + 0.2)
@@ -129,7 +129,7 @@ def overfitting(run: SimpleNamespace, s: Settings) -> str | None:
 
 
 def too_high(run: SimpleNamespace, s: Settings) -> str | None:
-    """Advise where updates were skipped, losses jumped or rose, or gradients are large."""
+    """Advise if updates were skipped, losses jumped or rose, or gradients are large."""
     lines, seen = run.lines[-1], []
     norms = [math.inf if m["grad_norm"] is None else m["grad_norm"] for m in lines]
     norm = float(np.median(norms))
@@ -149,7 +149,7 @@ def too_high(run: SimpleNamespace, s: Settings) -> str | None:
 
 
 def stuck(run: SimpleNamespace, s: Settings) -> str | None:
-    """Advise where the rest of the run at this pace would not leave noise, or gain a MIN_RISE."""
+    """Advise if the rest of the run at this pace would not leave noise, or gain a MIN_RISE."""
     if run.before < max(1, s.WARMUP_ITERS) or run.lines[-1][-1]["lr"] < s.LEARNING_RATE / 2:
         return None  # slow for another reason
     intervals = min(20, (run.total - run.now) / (run.now - run.before))
@@ -165,7 +165,7 @@ def stuck(run: SimpleNamespace, s: Settings) -> str | None:
 
 
 def not_coherent(run: SimpleNamespace, s: Settings) -> str | None:
-    """Advise where the model knows little more than how often each byte occurs."""
+    """Advise if the model knows little more than how often each byte occurs."""
     if run.val[run.now] > NOISE_SHARE * run.order_0:
         bits, unigram = (bits_per_byte(nats) for nats in (run.val[run.now], run.order_0))
         end = end_setting(s, run.total)
@@ -177,7 +177,7 @@ def not_coherent(run: SimpleNamespace, s: Settings) -> str | None:
 
 
 def slow(run: SimpleNamespace, s: Settings) -> str | None:
-    """Advise where late in a run with a low rate the model knows no more than pairs of bytes."""
+    """Advise if late in a run with a low rate the model knows no more than pairs of bytes."""
     late = run.now >= max(LATE_FRACTION * run.total, 2 * s.WARMUP_ITERS)
     if late and s.LEARNING_RATE < REFERENCE_RATE and run.val[run.now] > run.order_1:
         bits, bigram = (bits_per_byte(nats) for nats in (run.val[run.now], run.order_1))

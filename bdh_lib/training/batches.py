@@ -126,7 +126,7 @@ def divergence_message(split: Split, step: int, s: Settings) -> str:
     starts = [int(n) for i in shown for n in batch_positions(split, i, s)[:, 0]][:64]
     more = f" and {count - len(starts):,} others" if count > len(starts) else ""
     is_shuffled = s.SHUFFLE_RECORDS and split.record_ends is not None
-    note = "; shuffled, a block goes on in other records" if is_shuffled else ""
+    note = "; shuffled, a block continues in other records" if is_shuffled else ""
     return (
         f"no finite update in {s.MAX_CONSECUTIVE_SKIPS:,} iterations; the blocks of the last batch "
         f"begin at {starts}{more} of the training bytes, {s.BLOCK_SIZE:,} bytes each{note}"

@@ -52,7 +52,7 @@ def run_folder(s: Settings) -> Path:
 
 
 def refuse_foreign_files(run: Path) -> None:
-    """Raise UserError where `run` is not a run, and holds files that a run would replace."""
+    """Raise UserError if `run` is not a run, and holds files that a run would replace."""
     found = [name for name in WRITTEN if (run / name).is_file()]
     if found and not (run / ".lock").exists() and not runs.steps(run):
         raise UserError(
@@ -61,7 +61,7 @@ def refuse_foreign_files(run: Path) -> None:
 
 
 def refuse_in_the_way(run: Path, step: int) -> None:
-    """Raise UserError where a file or a link has the name of a checkpoint after that of `step`."""
+    """Raise UserError if a file or a link has the name of a checkpoint after that of `step`."""
     for path in run.glob("step-*"):
         is_folder = path.is_dir() and not path.is_symlink()
         if path.name[5:].isdecimal() and int(path.name[5:]) > step and not is_folder:
@@ -71,9 +71,9 @@ def refuse_in_the_way(run: Path, step: int) -> None:
 
 
 def refuse_other_case(run: Path) -> None:
-    """Raise UserError where the name of `run` and that of a file beside it differ in case alone.
+    """Raise UserError if the name of `run` and that of a file beside it differ in case alone.
 
-    To a Mac's disk both are one folder, so one run would go on with the other.
+    To a Mac's disk both are one folder, so one run would continue the other.
     """
     names = [file.name for file in run.parent.iterdir()] if run.parent.is_dir() else []
     others = [name for name in names if name.lower() == run.name.lower()]
@@ -85,7 +85,7 @@ def refuse_other_case(run: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder in CHECKPOINT_DIR, and write there. Raises UserError where that fails."""
+    """Make a folder in CHECKPOINT_DIR, and write there. Raises UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -287,8 +287,8 @@ def newest_valid(run: Path) -> int:
         )
     if (run / "metrics.jsonl").exists() and any((run / f).exists() for f in (SAVED, "best.json")):
         raise NoValidCheckpoint(
-            f"{run} had checkpoints, and they are gone. Put one back to go on; to start anew, set "
-            f"RUN_NAME, or move {run / 'metrics.jsonl'} elsewhere, which would be replaced"
+            f"{run} had checkpoints, and they are gone. Put one back to continue; to start anew, "
+            f"set RUN_NAME, or move {run / 'metrics.jsonl'} elsewhere, which would be replaced"
         )
     return 0
 

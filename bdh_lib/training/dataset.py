@@ -24,7 +24,7 @@ class Data(NamedTuple):
 
 
 def open_mode_data(s: Settings, mode: str) -> Data:
-    """Prepare and open the data of any mode. Raises UserError where a side is empty."""
+    """Prepare and open the data of any mode. Raises UserError if a side is empty."""
     cache = Path(s.CHECKPOINT_DIR) / ".data"
     folder = prepare(data_settings(s, mode), cache, s.refresh_data)
     data_report = json.loads((folder / "data.json").read_text())
@@ -55,7 +55,7 @@ def _map_side(folder: Path, side: str) -> tuple[np.memmap, np.memmap]:
 
 
 def units_to_shuffle(ends: np.ndarray | None, fields: np.ndarray) -> np.ndarray | None:
-    """Return where each unit ends that may change its place, None where nothing can be shuffled.
+    """Return where each unit ends that may change its place, None if nothing can be shuffled.
 
     A unit is a record, or all paragraphs of plain text in a row, whose order says something.
     """
@@ -67,7 +67,7 @@ def units_to_shuffle(ends: np.ndarray | None, fields: np.ndarray) -> np.ndarray 
 
 
 def open_run_data(s: Settings) -> Data:
-    """Prepare and open the data of a run. Raises UserError where it cannot train on them."""
+    """Prepare and open the data of a run. Raises UserError if it cannot train on them."""
     data = open_mode_data(s, s.TRAINING_MODE)
     check_lengths(s, data.report)
     check_loss_on(s, data)
@@ -102,7 +102,7 @@ def check_loss_on(s: Settings, data: Data) -> None:
 
 
 def check_grad_accum(s: Settings, n_bytes: int) -> None:
-    """Raise UserError where a step has more micro-batches than there are blocks in all epochs.
+    """Raise UserError if a step has more micro-batches than there are blocks in all epochs.
 
     Without EPOCHS they are counted in one pass over the data.
     """
@@ -116,7 +116,7 @@ def check_grad_accum(s: Settings, n_bytes: int) -> None:
 
 
 def check_processes_agree(s: Settings, data_report: dict, world: World) -> None:
-    """Raise UserError where processes differ in the data or in a setting, also in a user's own.
+    """Raise UserError if processes differ in the data or in a setting, also in a user's own.
 
     A schedule or a loss may read it, and then the weights of the processes would drift apart.
     """

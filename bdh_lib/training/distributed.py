@@ -25,7 +25,7 @@ class World:
     """The processes of this run; where there is one, no method waits or changes anything."""
 
     def __init__(self):
-        """Join the processes that the environment names. Raises UserError where that fails."""
+        """Join the processes that the environment names. Raises UserError if that fails."""
         self.group = _join()
         self.size, self.rank = self.group.size(), self.group.rank()
         self.is_main = self.rank == 0  # it alone writes

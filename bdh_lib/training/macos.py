@@ -1,4 +1,4 @@
-"""What a Mac needs of a long run: it stays awake, and goes on after macOS ended the GPU's work."""
+"""Keep a Mac awake for a run, and start the run again after macOS ended the GPU's work."""
 
 import os
 import shutil
@@ -52,8 +52,8 @@ def kept_awake(wanted: bool) -> Iterator[None]:
 def restarted_after_gpu_fault(s: Settings, allowed: bool) -> Iterator[None]:
     """Start the command of this process anew when macOS ends the GPU's work, if `allowed`.
 
-    MLX's arrays may be poisoned then, so the next process goes on from the newest checkpoint.
-    Raises GpuFault where a restart is not allowed, or has not helped MAX_RESTARTS times.
+    MLX's arrays may be poisoned then, so the next process continues from the newest checkpoint.
+    Raises GpuFault if a restart is not allowed, or has not helped MAX_RESTARTS times.
     """
     try:
         yield

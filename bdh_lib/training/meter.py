@@ -18,7 +18,7 @@ class Meter:
     """The progress bar, and averages over the steps since the last logged line."""
 
     def __init__(self, step: int, n_steps: int, bytes_per_step: int, skipped: int = 0):
-        """The run goes on after `step` steps of `n_steps`.
+        """The run continues after `step` steps of `n_steps`.
 
         `bytes_per_step` counts the bytes that a step reads on all processes; `skipped` the updates
         that were skipped before `step`.

@@ -23,7 +23,7 @@ from bdh_mlx import load_model
 def ancestry(source: Path) -> list[dict]:
     """Return the weights file that `source` means, after those that it came from.
 
-    Each is {"weights": path, "sha256": digest}. Raises UserError where `source` has no valid
+    Each is {"weights": path, "sha256": digest}. Raises UserError if `source` has no valid
     weights.
     """
     file = find_weights(source)

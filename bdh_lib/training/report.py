@@ -31,7 +31,7 @@ POINTS = 1000  # of a curve, at most
 
 
 def read_run(run: Path) -> tuple[dict, list[dict]]:
-    """Return config.json and the lines of metrics.jsonl. Raises UserError where there are none."""
+    """Return config.json and the lines of metrics.jsonl. Raises UserError if there are none."""
     lines = [
         _drop_mistyped(m) for m in runlog.read_log(run / "metrics.jsonl") if type(m["step"]) is int
     ]

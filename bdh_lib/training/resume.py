@@ -29,7 +29,7 @@ from bdh_mlx import load_model
 class Start(NamedTuple):
     """Where a run begins, the same on all processes."""
 
-    step: int  # of the checkpoint that it goes on from, 0 without one
+    step: int  # of the checkpoint that it continues from, 0 without one
     selection: Selection  # how it computes
     state: TrainState
     ancestry: list  # of its weights: the files of weights that they came from
@@ -57,7 +57,7 @@ def load_state(s: Settings, run: Path, step: int, data_report: dict, state: Trai
     """
     if not step:
         return init_from(s, state) if s.INIT_FROM else []
-    runs.read_config(run)  # warns where it is damaged; what counts is that of the checkpoint
+    runs.read_config(run)  # warns if it is damaged; what counts is that of the checkpoint
     info = checkpoints.read_info(run, step)
     changes = changes_on_resume(run, info, s, data_report)
     check_origin(run, info, s)
@@ -79,7 +79,7 @@ def run_info(s: Settings, data_report: dict, start: Start) -> dict:
 
 
 def origin_of(s: Settings) -> Path:
-    """Return where the weights of INIT_FROM lie. Raises UserError where the hub has none.
+    """Return where the weights of INIT_FROM lie. Raises UserError if the hub has none.
 
     That is in CHECKPOINT_DIR, at the path itself, or in the cache of the hub.
     """
@@ -119,7 +119,7 @@ def changes_on_resume(run: Path, info: dict, s: Settings, data_report: dict) -> 
 def saved_values(run: Path, info: dict) -> dict:
     """Return the settings and versions in config.json of a checkpoint, and its GLOBAL_BATCH.
 
-    Raises UserError where the file is of another format.
+    Raises UserError if the file is of another format.
     """
     if not runs.is_checkpoint_config(info):
         raise UserError(f"{run} holds checkpoints of another format; set RUN_NAME")
@@ -143,13 +143,13 @@ def refuse_changes(run: Path, changes: dict[str, str]) -> None:
         shown = [*map(changes.get, fixed[:5]), *(["and others"] if len(fixed) > 5 else [])]
         weights = f", with INIT_FROM {run.name} from these weights" if fixed == of_data else ""
         raise UserError(
-            f"{run} holds a run with other settings ({'; '.join(shown)}). Set them back to go on "
-            f"with it, or set RUN_NAME to start another{weights}"
+            f"{run} holds a run with other settings ({'; '.join(shown)}). Set them back to "
+            f"continue it, or set RUN_NAME to start another{weights}"
         )
 
 
 def check_origin(run: Path, info: dict, s: Settings) -> None:
-    """Raise UserError where a run started from other weights than those of INIT_FROM."""
+    """Raise UserError if a run started from other weights than those of INIT_FROM."""
     ancestry, earlier = info.get("ancestry", []), info["settings"].get("INIT_FROM")
     # a model of the hub may have changed there since, and need not be asked for again: names count
     is_of_hub = bool(s.INIT_FROM) and hub.is_model(s.INIT_FROM)
@@ -164,13 +164,13 @@ def check_origin(run: Path, info: dict, s: Settings) -> None:
     if ancestry and current[-1]["sha256"] != ancestry[-1]["sha256"]:
         raise UserError(
             f"{run} started from {ancestry[-1]['weights']}, and the best weights of INIT_FROM "
-            f"{s.INIT_FROM} are others now. Set RUN_NAME to start another run from them; to go on "
-            f"with this one, set RUN_NAME to {run.name}, and INIT_FROM and PHASES to None"
+            f"{s.INIT_FROM} are others now. Set RUN_NAME to start another run from them; to "
+            f"continue this one, set RUN_NAME to {run.name}, and INIT_FROM and PHASES to None"
         )
 
 
 def check_chain(chain: list[Settings]) -> None:
-    """Raise UserError where one of PHASES would train on after the next one took its weights."""
+    """Raise UserError if one of PHASES would train on after the next one took its weights."""
     for earlier, later in pairwise(chain):
         run, next_run = map(checkpoints.run_folder, (earlier, later))
         if runs.steps(next_run) and is_longer(run, earlier):
@@ -193,7 +193,7 @@ def is_longer(run: Path, s: Settings) -> bool:
 
 
 def print_new_rate(info: dict, s: Settings, step: int, data_report: dict) -> None:
-    """Say when a resumed run goes on with another learning rate than it would have had."""
+    """Say when a resumed run continues with another learning rate than it would have had."""
     old = Settings(**vars(s) | info["settings"])  # settings of the user's own may be new
     old_end = total_steps(old, info["data"]["train"]["bytes"])
     new_rate = learning_rate(step, total_steps(s, data_report["train"]["bytes"]), s)

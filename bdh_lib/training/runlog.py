@@ -1,4 +1,4 @@
-"""What a run logs and saves as it goes on."""
+"""What a run logs and saves."""
 
 import json
 import math
@@ -53,7 +53,7 @@ class RunLog:
     """The log of a run: `history`, the lines of metrics.jsonl, and `best`, the best evaluation.
 
     `best` has at least step and monitored_loss (nats); it is {} before any evaluation. Lines are
-    printed as text, or written to the stream `json_to` as JSON. The run goes on at `first_step`:
+    printed as text, or written to the stream `json_to` as JSON. The run continues at `first_step`:
     later lines belong to work that was lost, and are dropped. Of several processes the main one
     writes.
     """
@@ -107,7 +107,7 @@ class RunLog:
     def begin(self, info: dict, state: TrainState, n_checkpoints: int) -> None:
         """Write config.json, whose content `info` each checkpoint repeats.
 
-        Raises UserError where something is in the way of a checkpoint, and where they will not fit
+        Raises UserError if something is in the way of a checkpoint, or if they will not fit
         on the disk, where at most `n_checkpoints` lie at once.
         """
         self.info = info
@@ -120,7 +120,7 @@ class RunLog:
     def save(self, step: int, state: TrainState) -> None:
         """Write the checkpoint of `step`, unless a checkpoint of that step exists.
 
-        Its model holds the average of the weights, where the run has one. Raises UserError where
+        Its model holds the average of the weights, if the run has one. Raises UserError if
         the checkpoint cannot be written, or the state is not finite.
         """
         if step <= self.last_saved:
@@ -150,7 +150,7 @@ class RunLog:
             runs.write_best(self.run, **self.best)
 
     def write(self, **m) -> None:
-        """Log a line. Raises UserError where metrics.jsonl cannot be written."""
+        """Log a line. Raises UserError if metrics.jsonl cannot be written."""
         for name, value in m.items():
             if isinstance(value, float) and not math.isfinite(value):
                 m[name] = None  # JSON knows no NaN

@@ -166,7 +166,7 @@ def train_and_save(run: Path, first: int, last: int) -> dict:
 
 
 def devices() -> tuple[mx.DeviceType, mx.DeviceType] | None:
-    """Return the GPU and the CPU, or None where there is no GPU."""
+    """Return the GPU and the CPU, or None if there is no GPU."""
     return (mx.gpu, mx.cpu) if memory.on_gpu() else None
 
 

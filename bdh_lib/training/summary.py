@@ -54,15 +54,15 @@ def print_start(s: Settings, run: Path, data: Data, n_steps: int, selection: Sel
 
 
 def finished_reason(s: Settings, log: RunLog, n_steps: int) -> str | None:
-    """Say why a run has nothing left to do, and which setting to change; None if it goes on."""
+    """Say why a run has nothing left to do, and which setting to change; None if it continues."""
     run, step, is_evaluated = log.run, log.first_step, log.last_eval_step == log.first_step
     if step > n_steps or (step == n_steps and is_evaluated):  # >: the end was lowered since
         end = end_setting(s, n_steps)
-        return f"{run} has {step:,} iterations of {n_steps:,}; to go on, raise {end}"
+        return f"{run} has {step:,} iterations of {n_steps:,}; to continue, raise {end}"
     if is_evaluated and log.patience_exceeded(s.PATIENCE):
         return (
             f"{run} stopped early after {step:,} iterations, its best is of {log.best['step']:,}; "
-            f"to go on, raise PATIENCE ({s.PATIENCE}) or lift it with --patience none"
+            f"to continue, raise PATIENCE ({s.PATIENCE}) or lift it with --patience none"
         )
 
 

@@ -87,7 +87,7 @@ def parse_settings(script: ModuleType, argv: list[str] | None = None) -> Setting
 
 
 def preset_settings(script: ModuleType) -> dict[str, Settings | None]:
-    """Return the settings of each preset, None where one does not go with the constants."""
+    """Return the settings of each preset, None if one does not go with the constants."""
     result = dict.fromkeys(script.PRESETS)
     for name in script.PRESETS:
         with suppress(UserError):
@@ -117,7 +117,7 @@ def phase_settings(s: Settings) -> list[Settings]:
 
 
 def parse_phase(phase: str) -> tuple[str, float | None, float | None]:
-    """Return mode, epochs and learning rate of one of PHASES, None where it has none.
+    """Return mode, epochs and learning rate of one of PHASES, None if it has none.
 
     Raises UserError.
     """

@@ -1,8 +1,8 @@
 """`python train_mlx.py --tune`: the fastest way to compute a step on this machine, by trying.
 
-The search begins where MEMORY_MODE auto does and goes on as long as one of its neighbours is
+The search begins where MEMORY_MODE auto does and continues as long as one of its neighbours is
 faster. The winner is kept in CHECKPOINT_DIR/.tune, and auto takes it for new runs of the same shape
-on the same machine. A run goes on as it began: another way adds up in another order, and draws
+on the same machine. A run continues as it began: another way adds up in another order, and draws
 other dropout.
 """
 
@@ -31,7 +31,7 @@ from bdh_lib.training.step import compile_steps
 from bdh_lib.training.train_state import init_train_state
 
 SECONDS = 120  # that a search may take
-GAIN = 1.02  # how many times as fast another way must be for the search to go on from it
+GAIN = 1.02  # how many times as fast another way must be for the search to continue from it
 SLOW = 1.25  # times the fastest one's seconds, from which on a candidate is not timed again
 FINAL_ROUNDS = 8  # of two steps each, in which the best are compared, as far as time is left
 PROBE = 512  # bytes of the block that foretells the time of a step
@@ -96,7 +96,7 @@ def saved_choice(s: Settings) -> tuple[str, dict]:
 def initial_choice(s: Settings, run: Path, step: int, world: World) -> tuple[str, dict]:
     """Return who chose how this run computes, in words, and the choice.
 
-    A run that goes on takes the choice of its checkpoint of `step`: ("as before", choice). A new
+    A run that continues takes the choice of its checkpoint of `step`: ("as before", choice). A new
     run, of step 0, takes what --tune saved: ("by --tune", choice). Without a choice both are empty.
     """
     by, choice = "", {}
@@ -282,7 +282,7 @@ def is_faster(seconds: list[float], baseline: list[float]) -> bool:
 def tune(s: Settings) -> int:
     """Search, print a table and keep the winner.
 
-    Returns the exit code, 0. Raises UserError where a search is of no use.
+    Returns the exit code, 0. Raises UserError if a search is of no use.
     """
     if s.MEMORY_MODE != "auto":
         raise UserError(f"MEMORY_MODE is {s.MEMORY_MODE!r}; --tune is for 'auto': set it to that")
@@ -309,7 +309,7 @@ def tune(s: Settings) -> int:
 def expect_time(s: Settings, start: Compute, timed: TimedSteps) -> None:
     """Time a short block, and set how long a first trial will take.
 
-    Raises UserError where there is no time for several.
+    Raises UserError if there is no time for several.
     """
     short = min(s.BLOCK_SIZE, PROBE)  # time is linear in T
     expected = timed.seconds(start, 1, short) * s.BATCH_SIZE * s.BLOCK_SIZE / short

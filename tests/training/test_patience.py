@@ -39,7 +39,7 @@ def test_a_run_out_of_patience_stops_early_and_says_where_its_best_is(
 
     assert train(tmp_path, *OVER, "--patience", 3) == 0
     out = capsys.readouterr().out
-    assert "finished" in out and "its best is of 6; to go on, raise PATIENCE (3)" in out
+    assert "finished" in out and "its best is of 6; to continue, raise PATIENCE (3)" in out
     worse_after_6(14)
     assert train(tmp_path, *OVER, "--patience", 4) == 0
     assert metrics(tmp_path)[-1]["step"] == 14

@@ -179,7 +179,7 @@ def test_a_killed_or_interrupted_run_ends_in_the_same_bits(tmp_path, straight, b
 
 def test_a_finished_run_says_so_and_what_to_change(straight, capsys):
     assert train(straight, "--max-iters", 12) == 0
-    assert "to go on, raise MAX_ITERS" in capsys.readouterr().out
+    assert "to continue, raise MAX_ITERS" in capsys.readouterr().out
 
 
 def test_other_bytes_before_the_first_checkpoint_are_evaluated_too(tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ def test_a_run_past_a_lowered_end_is_finished(tmp_path, capsys):
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(line for line in lines if '"step": 5' not in line))
     assert train(tmp_path, "--max-iters", 3, "--eval-freq", 100) == 0
-    assert "has 5 iterations of 3; to go on, raise MAX_ITERS" in capsys.readouterr().out
+    assert "has 5 iterations of 3; to continue, raise MAX_ITERS" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_a_setting_that_was_added_since(tmp_path, monkeypatch):
