@@ -36,7 +36,7 @@ from bdh_lib.compute.layer import default_compute, dropout_mask, dropout_scale, 
 from bdh_lib.compute.rope import rotate
 from bdh_lib.compute.state import State, check_prompt, check_shape, check_state, prefill, read
 from bdh_lib.errors import UserError, warn
-from bdh_lib.rules import TEMPERATURE, TOP_K, CheckedConfig, check, whole
+from bdh_lib.rules import TEMPERATURE, TOP_K, CheckedConfig, check, integer
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class BDH(nn.Module):
         `key`, mx.random.seed decides the draws. Raises UserError for an empty prompt or invalid
         settings.
         """
-        check("max_new_tokens", max_new_tokens, whole(0, 10**12))
+        check("max_new_tokens", max_new_tokens, integer(0, 10**12))
         check("temperature", temperature, TEMPERATURE)
         check("top_k", top_k, TOP_K)
         key = mx.random.key(mx.random.randint(0, 2**31 - 1).item()) if key is None else key

@@ -20,7 +20,7 @@ class Rule(NamedTuple):
     choices: Collection[str] = ()
 
 
-def whole(minimum: int, maximum: int = LARGEST, allow_none: bool = False) -> Rule:
+def integer(minimum: int, maximum: int = LARGEST, allow_none: bool = False) -> Rule:
     """Return a rule that admits `minimum` to `maximum`, and None if `allow_none`."""
     description = f"a whole number from {minimum:,} to {maximum:,}"
     return Rule(int, allow_none, description, lambda n: minimum <= n <= maximum)
@@ -31,7 +31,7 @@ def number(description: str, is_valid: Callable, allow_none: bool = False) -> Ru
     return Rule(float, allow_none, f"a number {description}", is_valid)
 
 
-def text(allow_none: bool = False) -> Rule:
+def string(allow_none: bool = False) -> Rule:
     """Return a rule that admits text that is not blank, and None if `allow_none`.
 
     Without `allow_none` it does not admit the text "none", which would name a file.
@@ -43,7 +43,7 @@ def text(allow_none: bool = False) -> Rule:
     return Rule(str, False, description, lambda value: value.strip().lower() not in unset)
 
 
-def switch() -> Rule:
+def boolean() -> Rule:
     """Return a rule that admits True and False."""
     return Rule(bool, False, KINDS[bool])
 
@@ -69,13 +69,13 @@ def check(name: str, value, rule: Rule) -> None:
 
 # Rules that BDH.generate and bdh_lib/generation/sampling.py share; imports only point down to here.
 TEMPERATURE = number("that is 0 or 0.000001 to 1,000,000", lambda x: x == 0 or 1e-6 <= x <= 1e6)
-TOP_K = whole(1, 65536, allow_none=True)
+TOP_K = integer(1, 65536, allow_none=True)
 
 # The fields of bdh_mlx.BDHConfig
-SIZE = whole(1, 65536)
+SIZE = integer(1, 65536)
 RATE = number("of at least 0 and below 1", lambda x: 0 <= x < 1)
 CONFIG_RULES = {
-    "n_layer": whole(1, 1000),
+    "n_layer": integer(1, 1000),
     "n_embd": SIZE,
     "dropout": RATE,
     "n_head": SIZE,

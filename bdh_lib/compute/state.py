@@ -29,10 +29,10 @@ from bdh_lib.compute.device import on_gpu
 from bdh_lib.compute.layer import ln, read_segment
 from bdh_lib.compute.rope import rotate_state
 from bdh_lib.errors import UserError
-from bdh_lib.rules import check, whole
+from bdh_lib.rules import check, integer
 
 WINDOW_PARTS = 4
-WINDOW_RULE = whole(WINDOW_PARTS, 2**40, allow_none=True)  # valid windows, bytes
+WINDOW_RULE = integer(WINDOW_PARTS, 2**40, allow_none=True)  # valid windows, bytes
 CPU_PREFILL_ROWS = 1024  # bytes * batch read at once, for a batch of up to 8 (_pieces)
 GPU_ROWS = {48e9: 32768, 0: 4096}  # by a card's own memory in bytes: more are faster (docs/log.md)
 MAX_BYTEWISE = 16  # bytes that a CPU reads one by one: its GEMM of few rows is slow
@@ -139,7 +139,7 @@ def check_state(model, state: State | None) -> None:
         return
     if not isinstance(state, State):
         raise UserError(f"the state is of type {type(state).__name__}; it must be a State")
-    check("position", state.position, whole(0, 2**62))
+    check("position", state.position, integer(0, 2**62))
     check("window", state.window, WINDOW_RULE)
     H, D, N = model.encoder.shape
     expected = (model.config.n_layer, H, D, N)

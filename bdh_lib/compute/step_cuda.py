@@ -27,7 +27,7 @@ BLOCKS = 2048  # per launch; `fire` takes half as many, the others twice (docs/l
 
 # name, inputs, outputs and C++ call; MLX passes the arguments that a call names
 Kernel = tuple[str, tuple[str, ...], tuple[str, ...], str]
-Output = tuple[tuple[int, ...], mx.Dtype]  # shape and type
+OutputSpec = tuple[tuple[int, ...], mx.Dtype]  # shape and type
 RECALL_INPUTS = ("v", "S", "scales", "keys", "values")
 RECALL_INPUTS += ("begin", "increments", "count", "done", "previous_v")
 BUFFER_ARGUMENTS = (
@@ -224,7 +224,7 @@ def step(idx: mx.array, weights: Sequence[mx.array], count: mx.array, arrays: tu
         return min(-(-limit // (H * B)), -(-n // (W * G)))
 
     def run(
-        kernel: Kernel, P: int, G: int, inputs: list[mx.array], *outputs: Output
+        kernel: Kernel, P: int, G: int, inputs: list[mx.array], *outputs: OutputSpec
     ) -> list[mx.array]:
         template = [*kinds, ("D", D), ("W", W), ("G", G), ("K", BUFFER_BYTES)]
         return _launch(kernel, template, (P, H * B), 32 * W, inputs, outputs)
@@ -261,7 +261,7 @@ def fold(
     return _run_rows(FOLD, S, B, [S, keys, values, previous_v], *outputs)
 
 
-def _int8_outputs(shape: tuple[int, ...]) -> tuple[Output, Output]:
+def _int8_outputs(shape: tuple[int, ...]) -> tuple[OutputSpec, OutputSpec]:
     """Return the Outputs for int8 S and its scales.
 
     8 int8 are one uint64: MLX counts the numbers in arrays, and submits work after 10^9 of them.
@@ -271,7 +271,7 @@ def _int8_outputs(shape: tuple[int, ...]) -> tuple[Output, Output]:
 
 
 def _run_rows(
-    kernel: Kernel, S: mx.array, B: int, inputs: list[mx.array], *outputs: Output
+    kernel: Kernel, S: mx.array, B: int, inputs: list[mx.array], *outputs: OutputSpec
 ) -> list[mx.array]:
     """Run a kernel in which each warp takes 8 rows of S at a time."""
     (H, _, N, D), W = S.shape, THREADS // 32
@@ -286,7 +286,7 @@ def _launch(
     blocks: tuple[int, int],
     threads: int,
     inputs: list[mx.array],
-    outputs: Sequence[Output],
+    outputs: Sequence[OutputSpec],
 ) -> list[mx.array]:
     """Run a kernel on a grid of `blocks` (x, y) of `threads` each; return its outputs."""
     shapes, kinds = zip(*outputs, strict=True)

@@ -10,7 +10,7 @@ from bdh_lib.files import expand_user
 from bdh_lib.flags import Parser, RecordTyped, flag_of, parse_value
 from bdh_lib.generation.jobs import MAX_TEXTS
 from bdh_lib.generation.sampling import LIMITS, PENALTY_WINDOW
-from bdh_lib.rules import whole
+from bdh_lib.rules import integer
 from bdh_lib.script import cli
 
 DTYPES = ("bfloat16", "float32")
@@ -21,12 +21,12 @@ EXCLUSIVE_JOBS = {
 }  # their flags
 OF_ANSWERS = ["answers", "out", "batch_size", "max_new_tokens", "window"]  # beside --evaluate's
 NUMBERS = LIMITS | {  # of each flag that takes one
-    "max_new_tokens": whole(1, 10**12),
-    "samples": whole(1, MAX_TEXTS),
-    "batch_size": whole(1, 65536),
-    "answers": whole(1, MAX_TEXTS),
+    "max_new_tokens": integer(1, 10**12),
+    "samples": integer(1, MAX_TEXTS),
+    "batch_size": integer(1, 65536),
+    "answers": integer(1, MAX_TEXTS),
     "window": WINDOW_RULE,
-    "seed": whole(0, 2**64 - 1),
+    "seed": integer(0, 2**64 - 1),
 }
 PATHS = ("model", "prompt_file", "prompts", "export", "load_state", "save_state", "out")
 TEXTS = ("evaluate", "trace", "stop", "columns")  # an empty --prompt begins a record

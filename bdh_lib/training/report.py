@@ -182,7 +182,7 @@ summary { cursor: pointer; padding: .3rem 0; border-bottom: 1px solid var(--line
 """
 
 
-def text(value) -> str:
+def escaped(value) -> str:
     """Return any value as safe HTML text."""
     if isinstance(value, float):
         value = f"{value:.4g}"
@@ -195,9 +195,9 @@ def html_table(rows: list, head: tuple = (), kind: str = "") -> str:
     """Return a table of class `kind`; "" without rows."""
     if not rows:
         return ""
-    cells = [f"<tr>{''.join(f'<th>{text(c)}</th>' for c in head)}</tr>"] if head else []
+    cells = [f"<tr>{''.join(f'<th>{escaped(c)}</th>' for c in head)}</tr>"] if head else []
     for row in rows:
-        cells.append("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>")
+        cells.append("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>")
     return f'<table class="{kind}">{"".join(cells)}</table>'
 
 
@@ -214,7 +214,9 @@ def tiles(config: dict, lines: list[dict]) -> str:
         ("bytes/s, median", round(speeds[len(speeds) // 2]) if speeds else "none yet"),
         ("peak memory", f"{max(series(lines, 'peak_gb')[1], default=0):,.2f} GB"),
     ]  # fmt: skip
-    boxes = (f'<div><span class="dim">{text(k)}</span><b>{text(v)}</b></div>' for k, v in facts)
+    boxes = (
+        f'<div><span class="dim">{escaped(k)}</span><b>{escaped(v)}</b></div>' for k, v in facts
+    )
     return f'<div class="tiles">{"".join(boxes)}</div>'
 
 
@@ -260,8 +262,8 @@ def activity_html(lines: list[dict]) -> str:
         rows = f"<table>{head}{rows}</table>"
     if "dead" in (lowest := best_evaluation(lines)):
         rows += (
-            f'<p class="dim">{text(lowest["dead"])} neurons are dead at iteration '
-            f"{text(lowest['step'])}, the best: no validation byte "
+            f'<p class="dim">{escaped(lowest["dead"])} neurons are dead at iteration '
+            f"{escaped(lowest['step'])}, the best: no validation byte "
             f"of up to {evaluator.ACTIVITY_BYTES:,} excited them in any layer.</p>"
         )
     return rows
@@ -274,14 +276,14 @@ def advice_html(lines: list[dict]) -> str:
         for m in lines[::-1]
         for note in (m.get("advice") or {}).values()
     ]
-    return "".join(f'<p class="note">{text(n)}</p>' for n in dict.fromkeys(advice))
+    return "".join(f'<p class="note">{escaped(n)}</p>' for n in dict.fromkeys(advice))
 
 
 def samples_html(lines: list[dict]) -> str:
     """Return the samples of each evaluation, the newest first and open, as HTML."""
     return "".join(
-        f"<details {'open' if i == 0 else ''}><summary>iteration {text(step)}</summary>"
-        + "".join(f"<pre>{text(sample)}</pre>" for sample in texts)
+        f"<details {'open' if i == 0 else ''}><summary>iteration {escaped(step)}</summary>"
+        + "".join(f"<pre>{escaped(sample)}</pre>" for sample in texts)
         + "</details>"
         for i, (step, texts) in enumerate(samples_of(lines)[::-1])
     )
@@ -299,16 +301,16 @@ def page(run: Path, config: dict, lines: list[dict], svg: str) -> str:
         "Activity": activity_html(lines),
         "Samples": samples_html(lines),
         "Answers to held-out records": html_table(answers_of(lines), kind="texts"),
-        "Data": f"<pre>{text(describe(about))}</pre>" if about else "",
+        "Data": f"<pre>{escaped(describe(about))}</pre>" if about else "",
         "Settings": f'<div class="two">{html_table(list(settings.items()))}</div>',
         "Machine": html_table(list(config["versions"].items())),
     }
     body = "".join(f"<h2>{name}</h2>{part}" for name, part in parts.items() if part)
     subtitle = f"mode {settings.get('TRAINING_MODE')}, data {settings.get('DATASET')}"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{text(run.name)}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escaped(run.name)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<style>{STYLE}</style><h1>{text(run.name)}</h1><p class="dim">{text(subtitle)}</p>'
+        f'<style>{STYLE}</style><h1>{escaped(run.name)}</h1><p class="dim">{escaped(subtitle)}</p>'
         f"{tiles(config, lines)}{body}</html>\n"
     )
 

@@ -45,7 +45,7 @@ def print_start(s: Settings, run: Path, data: Data, n_steps: int, selection: Sel
     print(f"model: {n_parameters:,} parameters, on {mx.default_device()}; run: {run}")
     dtype = str(selection.compute.dtype).removeprefix("mlx.core.")
     print(f"memory: {selection.label}, {dtype}, estimated peak {selection.peak / 1e9:,.2f} GB")
-    if hint := tuning.hint(s, selection.by, n_steps):
+    if hint := tuning.hint(s, selection.source, n_steps):
         print(hint)
     if note := passes_note(s, len(data.train.bytes)):
         print(f"note: {note}")

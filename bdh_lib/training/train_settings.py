@@ -11,7 +11,7 @@ from bdh_lib.data import hub
 from bdh_lib.data.columns import parse_columns
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.errors import UserError
-from bdh_lib.rules import Rule, check, choice, number, switch, text, whole
+from bdh_lib.rules import Rule, boolean, check, choice, integer, number, string
 from bdh_lib.settings import Settings
 from bdh_lib.training import checkpoints
 from bdh_mlx import BDHConfig
@@ -19,43 +19,43 @@ from bdh_mlx import BDHConfig
 RULES = {  # what each setting may be; one that is not here, a user's own, may be anything
     "TRAINING_MODE": choice(*REQUIRED_FIELDS),
     "LOSS_ON": choice("all", "response"),
-    "DATASET": text(),
-    "COLUMNS": text(allow_none=True),
-    "BLOCK_SIZE": whole(1),
-    "BATCH_SIZE": whole(1),
-    "GRAD_ACCUM": whole(1),
-    "MAX_ITERS": whole(1, allow_none=True),
+    "DATASET": string(),
+    "COLUMNS": string(allow_none=True),
+    "BLOCK_SIZE": integer(1),
+    "BATCH_SIZE": integer(1),
+    "GRAD_ACCUM": integer(1),
+    "MAX_ITERS": integer(1, allow_none=True),
     "EPOCHS": number("above 0 and at most 1,000,000", lambda x: 0 < x <= 1e6, allow_none=True),
-    "PATIENCE": whole(1, allow_none=True),
+    "PATIENCE": integer(1, allow_none=True),
     "LEARNING_RATE": number("from 1e-12 to 1,000", lambda x: 1e-12 <= x <= 1000),
     "MIN_LR_RATIO": number("above 0 and at most 1", lambda x: 0 < x <= 1),
-    "WARMUP_ITERS": whole(0),
-    "LR_DECAY_ITERS": whole(1, allow_none=True),
+    "WARMUP_ITERS": integer(0),
+    "LR_DECAY_ITERS": integer(1, allow_none=True),
     "WEIGHT_DECAY": number("from 0 to 1,000", lambda x: 0 <= x <= 1000),
     "BETA2": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
     "GRAD_CLIP": number("from 1e-12 to 1e12", lambda x: 1e-12 <= x <= 1e12, allow_none=True),
     "EMA_DECAY": number("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999),
-    "SHUFFLE_RECORDS": switch(),
+    "SHUFFLE_RECORDS": boolean(),
     "BYTE_NOISE": number("at least 0 and below 1", lambda x: 0 <= x < 1),
-    "MAX_CONSECUTIVE_SKIPS": whole(1),
+    "MAX_CONSECUTIVE_SKIPS": integer(1),
     "BDH_CONFIG": Rule(BDHConfig, description="a BDHConfig(...)"),
     "DTYPE": choice("auto", "bfloat16", "float32"),
     "MEMORY_MODE": choice("auto", *memory.MODES),
-    "IGNORE_MEMORY_CHECK": switch(),
-    "SEED": whole(0, 2**32 - 1),  # it makes a key of 64 bits with the number of a batch
+    "IGNORE_MEMORY_CHECK": boolean(),
+    "SEED": integer(0, 2**32 - 1),  # it makes a key of 64 bits with the number of a batch
     "VAL_FRACTION": number("above 0 and below 1", lambda x: 0 < x < 1),
-    "EVAL_BYTES": whole(2, 2**62, allow_none=True),
-    "LOG_FREQ": whole(1),
-    "EVAL_FREQ": whole(1),
-    "SAVE_FREQ": whole(1),
+    "EVAL_BYTES": integer(2, 2**62, allow_none=True),
+    "LOG_FREQ": integer(1),
+    "EVAL_FREQ": integer(1),
+    "SAVE_FREQ": integer(1),
     "SAVE_MINUTES": number("above 0 and at most 10,000", lambda x: 0 < x <= 1e4, allow_none=True),
-    "KEEP_CHECKPOINTS": whole(1),
-    "SAMPLE_BYTES": whole(0, 10**6),
-    "CHECKPOINT_DIR": text(),
-    "RUN_NAME": text(allow_none=True),
-    "INIT_FROM": text(allow_none=True),
-    "PHASES": text(allow_none=True),
-    "KEEP_AWAKE": switch(),
+    "KEEP_CHECKPOINTS": integer(1),
+    "SAMPLE_BYTES": integer(0, 10**6),
+    "CHECKPOINT_DIR": string(),
+    "RUN_NAME": string(allow_none=True),
+    "INIT_FROM": string(allow_none=True),
+    "PHASES": string(allow_none=True),
+    "KEEP_AWAKE": boolean(),
 }
 
 # Changing one of these in a run would change what its steps mean: that takes a new RUN_NAME.

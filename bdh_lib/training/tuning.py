@@ -99,28 +99,28 @@ def initial_choice(s: Settings, run: Path, step: int, world: World) -> tuple[str
     A run that continues takes the choice of its checkpoint of `step`: ("as before", choice). A new
     run, of step 0, takes what --tune saved: ("by --tune", choice). Without a choice both are empty.
     """
-    by, choice = "", {}
+    source, choice = "", {}
     if world.is_main and step:
         info = checkpoints.read_info(run, step)
         versions, compute = info.get("versions"), info.get("compute")
         is_here = isinstance(versions, dict) and versions.get("device") == str(mx.default_device())
         if is_here and isinstance(compute, dict) and is_choice(compute):
-            by, choice = "as before", compute
+            source, choice = "as before", compute
     elif world.is_main:
-        by, choice = saved_choice(s)
-    return world.broadcast_object([by, choice])
+        source, choice = saved_choice(s)
+    return world.broadcast_object([source, choice])
 
 
 class Selection(NamedTuple):
     """How a run computes."""
 
     label: str  # the memory mode, who chose it, and sizes that differ from the mode's: for display
-    by: str  # who chose: "as before", "by --tune"; "" where MEMORY_MODE alone decided
+    source: str  # who chose: "as before", "by --tune"; "" if MEMORY_MODE alone decided
     compute: Compute
     peak: float  # estimated, in bytes
 
 
-def select(s: Settings, by: str, choice: dict) -> Selection:
+def select(s: Settings, source: str, choice: dict) -> Selection:
     """Return how a run computes.
 
     MEMORY_MODE auto takes `choice`, if there is one and it fits; each mode takes its groups of
@@ -135,21 +135,21 @@ def select(s: Settings, by: str, choice: dict) -> Selection:
         compute = replace(of_mode, **{field: choice[name] for name, field in SIZES.items()})
         sizes = f" (chunk {compute.chunk:,}, segment {compute.segment_rows:,})"
         sizes *= compute != of_mode
-        label, peak = f"{choice['mode']} {by}{sizes}", memory_plan.step_peak(s, compute)
+        label, peak = f"{choice['mode']} {source}{sizes}", memory_plan.step_peak(s, compute)
         if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
-            return Selection(label, by, compute, peak)
+            return Selection(label, source, compute, peak)
         print(f"memory: {label} needs {peak / 1e9:,.2f} GB, too much; taking what fits")
     mode, compute, peak = memory_plan.select_mode(s)
     return Selection(mode, "", replace(compute, **as_before), peak)
 
 
-def hint(s: Settings, by: str, n_steps: int) -> str:
+def hint(s: Settings, source: str, n_steps: int) -> str:
     """Return a line on --tune for a long run that computes as auto guesses; "" for others.
 
-    `by` is that of its Selection.
+    `source` is that of its Selection.
     """
     work = s.BDH_CONFIG.n_parameters * n_steps * blocks_per_step(s) * s.BLOCK_SIZE
-    guessed = s.MEMORY_MODE == "auto" and not by
+    guessed = s.MEMORY_MODE == "auto" and not source
     if not guessed or work < WORTHWHILE or memory_plan.slow_note(s):  # slow: --tune would refuse
         return ""
     return "note: --tune looks for a faster way to compute on this machine, in at most 2 minutes"
