@@ -56,23 +56,14 @@ RECIPE = OFFICIAL + (
 SWEEP = {
     "base": "",
     "noise": "--byte-noise 0.1",
-    "dropout v": "--dropout-v 0.1",
     "decay 1": "--weight-decay 1",
     "average": "--ema-decay 0.99",
     "average, decay 1": "--weight-decay 1 --ema-decay 0.99 --max-iters 2000",
     "small-data until 2026-11-27": "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 "
     "--ema-decay 0.99 --max-iters 2000",
-    "dropout 0.7": "--dropout 0.7",
-    "width 384": "--n-embd 384 --dropout 0.6",
-    "layers 8": "--n-layer 8",
-    "blocks of 1024": "--block-size 1024 --batch-size 16",
-    "blocks of 256": "--block-size 256 --batch-size 64",
-    "dropout v 0.2, noise": "--dropout-v 0.2 --byte-noise 0.1",
     "multiplier 64": "--mlp-internal-dim-multiplier 64 --dropout 0.65",
-    "batch 16": "--batch-size 16 --max-iters 2500",
     "layers 4": "--n-layer 4",
     "rate 2e-3": "--learning-rate 2e-3",
-    "multiplier 16": "--mlp-internal-dim-multiplier 16 --dropout 0.4",
     # longer blocks and smaller batches; "small-data" is the preset
     **{
         name: "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema-decay 0.99 --patience none "
@@ -82,6 +73,8 @@ SWEEP = {
             "small batch, layers 4": "--n-layer 4",
             "small batch, layers 4, multiplier 64": "--n-layer 4 --dropout 0.6 "
             "--mlp-internal-dim-multiplier 64",
+            "small-data, average of the last tenth": "--block-size 1024 --batch-size 4 "
+            "--max-iters 12000 --ema-decay 0.9999 --min-lr-ratio 0.2 --eval-freq 1000",
             "small-data, dropout 0.6": "--dropout 0.6 --max-iters 14000 --ema-decay 0.998 "
             "--min-lr-ratio 0.02 --eval-freq 1000",
             **{
@@ -89,6 +82,7 @@ SWEEP = {
                 "--ema-decay 0.998 --min-lr-ratio 0.02 --eval-freq 1000"
                 for name, B, T in (
                     ("small-data", 4, 1024),
+                    ("small-data, 8 x 512", 8, 512),
                     ("small-data, 2 x 2048", 2, 2048),
                     ("small-data, 1 x 4096", 1, 4096),
                 )
