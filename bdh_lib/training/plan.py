@@ -3,11 +3,13 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from bdh_lib import runs
 from bdh_lib.compute import memory
 from bdh_lib.compute.layer import Compute
 from bdh_lib.data import hub, problems
@@ -23,7 +25,7 @@ from bdh_lib.tables import format_table
 from bdh_lib.training import checkpoints, memory_plan, tuning
 from bdh_lib.training.batches import get_batch
 from bdh_lib.training.dataset import open_run_data
-from bdh_lib.training.resume import origin_of
+from bdh_lib.training.resume import changes_on_resume, check_chain, origin_of
 from bdh_lib.training.runlog import duration
 from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary, total_steps
 from bdh_lib.training.step import compile_steps
@@ -114,7 +116,10 @@ def print_plan(base: Settings, presets: dict[str, Settings | None]) -> int:
     """
     checkpoints.check_writable(Path(base.CHECKPOINT_DIR))  # the prepared data are kept there
     print_origin(base)  # of a chain, that of its first run
-    for s in phase_settings(base):
+    chain = phase_settings(base)
+    with notes_of_refusal():
+        check_chain(chain)
+    for s in chain:
         if s.PHASES:
             after = f", from the best weights of {s.INIT_FROM}" if s.INIT_FROM else ""
             print(f"\n=== phase {s.RUN_NAME}{after}\n")
@@ -162,6 +167,24 @@ def print_origin(s: Settings) -> None:
     print(f"start: from the weights of {s.INIT_FROM}{note}")
 
 
+@contextmanager
+def notes_of_refusal() -> Iterator[None]:
+    """Print why training would refuse, in place of an error: a plan may be of another run."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # ValueError: a UserError, or a damaged config.json
+        print(escape_controls(f"note: training would refuse this: {error}"))
+
+
+def print_existing(s: Settings, data_report: dict) -> None:
+    """Print what training would do with a run of this name that has checkpoints."""
+    run = checkpoints.run_folder(s)
+    if steps := runs.steps(run):
+        with notes_of_refusal():
+            changes_on_resume(run, checkpoints.read_info(run, steps[-1]), s, data_report)
+            print(f"note: {run} has {steps[-1]:,} iterations, and training would continue it")
+
+
 def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     """Print the plan of one run: data, length, memory, disk, and its speed, which is measured."""
     data_report, train, val = open_run_data(s)
@@ -171,6 +194,7 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s, train_share)
     sizes[s.TRAINING_MODE] = len(train.bytes)
     print(f"\nrun: {schedule_summary(s, len(train.bytes))}")
+    print_existing(s, data_report)
     if note := passes_note(s, len(train.bytes)):
         print(f"passes: {note}")
     print_needs(s, data_report, len(train.bytes))

@@ -7,7 +7,7 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
-from helpers import ARGS
+from helpers import ARGS, train
 
 import train_mlx
 from bdh_lib import progress
@@ -265,3 +265,17 @@ def test_large_numbers_have_their_digits_grouped(message, capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(90, "1.5 min"), (7260, "2 h 01 min")])
 def test_durations(seconds, text):
     assert plan.duration(seconds) == text
+
+
+def test_a_plan_says_what_training_would_do_with_the_run_that_exists(tmp_path, capsys):
+    train(tmp_path, "--max-iters", 2)
+    train(tmp_path, "--max-iters", 4, "--plan")
+    assert "full has 2 iterations, and training would continue it" in capsys.readouterr().out
+    assert train(tmp_path, "--max-iters", 4, "--block-size", 32, "--plan") == 0
+    refusal = "training would refuse this: "
+    assert f"{refusal}{tmp_path / 'full'} holds a run with other" in capsys.readouterr().out
+    chain = ("--phases", "system:none,full:none", "--max-iters")
+    train(tmp_path, *chain, 2)
+    train(tmp_path, *chain, 4, "--plan")
+    out = capsys.readouterr().out
+    assert f"{refusal}{tmp_path / 'phases-1-system'} would train for longer" in out
