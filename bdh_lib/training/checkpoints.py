@@ -54,9 +54,12 @@ def run_folder(s: Settings) -> Path:
 def refuse_foreign_files(run: Path) -> None:
     """Raise UserError if `run` is not a run, and holds files that a run would replace."""
     found = [name for name in WRITTEN if (run / name).is_file()]
-    if found and not (run / ".lock").exists() and not runs.steps(run):
+    folders = [checkpoint_folder(run, step) for step in runs.steps(run)]
+    found += [folder.name for folder in folders]
+    is_run = (run / ".lock").exists() or any((f / "manifest.json").is_file() for f in folders)
+    if found and not is_run:
         raise UserError(
-            f"{run} is not a run, and a run would replace its {', '.join(found)}; set RUN_NAME"
+            f"{run} is not a run, and a run would replace its {', '.join(found[:9])}; set RUN_NAME"
         )
 
 

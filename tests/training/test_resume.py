@@ -231,6 +231,13 @@ def test_a_folder_of_other_files_does_not_become_a_run(tmp_path, name):
     assert [f.read_text() for f in (tmp_path / "full").iterdir()] == ["my own"]
 
 
+def test_a_folder_of_other_checkpoints_does_not_become_a_run(tmp_path):
+    (tmp_path / "full" / "step-000005").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"full is not a run, .* replace its step-000005; set"):
+        train(tmp_path, "--max-iters", 1)
+    assert [f.name for f in (tmp_path / "full").iterdir()] == ["step-000005"]
+
+
 def test_a_run_may_lie_in_a_folder_whose_files_it_does_not_replace(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("my own")
