@@ -128,13 +128,18 @@ def write_fault(error: OSError | RuntimeError) -> str:
     return f"{reason} (is the disk full?)" if reason.startswith("[write]") else reason  # MLX's
 
 
+def check_parent(path: Path, subject: str) -> None:
+    """Raise UserError, which begins with `subject`, if no file can be made beside `path`."""
+    if not os.access(path.parent, os.W_OK | os.X_OK):  # nor where it is a file
+        raise UserError(f"{subject} {path.parent} is not a folder that can be written to")
+
+
 def check_replaceable(path: Path, name: str) -> None:
     """Raise UserError if `path` cannot be written, or is a file that is not of this project.
 
     Its files are pictures and traces. `name` is the flag that names another file.
     """
-    if not os.access(path.parent, os.W_OK | os.X_OK):  # also where it is a file
-        raise UserError(f"{name} {path}: {path.parent} is not a folder that can be written to")
+    check_parent(path, f"{name} {path}:")
     if not os.path.isfile(path):  # noqa: PTH113  which raises nothing
         return
     with path.open("rb") as file:

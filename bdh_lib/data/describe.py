@@ -41,9 +41,7 @@ def _other_columns(report: dict) -> list[str]:
 def cannot_serve(report: dict) -> str:
     """Say why a data set has no text in a mode, and the ways on."""
     mode, fields = report["mode"], report["fields"]
-    unused = [
-        name for name in report["unused"] if "[]." not in name
-    ]  # a key of turns is not a column
+    unused = [name for name in report["unused"] if "[]." not in name]  # keys of turns aside
     if not report["records"]:
         return f"DATASET {report['dataset']} is empty: it has no record"
     lacking = [f for f in needed_fields(mode) if f not in fields]

@@ -127,9 +127,11 @@ def download_model(name: str) -> Path:
     except errors.HFValidationError:
         reason = "is not a name of a model, which looks like hf:user/name or hf:user/name@revision"
     except Exception as error:  # several libraries have errors of their own
-        text = " ".join(str(error).split())
-        reason = f"is not in the cache, and the hub is out of reach ({_unreached(text)})"
-        reason = _not_stored(error) if _is_local(error) else reason
+        if _is_local(error):
+            reason = _not_stored(error)
+        else:
+            text = " ".join(str(error).split())
+            reason = f"is not in the cache, and the hub is out of reach ({_unreached(text)})"
     raise UserError(f"{name} {reason}")
 
 

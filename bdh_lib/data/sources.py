@@ -30,10 +30,8 @@ SPLITS = {  # words in names of files, folders and splits by their use, as `data
 }
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 DOCUMENTS = re.compile(r"(readme|license|licence|changelog|contributing|notice)\b", re.IGNORECASE)
-METADATA_FILES = (
-    re.compile(  # what `datasets` writes beside data: descriptions, and what `map` gave
-        r"dataset_infos?\.json|dataset_dict\.json|state\.json|cache-\w+\.arrow"
-    )
+METADATA_FILES = re.compile(  # of `datasets`, beside data: descriptions, and what `map` gave
+    r"dataset_infos?\.json|dataset_dict\.json|state\.json|cache-\w+\.arrow"
 )
 UNREAD_FILES = {  # what to do with files that people bring and that are not read, by their endings
     (".zip", ".tar", ".tgz", ".7z", ".rar"): "unpack it and name the folder",

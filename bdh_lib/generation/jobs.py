@@ -37,10 +37,7 @@ class Job(NamedTuple):
     record: dict  # the line's JSON
     prompt: bytes
 
-    result_names = (
-        "completion",
-        "stopped",
-    )  # fields of a result that its text decides, itself first
+    result_names = ("completion", "stopped")  # what the text of a result decides, itself first
 
     def result(self, text: str, stopped: bool, source: str) -> dict:
         """Return the job's record and what it gave.

@@ -1,7 +1,6 @@
 """Files of states, from which generation can continue later."""
 
 import json
-import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,8 +24,7 @@ def check_state_file(path: str | Path) -> Path:
     """Expand the `path` of a state to save. Raises UserError if it is certain to fail."""
     if (path := files.expand_user(path, "the path of a state")).suffix != ".safetensors":
         raise UserError(f"{path} not saved: name a .safetensors file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path} not saved: {path.parent} is not a folder that can be written to")
+    files.check_parent(path, f"{path} not saved:")
     if path.exists() and not _is_state(path):  # weights, say
         raise UserError(f"{path} not saved: it exists and holds no state; name another file")
     return path

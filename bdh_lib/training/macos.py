@@ -65,7 +65,7 @@ def restarted_after_gpu_fault(s: Settings, allowed: bool) -> Iterator[None]:
     if not allowed or (count := count_restart(s)) > MAX_RESTARTS:
         raise GpuFault(f"{reason}. Checkpoints are as they were; the same command continues")
     again = f"restart {count} of at most {MAX_RESTARTS} without a newer one"
-    warn(f"{reason}. Going on from the newest checkpoint: {again}")
+    warn(f"{reason}. Continuing from the newest checkpoint: {again}")
     sys.stdout.flush()
     # a second --refresh-data could find other data than the run began with
     arguments = [word for word in sys.orig_argv[1:] if word != "--refresh-data"]

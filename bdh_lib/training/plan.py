@@ -176,13 +176,14 @@ def notes_of_refusal() -> Iterator[None]:
         print(escape_controls(f"note: training would refuse this: {error}"))
 
 
-def print_existing(s: Settings, data_report: dict) -> None:
-    """Print what training would do with a run of this name that has checkpoints."""
+def print_existing(s: Settings, data_report: dict, n_bytes: int) -> None:
+    """Print what training on n_bytes would do with a run of this name that has checkpoints."""
     run = checkpoints.run_folder(s)
     if steps := runs.steps(run):
         with notes_of_refusal():
             changes_on_resume(run, checkpoints.read_info(run, steps[-1]), s, data_report)
-            print(f"note: {run} has {steps[-1]:,} iterations, and training would continue it")
+            left = max(0, total_steps(s, n_bytes) - steps[-1])
+            print(f"note: {run} has {steps[-1]:,} iterations; training would add up to {left:,}")
 
 
 def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
@@ -194,7 +195,7 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     sizes = print_split(train.bytes, train.fields) if is_ready else print_records(s, train_share)
     sizes[s.TRAINING_MODE] = len(train.bytes)
     print(f"\nrun: {schedule_summary(s, len(train.bytes))}")
-    print_existing(s, data_report)
+    print_existing(s, data_report, len(train.bytes))
     if note := passes_note(s, len(train.bytes)):
         print(f"passes: {note}")
     print_needs(s, data_report, len(train.bytes))

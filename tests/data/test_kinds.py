@@ -222,6 +222,7 @@ def test_single_precision_in_parquet_is_as_short_as_it_was_written(tmp_path):
     assert ":\n0.1\n---" in text and report["skipped"] == {"response is null, not text": 1}
 
 
+NO_MARK = "UTF-16 without its mark: iconv -f"
 REFUSED = {
     "joined.json": (json.dumps([{"instruction,output": "x"}] * N), r"unknown \(instruction,output"),
     "cp1252.csv": (table(",").replace("ask", "Où").encode("cp1252"), "Windows-1252.*iconv -f WIN"),
@@ -235,8 +236,8 @@ REFUSED = {
         f"noise.{kind}": (np.random.default_rng(0).bytes(5000), "is not text")
         for kind in ("jsonl", "json", "txt")
     },
-    "unmarked.jsonl": (jsonl(*rows(asked)).encode("utf-16-le"), "iconv -f UTF-16LE"),
-    "unmarked.csv": (table(",").encode("utf-16-be"), "iconv -f UTF-16BE"),
+    "unmarked.jsonl": (jsonl(*rows(asked)).encode("utf-16-le"), f"{NO_MARK} UTF-16LE -t"),
+    "unmarked.csv": (table(",").encode("utf-16-be"), f"{NO_MARK} UTF-16BE -t"),
     "columns.jsonl": (jsonl(*[{"foo": "a", "bar": "b"}] * N), "--columns instruction=COLUMN,resp"),
     "python.jsonl": ("{'instruction': 'a'}\n" * N, "skipped 20: not JSON"),
     "deep.jsonl": (

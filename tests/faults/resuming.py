@@ -292,7 +292,8 @@ def _(n):
         box = fresh()
         hurt = functools.partial(bad_numbers, math.nan, k, 100)
         code, out = train(box, "--max-iters", 40, "--max-consecutive-skips", 2, before=hurt)
-        why = refusal(code, out, "begin at [", "checkpoint", want=1)
+        last = f"the last checkpoint is of iteration {k};"
+        why = refusal(code, out, "begin at [", last, want=1)
         yield (why, 0) if why or max(sound(box)) != k else after(box)
     wild = (
         "--learning-rate",

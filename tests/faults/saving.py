@@ -363,9 +363,7 @@ def _(n):
 
         def full(limit=limit):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            compiler.TEMPORARY_SPACE = (
-                0  # the limit is for the save, not for the check at the start
-            )
+            compiler.TEMPORARY_SPACE = 0  # the limit is for the save, not the start
 
         yield after_refusal(box, train(box, *LARGER, before=full), "not saved", "intact")
 

@@ -270,7 +270,9 @@ def test_durations(seconds, text):
 def test_a_plan_says_what_training_would_do_with_the_run_that_exists(tmp_path, capsys):
     train(tmp_path, "--max-iters", 2)
     train(tmp_path, "--max-iters", 4, "--plan")
-    assert "full has 2 iterations, and training would continue it" in capsys.readouterr().out
+    assert "full has 2 iterations; training would add up to 2\n" in capsys.readouterr().out
+    train(tmp_path, "--max-iters", 2, "--plan")
+    assert "full has 2 iterations; training would add up to 0\n" in capsys.readouterr().out
     assert train(tmp_path, "--max-iters", 4, "--block-size", 32, "--plan") == 0
     refusal = "training would refuse this: "
     assert f"{refusal}{tmp_path / 'full'} holds a run with other" in capsys.readouterr().out
