@@ -73,8 +73,14 @@ SWEEP = {
             "small batch, layers 4": "--n-layer 4",
             "small batch, layers 4, multiplier 64": "--n-layer 4 --dropout 0.6 "
             "--mlp-internal-dim-multiplier 64",
-            "small-data, average of the last tenth": "--block-size 1024 --batch-size 4 "
-            "--max-iters 12000 --ema-decay 0.9999 --min-lr-ratio 0.2 --eval-freq 1000",
+            **{
+                f"small-data, {name}average of the last tenth": f"{shape} --max-iters 12000 "
+                "--ema-decay 0.9999 --min-lr-ratio 0.2 --eval-freq 1000"
+                for name, shape in {
+                    "": "--block-size 1024 --batch-size 4",
+                    "8 x 512, ": "--block-size 512 --batch-size 8",
+                }.items()
+            },
             "small-data, dropout 0.6": "--dropout 0.6 --max-iters 14000 --ema-decay 0.998 "
             "--min-lr-ratio 0.02 --eval-freq 1000",
             **{
