@@ -6,12 +6,11 @@ relu(g) with dropout is y / x. So only the forward pass needs the dropout mask. 
 mask from a key and the neuron's index, and the mask is never in memory.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
 import mlx.core as mx
 
+from bdh_lib.compute.cuda_kernel import Kernel, cuda_kernel
 from bdh_lib.compute.device import on_cuda
 from bdh_lib.compute.passes import Mask
 from bdh_lib.compute.rope import phase_increments
@@ -19,8 +18,6 @@ from bdh_lib.compute.rope import phase_increments
 THREADS = 256  # per block
 STEPS = 1 << 16  # of the dropout rate
 
-# name, inputs, outputs and C++ call; MLX passes the arguments that a call names
-Kernel = tuple[str, tuple[str, ...], tuple[str, ...], str]
 ROPE_ARGUMENTS = "begin, increments, {0}_shape[0], {0}_shape[1], {0}_shape[2]"
 FLAT = "(size_t)h_shape[0] * h_shape[1] * h_shape[2]"
 ENCODE = (
@@ -103,7 +100,7 @@ def _run_pass(
     N, rows = like.shape[-1], 1 if limit is not None else inputs[0].shape[0]
     V = 2 if N % 8 else 8
     count, template = len(kernel[2]), [("T", like.dtype), ("V", V)]
-    outputs = _kernel(*kernel)(
+    outputs = cuda_kernel("passes_cuda.cu", kernel)(
         inputs=inputs,
         output_shapes=[like.shape] * count,
         output_dtypes=[like.dtype] * count,
@@ -112,10 +109,3 @@ def _run_pass(
         threadgroup=(THREADS, 1, 1),
     )
     return outputs if count > 1 else outputs[0]
-
-
-@lru_cache
-def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], call: str) -> Callable:
-    # included and not inserted: MLX hashes the text at every launch
-    header = f'#include "{Path(__file__).resolve().with_suffix(".cu")}"\n'
-    return mx.fast.cuda_kernel(name, list(inputs), list(outputs), call, header)

@@ -8,13 +8,13 @@ scale per row, whose error is a fifteenth of that of bfloat16 weights. The state
 own products round: on CUDA they are TF32 unless MLX_ENABLE_TF32=0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from bdh_lib.compute.cuda_kernel import Kernel, cuda_kernel
 from bdh_lib.compute.device import on_gpu
 from bdh_lib.compute.layer import ln
 from bdh_lib.compute.rope import phase_increments
@@ -25,8 +25,6 @@ NEURONS, NEURONS_ONE = 128, 32  # the same for `fire`
 THREADS = 256  # per block, at most
 BLOCKS = 2048  # per launch; `fire` takes half as many, the others twice (docs/log.md)
 
-# name, inputs, outputs and C++ call; MLX passes the arguments that a call names
-Kernel = tuple[str, tuple[str, ...], tuple[str, ...], str]
 OutputSpec = tuple[tuple[int, ...], mx.Dtype]  # shape and type
 RECALL_INPUTS = ("v", "S", "scales", "keys", "values")
 RECALL_INPUTS += ("begin", "increments", "count", "done", "previous_v")
@@ -53,30 +51,30 @@ RECALL_ONE = (
 FIRE = (
     "fire",
     ("x", "g", "v", "decoder", "done"),
-    ("parts", "out", "low"),
+    ("parts", "v_out", "v_cast"),
     "bdh::fire<true, T, D, W, G>(x, g, (const T*)nullptr, v, (const T*)nullptr, decoder, "
-    "(unsigned*)done, x_shape[0], x_shape[1], x_shape[2], parts, out, low);",
+    "(unsigned*)done, x_shape[0], x_shape[1], x_shape[2], parts, v_out, v_cast);",
 )
 FIRE_ONE = (
     "fire_one",
     ("x", "a", "v", "encoder_v", "decoder", "done"),
-    ("parts", "out", "low"),
+    ("parts", "v_out", "v_cast"),
     "bdh::fire<false, T, D, W, G>(x, (const T*)nullptr, a, v, encoder_v, decoder, "
-    "(unsigned*)done, x_shape[0], 1, x_shape[2], parts, out, low);",
+    "(unsigned*)done, x_shape[0], 1, x_shape[2], parts, v_out, v_cast);",
 )
 FOLD = (
     "fold",
     ("S", "keys", "values", "previous_v"),
-    ("after", "low", "scales"),
+    ("S_sum", "S_int8", "scales"),
     "bdh::fold<true, D, W, K>(S, S_shape[1], (const unsigned short*)keys, "
-    "(const unsigned short*)values, values_shape[0], S_shape[2], after, (int8_t*)low, scales);",
+    "(const unsigned short*)values, values_shape[0], S_shape[2], S_sum, (int8_t*)S_int8, scales);",
 )
 QUANTIZE = (
     "quantize",
     ("S",),
-    ("low", "scales"),
+    ("S_int8", "scales"),
     "bdh::fold<false, D, W, K>(S, S_shape[1], nullptr, nullptr, S_shape[1], S_shape[2], nullptr, "
-    "(int8_t*)low, scales);",
+    "(int8_t*)S_int8, scales);",
 )
 
 
@@ -231,19 +229,20 @@ def step(idx: mx.array, weights: Sequence[mx.array], count: mx.array, arrays: tu
 
     P, P_fire = blocks(N // 2, G, 2 * BLOCKS), blocks(N, G_fire, BLOCKS // 2)
     v = embed[idx].reshape(B, D)
-    low = v.astype(dtype)
+    v_cast = v.astype(dtype)
     for (S, scales), key, value in zip(base_state, keys, values, strict=True):
         read = [v, S, scales, key, value, begin, increments, count, done, previous_v]
         recalled = ((P, H * B, D + BUFFER_BYTES), mx.float32), ((H, B, D), dtype)
         fired = ((P_fire * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)
         if single:
             _, a, x = run(RECALL_ONE, P, G, [*read, encoder], *recalled, ((H, B, N), dtype))
-            _, v, low = run(FIRE_ONE, P_fire, G_fire, [x, a, v, encoder_v, decoder, done], *fired)
+            read = [x, a, v, encoder_v, decoder, done]
+            _, v, v_cast = run(FIRE_ONE, P_fire, G_fire, read, *fired)
         else:
-            x = low[None] @ encoder.swapaxes(-1, -2)
+            x = v_cast[None] @ encoder.swapaxes(-1, -2)
             _, a = run(RECALL, P, G, [*read, x], *recalled)
             g = a @ encoder_v.swapaxes(-1, -2)
-            _, v, low = run(FIRE, P_fire, G_fire, [x, g, v, decoder, done], *fired)
+            _, v, v_cast = run(FIRE, P_fire, G_fire, [x, g, v, decoder, done], *fired)
     return v[:, None]
 
 
@@ -290,7 +289,7 @@ def _launch(
 ) -> list[mx.array]:
     """Run a kernel on a grid of `blocks` (x, y) of `threads` each; return its outputs."""
     shapes, kinds = zip(*outputs, strict=True)
-    return _kernel(*kernel)(
+    return cuda_kernel("step_cuda.cu", kernel)(
         inputs=inputs,
         output_shapes=shapes,
         output_dtypes=kinds,
@@ -298,10 +297,3 @@ def _launch(
         grid=(blocks[0] * threads, blocks[1], 1),
         threadgroup=(threads, 1, 1),
     )
-
-
-@lru_cache
-def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], call: str) -> Callable:
-    # included and not inserted: MLX hashes the text at every launch, 4 us for all of step_cuda.cu
-    header = f'#include "{Path(__file__).resolve().with_suffix(".cu")}"\n'
-    return mx.fast.cuda_kernel(name, list(inputs), list(outputs), call, header)

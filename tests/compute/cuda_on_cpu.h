@@ -114,12 +114,12 @@ inline void copy_async(void* to, const void* from) {
   if (own.empty()) own.emplace_back();
   own.back().push_back({to, from});
 }
-inline void end_group() {
+inline void commit_group() {
   auto& own = groups[threadIdx.x];
   if (own.empty()) own.emplace_back();
   own.emplace_back();
 }
-template <int n> void wait_groups() {
+template <int n> void wait_group() {
   auto& own = groups[threadIdx.x];
   while (own.size() > n + 1) {  // the last is not ended
     for (auto& copy : own.front())
@@ -134,7 +134,7 @@ inline float part(unsigned bits, int which) {
   one.bits = uint16_t(bits >> 16 * which);
   return float(one);
 }
-inline void multiply_add(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+inline void mma_16x8x16(float* c, const unsigned* a, unsigned b0, unsigned b1) {
   auto& of = operands[threadIdx.x / 32];
   const int lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;
   of[lane] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};

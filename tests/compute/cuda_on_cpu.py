@@ -18,9 +18,11 @@ TYPES = {mx.float32: "float", mx.bfloat16: "bfloat16"}
 GUARD = 1 << 20  # bytes around an array that no kernel may touch
 
 
-def compiled(source, folder):
-    """The library of a C++ source."""
-    (folder / "kernels.cpp").write_text(source)
+def compiled(file, entries, folder):
+    """The library of a .cu file's kernels, with their entries in C++."""
+    paths = (ROOT / "bdh_lib/compute" / name for name in ("cuda_kernel.cuh", file))
+    includes = "".join(f'#include "{path}"\n' for path in ("cuda_on_cpu.h", *paths))
+    (folder / "kernels.cpp").write_text(includes + entries)
     command = [
         COMPILER,
         "-std=c++20",

@@ -9,7 +9,6 @@ import pytest
 from cuda_on_cpu import TYPES, Kernel, compiled, needs_compiler
 from helpers import (
     CONFIG,
-    ROOT,
     loss_and_gradients,
     masked_quadratic,
     max_abs_error,
@@ -38,14 +37,14 @@ ROUNDING = {mx.float32: 1e-6, mx.bfloat16: 2**-8}
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     """All passes in both types, for pieces of two and of eight neurons."""
-    source = f'#include "cuda_on_cpu.h"\n#include "{ROOT / "bdh_lib/compute/passes_cuda.cu"}"\n'
+    source = ""
     for T, V, (kernel, limits) in itertools.product(TYPES.values(), (2, 8), KERNELS.items()):
         source += "".join(entry(kernel, T, V, limit) for limit in limits)
     source += (
         'extern "C" void philox(uint32_t counter, const uint32_t* key, uint32_t* words) '
         "{ memcpy(words, bdh::Random(counter, key).words, 16); }\n"
     )
-    return compiled(source, tmp_path_factory.mktemp("passes"))
+    return compiled("passes_cuda.cu", source, tmp_path_factory.mktemp("passes"))
 
 
 def entry(kernel, T, V, limit):
@@ -67,9 +66,7 @@ def entry(kernel, T, V, limit):
 def fused(library, monkeypatch):
     """The layer takes the kernels."""
     monkeypatch.setattr(passes_cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        passes_cuda, "_kernel", lambda name, inputs, *_: Kernel(library, name, inputs)
-    )
+    monkeypatch.setattr(passes_cuda, "cuda_kernel", lambda _, kernel: Kernel(library, *kernel[:2]))
 
 
 @pytest.mark.parametrize(("H", "B", "T", "N"), [(2, 3, 5, 16), (1, 2, 7, 6), (3, 2, 40, 40)])

@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cuda_on_cpu import TYPES, Kernel, bits, compiled, needs_compiler
-from helpers import ROOT
 
 from bdh_lib.compute import step_cuda, step_mlx
 from bdh_mlx import BDH, BDHConfig
@@ -31,11 +30,11 @@ GROUPS = {
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     """All kernels for DIMS in both types, called as step_cuda.step has MLX call them."""
-    source = '#include "cuda_on_cpu.h"\n' + f'#include "{ROOT / "bdh_lib/compute/step_cuda.cu"}"\n'
+    source = ""
     for D, (dtype, T) in itertools.product(DIMS, TYPES.items()):
         for kernel in KERNELS:  # FOLD is for bfloat16
             source += entry(kernel, D, dtype, T)
-    return compiled(source, tmp_path_factory.mktemp("cuda"))
+    return compiled("step_cuda.cu", source, tmp_path_factory.mktemp("cuda"))
 
 
 def entry(kernel, D, dtype, T):
@@ -43,9 +42,9 @@ def entry(kernel, D, dtype, T):
     name, inputs, outputs, call = kernel
     Q, words = ("float", "float") if dtype == mx.float32 else ("int8_t", "uint64_t")
     kinds = dict.fromkeys((*inputs, *outputs), T)
-    floats = ["v", "scales", "parts", "out", "previous_v", "after"]
+    floats = ["v", "scales", "parts", "v_out", "previous_v", "S_sum"]
     floats += ["S"] if name in ("quantize", "fold") else []
-    kinds |= {"S": words, "low": "uint64_t" if name in ("fold", "quantize") else T}
+    kinds |= {"S": words, "S_int8": "uint64_t"}
     kinds |= dict.fromkeys(floats, "float") | {"count": "int32_t"}
     kinds |= dict.fromkeys(("begin", "increments", "done"), "uint32_t")
     whole = 1 if name in ("fold", "quantize") else D
@@ -65,9 +64,7 @@ def entry(kernel, D, dtype, T):
 def kernels(library, monkeypatch):
     monkeypatch.setattr(mx, "compile", lambda step: step)
     monkeypatch.setattr(step_mlx, "BUFFER_BYTES", step_cuda.BUFFER_BYTES)
-    monkeypatch.setattr(
-        step_cuda, "_kernel", lambda name, inputs, *_: Kernel(library, name, inputs)
-    )
+    monkeypatch.setattr(step_cuda, "cuda_kernel", lambda _, kernel: Kernel(library, *kernel[:2]))
 
 
 @pytest.mark.parametrize(
