@@ -188,14 +188,18 @@ def is_longer(run: Path, s: Settings) -> bool:
         return False
     if not runs.is_checkpoint_config(info):
         return False
-    n_bytes = info["data"]["train"]["bytes"]
-    return total_steps(s, n_bytes) > total_steps(Settings(**vars(s) | info["settings"]), n_bytes)
+    return total_steps(s, info["data"]["train"]["bytes"]) > saved_schedule(info, s)[1]
+
+
+def saved_schedule(info: dict, s: Settings) -> tuple[Settings, int]:
+    """Return the settings of a checkpoint, and the number of steps of the run by them."""
+    saved = Settings(**vars(s) | info["settings"])  # settings of the user's own may be new
+    return saved, total_steps(saved, info["data"]["train"]["bytes"])
 
 
 def print_new_rate(info: dict, s: Settings, step: int, data_report: dict) -> None:
     """Say when a resumed run continues with another learning rate than it would have had."""
-    old = Settings(**vars(s) | info["settings"])  # settings of the user's own may be new
-    old_end = total_steps(old, info["data"]["train"]["bytes"])
+    old, old_end = saved_schedule(info, s)
     new_rate = learning_rate(step, total_steps(s, data_report["train"]["bytes"]), s)
     planned = learning_rate(step, old_end, old)
     if abs(new_rate - planned) > 0.01 * planned:
