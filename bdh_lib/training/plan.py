@@ -73,7 +73,7 @@ def shortened(s: Settings, compute: Compute) -> Settings:
 def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
     """Return the seconds of a step and of an evaluation's batch, medians of three after a first.
 
-    On a slow machine a short batch foretells them: the time is about linear in the bytes.
+    On a slow machine they are scaled up from a short batch: time is about linear in the bytes.
     """
     short = shortened(s, compute)
     n_bytes = short.BATCH_SIZE * short.BLOCK_SIZE
@@ -128,7 +128,7 @@ def print_plan(base: Settings, presets: dict[str, Settings | None]) -> int:
 
 
 def print_records(s: Settings, train_share: float) -> dict[str, int]:
-    """Print what the records hold; gives about the training bytes of each mode.
+    """Print what the records hold. Returns an estimate of the training bytes of each mode.
 
     `train_share` is the share of the bytes that train in the run's own mode.
     """
@@ -147,7 +147,7 @@ def print_records(s: Settings, train_share: float) -> dict[str, int]:
 
 
 def print_split(stream: np.ndarray, fields: np.ndarray) -> dict[str, int]:
-    """Print the same of the training side of a ready split, which has no records to look at."""
+    """Print the training side of a ready split. Returns its bytes, the same for each mode."""
     rows = [("field", "training bytes")]
     for i, name in enumerate(FIELDS):
         if n := np.count_nonzero(fields == i):
