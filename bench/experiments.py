@@ -74,10 +74,11 @@ SWEEP = {
             "small batch, layers 4, multiplier 64": "--n-layer 4 --dropout 0.6 "
             "--mlp-internal-dim-multiplier 64",
             **{
-                f"small-data, {name}average of the last tenth": f"{shape} --max-iters 12000 "
-                "--ema-decay 0.9999 --min-lr-ratio 0.2 --eval-freq 1000"
-                for name, shape in {
+                f"small-data, {name}average of the last tenth": "--max-iters 12000 "
+                f"--ema-decay 0.9999 --min-lr-ratio 0.2 --eval-freq 1000 {flags}"
+                for name, flags in {
                     "": "--block-size 1024 --batch-size 4",
+                    "longer, ": "--block-size 1024 --batch-size 4 --max-iters 16000",
                     "8 x 512, ": "--block-size 512 --batch-size 8",
                 }.items()
             },
