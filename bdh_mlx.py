@@ -109,11 +109,13 @@ class BDH(nn.Module):
         """
         check_shape(idx)
         v = ln(self.embed(idx))  # (B, T, D)
-        L, rates = self.config.n_layer, (self.config.dropout, self.config.dropout_v)
+        L = self.config.n_layer
+        rates = (self.config.dropout, self.config.dropout_v)
         if key is not None and self.config.dropout_v:  # a key that no layer has
             mask = dropout_mask(mx.random.split(key, L + 1)[L], rates[1], v.shape)
             v = v * dropout_scale(mask, v.dtype)
-        for key_l in [None] * L if key is None else mx.random.split(key, L):
+        keys = [None] * L if key is None else mx.random.split(key, L)
+        for key_l in keys:
             v = layer(v, self.weights(), self.compute, key_l, rates)
         return self._logits_and_loss(v, targets)
 
@@ -185,11 +187,12 @@ class BDH(nn.Module):
                 threshold = mx.topk(logits, top_k).min(1, keepdims=True)
                 logits = mx.where(logits < threshold, -mx.inf, logits)
             key, key_t = mx.random.split(key)
-            token = mx.argmax(logits, 1)
             if temperature:
                 token = mx.random.categorical(logits / temperature, key=key_t)
+            else:
+                token = mx.argmax(logits, 1)
             idx = mx.concatenate([idx, token[:, None].astype(idx.dtype)], 1)
-            logits, state = read(self, token[:, None], state)  # the last one for nothing
+            logits, state = read(self, token[:, None], state)  # the last byte needs no more
             logits = logits[:, -1]
             mx.async_eval(idx, state)  # otherwise all bytes would be one graph
         return idx
