@@ -296,7 +296,8 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
 
     log.save(step, state)  # where a signal ended the loop; any other end is saved before
     meter.close()
-    if stop.requested and not (finished and log.last_eval_step == step):
+    is_complete = finished and log.last_eval_step == step  # then a signal changes nothing
+    if stop.requested and not is_complete:
         print(f"stopped after iteration {step:,}, saved in {run}; the same command continues it")
         return 128 + stop.requested
     summary.print_summary(s, log, data, meter)

@@ -205,13 +205,13 @@ def fused_and_plain(gpu: bool, steps: int) -> None:
         row("h + g", mx.add, 5 * steps, h, g)
         for rate, (kind, m) in cases:
             mask = m.dropout_mask(key, rate, size)
-            rest, name = m.gate_gradients(h, g, dy, mask)[2], f"{kind}, dropout {rate:g}: "
-            mx.eval(dq, mask, rest)
+            residuals, name = m.gate_gradients(h, g, dy, mask)[2], f"{kind}, dropout {rate:g}: "
+            mx.eval(dq, mask, residuals)
             row(name + "mask", m.dropout_mask, 5 * steps, key, rate, size)
             row(name + "encode", m.encode, 5 * steps, h, 5, B)
             row(name + "gate", m.gate, 5 * steps, h, g, mask)
             row(name + "gate_gradients", m.gate_gradients, 5 * steps, h, g, dy, mask)
-            row(name + "encode_gradient", m.encode_gradient, 5 * steps, rest, dq, 5, B)
+            row(name + "encode_gradient", m.encode_gradient, 5 * steps, residuals, dq, 5, B)
 
     rows()
     idx = mx.random.randint(0, 256, (2, B, T))

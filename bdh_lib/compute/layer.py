@@ -267,7 +267,7 @@ def _backward_heads(
     # through o = y E, y = x * relu(g) and g = ln(a) Dy
     do = do.astype(Dx.dtype).reshape(1, B * T, D)
     dy = do @ _transpose(E)
-    y, dg, rest = passes.gate_gradients(encoded, gate_output, dy, mask)
+    y, dg, residuals = passes.gate_gradients(encoded, gate_output, dy, mask)
     dan = (dg @ _transpose(Dy)).astype(mx.float32)
     da = mx.vjp(ln, [a], [dan])[1][0].astype(Dx.dtype)
 
@@ -284,7 +284,7 @@ def _backward_heads(
     if suffix_states is not None:
         dq = mx.addmm(dq, vc, _transpose(suffix_states))
         dvc = dvc + k @ suffix_states
-    dh = passes.encode_gradient(rest, dq.reshape(q.shape), position, B)
+    dh = passes.encode_gradient(residuals, dq.reshape(q.shape), position, B)
 
     # the weights, and v
     dW = (
@@ -345,7 +345,8 @@ def layer(
     With a `key`, dropout acts on y at the first of the `rates`, and on ln(o) at the second. The
     same key and Compute give the same masks. Without one there is no dropout.
     """
-    n, mask_v = compute.groups, None
+    n = compute.groups
+    mask_v = None
     rate, rate_v = (0.0, 0.0) if key is None else rates
     key = mx.random.key(0) if key is None else key  # at rate 0 nothing is drawn from it
     if rate_v:

@@ -2,7 +2,7 @@
 
 passes_cuda.py has the same four functions, each as one kernel: encode, gate, and their gradients.
 The two modules pass different arrays from one function to the next (`encoded` and `gate_output` of
-layer.py, and `rest`), so take all four from the same module.
+layer.py, and `residuals`), so take all four from the same module.
 """
 
 import math
@@ -92,11 +92,11 @@ def gate(x: mx.array, g: mx.array, mask: Mask | None) -> tuple[mx.array, mx.arra
 def gate_gradients(
     x: mx.array, g: mx.array, dy: mx.array, mask: Mask | None
 ) -> tuple[mx.array, mx.array, tuple]:
-    """Return y, dg, and `rest`, from which encode_gradient takes dy's part of dh."""
+    """Return y, dg, and `residuals`, from which encode_gradient takes dy's part of dh."""
     return _gate(x, g, mask), _gate_dg(x, g, dy, mask), (x, g, dy, mask)
 
 
-def encode_gradient(rest: tuple, dq: mx.array, position: int, B: int) -> mx.array:
-    """Return dh from `rest` and dq."""
-    x, g, dy, mask = rest
+def encode_gradient(residuals: tuple, dq: mx.array, position: int, B: int) -> mx.array:
+    """Return dh from `residuals` and dq."""
+    x, g, dy, mask = residuals
     return _gate_dh(x, g, dy, _rotate(dq, position, B, -1), mask)

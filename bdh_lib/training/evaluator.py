@@ -58,8 +58,10 @@ class Evaluator:
         share an evaluation, and `stop` ends it early. The advice on a run of `n_steps` compares
         losses with baselines that are computed here from `data.train` and `data.val`.
         """
-        self.s, self.n_steps, self.model, self.val = s, n_steps, model, data.val
-        self.world, self.stop, self.shape = world, stop, (s.BATCH_SIZE, s.BLOCK_SIZE)
+        self.s, self.n_steps = s, n_steps
+        self.model, self.val = model, data.val
+        self.world, self.stop = world, stop
+        self.shape = (s.BATCH_SIZE, s.BLOCK_SIZE)
         print(f"compiling the evaluation, once ({SIGNAL_NOTE})")
         with heartbeat("compiling"):
             self.losses_fn = compile_evaluation(model, len(self.val.bytes), self.shape)

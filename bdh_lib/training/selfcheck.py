@@ -205,8 +205,8 @@ def run_passes(
     h, g, dy, dq = arrays
     x, q = module.encode(h, position, B)
     _, gated = module.gate(x, g, mask)
-    y, dg, rest = module.gate_gradients(x, gated, dy, mask)
-    return q, y, dg, module.encode_gradient(rest, dq, position, B)
+    y, dg, residuals = module.gate_gradients(x, gated, dy, mask)
+    return q, y, dg, module.encode_gradient(residuals, dq, position, B)
 
 
 def check_fused_passes(dtype: str) -> tuple[float, float]:

@@ -114,8 +114,8 @@ def test_nan_goes_on_and_zero_is_no_sign(fused):
     assert mx.isnan(q).tolist() == [[[True] * 2 + [False] * 4]]
     y, saved = passes_cuda.gate(x, g, None)
     assert mx.isnan(y).tolist() == [[[True] + [False] * 4 + [True]]]
-    _, dg, rest = passes_cuda.gate_gradients(x, saved, dy, None)
-    dh = passes_cuda.encode_gradient(rest, dq, 0, 1)
+    _, dg, residuals = passes_cuda.gate_gradients(x, saved, dy, None)
+    dh = passes_cuda.encode_gradient(residuals, dq, 0, 1)
     assert dg[0, 0, 1:5].tolist() == [-1, 0, 0, 0] and mx.isnan(dg[0, 0, 0]).item()
     assert dh[0, 0, 1:5].tolist() == [0, 0, 0, 1] and mx.isnan(dh[0, 0, 0]).item()
 
