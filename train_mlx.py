@@ -119,7 +119,7 @@ from bdh_lib.settings import Settings
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
 from bdh_lib.training.batches import divergence_message, step_batches
 from bdh_lib.training.dataset import check_processes_agree, open_run_data
-from bdh_lib.training.distributed import World, is_lost, refuse_launcher
+from bdh_lib.training.distributed import ProcessLost, World, is_lost, refuse_launcher
 from bdh_lib.training.evaluator import Evaluator
 from bdh_lib.training.memory_plan import slow_note, what_fits
 from bdh_lib.training.meter import Meter
@@ -196,10 +196,10 @@ def train_chain(base: Settings, stop: StopSignal, world: World, json_to: TextIO 
 
 
 def train_or_explain(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None) -> int:
-    """Run train(), and turn failures that are expected into a line and an exit code.
+    """Run train(), and say of a failure what the user can do. Returns the exit code.
 
-    Raises UserError, also if memory is out or MLX cannot compile, and a RuntimeError that is
-    none of those.
+    Raises UserError, also if the loss diverges, memory is out, or another process is lost, and a
+    RuntimeError that is none of those.
     """
     stop.has_work_to_save = False
     try:
@@ -208,21 +208,21 @@ def train_or_explain(s: Settings, stop: StopSignal, world: World, json_to: TextI
         if stop.received and not stop.has_work_to_save:  # Ctrl-C ends MLX's compiler, too
             return 128 + stop.received
         if is_lost(error):
-            print(f"error: process {world.rank} lost another one: {error}. Checkpoints are "
-                  "unchanged; the same command continues", file=sys.stderr)  # fmt: skip
-            return 1
+            raise ProcessLost(
+                f"process {world.rank} lost another one: {error}. Checkpoints are unchanged; the "
+                "same command continues"
+            ) from None
         if not memory.is_exhausted(error):
             raise
         raise UserError(f"memory is out. {what_fits(s)}") from None
     except Diverged as reason:
         steps = runs.steps(checkpoints.run_folder(s))
         last = f"the last checkpoint is of iteration {max(steps)}" if steps else "no checkpoint yet"
-        print(f"error: {reason}; {last}; lower LEARNING_RATE or GRAD_CLIP", file=sys.stderr)
-        return 1
+        raise Diverged(f"{reason}; {last}; lower LEARNING_RATE or GRAD_CLIP") from None
 
 
 def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = None) -> int:
-    """Train one run. Returns 0 at its end, 128 + signal if stopped. Raises Diverged, UserError."""
+    """Train one run. Returns 0 at its end, 128 + signal if stopped. Raises UserError."""
     run = checkpoints.run_folder(s)
 
     # ---- data: bytes to train on and to evaluate on, and the field of each

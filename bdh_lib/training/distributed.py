@@ -96,6 +96,12 @@ def refuse_launcher() -> None:
         raise UserError("--selfcheck, --plan and --tune take one process: leave out mlx.launch")
 
 
+class ProcessLost(UserError):
+    """Another process of the run is gone."""
+
+    exit_code = 1
+
+
 def is_lost(error: RuntimeError) -> bool:
     """Tell whether MLX says by an error that another process is gone."""
     return any(text in str(error) for text in LOST)

@@ -10,6 +10,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from bdh_lib.compute.device import on_cuda
+from bdh_lib.errors import UserError
 from bdh_lib.loss import byte_losses
 from bdh_lib.settings import Settings
 from bdh_lib.training.batches import Batch
@@ -18,8 +19,10 @@ from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.train_state import TrainState, copy_tree
 
 
-class Diverged(Exception):
-    """Too many updates in a row, or a validation loss, were not finite. The exit code is 1."""
+class Diverged(UserError):
+    """Too many updates in a row, or a validation loss, were not finite."""
+
+    exit_code = 1
 
 
 def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:

@@ -98,9 +98,10 @@ def test_updates_that_are_not_finite_at_the_end_of_a_run_end_it(
     for module in (training_step, meters):
         monkeypatch.setattr(module, "on_cuda", lambda: ahead)
     flags = ["--max-iters", 6, "--log-freq", 100, "--eval-freq", 100, "--max-consecutive-skips", 3]
-    assert train(tmp_path, *flags) == 1
+    with pytest.raises(training_step.Diverged, match="no finite update in 3 iterations") as raised:
+        train(tmp_path, *flags)
     out, err = capsys.readouterr()
-    assert (out + err).count("update skipped") == 3 and "no finite update in 3 iterations" in err
+    assert (out + err).count("update skipped") == 3 and raised.value.exit_code == 1
 
 
 def test_skipped_updates_are_counted_over_resumes(tmp_path, monkeypatch):
