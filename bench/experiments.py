@@ -98,15 +98,16 @@ SWEEP = {
     },
 }
 
-# A few MB of records: flags of a job over those of RECORDS. The first one is the default of
-# train_mlx.py, with all its iterations.
+# A few MB of records: flags of a job over those of RECORDS. The first one is what train_mlx.py
+# does by itself, with all its iterations.
 RECORDS = (
     "--training-mode full --n-layer 6 --dropout 0.3 --block-size 2048 --batch-size 2 "
-    "--max-iters 2400 --learning-rate 1e-3 --weight-decay 0.5 --beta2 0.999 --ema-decay 0.99 "
-    "--shuffle-records --eval-freq 500 --patience none"
+    "--max-iters 2400 --learning-rate 1e-3 --min-lr-ratio 0.1 --weight-decay 0.5 --beta2 0.999 "
+    "--ema-decay 0.99 --shuffle-records --eval-freq 500 --patience none"
 )
 RECORDS_SWEEP = {
-    "recipe": "--n-layer 4 --beta2 0.95 --max-iters 10000",
+    "recipe": "--n-layer 3 --max-iters 13300 --beta2 0.95 --ema-decay 0.9999 --min-lr-ratio 0.2",
+    "recipe until 2026-11-28": "--n-layer 4 --beta2 0.95 --max-iters 10000",
     **{
         f"average 0.998, {name}": "--beta2 0.95 --ema-decay 0.998 --min-lr-ratio 0.02 " + flags
         for name, flags in {
@@ -116,11 +117,8 @@ RECORDS_SWEEP = {
             "layers 3, dropout 0.4": "--n-layer 3 --max-iters 13300 --dropout 0.4 --eval-freq 1000",
         }.items()
     },
-    **{
-        f"average of the last tenth, layers {n}": f"--n-layer {n} --max-iters {iters} "
-        "--beta2 0.95 --ema-decay 0.9999 --min-lr-ratio 0.2 --eval-freq 1000"
-        for n, iters in ((4, 10000), (3, 13300))
-    },
+    "average of the last tenth, layers 4": "--n-layer 4 --max-iters 10000 --beta2 0.95 "
+    "--ema-decay 0.9999 --min-lr-ratio 0.2 --eval-freq 1000",
     "half as long": "--n-layer 4 --beta2 0.95 --max-iters 5000",
     "layers 3": "--n-layer 3 --beta2 0.95 --max-iters 6600",
     "layers 4": "--n-layer 4 --max-iters 3600",

@@ -35,7 +35,8 @@ def schedule_summary(s: Settings, n_bytes: int) -> str:
     return f"{total:,} iterations of {bytes_per_step:,} bytes are {coverage}{cut}"
 
 
-# What the recipe did, by the bytes of records that it trained on (docs/log.md, 2026-11-27)
+# What the recipe until 2026-11-28 did (four layers, EMA_DECAY 0.99, MIN_LR_RATIO 0.1, ten passes),
+# by the bytes of records that it trained on (docs/log.md, 2026-11-27)
 RECIPE_BYTES = 4_200_000
 MEASURED_PASSES = {
     100_000: "were best after 12 to 16 passes; --dropout 0.5 took 0.04 bits per byte off",
@@ -56,8 +57,8 @@ def passes_note(s: Settings, n_bytes: int) -> str | None:
     near = min(MEASURED_PASSES, key=lambda size: abs(math.log(size / n_bytes)))
     more = "; more bytes were not measured" * (n_bytes > max(MEASURED_PASSES))
     return (
-        f"{passes:,.1f} passes over {n_bytes / 1e6:,.2f} MB; on {near / 1e6:g} MB the default "
-        f"settings {MEASURED_PASSES[near]}{more}"
+        f"{passes:,.1f} passes over {n_bytes / 1e6:,.2f} MB; on {near / 1e6:g} MB the earlier "
+        f"default settings {MEASURED_PASSES[near]}{more}"
     )
 
 

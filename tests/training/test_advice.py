@@ -85,7 +85,7 @@ def test_text_no_better_than_its_byte_frequencies_is_not_yet_coherent():
     at_the_end = advised(history, "--max-iters", "20", total=20)["not_coherent"]
     assert at_the_end.endswith("Double MAX_ITERS (20)")
     by_epochs = advised(history, "--max-iters", "21", total=20)["not_coherent"]
-    assert by_epochs.endswith("Double EPOCHS (10)")
+    assert by_epochs.endswith(f"Double EPOCHS ({train_mlx.EPOCHS})")
 
 
 def test_to_know_no_more_than_pairs_of_bytes_late_in_a_run_is_slow():
