@@ -53,6 +53,16 @@ RECIPE = OFFICIAL + (
     "--batch-size 32 --max-iters 1500 --learning-rate 1e-3 --min-lr-ratio 0.1 "
     "--warmup-iters 100 --grad-clip 1 --eval-freq 100 --patience 3"
 )
+# Longer blocks and smaller batches than RECIPE's; SMALL_DATA is the preset
+SMALL_BATCH = (
+    "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema-decay 0.99 --patience none "
+    "--beta2 0.95 --block-size 2048 --batch-size 2 --max-iters 6000 --eval-freq 250 "
+)
+SMALL_DATA = SMALL_BATCH + (
+    "--block-size 1024 --batch-size 4 --max-iters 12000 --ema-decay 0.998 --min-lr-ratio 0.02 "
+    "--eval-freq 1000 "
+)
+LAST_TENTH = "--ema-decay 0.9999 --min-lr-ratio 0.2 "  # an average of the last tenth of a run
 SWEEP = {
     "base": "",
     "noise": "--byte-noise 0.1",
@@ -64,38 +74,21 @@ SWEEP = {
     "multiplier 64": "--mlp-internal-dim-multiplier 64 --dropout 0.65",
     "layers 4": "--n-layer 4",
     "rate 2e-3": "--learning-rate 2e-3",
-    # longer blocks and smaller batches; "small-data" is the preset
-    **{
-        name: "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema-decay 0.99 --patience none "
-        "--beta2 0.95 --block-size 2048 --batch-size 2 --max-iters 6000 --eval-freq 250 " + flags
-        for name, flags in {
-            "small batch": "",
-            "small batch, layers 4": "--n-layer 4",
-            "small batch, layers 4, multiplier 64": "--n-layer 4 --dropout 0.6 "
-            "--mlp-internal-dim-multiplier 64",
-            **{
-                f"small-data, {name}average of the last tenth": "--max-iters 12000 "
-                f"--ema-decay 0.9999 --min-lr-ratio 0.2 --eval-freq 1000 {flags}"
-                for name, flags in {
-                    "": "--block-size 1024 --batch-size 4",
-                    "longer, ": "--block-size 1024 --batch-size 4 --max-iters 16000",
-                    "8 x 512, ": "--block-size 512 --batch-size 8",
-                }.items()
-            },
-            "small-data, dropout 0.6": "--dropout 0.6 --max-iters 14000 --ema-decay 0.998 "
-            "--min-lr-ratio 0.02 --eval-freq 1000",
-            **{
-                name: f"--block-size {T} --batch-size {B} --max-iters 12000 "
-                "--ema-decay 0.998 --min-lr-ratio 0.02 --eval-freq 1000"
-                for name, B, T in (
-                    ("small-data", 4, 1024),
-                    ("small-data, 8 x 512", 8, 512),
-                    ("small-data, 2 x 2048", 2, 2048),
-                    ("small-data, 1 x 4096", 1, 4096),
-                )
-            },
-        }.items()
-    },
+    "small batch": SMALL_BATCH,
+    "small batch, layers 4": SMALL_BATCH + "--n-layer 4",
+    "small batch, layers 4, multiplier 64": SMALL_BATCH
+    + "--n-layer 4 --dropout 0.6 --mlp-internal-dim-multiplier 64",
+    "small-data": SMALL_DATA,
+    "small-data, 8 x 512": SMALL_DATA + "--block-size 512 --batch-size 8",
+    "small-data, 2 x 2048": SMALL_DATA + "--block-size 2048 --batch-size 2",
+    "small-data, 1 x 4096": SMALL_DATA + "--block-size 4096 --batch-size 1",
+    "small-data, dropout 0.6": SMALL_DATA
+    + "--block-size 2048 --batch-size 2 --dropout 0.6 --max-iters 14000",
+    "small-data, average of the last tenth": SMALL_DATA + LAST_TENTH,
+    "small-data, longer, average of the last tenth": SMALL_DATA + LAST_TENTH + "--max-iters 16000",
+    "small-data, 8 x 512, average of the last tenth": SMALL_DATA
+    + LAST_TENTH
+    + "--block-size 512 --batch-size 8",
 }
 
 # A few MB of records: flags of a job over those of RECORDS. The first one is what train_mlx.py
@@ -105,20 +98,17 @@ RECORDS = (
     "--max-iters 2400 --learning-rate 1e-3 --min-lr-ratio 0.1 --weight-decay 0.5 --beta2 0.999 "
     "--ema-decay 0.99 --shuffle-records --eval-freq 500 --patience none"
 )
+AVERAGE_998 = "--beta2 0.95 --ema-decay 0.998 --min-lr-ratio 0.02 "
 RECORDS_SWEEP = {
-    "recipe": "--n-layer 3 --max-iters 13300 --beta2 0.95 --ema-decay 0.9999 --min-lr-ratio 0.2",
+    "recipe": LAST_TENTH + "--n-layer 3 --max-iters 13300 --beta2 0.95",
     "recipe until 2026-11-28": "--n-layer 4 --beta2 0.95 --max-iters 10000",
-    **{
-        f"average 0.998, {name}": "--beta2 0.95 --ema-decay 0.998 --min-lr-ratio 0.02 " + flags
-        for name, flags in {
-            "layers 4": "--n-layer 4 --max-iters 10000",
-            "layers 3": "--n-layer 3 --max-iters 13300",
-            "layers 2": "--n-layer 2 --max-iters 20000",
-            "layers 3, dropout 0.4": "--n-layer 3 --max-iters 13300 --dropout 0.4 --eval-freq 1000",
-        }.items()
-    },
-    "average of the last tenth, layers 4": "--n-layer 4 --max-iters 10000 --beta2 0.95 "
-    "--ema-decay 0.9999 --min-lr-ratio 0.2 --eval-freq 1000",
+    "average 0.998, layers 4": AVERAGE_998 + "--n-layer 4 --max-iters 10000",
+    "average 0.998, layers 3": AVERAGE_998 + "--n-layer 3 --max-iters 13300",
+    "average 0.998, layers 2": AVERAGE_998 + "--n-layer 2 --max-iters 20000",
+    "average 0.998, layers 3, dropout 0.4": AVERAGE_998
+    + "--n-layer 3 --max-iters 13300 --dropout 0.4 --eval-freq 1000",
+    "average of the last tenth, layers 4": LAST_TENTH
+    + "--n-layer 4 --max-iters 10000 --beta2 0.95 --eval-freq 1000",
     "half as long": "--n-layer 4 --beta2 0.95 --max-iters 5000",
     "layers 3": "--n-layer 3 --beta2 0.95 --max-iters 6600",
     "layers 4": "--n-layer 4 --max-iters 3600",
