@@ -195,7 +195,7 @@ def split_records(file: Path, folder: Path, share: float = 0.1) -> dict[str, lis
         for side, side_records in sides.items():
             pieces = []
             for record in side_records:
-                pieces += [("", SEPARATOR)] * bool(pieces) + field_pieces(to_turns(record), mode)
+                pieces += [*field_pieces(to_turns(record), mode), ("", SEPARATOR)]
             parts = [(FIELDS.index(field), text.encode()) for field, text in pieces]
             (folder / mode / f"{side}.bin").write_bytes(b"".join(text for _, text in parts))
             labels = b"".join(bytes([field]) * len(text) for field, text in parts)

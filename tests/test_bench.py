@@ -72,7 +72,7 @@ def test_the_records_held_out_are_the_same_in_each_mode(tmp_path):
             (tmp_path / "out" / mode / f"val.{k}").read_bytes() for k in ("bin", "fields")
         )
         assert len(text) == len(fields)
-    assert b"### Response:\nr" in text
+    assert b"### Response:\nr" in text and text.endswith(b"\n---\n\n")
 
 
 def test_a_kind_of_task_is_held_out_whole(tmp_path):

@@ -31,7 +31,7 @@ SAMPLE_NOTES = {  # what to make of a mode's samples, said where they are printe
     "text": "the data are plain text: expect more of it; headers in the prompts are new to it",
 }
 MAX_NEW_TOKENS = 500  # bytes that a model writes, where nothing else is said
-SEPARATOR = "\n\n"  # between records
+SEPARATOR = "\n\n"  # after each record, the last one too, and between its sections
 STOP = "\n---"  # ends the last response of a record; part of it, for a model must learn to stop
 END_OF_RESPONSE = (f"{STOP}\n", f"{SEPARATOR}### Instruction:\n")  # the second one within a chat
 NO_REPLY = "question without a reply after it"

@@ -34,7 +34,7 @@ from bdh_lib.files import (
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
 
-VERSION = 2  # of prepared data: raise it where a change of the code changes any of their bytes
+VERSION = 3  # of prepared data: raise it where a change of the code changes any of their bytes
 IN_VAL = "in_val.npy"  # in prepared data: of each text of the mode, whether it validates
 PROCESS_START = time.time()  # about when the process started, in which --refresh-data acts once
 

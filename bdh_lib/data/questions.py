@@ -30,14 +30,14 @@ def question_numbers(records: Split) -> np.ndarray:
     """Return the numbers of the records that end in a response, as in mode `full` alone."""
     if records.record_ends is None:
         return np.array([], int)
-    return np.flatnonzero(records.fields[records.record_ends - 1] == RESPONSE)
+    return np.flatnonzero(records.fields[records.record_ends - len(SEPARATOR) - 1] == RESPONSE)
 
 
 def cut_question(records: Split, i: int) -> Question:
     """Return record number `i`, which ends in a response, as a question."""
     ends = records.record_ends
-    begin = int(ends[i - 1]) + len(SEPARATOR) if i else 0
-    end = int(ends[i])
+    begin = int(ends[i - 1]) if i else 0
+    end = int(ends[i]) - len(SEPARATOR)
     fields = np.array(records.fields[begin:end])
     at = begin + int(np.flatnonzero(fields != RESPONSE)[-1]) + 1
     truth = bytes(records.bytes[at:end]).decode().removesuffix(STOP)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bdh_lib.data.formats import FIELDS, SEPARATOR
+from bdh_lib.data.formats import FIELDS
 from bdh_lib.files import sha256_file
 from bdh_lib.progress import counted
 
-ENDS = "{side}_ends.npy"  # in prepared data: where each text of train.bin or val.bin ends
+ENDS = "{side}_ends.npy"  # in prepared data: where each record of train.bin or val.bin ends
 
 
 @dataclass(frozen=True, eq=False)  # equal by identity: epochs are cached by it
@@ -24,7 +24,7 @@ class Split:
 
     bytes: np.ndarray
     fields: np.ndarray  # of each byte its place in FIELDS
-    record_ends: np.ndarray | None = None  # None: not known, or nothing to shuffle
+    record_ends: np.ndarray | None = None  # after SEPARATOR; None: not known, or none to shuffle
 
     def field_names(self) -> set[str]:
         """Return the names of the fields that occur."""
@@ -53,40 +53,39 @@ def choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def write_sides(folder: Path, lengths: np.ndarray, train: np.ndarray, val: np.ndarray) -> dict:
-    """Write the records of these numbers to train and val, in their order, a blank line between."""
+    """Write the records of these numbers to train and val, in their order; gives the report."""
     sides = {"train": train, "val": val}
     report = {side: {"records": len(which)} for side, which in sides.items()}
     begins = np.cumsum(lengths) - lengths
-    for kind, separator in (("bin", SEPARATOR.encode()), ("fields", bytes(len(SEPARATOR)))):
+    for kind in ("bin", "fields"):
         with (folder / f"all.{kind}").open("rb") as records:
             for side, which in sides.items():
                 parts = zip(begins[which].tolist(), lengths[which].tolist(), strict=True)
-                size, digest = _copy_parts(records, parts, separator, folder / f"{side}.{kind}")
+                size, digest = _copy_parts(records, parts, folder / f"{side}.{kind}")
                 name = "sha256" if kind == "bin" else "fields_sha256"
                 report[side] |= {"bytes": size, name: digest}
         (folder / f"all.{kind}").unlink()
     for side, which in sides.items():
         file = folder / ENDS.format(side=side)
-        ends = np.cumsum(lengths[which].astype(np.int64) + len(SEPARATOR)) - len(SEPARATOR)
-        np.save(file, ends)
+        np.save(file, np.cumsum(lengths[which], dtype=np.int64))
         report[side]["ends_sha256"] = sha256_file(file)
     return report
 
 
-def _copy_parts(source, parts: Iterable, separator: bytes, target: Path) -> tuple[int, str]:
+def _copy_parts(source, parts: Iterable, target: Path) -> tuple[int, str]:
     """Write the parts (begin, length) of `source` to a file; gives its size and its sha256."""
     digest = hashlib.sha256()
     with target.open("wb") as out:
         for begin, length in counted(parts, f"writing {target.stem}", "records"):
             source.seek(begin)
-            piece = (separator if out.tell() else b"") + source.read(length)
+            piece = source.read(length)
             out.write(piece)
             digest.update(piece)
         return out.tell(), digest.hexdigest()
 
 
 def record_ends(folder: Path, side: str) -> np.ndarray | None:
-    """Return where each record of a side of prepared data ends; None for a ready split."""
+    """Return where each record of a side ends, after its SEPARATOR; None for a ready split."""
     file = folder / ENDS.format(side=side)
     return np.load(file) if file.is_file() else None
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from bdh_lib.data import columns, sources
 from bdh_lib.data.describe import cannot_serve
-from bdh_lib.data.formats import FIELDS, Turns, needed_fields, training_texts
+from bdh_lib.data.formats import FIELDS, SEPARATOR, Turns, needed_fields, training_texts
 from bdh_lib.errors import NoDataError, UserError
 
 PIECE = 10**6  # characters of a record that are hashed at once
@@ -21,11 +21,11 @@ MAX_NAMES = 20  # of structures and of columns in a report, where each record ha
 
 
 class Texts(NamedTuple):
-    """The texts of a mode, as they lie in all.bin one after the other, and their records.
+    """The texts of a mode, as they lie in all.bin, SEPARATOR after each, and their records.
 
-    Of each text: its length in bytes and a digest. Of each record that has any turn: the number of
-    its texts, the digests of system, instruction and all turns (3, records), 0 for none, and
-    whether its part of the data is the validation.
+    Of each text: its length in bytes, SEPARATOR included, and a digest. Of each record that has any
+    turn: the number of its texts, the digests of system, instruction and all turns (3, records), 0
+    for none, and whether its part of the data is the validation.
     """
 
     report: dict
@@ -141,7 +141,7 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
             formatted = format_record(parsed, mode)
             tally.add(record, parsed, formatted, mode)
             for text in formatted.texts:
-                length, digest = _write_text(text, out, labels)
+                length, digest = _write_text([*text, ("", SEPARATOR)], out, labels)
                 lengths.append(length)
                 digests.append(digest)
             if parsed.turns:

@@ -39,7 +39,7 @@ def test_each_mode_gives_its_exact_text():
 def test_every_record_is_on_one_side_and_every_byte_is_kept(tmp_path):
     records = numbered(50)
     report, train, val = prepare(write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "cache")
-    sides = [set(side.decode().split("\n---\n\n")) for side in (train + b"\n\n", val + b"\n\n")]
+    sides = [set(side.decode().split("\n---\n\n")) for side in (train, val)]
     texts = {format_example(r, "full").removesuffix("\n---") for r in records}
     assert (sides[0] | sides[1]) - {""} == texts
     assert sides[0] & sides[1] == {""}
@@ -106,7 +106,7 @@ def test_bad_records_are_counted_by_reason_and_never_trained_on(tmp_path):
     assert report["left_out"] == {"turn that is str, not an object": 1}
     assert report["first_skipped"]["not a JSON object"] == 22
     texts = [format_example(r, "full").encode() for r in numbered(20)]
-    assert len(train) + len(val) == sum(map(len, texts)) + 2 * 18  # two streams, 18 joints
+    assert len(train) + len(val) == sum(map(len, texts)) + 2 * 20  # a blank line after each
     assert b"None" not in train + val
 
 
@@ -202,7 +202,7 @@ def test_a_mode_the_data_cannot_serve_says_what_is_lacking_and_what_would_work(t
 def test_full_leaves_out_the_section_of_system_texts_that_are_not_there(tmp_path):
     asked = [{"question": f"q{i}", "answer": f"a{i}", "system": None} for i in range(20)]
     report, *sides = prepare(write_jsonl(tmp_path / "d.jsonl", asked), tmp_path / "cache")
-    found = b"".join(side + b"\n\n" for side in sides).decode()
+    found = b"".join(sides).decode()
     expected = [f"### Instruction:\nq{i}\n\n### Response:\na{i}\n---\n\n" for i in range(20)]
     assert sorted(found.split("---\n\n")) == sorted("".join(expected).split("---\n\n"))
     assert "no record has a system text" in describe(report) and not report["skipped"]

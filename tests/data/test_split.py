@@ -20,7 +20,7 @@ def test_identical_texts_go_to_one_side(tmp_path):
     records = numbered(10) * 20
     report, train, val = prepare(write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "cache")
     assert report["val"]["records"] == 20
-    assert len(set(val.decode().split("\n\n### System:\n"))) <= 2  # first record keeps its header
+    assert len({*val.split(b"\n---\n\n")} - {b""}) == 1
     assert val.split(b"Greet. ")[1][:1] not in [p[:1] for p in train.split(b"Greet. ")[1:]]
 
 
@@ -47,8 +47,11 @@ def dealt(file, cache, mode, share=0.1):
     _, *sides = prepare(file, cache, mode=mode, val_fraction=share)
     joint = "\n\n### System" if mode in ("both", "full") else "\n\n"
     return [
-        {t.removeprefix("### System").removeprefix(":") for t in s.decode().split(joint)}
-        for s in sides
+        {
+            t.removeprefix("### System").removeprefix(":")
+            for t in s.removesuffix("\n\n").split(joint)
+        }
+        for s in map(bytes.decode, sides)
     ]
 
 
@@ -117,21 +120,22 @@ def test_an_evaluation_reads_whole_records_of_all_files_in_a_seeded_order(tmp_pa
         folder = prepared_folder(tmp_path, tmp_path / cache / ".data", "full", 0.3, seed)
         val = (folder / "val.bin").read_bytes()
         read = bytes_to_evaluate(record_ends(folder, "val"), len(val) // 2)
-        records = val[:read].split(b"\n---\n\n")
-        assert 0.48 * len(val) < read <= len(val) // 2 and val[:read].endswith(b"\n---")
-        assert val[read:].startswith(b"\n\n### System:\n")
+        *records, rest = val[:read].split(b"\n---\n\n")
+        assert 0.48 * len(val) < read <= len(val) // 2 and not rest  # the last one is whole, too
+        assert val[read:].startswith(b"### System:\n")
         files = [record.split(b"### Response:\n")[1][:1] for record in records]
         assert all(20 < files.count(name) < 40 for name in (b"a", b"b", b"c"))
         fields = np.fromfile(folder / "val.fields", np.uint8)
         assert bytes(np.frombuffer(val, np.uint8)[fields == 2]).startswith(b"Greet. ")
         assert val.count(b"Greet. ") * len(b"Greet. ") <= np.count_nonzero(fields == 2)
         orders.append(records)
-        for limit, expected in ((2, 1), (len(records[0]) + 4, 1), (len(val), 180), (10**9, 180)):
+        for limit, expected in ((2, 1), (len(records[0]) + 6, 1), (len(val), 180), (10**9, 180)):
             read = bytes_to_evaluate(record_ends(folder, "val"), limit)
-            assert len(val[:read].split(b"\n---\n\n")) == expected  # at least one, whole
+            assert val[:read].count(b"\n---\n\n") == expected  # at least one, whole
+            assert val[:read].endswith(b"\n---\n\n")
         assert bytes_to_evaluate(record_ends(folder, "val"), None) is None
         train = (folder / "train.bin").read_bytes()
-        result = [record.split(b"### Response:\n")[1][:1] for record in train.split(b"\n---\n\n")]
+        result = [response[:1] for response in train.split(b"### Response:\n")[1:]]
         assert result == sorted(result)  # training stays in the order of the data
     assert orders[0] == orders[1] != orders[2]
     (folder / "val_ends.npy").write_bytes(b"damaged")

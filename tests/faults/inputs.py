@@ -120,12 +120,12 @@ def _(n):
             None,
         )
     size = sum(
-        len(b"### System:\n\n\n### Instruction:\n\n\n### Response:\n\n---")
+        len(b"### System:\n\n\n### Instruction:\n\n\n### Response:\n\n---\n\n")
         + sum(len(text.encode()) for text in r.values())
         for r in good
     )
     kept = report["train"]["bytes"] + report["val"]["bytes"]
-    yield "" if kept == size + 2 * 998 else f"{kept} bytes kept, not {size + 2 * 998}", None
+    yield "" if kept == size else f"{kept} bytes kept, not {size}", None
 
 
 def as_list(line):

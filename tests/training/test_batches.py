@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -93,6 +94,19 @@ def test_paragraphs_of_plain_text_among_records_keep_their_order(tmp_path):
     assert b"".join(unit.tobytes() for unit in units) == text
     paragraphs = [unit.tobytes() for unit in units if b"Paragraph" in unit.tobytes()]
     assert len(paragraphs) == 1 and 30 < len(units) < 40
+
+
+def test_every_record_is_followed_by_the_separator_over_two_epochs_of_shuffled_ones(tmp_path):
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"instruction": f"ask {i}"})
+                                                for i in range(40)))  # fmt: skip
+    args = f"--training-mode instruction --shuffle-records --checkpoint-dir {tmp_path}/ck"
+    s = train_mlx.settings([*args.split(), "--dataset", str(tmp_path / "d.jsonl")])
+    split = open_mode_data(s, "instruction").train
+    idx, targets = batches(split, 0, 2, B=len(split.bytes), T=1, shuffle=True)  # each byte twice
+    pairs = Counter(zip(idx.ravel().tolist(), targets.ravel().tolist(), strict=True))
+    end, a = b"\na"
+    assert pairs[end, end] == pairs[end, a] == 2 * 36  # within a separator, and after it
+    assert sum(n for (_, target), n in pairs.items() if target == a) == 2 * 36
 
 
 def test_plain_text_and_ready_splits_are_not_shuffled(tmp_path):

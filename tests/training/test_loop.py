@@ -301,10 +301,11 @@ def test_dropout_differs_between_steps_and_is_off_in_evaluation(tmp_path):
     spread = {}
     for dropout in (0, 0.5):
         folder = tmp_path / str(dropout)
-        text = tmp_path / "one.txt"
-        text.write_text("a" * 65 + "\n\n" + "b" * 65)
+        (split := tmp_path / "one").mkdir(exist_ok=True)
+        for side, byte in (("train", b"a"), ("val", b"b")):
+            (split / f"{side}.bin").write_bytes(byte * 65)
         train(folder, "--max-iters", 6, "--dropout", dropout, "--learning-rate", 1e-12,
-              "--dataset", text, "--eval-freq", 1)  # fmt: skip
+              "--dataset", split, "--eval-freq", 1)  # fmt: skip
         logged = metrics(folder)
         spread[dropout] = np.ptp([m["loss"] for m in logged if "loss" in m])
         assert np.ptp([m["val_loss"] for m in logged if "val_loss" in m]) < 1e-5

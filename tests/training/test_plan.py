@@ -111,7 +111,7 @@ def test_sizes_agree_with_the_prepared_bytes_and_the_model(tmp_path, capsys):
     out = plan_output(tmp_path, capsys, records)
     full = int(re.search(r"^  full +40 +([\d,]+)", out, re.M)[1].replace(",", ""))
     sides = [int(n.replace(",", "")) for n in re.findall(r"records, ([\d,]+) bytes", out)]
-    assert sum(sides) == full + 2 * (40 - 2)  # a blank line between records of each side
+    assert sum(sides) == full + 2 * 40  # a blank line after each record
     config = train_mlx.settings(ARGS).BDH_CONFIG
     assert f"{config.n_parameters:,} parameters" in out
     assert re.search(r"speed: [\d,]+ bytes/s .* measured over 3 iterations", out)
