@@ -235,7 +235,7 @@ def load_model(path: str | Path) -> BDH:
     model.load_weights([(name, array.astype(mx.float32)) for name, array in arrays.items()])
     mx.eval(model.parameters())
     try:
-        model.trained_length = runs.settings_of(file).get("BLOCK_SIZE")
+        model.trained_length = runs.load_settings(file).get("BLOCK_SIZE")
     except UserError as error:
         warn(f"{error}; the settings of the training are unknown")
     return model

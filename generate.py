@@ -77,7 +77,7 @@ class Checkpoint(NamedTuple):
     batch_size: int  # blocks, of the training; 1 if it is not known
 
 
-def prompt_of(args: argparse.Namespace) -> bytes:
+def load_prompt(args: argparse.Namespace) -> bytes:
     """Read the prompt as bytes from --prompt, --prompt-file or stdin. Raises UserError."""
     if args.prompt is not None:
         return parse_escapes(args.prompt)
@@ -134,7 +134,7 @@ def answer_data(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Names
                         f"mode is {mode or 'not known: give --mode full'}")  # fmt: skip
     # the table alone is on stdout, not that large data are being read
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        data = runs.data_of(checkpoint.weights)
+        data = runs.load_data_report(checkpoint.weights)
         about, records = load_questions(args.evaluate, args.columns, data, Path(folder))
     jobs = answers.question_jobs(records, args.answers)
     results = begin_jobs(jobs, decoding, checkpoint, args)
@@ -158,7 +158,9 @@ def evaluate_data(model: bdh_mlx.BDH, checkpoint: Checkpoint, args: argparse.Nam
     T = model.trained_length or DEFAULT_BLOCK_SIZE
     with redirect_stdout(sys.stderr):  # the table alone is on stdout
         print(f"reading {args.evaluate}")
-        data = evaluation.read_data(args.evaluate, mode, args.columns, runs.data_of(weights))
+        data = evaluation.read_data(
+            args.evaluate, mode, args.columns, runs.load_data_report(weights)
+        )
         print(f"evaluating {len(data.split.bytes):,} bytes")
     losses_fn = compile_evaluation(model, len(data.split.bytes), (B, T))
     with redirect_stdout(sys.stderr):
@@ -240,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.evaluate is not None and args.answers is None:
         evaluate_data(model, checkpoint, args)
     else:
-        write_texts(decoding_of(model, mode, args), checkpoint, args)
+        write_texts(make_decoding(model, mode, args), checkpoint, args)
     return 0
 
 
@@ -252,8 +254,8 @@ def load_byte_model(path: Path) -> bdh_mlx.BDH:
     return model
 
 
-def decoding_of(model: bdh_mlx.BDH, mode: str | None, args: argparse.Namespace) -> Decoding:
-    """Return how the model writes, by the flags. Raises UserError."""
+def make_decoding(model: bdh_mlx.BDH, mode: str | None, args: argparse.Namespace) -> Decoding:
+    """Make the Decoding that the flags ask for. Raises UserError."""
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     key = mx.random.key(time.time_ns() if args.seed is None else args.seed)
     stops = stop_strings(args, mode)
@@ -273,13 +275,13 @@ def write_texts(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Names
         has_chats = runs.trained_on_chats(checkpoint.weights)
         chat.Session(decoding, checkpoint.mode, has_chats).run()
     else:
-        complete_prompt(decoding, prompt_of(args), args)
+        complete_prompt(decoding, load_prompt(args), args)
 
 
 def settings_or_empty(weights: Path) -> dict:
     """Return the settings of the training; {} if their file is damaged: load_model warns of it."""
     try:
-        return runs.settings_of(weights)
+        return runs.load_settings(weights)
     except UserError:
         return {}
 

@@ -39,7 +39,7 @@ def parse(
     help. Raises UserError for a value that no rule admits; argparse reports an unknown flag.
     """
     constants, rules = read_constants(script, rules)
-    parser = parser_of(script, constants, rules, presets, actions)
+    parser = build_parser(script, constants, rules, presets, actions)
     typed = vars(parser.parse_args(argv, RecordTyped() if argv is None else None))
     typed_names = set(typed)
     preset = typed.pop("preset", None)
@@ -146,8 +146,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists all)\n")
 
 
-def parser_of(script: ModuleType, constants: dict, rules: dict, presets, actions) -> Parser:
-    """Make a parser with a flag, under its heading, for each setting that a flag can hold.
+def build_parser(script: ModuleType, constants: dict, rules: dict, presets, actions) -> Parser:
+    """Build a parser with a flag, under its heading, for each setting that a flag can hold.
 
     Raises UserError if a setting would have the flag of another setting, or of the script.
     """

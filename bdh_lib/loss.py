@@ -45,7 +45,7 @@ def evaluate(
     rank, size = (world.rank, world.size) if world else (0, 1)
     nats, count = np.zeros(len(FIELDS)), np.bincount(val.fields[1:], minlength=len(FIELDS))
     with heartbeat("evaluating"), Progress("evaluating", n // size, "bytes") as progress:
-        for begin, end in batches_of(n, shape)[rank::size]:
+        for begin, end in batch_ranges(n, shape)[rank::size]:
             if not (stop and stop.requested):
                 rows = (max(1, (end - begin) // T), -1)
                 idx, targets = (val.bytes[begin + i : end + i].astype(np.int32).reshape(rows)
@@ -59,7 +59,7 @@ def evaluate(
     return float(nats.sum()) / n, {f: float(nats[i] / count[i]) for f, i in present.items()}
 
 
-def batches_of(n: int, shape: tuple[int, int]) -> list[tuple[int, int]]:
+def batch_ranges(n: int, shape: tuple[int, int]) -> list[tuple[int, int]]:
     """Return (begin, end) of the batches, up to B blocks of T bytes each, and of the rest of n."""
     B, T = shape
     cuts = sorted({*range(0, n - n % T, B * T), n - n % T, n})
@@ -72,7 +72,7 @@ def compile_evaluation(model: BDH, n_bytes: int, shape: tuple[int, int]) -> Call
     `n_bytes` is the length of val in bytes, `shape` the (B, T) of `evaluate`. Nothing is computed.
     """
     losses_fn, T = compile_losses(model), shape[1]
-    sizes = {end - begin for begin, end in batches_of(n_bytes - 1, shape)}
+    sizes = {end - begin for begin, end in batch_ranges(n_bytes - 1, shape)}
     with default_signals():
         for size in sizes:
             zeros = mx.zeros(size, mx.int32).reshape(max(1, size // T), -1)

@@ -154,7 +154,7 @@ def is_changed(file: Path) -> bool:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
-def settings_of(weights: Path) -> dict:
+def load_settings(weights: Path) -> dict:
     """Read the trainer's settings from config.json beside the weights; {} without one.
 
     Those that others compute with are left out where they are of another type. Raises UserError
@@ -169,7 +169,7 @@ def settings_of(weights: Path) -> dict:
     return valid_settings(settings)
 
 
-def data_of(weights: Path) -> dict:
+def load_data_report(weights: Path) -> dict:
     """Read the report of the training data from config.json beside the weights; {} without one."""
     try:
         data = files.read_json_object(weights.with_name("config.json")).get("data", {})
@@ -180,7 +180,7 @@ def data_of(weights: Path) -> dict:
 
 def trained_on_chats(weights: Path) -> bool:
     """Tell by the config.json beside the weights whether chats were among the training data."""
-    return bool(data_of(weights).get("several_turns"))
+    return bool(load_data_report(weights).get("several_turns"))
 
 
 def read_config(run: Path) -> dict:

@@ -316,7 +316,7 @@ def test_a_prompt_that_does_not_come_shows_a_sign_of_life(tmp_path, monkeypatch,
     os.mkfifo(tmp_path / "pipe")
     args = generate.parse_args(["run", "--prompt-file", str(tmp_path / "pipe")])
     Timer(0.2, (tmp_path / "pipe").write_bytes, (b"late",)).start()
-    assert generate.prompt_of(args) == b"late"
+    assert generate.load_prompt(args) == b"late"
     out, err = capsys.readouterr()
     assert not out and f"reading {tmp_path}" in err
 

@@ -25,7 +25,7 @@ from bdh_lib.tables import format_table
 from bdh_lib.training import checkpoints, memory_plan, tuning
 from bdh_lib.training.batches import get_batch
 from bdh_lib.training.dataset import open_run_data
-from bdh_lib.training.resume import changes_on_resume, check_chain, origin_of
+from bdh_lib.training.resume import changes_on_resume, check_chain, resolve_init_from
 from bdh_lib.training.runlog import duration
 from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary, total_steps
 from bdh_lib.training.step import compile_steps
@@ -162,7 +162,7 @@ def print_origin(s: Settings) -> None:
     """Print whose weights the run starts from, and where they are not there yet."""
     if s.INIT_FROM is None:
         return
-    missing = not hub.is_model(s.INIT_FROM) and not origin_of(s).exists()
+    missing = not hub.is_model(s.INIT_FROM) and not resolve_init_from(s).exists()
     note = f", which is not there yet: no run in {s.CHECKPOINT_DIR}, and no such path" * missing
     print(f"start: from the weights of {s.INIT_FROM}{note}")
 

@@ -78,7 +78,7 @@ def run_info(s: Settings, data_report: dict, start: Start) -> dict:
     return info
 
 
-def origin_of(s: Settings) -> Path:
+def resolve_init_from(s: Settings) -> Path:
     """Return where the weights of INIT_FROM lie. Raises UserError if the hub has none.
 
     That is in CHECKPOINT_DIR, at the path itself, or in the cache of the hub.
@@ -91,7 +91,7 @@ def origin_of(s: Settings) -> Path:
 
 def init_from(s: Settings, state: TrainState) -> list:
     """Load the weights of INIT_FROM into `state`, and return their ancestry. Raises UserError."""
-    if not (origin := origin_of(s)).exists():
+    if not (origin := resolve_init_from(s)).exists():
         raise UserError(
             f"INIT_FROM {s.INIT_FROM}: there is no such run in {s.CHECKPOINT_DIR}, and no such "
             "path; train that run first, or name another"
@@ -158,7 +158,7 @@ def check_origin(run: Path, info: dict, s: Settings) -> None:
             f"{run} did not start from {s.INIT_FROM}; set RUN_NAME to start another run"
         )
     current = ancestry
-    if s.INIT_FROM and not is_of_hub and (origin := origin_of(s)).exists():
+    if s.INIT_FROM and not is_of_hub and (origin := resolve_init_from(s)).exists():
         with suppress(UserError):  # its checkpoints are gone: the run has all that it needs
             current = phases.ancestry(origin)
     if ancestry and current[-1]["sha256"] != ancestry[-1]["sha256"]:
