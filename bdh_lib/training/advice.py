@@ -5,7 +5,7 @@ An evaluation gets at most one line of advice: that of the first sign which expl
 
 import math
 from itertools import pairwise
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,14 @@ from bdh_lib.units import bits_per_byte
 MIN_RISE = 0.01  # relative rise of a validation loss, always of the same bytes, that is not chance
 LOSS_JUMP = 0.25  # relative rise from one logged loss, the mean of LOG_FREQ steps, to the next
 NORM_LIMIT = 10  # gradient norm, in GRAD_CLIPs, beyond which the clipping alone sets the step
-NOISE_SHARE = 0.9  # share of the order-0 entropy above which text is noise
+NOISE_SHARE = 0.9  # share of the unigram entropy above which text is noise
 LATE_FRACTION = 0.25  # share of a run by which it should know more than which byte follows which
 MAX_BYTES = 10**6  # bytes that are counted, for the time it takes
 MAX_DROPOUT = 0.5  # that is advised
 REFERENCE_RATE = 1e-3  # of the official training, and of the best of docs/log.md's runs
 
 
-def order_0(data: np.ndarray) -> float:
+def unigram_entropy(data: np.ndarray) -> float:
     """Return the entropy of the byte frequencies in `data`, in nats per byte.
 
     Without data it is that of uniform frequencies, ln 256.
@@ -37,14 +37,15 @@ def order_0(data: np.ndarray) -> float:
 
 
 def byte_baselines(loss_on: str, train: Split, val: Split) -> tuple[float, float]:
-    """Return order_0 of val, and order_n of order 1 of val after train, both in nats per byte.
+    """Return the unigram entropy of val, and its bigram cross-entropy, both in nats per byte.
 
-    Only the first MAX_BYTES bytes of each side that LOSS_ON counts are read.
+    The bigrams are those of train. Of each side only the first MAX_BYTES bytes that LOSS_ON counts
+    are read.
     """
     train_bytes, val_bytes = (
         first_counted(loss_on, side.bytes, side.fields) for side in (train, val)
     )
-    return order_0(val_bytes), order_n(train_bytes, val_bytes, order=1)
+    return unigram_entropy(val_bytes), order_n(train_bytes, val_bytes, order=1)
 
 
 def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.ndarray:
@@ -61,6 +62,26 @@ def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.nd
     return np.concatenate(parts)[:MAX_BYTES]
 
 
+class EvalHistory(NamedTuple):
+    """The evaluations of a run so far, by their steps; losses and entropies in nats per byte."""
+
+    val_loss: dict[int, float]  # the monitored loss, by step
+    train_loss: dict[int, float]  # the mean since the evaluation before, by step
+    lines: list[list[dict]]  # of the log: those before each evaluation, but for the first
+    first_step: int
+    best_step: int  # of those after the first
+    previous_step: int
+    step: int  # of the last
+    total_steps: int  # of the whole run
+    unigram_entropy: float
+    bigram_cross_entropy: float
+
+    @property
+    def loss(self) -> float:
+        """The monitored loss of the last evaluation."""
+        return self.val_loss[self.step]
+
+
 def advise(
     history: list[dict], s: Settings, total: int, baselines: tuple[float, float]
 ) -> dict[str, str]:
@@ -74,21 +95,21 @@ def advise(
              for a, b in pairwise([0, *(step for step in val if step)])}  # fmt: skip
     if len(val) < 2 or not all(lines.values()):  # LOG_FREQ above EVAL_FREQ shows too little
         return {}
-    run = SimpleNamespace(
-        val=val,
-        start=next(iter(val)),
-        now=list(val)[-1],
-        before=list(val)[-2],
-        best=min(list(val)[1:], key=val.get),
-        loss={b: float(np.mean([m["loss"] for m in lines[a, b]])) for a, b in lines},
+    h = EvalHistory(
+        val_loss=val,
+        train_loss={b: float(np.mean([m["loss"] for m in lines[a, b]])) for a, b in lines},
         lines=list(lines.values()),
-        total=total,
-        order_0=baselines[0],
-        order_1=baselines[1],
+        first_step=next(iter(val)),
+        best_step=min(list(val)[1:], key=val.get),
+        previous_step=list(val)[-2],
+        step=list(val)[-1],
+        total_steps=total,
+        unigram_entropy=baselines[0],
+        bigram_cross_entropy=baselines[1],
     )
-    for sign in (overfitting, too_high, stuck, not_coherent, slow):
-        if advice := sign(run, s):
-            return {sign.__name__: advice}
+    for name, sign in SIGNS.items():
+        if advice := sign(h, s):
+            return {name: advice}
     return {}
 
 
@@ -102,38 +123,39 @@ def higher_rate(s: Settings) -> str:
     return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * 3:.2g}"
 
 
-def describe_change(run: SimpleNamespace, then: int) -> str:
+def describe_change(h: EvalHistory, then: int) -> str:
     """Say how both losses went from the evaluation at `then` to the last one."""
-    text = f"from iteration {then:,} to {run.now:,} validation went from {run.val[then]:.4f} to "
-    text += f"{run.val[run.now]:.4f}"
+    text = f"from iteration {then:,} to {h.step:,} validation went from {h.val_loss[then]:.4f} to "
+    text += f"{h.loss:.4f}"
     if then:
-        text += f" and the training loss from {run.loss[then]:.4f} to {run.loss[run.now]:.4f}"
+        before, now = h.train_loss[then], h.train_loss[h.step]
+        text += f" and the training loss from {before:.4f} to {now:.4f}"
     return text
 
 
-def has_risen(run: SimpleNamespace, then: int) -> bool:
+def has_risen(h: EvalHistory, then: int) -> bool:
     """Tell whether validation is above that at `then` by more than MIN_RISE of it."""
-    return run.val[run.now] > (1 + MIN_RISE) * run.val[then]
+    return h.loss > (1 + MIN_RISE) * h.val_loss[then]
 
 
-def overfitting(run: SimpleNamespace, s: Settings) -> str | None:
+def overfitting(h: EvalHistory, s: Settings) -> str | None:
     """Advise if validation rose above its best while the training loss fell."""
-    if has_risen(run, run.best) and run.loss[run.now] < run.loss[run.best]:
+    if has_risen(h, h.best_step) and h.train_loss[h.step] < h.train_loss[h.best_step]:
         dropout = s.BDH_CONFIG.dropout
         higher = min(MAX_DROPOUT, dropout + 0.2)
         more_dropout = f"raise dropout from {dropout:g} to {higher:g}, " * (dropout < higher)
         return (
-            f"overfitting: {describe_change(run, run.best)}. The best checkpoint is kept; for a "
+            f"overfitting: {describe_change(h, h.best_step)}. The best checkpoint is kept; for a "
             f"better one {more_dropout}take more data, or lower {lower_rate(s)}"
         )
 
 
-def too_high(run: SimpleNamespace, s: Settings) -> str | None:
+def lr_too_high(h: EvalHistory, s: Settings) -> str | None:
     """Advise if updates were skipped, losses jumped or rose, or gradients are large."""
-    lines, seen = run.lines[-1], []
+    lines, seen = h.lines[-1], []
     norms = [math.inf if m["grad_norm"] is None else m["grad_norm"] for m in lines]
     norm = float(np.median(norms))
-    skipped = lines[-1]["skipped"] - (run.lines[-2][-1]["skipped"] if len(run.lines) > 1 else 0)
+    skipped = lines[-1]["skipped"] - (h.lines[-2][-1]["skipped"] if len(h.lines) > 1 else 0)
     jumps = [f"{a['loss']:.4f} to {b['loss']:.4f}" for a, b in pairwise(lines)
              if b["loss"] > (1 + LOSS_JUMP) * a["loss"]]  # fmt: skip
     if skipped > 0:
@@ -142,50 +164,60 @@ def too_high(run: SimpleNamespace, s: Settings) -> str | None:
         seen.append(f"the training loss jumped from {', '.join(jumps)}")
     if s.GRAD_CLIP and norm > NORM_LIMIT * s.GRAD_CLIP:
         seen.append(f"the gradient's norm is {norm:.3g}, and GRAD_CLIP {s.GRAD_CLIP:g}")
-    if has_risen(run, run.best) or has_risen(run, run.start):
-        seen.append(describe_change(run, run.best if has_risen(run, run.best) else run.start))
+    if exceeded := [step for step in (h.best_step, h.first_step) if has_risen(h, step)]:
+        seen.append(describe_change(h, exceeded[0]))
     if seen:
         return f"learning rate too high: {'; '.join(seen)}. Lower {lower_rate(s)}"
 
 
-def stuck(run: SimpleNamespace, s: Settings) -> str | None:
+def plateau(h: EvalHistory, s: Settings) -> str | None:
     """Advise if the rest of the run at this pace would not leave noise, or gain a MIN_RISE."""
-    if run.before < max(1, s.WARMUP_ITERS) or run.lines[-1][-1]["lr"] < s.LEARNING_RATE / 2:
+    if h.previous_step < max(1, s.WARMUP_ITERS) or h.lines[-1][-1]["lr"] < s.LEARNING_RATE / 2:
         return None  # slow for another reason
-    intervals = min(20, (run.total - run.now) / (run.now - run.before))
-    now, gain = run.val[run.now], (run.val[run.before] - run.val[run.now]) * intervals
-    above = now - NOISE_SHARE * run.order_0
-    still = run.loss[run.now] > (1 - MIN_RISE) * run.loss[run.before]
-    if intervals > 0 and (gain < above or (gain < MIN_RISE * now and still)):
+    intervals = min(20, (h.total_steps - h.step) / (h.step - h.previous_step))
+    gain = (h.val_loss[h.previous_step] - h.loss) * intervals
+    above = h.loss - NOISE_SHARE * h.unigram_entropy
+    still = h.train_loss[h.step] > (1 - MIN_RISE) * h.train_loss[h.previous_step]
+    if intervals > 0 and (gain < above or (gain < MIN_RISE * h.loss and still)):
         return (
-            f"stuck: {describe_change(run, run.before)}; at this pace the run ends near "
-            f"{min(now, now - gain):.2f}. Raise {higher_rate(s)}; if that does not help, look at "
-            f"the data, or raise n_embd from {s.BDH_CONFIG.n_embd} to {2 * s.BDH_CONFIG.n_embd}"
+            f"stuck: {describe_change(h, h.previous_step)}; at this pace the run ends near "
+            f"{min(h.loss, h.loss - gain):.2f}. Raise {higher_rate(s)}; if that does not help, "
+            f"look at the data, or raise n_embd from {s.BDH_CONFIG.n_embd} to "
+            f"{2 * s.BDH_CONFIG.n_embd}"
         )
 
 
-def not_coherent(run: SimpleNamespace, s: Settings) -> str | None:
+def not_coherent(h: EvalHistory, s: Settings) -> str | None:
     """Advise if the model knows little more than how often each byte occurs."""
-    if run.val[run.now] > NOISE_SHARE * run.order_0:
-        bits, unigram = (bits_per_byte(nats) for nats in (run.val[run.now], run.order_0))
-        end = end_setting(s, run.total)
+    if h.loss > NOISE_SHARE * h.unigram_entropy:
+        bits, unigram = (bits_per_byte(nats) for nats in (h.loss, h.unigram_entropy))
+        end = end_setting(s, h.total_steps)
         return (
             f"not yet coherent: {bits:.2f} bits per byte, and to know only how often each byte "
             f"occurs gives {unigram:.2f}: samples are noise. "
-            + ("Go on" if run.now < run.total else f"Double {end} ({vars(s)[end]:,g})")
+            + ("Go on" if h.step < h.total_steps else f"Double {end} ({vars(s)[end]:,g})")
         )
 
 
-def slow(run: SimpleNamespace, s: Settings) -> str | None:
+def lr_too_low(h: EvalHistory, s: Settings) -> str | None:
     """Advise if late in a run with a low rate the model knows no more than pairs of bytes."""
-    late = run.now >= max(LATE_FRACTION * run.total, 2 * s.WARMUP_ITERS)
-    if late and s.LEARNING_RATE < REFERENCE_RATE and run.val[run.now] > run.order_1:
-        bits, bigram = (bits_per_byte(nats) for nats in (run.val[run.now], run.order_1))
+    late = h.step >= max(LATE_FRACTION * h.total_steps, 2 * s.WARMUP_ITERS)
+    if late and s.LEARNING_RATE < REFERENCE_RATE and h.loss > h.bigram_cross_entropy:
+        bits, bigram = (bits_per_byte(nats) for nats in (h.loss, h.bigram_cross_entropy))
         return (
-            f"slow: {bits:.2f} bits per byte after {run.now:,} of {run.total:,} iterations; to "
+            f"slow: {bits:.2f} bits per byte after {h.step:,} of {h.total_steps:,} iterations; to "
             f"know only which byte follows which gives {bigram:.2f}. Raise LEARNING_RATE from "
             f"{s.LEARNING_RATE:g} to {REFERENCE_RATE:g}"
         )
+
+
+SIGNS = {  # by their names in metrics.jsonl, in the order in which they are looked for
+    "overfitting": overfitting,
+    "too_high": lr_too_high,
+    "stuck": plateau,
+    "not_coherent": not_coherent,
+    "slow": lr_too_low,
+}
 
 
 # ------------------------------------------------------------------- what counting bytes would know

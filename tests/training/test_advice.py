@@ -8,7 +8,7 @@ from helpers import ROOT, metrics, train
 
 import train_mlx
 from bdh_lib.data.split import Split
-from bdh_lib.training.advice import advise, byte_baselines, first_counted, order_0, order_n
+from bdh_lib.training.advice import advise, byte_baselines, first_counted, order_n, unigram_entropy
 
 
 def series(val, loss, start=5.6, **of_lines):
@@ -105,15 +105,15 @@ def test_what_counting_knows_is_that_of_the_bytes_that_count():
         byte_baselines(on, Split(train, fields), Split(train, fields)) for on in ("all", "response")
     )
     assert every[1] == pytest.approx(math.log(2) / 2, abs=0.01)
-    assert every == (order_0(train), order_n(train, train, 1))
-    assert answers == (order_0(train[1::2]), order_n(train[1::2], train[1::2], 1))
+    assert every == (unigram_entropy(train), order_n(train, train, 1))
+    assert answers == (unigram_entropy(train[1::2]), order_n(train[1::2], train[1::2], 1))
     never_seen = np.array([1, 9], np.uint8), fields[:2]
     assert byte_baselines("all", Split(train, fields), Split(*never_seen))[1] > 10
 
 
-def test_the_order_0_entropy_is_that_of_the_byte_frequencies():
-    assert order_0(np.arange(256, dtype=np.uint8)) == pytest.approx(math.log(256))
-    assert order_0(np.array([7, 7, 9, 9, 9, 9], np.uint8)) == pytest.approx(
+def test_the_unigram_entropy_is_that_of_the_byte_frequencies():
+    assert unigram_entropy(np.arange(256, dtype=np.uint8)) == pytest.approx(math.log(256))
+    assert unigram_entropy(np.array([7, 7, 9, 9, 9, 9], np.uint8)) == pytest.approx(
         -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
     )
 
@@ -162,7 +162,7 @@ def test_counting_reads_the_first_million_of_the_bytes_that_count():
     stream = np.concatenate([book, answers])
     fields = np.repeat(np.array([4, 3], np.uint8), [len(book), len(answers)])
     side = (stream, fields)
-    expected = (order_0(answers), order_n(answers, answers, 1))
+    expected = (unigram_entropy(answers), order_n(answers, answers, 1))
     assert byte_baselines("response", Split(*side), Split(*side)) == expected
     assert len(first_counted("response", np.tile(answers, 5000), np.full(1_500_000, 3))) == 10**6
 
