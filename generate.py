@@ -106,16 +106,21 @@ def stop_strings(args: argparse.Namespace, mode: str | None) -> list[bytes]:
     return [parse_escapes(text) for text in args.stop]
 
 
-def complete_file(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+def complete_prompts_file(
+    decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace
+) -> None:
     """Write the completions of --prompts to --out, or to stdout, after those that it holds."""
     jobs = read_jobs(args.prompts, checkpoint.mode, args.samples, args.columns)
-    write_results(begin_jobs(jobs, decoding, checkpoint, args), args.out)
+    write_results(pending_results(jobs, decoding, checkpoint, args), args.out)
 
 
-def begin_jobs(
+def pending_results(
     jobs: list[Job], decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace
 ) -> Results:
-    """Complete the jobs whose texts --out lacks."""
+    """Return the Results of the jobs, which generate the texts that --out lacks as they are read.
+
+    Warns where a text may exceed the training blocks. Raises UserError as remaining_jobs does.
+    """
     warn_context_length(max(len(job.prompt) for job in jobs), decoding, args)
     source = source_digest(checkpoint.weights, checkpoint.mode, vars(args))
     remaining = remaining_jobs(jobs, args.out, source)
@@ -123,7 +128,7 @@ def begin_jobs(
     return Results(completed, source, len(jobs) - len(remaining), len(jobs))
 
 
-def answer_data(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+def answer_records(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     """Answer records of --evaluate, write the answers to --out, and print their scores.
 
     The scores say how near the answers come to the true responses. Raises UserError if the mode
@@ -137,7 +142,7 @@ def answer_data(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Names
         data = runs.load_data_report(checkpoint.weights)
         about, records = load_questions(args.evaluate, args.columns, data, Path(folder))
     jobs = answers.question_jobs(records, args.answers)
-    results = begin_jobs(jobs, decoding, checkpoint, args)
+    results = pending_results(jobs, decoding, checkpoint, args)
     rows = answers.read_results(args.out)
     results = results._replace(completed=answers.collect_rows(results.completed, rows))
     write_results(results, args.out, show=lambda _line: None)
@@ -242,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.evaluate is not None and args.answers is None:
         evaluate_data(model, checkpoint, args)
     else:
-        write_texts(make_decoding(model, mode, args), checkpoint, args)
+        generate_by_flags(make_decoding(model, mode, args), checkpoint, args)
     return 0
 
 
@@ -262,13 +267,13 @@ def make_decoding(model: bdh_mlx.BDH, mode: str | None, args: argparse.Namespace
     return Decoding(model, sampling, key, stops, args.max_new_tokens, initial_state(model, args))
 
 
-def write_texts(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Write what the flags ask for: answers, completions, a session, or one text."""
+def generate_by_flags(decoding: Decoding, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Generate what the flags ask for: answers, completions, a session, or one text."""
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if args.answers is not None:
-        answer_data(decoding, checkpoint, args)
+        answer_records(decoding, checkpoint, args)
     elif args.prompts is not None:
-        complete_file(decoding, checkpoint, args)
+        complete_prompts_file(decoding, checkpoint, args)
     elif args.prompt is args.prompt_file is None and on_terminal:
         if args.save_state or args.raw or args.samples > 1:
             raise UserError("a session takes no --save-state (type /save), --raw or --samples")
