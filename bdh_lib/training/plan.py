@@ -43,7 +43,11 @@ def peaks(s: Settings) -> list[float]:
 
 
 def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> str:
-    """Return each preset on so many bytes of each mode, its other settings as the constants say."""
+    """Return a table: each preset's parameters, length, memory by MEMORY_MODE, and what fits.
+
+    `presets` are settings, None for a preset that does not go with the constants; `sizes` the bytes
+    of the training data, by TRAINING_MODE.
+    """
     rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.MODES, "fits")]
     for name, s in presets.items():
         if s is None:

@@ -45,7 +45,7 @@ SIZES = {"chunk": "chunk", "rows": "segment_rows"}
 
 
 def choice_dict(compute: Compute) -> dict:
-    """Return what a file holds of a Compute."""
+    """Return a Compute as JSON: its mode by name, its chunk and its segment, sizes in bytes."""
     names = {saved: mode for mode, (_, saved) in memory.MODES.items()}
     mode = names[compute.saved_activations]
     sizes = {name: getattr(compute, field) for name, field in SIZES.items()}
@@ -123,8 +123,9 @@ class Selection(NamedTuple):
 def select(s: Settings, source: str, choice: dict) -> Selection:
     """Return how a run computes.
 
-    MEMORY_MODE auto takes `choice`, if there is one and it fits; each mode takes its groups of
-    heads, over which a CPU sums. Raises UserError as memory_plan.select_mode does.
+    MEMORY_MODE auto takes `choice`, if there is one and it fits. In every mode a resumed run keeps
+    its number of head groups, which on a CPU decides the order of a sum. Raises UserError as
+    memory_plan.select_mode does.
     """
     groups = choice.get("groups")
     is_divisor = type(groups) is int and groups > 0 and s.BDH_CONFIG.n_head % groups == 0
