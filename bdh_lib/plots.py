@@ -42,7 +42,8 @@ def panel(axes, title: str) -> None:
 
 def label(name) -> str:
     """Escape a name for matplotlib: a $ starts no formula and a leading _ hides no line."""
-    return " " * str(name).startswith("_") + escape_controls(str(name)).replace("$", r"\$")
+    text = escape_controls(str(name)).replace("$", r"\$")
+    return f" {text}" if str(name).startswith("_") else text
 
 
 def legend(axes) -> None:

@@ -143,10 +143,10 @@ def overfitting(h: EvalHistory, s: Settings) -> str | None:
     if has_risen(h, h.best_step) and h.train_loss[h.step] < h.train_loss[h.best_step]:
         dropout = s.BDH_CONFIG.dropout
         higher = min(MAX_DROPOUT, dropout + 0.2)
-        more_dropout = f"raise dropout from {dropout:g} to {higher:g}, " * (dropout < higher)
+        more = f"raise dropout from {dropout:g} to {higher:g}, " if dropout < higher else ""
         return (
             f"overfitting: {describe_change(h, h.best_step)}. The best checkpoint is kept; for a "
-            f"better one {more_dropout}take more data, or lower {lower_rate(s)}"
+            f"better one {more}take more data, or lower {lower_rate(s)}"
         )
 
 

@@ -83,7 +83,8 @@ def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
     n_bytes = short.BATCH_SIZE * short.BLOCK_SIZE
     times = s.BATCH_SIZE * s.BLOCK_SIZE / n_bytes
     expected = duration(4 * 4 * memory_plan.forward_seconds(short))  # an iteration is about four
-    part = f" of {n_bytes:,} bytes, about {expected} on two busy CPU cores" * (times > 1)
+    about = f" of {n_bytes:,} bytes, about {expected} on two busy CPU cores"
+    part = about if times > 1 else ""
     print(f"\nmeasuring the speed: compiling, then 4 iterations{part}")
     seconds = np.array([*time_iterations(short, train, compute)])[1:]
     batch, update, evaluation = seconds.T
@@ -167,8 +168,8 @@ def print_origin(s: Settings) -> None:
     if s.INIT_FROM is None:
         return
     missing = not hub.is_model(s.INIT_FROM) and not resolve_init_from(s).exists()
-    note = f", which is not there yet: no run in {s.CHECKPOINT_DIR}, and no such path" * missing
-    print(f"start: from the weights of {s.INIT_FROM}{note}")
+    note = f", which is not there yet: no run in {s.CHECKPOINT_DIR}, and no such path"
+    print(f"start: from the weights of {s.INIT_FROM}{note if missing else ''}")
 
 
 @contextmanager

@@ -135,8 +135,8 @@ def select(s: Settings, source: str, choice: dict) -> Selection:
         of_mode = replace(of_mode, **as_before)
         compute = replace(of_mode, **{field: choice[name] for name, field in SIZES.items()})
         sizes = f" (chunk {compute.chunk:,}, segment {compute.segment_rows:,})"
-        sizes *= compute != of_mode
-        label, peak = f"{choice['mode']} {source}{sizes}", memory_plan.step_peak(s, compute)
+        label = f"{choice['mode']} {source}{sizes if compute != of_mode else ''}"
+        peak = memory_plan.step_peak(s, compute)
         if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
             return Selection(label, source, compute, peak)
         print(f"memory: {label} needs {peak / 1e9:,.2f} GB, too much; taking what fits")
@@ -327,7 +327,7 @@ def timings_table(s: Settings, timings: dict, peaks: dict, start: Compute, best:
     """Return a table of the Computes that were timed: their speed, and their peak memory."""
     rows = [("MEMORY_MODE", "chunk", "segment", "bytes/s", "peak GB", "")]
     for compute, times in timings.items():
-        marks = ["kept"] * (compute == best) + ["auto by itself"] * (compute == start)
+        marks = [mark for c, mark in ((best, "kept"), (start, "auto by itself")) if c == compute]
         speed = f"{s.BATCH_SIZE * s.BLOCK_SIZE / min(times):,.0f}"
         sizes = [f"{getattr(compute, field):,}" for field in SIZES.values()]
         gb = f"{peaks[compute] / 1e9:,.2f}"

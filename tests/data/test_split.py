@@ -59,7 +59,7 @@ def dealt(file, cache, mode, share=0.1):
 def test_a_record_held_out_in_one_mode_trains_in_none(tmp_path, systems):
     records = many(systems, 400)
     file = write_jsonl(tmp_path / "d.jsonl", [*records, {"instruction": "Lone."}])
-    modes = ["instruction", "both", "full"] + ["system"] * (systems > 3)
+    modes = ["instruction", "both", "full"] + (["system"] if systems > 3 else [])
     sides = {mode: dealt(file, tmp_path / "cache", mode) for mode in modes}
     text = lambda r, mode: format_example(r, mode).removeprefix("### System:")  # noqa: E731
     trained = [r for r in records if text(r, "full") in sides["full"][0]]

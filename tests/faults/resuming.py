@@ -271,13 +271,16 @@ def _(n):
             skips = [m["skipped"] for m in lines if "skipped" in m][-1:]
             why = [] if code == 0 and skips == [1] else [f"exit {code}, skipped {skips}"]
             if not why:
-                why += ["the update was not skipped"] * (state(box, k)[0] != state(box, k + 1)[0])
-                why += ["skipped others"] * (state(box, k + 1)[0] == state(box, k + 2)[0])
+                if state(box, k)[0] != state(box, k + 1)[0]:
+                    why.append("the update was not skipped")
+                if state(box, k + 1)[0] == state(box, k + 2)[0]:
+                    why.append("skipped others")
                 again = fresh()
                 stop = signalled("get_batch", k + 2)
                 train(again, *args, before=lambda: (hurt(), stop()))
                 train(again, *args, before=hurt)
-                why += ["other bits after a stop"] * (state(again, LAST) != state(box, LAST))
+                if state(again, LAST) != state(box, LAST):
+                    why.append("other bits after a stop")
             yield "; ".join(why), None
 
 

@@ -428,7 +428,7 @@ def _(n):
             box, *LARGER, before=lambda: at_call(checkpoints, "lock_run", 1, plain_user)
         )
         at.chmod(0o700)
-        yield refusal(code, out, "cannot be written") or "iter" * ("iter " in out), None
+        yield refusal(code, out, "cannot be written") or ("iter" if "iter " in out else ""), None
 
 
 @fault("a second trainer in the same run", 1, 5, no_lock=[(fcntl, "flock", lambda *args: None)])

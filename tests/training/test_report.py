@@ -295,4 +295,4 @@ def test_on_a_mac_fonts_are_found_before_mlx_is_used(tmp_path, monkeypatch, plat
     monkeypatch.setattr(train_mlx, "World", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path)
-    assert found == ["matplotlib.font_manager"] * (platform == "darwin")
+    assert found == (["matplotlib.font_manager"] if platform == "darwin" else [])
