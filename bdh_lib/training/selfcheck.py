@@ -228,8 +228,11 @@ def check_products(dtype: str) -> tuple[float, float]:
     compute = memory.compute_for(LAYER, "fast", dtype)
     H, D, N = LAYER.n_head, LAYER.n_embd, LAYER.neurons_per_head
     rows = min(compute.segment_rows, MAX_ROWS)
-    shapes = enumerate([(1, rows, D), (H, D, N), (H, rows, N), (H, N, D)])
-    v, Dx, y, E = (mx.random.normal(of, compute.dtype, key=mx.random.key(i)) for i, of in shapes)
+    shapes = [(1, rows, D), (H, D, N), (H, rows, N), (H, N, D)]
+    v, Dx, y, E = (
+        mx.random.normal(shape, compute.dtype, key=mx.random.key(i))
+        for i, shape in enumerate(shapes)
+    )
     pairs = [(v, Dx), (y, E), (v.swapaxes(1, 2), y), (v, E.swapaxes(1, 2))]
     return nan_max(product_error(*pair) for pair in pairs), PRODUCT_ROUNDING[compute.dtype]
 
