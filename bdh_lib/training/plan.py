@@ -96,7 +96,7 @@ def time_iterations(s: Settings, train: Split, compute: Compute) -> Iterator[tup
     """Yield the seconds of a batch, of an update, and of an evaluation's batch, four times."""
     state = init_train_state(s, compute)
     micro_step, apply_update = compile_steps(state, s)
-    losses_of = compile_losses(state.model)
+    losses_fn = compile_losses(state.model)
     for i in range(4):
         batch = get_batch(train, i, s, s.BATCH_SIZE * s.BLOCK_SIZE)
         start = time.perf_counter()
@@ -107,7 +107,7 @@ def time_iterations(s: Settings, train: Split, compute: Compute) -> Iterator[tup
         mx.eval(apply_update(loss, gradients), state.arrays())
         updated = time.perf_counter()
         with default_signals():
-            losses = losses_of(batch.idx, batch.targets)
+            losses = losses_fn(batch.idx, batch.targets)
         mx.eval(losses)
         ended = time.perf_counter()
         print(f"  iteration {i + 1} of 4: {updated - start:,.1f} s", flush=True)
