@@ -25,23 +25,23 @@ def no_pictures(request, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def uninterrupted_run(tmp_path_factory):
     """A run of 12 iterations without a stop."""
-    folder = tmp_path_factory.mktemp("straight")
+    folder = tmp_path_factory.mktemp("uninterrupted_run")
     assert train(folder, "--max-iters", 12) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def counting(tmp_path_factory):
+def counting_run(tmp_path_factory):
     """The run of a model that writes all byte values, over and over."""
-    return saved(model_of(COUNTING), tmp_path_factory.mktemp("counting"))
+    return saved(model_of(COUNTING), tmp_path_factory.mktemp("counting_run"))
 
 
 @pytest.fixture(scope="module")
-def chaos(tmp_path_factory):
+def random_run(tmp_path_factory):
     """The run of a model of random weights."""
-    return saved(random_model(), tmp_path_factory.mktemp("chaos"))
+    return saved(random_model(), tmp_path_factory.mktemp("random_run"))
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def arrays(folder, step, run="full"):
     return {f"{i}.{k}": np.array(v) for i, file in enumerate(files) for k, v in file.items()}
 
 
-def same(a, b):
+def equal_arrays(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
@@ -145,7 +145,7 @@ def loss_and_gradients(model, forward, batch):
     return {"loss": value} | dict(tree_flatten(gradients))
 
 
-def worst(a, b):
+def max_relative_error(a, b):
     """Largest difference of any array, relative to that array's largest number."""
     return max(max_abs_error(a[k], b[k]) / (mx.max(mx.abs(b[k])).item() + 1e-12) for k in b)
 

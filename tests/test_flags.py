@@ -37,7 +37,7 @@ def test_help_shows_every_setting_under_its_heading(capsys):
     ("args", "near"),
     [("--blok-size 2", "--block-size"), ("--preset tinny", "tiny"), ("--epoch 3", "--epochs")],
 )
-def test_a_mistyped_flag_is_told_its_nearest(args, near, capsys):
+def test_a_mistyped_flag_suggests_the_nearest(args, near, capsys):
     with pytest.raises(SystemExit) as error:
         train_mlx.settings(args.split())
     assert error.value.code == 2
@@ -74,7 +74,7 @@ def test_any_script_can_report_mistakes_so(capsys):
         assert error.value.code == 2 and output in capsys.readouterr().err
 
 
-def test_a_mistyped_choice_is_told_its_nearest():
+def test_a_mistyped_choice_suggests_the_nearest():
     with pytest.raises(UserError, match=r"did you mean full\?"):
         train_mlx.settings(["--training-mode", "ful"])
     with pytest.raises(UserError, match=r"be one of system, instruction, both, full$"):

@@ -31,34 +31,38 @@ from bdh_mlx import BDH, BDHConfig, UserError
 
 
 @pytest.mark.parametrize("on_metal", [False, True])
-def test_the_cache_of_freed_buffers_is_limited_on_metal(on_metal, counting, output, monkeypatch):
+def test_the_cache_of_freed_buffers_is_limited_on_metal(
+    on_metal, counting_run, output, monkeypatch
+):
     limits = []
     monkeypatch.setattr(memory, "on_metal", lambda: on_metal)
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)
-    assert output(counting, "--prompt", "a", "--max-new-tokens", 2) == b"abc\n"
+    assert output(counting_run, "--prompt", "a", "--max-new-tokens", 2) == b"abc\n"
     assert limits == [2 * 10**9] * on_metal
 
 
-def test_an_empty_prompt_begins_a_record(counting, output):
+def test_an_empty_prompt_begins_a_record(counting_run, output):
     # after a blank line comes \x0b
-    assert output(counting, "--prompt", "", "--max-new-tokens", 2, "--raw") == b"\x0b\x0c"
+    assert output(counting_run, "--prompt", "", "--max-new-tokens", 2, "--raw") == b"\x0b\x0c"
 
 
 def test_an_empty_prompt_file_is_refused_and_an_empty_stdin_noted(
-    counting, tmp_path, capsys, monkeypatch
+    counting_run, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "empty").touch()
     with pytest.raises(UserError, match='empty is empty; --prompt "" begins a record'):
-        generate.main([str(counting), "--prompt-file", str(tmp_path / "empty")])
+        generate.main([str(counting_run), "--prompt-file", str(tmp_path / "empty")])
     with (tmp_path / "empty").open("rb") as empty:
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=empty, isatty=lambda: False))
-        generate.main([str(counting), "--max-new-tokens", "2", "--raw"])
+        generate.main([str(counting_run), "--max-new-tokens", "2", "--raw"])
     assert "stdin is empty, so there is no prompt" in capsys.readouterr().err
 
 
-def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(counting, output, tmp_path):
+def test_a_prompt_that_is_no_utf8_is_read_as_it_is_and_shown_escaped(
+    counting_run, output, tmp_path
+):
     (tmp_path / "p").write_bytes(b"a\xff\x1b")
-    ask = (counting, "--prompt-file", tmp_path / "p", "--max-new-tokens", 1)
+    ask = (counting_run, "--prompt-file", tmp_path / "p", "--max-new-tokens", 1)
     assert output(*ask) == b"a\\xff\\x1b\\x1c\n"
     assert output(*ask, "--raw") == b"a\xff\x1b\x1c"
     assert parse_escapes("a\udcff\\n") == b"a\xff\n"
@@ -74,14 +78,16 @@ def test_a_megabyte_of_prompt(tmp_path, output):
     assert out[:-5] == text
 
 
-def test_a_pipe_is_read_to_its_end(counting):
-    command = [sys.executable, str(ROOT / "generate.py"), str(counting), "--max-new-tokens", "3"]
+def test_a_pipe_is_read_to_its_end(counting_run):
+    command = [sys.executable, ROOT / "generate.py", counting_run, "--max-new-tokens", "3"]
     ran = subprocess.run(command, input=b"line\nx", capture_output=True)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"line\nxyz{\n", b"")
 
 
-def test_the_same_seed_writes_the_same_bytes(chaos, output):
-    one, again, other = (output(chaos, "--prompt", "a", "--seed", s, "--raw") for s in (1, 1, 2))
+def test_the_same_seed_writes_the_same_bytes(random_run, output):
+    one, again, other = (
+        output(random_run, "--prompt", "a", "--seed", s, "--raw") for s in (1, 1, 2)
+    )
     assert one == again != other
     assert len(one) == 501
 
@@ -115,9 +121,9 @@ def test_the_same_seed_writes_the_same_bytes(chaos, output):
         ),
     ],
 )
-def test_impossible_flags_are_one_line(flags, complaint, counting):
+def test_impossible_flags_are_one_line(flags, complaint, counting_run):
     with pytest.raises(UserError, match=complaint) as error:
-        generate.main([str(counting), "--prompt", "a", *flags])
+        generate.main([str(counting_run), "--prompt", "a", *flags])
     assert "\n" not in str(error.value)
 
 
@@ -129,9 +135,9 @@ def test_impossible_flags_are_one_line(flags, complaint, counting):
         (["--stop", "a", "--no-stop"], "--no-stop: not allowed with argument --stop"),
     ],
 )
-def test_mistyped_flags_are_one_line(flags, complaint, counting, capsys):
+def test_mistyped_flags_are_one_line(flags, complaint, counting_run, capsys):
     with pytest.raises(SystemExit, match="2"):
-        generate.main([str(counting), "--prompt", "a", *flags])
+        generate.main([str(counting_run), "--prompt", "a", *flags])
     output = capsys.readouterr().err
     assert complaint in output and output.count("\n") == 1
 
@@ -144,12 +150,12 @@ def test_mistyped_flags_are_one_line(flags, complaint, counting, capsys):
         ("--evaluate x --save-state s", "--save-state"),
     ],
 )
-def test_a_flag_without_an_effect_is_told(flags, idle, counting):
+def test_a_flag_without_an_effect_is_told(flags, idle, counting_run):
     with pytest.raises(UserError, match=f"^{idle}: no effect beside {flags.split()[0]}"):
-        generate.main([str(counting), *flags.split()])
+        generate.main([str(counting_run), *flags.split()])
 
 
-def test_files_that_cannot_be_read_or_would_be_lost_are_named(counting, tmp_path):
+def test_files_that_cannot_be_read_or_would_be_lost_are_named(counting_run, tmp_path):
     (tmp_path / "bad").write_bytes(b"\xff")
     (tmp_path / "in").write_text('{"prompt": "a"}')
     (tmp_path / "loop").symlink_to("loop")
@@ -164,7 +170,7 @@ def test_files_that_cannot_be_read_or_would_be_lost_are_named(counting, tmp_path
     ):
         names = ("--prompts", str(tmp_path / asked), "--out", str(tmp_path / out))
         with pytest.raises(UserError, match=complaint):
-            generate.main([str(counting), *names])
+            generate.main([str(counting_run), *names])
     assert (tmp_path / "in").read_text() == '{"prompt": "a"}'
 
 
@@ -172,23 +178,23 @@ PATH_FLAGS = ["--prompt-file", "--prompts", "--export", "--load-state", "--save-
 
 
 @pytest.mark.parametrize("flag", [*PATH_FLAGS, "--evaluate", "--trace", "--stop"])
-def test_an_empty_string_is_no_value(flag, counting):
+def test_an_empty_string_is_no_value(flag, counting_run):
     with pytest.raises(UserError, match=f"^{flag} is empty"):
-        generate.parse_args([str(counting), flag, ""])
+        generate.parse_args([str(counting_run), flag, ""])
     with pytest.raises(UserError, match=r"^model is empty"):
         generate.parse_args(["", "--prompt", "a"])
 
 
 @pytest.mark.parametrize("flag", PATH_FLAGS)
-def test_each_flag_that_takes_a_path_reads_it_alike(flag, counting, monkeypatch):
+def test_each_flag_that_takes_a_path_reads_it_alike(flag, counting_run, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of mine")
     beside = {"--out": ["--prompts", "p"]}.get(flag, [])
-    args = generate.parse_args([str(counting), *beside, flag, "~/x.safetensors"])
+    args = generate.parse_args([str(counting_run), *beside, flag, "~/x.safetensors"])
     path = vars(args)[flag[2:].replace("-", "_")]
     assert str(path) == "/home/of mine/x.safetensors"
     for wrong, complaint in (("w/\udcff", r"w/\\xff: not UTF-8"), ("a\0b", "NUL")):
         with pytest.raises(UserError, match=f"^{flag} is .*{complaint}"):
-            generate.parse_args([str(counting), flag, wrong])
+            generate.parse_args([str(counting_run), flag, wrong])
     with pytest.raises(UserError, match=r"^model is .*not UTF-8"):
         generate.parse_args(["\udcff"])
 
@@ -200,38 +206,38 @@ def test_the_version_is_a_line(script, capsys):
     assert re.fullmatch(r"BDH-MLX, mlx [\d.]+, python [\d.]+\n", capsys.readouterr().out)
 
 
-def test_what_is_no_file_is_not_evaluated(chaos, tmp_path):
+def test_what_is_no_file_is_not_evaluated(random_run, tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name in (tmp_path / "pipe.jsonl", "/dev/null"):
         with pytest.raises(UserError, match="is not a regular file; write what it gives to a file"):
-            generate.main([str(chaos), "--evaluate", str(name)])
+            generate.main([str(random_run), "--evaluate", str(name)])
 
 
 @pytest.mark.parametrize(
     "args", ["--prompt-file /dev/zero", "--prompts /dev/zero", "--trace @/dev/zero"]
 )
-def test_a_device_that_never_ends_is_refused(counting, args):
+def test_a_device_that_never_ends_is_refused(counting_run, args):
     with pytest.raises(UserError, match="/dev/zero is a device; name a file or a pipe"):
-        generate.main([str(counting), *args.split()])
+        generate.main([str(counting_run), *args.split()])
 
 
 @pytest.mark.parametrize("args", ["", "--prompt-file PIPE", "--prompts PIPE", "--trace @PIPE"])
-def test_a_pipe_that_does_not_end_is_refused(counting, args, monkeypatch):
+def test_a_pipe_that_does_not_end_is_refused(counting_run, args, monkeypatch):
     read, write = os.pipe()
     os.write(write, b"1234567")  # and it stays open
     with os.fdopen(read, "rb") as pipe, os.fdopen(write, "wb"):
         monkeypatch.setattr(files, "MAX_STREAM", 5)
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe, isatty=lambda: False))
         with pytest.raises(UserError, match=r"gives more than 5 bytes .*; write them to a file"):
-            generate.main([str(counting), *args.replace("PIPE", f"/dev/fd/{read}").split()])
+            generate.main([str(counting_run), *args.replace("PIPE", f"/dev/fd/{read}").split()])
 
 
 @pytest.mark.parametrize(
     "shell", ["cat p | $run --prompt-file /dev/stdin", "$run --prompt-file <(cat p)"]
 )
-def test_a_pipe_is_a_prompt_file(counting, tmp_path, shell):
+def test_a_pipe_is_a_prompt_file(counting_run, tmp_path, shell):
     (tmp_path / "p").write_bytes(b"x")
-    run = f"{sys.executable} {ROOT / 'generate.py'} {counting} --max-new-tokens 3"
+    run = f"{sys.executable} {ROOT / 'generate.py'} {counting_run} --max-new-tokens 3"
     ran = subprocess.run(
         ["bash", "-c", shell], cwd=tmp_path, env=os.environ | {"run": run}, capture_output=True
     )
@@ -249,8 +255,8 @@ def damaged_run(run, folder, config):
     "config",
     [b"", b"\xff", b"[]", b"null", b"[" * 10**5, b'{"settings": 5}', b'{"settings": null}'],
 )
-def test_a_damaged_config_is_a_warning(config, chaos, tmp_path, capsys):
-    run = damaged_run(chaos, tmp_path, config)
+def test_a_damaged_config_is_a_warning(config, random_run, tmp_path, capsys):
+    run = damaged_run(random_run, tmp_path, config)
     assert generate.main([str(run), "--prompt", "a", "--max-new-tokens", "2"]) == 0
     output = capsys.readouterr().err
     assert output.count("\n") == 1 and "config.json is damaged" in output
@@ -268,10 +274,10 @@ def test_a_config_that_was_not_written_with_its_checkpoint_is_a_warning(tmp_path
 
 
 @pytest.mark.parametrize("wrong", ["2", None, True, 1.5, -1, [2], {"a": 1}, 10**30])
-def test_settings_of_a_wrong_type_are_unknown_to_evaluation(wrong, chaos, tmp_path, output):
+def test_settings_of_a_wrong_type_are_unknown_to_evaluation(wrong, random_run, tmp_path, output):
     names = ("BLOCK_SIZE", "BATCH_SIZE", "TRAINING_MODE")
     config = json.dumps({"settings": dict.fromkeys(names, wrong)})
-    run = damaged_run(chaos, tmp_path, config.encode())
+    run = damaged_run(random_run, tmp_path, config.encode())
     (tmp_path / "a.txt").write_text("one paragraph\n\nanother\n")
     table = output(run, "--evaluate", tmp_path / "a.txt", "--mode", "full").decode()
     assert "in blocks of 4,096" in table
@@ -404,62 +410,66 @@ def test_another_ready_split_is_not_said_to_be_the_runs(tmp_path, output):
         assert "bits/byte" in table and "the run trained on" not in table
 
 
-def test_a_text_file_has_one_field_and_other_modes_need_their_fields(chaos, tmp_path, output):
+def test_a_text_file_has_one_field_and_other_modes_need_their_fields(random_run, tmp_path, output):
     (tmp_path / "a.txt").write_text("one paragraph\n\nanother\n")
-    table = output(chaos, "--evaluate", tmp_path / "a.txt").decode().splitlines()
+    table = output(random_run, "--evaluate", tmp_path / "a.txt").decode().splitlines()
     assert [row.split()[0] for row in table[2:]] == ["headers", "text", "whole"]
     (tmp_path / "a.jsonl").write_text('{"instruction": "x"}\n')
     with pytest.raises(UserError, match="no record for TRAINING_MODE 'full'"):
-        generate.main([str(chaos), "--evaluate", str(tmp_path / "a.jsonl")])
-    bare = chaos / "step-000001" / "model.safetensors"
+        generate.main([str(random_run), "--evaluate", str(tmp_path / "a.jsonl")])
+    bare = random_run / "step-000001" / "model.safetensors"
     (tmp_path / "bare.safetensors").write_bytes(bare.read_bytes())
     with pytest.raises(UserError, match="--mode"):
         generate.main([str(tmp_path / "bare.safetensors"), "--evaluate", str(tmp_path / "a.txt")])
 
 
-def test_a_saved_state_goes_on_as_the_whole_prompt_would(chaos, tmp_path, output):
+def test_a_saved_state_goes_on_as_the_whole_prompt_would(random_run, tmp_path, output):
     greedy = ("--temperature", "0", "--no-stop", "--max-new-tokens", "20", "--raw")
     file = tmp_path / "s.safetensors"
-    kept = output(chaos, "--prompt", "abc def", *greedy, "--save-state", file)
-    on = output(chaos, "--prompt", " and on", *greedy, "--load-state", file)
+    kept = output(random_run, "--prompt", "abc def", *greedy, "--save-state", file)
+    on = output(random_run, "--prompt", " and on", *greedy, "--load-state", file)
     (tmp_path / "all").write_bytes(kept + b" and on")
-    assert output(chaos, "--prompt-file", tmp_path / "all", *greedy) == kept + on
+    assert output(random_run, "--prompt-file", tmp_path / "all", *greedy) == kept + on
     assert len(on) == len(b" and on") + 20
     with pytest.raises(UserError, match=r"--window is 64.*read with none"):
-        generate.main([str(chaos), "--prompt", "a", "--load-state", str(file), "--window", "64"])
+        generate.main([str(random_run), "--prompt", "a", "--load-state", str(file), "--window=64"])
 
 
-def test_a_text_longer_than_the_trained_blocks_is_told_unless_a_window_bounds_it(chaos, capsys):
-    generate.main([str(chaos), "--prompt", "a" * 400, "--max-new-tokens", "5"])
+def test_a_text_longer_than_the_trained_blocks_is_told_unless_a_window_bounds_it(
+    random_run, capsys
+):
+    generate.main([str(random_run), "--prompt", "a" * 400, "--max-new-tokens", "5"])
     assert "was trained on blocks of" in capsys.readouterr().err
-    generate.main([str(chaos), "--prompt", "a" * 400, "--max-new-tokens", "5", "--window", "64"])
+    generate.main([str(random_run), "--prompt", "a" * 400, "--max-new-tokens", "5", "--window=64"])
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("file", ["absent/s.safetensors", "s.bin", "weights.safetensors"])
 def test_a_state_that_cannot_be_saved_is_told_before_a_byte_is_written(
-    chaos, tmp_path, file, capsys
+    random_run, tmp_path, file, capsys
 ):
     mx.save_safetensors(str(tmp_path / "weights.safetensors"), {"encoder": mx.ones(3)})
     with pytest.raises(UserError, match="not saved"):
-        generate.main([str(chaos), "--prompt", "abc", "--save-state", str(tmp_path / file)])
+        generate.main([str(random_run), "--prompt", "abc", "--save-state", str(tmp_path / file)])
     assert capsys.readouterr().out == ""
     assert mx.load(str(tmp_path / "weights.safetensors"))["encoder"].tolist() == [1, 1, 1]
 
 
-def test_an_interrupted_text_saves_its_state_too(chaos, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_text_saves_its_state_too(random_run, tmp_path, monkeypatch, capsys):
     def interrupt(self):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(StopMatcher, "end", interrupt)
     file = tmp_path / "s.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        generate.main([*f"{chaos} --prompt abc --max-new-tokens 5 --save-state {file}".split()])
-    assert state_files.load_state(file, bdh_mlx.load_model(chaos)).position == 8
+        generate.main(
+            [*f"{random_run} --prompt abc --max-new-tokens 5 --save-state {file}".split()]
+        )
+    assert state_files.load_state(file, bdh_mlx.load_model(random_run)).position == 8
 
 
 def test_a_text_that_is_interrupted_before_its_first_byte_saves_what_was_read(
-    chaos, tmp_path, monkeypatch
+    random_run, tmp_path, monkeypatch
 ):
     def stopped(*_):
         raise KeyboardInterrupt
@@ -468,5 +478,5 @@ def test_a_text_that_is_interrupted_before_its_first_byte_saves_what_was_read(
     monkeypatch.setattr(generate, "stream", stopped)
     file = tmp_path / "s.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        generate.main([str(chaos), "--prompt", "abcdef", "--save-state", str(file)])
-    assert state_files.load_state(file, bdh_mlx.load_model(chaos)).position == 6
+        generate.main([str(random_run), "--prompt", "abcdef", "--save-state", str(file)])
+    assert state_files.load_state(file, bdh_mlx.load_model(random_run)).position == 6

@@ -42,7 +42,7 @@ def many(systems, records, seed=0):
     ]
 
 
-def dealt(file, cache, mode, share=0.1):
+def side_texts(file, cache, mode, share=0.1):
     """The texts of each side in a mode, as sets."""
     _, *sides = prepare(file, cache, mode=mode, val_fraction=share)
     joint = "\n\n### System" if mode in ("both", "full") else "\n\n"
@@ -60,7 +60,7 @@ def test_a_record_held_out_in_one_mode_trains_in_none(tmp_path, systems):
     records = many(systems, 400)
     file = write_jsonl(tmp_path / "d.jsonl", [*records, {"instruction": "Lone."}])
     modes = ["instruction", "both", "full"] + (["system"] if systems > 3 else [])
-    sides = {mode: dealt(file, tmp_path / "cache", mode) for mode in modes}
+    sides = {mode: side_texts(file, tmp_path / "cache", mode) for mode in modes}
     text = lambda r, mode: format_example(r, mode).removeprefix("### System:")  # noqa: E731
     trained = [r for r in records if text(r, "full") in sides["full"][0]]
     held_out = [r for r in records if text(r, "full") in sides["full"][1]]
@@ -77,7 +77,7 @@ def test_the_split_holds_out_its_share_and_whole_systems_where_they_fit(tmp_path
     file = write_jsonl(tmp_path / "d.jsonl", records)
     report, *_ = prepare(file, tmp_path / "cache")
     assert report["val"]["records"] == round(0.1 * len(records)) and report["shared"] == 0
-    train, val = dealt(file, tmp_path / "cache", "system")
+    train, val = side_texts(file, tmp_path / "cache", "system")
     assert val and len(train) + len(val) == 40
 
 

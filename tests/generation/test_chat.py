@@ -72,8 +72,8 @@ class Screen:
             pass
 
 
-def test_no_control_byte_of_the_model_reaches_a_terminal(counting, tmp_path, output):
-    args = (counting, "--prompt", "a", "--max-new-tokens", 300, "--no-stop")
+def test_no_control_byte_of_the_model_reaches_a_terminal(counting_run, tmp_path, output):
+    args = (counting_run, "--prompt", "a", "--max-new-tokens", 300, "--no-stop")
     assert len(set(output(*args, "--raw"))) == 256  # the model does write them all
     with Screen(tmp_path, *args) as screen:
         assert screen.ended() == 0
@@ -85,8 +85,8 @@ def test_no_control_byte_of_the_model_reaches_a_terminal(counting, tmp_path, out
 PROMPT = b"> "
 
 
-def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path):
-    with Screen(tmp_path, counting, "--max-new-tokens", 300, "--no-stop") as screen:
+def test_a_session_keeps_its_state_and_formats_what_is_typed(counting_run, tmp_path):
+    with Screen(tmp_path, counting_run, "--max-new-tokens", 300, "--no-stop") as screen:
         assert b"a response after its header" in screen.until(PROMPT)
 
         def line(text):
@@ -133,8 +133,8 @@ def test_a_session_keeps_its_state_and_formats_what_is_typed(counting, tmp_path)
     assert "hello" in (tmp_path / ".bdh_history").read_text()
 
 
-def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting, tmp_path):
-    with Screen(tmp_path, counting, "--max-new-tokens", 10**9, "--no-stop") as screen:
+def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting_run, tmp_path):
+    with Screen(tmp_path, counting_run, "--max-new-tokens", 10**9, "--no-stop") as screen:
         screen.until(PROMPT)
         screen.type(b"go\r")
         screen.until(b"ABCDEFG")  # in the middle of an endless answer
@@ -154,8 +154,8 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_session(counting, tmp_path):
     assert text.startswith(b"### Instruction:\ngo\n\n### Response:\n\x0b\x0c") and len(text) > 80
 
 
-def test_sigterm_resets_the_terminal(counting, tmp_path):
-    with Screen(tmp_path, counting) as screen:
+def test_sigterm_resets_the_terminal(counting_run, tmp_path):
+    with Screen(tmp_path, counting_run) as screen:
         screen.until(PROMPT)
         screen.type(b"half a line")
         screen.until(b"half a line")
@@ -168,7 +168,7 @@ def test_sigterm_resets_the_terminal(counting, tmp_path):
 
 @pytest.mark.parametrize("library", ["GNU readline", "libedit readline", None])
 def test_lines_that_cannot_be_pasted_as_one_text_are_told(
-    library, monkeypatch, capsys, chaos, tmp_path
+    library, monkeypatch, capsys, random_run, tmp_path
 ):
     """None: a Python without the module."""
     bound = []
@@ -178,7 +178,7 @@ def test_lines_that_cannot_be_pasted_as_one_text_are_told(
     monkeypatch.setitem(sys.modules, "readline", fake if library else None)
     monkeypatch.setattr(chat.Session, "next_line", lambda _: None)
     monkeypatch.setattr(chat, "HISTORY", tmp_path / "history")
-    chat.Session(Decoding(bdh_mlx.load_model(chaos), Sampling(), KEY), "full").run()
+    chat.Session(Decoding(bdh_mlx.load_model(random_run), Sampling(), KEY), "full").run()
     assert ('go between two lines of """' in capsys.readouterr().out) == (not bound)
     assert len(bound) == (library == "GNU readline")
 
@@ -197,11 +197,11 @@ def test_the_end_of_input_ends_a_text_of_several_lines(monkeypatch):
         chat.read_input()
 
 
-def test_a_session_answers_as_its_whole_transcript_would(monkeypatch, capsys, chaos, tmp_path):
+def test_a_session_answers_as_its_whole_transcript_would(monkeypatch, capsys, random_run, tmp_path):
     monkeypatch.setattr(chat, "HISTORY", tmp_path / "history")
     lines = iter(["first", "/system S", "second", f"/save {tmp_path / 'said'}", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    model = bdh_mlx.load_model(chaos)
+    model = bdh_mlx.load_model(random_run)
     chat.Session(Decoding(model, GREEDY, KEY, [b"\n---\n"], 30), "full").run()
     output = (tmp_path / "said").read_bytes()
     asked, answer = output[: output.rindex(b"### Response:\n") + 14], output[-30:]
@@ -227,17 +227,17 @@ PLAIN = b"### System:\nS\n\n### Instruction:\nq"
         (b"ans", "instruction", True, b"\n\nq"),
     ],
 )
-def test_a_turn_goes_on_as_the_model_was_trained(said, mode, chats, read, chaos):
-    session = chat.Session(Decoding(bdh_mlx.load_model(chaos), GREEDY, KEY), mode, chats)
+def test_a_turn_goes_on_as_the_model_was_trained(said, mode, chats, read, random_run):
+    session = chat.Session(Decoding(bdh_mlx.load_model(random_run), GREEDY, KEY), mode, chats)
     session.system, session.text = "S", bytearray(said)
     assert session.format_prompt("q") == read
     session.text = bytearray()
     assert read.endswith(session.format_prompt("q")[-9:])
 
 
-def test_a_session_says_once_that_it_outgrew_the_blocks(monkeypatch, capsys, chaos, tmp_path):
+def test_a_session_says_once_that_it_outgrew_the_blocks(monkeypatch, capsys, random_run, tmp_path):
     monkeypatch.setattr(chat, "HISTORY", tmp_path / "history")
-    model = bdh_mlx.load_model(chaos)
+    model = bdh_mlx.load_model(random_run)
     lines = iter(["a", "b" * model.trained_length, "c", "/save", "/quit "])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     chat.Session(Decoding(model, GREEDY, KEY, [], 5), "full").run()

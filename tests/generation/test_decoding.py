@@ -148,26 +148,26 @@ def test_a_record_ends_in_mode_full_at_a_line_of_three_dashes(tmp_path, output):
     assert output(run, "--prompt", r"a--", "--max-new-tokens", 3) == b"a--\n\n\n\n"
 
 
-def test_stop_strings_of_the_user_end_the_text_before_them(counting, output):
-    assert output(counting, "--prompt", "a", "--stop", "xyz", "--stop", "hij") == b"abcdefg\n"
+def test_stop_strings_of_the_user_end_the_text_before_them(counting_run, output):
+    assert output(counting_run, "--prompt", "a", "--stop", "xyz", "--stop", "hij") == b"abcdefg\n"
     assert (
-        output(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 12)
+        output(counting_run, "--prompt", "a", "--stop", "no", "--max-new-tokens", 12)
         == b"abcdefghijklm\n"
     )
     assert (
-        output(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 13)
+        output(counting_run, "--prompt", "a", "--stop", "no", "--max-new-tokens", 13)
         == b"abcdefghijklmn\n"
     )
     assert (
-        output(counting, "--prompt", "a", "--stop", "no", "--max-new-tokens", 14)
+        output(counting_run, "--prompt", "a", "--stop", "no", "--max-new-tokens", 14)
         == b"abcdefghijklm\n"
     )
     with pytest.raises(UserError, match="--stop is empty"):
-        generate.main([str(counting), "--prompt", "a", "--stop", ""])
+        generate.main([str(counting_run), "--prompt", "a", "--stop", ""])
 
 
-def test_utf8_is_always_valid_text(chaos):
-    model, s = bdh_mlx.load_model(chaos), Sampling(utf8=True)
+def test_utf8_is_always_valid_text(random_run):
+    model, s = bdh_mlx.load_model(random_run), Sampling(utf8=True)
     prompts = [b"a", b"caf\xc3", b"\xf0\x9f", b"\xff\xfe", "日本".encode()] * 4
     for row, written, _ in generate_batch(Decoding(model, s, KEY, [], 50), prompts):
         partial = {1: b"\xc3", 2: b"\xf0\x9f"}.get(row % 5, b"")

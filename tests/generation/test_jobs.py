@@ -24,7 +24,7 @@ def results(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_path, output):
+def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(random_run, tmp_path, output):
     asked = [
         {"prompt": "one", "id": 7},
         {"system": "S", "instruction": "I"},
@@ -36,7 +36,7 @@ def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_pat
     (tmp_path / "in").write_text(
         "\n".join(json.dumps(record, ensure_ascii=False) for record in asked)
     )
-    ask = (chaos, "--prompts", tmp_path / "in", "--temperature", 0, "--max-new-tokens", 12)
+    ask = (random_run, "--prompts", tmp_path / "in", "--temperature", 0, "--max-new-tokens", 12)
     output(*ask, "--out", tmp_path / "out", "--batch-size", 4)
     found = sorted(results(tmp_path / "out"), key=lambda r: r["line"])
     read_as = [
@@ -51,9 +51,11 @@ def test_a_file_of_prompts_is_answered_line_by_line_as_one_by_one(chaos, tmp_pat
     assert output(*ask).splitlines() != []  # without --out, to stdout
 
 
-def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, tmp_path, output):
+def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(
+    random_run, tmp_path, output
+):
     (tmp_path / "in").write_text('{"prompt": "a"}\n{"prompt": "bb"}\n')
-    ask = (chaos, "--prompts", tmp_path / "in", "--samples", 3, "--batch-size", 4, "--seed", 3)
+    ask = (random_run, "--prompts", tmp_path / "in", "--samples", 3, "--batch-size", 4, "--seed", 3)
     ask += ("--max-new-tokens", 30)
     out = output(*ask)
     assert out == output(*ask)
@@ -62,7 +64,7 @@ def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, t
         (line, sample) for line in (1, 2) for sample in (1, 2, 3)
     ]
     assert len({r["completion"] for r in found}) == 6
-    text = output(chaos, "--prompt", "a", "--samples", 2, "--seed", 3).decode()
+    text = output(random_run, "--prompt", "a", "--samples", 2, "--seed", 3).decode()
     assert re.findall(r"--- sample (\d)\na", text) == ["1", "2"]
 
 
@@ -81,10 +83,10 @@ def test_several_samples_of_each_prompt_differ_and_repeat_with_the_seed(chaos, t
         ('{"instruction": "i", "system": {}}', "system is dict, not text"),
     ],
 )
-def test_a_bad_line_of_prompts_is_named(line, reason, chaos, tmp_path):
+def test_a_bad_line_of_prompts_is_named(line, reason, random_run, tmp_path):
     (tmp_path / "in").write_text(f'{{"prompt": "fine"}}\n{line}\n')
     with pytest.raises(UserError, match=f"line 2: {reason}"):
-        generate.main([str(chaos), "--prompts", str(tmp_path / "in")])
+        generate.main([str(random_run), "--prompts", str(tmp_path / "in")])
 
 
 @pytest.mark.parametrize(
@@ -100,14 +102,14 @@ def test_what_a_model_would_answer_need_not_be_there(record):
     assert jobs.prompt_of_record(record, "full") == asked
 
 
-def test_blank_lines_of_prompts_count_but_ask_nothing(chaos, tmp_path, output):
+def test_blank_lines_of_prompts_count_but_ask_nothing(random_run, tmp_path, output):
     (tmp_path / "in").write_text('\n{"prompt": "a", "line": 7, "completion": "mine"}\n  \n')
-    (found,) = output(chaos, "--prompts", tmp_path / "in", "--max-new-tokens", 3).splitlines()
+    (found,) = output(random_run, "--prompts", tmp_path / "in", "--max-new-tokens", 3).splitlines()
     found = json.loads(found)
     assert found["line"] == 2 and found["given"] == {"line": 7, "completion": "mine"}
     (tmp_path / "in").write_text("\n")
     with pytest.raises(UserError, match="holds no prompt"):
-        generate.main([str(chaos), "--prompts", str(tmp_path / "in")])
+        generate.main([str(random_run), "--prompts", str(tmp_path / "in")])
 
 
 def test_batches_hold_prompts_of_similar_length_each_once():
@@ -140,7 +142,7 @@ def test_numbers_of_a_prompt_stand_as_in_its_line_and_in_its_record(tmp_path):
 
 
 def test_interrupted_prompts_tell_how_many_are_written_and_keep_them(
-    chaos, tmp_path, monkeypatch, capsys
+    random_run, tmp_path, monkeypatch, capsys
 ):
     prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
     prompts.write_text("".join(f'{{"prompt": "{p}"}}\n' for p in "abc"))
@@ -154,7 +156,7 @@ def test_interrupted_prompts_tell_how_many_are_written_and_keep_them(
     monkeypatch.setattr(jobs, "generate_batch", interrupted)
     flags = f"--prompts {prompts} --out {out} --batch-size 1 --max-new-tokens 5"
     with pytest.raises(KeyboardInterrupt):
-        generate.main([str(chaos), *flags.split()])
+        generate.main([str(random_run), *flags.split()])
     assert "stopped: 2 of 3 texts are written" in capsys.readouterr().err
     assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == ["a", "b"]
 
@@ -163,7 +165,7 @@ ASKED = ["one", "a longer one", "one", "four", "five"]
 
 
 @pytest.fixture
-def asked(tmp_path, chaos, output, capfdbinary):
+def asked(tmp_path, random_run, output, capfdbinary):
     """A function that writes the texts of ASKED to `out`; what was said on stderr."""
     lines = ({"prompt": p, "line": i} for i, p in enumerate(ASKED))
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
@@ -171,16 +173,16 @@ def asked(tmp_path, chaos, output, capfdbinary):
 
     def run(*args, out=tmp_path / "out.jsonl", seed=3):
         capfdbinary.readouterr()
-        generate.main([str(chaos), *flags.split(), f"--seed={seed}", "--out", str(out), *args])
+        generate.main([str(random_run), *flags.split(), f"--seed={seed}", "--out", str(out), *args])
         return capfdbinary.readouterr().err.decode()
 
     return run
 
 
 @pytest.mark.parametrize(("n", "error"), [(1000, False), (1001, True)])
-def test_a_long_prompt_is_told_before_it_is_read(n, error, chaos, tmp_path, capfdbinary):
+def test_a_long_prompt_is_told_before_it_is_read(n, error, random_run, tmp_path, capfdbinary):
     (tmp_path / "long").write_bytes(b"a" * n)
-    generate.main([str(chaos), "--prompt-file", str(tmp_path / "long"), "--max-new-tokens", "1"])
+    generate.main([str(random_run), "--prompt-file", str(tmp_path / "long"), "--max-new-tokens=1"])
     line = f"reading a prompt of {n:,} bytes".encode()
     assert (line in capfdbinary.readouterr().err) == error
 
@@ -196,7 +198,7 @@ def test_texts_of_another_command_do_not_count_as_done(other, seed, asked, tmp_p
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
-def test_texts_of_another_model_do_not_count_as_done(asked, chaos, tmp_path, monkeypatch):
+def test_texts_of_another_model_do_not_count_as_done(asked, random_run, tmp_path, monkeypatch):
     asked()
     real = runs.find_weights
     other = tmp_path / "other.safetensors"
@@ -287,13 +289,13 @@ def test_no_empty_file_is_left_and_a_full_disk_leaves_whole_lines(asked, tmp_pat
     assert sorted(m["line"] for m in results(out)) == [1, 2, 3, 4, 5]
 
 
-def test_a_million_texts_are_the_most(chaos, tmp_path):
+def test_a_million_texts_are_the_most(random_run, tmp_path):
     (tmp_path / "p").write_text('{"prompt": "a"}\n' * 3)
     with pytest.raises(UserError, match="asks for more than 1,000,000 texts"):
         jobs.read_jobs(tmp_path / "p", None, 400_000)
 
 
-def test_prompts_of_another_editor_are_read(chaos, tmp_path, output):
+def test_prompts_of_another_editor_are_read(random_run, tmp_path, output):
     (tmp_path / "p").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r{"prompt": "b"}\r\n')
-    out = output(chaos, "--prompts", tmp_path / "p", "--max-new-tokens", 2).splitlines()
+    out = output(random_run, "--prompts", tmp_path / "p", "--max-new-tokens", 2).splitlines()
     assert [json.loads(line)["line"] for line in out] == [1, 3]

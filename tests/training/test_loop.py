@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import ROOT, arrays, metrics, same, train
+from helpers import ROOT, arrays, equal_arrays, metrics, train
 
 import generate
 import train_mlx
@@ -25,13 +25,15 @@ from bdh_lib.training.batches import get_batch
 from bdh_mlx import UserError
 
 
-def test_a_gpu_that_computes_ahead_trains_and_logs_the_same(straight, tmp_path, monkeypatch):
+def test_a_gpu_that_computes_ahead_trains_and_logs_the_same(
+    uninterrupted_run, tmp_path, monkeypatch
+):
     for module in (training_step, meters):
         monkeypatch.setattr(module, "on_cuda", lambda: True)
     assert train(tmp_path, "--max-iters", 12) == 0
-    assert same(arrays(straight, 12), arrays(tmp_path, 12))
+    assert equal_arrays(arrays(uninterrupted_run, 12), arrays(tmp_path, 12))
     losses = [[(m["step"], m["loss"], m["skipped"]) for m in metrics(run) if "loss" in m]
-              for run in (straight, tmp_path)]  # fmt: skip
+              for run in (uninterrupted_run, tmp_path)]  # fmt: skip
     assert losses[0] == losses[1] and losses[0]
 
 
@@ -222,10 +224,10 @@ def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys, monke
     assert elsewhere[:2] == [sys.executable, str(ROOT / "generate.py")]
 
 
-def test_what_a_run_leaves(straight):
-    run = straight / "full"
+def test_what_a_run_leaves(uninterrupted_run):
+    run = uninterrupted_run / "full"
     best = json.loads((run / "best.json").read_text())
-    evaluations = {m["step"]: m["val_loss"] for m in metrics(straight) if "val_loss" in m}
+    evaluations = {m["step"]: m["val_loss"] for m in metrics(uninterrupted_run) if "val_loss" in m}
     assert list(evaluations) == [0, 5, 10, 12]
     assert best["monitored_loss"] == min(v for k, v in evaluations.items() if k)
     assert {f"step-{n:06d}" for n in runs.steps(run)} >= {best["checkpoint"], "step-000012"}
@@ -272,7 +274,9 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("minutes", [10, "none"])
-def test_a_checkpoint_is_written_when_minutes_have_passed(tmp_path, straight, monkeypatch, minutes):
+def test_a_checkpoint_is_written_when_minutes_have_passed(
+    tmp_path, uninterrupted_run, monkeypatch, minutes
+):
     saved, save, now = [], checkpoints.save, [0.0]
 
     def four_minutes(*args):
@@ -288,12 +292,12 @@ def test_a_checkpoint_is_written_when_minutes_have_passed(tmp_path, straight, mo
     train(tmp_path, "--max-iters", 12, "--save-minutes", minutes, *rare)
     assert saved == ([8, 12] if minutes == "none" else [3, 6, 8, 11, 12])
     assert runs.steps(tmp_path / "full") == saved[-2:]
-    assert same(arrays(tmp_path, 12), arrays(straight, 12))
+    assert equal_arrays(arrays(tmp_path, 12), arrays(uninterrupted_run, 12))
 
 
-def test_evaluating_and_sampling_do_not_disturb_training(tmp_path, straight):
+def test_evaluating_and_sampling_do_not_disturb_training(tmp_path, uninterrupted_run):
     train(tmp_path, "--max-iters", 12, "--eval-freq", 1, "--sample-bytes", 5, "--log-freq", 5)
-    assert same(arrays(tmp_path, 12), arrays(straight, 12))
+    assert equal_arrays(arrays(tmp_path, 12), arrays(uninterrupted_run, 12))
 
 
 def test_dropout_differs_between_steps_and_is_off_in_evaluation(tmp_path):

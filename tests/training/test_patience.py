@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import arrays, metrics, same, train
+from helpers import arrays, equal_arrays, metrics, train
 
 from bdh_lib import runs
 from bdh_lib.training import evaluator
@@ -55,7 +55,7 @@ def test_a_resumed_run_keeps_the_count_and_ends_in_the_same_bits(tmp_path, worse
     for folder in ("a", "b"):
         steps = [m["step"] for m in metrics(tmp_path / folder) if "val_loss" in m]
         assert steps == [0, 2, 4, 6, 8, 10, 12]
-    assert same(arrays(tmp_path / "a", 12), arrays(tmp_path / "b", 12))
+    assert equal_arrays(arrays(tmp_path / "a", 12), arrays(tmp_path / "b", 12))
 
 
 def test_without_patience_a_run_goes_to_its_end(tmp_path, worse_after_6):

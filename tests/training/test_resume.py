@@ -12,7 +12,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import ARGS, ROOT, arrays, metrics, same, train, write_best
+from helpers import ARGS, ROOT, arrays, equal_arrays, metrics, train, write_best
 
 import train_mlx
 from bdh_lib import files, runs
@@ -24,20 +24,20 @@ from bdh_mlx import UserError
 
 
 @pytest.mark.parametrize("stops", [[5], [4, 5, 8], [1, 11]])
-def test_a_stopped_run_ends_in_the_same_bits(tmp_path, straight, stops):
+def test_a_stopped_run_ends_in_the_same_bits(tmp_path, uninterrupted_run, stops):
     for stop in (*stops, 12):
         assert train(tmp_path, "--max-iters", stop) == 0
-    assert same(arrays(tmp_path, 12), arrays(straight, 12))
+    assert equal_arrays(arrays(tmp_path, 12), arrays(uninterrupted_run, 12))
 
 
 def test_accumulating_runs_resume_exactly_too(tmp_path):
     for folder, stops in (("a", [6]), ("b", [3, 6])):
         for stop in stops:
             train(tmp_path / folder, "--grad-accum", 3, "--max-iters", stop)
-    assert same(arrays(tmp_path / "a", 6), arrays(tmp_path / "b", 6))
+    assert equal_arrays(arrays(tmp_path / "a", 6), arrays(tmp_path / "b", 6))
 
 
-def test_a_signal_during_an_update_saves_it_as_done(tmp_path, straight, monkeypatch):
+def test_a_signal_during_an_update_saves_it_as_done(tmp_path, uninterrupted_run, monkeypatch):
     real = train_mlx.compile_steps
 
     def compile_steps(*args):
@@ -56,11 +56,13 @@ def test_a_signal_during_an_update_saves_it_as_done(tmp_path, straight, monkeypa
     assert runs.steps(tmp_path / "full")[-1] == 3
     steps = [False] * 9
     assert train(tmp_path, "--max-iters", 12) == 0
-    assert same(arrays(tmp_path, 12), arrays(straight, 12))
+    assert equal_arrays(arrays(tmp_path, 12), arrays(uninterrupted_run, 12))
 
 
 @pytest.mark.parametrize("lost", ["optimizer", "data position", "dropout"])
-def test_a_resume_that_loses_something_ends_elsewhere(tmp_path, straight, monkeypatch, lost):
+def test_a_resume_that_loses_something_ends_elsewhere(
+    tmp_path, uninterrupted_run, monkeypatch, lost
+):
     """Negative controls: the comparison above can fail."""
     train(tmp_path, "--max-iters", 5)
     if lost == "optimizer":
@@ -80,7 +82,7 @@ def test_a_resume_that_loses_something_ends_elsewhere(tmp_path, straight, monkey
         key = mx.random.key
         monkeypatch.setattr(mx.random, "key", lambda seed: key(seed + 1))
     train(tmp_path, "--max-iters", 12)
-    assert not same(arrays(tmp_path, 12), arrays(straight, 12))
+    assert not equal_arrays(arrays(tmp_path, 12), arrays(uninterrupted_run, 12))
 
 
 HELD = """
@@ -148,10 +150,10 @@ sys.exit(script.main())
     ids=["train", "plan", "evaluate"],
 )
 def test_a_signal_ends_what_the_interpreter_cannot_hear(
-    tmp_path, straight, number, owner, name, script, args
+    tmp_path, uninterrupted_run, number, owner, name, script, args
 ):
     code = DEAF.format(root=str(ROOT), owner=owner, name=name, script=script)
-    args = [a.format(run=straight / "full") for a in args]
+    args = [a.format(run=uninterrupted_run / "full") for a in args]
     args += [] if script == "generate" else ["--checkpoint-dir", str(tmp_path)]
     command = [sys.executable, "-c", code, *args]
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
@@ -163,7 +165,7 @@ def test_a_signal_ends_what_the_interpreter_cannot_hear(
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_or_interrupted_run_ends_in_the_same_bits(tmp_path, straight, blow):
+def test_a_killed_or_interrupted_run_ends_in_the_same_bits(tmp_path, uninterrupted_run, blow):
     process = start_held(tmp_path, 6)
     process.send_signal(blow)
     out, err = process.communicate(timeout=60)
@@ -172,13 +174,13 @@ def test_a_killed_or_interrupted_run_ends_in_the_same_bits(tmp_path, straight, b
         assert "the same command continues it" in out
         assert err == "stopping, once the last finished iteration is saved\n"
     assert train(tmp_path, "--max-iters", 12) == 0
-    assert same(arrays(tmp_path, 12), arrays(straight, 12))
+    assert equal_arrays(arrays(tmp_path, 12), arrays(uninterrupted_run, 12))
     steps = [m["step"] for m in metrics(tmp_path) if "loss" in m]
     assert steps == list(range(1, 13))  # each iteration is logged once
 
 
-def test_a_finished_run_says_so_and_what_to_change(straight, capsys):
-    assert train(straight, "--max-iters", 12) == 0
+def test_a_finished_run_says_so_and_what_to_change(uninterrupted_run, capsys):
+    assert train(uninterrupted_run, "--max-iters", 12) == 0
     assert "to continue, raise MAX_ITERS" in capsys.readouterr().out
 
 
@@ -371,7 +373,7 @@ def test_a_run_resumes_across_epochs_with_the_whole_recipe(tmp_path):
         "bytes"
     ]
     assert 2 * n_bytes < 24 * 2 * 64  # over two epochs
-    assert same(arrays(tmp_path / "whole", 24), arrays(tmp_path / "parts", 24))
+    assert equal_arrays(arrays(tmp_path / "whole", 24), arrays(tmp_path / "parts", 24))
 
 
 def test_a_resumed_run_trains_at_its_new_rate(tmp_path):
@@ -399,16 +401,17 @@ def test_a_resumed_run_tells_of_a_damaged_config(tmp_path, capsys):
     assert "damaged" not in capsys.readouterr().err  # it was written anew
 
 
-def test_other_settings_in_the_same_run_are_refused_by_name(straight):
+def test_other_settings_in_the_same_run_are_refused_by_name(uninterrupted_run):
     with pytest.raises(
         UserError, match=r"BLOCK_SIZE: there 64, here 32; n_embd: there 16, here 8\).* another$"
     ):
-        train(straight, "--max-iters", 20, "--block-size", 32, "--n-embd", 8)
+        train(uninterrupted_run, "--max-iters", 20, "--block-size", 32, "--n-embd", 8)
     with pytest.raises(UserError, match=r"\(TRAINING_MODE: there full, here both\)"):
-        train(straight, "--training-mode", "both", "--run-name", "full")  # not: other bytes
+        # not: other bytes
+        train(uninterrupted_run, "--training-mode", "both", "--run-name", "full")
     shape = ("--n-layer", 1, "--n-embd", 8, "--n-head", 1, "--mlp-internal-dim-multiplier", 2)
     with pytest.raises(UserError, match=r"n_head: there 2, here 1; and others\)"):
-        train(straight, "--seed", 1, "--block-size", 32, *shape)
+        train(uninterrupted_run, "--seed", 1, "--block-size", 32, *shape)
 
 
 def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
@@ -443,8 +446,8 @@ def test_a_signal_after_the_last_evaluation_finds_a_complete_run(tmp_path, monke
     assert "ended: by MAX_ITERS" in out and "stopped" not in out
 
 
-def test_files_that_may_not_be_read_are_left_as_they_are(straight, tmp_path, monkeypatch):
-    shutil.copytree(straight / "full", tmp_path / "full")
+def test_files_that_may_not_be_read_are_left_as_they_are(uninterrupted_run, tmp_path, monkeypatch):
+    shutil.copytree(uninterrupted_run / "full", tmp_path / "full")
     names = sorted(p.name for p in (tmp_path / "full").iterdir())
 
     def denied(file, *_, **__):
@@ -476,7 +479,7 @@ def test_a_recipe_resumes_in_the_same_bits(tmp_path, kind):
     for folder, ends in (("once", [6]), ("twice", [4, 6])):
         for end in ends:
             assert train(tmp_path / folder, *kind.split(), "--max-iters", end) == 0
-    assert same(arrays(tmp_path / "twice", 6), arrays(tmp_path / "once", 6))
+    assert equal_arrays(arrays(tmp_path / "twice", 6), arrays(tmp_path / "once", 6))
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])

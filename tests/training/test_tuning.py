@@ -9,7 +9,7 @@ from itertools import cycle
 
 import numpy as np
 import pytest
-from helpers import ARGS, arrays, same, train
+from helpers import ARGS, arrays, equal_arrays, train
 
 import train_mlx
 from bdh_lib.compute import memory
@@ -152,7 +152,7 @@ def test_a_run_goes_on_as_it_began_to_the_bit(tmp_path, capsys):
     capsys.readouterr()
     assert train(tmp_path / "other", "--max-iters", 4) == 0
     assert "memory: fast as before, float32" in capsys.readouterr().out
-    assert same(arrays(tmp_path / "one", 4), arrays(tmp_path / "other", 4))
+    assert equal_arrays(arrays(tmp_path / "one", 4), arrays(tmp_path / "other", 4))
     plant(tmp_path / "third")
     assert train(tmp_path / "third", "--max-iters", 2) == 0
     tuning.choice_file(
@@ -161,7 +161,8 @@ def test_a_run_goes_on_as_it_began_to_the_bit(tmp_path, capsys):
     capsys.readouterr()
     assert train(tmp_path / "third", "--max-iters", 4) == 0
     assert "memory: balanced as before (chunk 16, segment 32)" in capsys.readouterr().out
-    assert not same(arrays(tmp_path / "one", 4), arrays(tmp_path / "third", 4))  # it matters
+    # it matters
+    assert not equal_arrays(arrays(tmp_path / "one", 4), arrays(tmp_path / "third", 4))
 
 
 @pytest.mark.parametrize("mode", ["auto", "small"])
@@ -171,7 +172,7 @@ def test_a_run_goes_on_with_its_groups_of_heads_on_other_cores(mode, tmp_path, m
         if hasattr(os, "sched_getaffinity"):
             monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
         assert train(tmp_path / folder, *flags, "--max-iters", steps) == 0
-    assert same(arrays(tmp_path / "one", 4), arrays(tmp_path / "other", 4))
+    assert equal_arrays(arrays(tmp_path / "one", 4), arrays(tmp_path / "other", 4))
 
 
 @pytest.mark.parametrize("left_out", [0, 3, "2", True, None])
