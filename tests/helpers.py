@@ -31,16 +31,12 @@ OFFICIAL = "--ema-decay 0 --weight-decay 0.1 --beta2 0.999"  # an average needs 
 ARGS = (
     f"{SMALL} {QUIET} {OFFICIAL} --warmup-iters 2 --lr-decay-iters 20 --learning-rate 1e-3".split()
 )
-# The arguments of Python that start the trainer, as its file does, and draw no report
-TRAINER = (
-    "-c",
-    f"""import sys
-sys.path.insert(0, {str(ROOT)!r})
-import train_mlx
-from bdh_lib.script import cli
-train_mlx.redraw_report = lambda *_: None
-cli.run_main(train_mlx.main, "train_mlx.py")""",
-)
+# The first lines of a script that trains: reports would take a second at each evaluation
+NO_REPORT = "import train_mlx\ntrain_mlx.redraw_report = lambda *_: None\n"
+IMPORT_TRAINER = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{NO_REPORT}"
+# The last lines, which start the trainer as its file does
+RUN_TRAINER = "from bdh_lib.script import cli\ncli.run_main(train_mlx.main, 'train_mlx.py')\n"
+TRAINER = ("-c", IMPORT_TRAINER + RUN_TRAINER)  # arguments of Python
 GREEDY = Sampling(temperature=0)
 KEY = mx.random.key(1)
 COUNTING = [(b + 1) % 256 for b in range(256)]  # model_of it writes all byte values, over and over

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import ARGS, ROOT, TRAINER, metrics, train
+from helpers import ARGS, IMPORT_TRAINER, ROOT, TRAINER, metrics, train
 
 import train_mlx
 from bdh_lib import runs
@@ -211,21 +211,18 @@ def test_a_gpu_fault_of_one_process_ends_all_and_restarts_none(tmp_path):
 
 
 OTHER_CLOCK = """
-import os, sys
-sys.path.insert(0, {root!r})
+import os
 from types import SimpleNamespace
-import train_mlx
 from bdh_lib.training import runlog
 clock = (lambda: 0.0) if os.environ["MLX_RANK"] == "{stopped}" else runlog.time.monotonic
 runlog.time = SimpleNamespace(monotonic=clock)
-train_mlx.redraw_report = lambda *_: None
 sys.exit(train_mlx.main())
 """
 
 
 @pytest.mark.parametrize(("stopped", "saved"), [(0, [6]), (1, [4, 5, 6])])
 def test_the_clock_of_the_first_process_says_when_to_save(tmp_path, stopped, saved):
-    code = OTHER_CLOCK.format(root=str(ROOT), stopped=stopped)
+    code = IMPORT_TRAINER + OTHER_CLOCK.format(stopped=stopped)
     args = ("--max-iters", 6, "--save-freq", 99, "--eval-freq", 99, "--save-minutes", 1e-9)
     processes = start(tmp_path, "-c", code, *ARGS, "--checkpoint-dir", tmp_path, *args)
     assert [code for code, *_ in ended(processes)] == [0, 0]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ARGS, ROOT, arrays, equal_arrays, train
+from helpers import ARGS, IMPORT_TRAINER, RUN_TRAINER, arrays, equal_arrays, train
 
 import train_mlx
 from bdh_lib.training import batches, macos
@@ -49,12 +49,8 @@ GPU_FAULT = (
 )
 
 FAULTY = """
-import os, sys
-sys.path.insert(0, {root!r})
-import train_mlx
-from bdh_lib.script import cli
+import os
 from bdh_lib.training import batches
-train_mlx.redraw_report = lambda *_: None
 print("pid", os.getpid(), file=sys.stderr)
 micro_batches, step = batches.micro_batch_indices, {step}
 
@@ -64,14 +60,13 @@ def faulty(s, at, world):
     return micro_batches(s, at, world)
 
 batches.micro_batch_indices = faulty
-cli.run_main(train_mlx.main, "train_mlx.py")
 """
 
 
 def test_after_a_gpu_fault_the_process_starts_again_and_ends_in_the_same_bits(
     tmp_path, uninterrupted_run
 ):
-    code = FAULTY.format(root=str(ROOT), step=6, fault=GPU_FAULT)
+    code = IMPORT_TRAINER + FAULTY.format(step=6, fault=GPU_FAULT) + RUN_TRAINER
     args = ["--checkpoint-dir", tmp_path, "--max-iters", 12, "--json", "--refresh-data"]
     command = [sys.executable, "-c", code, *ARGS, *map(str, args)]
     ran = subprocess.run(command, capture_output=True, text=True)

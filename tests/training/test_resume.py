@@ -12,7 +12,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import ARGS, ROOT, arrays, equal_arrays, metrics, train, write_best
+from helpers import ARGS, IMPORT_TRAINER, ROOT, arrays, equal_arrays, metrics, train, write_best
 
 import train_mlx
 from bdh_lib import files, runs
@@ -86,9 +86,6 @@ def test_a_resume_that_loses_something_ends_elsewhere(
 
 
 HELD = """
-import sys
-sys.path.insert(0, {root!r})
-import train_mlx
 from bdh_lib.training import batches
 get_batch, calls = batches.get_batch, []
 
@@ -100,14 +97,13 @@ def held(*args):
     return get_batch(*args)
 
 batches.get_batch = held
-train_mlx.redraw_report = lambda *_: None
 sys.exit(train_mlx.main())
 """
 
 
 def start_held(folder, after):
     """The trainer of 12 iterations, which waits after so many of them until its stdin is closed."""
-    code = HELD.format(root=str(ROOT), after=after)
+    code = IMPORT_TRAINER + HELD.format(after=after)
     command = [sys.executable, "-c", code, *ARGS, "--checkpoint-dir", folder, "--max-iters", 12]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(list(map(str, command)), text=True, **pipes)
