@@ -325,7 +325,7 @@ def test_a_run_goes_on_with_a_setting_that_was_added_since(tmp_path, monkeypatch
 
 
 def test_a_resumed_run_tells_a_rate_that_jumps(tmp_path, capsys):
-    decay = ["--lr-decay-iters", "none", "--learning-rate", 1e-3]
+    decay = ["--lr-decay-iters", "none", "--learning-rate", 1e-3, "--min-lr-ratio", 0.1]
     train(tmp_path, "--max-iters", 10, *decay)
     capsys.readouterr()
     train(tmp_path, "--max-iters", 20, *decay)
