@@ -192,7 +192,7 @@ class BDH(nn.Module):
             else:
                 token = mx.argmax(logits, 1)
             idx = mx.concatenate([idx, token[:, None].astype(idx.dtype)], 1)
-            logits, state = read(self, token[:, None], state)  # the last byte needs no more
+            logits, state = read(self, token[:, None], state)  # not needed after the last byte
             logits = logits[:, -1]
             mx.async_eval(idx, state)  # otherwise all bytes would be one graph
         return idx

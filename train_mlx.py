@@ -78,9 +78,9 @@ ACTIONS = {
 }
 
 # The settings above are the recipe that docs/log.md measures on 4 MB of records. A preset stands
-# for a line of flags; what it does not name is as above. The presets for 64 and 16 GB are
-# earlier settings. Phase 2 starts from the weights of phase 1. `tiny` is for a first look,
-# `small-data` for a megabyte of text.
+# for a line of flags; what it does not name is as above. The presets for 64 and 16 GB keep
+# earlier settings on purpose. Phase 2 starts from the weights of phase 1. `tiny` is for a first
+# look, `small-data` for a megabyte of text.
 OFFICIAL = (  # what all presets begin with: mostly the values of the official code
     "--n-layer 6 --dropout 0.1 --weight-decay 0.1 --beta2 0.999 --ema-decay 0 "
     "--min-lr-ratio 0.1 --epochs 10 --no-shuffle-records --eval-freq 250 "

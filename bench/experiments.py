@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import job_queue  # noqa: E402
 
 from bdh_lib.training.advice import order_n  # noqa: E402
-from train_mlx import OFFICIAL  # noqa: E402
+from train_mlx import OFFICIAL, PRESETS  # noqa: E402
 
 SEEDS = 3
 QUIET = (
@@ -53,15 +53,12 @@ RECIPE = OFFICIAL + (
     "--batch-size 32 --max-iters 1500 --learning-rate 1e-3 --min-lr-ratio 0.1 "
     "--warmup-iters 100 --grad-clip 1 --eval-freq 100 --patience 3"
 )
-# Longer blocks and smaller batches than RECIPE's; SMALL_DATA is the preset
+# Longer blocks and smaller batches than RECIPE's
 SMALL_BATCH = (
     "--byte-noise 0.05 --dropout-v 0.1 --weight-decay 1 --ema-decay 0.99 --patience none "
     "--beta2 0.95 --block-size 2048 --batch-size 2 --max-iters 6000 --eval-freq 250 "
 )
-SMALL_DATA = SMALL_BATCH + (
-    "--block-size 1024 --batch-size 4 --max-iters 12000 --ema-decay 0.998 --min-lr-ratio 0.02 "
-    "--eval-freq 1000 "
-)
+SMALL_DATA = PRESETS["small-data"] + " --patience none "
 LAST_TENTH = "--ema-decay 0.9999 --min-lr-ratio 0.2 "  # an average of the last tenth of a run
 SWEEP = {
     "base": "",

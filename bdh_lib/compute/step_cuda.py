@@ -236,8 +236,8 @@ def step(idx: mx.array, weights: Sequence[mx.array], count: mx.array, arrays: tu
         fired = ((P_fire * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)
         if single:
             _, a, x = run(RECALL_ONE, P, G, [*read, encoder], *recalled, ((H, B, N), dtype))
-            read = [x, a, v, encoder_v, decoder, done]
-            _, v, v_cast = run(FIRE_ONE, P_fire, G_fire, read, *fired)
+            inputs = [x, a, v, encoder_v, decoder, done]
+            _, v, v_cast = run(FIRE_ONE, P_fire, G_fire, inputs, *fired)
         else:
             x = v_cast[None] @ encoder.swapaxes(-1, -2)
             _, a = run(RECALL, P, G, [*read, x], *recalled)

@@ -9,7 +9,7 @@ import numpy as np
 
 from bdh_lib.data.formats import FIELDS, SEPARATOR, STOP
 from bdh_lib.data.prepare import DataSettings, load_unsplit, prepare, recorded_settings
-from bdh_lib.data.split import Split, record_ends
+from bdh_lib.data.split import Split, last_fields, record_ends
 from bdh_lib.errors import UserError
 
 N_QUESTIONS = 3  # that the trainer asks at each evaluation
@@ -30,7 +30,7 @@ def question_numbers(records: Split) -> np.ndarray:
     """Return the numbers of the records that end in a response, as in mode `full` alone."""
     if records.record_ends is None:
         return np.array([], int)
-    return np.flatnonzero(records.fields[records.record_ends - len(SEPARATOR) - 1] == RESPONSE)
+    return np.flatnonzero(last_fields(records.fields, records.record_ends) == RESPONSE)
 
 
 def cut_question(records: Split, i: int) -> Question:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bdh_lib.data.formats import FIELDS
+from bdh_lib.data.formats import FIELDS, SEPARATOR
 from bdh_lib.files import sha256_file
 from bdh_lib.progress import counted
 
@@ -88,6 +88,11 @@ def record_ends(folder: Path, side: str) -> np.ndarray | None:
     """Return where each record of a side ends, after its SEPARATOR; None for a ready split."""
     file = folder / ENDS.format(side=side)
     return np.load(file) if file.is_file() else None
+
+
+def last_fields(fields: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the field of each record's last byte, which is before its SEPARATOR."""
+    return fields[ends - len(SEPARATOR) - 1]
 
 
 def bytes_to_evaluate(ends: np.ndarray | None, limit: int | None) -> int | None:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bdh_lib.data.formats import FIELDS, SEPARATOR
+from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.prepare import data_settings, prepare
-from bdh_lib.data.split import Split, bytes_to_evaluate, has_field, record_ends
+from bdh_lib.data.split import Split, bytes_to_evaluate, has_field, last_fields, record_ends
 from bdh_lib.errors import NoDataError, UserError
 from bdh_lib.settings import Settings, settings_dict
 from bdh_lib.training.distributed import World
@@ -61,7 +61,7 @@ def units_to_shuffle(ends: np.ndarray | None, fields: np.ndarray) -> np.ndarray 
     """
     if ends is None:
         return None
-    is_text = fields[ends - len(SEPARATOR) - 1] == FIELDS.index("text")
+    is_text = last_fields(fields, ends) == FIELDS.index("text")
     ends = ends[~(is_text & np.append(is_text[1:], False))]
     return ends if len(ends) > 1 else None
 

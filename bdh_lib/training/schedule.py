@@ -55,7 +55,7 @@ def passes_note(s: Settings, n_bytes: int) -> str | None:
         return None
     passes = total_steps(s, n_bytes) * s.BLOCK_SIZE * blocks_per_step(s) / n_bytes
     near = min(MEASURED_PASSES, key=lambda size: abs(math.log(size / n_bytes)))
-    more = "; more bytes were not measured" * (n_bytes > max(MEASURED_PASSES))
+    more = "; more bytes were not measured" if n_bytes > max(MEASURED_PASSES) else ""
     return (
         f"{passes:,.1f} passes over {n_bytes / 1e6:,.2f} MB; on {near / 1e6:g} MB the earlier "
         f"default settings {MEASURED_PASSES[near]}{more}"
