@@ -149,7 +149,9 @@ ARMS = {  # name: phases of (mode, share of the iterations, flags)
         ("system", 0.5, f"{OWN} 3000 --learning-rate 1e-4"),
         ("instruction", 0.5, f"{OWN} 3000 --learning-rate 5e-5"),
     ],
+    "both-16gb": [("both", 1, PRESETS["both-16gb"])],
 }
+OWN_SETTINGS = ("Option 1", "Option 2", "Option 3", "both-16gb")  # one seed each
 MODES = ("system", "instruction", "both", "full")
 
 
@@ -309,8 +311,9 @@ def sweep_jobs(
     for name, flags in sweep.items():
         if args.only and name not in args.only:
             continue
+        name = f"{name} {args.flags}".strip()
         for seed in range(first_seed, first_seed + (args.seeds if args.only else 1)):
-            flags_of = f"{base} {QUIET} --dataset {data} {flags} --seed {seed}"
+            flags_of = f"{base} {QUIET} --dataset {data} {flags} {args.flags} --seed {seed}"
             jobs.append({"in": what, "name": f"{what}: {name}, seed {seed}", "of": name,
                           "phases": [flags_of],
                           "seconds": seconds(flags_of) * (0.4 + 0.6 * args.per_gpu)})  # fmt: skip
@@ -325,7 +328,7 @@ def guide_jobs(args) -> list[dict]:
     jobs = []
     for seed in range(min(args.seeds, 2)):
         for name, arm in ARMS.items():
-            if (args.only and name not in args.only) or (seed and "Option" in name):
+            if (args.only and name not in args.only) or (seed and name in OWN_SETTINGS):
                 continue
             phases = []
             for mode, share, flags in arm:
@@ -385,6 +388,8 @@ def train(job: dict, work: Path) -> dict:
     best = min((m for m in metrics if "val_loss" in m), key=lambda m: m["val_loss"])
     result["best_bits"] = {"whole": best["val_bpb"]} | best["val_bpb_fields"]  # the last phase's
     result["parameters"] = sum(p.size for _, p in tree_flatten(model.parameters()))
+    if job["in"] == "recipe":
+        result["nats_by_block"] = judge_blocks(model, Path(s.DATASET))
     if "judge" in job:
         result["bits"] = judge(model, Path(job["judge"]), s.BLOCK_SIZE)
     if job["in"] in ("records", "unseen"):
@@ -416,21 +421,34 @@ def curve_result(curve: list) -> dict:
 
 def judge(model, folder: Path, T: int) -> dict:
     """Bits per byte of the held-out records in each mode's format, by field."""
+    from bdh_lib.units import bits_per_byte
+
+    bits = {}
+    for mode in MODES:
+        val = [np.fromfile(folder / mode / f"val.{kind}", np.uint8) for kind in ("bin", "fields")]
+        mean, nats = val_losses(model, val, T)
+        of = nats | {"all": mean}
+        bits[mode] = {field: round(bits_per_byte(loss), 4) for field, loss in of.items()}
+    return bits
+
+
+def judge_blocks(model, folder: Path) -> dict[int, float]:
+    """Nats per byte of the text that validates, read in blocks of each length."""
+    val = np.fromfile(folder / "val.bin", np.uint8)
+    lengths = (256, 512, 1024, 2048, 4096)
+    return {T: round(val_losses(model, (val, np.zeros_like(val)), T)[0], 4) for T in lengths}
+
+
+def val_losses(model, val, T: int) -> tuple[float, dict[str, float]]:
+    """The mean nats per byte of val, its bytes and their fields, and those of each field."""
     from functools import partial
 
     from bdh_lib.compute import memory
     from bdh_lib.data.split import Split
     from bdh_lib.loss import byte_losses, evaluate
-    from bdh_lib.units import bits_per_byte
 
     model.compute = memory.compute_for(model.config, "fast", "auto")
-    bits = {}
-    for mode in MODES:
-        val = [np.fromfile(folder / mode / f"val.{kind}", np.uint8) for kind in ("bin", "fields")]
-        mean, nats = evaluate(partial(byte_losses, model), Split(*val), (4, T))
-        of = nats | {"all": mean}
-        bits[mode] = {field: round(bits_per_byte(loss), 4) for field, loss in of.items()}
-    return bits
+    return evaluate(partial(byte_losses, model), Split(*val), (4, T))
 
 
 def official(job: dict, path: str) -> dict:
@@ -650,6 +668,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of a job ({SEEDS})")
     parser.add_argument("--iterations", type=int, default=1000, help="of a guide arm")
     parser.add_argument("--only", action="append", help="these recipes or arms, all seeds")
+    parser.add_argument("--flags", default="", help="of the trainer, after those of each recipe")
     parser.add_argument("--smoke", type=int, nargs="?", const=20, help="tiny models, 20 iterations")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
