@@ -35,14 +35,13 @@ def schedule_summary(s: Settings, n_bytes: int) -> str:
     return f"{total:,} iterations of {bytes_per_step:,} bytes are {coverage}{cut}"
 
 
-# What the recipe until 2026-11-28 did (four layers, EMA_DECAY 0.99, MIN_LR_RATIO 0.1, ten passes),
-# by the bytes of records that it trained on (docs/log.md, 2026-11-27)
 RECIPE_BYTES = 4_200_000
-MEASURED_PASSES = {
-    100_000: "were best after 12 to 16 passes; --dropout 0.5 took 0.04 bits per byte off",
-    500_000: "were best after 8 of 10 passes",
-    RECIPE_BYTES: "were best after 8.5 to 10 of 10 passes",
-    46_000_000: "still gained after 0.4 passes; --dropout 0.1 took 0.06 bits per byte off",
+MEASURED_PASSES = {  # by the bytes of records that were trained on (docs/log.md, 2026-11-27, -28)
+    100_000: "the default settings were best after 12 to 16 passes",
+    500_000: "the default settings were best after 9 to 10 passes",
+    RECIPE_BYTES: "the default settings were best at the end of 13 passes",
+    46_000_000: "the default settings until 2026-11-28 still gained after 0.4 passes; "
+    "--dropout 0.1 took 0.06 bits per byte off",
 }
 
 
@@ -57,8 +56,8 @@ def passes_note(s: Settings, n_bytes: int) -> str | None:
     near = min(MEASURED_PASSES, key=lambda size: abs(math.log(size / n_bytes)))
     more = "; more bytes were not measured" if n_bytes > max(MEASURED_PASSES) else ""
     return (
-        f"{passes:,.1f} passes over {n_bytes / 1e6:,.2f} MB; on {near / 1e6:g} MB the earlier "
-        f"default settings {MEASURED_PASSES[near]}{more}"
+        f"{passes:,.1f} passes over {n_bytes / 1e6:,.2f} MB; "
+        f"on {near / 1e6:g} MB {MEASURED_PASSES[near]}{more}"
     )
 
 
