@@ -34,21 +34,24 @@ class Split:
 def choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Return which records are held out for validation: a seeded draw of about `share` of them.
 
+    `keys` (3, records) are digests of each record's system text, instruction and all turns, 0 for
+    none. The result is a bool for each record.
+
     Half are drawn by whole system texts (or instructions, where systems are too few or none), with
     all their records, since modes that train on one field need texts of it seen nowhere else; the
     rest by all fields. A text of more records than there is room for is never drawn.
     """
     rng = np.random.default_rng(seed)
     in_val = np.zeros(keys.shape[1], bool)
-    for key, part in zip(keys, (share / 2, share / 2, share), strict=True):
-        texts, which = np.unique(key, return_inverse=True)
-        adds = np.bincount(which, ~in_val)
-        room = round(part * np.count_nonzero(key)) - in_val.sum()  # 0: without this field
+    for key, key_share in zip(keys, (share / 2, share / 2, share), strict=True):
+        texts, text_of_record = np.unique(key, return_inverse=True)
+        n_new = np.bincount(text_of_record, ~in_val)  # records that each text would add
+        n_wanted = round(key_share * np.count_nonzero(key)) - in_val.sum()
         order = rng.permutation(len(texts))
-        order = order[(adds[order] <= room) & (texts[order] != 0)]
-        in_val |= np.isin(which, order[np.cumsum(adds[order]) <= room])
+        order = order[(n_new[order] <= n_wanted) & (texts[order] != 0)]
+        in_val |= np.isin(text_of_record, order[np.cumsum(n_new[order]) <= n_wanted])
     if not in_val.any():  # few records: a share of them is none, but one text must be
-        in_val = which == rng.integers(len(texts))
+        in_val = text_of_record == rng.integers(len(texts))
     return in_val
 
 

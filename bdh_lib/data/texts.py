@@ -5,6 +5,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -21,19 +22,14 @@ MAX_NAMES = 20  # of structures and of columns in a report, where each record ha
 
 
 class Texts(NamedTuple):
-    """The texts of a mode, as they lie in all.bin, SEPARATOR after each, and their records.
+    """The texts of a mode, as they lie one after the other in all.bin, and their records."""
 
-    Of each text: its length in bytes, SEPARATOR included, and a digest. Of each record that has any
-    turn: the number of its texts, the digests of system, instruction and all turns (3, records), 0
-    for none, and whether its part of the data is the validation.
-    """
-
-    report: dict
-    lengths: np.ndarray
-    digests: np.ndarray
-    counts: np.ndarray
-    keys: np.ndarray
-    in_val: np.ndarray
+    report: dict  # the counts of Tally, and what was read
+    lengths: np.ndarray  # of each text, in bytes, SEPARATOR included
+    digests: np.ndarray  # of each text, 64 bits
+    counts: np.ndarray  # of each record with a turn: the number of its texts
+    keys: np.ndarray  # (3, records): digests of system, instruction and all turns, 0 for none
+    in_val: np.ndarray  # of each such record: whether its part of the data is the validation
 
 
 class Formatted(NamedTuple):
@@ -44,16 +40,25 @@ class Formatted(NamedTuple):
     skipped: str | None = None
 
 
+@dataclass
 class Tally:
     """Counts of what records hold, and of what of them is not trained on."""
 
-    def __init__(self):
-        self.structures, self.skipped, self.left_out = Counter(), Counter(), Counter()
-        self.first_skipped = {}
-        self.records, self.turns, self.characters = Counter(), Counter(), Counter()  # by field
-        self.columns, self.read = set(), set()
-        self.unused, self.unused_bytes = Counter(), Counter()
-        self.n_bytes = self.n_texts = self.without_system = self.several_turns = 0
+    structures: Counter = field(default_factory=Counter)  # records, by what parse_record names them
+    skipped: Counter = field(default_factory=Counter)  # records without a text, by the reason
+    first_skipped: dict = field(default_factory=dict)  # by the reason, the record's number from 1
+    left_out: Counter = field(default_factory=Counter)  # turns that are in no text, by the reason
+    records: Counter = field(default_factory=Counter)  # with a turn of it, by the field
+    turns: Counter = field(default_factory=Counter)  # by the field
+    characters: Counter = field(default_factory=Counter)  # of these turns, by the field
+    seen_columns: set = field(default_factory=set)  # names in the records
+    read_columns: set = field(default_factory=set)  # names that COLUMNS or an alias chose
+    unused: Counter = field(default_factory=Counter)  # records, by the name of a column not read
+    unused_bytes: Counter = field(default_factory=Counter)  # of its values, by the name
+    n_bytes: int = 0  # of the turns
+    n_texts: int = 0
+    without_system: int = 0  # records of mode `full`
+    several_turns: int = 0  # records of mode `full` with more than one response
 
     def add(self, record, parsed: columns.Parsed, formatted: Formatted, mode: str) -> None:
         """Count one record and what of it is skipped or left out in `mode`."""
@@ -61,15 +66,15 @@ class Tally:
         self.n_texts += len(formatted.texts)
         for reason in chain(parsed.left_out, formatted.left_out):
             self.left_out[reason] += 1
-        for field, text in parsed.turns:
-            self.turns[field] += 1
-            self.characters[field] += len(text)
+        for name, text in parsed.turns:
+            self.turns[name] += 1
+            self.characters[name] += len(text)
             self.n_bytes += len(text) if text.isascii() else len(text.encode())
-        self.read.update(parsed.columns)
-        for field in dict.fromkeys(field for field, _ in parsed.turns):
-            self.records[field] += 1
+        self.read_columns.update(parsed.columns)
+        for name in dict.fromkeys(name for name, _ in parsed.turns):
+            self.records[name] += 1
         if isinstance(record, dict):
-            self.columns.update(columns.with_nested(record))
+            self.seen_columns.update(columns.with_nested(record))
         for name, size in columns.unused_values(record, parsed).items():
             self.unused[name] += 1
             self.unused_bytes[name] += size
@@ -77,19 +82,19 @@ class Tally:
             self.skipped[formatted.skipped] += 1
             self.first_skipped.setdefault(formatted.skipped, self.structures.total())
         elif mode == "full" and parsed.kind != "text":
-            fields = [field for field, _ in formatted.texts[0]]
+            fields = [name for name, _ in formatted.texts[0]]
             self.without_system += "system" not in fields
             self.several_turns += fields.count("response") > 1
 
     def report(self) -> dict:
         """Return the counts, as data.json keeps them."""
         fields = {
-            field: {
+            name: {
                 "records": n,
-                "texts": self.turns[field],
-                "mean_length": self.characters[field] / self.turns[field],
+                "texts": self.turns[name],
+                "mean_length": self.characters[name] / self.turns[name],
             }
-            for field, n in self.records.items()
+            for name, n in self.records.items()
         }
         unused = {
             name: {"records": self.unused[name], "bytes": size}
@@ -115,10 +120,10 @@ def format_record(parsed: columns.Parsed, mode: str) -> Formatted:
 
     Mode `full` leaves out a record with a broken system text, and keeps one without a system text.
     """
-    present = {field for field, _ in parsed.turns}
-    for field in ("text",) if parsed.kind == "text" else needed_fields(mode):
-        if field not in present:
-            return Formatted([], (), parsed.reason(field))
+    present = {name for name, _ in parsed.turns}
+    for name in ("text",) if parsed.kind == "text" else needed_fields(mode):
+        if name not in present:
+            return Formatted([], (), parsed.reason(name))
     if mode == "full" and parsed.is_broken("system"):
         return Formatted([], (), parsed.reason("system"))
     texts, left_out = training_texts(parsed.turns, mode)
@@ -133,7 +138,7 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
     `chosen` is COLUMNS. Raises UserError if there is no text.
     """
     tally = Tally()
-    lengths, digests, keys = array("Q"), array("Q"), array("Q")
+    lengths, digests, keys = array("Q"), array("Q"), array("Q")  # 64 bits each
     counts, in_val = array("I"), array("B")
     with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
         for part, record in sources.read_parts(source):
@@ -150,8 +155,8 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
                 in_val.append(part == "val")
     report = {"dataset": source.dataset, "mode": mode, **tally.report()}
     report["not_read"] = list(source.left_out)
-    _check_columns(chosen, tally.columns)
-    columns.check_read(chosen, tally.read, tally.unused)
+    _check_columns(chosen, tally.seen_columns)
+    columns.check_read(chosen, tally.read_columns, tally.unused)
     if not lengths:
         raise NoDataError(cannot_serve(report))
     keys = np.array(keys, np.uint64).reshape(-1, 3).T
@@ -170,14 +175,15 @@ def _check_columns(chosen: str | None, names: set[str]) -> None:
 
 def _write_text(text: Turns, out: BinaryIO, labels: BinaryIO) -> tuple[int, int]:
     """Write a text and the field of each of its bytes; its length in bytes and its digest."""
-    length, digest = 0, hashlib.blake2b(digest_size=8)
-    for field, piece in text:
+    length = 0
+    digest = hashlib.blake2b(digest_size=8)
+    for name, piece in text:
         part = piece.encode()
         out.write(part)
         digest.update(part)
         n = len(part)
         del part  # a record may be large
-        labels.write(bytes([FIELDS.index(field)]) * n)
+        labels.write(bytes([FIELDS.index(name)]) * n)
         length += n
     return length, int.from_bytes(digest.digest())
 
