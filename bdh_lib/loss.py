@@ -41,9 +41,11 @@ def evaluate(
     shorter. In a training run the processes of its World `world` evaluate disjoint batches, and
     its StopSignal `stop` ends the evaluation early.
     """
-    n, T = len(val.bytes) - 1, shape[1]
+    n = len(val.bytes) - 1
+    T = shape[1]
     rank, size = (world.rank, world.size) if world else (0, 1)
-    nats, count = np.zeros(len(FIELDS)), np.bincount(val.fields[1:], minlength=len(FIELDS))
+    nats = np.zeros(len(FIELDS))
+    count = np.bincount(val.fields[1:], minlength=len(FIELDS))
     with heartbeat("evaluating"), Progress("evaluating", n // size, "bytes") as progress:
         for begin, end in batch_ranges(n, shape)[rank::size]:
             if not (stop and stop.requested):
@@ -71,7 +73,8 @@ def compile_evaluation(model: BDH, n_bytes: int, shape: tuple[int, int]) -> Call
 
     `n_bytes` is the length of val in bytes, `shape` the (B, T) of `evaluate`. Nothing is computed.
     """
-    losses_fn, T = compile_losses(model), shape[1]
+    losses_fn = compile_losses(model)
+    T = shape[1]
     sizes = {end - begin for begin, end in batch_ranges(n_bytes - 1, shape)}
     with default_signals():
         for size in sizes:

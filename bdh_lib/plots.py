@@ -9,7 +9,8 @@ from importlib import import_module
 from bdh_lib import files
 from bdh_lib.errors import escape_controls
 
-INK, LINES = "#808080", ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", "#d1495b"]
+INK = "#808080"
+LINES = ["#3b7dd8", "#e07b39", "#3a9d6e", "#b35cc4", "#c9a227", "#d1495b"]
 
 
 def find_fonts() -> None:
@@ -55,7 +56,8 @@ def render(figure, kind: str) -> bytes:
     """Render the figure as a PNG on white, or as a transparent SVG in the font of its page."""
     import matplotlib
 
-    file, options = io.BytesIO(), {"dpi": 130, "facecolor": "white"}
+    file = io.BytesIO()
+    options = {"dpi": 130, "facecolor": "white"}
     options |= {"metadata": {"Software": files.MADE_BY}}
     if kind == "svg":
         options = {"transparent": True, "metadata": {"Date": None}}

@@ -40,7 +40,8 @@ class Progress:
         options = {"unit": f" {unit}", "initial": initial, "leave": False, "delay": DELAY}
         disable = True if is_without_columns(sys.stderr) else None  # None: not without a terminal
         self.bar = tqdm(total=total, desc=what, disable=disable, **options)
-        self.last_line, self.line_every = time.monotonic(), LINE_EVERY
+        self.last_line = time.monotonic()
+        self.line_every = LINE_EVERY
 
     def update(self, n: int = 1) -> None:
         """Count n units as done."""

@@ -37,7 +37,8 @@ def _is_safetensors(file: Path) -> bool:
     """Test whether a file begins with the size of a JSON object, and the object."""
     try:
         with file.open("rb") as start:
-            size, brace = int.from_bytes(start.read(8), "little"), start.read(1)
+            size = int.from_bytes(start.read(8), "little")
+            brace = start.read(1)
         return brace == b"{" and size <= file.stat().st_size - 8
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None

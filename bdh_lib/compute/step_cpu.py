@@ -123,7 +123,8 @@ class DecodeStep:
         if len(active) > GATHER_DY * len(x):
             g = np.concatenate([a[h] @ encoder_v[h] for h in range(H)])
             return np.maximum(g, 0) * x
-        gathered, y = self.gathered[: len(active)], np.zeros_like(x)
+        gathered = self.gathered[: len(active)]
+        y = np.zeros_like(x)
         np.take(rows, active, 0, out=gathered, mode="clip")
         cuts = np.searchsorted(active, N * np.arange(H + 1))
         g = [gathered[i:j] @ a[h] for h, (i, j) in enumerate(pairwise(cuts))]

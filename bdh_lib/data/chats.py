@@ -111,7 +111,8 @@ def parse_chat(turns: list) -> tuple[list[tuple[str, str]], list[str]]:
         (field, SEPARATOR.join(text for _, text in group))
         for field, group in groupby(spoken, lambda turn: turn[0])
     ]
-    has_question, result = False, []
+    has_question = False
+    result = []
     for field, text in joined:
         if field == "response" and not has_question:
             left_out.append(NO_QUESTION)

@@ -153,7 +153,8 @@ def _parse_only_chat(record: dict, columns: str | None) -> Parsed | None:
 
 def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
     """Return what the columns by field hold, or None if no field has one."""
-    messages, has_fields = value.get("messages"), value.keys() & {"instruction", "response"}
+    messages = value.get("messages")
+    has_fields = value.keys() & {"instruction", "response"}
     if isinstance(messages, list) and (messages or not has_fields):
         return _parse_messages(value, column, alternate(messages))
     if messages is not None and not has_fields:

@@ -139,6 +139,7 @@ def format_prompt(turns: Turns, mode: str) -> str:
     end = max(i for i, turn in enumerate(turns) if turn[0] == "instruction")
     if mode == "both":
         systems = [turn for turn in turns[:end] if turn[0] == "system"]
-        turns, end = [*systems[-1:], turns[end]], len(systems[-1:])
+        turns = [*systems[-1:], turns[end]]
+        end = len(systems[-1:])
     text = "".join(text for _, text in field_pieces(turns[: end + 1], mode))
     return text + f"{SEPARATOR}### Response:\n" if mode == "full" else text

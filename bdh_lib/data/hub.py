@@ -110,7 +110,8 @@ def download_model(name: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     repository, _, revision = name.removeprefix("hf:").partition("@")
-    files, reason = ["model.safetensors", "config.json"], "has no model.safetensors"
+    files = ["model.safetensors", "config.json"]
+    reason = "has no model.safetensors"
     print(f"looking up {name}", file=sys.stderr)
     try:
         folder = snapshot_download(
@@ -148,7 +149,8 @@ def _user_error(dataset: str, error: Exception) -> Exception:
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub.errors import HFValidationError
 
-    name, reason = parse_name(dataset)[0], " ".join(str(error).split()).rstrip(".")
+    name = parse_name(dataset)[0]
+    reason = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, HFValidationError):  # the hub allows fewer names than NAME
         return _no_name(dataset)
     if isinstance(error, DatasetNotFoundError):

@@ -28,7 +28,8 @@ BOMS = {  # byte order marks, the longer ones first
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-PARQUET, WEB_PAGE = b"PAR1\x15", "a web page: download the file itself"
+PARQUET = b"PAR1\x15"
+WEB_PAGE = "a web page: download the file itself"
 SIGNATURES = {  # how files start that are not what their name says, and what to do
     b"version https://git-lfs": "a pointer of Git LFS and no data: run `git lfs pull`",
     b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or save it as CSV",

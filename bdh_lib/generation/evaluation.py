@@ -56,6 +56,7 @@ def loss_table(whole: float, means: dict[str, float], split: Split) -> str:
     n_bytes = dict(zip(LABEL_OF.values(), count, strict=True)) | {"whole": sum(count)}
     rows = [("field", "bytes", "share", "nats/byte", "bits/byte")]
     for name, mean in (means | {"whole": whole}).items():
-        n, share = n_bytes[name], n_bytes[name] / n_bytes["whole"]
+        n = n_bytes[name]
+        share = n / n_bytes["whole"]
         rows.append((name, f"{n:,}", f"{share:.1%}", f"{mean:.4f}", f"{bits_per_byte(mean):.4f}"))
     return format_table(rows)

@@ -89,7 +89,8 @@ def facts(checkpoint: Path) -> tuple[dict, dict]:
         about = files.read_json_object(checkpoint / "config.json")
     if not runs.is_checkpoint_config(about):
         return {}, {}
-    settings, train = runs.valid_settings(about["settings"]), about["data"]["train"]
+    settings = runs.valid_settings(about["settings"])
+    train = about["data"]["train"]
     if not settings.keys() >= {"DATASET", "TRAINING_MODE", "LOSS_ON"}:
         return {}, {}
     rows = {

@@ -158,7 +158,8 @@ def complete_jobs(
     It yields only `remaining` jobs, but batches and draws are those of all jobs. It ends once
     `stop`, a StopSignal, has received one.
     """
-    key, whole = decoding.key, decoding.sampling.utf8
+    key = decoding.key
+    whole = decoding.sampling.utf8
     remaining = set(map(id, jobs if remaining is None else remaining))
     for batch in batches(jobs, batch_size, decoding.max_new_tokens):
         key, batch_key = mx.random.split(key)

@@ -52,7 +52,8 @@ def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.nd
     """Return the first MAX_BYTES bytes of `stream` that LOSS_ON counts, wherever they stand."""
     if loss_on == "all":
         return np.array(stream[:MAX_BYTES])
-    parts, count = [np.empty(0, np.uint8)], 0
+    parts = [np.empty(0, np.uint8)]
+    count = 0
     for begin in range(0, len(stream), MAX_BYTES):  # the stream may be larger than the memory
         counted = fields[begin : begin + MAX_BYTES] == FIELDS.index(loss_on)
         parts.append(stream[begin : begin + MAX_BYTES][counted])
@@ -152,7 +153,8 @@ def overfitting(h: EvalHistory, s: Settings) -> str | None:
 
 def lr_too_high(h: EvalHistory, s: Settings) -> str | None:
     """Advise if updates were skipped, losses jumped or rose, or gradients are large."""
-    lines, seen = h.lines[-1], []
+    lines = h.lines[-1]
+    seen = []
     norms = [math.inf if m["grad_norm"] is None else m["grad_norm"] for m in lines]
     norm = float(np.median(norms))
     skipped = lines[-1]["skipped"] - (h.lines[-2][-1]["skipped"] if len(h.lines) > 1 else 0)

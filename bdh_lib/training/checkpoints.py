@@ -147,7 +147,8 @@ def valid_best(run: Path) -> dict:
     A damaged file, or one whose checkpoint is damaged, is dropped with a warning: the next
     evaluation is the best then. Raises UserError for a file that may not be read.
     """
-    best, reason = {}, None
+    best = {}
+    reason = None
     try:
         best = runs.read_best(run)
     except PermissionError as error:

@@ -28,10 +28,13 @@ def neuron_activity(model: BDH, val: np.ndarray, T: int) -> dict[str, list[float
     They are counted over the first ACTIVITY_BYTES of val in blocks of T, without dropout. The paper
     names 5 % for x.
     """
-    watched, L = val[:ACTIVITY_BYTES].astype(np.int32), model.config.n_layer
-    active, excited = np.zeros((2, L)), mx.array(False)
+    watched = val[:ACTIVITY_BYTES].astype(np.int32)
+    L = model.config.n_layer
+    active = np.zeros((2, L))
+    excited = mx.array(False)
     for begin in range(0, len(watched), T):
-        block, S = watched[begin : begin + T], [None] * L
+        block = watched[begin : begin + T]
+        S = [None] * L
         for position in range(0, len(block), ACTIVITY_CHUNK):
             v = ln(model.embed(mx.array(block[None, position : position + ACTIVITY_CHUNK])))
             for i in range(L):

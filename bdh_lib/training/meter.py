@@ -25,7 +25,8 @@ class Meter:
         """
         self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
         self.progress = Progress("training", n_steps, "iterations", step)
-        self.skipped, self.consecutive_skips = skipped, 0  # steps whose numbers were not finite
+        self.skipped = skipped  # steps whose numbers were not finite
+        self.consecutive_skips = 0
         self.pending_steps = []  # steps that MLX may not have computed yet
         self.has_logged = False  # whether the log has a line of training
         self.start_time = time.perf_counter()
@@ -69,7 +70,8 @@ class Meter:
                 self.consecutive_skips = 0
                 self.losses += [loss] if has_targets else []
             else:
-                self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
+                self.skipped += 1
+                self.consecutive_skips += 1
                 tqdm.write(f"iter {step:>6} | update skipped: loss {loss}, norm {norm}")
 
     def close(self) -> None:
@@ -97,7 +99,8 @@ class Meter:
         """
         if not self.losses:
             return {}
-        elapsed, done = time.perf_counter() - self.start_time, step - self.first_step
+        elapsed = time.perf_counter() - self.start_time
+        done = step - self.first_step
         values = {
             "loss": sum(self.losses) / len(self.losses),
             "skipped": self.skipped,
@@ -107,5 +110,6 @@ class Meter:
         if self.seconds:
             values["bytes_per_s"] = self.timed_bytes / self.seconds
         self.clear()
-        self.has_logged, self.progress.line_every = True, LOGGED_LINE_EVERY
+        self.has_logged = True
+        self.progress.line_every = LOGGED_LINE_EVERY
         return values

@@ -134,7 +134,8 @@ def curves(config: dict, lines: list[dict]):
 def draw_losses(axes, config: dict, lines: list[dict]) -> None:
     """Draw the losses of training and of validation, whole and by field, on axes of matplotlib."""
     panel(axes, "bits per byte")
-    monitored, in_bits = monitored_name(config), bits(lines)
+    monitored = monitored_name(config)
+    in_bits = bits(lines)
     axes.plot(*series(in_bits, "bpb"), color=LINES[0], linewidth=1, alpha=0.7,
               label=f"training, {monitored}")  # fmt: skip
     steps, values = series([m for m in in_bits if m["step"]] or in_bits, "monitored_bpb")
@@ -203,7 +204,8 @@ def html_table(rows: list, head: tuple = (), kind: str = "") -> str:
 
 def tiles(config: dict, lines: list[dict]) -> str:
     """Return the key figures of a run, as HTML."""
-    last, lowest = lines[-1], best_evaluation(lines)
+    last = lines[-1]
+    lowest = best_evaluation(lines)
     speeds = sorted(series(lines, "bytes_per_s")[1])
     facts = [
         ("iterations", last["step"]),
@@ -333,7 +335,8 @@ def transcript(lines: list[dict]) -> str:
 
 def fenced(text: str) -> str:
     """Return a text as a block of Markdown that it cannot leave."""
-    text, fence = escape_controls(text), "```"
+    text = escape_controls(text)
+    fence = "```"
     while fence in text:
         fence += "`"
     return f"{fence}text\n{text}\n{fence}\n"
@@ -403,7 +406,8 @@ def megabytes_per_step(config: dict) -> float:
 
 def comparison_row(run: Path, config: dict, lines: list[dict]) -> tuple[str, ...]:
     """Return the cells of a run under COMPARED."""
-    step, lowest = lines[-1]["step"], best_evaluation(lines).get("monitored_bpb", math.nan)
+    step = lines[-1]["step"]
+    lowest = best_evaluation(lines).get("monitored_bpb", math.nan)
     speeds = sorted(series(lines, "bytes_per_s")[1]) or [0]
     return (str(run), f"{config['parameters']:,}", f"{step:,}",
             f"{step * megabytes_per_step(config):,.2f}", f"{lowest:.4f}", monitored_name(config),

@@ -150,7 +150,8 @@ def refuse_changes(run: Path, changes: dict[str, str]) -> None:
 
 def check_origin(run: Path, info: dict, s: Settings) -> None:
     """Raise UserError if a run started from other weights than those of INIT_FROM."""
-    ancestry, earlier = info.get("ancestry", []), info["settings"].get("INIT_FROM")
+    ancestry = info.get("ancestry", [])
+    earlier = info["settings"].get("INIT_FROM")
     # a model of the hub may have changed there since, and need not be asked for again: names count
     is_of_hub = bool(s.INIT_FROM) and hub.is_model(s.INIT_FROM)
     if s.INIT_FROM and (not ancestry or (is_of_hub and earlier != s.INIT_FROM)):

@@ -60,9 +60,11 @@ class RunLog:
 
     def __init__(self, run: Path, first_step: int, world: World, json_to: TextIO | None = None):
         self.run, self.first_step, self.world, self.json_to = run, first_step, world, json_to
-        self.path, self.info = run / "metrics.jsonl", {}
+        self.path = run / "metrics.jsonl"
+        self.info = {}
         self.report_failed = False  # report.redraw_report warns of it once
-        self.last_saved, self.save_time = first_step, time.monotonic()
+        self.last_saved = first_step
+        self.save_time = time.monotonic()
         lines = self.valid_lines(first_step) if world.is_main else []
         lines = [m for m in lines if first_step and m["step"] <= first_step]
         self.history = world.broadcast_object(lines)
@@ -129,7 +131,8 @@ class RunLog:
             with ema_applied(state):
                 checkpoints.save(self.run, step, state, self.info)
         self.world.barrier()  # no process continues or exits before it is on the disk
-        self.last_saved, self.save_time = step, time.monotonic()
+        self.last_saved = step
+        self.save_time = time.monotonic()
 
     def is_save_due(self, step: int, freq: int, minutes: float | None) -> bool:
         """Tell whether `freq` divides the step, or `minutes` have passed since the last save.

@@ -25,8 +25,10 @@ def end_setting(s: Settings, n_steps: int) -> str:
 
 def schedule_summary(s: Settings, n_bytes: int) -> str:
     """Say how long the run is, and whether MAX_ITERS or EPOCHS ends it before the other."""
-    total, bytes_per_step = total_steps(s, n_bytes), s.BLOCK_SIZE * blocks_per_step(s)
-    epochs, cut = total * bytes_per_step / n_bytes, ""
+    total = total_steps(s, n_bytes)
+    bytes_per_step = s.BLOCK_SIZE * blocks_per_step(s)
+    epochs = total * bytes_per_step / n_bytes
+    cut = ""
     if epochs < (s.EPOCHS or 0):
         cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:,g})"
     elif total < (s.MAX_ITERS or 0):

@@ -101,7 +101,9 @@ def nan_max(differences) -> float:
 
 def check_definition(_) -> tuple[float, float]:
     """Compare loss and gradients, computed in chunks of several lengths, with the definition's."""
-    model, batch, losses = random_model(), random_batch(0), []
+    model = random_model()
+    batch = random_batch(0)
+    losses = []
     for chunk in (None, 7, 32, T):
         model.compute = replace(model.compute, chunk=chunk or T)
         call = model if chunk else model.quadratic
@@ -114,7 +116,8 @@ def check_definition(_) -> tuple[float, float]:
 def check_byte_by_byte(_) -> tuple[float, float]:
     """Compare the logits of a text that is read byte by byte with those of the whole text."""
     model, (idx, _) = random_model(), random_batch(0)
-    state, logits = None, []
+    state = None
+    logits = []
     for t in range(T):
         out, state = model.read(idx[:, t : t + 1], state)
         mx.eval(out)
@@ -174,7 +177,8 @@ def check_gpu(_) -> tuple[float, float]:
     """Compare loss and gradients on both; with dropout except on CUDA, which draws other masks."""
     if not (both := devices()):
         raise Skipped("no GPU that MLX uses")
-    before, results = mx.default_device(), []
+    before = mx.default_device()
+    results = []
     key = None if passes_cuda.is_available() else mx.random.key(SEED)
     try:
         for device in both:
@@ -243,7 +247,8 @@ def product_error(left: mx.array, right: mx.array) -> float:
     Every ROWS_APART-th row is compared.
     """
     product = np.array(mx.matmul(left, right)[:, ::ROWS_APART].astype(mx.float32))
-    left, errors = left[:, ::ROWS_APART].astype(mx.float32), []
+    left = left[:, ::ROWS_APART].astype(mx.float32)
+    errors = []
     for head, result in enumerate(product):
         factors = (left[head % len(left)], right[head].astype(mx.float32))
         exact = np.matmul(*(np.array(factor).astype(np.float64) for factor in factors))
@@ -292,7 +297,8 @@ def run_checks(dtype: str = "auto") -> int:
     print(f"{mx.default_device()}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     if sys.platform == "darwin":
         print(about_mac(platform.mac_ver()[0], mx.device_info(mx.gpu).get("device_name", "no GPU")))
-    failed, start = [], time.perf_counter()
+    failed = []
+    start = time.perf_counter()
     for name, check in CHECKS.items():
         try:
             with heartbeat(name):

@@ -83,7 +83,8 @@ def sum_gradients(
     its sums then lack the batches that were left. Several processes compute all of theirs, because
     they stop together at the next sync.
     """
-    loss, gradients = 0.0, None
+    loss = 0.0
+    gradients = None
     for i, batch in enumerate(batches, 1):
         with stop.while_tracing():
             micro_loss, micro_gradients = micro_step(*batch)

@@ -55,7 +55,9 @@ def print_start(s: Settings, run: Path, data: Data, n_steps: int, selection: Sel
 
 def finished_reason(s: Settings, log: RunLog, n_steps: int) -> str | None:
     """Say why a run has nothing left to do, and which setting to change; None if it continues."""
-    run, step, is_evaluated = log.run, log.first_step, log.last_eval_step == log.first_step
+    run = log.run
+    step = log.first_step
+    is_evaluated = log.last_eval_step == log.first_step
     if step > n_steps or (step == n_steps and is_evaluated):  # >: the end was lowered since
         end = end_setting(s, n_steps)
         return f"{run} has {step:,} iterations of {n_steps:,}; to continue, raise {end}"

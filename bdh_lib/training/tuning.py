@@ -102,7 +102,8 @@ def initial_choice(s: Settings, run: Path, step: int, world: World) -> tuple[str
     source, choice = "", {}
     if world.is_main and step:
         info = checkpoints.read_info(run, step)
-        versions, compute = info.get("versions"), info.get("compute")
+        versions = info.get("versions")
+        compute = info.get("compute")
         is_here = isinstance(versions, dict) and versions.get("device") == str(mx.default_device())
         if is_here and isinstance(compute, dict) and is_choice(compute):
             source, choice = "as before", compute
@@ -165,7 +166,8 @@ class TimedSteps:
     def __init__(self, s: Settings, start: Compute):
         self.s, self.state = s, init_train_state(s, start)
         self.compiled, self.peaks = {}, {}
-        self.longest, self.deadline = 0.0, time.monotonic() + SECONDS
+        self.longest = 0.0
+        self.deadline = time.monotonic() + SECONDS
 
     def has_time(self) -> bool:
         """Tell whether a trial as long as the longest one so far would end in time."""
@@ -183,11 +185,13 @@ class TimedSteps:
 
     def step(self, compute: Compute, B: int, T: int) -> float:
         """Return the seconds of one step; the first in a way includes its compilation."""
-        s, self.state.model.compute = self.s, compute  # read when the step is traced
+        s = self.s
+        self.state.model.compute = compute  # read when the step is traced
         if compute not in self.compiled:
             self.compiled[compute] = compile_steps(self.state, s)
         micro_step, apply_update = self.compiled[compute]
-        batch, weights = mx.random.randint(0, 256, (2, B, T)), mx.full((B, T), 1 / (B * T))
+        batch = mx.random.randint(0, 256, (2, B, T))
+        weights = mx.full((B, T), 1 / (B * T))
         mx.eval(batch, weights)
         start = time.perf_counter()
         with default_signals():
@@ -287,7 +291,8 @@ def tune(s: Settings) -> int:
     """
     if s.MEMORY_MODE != "auto":
         raise UserError(f"MEMORY_MODE is {s.MEMORY_MODE!r}; --tune is for 'auto': set it to that")
-    start, file = memory_plan.select_mode(s)[1], choice_file(s)
+    start = memory_plan.select_mode(s)[1]
+    file = choice_file(s)
     checkpoints.check_writable(file.parent)
     print(f"tuning: {s.BDH_CONFIG.n_parameters:,} parameters, batches of {s.BATCH_SIZE:,} x "
           f"{s.BLOCK_SIZE:,} bytes, on {mx.default_device()}, in at most {SECONDS} s")  # fmt: skip
