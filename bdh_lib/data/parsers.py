@@ -438,8 +438,8 @@ def _csv_rows(lines: Iterator[str], **dialect) -> Iterator[list[str] | str]:
 
 
 def _parse_paragraphs(lines: Iterable[str], encoding: Encoding) -> Iterator[dict | str]:
-    """What stands between the blank lines of a text; each end of a line is \\n."""
-    plain = (line.rstrip("\r\n") + "\n" * line.endswith(("\r", "\n")) for line in lines)
+    """Yield what stands between the blank lines of a text; each end of a line becomes \\n."""
+    plain = (line.rstrip("\r\n") + ("\n" if line[-1] in "\r\n" else "") for line in lines)
     for blank, group in groupby(plain, lambda line: line == "\n"):
         if not blank:
             text = "".join(group).removesuffix("\n")

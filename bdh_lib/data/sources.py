@@ -237,8 +237,10 @@ def _data_files(folder: Path) -> tuple[list[Path], list[str]]:
             f"DATASET {folder} is a folder without {', '.join(FILE_KINDS)} files of data{held}"
         )
     left_out = [f"{len(others):,} other files: {_names(others)}"] if others else []
-    left_out += [f"{len(dangling):,} links that lead nowhere: {_names(dangling)}"] * bool(dangling)
-    left_out += [f"runs and models: {_names(written)}"] if written else []
+    if dangling:
+        left_out.append(f"{len(dangling):,} links that lead nowhere: {_names(dangling)}")
+    if written:
+        left_out.append(f"runs and models: {_names(written)}")
     return files, left_out
 
 
