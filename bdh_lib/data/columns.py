@@ -73,43 +73,43 @@ class Parsed(NamedTuple):
         return field in self.problems and not self.problems[field].is_absent
 
 
-def parse_columns(columns: str | None) -> dict[str, str]:
-    """Return the column by field of COLUMNS, as in "instruction=query,context=", where "" is none.
+def parse_columns_setting(setting: str | None) -> dict[str, str]:
+    """Return the columns by field of COLUMNS, as in "instruction=query,context=", where "" is none.
 
     Raises UserError.
     """
     result = {}
-    for pair in (columns or "").split(",") if columns else []:
+    for pair in setting.split(",") if setting else []:
         field, equals, column = map(str.strip, pair.partition("="))
         if not equals or field not in ALIASES or field in result:
             raise UserError(
-                f"COLUMNS is {columns!r}; it must be like instruction=query,response=answer, with "
+                f"COLUMNS is {setting!r}; it must be like instruction=query,response=answer, with "
                 f"fields among {', '.join(ALIASES)}, each once"
             )
         result[field] = column
     return result
 
 
-def check_read(columns: str | None, read: Collection[str], unused: Collection[str]) -> None:
+def check_read(setting: str | None, read: Collection[str], unused: Collection[str]) -> None:
     """Raise UserError if COLUMNS names a column that is filled and read in no record.
 
     `read` and `unused` are the names of columns that are read in a record, and that are not.
     """
     read = {name.strip().lower() for name in read}
     unread = {name.strip().lower() for name in unused} - read
-    for field, column in parse_columns(columns).items():
+    for field, column in parse_columns_setting(setting).items():
         if field in UNREAD and column.lower() in unread:
-            raise UserError(f"COLUMNS is {columns!r}, and {column} {UNREAD[field]}")
+            raise UserError(f"COLUMNS is {setting!r}, and {column} {UNREAD[field]}")
 
 
 @lru_cache(maxsize=1024)
-def choose_columns(names: tuple[str, ...], columns: str | None = None) -> dict[str, str]:
+def choose_columns(names: tuple[str, ...], setting: str | None = None) -> dict[str, str]:
     """Return the column by field of a record with columns of these names.
 
-    COLUMNS, `columns`, chooses first, then ALIASES do.
+    COLUMNS chooses first, then ALIASES do.
     """
     by_name = {name.strip().lower(): name for name in reversed(names)}
-    chosen = parse_columns(columns)
+    chosen = parse_columns_setting(setting)
     result = {f: c if c in names else by_name.get(c.lower()) for f, c in chosen.items()}
     for field, aliases in ALIASES.items():
         if field not in chosen:
@@ -118,22 +118,22 @@ def choose_columns(names: tuple[str, ...], columns: str | None = None) -> dict[s
     return {field: name for field, name in result.items() if name is not None}
 
 
-def parse_record(record: dict | list | str, columns: str | None = None) -> Parsed:
+def parse_record(record: dict | list | str, setting: str | None = None) -> Parsed:
     """Find what a record holds: a chat, the fields of an instruction, or plain text.
 
-    `columns` is COLUMNS. A bare list is a chat; a str says why the record is unreadable.
+    COLUMNS names its columns. A bare list is a chat; a str says why the record is unreadable.
     """
     if isinstance(record, str):
         return Parsed("unknown", "unreadable", problems=dict.fromkeys(FIELDS, Problem(record)))
     if isinstance(record, list):
         return _chat("list of turns", record, ())
     record = with_nested(record)
-    column = _columns_of(record, columns)
-    value = {field: as_turns(record[name]) for field, name in column.items()}
-    parsed = _parse_columns(value, column) or _parse_only_chat(record, columns)
+    names = _columns_of(record, setting)
+    values = {field: as_turns(record[name]) for field, name in names.items()}
+    parsed = _parse_known_columns(values, names) or _parse_only_chat(record, setting)
     if parsed is None:
         return Parsed("unknown", f"unknown ({', '.join(record)[:80]})")
-    return _without_bad_response(parsed, value, column)
+    return _without_bad_response(parsed, values, names)
 
 
 def with_nested(record: dict) -> dict:
@@ -142,66 +142,66 @@ def with_nested(record: dict) -> dict:
     return record | {f"{name}.{key}": v for name, value in objects for key, v in value.items()}
 
 
-def _parse_only_chat(record: dict, columns: str | None) -> Parsed | None:
+def _parse_only_chat(record: dict, setting: str | None) -> Parsed | None:
     """Return the chat of a record without columns of known names, if it holds just one."""
     chats = {name: turns for name in record if is_chat(turns := as_turns(record[name]))}
-    if columns or len(chats) != 1:
+    if setting or len(chats) != 1:
         return None
     name, turns = chats.popitem()
     return _chat(name, turns, (name,))
 
 
-def _parse_columns(value: dict, column: dict[str, str]) -> Parsed | None:
+def _parse_known_columns(values: dict, names: dict[str, str]) -> Parsed | None:
     """Return what the columns by field hold, or None if no field has one."""
-    messages = value.get("messages")
-    has_fields = value.keys() & {"instruction", "response"}
+    messages = values.get("messages")
+    has_fields = values.keys() & {"instruction", "response"}
     if isinstance(messages, list) and (messages or not has_fields):
-        return _parse_messages(value, column, alternate(messages))
+        return _parse_messages(values, names, alternate(messages))
     if messages is not None and not has_fields:
-        name = column["messages"]
+        name = names["messages"]
         problem = Problem(f"{name} is {type(messages).__name__}, not a list of turns or its JSON")
         return Parsed("unknown", name, (name,), (), dict.fromkeys(ROLES_BY_FIELD, problem))
-    if (turns := turns_of(value.get("instruction"), value.get("response"))) is not None:
-        return _parse_chat_columns(value, column, ("instruction", "response"), turns)
-    if value.keys() & ROLES_BY_FIELD.keys():
-        return _parse_fields(value, column)
-    return _parse_text(value["text"], column["text"]) if "text" in value else None
+    if (turns := turns_of(values.get("instruction"), values.get("response"))) is not None:
+        return _parse_chat_columns(values, names, ("instruction", "response"), turns)
+    if values.keys() & ROLES_BY_FIELD.keys():
+        return _parse_fields(values, names)
+    return _parse_text(values["text"], names["text"]) if "text" in values else None
 
 
-def _parse_messages(value: dict, column: dict[str, str], turns: list) -> Parsed:
+def _parse_messages(values: dict, names: dict[str, str], turns: list) -> Parsed:
     """Return a chat; where a question ends it, the response may stand in a column of its own."""
-    response = value.get("response")
+    response = values.get("response")
     is_open = is_chat(turns) and field_of(turns[-1]) == "instruction"
     if not is_open or is_absent(response):
-        return _parse_chat_columns(value, column, ("messages",), turns)
+        return _parse_chat_columns(values, names, ("messages",), turns)
     turns = turns_of(turns, [response] if isinstance(response, dict) else response)
-    return _parse_chat_columns(value, column, ("messages", "response"), turns)
+    return _parse_chat_columns(values, names, ("messages", "response"), turns)
 
 
-def _without_bad_response(parsed: Parsed, value: dict, column: dict[str, str]) -> Parsed:
+def _without_bad_response(parsed: Parsed, values: dict, names: dict[str, str]) -> Parsed:
     """Leave out the responses of a record whose label is false, as KTO has them."""
-    label = str(value.get("label")).strip().lower()  # in a table it is text
+    label = str(values.get("label")).strip().lower()  # in a table it is text
     if label not in ("true", "false") or "response" not in dict(parsed.turns):
         return parsed
-    parsed = parsed._replace(columns=(*parsed.columns, column["label"]))
+    parsed = parsed._replace(columns=(*parsed.columns, names["label"]))
     if label == "true":
         return parsed
     turns = [turn for turn in parsed.turns if turn[0] != "response"]
-    problem = Problem(BAD_RESPONSE.format(column["label"]))
+    problem = Problem(BAD_RESPONSE.format(names["label"]))
     return parsed._replace(turns=turns, problems={**parsed.problems, "response": problem})
 
 
-def _columns_of(record: dict, columns: str | None) -> dict[str, str]:
+def _columns_of(record: dict, setting: str | None) -> dict[str, str]:
     """Return the column of each field.
 
     Tables give every record all columns, so one that is null or empty counts where no other does.
     """
     filled = tuple(name for name, value in record.items() if not is_absent(value))
-    column = dict(choose_columns(filled, columns))
-    if len(filled) < len(record) and not column.keys() & {"messages", "text"}:
-        others = choose_columns(tuple(record), columns).items()
-        column |= {f: name for f, name in others if f not in column and name not in column.values()}
-    return column
+    names = dict(choose_columns(filled, setting))
+    if len(filled) < len(record) and not names.keys() & {"messages", "text"}:
+        others = choose_columns(tuple(record), setting).items()
+        names |= {f: name for f, name in others if f not in names and name not in names.values()}
+    return names
 
 
 def _parse_text(value, column: str) -> Parsed:
@@ -210,32 +210,34 @@ def _parse_text(value, column: str) -> Parsed:
     return Parsed("text", "text", (column,), [("text", text)])
 
 
-def _parse_fields(value: dict, column: dict[str, str]) -> Parsed:
+def _parse_fields(values: dict, names: dict[str, str]) -> Parsed:
     """Take each field from a column of its own; the context is appended to the instruction."""
-    text = {
-        field: as_text(value[field]) for field in (*ROLES_BY_FIELD, "context") if field in value
+    texts = {
+        field: as_text(values[field]) for field in (*ROLES_BY_FIELD, "context") if field in values
     }
     left_out = []
-    if "response" in text:
-        text["response"], has_more = _first_answer(text["response"])
-        left_out += [FURTHER_ANSWER] * has_more
+    if "response" in texts:
+        texts["response"], has_more = _first_answer(texts["response"])
+        if has_more:
+            left_out.append(FURTHER_ANSWER)
     problems = {
-        field: find_problem(field, text[field]) for field in ROLES_BY_FIELD if field in text
+        field: find_problem(field, texts[field]) for field in ROLES_BY_FIELD if field in texts
     }
-    if _is_choice(text.get("response"), value.get("choices")):
-        problems["response"] = Problem(ONE_OF_CHOICES.format(column["choices"]))
-    if isinstance(text.get("response"), str) and ANSWERS.match(text["response"]):
+    if _is_choice(texts.get("response"), values.get("choices")):
+        problems["response"] = Problem(ONE_OF_CHOICES.format(names["choices"]))
+    if isinstance(texts.get("response"), str) and ANSWERS.match(texts["response"]):
         problems["response"] = Problem("response is a record of answers as text, not an answer")
-    if "instruction" in text and "context" in text:
-        text["instruction"], problems["instruction"] = _append_context(**text)
+    if "instruction" in texts and "context" in texts:
+        texts["instruction"], problems["instruction"] = _append_context(**texts)
     problems = {field: problem for field, problem in problems.items() if problem}
-    turns = [(f, text[f]) for f in ROLES_BY_FIELD if f in text and f not in problems]
-    if (history := _parse_history(value.get("history"))) and "instruction" in dict(turns):
-        at = turns.index(("instruction", text["instruction"]))
-        turns[at:at], text["history"] = history, history
+    turns = [(f, texts[f]) for f in ROLES_BY_FIELD if f in texts and f not in problems]
+    if (history := _parse_history(values.get("history"))) and "instruction" in dict(turns):
+        at = turns.index(("instruction", texts["instruction"]))
+        turns[at:at] = history
+        texts["history"] = history
     order = ("system", "history", "instruction", "context", "response")
-    names = [column[f] for f in order if f in text and (f != "context" or "instruction" in text)]
-    return Parsed("fields", "/".join(names), tuple(names), turns, problems, left_out)
+    read = [names[f] for f in order if f in texts and (f != "context" or "instruction" in texts)]
+    return Parsed("fields", "/".join(read), tuple(read), turns, problems, left_out)
 
 
 def _is_choice(response, choices) -> bool:
@@ -288,14 +290,14 @@ def _first_answer(value) -> tuple[object, bool]:
     return value, False
 
 
-def _parse_chat_columns(value: dict, column: dict[str, str], fields, turns: list) -> Parsed:
+def _parse_chat_columns(values: dict, names: dict[str, str], fields, turns: list) -> Parsed:
     """Return a chat in the columns of `fields`; a system text may stand in a column of its own."""
-    names = [column[field] for field in column if field in fields]
-    system = as_text(value.get("system"))
+    read = [names[field] for field in names if field in fields]
+    system = as_text(values.get("system"))
     if find_problem("system", system) is None:
         turns = [{"role": "system", "content": system}, *turns]
-        names = [column["system"], *names]
-    return _chat("/".join(names), turns, tuple(names))
+        read = [names["system"], *read]
+    return _chat("/".join(read), turns, tuple(read))
 
 
 def _chat(structure: str, turns: list, columns: tuple[str, ...]) -> Parsed:

@@ -132,17 +132,19 @@ def format_record(parsed: columns.Parsed, mode: str) -> Formatted:
     return Formatted(texts, left_out)
 
 
-def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | None) -> Texts:
+def write_texts(
+    source: sources.Source, mode: str, folder: Path, columns_setting: str | None
+) -> Texts:
     """Write the texts that the records have in a mode to all.bin and all.fields.
 
-    `chosen` is COLUMNS. Raises UserError if there is no text.
+    Raises UserError if there is no text.
     """
     tally = Tally()
     lengths, digests, keys = array("Q"), array("Q"), array("Q")  # 64 bits each
     counts, in_val = array("I"), array("B")
     with (folder / "all.bin").open("wb") as out, (folder / "all.fields").open("wb") as labels:
         for part, record in sources.read_parts(source):
-            parsed = columns.parse_record(record, chosen)
+            parsed = columns.parse_record(record, columns_setting)
             formatted = format_record(parsed, mode)
             tally.add(record, parsed, formatted, mode)
             for text in formatted.texts:
@@ -155,8 +157,8 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
                 in_val.append(part == "val")
     report = {"dataset": source.dataset, "mode": mode, **tally.report()}
     report["not_read"] = list(source.left_out)
-    _check_columns(chosen, tally.seen_columns)
-    columns.check_read(chosen, tally.read_columns, tally.unused)
+    _check_columns(columns_setting, tally.seen_columns)
+    columns.check_read(columns_setting, tally.read_columns, tally.unused)
     if not lengths:
         raise NoDataError(cannot_serve(report))
     keys = np.array(keys, np.uint64).reshape(-1, 3).T
@@ -164,10 +166,10 @@ def write_texts(source: sources.Source, mode: str, folder: Path, chosen: str | N
     return Texts(report, lengths, digests, counts, keys, np.array(in_val, bool))
 
 
-def _check_columns(chosen: str | None, names: set[str]) -> None:
+def _check_columns(columns_setting: str | None, names: set[str]) -> None:
     """Raise UserError if COLUMNS names a column that no record has."""
     lower = {name.strip().lower() for name in names}
-    for column in columns.parse_columns(chosen).values():
+    for column in columns.parse_columns_setting(columns_setting).values():
         if column and column.lower() not in lower:
             shown = ", ".join(sorted(names)[:MAX_NAMES]) or "none"
             raise UserError(f"COLUMNS names {column!r}, which no record has; they have: {shown}")

@@ -56,11 +56,10 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------------------- prompts and batches
 
 
-def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = None) -> list[Job]:
-    """Read a JSONL file: a job for each sample of each line. Raises UserError naming the line.
-
-    `chosen` is COLUMNS.
-    """
+def read_jobs(
+    file: Path, mode: str | None, samples: int, columns_setting: str | None = None
+) -> list[Job]:
+    """Read a JSONL file: a job for each sample of each line. Raises UserError naming the line."""
     try:
         text = files.read_input(file, "--prompts").decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -70,7 +69,7 @@ def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = N
         if not line.strip():
             continue
         try:
-            record, prompt = parse_line(line, mode, chosen)
+            record, prompt = parse_line(line, mode, columns_setting)
         except ValueError as error:
             reason = "not JSON" if isinstance(error, json.JSONDecodeError) else error
             raise UserError(f"--prompts {file} line {number}: {reason}") from None
@@ -83,13 +82,13 @@ def read_jobs(file: Path, mode: str | None, samples: int, chosen: str | None = N
     return jobs
 
 
-def parse_line(line: str, mode: str | None, chosen: str | None) -> tuple[dict, bytes]:
+def parse_line(line: str, mode: str | None, columns_setting: str | None) -> tuple[dict, bytes]:
     """Return the record of a line and its prompt. Raises ValueError for what is not JSON."""
     record = files.parse_json(line)
     check_json(record)
-    if isinstance(record, dict) and ("prompt" not in record or chosen):
+    if isinstance(record, dict) and ("prompt" not in record or columns_setting):
         # as in training, with numbers as they stand in the line
-        return record, prompt_of_record(parse_exactly(line), mode, chosen)
+        return record, prompt_of_record(parse_exactly(line), mode, columns_setting)
     return record, prompt_of_record(record, mode)
 
 
@@ -109,22 +108,22 @@ def check_json(record) -> None:
         raise UserError("it holds a number that JSON cannot (NaN, or above 1.8e308)") from None
 
 
-def prompt_of_record(record: dict, mode: str | None, chosen: str | None = None) -> bytes:
+def prompt_of_record(record: dict, mode: str | None, columns_setting: str | None = None) -> bytes:
     """Return a record's `prompt` unchanged; without one, its text of `mode` up to the answer.
 
-    `chosen` is COLUMNS: with it, `prompt` is a column as any other. Raises UserError.
+    Where COLUMNS is set, `prompt` is a column as any other. Raises UserError.
     """
     if not isinstance(record, dict):
         raise UserError("not a JSON object")
     prompt = record.get("prompt")
-    if isinstance(prompt, str) and not chosen:
+    if isinstance(prompt, str) and not columns_setting:
         return prompt.encode(errors="surrogatepass")
     if prompt is not None and not isinstance(prompt, str) and not is_chat(prompt):
         raise UserError(f"prompt is {type(prompt).__name__}, not text")
     if mode is None:
         raise UserError("no `prompt`, and the checkpoint names no mode to format a record: --mode")
-    parsed = columns.parse_record(record, chosen)
-    columns.check_read(chosen, parsed.columns, columns.unused_values(record, parsed))
+    parsed = columns.parse_record(record, columns_setting)
+    columns.check_read(columns_setting, parsed.columns, columns.unused_values(record, parsed))
     is_text = parsed.kind == "text"
     needed = "text" if is_text else "system" if mode == "system" else "instruction"
     if needed not in dict(parsed.turns):

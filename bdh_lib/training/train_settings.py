@@ -8,7 +8,7 @@ from types import ModuleType
 from bdh_lib import files, flags
 from bdh_lib.compute import memory
 from bdh_lib.data import hub
-from bdh_lib.data.columns import parse_columns
+from bdh_lib.data.columns import parse_columns_setting
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.errors import UserError
 from bdh_lib.rules import Rule, boolean, check, choice, integer, number, string
@@ -153,7 +153,7 @@ def check_settings(s: Settings) -> None:
     for name, rule in RULES.items():  # PHASES may have put other values in
         check(name, getattr(s, name), rule)
     checkpoints.run_folder(s)  # RUN_NAME
-    parse_columns(s.COLUMNS)
+    parse_columns_setting(s.COLUMNS)
     if s.LOSS_ON not in ("all", *REQUIRED_FIELDS[s.TRAINING_MODE]):
         raise UserError(
             f"LOSS_ON is {s.LOSS_ON!r}, of which TRAINING_MODE {s.TRAINING_MODE!r} has none; "
