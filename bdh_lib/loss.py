@@ -39,7 +39,8 @@ def evaluate(
     `losses_fn` maps idx and targets, both (B, T), to the loss of each target in nats, (B, T), as
     compile_losses makes it. val is read in batches of `shape`, (B, T); the last block may be
     shorter. In a training run the processes of its World `world` evaluate disjoint batches, and
-    its StopSignal `stop` ends the evaluation early.
+    its StopSignal `stop` ends the evaluation early: where it is requested, the result means
+    nothing.
     """
     n = len(val.bytes) - 1
     T = shape[1]
@@ -48,13 +49,14 @@ def evaluate(
     count = np.bincount(val.fields[1:], minlength=len(FIELDS))
     with heartbeat("evaluating"), Progress("evaluating", n // size, "bytes") as progress:
         for begin, end in batch_ranges(n, shape)[rank::size]:
-            if not (stop and stop.requested):
-                rows = (max(1, (end - begin) // T), -1)
-                idx, targets = (val.bytes[begin + i : end + i].astype(np.int32).reshape(rows)
-                                for i in (0, 1))  # fmt: skip
-                nats_by_byte = np.array(losses_fn(mx.array(idx), mx.array(targets))).ravel()
-                nats += np.bincount(val.fields[begin + 1 : end + 1], nats_by_byte, len(FIELDS))
-                progress.update(end - begin)
+            if stop and stop.requested:
+                break
+            rows = (max(1, (end - begin) // T), -1)
+            idx, targets = (val.bytes[begin + i : end + i].astype(np.int32).reshape(rows)
+                            for i in (0, 1))  # fmt: skip
+            nats_by_byte = np.array(losses_fn(mx.array(idx), mx.array(targets))).ravel()
+            nats += np.bincount(val.fields[begin + 1 : end + 1], nats_by_byte, len(FIELDS))
+            progress.update(end - begin)
     if world:
         nats = np.sum(world.all_gather_object(nats.tolist()), 0)
     present = {LABEL_OF[name]: i for i, name in enumerate(FIELDS) if count[i]}

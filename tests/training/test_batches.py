@@ -208,3 +208,15 @@ def test_evaluation_reads_every_byte_once(n):
     losses = partial(byte_losses, model)
     mean, of = evaluate(losses, Split(val, np.zeros(n, np.uint8)), (3, 8))
     assert mean == of["headers"] == pytest.approx(nats / (n - 1), rel=1e-5)
+
+
+def test_a_signal_ends_an_evaluation_after_the_batch_at_work():
+    stop, batches_read = SimpleNamespace(requested=0), []
+
+    def losses(idx, targets):
+        batches_read.append(idx)
+        stop.requested = 15
+        return mx.zeros(idx.shape)
+
+    evaluate(losses, Split(np.zeros(81, np.uint8), np.zeros(81, np.uint8)), (1, 8), stop)
+    assert len(batches_read) == 1
