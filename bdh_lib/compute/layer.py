@@ -48,8 +48,8 @@ class Compute:
 
     dtype: mx.Dtype = mx.float32  # of the GEMMs; sums, norms and states stay float32
     chunk: int = 128  # C: bytes whose scores are computed as a square
-    segment_rows: int = 16384  # B * T of a segment, at most, if one chunk of each row is less
-    max_segment_rows: int = 16384  # the same for a block so long that it has MAX_SEGMENTS
+    segment_rows: int = 16384  # largest B * T of a segment, which has at least a chunk of each row
+    max_segment_rows: int = 16384  # in its place where a block would have over MAX_SEGMENTS
     saved_activations: int = 4  # how many of Saved's last four arrays are saved
     groups: int = 1  # of heads, computed at once on a CPU, each on a core
 

@@ -22,7 +22,7 @@ from bdh_lib.script import limits
 
 # segment_rows, saved_activations
 MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}
-LARGEST = 2**31  # bytes of one array: Macs limit a buffer to a few GB
+MAX_ARRAY_BYTES = 2**31  # Macs limit a buffer to a few GB
 METAL_ROWS = 2048  # 34 GFLOP a product by default: macOS ends GPU work that delays its display
 CACHE_BYTES = 2 * 10**9  # of freed buffers that generation keeps on Metal
 
@@ -43,7 +43,7 @@ def compute_for(config: CheckedConfig, mode: str, dtype: str) -> Compute:
     """
     rows, saved_activations = MODES[mode]
     dtype = getattr(mx, ("bfloat16" if on_gpu() else "float32") if dtype == "auto" else dtype)
-    max_segment_rows = LARGEST // (config.n_head * config.neurons_per_head * dtype.size)
+    max_segment_rows = MAX_ARRAY_BYTES // (config.n_head * config.neurons_per_head * dtype.size)
     chunk = default_chunk(config.n_embd)
     if on_metal():  # a Mac before M5 has fewer FLOP for a byte of traffic, so small squares pay
         rows, chunk = min(rows, METAL_ROWS), max(128, chunk // 2)
@@ -130,7 +130,7 @@ def _group_headroom(group: Path, limit: str, used: str, cached: str) -> float:
 
 
 # Copies of each that are alive at the peak, fitted to measured peaks (docs/log.md).
-PARAMETERS, SEGMENT, STATES = 13.4, 5.7, 3.55
+PARAMETER_COPIES, SEGMENT_COPIES, STATE_COPIES = 13.4, 5.7, 3.55
 CPU_AHEAD = 1.2  # MLX allocates before it computes
 
 
@@ -152,8 +152,9 @@ def estimate(config: CheckedConfig, B: int, T: int, compute: Compute) -> float:
     saved += (rows // C if compute.saved_activations else 4 // e * B * (len(parts) - 1)) * state
     # `working` includes the activations of the last layer
     activations = (L - 1) * max(0, compute.saved_activations - 1) * rows * activation
-    working = SEGMENT * segment * activation + STATES * max(B, segment // C) * state
-    peak = PARAMETERS * 4 * config.n_parameters + L * saved + activations + working + 16 * rows * V
+    working = SEGMENT_COPIES * segment * activation + STATE_COPIES * max(B, segment // C) * state
+    parameters = PARAMETER_COPIES * 4 * config.n_parameters
+    peak = parameters + L * saved + activations + working + 16 * rows * V
     return peak * (1 if on_gpu() else CPU_AHEAD)
 
 

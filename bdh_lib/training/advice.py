@@ -173,14 +173,15 @@ def lr_too_high(h: EvalHistory, s: Settings) -> str | None:
 
 
 def plateau(h: EvalHistory, s: Settings) -> str | None:
-    """Advise if the rest of the run at this pace would not leave noise, or gain a MIN_RISE."""
+    """Advise if, at this pace, the run would end at noise, or would gain less than MIN_RISE."""
     if h.previous_step < max(1, s.WARMUP_ITERS) or h.lines[-1][-1]["lr"] < s.LEARNING_RATE / 2:
         return None  # slow for another reason
     intervals = min(20, (h.total_steps - h.step) / (h.step - h.previous_step))
     gain = (h.val_loss[h.previous_step] - h.loss) * intervals
-    above = h.loss - NOISE_SHARE * h.unigram_entropy
-    still = h.train_loss[h.step] > (1 - MIN_RISE) * h.train_loss[h.previous_step]
-    if intervals > 0 and (gain < above or (gain < MIN_RISE * h.loss and still)):
+    gain_to_leave_noise = h.loss - NOISE_SHARE * h.unigram_entropy
+    training_is_flat = h.train_loss[h.step] > (1 - MIN_RISE) * h.train_loss[h.previous_step]
+    is_small = gain < MIN_RISE * h.loss and training_is_flat
+    if intervals > 0 and (gain < gain_to_leave_noise or is_small):
         return (
             f"stuck: {describe_change(h, h.previous_step)}; at this pace the run ends near "
             f"{min(h.loss, h.loss - gain):.2f}. Raise {higher_rate(s)}; if that does not help, "

@@ -298,13 +298,17 @@ def newest_valid(run: Path) -> int:
 
 
 def load(run: Path, step: int, state: TrainState) -> None:
-    """Put the checkpoint of `step`, as saved, into `state`, before the step is compiled."""
-    (model, optimizer, raw), source = state, checkpoint_folder(run, step)
-    weights = _arrays_like(model.parameters(), source / "model.safetensors")
-    optimizer.state = _arrays_like(optimizer.state, source / "optimizer.safetensors")
-    if raw:
-        raw.update(_arrays_like(raw, source / "raw.safetensors"))
-    model.update(weights)
+    """Put the checkpoint of `step` into `state`, before the step is compiled.
+
+    Call it within ema_applied(state): model.safetensors has the averaged weights, raw.safetensors
+    the trained ones. Raises UserError.
+    """
+    source = checkpoint_folder(run, step)
+    weights = _arrays_like(state.model.parameters(), source / "model.safetensors")
+    state.optimizer.state = _arrays_like(state.optimizer.state, source / "optimizer.safetensors")
+    if state.ema:
+        state.ema.update(_arrays_like(state.ema, source / "raw.safetensors"))
+    state.model.update(weights)
 
 
 def _arrays_like(tree, file: Path):

@@ -36,10 +36,10 @@ SHOWN = 600  # bytes of a record that are printed
 MAX_EXAMPLES = 10  # of structures, a record each
 
 
-def peaks(s: Settings) -> list[float]:
-    """Return the estimated peak memory of a step in GB, for each setting of MEMORY_MODE."""
-    computes = [memory.compute_for(s.BDH_CONFIG, name, s.DTYPE) for name in memory.MODES]
-    return [memory_plan.step_peak(s, compute) / 1e9 for compute in computes]
+def peak_bytes(s: Settings) -> dict[str, float]:
+    """Return the estimated peak memory of a step in bytes, by the setting of MEMORY_MODE."""
+    computes = {mode: memory.compute_for(s.BDH_CONFIG, mode, s.DTYPE) for mode in memory.MODES}
+    return {mode: memory_plan.step_peak(s, compute) for mode, compute in computes.items()}
 
 
 def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> str:
@@ -56,13 +56,14 @@ def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> 
         n_bytes = sizes[s.TRAINING_MODE]
         total = total_steps(s, n_bytes) if n_bytes else 0
         read = total * s.BLOCK_SIZE * blocks_per_step(s)
-        gb = peaks(s)
-        fits = [k for k, g in zip(memory.MODES, gb, strict=True) if g * 1e9 <= memory.available()]
+        peaks = peak_bytes(s)
+        fits = [mode for mode, peak in peaks.items() if peak <= memory.available()]
+        epochs = f"{read / n_bytes:,.2f}" if n_bytes else "no data"
+        size = f"{s.BDH_CONFIG.n_parameters / 1e6:,.1f}M"
+        memories = [f"{peak / 1e9:,.2f} GB" for peak in peaks.values()]
         rows.append(
-            (name, s.TRAINING_MODE, f"{s.BDH_CONFIG.n_parameters / 1e6:,.1f}M", f"{total:,}",
-             f"{read / n_bytes:,.2f}" if n_bytes else "no data", *(f"{g:,.2f} GB" for g in gb),
-             fits[0] if fits else "no")
-        )  # fmt: skip
+            (name, s.TRAINING_MODE, size, f"{total:,}", epochs, *memories, [*fits, "no"][0])
+        )
     return format_table(rows, "  ")
 
 
@@ -81,15 +82,15 @@ def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
     """
     short = shortened(s, compute)
     n_bytes = short.BATCH_SIZE * short.BLOCK_SIZE
-    times = s.BATCH_SIZE * s.BLOCK_SIZE / n_bytes
+    scale = s.BATCH_SIZE * s.BLOCK_SIZE / n_bytes
     expected = duration(4 * 4 * memory_plan.forward_seconds(short))  # an iteration is about four
     about = f" of {n_bytes:,} bytes, about {expected} on two busy CPU cores"
-    part = about if times > 1 else ""
+    part = about if scale > 1 else ""
     print(f"\nmeasuring the speed: compiling, then 4 iterations{part}")
     seconds = np.array([*time_iterations(short, train, compute)])[1:]
     batch, update, evaluation = seconds.T
-    step = batch * times * s.GRAD_ACCUM + update
-    return float(np.median(step)), float(np.median(evaluation * times))
+    step = batch * scale * s.GRAD_ACCUM + update
+    return float(np.median(step)), float(np.median(evaluation * scale))
 
 
 def time_iterations(s: Settings, train: Split, compute: Compute) -> Iterator[tuple]:
@@ -213,14 +214,11 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
 def print_needs(s: Settings, data_report: dict, n_bytes: int) -> None:
     """Print the size of the model, and what a run needs of memory and disk."""
     n = s.BDH_CONFIG.n_parameters
-    fits = memory.available() / 1e9
-    estimates = zip(memory.MODES, peaks(s), strict=True)
+    estimates = [f"{mode} {peak / 1e9:,.2f} GB" for mode, peak in peak_bytes(s).items()]
     each = 4 * n * (4 if s.EMA_DECAY else 3)  # weights and their averages
     all_bytes = checkpoints.max_checkpoints(s, total_steps(s, n_bytes)) * each
     print(f"model: {n:,} parameters, on {mx.default_device()}")
-    print(
-        f"memory: {', '.join(f'{k} {gb:,.2f} GB' for k, gb in estimates)}; {fits:,.1f} GB available"
-    )
+    print(f"memory: {', '.join(estimates)}; {memory.available() / 1e9:,.1f} GB available")
     prepared = 2 * (data_report["train"]["bytes"] + data_report["val"]["bytes"])  # and their fields
     print(f"disk: checkpoints {all_bytes / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
 
@@ -231,12 +229,12 @@ def print_speed(s: Settings, train: Split, val: Split) -> None:
     selection = tuning.select(s, *tuning.saved_choice(s))
     with heartbeat("measuring"):
         step, evaluation = measure(s, train, selection.compute)
-    times = math.ceil(total / s.EVAL_FREQ) + 1  # before the first iteration, and at the end
-    evaluating = times * evaluation * len(val.bytes) / (s.BATCH_SIZE * s.BLOCK_SIZE)
+    n_evaluations = math.ceil(total / s.EVAL_FREQ) + 1  # before the first iteration, and at the end
+    evaluating = n_evaluations * evaluation * len(val.bytes) / (s.BATCH_SIZE * s.BLOCK_SIZE)
     speed = s.BLOCK_SIZE * blocks_per_step(s) / step
     print(f"speed: {speed:,.0f} bytes/s with MEMORY_MODE {selection.label}, measured over 3 "
           "iterations")  # fmt: skip
     whole = total * step + evaluating
-    evaluations = f"{times:,} evaluations of {len(val.bytes):,} bytes are"
+    evaluations = f"{n_evaluations:,} evaluations of {len(val.bytes):,} bytes are"
     share = f"{duration(evaluating)} ({evaluating / whole:.1%}) of it"
     print(f"time to the end: {duration(whole)}; {evaluations} {share}; samples are not counted")

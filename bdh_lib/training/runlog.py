@@ -65,17 +65,17 @@ class RunLog:
         self.report_failed = False  # report.redraw_report warns of it once
         self.last_saved = first_step
         self.save_time = time.monotonic()
-        lines = self.valid_lines(first_step) if world.is_main else []
+        lines = self.read_or_set_aside(first_step) if world.is_main else []
         lines = [m for m in lines if first_step and m["step"] <= first_step]
         self.history = world.broadcast_object(lines)
         self.best = world.broadcast_object(checkpoints.valid_best(run) if world.is_main else None)
         if world.is_main:
             files.atomic_write_text(self.path, "".join(map(with_checksum, self.history)))
 
-    def valid_lines(self, step: int) -> list[dict]:
-        """Return the valid lines. A log with invalid ones is set aside, with a warning.
+    def read_or_set_aside(self, step: int) -> list[dict]:
+        """Return the valid lines; rename a log with invalid ones, with a warning.
 
-        The last line may be cut, as by a kill.
+        A last line that was cut, as by a kill, is left out without one.
         """
         lines = read_log(self.path)
         if step and not self.path.exists():
@@ -87,7 +87,7 @@ class RunLog:
 
     @property
     def last_evaluation(self) -> dict:
-        """Return the line of the last evaluation, of which there is one."""
+        """Return the line of the last evaluation. Raises StopIteration before the first."""
         return next(m for m in reversed(self.history) if "val_loss" in m)
 
     @property

@@ -40,7 +40,7 @@ WORTHWHILE = 10**13  # parameters x bytes of a run: about an hour on two CPU cor
 # -------------------------------------------------------------------------------------- the choice
 
 
-# of a Compute, that a file holds beside its mode: their names there and here
+# sizes that a saved choice has: their names in its file, and as fields of a Compute
 SIZES = {"chunk": "chunk", "rows": "segment_rows"}
 
 

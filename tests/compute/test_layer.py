@@ -189,7 +189,7 @@ def test_no_segment_is_larger_than_an_array_may_be(gpu, monkeypatch):
         for B in (1, 4):
             one_chunk = B * compute.chunk  # of each row: a segment is never shorter
             for begin, end in layer.segments(B, 1_000_000, compute):
-                assert B * (end - begin) <= max(memory.LARGEST // row, one_chunk)
+                assert B * (end - begin) <= max(memory.MAX_ARRAY_BYTES // row, one_chunk)
     B = 2**31 // (config.n_head * config.neurons_per_head * compute.chunk)
     estimates = [memory.estimate(config, b, 10**4, compute) for b in (B - 1, B)]
     assert estimates[0] < math.inf and (estimates[1] == math.inf) == gpu

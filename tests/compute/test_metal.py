@@ -73,7 +73,7 @@ def check(function, *inputs):
         )
         for _, shape, dtype in operation["outputs"]:
             assert dtype in DTYPES or (dtype == mx.uint64 and name in EIGHT_BYTES), (name, dtype)
-            assert math.prod(shape) * dtype.size <= memory.LARGEST, (name, shape, dtype)
+            assert math.prod(shape) * dtype.size <= memory.MAX_ARRAY_BYTES, (name, shape, dtype)
     return len(operations)
 
 
