@@ -10,7 +10,8 @@ A run folder stands for its best checkpoint, else its last. The model has a stat
 each byte takes the same time, however long the text is.
 """
 
-if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
+if __name__ == "__main__":
+    # start.run imports this file as a module and calls its main(): Ctrl-C and errors are one line
     from bdh_lib.script import start
 
     start.run(__file__)

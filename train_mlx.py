@@ -10,8 +10,8 @@ metrics.jsonl, and report.html to look at.
 """
 
 if __name__ == "__main__":
-    # This imports the file once more, as a module, and calls its main(). So a mistake in the
-    # settings below is one line, not a traceback.
+    # start.run imports this file as a module and calls its main(). So a mistake in the settings
+    # below is one line, not a traceback.
     from bdh_lib.script import start
 
     start.run(__file__)
@@ -19,8 +19,9 @@ if __name__ == "__main__":
 import bdh_mlx
 from bdh_mlx import BDHConfig  # noqa: F401  so that a pasted BDHConfig(...) works, too
 
-# Settings, in plain Python: change a line, paste one over it, add one of your own. Each is also a
-# flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets, presets beat these lines.
+# Settings, in plain Python: change a line, paste one over it, or add one of your own above ACTIONS.
+# Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets, presets
+# beat these lines.
 # bdh_lib/training/train_settings.py says what each may be, and which may change on a resume. Where
 # None is allowed, the flag takes `none`.
 # Data
@@ -42,11 +43,10 @@ LR_DECAY_ITERS: int | None = None  # iteration at which the cosine ends; none: t
 WEIGHT_DECAY: float = 0.5  # AdamW's; the paper has 0.1
 BETA2: float = 0.95  # AdamW's decay of the mean of squared gradients
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: no clipping
-# By its rise, t / (t + 9) in bdh_lib/training/step.py, an average of about a run's last tenth:
-EMA_DECAY: float = 0.9999  # decay of the exponential moving average of the weights; 0: off
+EMA_DECAY: float = 0.9999  # decay of the averaged weights, reached slowly (step.py); 0: off
 SHUFFLE_RECORDS: bool = True  # a new order of the records in each epoch; plain text keeps its own
 BYTE_NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
-MAX_CONSECUTIVE_SKIPS: int = 10  # skipped updates in a row, not finite, that end the run
+MAX_CONSECUTIVE_SKIPS: int = 10  # in a row, for a loss or gradient not finite; then the run ends
 # Model, and how it is computed
 BDH_CONFIG = bdh_mlx.BDHConfig(n_layer=3, dropout=0.3)  # n_embd=256, n_head=4: 25.3M parameters
 DTYPE: str = "auto"  # of matrix products: "bfloat16", "float32"; auto: bfloat16 on a GPU
@@ -81,24 +81,24 @@ ACTIONS = {
 # for a line of flags; what it does not name is as above. The presets for 64 and 16 GB keep
 # earlier settings on purpose. Phase 2 starts from the weights of phase 1. `tiny` is for a first
 # look, `small-data` for a megabyte of text.
-OFFICIAL = (  # what all presets begin with: mostly the values of the official code
+PRESET_BASE = (  # what all presets begin with: model and AdamW as in the official code, and more
     "--n-layer 6 --dropout 0.1 --weight-decay 0.1 --beta2 0.999 --ema-decay 0 "
     "--min-lr-ratio 0.1 --epochs 10 --no-shuffle-records --eval-freq 250 "
 )
-LARGE = OFFICIAL + "--block-size 4096 --batch-size 2 --training-mode "
+LARGE = PRESET_BASE + "--block-size 4096 --batch-size 2 --training-mode "
 PRESETS = {
     "both-64gb": LARGE + "both --max-iters 5000 --learning-rate 5e-5 --epochs 3",
     "full-64gb": LARGE + "full --max-iters 8000 --learning-rate 3e-5 --epochs 3",
     "phase1-64gb": LARGE + "system --max-iters 3000 --learning-rate 1e-4",
     "phase2-64gb": LARGE + "instruction --max-iters 3000 --learning-rate 5e-5 --init-from system",
-    "both-16gb": OFFICIAL
+    "both-16gb": PRESET_BASE
     + "--training-mode both --block-size 2048 --batch-size 1 --max-iters 5000 "
     "--learning-rate 5e-5 --eval-bytes 50000",
-    "tiny": OFFICIAL + "--n-layer 2 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0 "
+    "tiny": PRESET_BASE + "--n-layer 2 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0 "
     "--beta2 0.95 --ema-decay 0.99 --shuffle-records --training-mode full --block-size 128 "
     "--batch-size 2 --max-iters 4500 --epochs none --learning-rate 2e-3 --warmup-iters 40 "
     "--log-freq 50 --eval-freq 2250 --save-freq 2250 --eval-bytes 45000",
-    "small-data": OFFICIAL + "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 "
+    "small-data": PRESET_BASE + "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 "
     "--byte-noise 0.05 --weight-decay 1 --beta2 0.95 --ema-decay 0.998 --min-lr-ratio 0.02 "
     "--block-size 1024 --batch-size 4 --max-iters 12000 --epochs none --learning-rate 1e-3 "
     "--eval-freq 1000",
@@ -127,7 +127,7 @@ from bdh_lib.training.meter import Meter
 from bdh_lib.training.report import redraw_report
 from bdh_lib.training.resume import check_chain, resume_or_init, run_info
 from bdh_lib.training.runlog import RunLog, main_process_prints
-from bdh_lib.training.schedule import blocks_per_step, learning_rate, total_steps
+from bdh_lib.training.schedule import blocks_per_step, is_read, learning_rate, total_steps
 from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.step import Diverged, compile_steps, start_computing, sum_gradients
 from bdh_lib.training.train_settings import RULES, parse_settings, phase_settings, preset_settings
@@ -260,16 +260,14 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
         if stop.requested:
             break
 
-        # every EVAL_FREQ steps: evaluate, keep the best, advise, write samples; a resumed run may
-        # have evaluated this step before
+        # every EVAL_FREQ steps: evaluate, keep the best, advise, write samples, draw the report; a
+        # resumed run may have evaluated this step before
         if (finished or step % s.EVAL_FREQ == 0) and log.last_eval_step < step:
             if not evaluate_and_log(s, step, state, evaluator, log):  # a signal came meanwhile
                 break
             if log.patience_exceeded(s.PATIENCE):
                 finished = True
                 log.save(step, state)
-            if world.is_main:
-                redraw_report(log)
         if world.is_main and log.last_saved == step:
             checkpoints.prune(run, s.KEEP_CHECKPOINTS, log.best.get("step"))
         if finished:
@@ -287,12 +285,10 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
             start_computing(state, norm, wait=step == first_step)  # the first one compiles
         stop.has_work_to_save = True
         completed = step + 1
-        log_due, eval_due = completed % s.LOG_FREQ == 0, completed % s.EVAL_FREQ == 0
-        read_now = log_due or eval_due or completed == n_steps
-        meter.stop(completed, loss, norm, n_targets > 0, read_now)
+        meter.stop(completed, loss, norm, n_targets > 0, is_read(completed, n_steps, s))
         if meter.consecutive_skips >= s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(divergence_message(data.train, meter.last_read_step, s))
-        if log_due and (averages := meter.pop_averages(completed)):
+        if completed % s.LOG_FREQ == 0 and (averages := meter.pop_averages(completed)):
             log.write(step=completed, lr=lr, grad_norm=norm.item(), **averages)
 
     log.save(step, state)  # where a signal ended the loop; any other end is saved before
@@ -308,7 +304,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
 def evaluate_and_log(
     s: Settings, step: int, state: TrainState, evaluator: Evaluator, log: RunLog
 ) -> bool:
-    """Evaluate on the validation bytes, save the best weights, advise, and write samples.
+    """Evaluate on the validation bytes, save the best weights, write samples, draw the report.
 
     Every evaluation of a run reads the same bytes. Returns False where a signal came during the
     evaluation: then nothing is logged. Raises Diverged and, where a file cannot be written,
@@ -330,4 +326,6 @@ def evaluate_and_log(
             samples = write_samples(s, step, state.model, evaluator.val, evaluator.stop)
         if not evaluator.stop.requested:  # else they are cut
             log.write(step=step, **samples)
+    if log.world.is_main:
+        redraw_report(log)
     return True

@@ -2,7 +2,7 @@
 
     python bench/experiments.py parity --official bdh.py --text tinyshakespeare.txt
     python bench/experiments.py recipe --text tinyshakespeare.txt
-    python bench/experiments.py guide --records instructions_5mb.jsonl
+    python bench/experiments.py modes --records instructions_5mb.jsonl
     python bench/experiments.py records unseen --records instructions_5mb.jsonl --only "recipe"
     python bench/experiments.py parity recipe --official bdh.py --text ... --gpus 2 --minutes 8
     python bench/experiments.py plot results.jsonl curves.png [parity]
@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import job_queue  # noqa: E402
 
 from bdh_lib.training.advice import order_n  # noqa: E402
-from train_mlx import OFFICIAL, PRESETS  # noqa: E402
+from train_mlx import PRESET_BASE, PRESETS  # noqa: E402
 
 SEEDS = 3
 QUIET = (
@@ -41,14 +41,14 @@ QUIET = (
 )
 # Parity: what the official train.py does, and every byte block the same on both sides. No
 # schedule, no clipping; validation every 100 iterations over all validation bytes.
-PARITY = OFFICIAL + (  # later flags beat those of OFFICIAL
+PARITY = PRESET_BASE + (  # later flags beat those of PRESET_BASE
     "--block-size 512 --batch-size 32 --max-iters 700 --learning-rate 1e-3 --weight-decay 0.1 "
     "--dropout 0.1 --warmup-iters 0 --min-lr-ratio 1 --grad-clip none --eval-freq 100 "
     "--patience none"
 )
 
-# The recipe: flags of a job over RECIPE's. The order is that of importance.
-RECIPE = OFFICIAL + (
+# A megabyte of text: the flags below, to which each arm of SWEEP adds its own.
+RECIPE = PRESET_BASE + (
     "--mlp-internal-dim-multiplier 32 --dropout 0.5 --weight-decay 0.3 --block-size 512 "
     "--batch-size 32 --max-iters 1500 --learning-rate 1e-3 --min-lr-ratio 0.1 "
     "--warmup-iters 100 --grad-clip 1 --eval-freq 100 --patience 3"
@@ -88,8 +88,8 @@ SWEEP = {
     + "--block-size 512 --batch-size 8",
 }
 
-# A few MB of records: flags of a job over those of RECORDS. The first one is what train_mlx.py
-# does by itself, with all its iterations.
+# A few MB of records: the flags below, to which each arm of RECORDS_SWEEP adds its own. "recipe"
+# has the settings of train_mlx.py, in mode full and without PATIENCE.
 RECORDS = (
     "--training-mode full --n-layer 6 --dropout 0.3 --block-size 2048 --batch-size 2 "
     "--max-iters 2400 --learning-rate 1e-3 --min-lr-ratio 0.1 --weight-decay 0.5 --beta2 0.999 "
@@ -118,7 +118,7 @@ RECORDS_SWEEP = {
     "blocks of 4096": "--block-size 4096",
 }
 
-# The first recipe of RECORDS_SWEEP on less of the records, by their size in KB.
+# "recipe" of RECORDS_SWEEP with other amounts of training data, by their size in KB.
 SIZES = {
     100: {"20 passes": "--epochs 20"}
     | {f"60 passes, dropout {p}": f"--epochs 60 --dropout {p}" for p in (0.3, 0.5)},
@@ -131,11 +131,10 @@ SIZES = {
 }
 N_ANSWERS = 200  # to held-out records, of the jobs that train on records
 
-# The guide: its modes at equal bytes, the default model, one rate for all; then its Options at
-# their own settings, three epochs each.
-GUIDE = OFFICIAL + "--block-size 4096 --batch-size 2"
+# The modes at equal bytes, with the model of the presets and one rate for all; then the presets for
+# 64 and 16 GB with their own settings, one seed each.
+MODES_BASE = PRESET_BASE + "--block-size 4096 --batch-size 2"
 RATE = "--learning-rate 1e-3"
-OWN = "--epochs 3 --warmup-iters 100 --max-iters"
 ARMS = {  # name: phases of (mode, share of the iterations, flags)
     "both": [("both", 1, RATE)],
     "phased": [("system", 0.13, RATE), ("instruction", 0.87, RATE)],
@@ -143,15 +142,14 @@ ARMS = {  # name: phases of (mode, share of the iterations, flags)
     "full, loss on response": [("full", 1, f"{RATE} --loss-on response")],
     "full, then on response": [("full", 0.7, RATE), ("full", 0.3, f"{RATE} --loss-on response")],
     "instruction": [("instruction", 1, RATE)],
-    "Option 1": [("both", 1, f"{OWN} 5000 --learning-rate 5e-5")],
-    "Option 2": [("full", 1, f"{OWN} 8000 --learning-rate 3e-5")],
-    "Option 3": [
-        ("system", 0.5, f"{OWN} 3000 --learning-rate 1e-4"),
-        ("instruction", 0.5, f"{OWN} 3000 --learning-rate 5e-5"),
+    "both-64gb": [("both", 1, PRESETS["both-64gb"])],
+    "full-64gb": [("full", 1, PRESETS["full-64gb"])],
+    "phase1-64gb, phase2-64gb": [
+        ("system", 0.5, PRESETS["phase1-64gb"]),
+        ("instruction", 0.5, PRESETS["phase2-64gb"]),
     ],
     "both-16gb": [("both", 1, PRESETS["both-16gb"])],
 }
-OWN_SETTINGS = ("Option 1", "Option 2", "Option 3", "both-16gb")  # one seed each
 MODES = ("system", "instruction", "both", "full")
 
 
@@ -320,26 +318,26 @@ def sweep_jobs(
     return jobs
 
 
-def guide_jobs(args) -> list[dict]:
+def modes_jobs(args) -> list[dict]:
     folder = args.work / "records"
     sides = split_records(args.records, folder)
     sizes = (f"{len(records):,} {side} records" for side, records in sides.items())
-    print(f"guide: {', '.join(sizes)}")
+    print(f"modes: {', '.join(sizes)}")
     jobs = []
     for seed in range(min(args.seeds, 2)):
         for name, arm in ARMS.items():
-            if (args.only and name not in args.only) or (seed and name in OWN_SETTINGS):
+            if (args.only and name not in args.only) or (seed and "gb" in name):
                 continue
             phases = []
             for mode, share, flags in arm:
                 iters = max(1, round(share * args.iterations))
                 phases.append(
-                    f"{GUIDE} {QUIET} --dataset {folder / mode} --training-mode {mode} "
+                    f"{MODES_BASE} {QUIET} --dataset {folder / mode} --training-mode {mode} "
                     f"--max-iters {iters} --warmup-iters {min(100, iters // 5)} {flags} "
                     f"--seed {seed}"
                 )
             time = sum(seconds(phase) for phase in phases) + 15
-            job = {"in": "guide", "name": f"guide: {name}, seed {seed}", "of": name}
+            job = {"in": "modes", "name": f"modes: {name}, seed {seed}", "of": name}
             job |= {"phases": phases, "judge": str(folder), "large": True, "seconds": time}
             jobs.append(job)
     return jobs
@@ -348,7 +346,7 @@ def guide_jobs(args) -> list[dict]:
 JOBS = {
     "parity": parity_jobs,
     "recipe": recipe_jobs,
-    "guide": guide_jobs,
+    "modes": modes_jobs,
     "records": records_jobs,
     "unseen": unseen_jobs,
     "sizes": sizes_jobs,
@@ -451,7 +449,7 @@ def val_losses(model, val, T: int) -> tuple[float, dict[str, float]]:
     return evaluate(partial(byte_losses, model), Split(*val), (4, T))
 
 
-def official(job: dict, path: str) -> dict:
+def train_official(job: dict, path: str) -> dict:
     """The official model in PyTorch: bf16 autocast, torch.compile, and our order of the blocks."""
     import torch
 
@@ -460,9 +458,9 @@ def official(job: dict, path: str) -> dict:
     from bdh_lib.training.batches import batch_positions
 
     spec = importlib.util.spec_from_file_location("official_bdh", path)
-    official = importlib.util.module_from_spec(spec)
-    sys.modules["official_bdh"] = official
-    spec.loader.exec_module(official)
+    official_code = importlib.util.module_from_spec(spec)
+    sys.modules["official_bdh"] = official_code
+    spec.loader.exec_module(official_code)
     s = train_mlx.settings(job["phases"][0].split())
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -474,7 +472,7 @@ def official(job: dict, path: str) -> dict:
     torch.manual_seed(s.SEED)
     torch.set_float32_matmul_precision("high")
     shape = {k: v for k, v in vars(s.BDH_CONFIG).items() if k != "dropout_v"}
-    model = official.BDH(official.BDHConfig(**shape)).to(device)
+    model = official_code.BDH(official_code.BDHConfig(**shape)).to(device)
     step_model = torch.compile(model) if device == "cuda" else model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=s.LEARNING_RATE, weight_decay=s.WEIGHT_DECAY
@@ -540,7 +538,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def parity_says(rows: list[dict]) -> str:
+def parity_table(rows: list[dict]) -> str:
     """Whether the two curves agree within the seeds: means by step, and the spread of each."""
     curves = {of: [dict(r["curve"]) for r in rows if r["of"] == of] for of in ("official", "ours")}
     if not all(curves.values()):
@@ -567,8 +565,11 @@ SHOWN = [("system", "system"), ("instruction", "instruction"), ("both", "instruc
          ("full", "response")]  # fmt: skip
 
 
-def bits_per_byte(train: bytes, val: bytes) -> dict[str, float]:
-    """Of each baseline on val; `xz after train` is what val adds to the packed train."""
+def compression_baselines(train: bytes, val: bytes) -> dict[str, float]:
+    """Return the bits per byte of val by gzip, by xz and by counting bytes.
+
+    `xz after train` is what val adds to the packed train.
+    """
     bits = {"gzip": 8 * len(gzip.compress(val, 9)) / len(val), "xz": 8 * _xz(val) / len(val)}
     bits["xz after train"] = 8 * (_xz(train + val) - _xz(train)) / len(val)
     return bits | {
@@ -580,8 +581,10 @@ def _xz(data: bytes) -> int:
     return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
 
-def guide_says(rows: list[dict], folder: Path) -> str:
+def modes_table(rows: list[dict], folder: Path) -> str:
     """Bits per byte by field and format of each arm, over its seeds, beside the baselines."""
+    from bdh_lib.data.formats import FIELDS
+
     title = "".join(f"{f'{field[:6]}/{mode[:6]}':>16}" for mode, field in SHOWN)
     lines = [
         "bits per byte of a field / in the format of a mode, held-out records",
@@ -603,11 +606,9 @@ def guide_says(rows: list[dict], folder: Path) -> str:
         sides = {}
         for side in ("train", "val"):
             stream = np.fromfile(folder / mode / f"{side}.bin", np.uint8)
-            from bdh_lib.data.formats import FIELDS
-
             labels = np.fromfile(folder / mode / f"{side}.fields", np.uint8)
             sides[side] = stream[labels == FIELDS.index(field)].tobytes()
-        read[field] = bits_per_byte(sides["train"], sides["val"])
+        read[field] = compression_baselines(sides["train"], sides["val"])
     for name in read["system"]:
         line = "".join(f"{read[field][name]:>9.3f}       " for _, field in SHOWN)
         lines.append(f"{name:<24}{line}")
@@ -666,7 +667,7 @@ def main() -> None:
     parser.add_argument("--per-gpu", type=int, default=1, help="jobs at once on each (1)")
     parser.add_argument("--minutes", type=float, default=600, help="when the last job must be over")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of a job ({SEEDS})")
-    parser.add_argument("--iterations", type=int, default=1000, help="of a guide arm")
+    parser.add_argument("--iterations", type=int, default=1000, help="of an arm of modes")
     parser.add_argument("--only", action="append", help="these recipes or arms, all seeds")
     parser.add_argument("--flags", default="", help="of the trainer, after those of each recipe")
     parser.add_argument("--smoke", type=int, nargs="?", const=20, help="tiny models, 20 iterations")
@@ -678,7 +679,9 @@ def main() -> None:
         return plot(job_queue.rows(Path(args.what[1])), args.what[2], *args.what[3:])
     if args.job:
         is_official = args.job.get("do") == "official"
-        result = official(args.job, args.official) if is_official else train(args.job, args.work)
+        result = (
+            train_official(args.job, args.official) if is_official else train(args.job, args.work)
+        )
         print("\n" + json.dumps(result))
         return
     for what in args.what:
@@ -702,9 +705,9 @@ def main() -> None:
     rows = job_queue.spread(jobs, command, args.gpus, args.per_gpu, args.minutes, args.out)
     print(table([row for row in rows if row["name"] in names]))
     if "parity" in args.what:
-        print(parity_says([r for r in rows if r["in"] == "parity" and "curve" in r]))
-    if "guide" in args.what:
-        print(guide_says([r for r in rows if r["in"] == "guide"], args.work / "records"))
+        print(parity_table([r for r in rows if r["in"] == "parity" and "curve" in r]))
+    if "modes" in args.what:
+        print(modes_table([r for r in rows if r["in"] == "modes"], args.work / "records"))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,9 @@ def test_a_flat_model_costs_eight_bits_a_byte():
     rng = np.random.default_rng(0)
     train, val = rng.integers(0, 256, (2, 20_000), dtype=np.uint8)
     assert advice.order_n(train, val, 0) == pytest.approx(8 * math.log(2), abs=0.03)
-    assert math.isclose(experiments.bits_per_byte(bytes(val), bytes(val))["xz"], 8, rel_tol=0.02)
+    assert math.isclose(
+        experiments.compression_baselines(bytes(val), bytes(val))["xz"], 8, rel_tol=0.02
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_a_flat_model_costs_eight_bits_a_byte():
     [
         (experiments, "bogus", "'bogus' is none of parity"),
         (experiments, "parity", "parity needs a file --text"),
-        (experiments, "guide --records /no/such", "guide needs a file --records"),
+        (experiments, "modes --records /no/such", "modes needs a file --records"),
         (experiments, "plot /no/such a.png", "plot needs a file of rows"),
         (train_speed, "--only bogus", "no step to time"),
         (train_speed, "--steps 0", "no step to time"),

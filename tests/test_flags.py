@@ -1,6 +1,7 @@
 """What the flags and the terminal show: headings, near names, colours, lines of JSON."""
 
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -24,7 +25,8 @@ def test_help_shows_every_setting_under_its_heading(capsys):
     text = capsys.readouterr().out
     groups = re.findall(r"^(\S.*):\n((?:  .*\n)+)", text, re.M)
     of = {name: re.findall(r"^  (--[a-z0-9-]+)", body, re.M) for name, body in groups}
-    assert list(of)[1:3] == ["Data", "Training"] and "--dataset" in of["Data"]
+    headings = re.findall("^# ([A-Z].*)\n[A-Z]", inspect.getsource(train_mlx), re.M)
+    assert list(of) == ["options", *headings] and "--dataset" in of["Data"]
     assert "--n-layer" in of["Model, and how it is computed"] and "--plan" in of["options"]
     shown = {flag for name, flags in of.items() if name != "options" for flag in flags}
     given = vars(train_mlx.settings([]))
@@ -187,7 +189,7 @@ def test_a_pasted_block_is_the_settings_and_trains(tmp_path, block, where):
 @pytest.mark.parametrize("preset", [name for name in BLOCKS if name in train_mlx.PRESETS])
 def test_a_preset_is_its_block(tmp_path, preset):
     # what the block does not say is that of the official code, as its writer had it
-    official = train_mlx.OFFICIAL.split()
+    official = train_mlx.PRESET_BASE.split()
     if "EPOCHS" in BLOCKS[preset]:  # the flag would beat the line
         del official[(i := official.index("--epochs")) : i + 2]
     official += ["--eval-bytes", "50000"] if preset == "both-16gb" else []

@@ -6,7 +6,8 @@
 The trainer redraws them at each evaluation. Losses are in bits per byte.
 """
 
-if __name__ == "__main__":  # it imports this file anew, ready for Ctrl-C meanwhile
+if __name__ == "__main__":
+    # start.run imports this file as a module and calls its main(): Ctrl-C and errors are one line
     from bdh_lib.script import start
 
     start.run(__file__)

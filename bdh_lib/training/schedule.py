@@ -63,6 +63,11 @@ def passes_note(s: Settings, n_bytes: int) -> str | None:
     )
 
 
+def is_read(completed: int, total: int, s: Settings) -> bool:
+    """Tell whether a log line, an evaluation or the end needs the loss after `completed` steps."""
+    return not (completed % s.LOG_FREQ and completed % s.EVAL_FREQ and completed < total)
+
+
 def learning_rate(step: int, total: int, s: Settings) -> float:
     """Return the rate of step number `step` (from 0): a linear rise, then half a cosine down."""
     if step < s.WARMUP_ITERS:
