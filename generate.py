@@ -17,6 +17,7 @@ if __name__ == "__main__":
     start.run(__file__)
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -32,13 +33,13 @@ import mlx.core as mx
 
 from bdh_lib import runs
 from bdh_lib.compute.memory import compute_for, keep_float32_exact, limit_cache
-from bdh_lib.compute.state import State
+from bdh_lib.compute.state import WINDOW_PARTS, State
 from bdh_lib.data import formats, hub
 from bdh_lib.data.questions import load_questions, question_numbers
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.files import read_input, read_stream
 from bdh_lib.generation import answers, chat, evaluation, export, state_files, trace
-from bdh_lib.generation.arguments import parse_args
+from bdh_lib.generation.arguments import AUTO, parse_args
 from bdh_lib.generation.decoding import (
     Decoding,
     StopMatcher,
@@ -177,6 +178,7 @@ def evaluate_data(model: bdh_mlx.BDH, checkpoint: Checkpoint, args: argparse.Nam
 
 def complete_prompt(decoding: Decoding, prompt: bytes, args: argparse.Namespace) -> None:
     """Print the completion of one prompt, or --samples of them."""
+    decoding = fit_window(decoding, args, len(prompt) + decoding.max_new_tokens)
     warn_context_length(len(prompt), decoding, args)
     print_prompt_length(len(prompt))
     if args.samples == 1:
@@ -212,16 +214,28 @@ def print_stream(decoding: Decoding, prompt: bytes, args: argparse.Namespace) ->
 def initial_state(model, args: argparse.Namespace) -> State:
     """Load the state of --load-state, or make an empty one with --window. Raises UserError."""
     if not args.load_state:
-        return State(window=args.window)
+        return State(window=None if args.window == AUTO else args.window)
     state = state_files.load_state(args.load_state, model)
     if state.batch > 1:
         raise UserError(f"{args.load_state} holds {state.batch} texts; --load-state takes one")
-    if args.window and args.window != state.window:
+    if args.window not in (AUTO, state.window):
         raise UserError(
-            f"--window is {args.window}, and the state in {args.load_state} was read with "
-            f"{state.window or 'none'}; leave it out"
+            f"--window is {args.window or 'none'}, and the state in {args.load_state} was read "
+            f"with {state.window or 'none'}; leave it out"
         )
     return state
+
+
+def fit_window(decoding: Decoding, args: argparse.Namespace, length: float = math.inf) -> Decoding:
+    """Return the decoding, with a window where a text of `length` bytes outgrows the blocks.
+
+    A model reads badly past the length of its training blocks, and that is the window. --window
+    and a loaded state come first.
+    """
+    trained = decoding.model.trained_length
+    if args.window != AUTO or args.load_state or not trained or length <= trained:
+        return decoding
+    return decoding._replace(start=State(window=max(WINDOW_PARTS, trained)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,7 +293,7 @@ def generate_by_flags(decoding: Decoding, checkpoint: Checkpoint, args: argparse
         if args.save_state or args.raw or args.samples > 1:
             raise UserError("a session takes no --save-state (type /save), --raw or --samples")
         has_chats = runs.trained_on_chats(checkpoint.weights)
-        chat.Session(decoding, checkpoint.mode, has_chats).run()
+        chat.Session(fit_window(decoding, args), checkpoint.mode, has_chats).run()
     else:
         complete_prompt(decoding, load_prompt(args), args)
 

@@ -431,17 +431,25 @@ def test_a_saved_state_goes_on_as_the_whole_prompt_would(random_run, tmp_path, o
     (tmp_path / "all").write_bytes(kept + b" and on")
     assert output(random_run, "--prompt-file", tmp_path / "all", *greedy) == kept + on
     assert len(on) == len(b" and on") + 20
-    with pytest.raises(UserError, match=r"--window is 64.*read with none"):
+    with pytest.raises(UserError, match=r"--window is 64.* read with none"):
         generate.main([str(random_run), "--prompt", "a", "--load-state", str(file), "--window=64"])
 
 
-def test_a_text_longer_than_the_trained_blocks_is_told_unless_a_window_bounds_it(
-    random_run, capsys
-):
-    generate.main([str(random_run), "--prompt", "a" * 400, "--max-new-tokens", "5"])
-    assert "was trained on blocks of" in capsys.readouterr().err
-    generate.main([str(random_run), "--prompt", "a" * 400, "--max-new-tokens", "5", "--window=64"])
-    assert capsys.readouterr().err == ""
+def test_a_text_longer_than_the_trained_blocks_has_a_window_of_their_length(random_run, capsys):
+    trained = bdh_mlx.load_model(random_run).trained_length
+
+    def texts(n_bytes, *flags):
+        prompt = ("--prompt", "a" * n_bytes, "--max-new-tokens", "20", "--temperature", "0")
+        generate.main([str(random_run), *prompt, "--no-stop", *flags])
+        return capsys.readouterr()
+
+    long = texts(5 * trained)
+    assert long == texts(5 * trained, "--window", str(trained)) and long.err == ""
+    whole = texts(5 * trained, "--window", "none")
+    assert whole.out != long.out and "was trained on blocks of" in whole.err
+    short = trained - 20
+    assert texts(short) == texts(short, "--window", "none")
+    assert texts(short + 1) == texts(short + 1, "--window", str(trained))
 
 
 @pytest.mark.parametrize("file", ["absent/s.safetensors", "s.bin", "weights.safetensors"])

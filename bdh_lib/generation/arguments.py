@@ -14,6 +14,7 @@ from bdh_lib.rules import integer
 from bdh_lib.script import cli
 
 DTYPES = ("bfloat16", "float32")
+AUTO = "auto"  # --window where it is not typed
 EXCLUSIVE_JOBS = {
     "evaluate": ["mode", "dtype", "columns"],
     "trace": ["out"],
@@ -105,7 +106,13 @@ def add_state(add: Callable) -> None:
         help="continue from a saved state, with a --prompt of at least one byte",
     )
     add("--save-state", metavar="FILE.safetensors", help="save the state at the end of the text")
-    add("--window", metavar="W", help="forget bytes older than W; default: none")
+    add(
+        "--window",
+        default=AUTO,
+        metavar="W",
+        help="forget bytes older than W; none: keep all; default: the length of the blocks that "
+        "the model was trained on, where a session or a prompt's text may outgrow them, else none",
+    )
 
 
 def add_stop(add: Callable) -> None:
@@ -173,7 +180,7 @@ def parse_args(argv: list[str] | None, description: str = "") -> argparse.Namesp
     args, typed = parse_typed(make_parser(description), argv)
     for name, rule in NUMBERS.items():
         if name in typed:
-            rule = rule._replace(allow_none=False)
+            rule = rule._replace(allow_none=name == "window")
             setattr(args, name, parse_value(flag_name(name), typed[name], rule))
     for name in PATHS:
         if name in typed and not hub.is_model(typed[name]):
