@@ -60,7 +60,10 @@ def read_constants(script: ModuleType, rules: dict[str, Rule]) -> tuple[dict, di
     constants = {name: vars(script)[name] for name in setting_names(script)}
     for name in rules:  # it may be set below the table, or to what is not a setting
         if name not in vars(script):
-            raise UserError(f"{name} is not set; put its line back among the constants at the top")
+            raise UserError(
+                f"{name} is not set; put its line back among the constants at the top"
+                f"{misspelt(name, script)}"
+            )
         constants[name] = vars(script)[name]
     all_rules = {name: rules.get(name) or infer_rule(script, name) for name in constants}
     for name, rule in all_rules.items():
@@ -258,6 +261,14 @@ def find_typos(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
                 f"{name} is not a setting of the trainer; set it in {model_of[name.lower()]}"
             )
     return warnings
+
+
+def misspelt(name: str, script: ModuleType) -> str:
+    """Return a note on what the script assigns in place of a setting, "" if nothing is like it."""
+    source = Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
+    assigned = (target for node in assignments(source) for target in targets(node))
+    slips = [slip for slip in assigned if did_you_mean(slip.upper(), [name], SIMILARITY)]
+    return f" (is {slips[0]} meant to be it?)" if slips else ""
 
 
 def without_equals(source: str) -> list[str]:

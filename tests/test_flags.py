@@ -37,7 +37,12 @@ def test_help_shows_every_setting_under_its_heading(capsys):
 
 @pytest.mark.parametrize(
     ("args", "near"),
-    [("--blok-size 2", "--block-size"), ("--preset tinny", "tiny"), ("--epoch 3", "--epochs")],
+    [
+        ("--blok-size 2", "--block-size"),
+        ("--preset tinny", "tiny"),
+        ("--epoch 3", "--epochs"),
+        ("--memory small", "--memory-mode"),
+    ],
 )
 def test_a_mistyped_flag_suggests_the_nearest(args, near, capsys):
     with pytest.raises(SystemExit) as error:
@@ -338,6 +343,16 @@ def test_a_wrong_flag_is_named_with_its_value_and_what_fits(args, output):
 def test_a_constant_that_is_gone_is_named(tmp_path, name):
     source = lambda text: re.sub(rf"^{name}\b.* = .*\n", "", text, flags=re.M)  # noqa: E731
     with pytest.raises(UserError, match=f"{name} is not set; put its line back"):
+        copied(tmp_path, source).settings([])
+
+
+@pytest.mark.parametrize(
+    ("name", "slip"),
+    [("LEARNING_RATE", "LEARNING_RAET"), ("LEARNING_RATE", "learning_rate"), ("EPOCHS", "EPOCH")],
+)
+def test_what_stands_in_place_of_a_constant_is_named(tmp_path, name, slip):
+    source = lambda text: re.sub(rf"^{name}\b", slip, text, flags=re.M)  # noqa: E731
+    with pytest.raises(UserError, match=rf"{name} is not set; .* \(is {slip} meant to be it\?\)$"):
         copied(tmp_path, source).settings([])
 
 

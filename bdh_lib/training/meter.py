@@ -39,10 +39,8 @@ class Meter:
     def start(self) -> None:
         """Begin a step, of which the first one compiles."""
         if self.progress.done == self.first_step:
-            print(
-                "compiling the training step, once, a minute or more on a new machine "
-                f"({SIGNAL_NOTE})"
-            )
+            note = f", a minute or more on a new machine ({SIGNAL_NOTE})" if on_cuda() else ""
+            print(f"compiling the training step, once{note}")
         self.step_start = time.perf_counter()
 
     def stop(

@@ -141,10 +141,10 @@ def refuse_changes(run: Path, changes: dict[str, str]) -> None:
         fixed = [name for name in fixed if name not in of_data]
     if fixed:
         shown = [*map(changes.get, fixed[:5]), *(["and others"] if len(fixed) > 5 else [])]
-        weights = f", with INIT_FROM {run.name} from these weights" if fixed == of_data else ""
+        weights = f"; INIT_FROM {run.name} begins it with these weights" if fixed == of_data else ""
         raise UserError(
             f"{run} holds a run with other settings ({'; '.join(shown)}). Set them back to "
-            f"continue it, or set RUN_NAME to start another{weights}"
+            f"continue it, or start another run: set RUN_NAME (--run-name){weights}"
         )
 
 

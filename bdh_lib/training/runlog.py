@@ -197,7 +197,7 @@ def answer_lines(step: int, answer: dict) -> str:
     question = answer["prompt"].split("### Instruction:\n")[-1].removesuffix("### Response:\n")
     lines = {"asked": question, "true": answer["truth"], "model": answer["answer"]}
     lines = [
-        f"{name + ':':7}{escape_controls(' '.join(text.split()))[:ANSWER_WIDTH]}"
+        f"{name + ':':7}{escape_controls(' '.join(text.split()))[:ANSWER_WIDTH] or '(blank)'}"
         for name, text in lines.items()
     ]
     return "\n".join([f"--- answer at iteration {step}", *lines])

@@ -398,9 +398,8 @@ def test_a_resumed_run_tells_of_a_damaged_config(tmp_path, capsys):
 
 
 def test_other_settings_in_the_same_run_are_refused_by_name(uninterrupted_run):
-    with pytest.raises(
-        UserError, match=r"BLOCK_SIZE: there 64, here 32; n_embd: there 16, here 8\).* another$"
-    ):
+    changes = r"BLOCK_SIZE: there 64, here 32; n_embd: there 16, here 8\)"
+    with pytest.raises(UserError, match=rf"{changes}.* another run: set RUN_NAME \(--run-name\)$"):
         train(uninterrupted_run, "--max-iters", 20, "--block-size", 32, "--n-embd", 8)
     with pytest.raises(UserError, match=r"\(TRAINING_MODE: there full, here both\)"):
         # not: other bytes
@@ -424,7 +423,7 @@ def test_changed_data_are_told_by_size_and_name_not_by_digest(tmp_path):
     ):
         with pytest.raises(UserError, match=output) as error:
             train(tmp_path, "--max-iters", 2, "--dataset", tmp_path / f"{name}.txt")
-        assert str(error.value).endswith("with INIT_FROM full from these weights")
+        assert str(error.value).endswith("; INIT_FROM full begins it with these weights")
         assert not re.search("[0-9a-f]{9}", str(error.value).replace(str(tmp_path), ""))
     (tmp_path / "d.txt").write_text("\n\n".join(map(str.upper, texts)))
     with pytest.raises(UserError, match="train data: other bytes, as many: "):
