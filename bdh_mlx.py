@@ -17,6 +17,7 @@ a state of fixed size. Reading a text at once, in chunks or byte by byte gives t
 
     B batch   T bytes   D n_embd   H heads   N neurons per head   L layers   V vocabulary
     paper's Dx, Dy: `encoder`, `encoder_v` (H, D, N)   paper's E: `decoder` (H*N, D)
+    bytes to v: `embed.weight` (V, D)   the last v to logits: `lm_head` (D, V)
 """
 
 import json
@@ -153,14 +154,12 @@ class BDH(nn.Module):
 
     def quadratic_layer(self, v: mx.array) -> mx.array:
         """Apply the layer to v (B, T, D) by the equations at the top."""
-        B, T, D = v.shape
-        Dx, Dy, E = self.weights()
-        H, N = self.config.n_head, self.config.neurons_per_head
-        x = nn.relu(v.reshape(1, B * T, D) @ Dx)  # (H, B*T, N)
-        a = attention_quadratic(rotate(x.reshape(H, B, T, N)), v)
-        y = nn.relu(ln(a).reshape(H, B * T, D) @ Dy) * x  # (H, B*T, N)
-        o = (y @ E).sum(0)  # (B*T, D)
-        return ln(v + ln(o).reshape(B, T, D))
+        Dx, Dy, E = (weights[:, None] for weights in self.weights())  # (H, 1, ...), for each row
+        x = nn.relu(v @ Dx)  # (H, B, T, N)
+        a = attention_quadratic(rotate(x), v)  # (H, B, T, D)
+        y = nn.relu(ln(a) @ Dy) * x
+        o = (y @ E).sum(0)  # (B, T, D)
+        return ln(v + ln(o))
 
     def generate(
         self,
