@@ -16,7 +16,7 @@ W - W / WINDOW_PARTS bytes, rounded down, and at most the last W.
 The model is not typed here: bdh_mlx.BDH imports this module.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import pairwise
 from typing import NamedTuple
@@ -306,17 +306,3 @@ def _decode_step_of(model) -> DecodeStep:
     if cached is None or any(a is not b for a, b in zip(cached.source, source, strict=True)):
         cached = model.decode_step = step_class(model, source)
     return cached
-
-
-def prefetch_one(steps: Iterator) -> Iterator:
-    """Yield the items of an endless stream, one ahead on a GPU.
-
-    There the next step is submitted before an item is yielded: the GPU computes it while the host
-    reads the item.
-    """
-    if not on_gpu():
-        return (yield from steps)
-    previous = next(steps)
-    for step in steps:
-        yield previous
-        previous = step

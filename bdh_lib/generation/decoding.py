@@ -16,8 +16,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from bdh_lib.compute.device import on_cuda
-from bdh_lib.compute.state import State, prefetch_one, prefill, read
+from bdh_lib.compute.device import on_cuda, on_gpu
+from bdh_lib.compute.state import State, prefill, read
 from bdh_lib.data.formats import MAX_NEW_TOKENS
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.generation.sampling import PAD, Sampling, append_token, uniforms
@@ -90,9 +90,23 @@ def stream(
             yield _host_arrays(token), state, (logits, recent)
 
     n_steps = STEPS_PER_SUBMISSION if len(logits) == 1 and on_cuda() else 1
-    for group in prefetch_one(_submit(steps(logits, state, sampling.recent(seen)), n_steps)):
+    for group in _prefetch_one(_submit(steps(logits, state, sampling.recent(seen)), n_steps)):
         for tokens, state, _ in group:
             yield [byte for a in tokens for byte in a.tolist()], state
+
+
+def _prefetch_one(steps: Iterator) -> Iterator:
+    """Yield the items of an endless stream, one ahead on a GPU.
+
+    There the next step is submitted before an item is yielded: the GPU computes it while the host
+    reads the item.
+    """
+    if not on_gpu():
+        return (yield from steps)
+    previous = next(steps)
+    for step in steps:
+        yield previous
+        previous = step
 
 
 def _submit(steps: Iterator, n: int) -> Iterator[list]:
