@@ -23,11 +23,12 @@ from bdh_lib.script.interrupts import default_signals
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
 from bdh_lib.training import checkpoints, memory_plan, tuning
+from bdh_lib.training.advice import passes_note
 from bdh_lib.training.batches import get_batch
 from bdh_lib.training.dataset import open_run_data
 from bdh_lib.training.resume import changes_on_resume, check_chain, resolve_init_from
 from bdh_lib.training.runlog import duration
-from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary, total_steps
+from bdh_lib.training.schedule import blocks_per_step, schedule_summary, total_steps
 from bdh_lib.training.step import compile_steps
 from bdh_lib.training.train_settings import phase_settings
 from bdh_lib.training.train_state import init_train_state

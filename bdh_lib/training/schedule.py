@@ -3,7 +3,6 @@
 import math
 
 from bdh_lib.settings import Settings
-from bdh_mlx import BDHConfig
 
 
 def blocks_per_step(s: Settings) -> int:
@@ -35,32 +34,6 @@ def schedule_summary(s: Settings, n_bytes: int) -> str:
         cut = f"; EPOCHS ({s.EPOCHS:,g}) ends it before MAX_ITERS ({s.MAX_ITERS:,})"
     coverage = f"{total * bytes_per_step:,} bytes or {epochs:,.2f} epochs"
     return f"{total:,} iterations of {bytes_per_step:,} bytes are {coverage}{cut}"
-
-
-RECIPE_BYTES = 4_200_000
-MEASURED_PASSES = {  # by the bytes of records that were trained on (docs/log.md, 2026-11-27, -28)
-    100_000: "the default settings were best after 12 to 16 passes",
-    500_000: "the default settings were best after 9 to 10 passes",
-    RECIPE_BYTES: "the default settings were best at the end of 13 passes",
-    46_000_000: "the default settings until 2026-11-28 still gained after 0.4 passes; "
-    "--dropout 0.1 took 0.06 bits per byte off",
-}
-
-
-def passes_note(s: Settings, n_bytes: int) -> str | None:
-    """Say how many passes were best where the data are far smaller or larger than the recipe's.
-
-    None for another size of the model, and for data of about the recipe's size.
-    """
-    if s.BDH_CONFIG.n_parameters != BDHConfig().n_parameters or 0.5 <= n_bytes / RECIPE_BYTES <= 2:
-        return None
-    passes = total_steps(s, n_bytes) * s.BLOCK_SIZE * blocks_per_step(s) / n_bytes
-    near = min(MEASURED_PASSES, key=lambda size: abs(math.log(size / n_bytes)))
-    more = "; more bytes were not measured" if n_bytes > max(MEASURED_PASSES) else ""
-    return (
-        f"{passes:,.1f} passes over {n_bytes / 1e6:,.2f} MB; "
-        f"on {near / 1e6:g} MB {MEASURED_PASSES[near]}{more}"
-    )
 
 
 def is_read(completed: int, total: int, s: Settings) -> bool:

@@ -18,13 +18,13 @@ from bdh_lib.data.formats import (
 from bdh_lib.errors import escape_controls
 from bdh_lib.settings import Settings
 from bdh_lib.training import tuning
+from bdh_lib.training.advice import passes_note
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.meter import Meter
 from bdh_lib.training.runlog import RunLog
 from bdh_lib.training.schedule import (
     blocks_per_step,
     end_setting,
-    passes_note,
     schedule_summary,
 )
 from bdh_lib.training.tuning import Selection

@@ -1,6 +1,7 @@
 """Warning signs in the metrics of a run, and what counting bytes would know."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,14 @@ from helpers import ROOT, metrics, train
 
 import train_mlx
 from bdh_lib.data.split import Split
-from bdh_lib.training.advice import advise, byte_baselines, first_counted, order_n, unigram_entropy
+from bdh_lib.training.advice import (
+    advise,
+    byte_baselines,
+    first_counted,
+    order_n,
+    passes_note,
+    unigram_entropy,
+)
 
 
 def series(val, loss, start=5.6, **of_lines):
@@ -180,3 +188,19 @@ def test_streams_shorter_than_the_order_are_counted_too(n_train, n_val):
     assert np.isfinite(
         byte_baselines("response", Split(train, labels[0]), Split(val, labels[1]))
     ).all()
+
+
+@pytest.mark.parametrize(
+    "n_bytes, flags, note",
+    [
+        (120_000, "", "13.1 passes over 0.12 MB; on 0.1 MB .* best after 12 to 16 passes$"),
+        (480_000, "--epochs 3", "3.0 passes over 0.48 MB; on 0.5 MB .* best after 9 to 10 passes$"),
+        (40_960_000, "", "1.3 passes over 40.96 MB; on 46 MB .* --dropout 0.1 took [^;]*$"),
+        (51_200_000, "", "1.1 passes over 51.20 MB; on 46 MB .*; more bytes were not measured"),
+        (4_200_000, "", None),
+        (120_000, "--n-embd 64", None),
+    ],
+)
+def test_the_best_passes_of_other_sizes_of_data_are_said(n_bytes, flags, note):
+    line = passes_note(train_mlx.settings(flags.split()), n_bytes)
+    assert re.match(note, line) if note else line is None

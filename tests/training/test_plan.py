@@ -15,7 +15,8 @@ from bdh_lib.compute import memory
 from bdh_lib.data import problems
 from bdh_lib.errors import UserError
 from bdh_lib.training import memory_plan, plan
-from bdh_lib.training.schedule import blocks_per_step, passes_note, schedule_summary
+from bdh_lib.training.advice import passes_note
+from bdh_lib.training.schedule import blocks_per_step, schedule_summary
 
 TICK = "✓".encode().decode("mac_roman")
 MAC = "é".encode().decode("mac_roman")
