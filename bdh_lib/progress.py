@@ -36,7 +36,11 @@ class Progress:
 
         Lines go to `file`, which is stdout where it is None.
         """
-        self.what, self.total, self.unit, self.done, self.file = what, total, unit, initial, file
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self.done = initial
+        self.file = file
         options = {"unit": f" {unit}", "initial": initial, "leave": False, "delay": DELAY}
         disable = True if is_without_columns(sys.stderr) else None  # None: not without a terminal
         self.bar = tqdm(total=total, desc=what, disable=disable, **options)

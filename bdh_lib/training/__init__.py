@@ -1,4 +1,7 @@
-"""Evaluation, checkpoints, logs, reports and several processes, for train_mlx.py."""
+"""What train_mlx.py needs beside the loop: data, step, evaluation, checkpoints, log and report.
+
+docs/hacking.md has the modules in the order in which a run uses them.
+"""
 
 import sys
 

@@ -27,7 +27,8 @@ class World:
     def __init__(self):
         """Join the processes that the environment names. Raises UserError if that fails."""
         self.group = _join()
-        self.size, self.rank = self.group.size(), self.group.rank()
+        self.size = self.group.size()
+        self.rank = self.group.rank()
         self.is_main = self.rank == 0  # it alone writes
 
     def all_reduce_sum(self, tree):

@@ -61,9 +61,12 @@ class Evaluator:
         share an evaluation, and `stop` ends it early. The advice on a run of `n_steps` compares
         losses with baselines that are computed here from `data.train` and `data.val`.
         """
-        self.s, self.n_steps = s, n_steps
-        self.model, self.val = model, data.val
-        self.world, self.stop = world, stop
+        self.s = s
+        self.n_steps = n_steps
+        self.model = model
+        self.val = data.val
+        self.world = world
+        self.stop = stop
         self.shape = (s.BATCH_SIZE, s.BLOCK_SIZE)
         print(f"compiling the evaluation, once ({SIGNAL_NOTE})")
         with heartbeat("compiling"):

@@ -23,7 +23,9 @@ class Meter:
         `bytes_per_step` counts the bytes that a step reads on all processes; `skipped` the updates
         that were skipped before `step`.
         """
-        self.first_step, self.n_steps, self.bytes_per_step = step, n_steps, bytes_per_step
+        self.first_step = step
+        self.n_steps = n_steps
+        self.bytes_per_step = bytes_per_step
         self.progress = Progress("training", n_steps, "iterations", step)
         self.skipped = skipped  # steps whose numbers were not finite
         self.consecutive_skips = 0
@@ -34,7 +36,9 @@ class Meter:
 
     def clear(self) -> None:
         """Begin new averages."""
-        self.losses, self.seconds, self.timed_bytes = [], 0.0, 0
+        self.losses = []
+        self.seconds = 0.0
+        self.timed_bytes = 0
 
     def start(self) -> None:
         """Begin a step, of which the first one compiles."""

@@ -59,7 +59,10 @@ class RunLog:
     """
 
     def __init__(self, run: Path, first_step: int, world: World, json_to: TextIO | None = None):
-        self.run, self.first_step, self.world, self.json_to = run, first_step, world, json_to
+        self.run = run
+        self.first_step = first_step
+        self.world = world
+        self.json_to = json_to
         self.path = run / "metrics.jsonl"
         self.info = {}
         self.report_failed = False  # report.redraw_report warns of it once
