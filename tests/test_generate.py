@@ -74,7 +74,7 @@ def test_a_megabyte_of_prompt(tmp_path, output):
     run = saved(BDH(BDHConfig(1, 64, 0, 1, 1)), tmp_path)
     text = np.random.default_rng(1).integers(97, 123, 1_000_000, np.uint8).tobytes()
     (tmp_path / "p").write_bytes(text)
-    flags = ("--max-new-tokens", 5, "--raw", "--seed", 1, "--window", "none")
+    flags = ("--max-new-tokens", 5, "--raw", "--seed", 1)
     assert output(run, "--prompt-file", tmp_path / "p", *flags)[:-5] == text
 
 

@@ -87,18 +87,38 @@ def prefill(
 ) -> tuple[mx.array, State]:
     """Read idx (B, T >= 1) of any length; return the next byte's logits (B, V) and the new State.
 
-    After each piece, `progress` is called with the number of its bytes. Raises UserError for an idx
-    or a state that does not fit the model.
+    With a window, bytes that have no effect at the end of idx are not computed. After each piece,
+    `progress` is called with the number of its bytes. Raises UserError for an idx or a state that
+    does not fit the model.
     """
     idx = check_prompt(model, idx)
     check_state(model, state)
     state = _broadcast(model, idx, state)
+    whole = idx.size
+    idx, state = _skip_forgotten(model, idx, state)
+    if progress:
+        progress(whole - idx.size)
     for piece in _pieces(model, idx, state):
         out, state = _read_piece(model, piece, state)
         mx.eval(out, state)
         if progress:
             progress(piece.size)
     return out[:, -1] @ model.lm_head, state
+
+
+def _skip_forgotten(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
+    """Drop the bytes that have no effect at the end of idx (B, T), and the state before them.
+
+    A layer reaches back W bytes at most, so L layers reach back L * W. The rest begins where a
+    part of the window ends.
+    """
+    if not (W := state.window):
+        return idx, state
+    n_parts = (state.position + idx.shape[1] - model.config.n_layer * W) * WINDOW_PARTS // W
+    begin = n_parts * W // WINDOW_PARTS
+    if begin <= state.position:
+        return idx, state
+    return idx[:, begin - state.position :], State(begin, W)
 
 
 def check_model(model) -> None:

@@ -199,6 +199,19 @@ def test_a_window_reads_what_recomputation_over_the_window_reads(step, window, c
     assert close(windowed, model.quadratic(idx)[0])
 
 
+@pytest.mark.parametrize("window", [4, 5, 9, 30])
+def test_a_prompt_with_a_window_is_read_from_where_its_end_reaches(step, window, monkeypatch):
+    model, idx = random_model(), random_bytes(2, 300)
+    L, read_bytes = model.config.n_layer, []
+    whole, after = read_by(model, idx, [7, 120], State(window=window))
+    _, before = prefill(model, idx[:, :7], State(window=window))
+    logits, state = prefill(model, idx[:, 7:], before, read_bytes.append)
+    assert close(logits, whole[:, -1]) and sum(read_bytes) == 2 * 293
+    assert L * window <= 293 - read_bytes[0] / 2 < (L + 1) * window
+    more = random_bytes(2, 40, seed=3)
+    assert state.position == 300 and close(model.read(more, state)[0], model.read(more, after)[0])
+
+
 @pytest.mark.parametrize("window", [None, 64])
 def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
     model, idx, file = random_model(), random_bytes(2, 150), tmp_path / "manual.safetensors"
@@ -417,5 +430,5 @@ def test_what_is_no_model_or_state_is_refused_in_one_line(nothing, tmp_path):
         lambda: state_files.load_state(file, nothing),
         lambda: state_files.save_state(file, model, nothing),
     ):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=r"\A[^\n]*(must be|is of no byte)[^\n]*\Z"):
             call()
