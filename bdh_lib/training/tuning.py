@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from bdh_lib import files
 from bdh_lib.compute import memory
+from bdh_lib.compute.device import on_cuda, on_gpu
 from bdh_lib.compute.layer import Compute, default_chunk, segments
 from bdh_lib.errors import UserError, warn
 from bdh_lib.progress import heartbeat
@@ -35,7 +36,9 @@ GAIN = 1.02  # how many times as fast another way must be for the search to cont
 SLOW = 1.25  # times the fastest one's seconds, from which on a candidate is not timed again
 FINAL_ROUNDS = 8  # of two steps each, in which the best are compared, as far as time is left
 PROBE = 512  # bytes of the block that foretells the time of a step
-WORTHWHILE = 10**13  # parameters x bytes of a run: about an hour on two CPU cores
+# parameters x bytes of a long run: about an hour on two CPU cores or on an H100, and by estimate
+# half an hour to an hour on a Mac
+LONG_CPU, LONG_METAL, LONG_CUDA = 10**13, 5 * 10**14, 10**16
 
 # -------------------------------------------------------------------------------------- the choice
 
@@ -125,8 +128,8 @@ def select(s: Settings, source: str, choice: dict) -> Selection:
     """Return how a run computes.
 
     MEMORY_MODE auto takes `choice`, if there is one and it fits. In every mode a resumed run keeps
-    its number of head groups, which on a CPU decides the order of a sum. Raises UserError as
-    memory_plan.select_mode does.
+    its number of head groups, which on a CPU decides the order of a sum and the dropout masks.
+    Raises UserError as memory_plan.select_mode does.
     """
     groups = choice.get("groups")
     is_divisor = type(groups) is int and groups > 0 and s.BDH_CONFIG.n_head % groups == 0
@@ -152,7 +155,8 @@ def hint(s: Settings, source: str, n_steps: int) -> str:
     """
     work = s.BDH_CONFIG.n_parameters * n_steps * blocks_per_step(s) * s.BLOCK_SIZE
     guessed = s.MEMORY_MODE == "auto" and not source
-    if not guessed or work < WORTHWHILE or memory_plan.slow_note(s):  # slow: --tune would refuse
+    is_long = work >= (LONG_CUDA if on_cuda() else LONG_METAL if on_gpu() else LONG_CPU)
+    if not guessed or not is_long or memory_plan.slow_note(s):  # slow: --tune would refuse
         return ""
     return "note: --tune looks for a faster way to compute on this machine, in at most 2 minutes"
 
@@ -319,13 +323,13 @@ def expect_time(s: Settings, start: Compute, timed: TimedSteps) -> None:
     """
     short = min(s.BLOCK_SIZE, PROBE)  # time is linear in T
     expected = timed.seconds(start, 1, short) * s.BATCH_SIZE * s.BLOCK_SIZE / short
-    timed.longest = 6 * expected
+    timed.longest = 6 * expected  # the least that a search takes: a few steps of two candidates
     if not timed.has_time():
         raise UserError(
             f"an iteration of this shape takes about {expected:,.0f} s here, too long to try "
             "several ways; lower BLOCK_SIZE or BATCH_SIZE"
         )
-    timed.longest = 2.5 * expected
+    timed.longest = 2.5 * expected  # of a trial: two steps, and some room
 
 
 def timings_table(s: Settings, timings: dict, peaks: dict, start: Compute, best: Compute) -> str:
