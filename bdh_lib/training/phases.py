@@ -38,7 +38,8 @@ def ancestry(source: Path) -> list[dict]:
 def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]:
     """Return the bits per byte of the run's best weights on the validation bytes of each mode.
 
-    Modes that the data do not serve are left out. modes.json keeps the results, by field too.
+    Modes that the data do not serve are left out; {} where a signal came. modes.json keeps the
+    results, by field too.
     """
     results = ancestry(run)[-1] | {"eval_bytes": s.EVAL_BYTES}
     results["data"] = cache_key(data_settings(s, s.TRAINING_MODE), sources.resolve_files(s.DATASET))
@@ -55,11 +56,12 @@ def evaluate_modes(s: Settings, run: Path, stop: StopSignal) -> dict[str, float]
         with suppress(NoDataError):
             val = open_mode_data(s, mode).val
             loss, nats = evaluate(losses_fn, val, (s.BATCH_SIZE, s.BLOCK_SIZE), stop)
+            if stop.requested:
+                return {}
             bpb[mode] = bits_per_byte(loss)
             fields[mode] = {field: bits_per_byte(loss) for field, loss in nats.items()}
-    if not stop.requested:
-        results |= {"val_bpb": bpb, "val_bpb_fields": fields}
-        files.atomic_write_text(file, json.dumps(results, indent=1))
+    results |= {"val_bpb": bpb, "val_bpb_fields": fields}
+    files.atomic_write_text(file, json.dumps(results, indent=1))
     return bpb
 
 
