@@ -25,7 +25,7 @@ MAX_BYTES = 10**6  # bytes that are counted, for the time it takes
 MAX_DROPOUT = 0.5  # that is advised
 RECIPE_BYTES = 4_200_000
 MEASURED_PASSES = {  # by the bytes of records that were trained on (docs/log.md, 2026-11-27, -28)
-    100_000: "the default settings were best after 12 to 16 passes",
+    100_000: "the default settings were best after 12 passes",
     500_000: "the default settings were best after 9 to 10 passes",
     RECIPE_BYTES: "the default settings were best at the end of 13 passes",
     46_000_000: "the default settings until 2026-11-28 still gained after 0.4 passes; "
@@ -123,14 +123,9 @@ def advise(
     return {}
 
 
-def lower_rate(s: Settings) -> str:
-    """Say to lower LEARNING_RATE to a third."""
-    return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE / 3:.1g}"
-
-
-def higher_rate(s: Settings) -> str:
-    """Say to raise LEARNING_RATE to three times its value."""
-    return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * 3:.2g}"
+def rate_change(s: Settings, factor: float) -> str:
+    """Return "LEARNING_RATE from 0.001 to 0.003", for a sentence that says to raise or lower it."""
+    return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * factor:.2g}"
 
 
 def describe_change(h: EvalHistory, then: int) -> str:
@@ -156,7 +151,7 @@ def overfitting(h: EvalHistory, s: Settings) -> str | None:
         more = f"raise dropout from {dropout:g} to {higher:g}, " if dropout < higher else ""
         return (
             f"overfitting: {describe_change(h, h.best_step)}. The best checkpoint is kept; for a "
-            f"better one {more}take more data, or lower {lower_rate(s)}"
+            f"better one {more}take more data, or lower {rate_change(s, 1 / 3)}"
         )
 
 
@@ -178,7 +173,7 @@ def lr_too_high(h: EvalHistory, s: Settings) -> str | None:
     if exceeded := [step for step in (h.best_step, h.first_step) if has_risen(h, step)]:
         seen.append(describe_change(h, exceeded[0]))
     if seen:
-        return f"learning rate too high: {'; '.join(seen)}. Lower {lower_rate(s)}"
+        return f"learning rate too high: {'; '.join(seen)}. Lower {rate_change(s, 1 / 3)}"
 
 
 def plateau(h: EvalHistory, s: Settings) -> str | None:
@@ -193,7 +188,7 @@ def plateau(h: EvalHistory, s: Settings) -> str | None:
     if intervals > 0 and (gain < gain_to_leave_noise or is_small):
         return (
             f"stuck: {describe_change(h, h.previous_step)}; at this pace the run ends near "
-            f"{min(h.loss, h.loss - gain):.2f}. Raise {higher_rate(s)}; if that does not help, "
+            f"{min(h.loss, h.loss - gain):.2f}. Raise {rate_change(s, 3)}; if that does not help, "
             f"look at the data, or raise n_embd from {s.BDH_CONFIG.n_embd} to "
             f"{2 * s.BDH_CONFIG.n_embd}"
         )
