@@ -135,7 +135,7 @@ N_ANSWERS = 200  # to held-out records, of the jobs that train on records
 # 64 and 16 GB with their own settings, one seed each.
 MODES_BASE = PRESET_BASE + "--block-size 4096 --batch-size 2"
 RATE = "--learning-rate 1e-3"
-ARMS = {  # name: phases of (mode, share of the iterations, flags)
+ARMS = {  # name: phases of (mode, share of --iterations that MAX_ITERS of flags replaces, flags)
     "both": [("both", 1, RATE)],
     "phased": [("system", 0.13, RATE), ("instruction", 0.87, RATE)],
     "full": [("full", 1, RATE)],
@@ -145,8 +145,8 @@ ARMS = {  # name: phases of (mode, share of the iterations, flags)
     "both-64gb": [("both", 1, PRESETS["both-64gb"])],
     "full-64gb": [("full", 1, PRESETS["full-64gb"])],
     "phase1-64gb, phase2-64gb": [
-        ("system", 0.5, PRESETS["phase1-64gb"]),
-        ("instruction", 0.5, PRESETS["phase2-64gb"]),
+        ("system", 1, PRESETS["phase1-64gb"] + " --epochs 3"),
+        ("instruction", 1, PRESETS["phase2-64gb"] + " --epochs 3"),
     ],
     "both-16gb": [("both", 1, PRESETS["both-16gb"])],
 }
@@ -254,7 +254,8 @@ def seconds(flags: str) -> float:
     size = c.n_embd**2 * c.mlp_internal_dim_multiplier / 256 / 32768 * c.n_layer / 6
     iters = s.MAX_ITERS or math.inf
     if s.EPOCHS:
-        n_bytes = sum(file.stat().st_size for file in Path(s.DATASET).glob("train.*"))
+        files = [f for f in Path(s.DATASET).glob("train.*") if f.suffix != ".fields"]
+        n_bytes = sum(file.stat().st_size for file in files)
         iters = min(iters, s.EPOCHS * n_bytes / (B * T))
     return 25 + iters * (0.008 + (0.1 if T <= 512 else 0.15) * size * B * T / 16384)
 
@@ -264,12 +265,12 @@ def parity_jobs(args) -> list[dict]:
     jobs = []
     for seed in range(args.seeds):
         flags = f"{PARITY} {QUIET} --dataset {data} --seed {seed}"
-        time = seconds(flags)
+        duration = seconds(flags)
         if args.official:
             jobs.append({"name": f"official, seed {seed}", "of": "official", "do": "official",
-                          "phases": [flags], "seconds": 1.25 * time + 45})  # fmt: skip
+                          "phases": [flags], "seconds": 1.25 * duration + 45})  # fmt: skip
         jobs.append({"name": f"ours, seed {seed}", "of": "ours", "phases": [flags],
-                      "seconds": time})  # fmt: skip
+                      "seconds": duration})  # fmt: skip
     return [job | {"in": "parity", "large": True} for job in jobs]
 
 
@@ -336,9 +337,9 @@ def modes_jobs(args) -> list[dict]:
                     f"--max-iters {iters} --warmup-iters {min(100, iters // 5)} {flags} "
                     f"--seed {seed}"
                 )
-            time = sum(seconds(phase) for phase in phases) + 15
+            duration = sum(seconds(phase) for phase in phases) + 15
             job = {"in": "modes", "name": f"modes: {name}, seed {seed}", "of": name}
-            job |= {"phases": phases, "judge": str(folder), "large": True, "seconds": time}
+            job |= {"phases": phases, "judge": str(folder), "large": True, "seconds": duration}
             jobs.append(job)
     return jobs
 
