@@ -43,10 +43,10 @@ LR_DECAY_ITERS: int | None = None  # iteration at which the cosine ends; none: t
 WEIGHT_DECAY: float = 0.5  # AdamW's; the paper has 0.1
 BETA2: float = 0.95  # AdamW's decay of the mean of squared gradients
 GRAD_CLIP: float | None = 1.0  # largest global norm of a gradient; none: no clipping
-EMA_DECAY: float = 0.9999  # decay of the averaged weights, reached slowly (step.py); 0: off
+EMA_DECAY: float = 0.9999  # largest decay of the averaged weights; at step t, t / (t + 9); 0: off
 SHUFFLE_RECORDS: bool = True  # a new order of the records in each epoch; plain text keeps its own
 BYTE_NOISE: float = 0.0  # share of the input bytes replaced by others of the batch, in training
-MAX_CONSECUTIVE_SKIPS: int = 10  # in a row, for a loss or gradient not finite; then the run ends
+MAX_CONSECUTIVE_SKIPS: int = 10  # skipped updates in a row (not finite) that end the run
 # Model, and how it is computed
 BDH_CONFIG = bdh_mlx.BDHConfig(n_layer=3, dropout=0.3)  # n_embd=256, n_head=4: 25.3M parameters
 DTYPE: str = "auto"  # of matrix products: "bfloat16", "float32"; auto: bfloat16 on a GPU
@@ -77,10 +77,10 @@ ACTIONS = {
     "selfcheck": "check that model and trainer work here, in a minute or two: exit code 0 or 1",
 }
 
-# The settings above are the recipe that docs/log.md measures on 4 MB of records. A preset stands
-# for a line of flags; what it does not name is as above. The presets for 64 and 16 GB keep
-# earlier settings on purpose. Phase 2 starts from the weights of phase 1. `tiny` is for a first
-# look, `small-data` for a megabyte of text.
+# The settings above are the recipe that docs/log.md measures on 4 MB of records, there in mode full
+# and without PATIENCE. A preset stands for a line of flags; what it does not name is as above. The
+# presets for 64 and 16 GB keep earlier settings on purpose. Phase 2 starts from the weights of
+# phase 1. `tiny` is for a first look, `small-data` for a megabyte of text.
 PRESET_BASE = (  # what all presets begin with: model and AdamW as in the official code, and more
     "--n-layer 6 --dropout 0.1 --weight-decay 0.1 --beta2 0.999 --ema-decay 0 "
     "--min-lr-ratio 0.1 --epochs 10 --no-shuffle-records --eval-freq 250 "

@@ -43,7 +43,8 @@ MAX_SEGMENTS = 32  # mx.compile takes time cubic in their number: 17 s for 64, 2
 class Compute:
     """How a layer is computed, and what is saved for its gradient (activation checkpointing).
 
-    No field changes the function that is computed.
+    Without dropout no field changes the function, only its rounding. Segments and groups also
+    decide which dropout masks a key gives.
     """
 
     dtype: mx.Dtype = mx.float32  # of the GEMMs; sums, norms and states stay float32

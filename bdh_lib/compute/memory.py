@@ -53,10 +53,10 @@ def compute_for(config: CheckedConfig, mode: str, dtype: str) -> Compute:
 
 
 CGROUPS = Path("/sys/fs/cgroup")
-CGROUP_FILES = (  # by version: limit, usage, the reclaimable field of memory.stat
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
+CGROUP_FILES = {  # by version: limit, usage, the reclaimable field of memory.stat
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 
 
 def available() -> float:
@@ -115,7 +115,8 @@ def cgroup_headroom(cgroup: Path = Path("/proc/self/cgroup")) -> list[float]:
                 groups = [
                     group for group in (folder, *folder.parents) if group.is_relative_to(root)
                 ]
-                headroom += [_group_headroom(group, *CGROUP_FILES[bool(kinds)]) for group in groups]
+                names = CGROUP_FILES[1 if kinds else 2]
+                headroom += [_group_headroom(group, *names) for group in groups]
     return headroom
 
 
@@ -131,6 +132,7 @@ def _group_headroom(group: Path, limit: str, used: str, cached: str) -> float:
 
 # Copies of each that are alive at the peak, fitted to measured peaks (docs/log.md).
 PARAMETER_COPIES, SEGMENT_COPIES, STATE_COPIES = 13.4, 5.7, 3.55
+LOGIT_BYTES = 16  # of each logit: four copies in float32
 CPU_AHEAD = 1.2  # MLX allocates before it computes
 
 
@@ -149,12 +151,15 @@ def estimate(config: CheckedConfig, B: int, T: int, compute: Compute) -> float:
     parts = segments(B, T, compute)
     segment = max(end - begin for begin, end in parts) * B
     saved = rows * (4 * D * (H + 2) + H * min(C, T) * e)
-    saved += (rows // C if compute.saved_activations else 4 // e * B * (len(parts) - 1)) * state
+    # of each chunk, in dtype; or before each segment but the first, in float32
+    n_states = rows // C if compute.saved_activations else B * (len(parts) - 1) * 4 // e
+    saved += n_states * state
     # `working` includes the activations of the last layer
     activations = (L - 1) * max(0, compute.saved_activations - 1) * rows * activation
     working = SEGMENT_COPIES * segment * activation + STATE_COPIES * max(B, segment // C) * state
     parameters = PARAMETER_COPIES * 4 * config.n_parameters
-    peak = parameters + L * saved + activations + working + 16 * rows * V
+    logits = LOGIT_BYTES * rows * V
+    peak = parameters + L * saved + activations + working + logits
     return peak * (1 if on_gpu() else CPU_AHEAD)
 
 

@@ -40,7 +40,10 @@ PROCESS_START = time.time()  # about when the process started, in which --refres
 
 
 class DataSettings(NamedTuple):
-    """What prepared bytes depend on, beside the data's own: settings of the same names."""
+    """What prepared bytes depend on beside the data themselves.
+
+    These are DATASET, TRAINING_MODE, VAL_FRACTION, SEED and COLUMNS.
+    """
 
     dataset: str
     mode: str

@@ -56,7 +56,10 @@ def choose_validation(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def write_sides(folder: Path, lengths: np.ndarray, train: np.ndarray, val: np.ndarray) -> dict:
-    """Write the records of these numbers to train and val, in their order; gives the report."""
+    """Write the texts of these numbers to train and val, in their order, and return the report.
+
+    Its "records" counts texts: a chat may have several.
+    """
     sides = {"train": train, "val": val}
     report = {side: {"records": len(which)} for side, which in sides.items()}
     begins = np.cumsum(lengths) - lengths

@@ -128,6 +128,6 @@ def divergence_message(split: Split, step: int, s: Settings) -> str:
     is_shuffled = s.SHUFFLE_RECORDS and split.record_ends is not None
     note = "; shuffled, a block continues in other records" if is_shuffled else ""
     return (
-        f"no finite update in {s.MAX_CONSECUTIVE_SKIPS:,} iterations; the blocks of the last batch "
+        f"no finite update in {s.MAX_CONSECUTIVE_SKIPS:,} iterations; the blocks of the last one "
         f"begin at {starts}{more} of the training bytes, {s.BLOCK_SIZE:,} bytes each{note}"
     )

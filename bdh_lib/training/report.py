@@ -48,8 +48,10 @@ def _no_run(run: Path) -> str:
         return f"{log} is empty: the run has not been evaluated yet"
     if log.exists():
         return f"{run / 'metrics.jsonl'} is damaged: it is not a log of a run"
-    runs = sorted(file.parent.name for file in run.glob("*/metrics.jsonl"))
-    remedy = f"one or more of the runs in it: {', '.join(runs)}" if runs else "the folder of a run"
+    names = sorted(file.parent.name for file in run.glob("*/metrics.jsonl"))
+    remedy = (
+        f"one or more of the runs in it: {', '.join(names)}" if names else "the folder of a run"
+    )
     return f"{run} holds no metrics.jsonl; name {remedy}"
 
 
@@ -377,7 +379,7 @@ COMPARED = (
 )
 
 
-def compare(runs: list[Path], out: Path) -> str:
+def compare(folders: list[Path], out: Path) -> str:
     """Draw the losses of runs over the bytes trained on into `out`, and return a table of them."""
     files.check_replaceable(out, "--out")
     figure = canvas(9, 4)
@@ -385,7 +387,7 @@ def compare(runs: list[Path], out: Path) -> str:
     for axes, title in zip(panels, ("validation", "training"), strict=True):
         panel(axes, f"{title}, bits per byte, over millions of bytes trained on")
     rows = [COMPARED]
-    for i, run in enumerate(runs):
+    for i, run in enumerate(folders):
         config, lines = read_run(run)
         mb = megabytes_per_step(config)
         for axes, key in zip(panels, ("monitored_bpb", "bpb"), strict=True):
@@ -422,13 +424,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="picture of a comparison (compare.png)", metavar="PNG")
     parser.add_argument("--version", action="version", version=cli.version())
     args = parser.parse_args(argv)
-    runs = [files.expand_user(run, "run") for run in args.runs]
+    folders = [files.expand_user(run, "run") for run in args.runs]
     out = files.expand_user("compare.png" if args.out is None else args.out, "--out")
-    if len(runs) > 1:
-        print(compare(runs, out))
+    if len(folders) > 1:
+        print(compare(folders, out))
     elif args.out is not None:
         raise UserError("--out is for a comparison; name several runs, or leave it out")
     else:
-        write_report(run := files.absolute(runs[0]))  # "." has no name
+        write_report(run := files.absolute(folders[0]))  # "." has no name
         print(f"report: {run / 'report.html'}")
     return 0

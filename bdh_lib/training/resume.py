@@ -97,8 +97,8 @@ def init_from(s: Settings, state: TrainState) -> list:
             "path; train that run first, or name another"
         )
     source = load_model(origin)
-    unlike = checkpoints.settings_changes(asdict(source.config), asdict(s.BDH_CONFIG))
-    if unlike := [text for name, text in unlike.items() if "dropout" not in name]:
+    changes = checkpoints.settings_changes(asdict(source.config), asdict(s.BDH_CONFIG))
+    if unlike := [text for name, text in changes.items() if "dropout" not in name]:
         raise UserError(f"INIT_FROM {s.INIT_FROM} is of another shape: {'; '.join(unlike)}")
     state.model.update(source.parameters())
     if state.ema:

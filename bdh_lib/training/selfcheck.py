@@ -41,7 +41,7 @@ RATE = 0.3  # of dropout
 PARAMETERS = {"embed.weight", "encoder", "encoder_v", "decoder", "lm_head"}
 CPU_TOLERANCE, GPU_TOLERANCE = 1e-4, 2e-2  # relative
 LAYER = replace(bdh_mlx.BDHConfig(), n_layer=1)  # a layer of the default shape
-LAYER_BYTES, MAX_ROWS = 1024, 8192  # MAX_ROWS: the bytes of a batch of the default settings
+LAYER_BYTES, MAX_ROWS = 1024, 8192  # MAX_ROWS: the bytes of a batch of the 64 GB presets
 ROWS_APART = 31  # prime: each tile of a kernel has such a row, at any place in it
 PRODUCT_ROUNDING = {mx.float32: 1e-4, mx.bfloat16: 2e-2}  # of GEMMs, relative
 # of a gradient's norm; on a CPU 2e-4 and 4.7e-2, as neurons near 0 fire in one precision alone

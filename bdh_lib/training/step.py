@@ -59,7 +59,7 @@ def compile_steps(state: TrainState, s: Settings) -> tuple[Callable, Callable]:
         gradients, norm = optim.clip_grad_norm(gradients, s.GRAD_CLIP or math.inf)
         before = copy_tree(arrays)
         optimizer.update(model, gradients)
-        if ema:  # the decay rises to its value, as in TensorFlow: random weights are forgotten soon
+        if ema:  # the decay rises to EMA_DECAY, as in TensorFlow: random weights are forgotten soon
             rate = 1 - mx.minimum(s.EMA_DECAY, optimizer.step / (optimizer.step + 9))
             ema.update(tree_map(lambda m, w: m + rate * (w - m), ema, model.parameters()))
         finite = mx.isfinite(loss) & mx.isfinite(norm)

@@ -21,7 +21,7 @@ def groups(tmp_path, monkeypatch):
 
     def make(own, version, tree):
         (tmp_path / "own").write_text(own)
-        limit, used, cached = memory.CGROUP_FILES[version - 1 == 0]
+        limit, used, cached = memory.CGROUP_FILES[version]
         for folder, (most, now, cache) in tree.items():
             group = tmp_path / "cgroup" / folder
             group.mkdir(parents=True, exist_ok=True)

@@ -131,6 +131,10 @@ def test_a_field_is_the_mean_over_its_own_targets():
 
 def test_what_validation_means_cannot_change_within_a_run(tmp_path):
     train(tmp_path, "--max-iters", 5)
-    for change in ("--loss-on response", "--eval-bytes 100", "--init-from full"):
-        with pytest.raises(UserError):
+    for change, reason in (
+        ("--loss-on response", "LOSS_ON: there"),
+        ("--eval-bytes 100", "EVAL_BYTES: there"),
+        ("--init-from full", "did not start from"),
+    ):
+        with pytest.raises(UserError, match=reason):
             train(tmp_path, "--max-iters", 10, *change.split())
