@@ -37,11 +37,6 @@ def warn(text: str) -> None:
 
 
 def did_you_mean(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return `; did you mean x?` for the name most like `word`, or nothing if none is similar.
-
-    The only name that begins with `word` comes first.
-    """
-    names = list(names)
-    longer = [name for name in names if name.startswith(word)]
-    matches = longer if len(longer) == 1 else difflib.get_close_matches(word, names, 1, cutoff)
+    """Return `; did you mean x?` for the name most like `word`, or nothing if none is similar."""
+    matches = difflib.get_close_matches(word, names, 1, cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""

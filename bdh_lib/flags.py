@@ -143,7 +143,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         flags = [flag for action in self._actions for flag in action.option_strings]
         if unknown := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
-            message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1], flags)}"
+            longer = [flag for flag in flags if flag.startswith(unknown[1])]
+            only = len(longer) == 1  # as --temp of --temperature
+            near = f"; did you mean {longer[0]}?" if only else did_you_mean(unknown[1], flags)
+            message = f"unknown flag {unknown[1]}{near}"
             message = self.without_flag.get(unknown[1], message)
         message = escape_controls(" ".join(message.split()))  # it repeats what was typed
         self.exit(2, f"{self.prog}: {message} (--help lists all)\n")
