@@ -124,7 +124,8 @@ def pending_results(
     Warns where a text may exceed the training blocks. Raises UserError as remaining_jobs does.
     """
     warn_context_length(max(len(job.prompt) for job in jobs), decoding, args)
-    source = source_digest(checkpoint.weights, checkpoint.mode, vars(args))
+    flags = vars(args) | {"window": None if args.window == AUTO else args.window}
+    source = source_digest(checkpoint.weights, checkpoint.mode, flags)
     remaining = remaining_jobs(jobs, args.out, source)
     completed = complete_jobs(jobs, decoding, args.batch_size, remaining)
     return Results(completed, source, len(jobs) - len(remaining), len(jobs))
@@ -178,7 +179,8 @@ def evaluate_data(model: bdh_mlx.BDH, checkpoint: Checkpoint, args: argparse.Nam
 
 def complete_prompt(decoding: Decoding, prompt: bytes, args: argparse.Namespace) -> None:
     """Print the completion of one prompt, or --samples of them."""
-    decoding = fit_window(decoding, args, len(prompt) + decoding.max_new_tokens)
+    if args.samples == 1:  # the windows of several texts may not fit into the memory
+        decoding = fit_window(decoding, args, len(prompt) + decoding.max_new_tokens)
     warn_context_length(len(prompt), decoding, args)
     print_prompt_length(len(prompt))
     if args.samples == 1:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from bdh_lib import files, progress, runs
 from bdh_lib.compute import memory
 from bdh_lib.data import formats, sources
 from bdh_lib.errors import escape_controls
-from bdh_lib.generation import state_files
+from bdh_lib.generation import arguments, state_files
 from bdh_lib.generation.decoding import (
     StopMatcher,
     parse_escapes,
@@ -447,9 +448,21 @@ def test_a_text_longer_than_the_trained_blocks_has_a_window_of_their_length(rand
     assert long == texts(5 * trained, "--window", str(trained)) and long.err == ""
     whole = texts(5 * trained, "--window", "none")
     assert whole.out != long.out and "was trained on blocks of" in whole.err
-    short = trained - 20
-    assert texts(short) == texts(short, "--window", "none")
-    assert texts(short + 1) == texts(short + 1, "--window", str(trained))
+    assert texts(trained - 20) == texts(trained - 20, "--window", "none")
+
+
+def test_a_window_is_for_texts_that_the_blocks_do_not_hold(random_run):
+    model = bdh_mlx.load_model(random_run)
+    for flags, length, window in (
+        ([], 64, None),
+        ([], 65, 64),
+        ([], math.inf, 64),
+        (["--window", "none"], 65, None),
+        (["--window", "8"], 64, 8),
+    ):
+        args = arguments.parse_args([str(random_run), "--prompt", "a", *flags])
+        decoding = generate.make_decoding(model, None, args)
+        assert generate.fit_window(decoding, args, length).start.window == window
 
 
 @pytest.mark.parametrize("file", ["absent/s.safetensors", "s.bin", "weights.safetensors"])

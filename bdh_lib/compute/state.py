@@ -87,16 +87,16 @@ def prefill(
 ) -> tuple[mx.array, State]:
     """Read idx (B, T >= 1) of any length; return the next byte's logits (B, V) and the new State.
 
-    With a window, bytes that have no effect at the end of idx are not computed. After each piece,
-    `progress` is called with the number of its bytes. Raises UserError for an idx or a state that
-    does not fit the model.
+    With a window, bytes that have no effect at the end of idx are not computed. `progress` is
+    called with their number, then after each piece with that of its bytes. Raises UserError for an
+    idx or a state that does not fit the model.
     """
     idx = check_prompt(model, idx)
     check_state(model, state)
     state = _broadcast(model, idx, state)
     whole = idx.size
     idx, state = _skip_forgotten(model, idx, state)
-    if progress:
+    if progress and whole > idx.size:
         progress(whole - idx.size)
     for piece in _pieces(model, idx, state):
         out, state = _read_piece(model, piece, state)

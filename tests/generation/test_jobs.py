@@ -187,6 +187,13 @@ def test_a_long_prompt_is_told_before_it_is_read(n, error, random_run, tmp_path,
     assert (line in capfdbinary.readouterr().err) == error
 
 
+def test_texts_of_the_default_window_are_those_of_none(asked, tmp_path):
+    asked()
+    before = (tmp_path / "out.jsonl").read_bytes()
+    asked("--window", "none")
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("other", "seed"), [("--temperature 0.5", 3), ("", 4), ("--window 8", 3), ("--stop x", 3)]
 )
