@@ -691,6 +691,8 @@ def main() -> None:
         needed = "text" if what in ("parity", "recipe") else "records"
         if not getattr(args, needed) or not getattr(args, needed).is_file():
             parser.error(f"{what} needs a file --{needed}")
+    if args.flags and {*args.what} & {"parity", "modes"}:
+        parser.error("--flags is for recipe, records, unseen and sizes")
     jobs = [job for what in args.what for job in JOBS[what](args)]
     if args.smoke:
         for job in jobs:

@@ -439,7 +439,7 @@ def _csv_rows(lines: Iterator[str], **dialect) -> Iterator[list[str] | str]:
 
 def _parse_paragraphs(lines: Iterable[str], encoding: Encoding) -> Iterator[dict | str]:
     """Yield what stands between the blank lines of a text; each end of a line becomes \\n."""
-    plain = (line.rstrip("\r\n") + ("\n" if line[-1] in "\r\n" else "") for line in lines)
+    plain = (line.rstrip("\r\n") + ("\n" if line.endswith(("\r", "\n")) else "") for line in lines)
     for blank, group in groupby(plain, lambda line: line == "\n"):
         if not blank:
             text = "".join(group).removesuffix("\n")
