@@ -33,7 +33,7 @@ import mlx.core as mx
 
 from bdh_lib import runs
 from bdh_lib.compute.memory import compute_for, keep_float32_exact, limit_cache
-from bdh_lib.compute.state import WINDOW_PARTS, State
+from bdh_lib.compute.state import State, fitting_window
 from bdh_lib.data import formats, hub
 from bdh_lib.data.questions import load_questions, question_numbers
 from bdh_lib.errors import UserError, escape_controls
@@ -229,15 +229,14 @@ def initial_state(model, args: argparse.Namespace) -> State:
 
 
 def fit_window(decoding: Decoding, args: argparse.Namespace, length: float = math.inf) -> Decoding:
-    """Return the decoding, with a window where a text of `length` bytes outgrows the blocks.
+    """Return the decoding, with the window that a text of `length` bytes needs.
 
-    A model reads badly past the length of its training blocks, and that is the window. --window
-    and a loaded state come first.
+    --window and a loaded state come first.
     """
     trained = decoding.model.trained_length
-    if args.window != AUTO or args.load_state or not trained or length <= trained:
+    if args.window != AUTO or args.load_state or not trained:
         return decoding
-    return decoding._replace(start=State(window=max(WINDOW_PARTS, trained)))
+    return decoding._replace(start=State(window=fitting_window(length, trained)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,9 +21,8 @@ from bdh_mlx import BDHConfig  # noqa: F401  so that a pasted BDHConfig(...) wor
 
 # Settings, in plain Python: change a line, paste one over it, or add one of your own above ACTIONS.
 # Each is also a flag (BLOCK_SIZE: --block-size, n_layer: --n-layer); flags beat presets, presets
-# beat these lines.
-# bdh_lib/training/train_settings.py says what each may be, and which may change on a resume. Where
-# None is allowed, the flag takes `none`.
+# beat these lines. bdh_lib/training/train_settings.py says what each may be, and which may change
+# on a resume. Where None is allowed, the flag takes `none`.
 # Data
 TRAINING_MODE: str = "both"  # what to train on: "system", "instruction", "both" or "full"
 LOSS_ON: str = "all"  # bytes that count in the training loss: "all", or "response" (mode full only)

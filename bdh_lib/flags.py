@@ -197,9 +197,14 @@ def flag_of(name: str) -> str:
     return f"--{name.lower().replace('_', '-')}"
 
 
+def read_source(script: ModuleType) -> str:
+    """Return the source of a script, also of one that a user's editor saved with a BOM."""
+    return Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
+
+
 def comments(script: ModuleType) -> dict[str, tuple[str, str]]:
     """Return the heading and the comment of each constant, and of each field of a dataclass."""
-    texts = _comments(Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace"))
+    texts = _comments(read_source(script))
     for name, value in list(vars(script).items()):
         if is_dataclass(value) and name in texts and not isinstance(value, type):
             fields = _comments(inspect.getsource(type(value)))
@@ -243,7 +248,7 @@ def find_typos(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
     Such a name is like that of a setting, or set twice. A line that looks like an assignment and
     is none gets a warning, too.
     """
-    source = Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
+    source = read_source(script)
     lines = {}
     for node in assignments(source):
         for name in targets(node):
@@ -268,8 +273,7 @@ def find_typos(script: ModuleType, rules: dict[str, Rule]) -> list[str]:
 
 def misspelt(name: str, script: ModuleType) -> str:
     """Return a note on what the script assigns in place of a setting, "" if nothing is like it."""
-    source = Path(script.__file__).read_text(encoding="utf-8-sig", errors="replace")
-    assigned = (target for node in assignments(source) for target in targets(node))
+    assigned = (target for node in assignments(read_source(script)) for target in targets(node))
     slips = [slip for slip in assigned if did_you_mean(slip.upper(), [name], SIMILARITY)]
     return f" (is {slips[0]} meant to be it?)" if slips else ""
 

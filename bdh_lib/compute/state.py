@@ -66,6 +66,14 @@ class State(NamedTuple):
         return f"State(position={self.position}, window={self.window}, batch={self.batch})"
 
 
+def fitting_window(length: int | float, trained: int) -> int | None:
+    """Return the window W for a text of `length` bytes by a model trained on blocks of `trained`.
+
+    A model reads badly past the length of its blocks, which is W there; None within a block.
+    """
+    return max(WINDOW_PARTS, trained) if length > trained else None
+
+
 # ------------------------------------------------------------------------------ many bytes at once
 
 

@@ -57,7 +57,7 @@ class Tally:
     unused_bytes: Counter = field(default_factory=Counter)  # of its values, by the name
     n_bytes: int = 0  # of the turns
     n_texts: int = 0
-    without_system: int = 0  # records of mode `full`
+    without_system: int = 0  # records of mode `full` without a system text
     several_turns: int = 0  # records of mode `full` with more than one response
 
     def add(self, record, parsed: columns.Parsed, formatted: Formatted, mode: str) -> None:

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from bdh_lib.compute.state import WINDOW_PARTS, State
+from bdh_lib.compute.state import State, fitting_window
 from bdh_lib.data.formats import sample_prompts
 from bdh_lib.data.questions import N_QUESTIONS, choose_questions
 from bdh_lib.data.split import Split
@@ -24,8 +24,7 @@ def write_samples(s: Settings, step: int, model: BDH, val: Split, stop) -> dict:
         print(f"writing {len(prompts)} samples of {s.SAMPLE_BYTES:,} bytes")
     questions = choose_questions(val, N_QUESTIONS, s.BLOCK_SIZE, s.SAMPLE_BYTES)
     longest = max(map(len, [*prompts, *(question.prompt for question in questions)]))
-    fits = longest + s.SAMPLE_BYTES <= s.BLOCK_SIZE
-    window = None if fits else max(WINDOW_PARTS, s.BLOCK_SIZE)  # it reads badly past its blocks
+    window = fitting_window(longest + s.SAMPLE_BYTES, s.BLOCK_SIZE)
     decoding = Decoding(
         model,
         Sampling(temperature=0.8, top_k=50),

@@ -146,9 +146,8 @@ def check_resume(_) -> tuple[float, float]:
         train_and_save(Path(other), 0, 3)
         again = train_and_save(Path(other), 3, 6)
     pairs = zip(tree_flatten(straight), tree_flatten(again), strict=True)
-    return nan_max(
-        relative_error(a, b) for (_, a), (_, b) in pairs
-    ), GPU_TOLERANCE if memory.on_gpu() else 0
+    error = nan_max(relative_error(a, b) for (_, a), (_, b) in pairs)
+    return error, GPU_TOLERANCE if memory.on_gpu() else 0
 
 
 def train_and_save(run: Path, first: int, last: int) -> dict:
@@ -191,9 +190,8 @@ def check_gpu(_) -> tuple[float, float]:
             mx.eval(results)
     finally:
         mx.set_default_device(before)
-    return nan_max(
-        relative_error(b, a) for (_, a), (_, b) in zip(*results, strict=True)
-    ), GPU_TOLERANCE
+    error = nan_max(relative_error(b, a) for (_, a), (_, b) in zip(*results, strict=True))
+    return error, GPU_TOLERANCE
 
 
 def plain_mask(mask: passes.Mask, shape: tuple[int, ...]) -> passes.Mask:

@@ -7,14 +7,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from bdh_lib.compute.state import WINDOW_PARTS
 from bdh_lib.data.describe import describe
-from bdh_lib.data.formats import (
-    MAX_NEW_TOKENS,
-    REQUIRED_FIELDS,
-    SAMPLE_NOTES,
-    sample_prompts,
-)
+from bdh_lib.data.formats import REQUIRED_FIELDS, SAMPLE_NOTES, sample_prompts
 from bdh_lib.errors import escape_controls
 from bdh_lib.settings import Settings
 from bdh_lib.training import tuning
@@ -22,11 +16,7 @@ from bdh_lib.training.advice import passes_note
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.meter import Meter
 from bdh_lib.training.runlog import RunLog
-from bdh_lib.training.schedule import (
-    blocks_per_step,
-    end_setting,
-    schedule_summary,
-)
+from bdh_lib.training.schedule import blocks_per_step, end_setting, schedule_summary
 from bdh_lib.training.tuning import Selection
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -104,11 +94,9 @@ def from_here(path: Path) -> Path:
 
 
 def sample_command(s: Settings, run: Path, fields: set[str]) -> str:
-    """Return a command that lets the run write, within the blocks that it was trained on."""
+    """Return a command that lets the run write."""
     prompt = sample_prompts(s.TRAINING_MODE, fields)[0]
     # make's .venv, which the user's shell may not know, and the script beside this package
     python, script = map(from_here, (Path(sys.executable), PROJECT / "generate.py"))
     words = [python, script, run, "--prompt", prompt.replace("\n", "\\n")]
-    if len(prompt) + MAX_NEW_TOKENS > s.BLOCK_SIZE:
-        words += ["--window", max(s.BLOCK_SIZE, WINDOW_PARTS)]
     return shlex.join(map(str, words))

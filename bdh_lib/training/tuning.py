@@ -323,7 +323,7 @@ def expect_time(s: Settings, start: Compute, timed: TimedSteps) -> None:
     """
     short = min(s.BLOCK_SIZE, PROBE)  # time is linear in T
     expected = timed.seconds(start, 1, short) * s.BATCH_SIZE * s.BLOCK_SIZE / short
-    timed.longest = 6 * expected  # the least that a search takes: a few steps of two candidates
+    timed.longest = 6 * expected  # two trials at least, and some room
     if not timed.has_time():
         raise UserError(
             f"an iteration of this shape takes about {expected:,.0f} s here, too long to try "

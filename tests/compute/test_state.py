@@ -9,7 +9,14 @@ from helpers import GOLDEN, max_abs_error, random_bytes, random_model
 
 import bdh_mlx
 from bdh_lib.compute import state, step_cpu, step_cuda, step_mlx
-from bdh_lib.compute.state import WINDOW_PARTS, State, flush_pending, prefill, rotate_state
+from bdh_lib.compute.state import (
+    WINDOW_PARTS,
+    State,
+    fitting_window,
+    flush_pending,
+    prefill,
+    rotate_state,
+)
 from bdh_lib.compute.step_cpu import BUFFER_BYTES
 from bdh_lib.generation import decoding, state_files
 from bdh_lib.generation.decoding import Decoding, read_prompt, stream
@@ -199,8 +206,13 @@ def test_a_window_reads_what_recomputation_over_the_window_reads(step, window, c
     assert close(windowed, model.quadratic(idx)[0])
 
 
+@pytest.mark.parametrize(("length", "trained", "window"), [(9, 9, None), (10, 9, 9), (3, 2, 4)])
+def test_a_text_past_the_blocks_has_a_window_of_a_byte_for_each_part(length, trained, window):
+    assert fitting_window(length, trained) == window
+
+
 @pytest.mark.parametrize("window", [4, 5, 9, 30])
-def test_a_prompt_with_a_window_is_read_from_where_its_end_reaches(step, window, monkeypatch):
+def test_a_prompt_with_a_window_is_read_from_where_its_end_reaches(step, window):
     model, idx = random_model(), random_bytes(2, 300)
     L, read_bytes = model.config.n_layer, []
     whole, after = read_by(model, idx, [7, 120], State(window=window))

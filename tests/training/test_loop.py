@@ -17,7 +17,7 @@ from helpers import ROOT, arrays, equal_arrays, metrics, train
 import generate
 import train_mlx
 from bdh_lib import files, runs
-from bdh_lib.generation import export
+from bdh_lib.generation import arguments, export
 from bdh_lib.settings import Settings
 from bdh_lib.training import batches, checkpoints, evaluator, runlog, summary
 from bdh_lib.training import meter as meters
@@ -196,7 +196,7 @@ def test_a_run_whose_name_differs_in_case_alone_is_refused(tmp_path):
 
 
 def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys, monkeypatch):
-    """Without system texts none is asked for, and a text stays within the blocks."""
+    """Without system texts none is asked for, and the window of a text is left to generate.py."""
     asked = [{"question": f"q {i}" * 9, "answer": f"a {i}" * 9} for i in range(30)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, asked)))
     train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1, "--sample-bytes", 1)
@@ -206,9 +206,8 @@ def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys, monke
     assert command[1] == "generate.py"
     args = generate.parse_args(command[2:])
     assert args.prompt == "### Instruction:\nAnalyze the ethical implications".replace("\n", "\\n")
-    assert args.window == 64 and args.model == tmp_path / "full"
-    s = SimpleNamespace(BLOCK_SIZE=2, TRAINING_MODE="full")
-    assert "--window 4" in summary.sample_command(s, tmp_path, {"text"})
+    assert args.window == arguments.AUTO and args.model == tmp_path / "full"
+    s = SimpleNamespace(TRAINING_MODE="full")
     monkeypatch.chdir(tmp_path)
     elsewhere = shlex.split(summary.sample_command(s, tmp_path, {"text"}))
     assert elsewhere[:2] == [sys.executable, str(ROOT / "generate.py")]
