@@ -120,12 +120,12 @@ RECORDS_SWEEP = {
 
 # "recipe" of RECORDS_SWEEP with other amounts of training data, by their size in KB.
 SIZES = {
-    100: {"20 passes": "--epochs 20"}
-    | {f"60 passes, dropout {p}": f"--epochs 60 --dropout {p}" for p in (0.3, 0.5)},
-    500: {"10 passes": "--epochs 10"}
-    | {f"25 passes, dropout {p}": f"--epochs 25 --dropout {p}" for p in (0.3, 0.5)},
+    100: {"20 epochs": "--epochs 20"}
+    | {f"60 epochs, dropout {p}": f"--epochs 60 --dropout {p}" for p in (0.3, 0.5)},
+    500: {"10 epochs": "--epochs 10"}
+    | {f"25 epochs, dropout {p}": f"--epochs 25 --dropout {p}" for p in (0.3, 0.5)},
     50_000: {
-        f"0.4 passes, dropout {p}": f"--epochs 0.4 --eval-bytes 500000 --dropout {p}"
+        f"0.4 epochs, dropout {p}": f"--epochs 0.4 --eval-bytes 500000 --dropout {p}"
         for p in (0.3, 0.1)
     },
 }
@@ -289,7 +289,7 @@ def unseen_jobs(args) -> list[dict]:
 
 
 def sizes_jobs(args) -> list[dict]:
-    """The recipe on a part of the records, over several numbers of passes."""
+    """The recipe on a part of the records, over several numbers of epochs."""
     jobs = []
     for kilobytes, sweep in SIZES.items():
         if 1000 * kilobytes > args.records.stat().st_size:

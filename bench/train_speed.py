@@ -4,7 +4,7 @@
     python bench/train_speed.py --official bdh.py      # beside pathwaycom/bdh; needs PyTorch
     python bench/train_speed.py --gpu --official bdh.py
     python bench/train_speed.py --gpu --memory         # measured and estimated peaks
-    python bench/train_speed.py --gpu --passes         # passes over activations; CUDA: fused, plain
+    python bench/train_speed.py --gpu --elementwise    # relu, rotation, gate: fused, plain
     python bench/train_speed.py --curve text.txt       # fast and quadratic losses over a training
 
 Each case is a full training step (loss, gradients, clipping, AdamW) on random bytes: two warm-up
@@ -173,7 +173,7 @@ def run_product(case: dict, steps: int) -> dict:
 
 
 def fused_and_plain(gpu: bool, steps: int) -> None:
-    """Print the time of each pass over activations, and of a step, by CUDA's kernels and by MLX's.
+    """Print the time of each elementwise operation, and of a step, by CUDA's kernels and by MLX.
 
     GB/s count the arrays that a kernel moves, also where plain operations move more.
     """
@@ -181,12 +181,12 @@ def fused_and_plain(gpu: bool, steps: int) -> None:
     import bdh_mlx  # isort: skip
     import mlx.core as mx
 
-    from bdh_lib.compute import memory, passes, passes_cuda
+    from bdh_lib.compute import elementwise, elementwise_cuda, memory
 
     shape, ((B, T), *_) = GPU if gpu else CPU
-    is_available, modules = passes_cuda.is_available, {"plain": passes}
+    is_available, modules = elementwise_cuda.is_available, {"plain": elementwise}
     if is_available():
-        modules = {"fused": passes_cuda} | modules
+        modules = {"fused": elementwise_cuda} | modules
     cases = list(itertools.product((0.0, 0.1), modules.items()))
     dtype = memory.compute_for(bdh_mlx.BDHConfig(**shape), "fast", "auto").dtype
     H, neurons = shape["n_head"], shape["mlp_internal_dim_multiplier"] * shape["n_embd"]
@@ -216,10 +216,10 @@ def fused_and_plain(gpu: bool, steps: int) -> None:
     rows()
     idx = mx.random.randint(0, 256, (2, B, T))
     for rate, (kind, _) in cases:
-        passes_cuda.is_available = is_available if kind == "fused" else lambda: False
+        elementwise_cuda.is_available = is_available if kind == "fused" else lambda: False
         step, _ = build("ours, fast", shape | {"dropout": rate}, B, T)
         row(f"{kind}, dropout {rate:g}: step", step, steps, *idx)
-    passes_cuda.is_available = is_available
+    elementwise_cuda.is_available = is_available
 
 
 def run_ours(case: dict, steps: int) -> dict:
@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument("--official", help="path of pathwaycom/bdh's bdh.py; needs PyTorch")
     parser.add_argument("--gpu", action="store_true", help="the default model at GPU shapes")
     parser.add_argument("--memory", action="store_true", help="peaks, measured and estimated")
-    parser.add_argument("--passes", action="store_true", help="each pass over activations")
+    parser.add_argument("--elementwise", action="store_true", help="each operation on activations")
     parser.add_argument(
         "--only", metavar="TEXT", help="rows such as 'ours, fast, T 4096' with TEXT in them"
     )
@@ -367,7 +367,7 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of --curve (1e-3)")
     args = parser.parse_args()
-    if args.passes:
+    if args.elementwise:
         return fused_and_plain(args.gpu, args.steps)
     if args.curve:
         return print(curve(args.curve, args.rate))

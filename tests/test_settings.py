@@ -63,7 +63,7 @@ def test_the_presets_are_those_of_the_guide():
         ("--block-size 900000", "BLOCK_SIZE is 900,000"),
         (
             "--grad-accum 6185",
-            r"GRAD_ACCUM is 6,185, .* than blocks to train on \(6,184 of 64 bytes, passes: 1\)",
+            r"GRAD_ACCUM is 6,185, .* than blocks to train on \(6,184 of 64 bytes, epochs: 1\)",
         ),
         ("--grad-accum 1000000000 --epochs 3 --plan", r"GRAD_ACCUM is 1,0.* \(18,550 of 64 bytes"),
         ("--dataset /no/such/file.jsonl", "does not exist"),

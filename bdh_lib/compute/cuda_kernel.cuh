@@ -1,4 +1,4 @@
-// What passes_cuda.cu and step_cuda.cu share; cuda_kernel.py includes it before them. NaNs are passed on.
+// What elementwise_cuda.cu and step_cuda.cu share; cuda_kernel.py includes it before them. NaNs are passed on.
 
 namespace bdh {
 

@@ -10,7 +10,7 @@ explains chunks, segments, groups and what is saved. The differences save time o
 - Activations are head-major, (H, B*T, N): each product is one batched GEMM without a transpose.
 - The backward pass recomputes what was not saved, segment by segment. mx.depends makes each segment
   wait for the previous one: otherwise MLX evaluates them all at once and saves no memory.
-- Elementwise operations on activations are in passes.py; on CUDA they are fused kernels.
+- Elementwise operations on activations are in elementwise.py; on CUDA they are fused kernels.
 - No array is larger than a segment's activation, which `segment_rows` and `max_segment_rows` bound:
   Macs limit the size of a buffer (a few GB) and the time of a command buffer; arrays of 2^31
   elements fail.
@@ -30,10 +30,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from bdh_lib.compute import blas, passes_cuda
-from bdh_lib.compute import passes as plain_passes
+from bdh_lib.compute import blas, elementwise, elementwise_cuda
 from bdh_lib.compute.device import on_gpu
-from bdh_lib.compute.passes import Mask, dropout_mask, dropout_scale
+from bdh_lib.compute.elementwise import Mask, dropout_mask, dropout_scale
 
 CPU_ROWS = 1024  # a segment's activation stays near a CPU's caches
 MAX_SEGMENTS = 32  # mx.compile takes time cubic in their number: 17 s for 64, 2 s for 32
@@ -81,8 +80,8 @@ def ln(x: mx.array) -> mx.array:
 
 
 def fused_or_plain() -> ModuleType:
-    """Return the module whose passes this device runs: passes_cuda or passes."""
-    return passes_cuda if passes_cuda.is_available() else plain_passes
+    """Return the module whose functions this device runs: elementwise_cuda or elementwise."""
+    return elementwise_cuda if elementwise_cuda.is_available() else elementwise
 
 
 def residual(v: mx.array, o: mx.array, scale_v: mx.array | int = 1) -> mx.array:
@@ -139,7 +138,7 @@ def _prefix_sum(updates: mx.array, reverse: bool) -> tuple[mx.array | None, mx.a
 
 
 def _prefix_sum_matmul(updates: mx.array, reverse: bool) -> tuple[mx.array, mx.array]:
-    """Return the same by a product with a triangle of ones: one pass, but slow for small n."""
+    """Return the same by a product with a triangle of ones: one product, but slow for small n."""
     n = updates.shape[0]
     ones = mx.tri(n + 1, n, -1, dtype=updates.dtype)
     sums = (ones[::-1, ::-1] if reverse else ones) @ updates.reshape(n, -1)
@@ -181,7 +180,7 @@ class Neurons(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What a segment's passes take beside its bytes."""
+    """What the forward and the backward pass of a segment take beside its bytes."""
 
     weights: Weights
     position: int  # of its first byte
@@ -198,7 +197,7 @@ def forward_segment(
     byte.
     """
     o, S, saved, y = _forward_heads(vs, S, Segment(weights, position, C))
-    x = plain_passes.relu(saved.encoded)  # on CUDA it is h
+    x = elementwise.relu(saved.encoded)  # on CUDA it is h
     return residual(vs, o), S, Neurons(x, saved.q, y)
 
 
@@ -224,16 +223,16 @@ def _forward_heads(
     """
     (Dx, Dy, E), position, C, mask = segment
     B, T, D = vs.shape
-    passes = fused_or_plain()
+    ops = fused_or_plain()
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
-    encoded, q = passes.encode(v @ Dx, position, B)
+    encoded, q = ops.encode(v @ Dx, position, B)
     k, vc = _chunked(q, B, C), _chunked(v, B, C)
     scores = mx.tril(k @ _transpose(k), -1)
     prefix_states, new_state = _chunk_states(S, k, vc)
     a = (scores @ vc).astype(mx.float32)
     a = (a if prefix_states is None else a + k @ prefix_states).reshape(-1, B * T, D)
     g = ln(a).astype(Dx.dtype) @ Dy
-    y, gate_output = passes.gate(encoded, g, mask)
+    y, gate_output = ops.gate(encoded, g, mask)
     o = (y @ E).astype(mx.float32).sum(0).reshape(B, T, D)
     return o, new_state, Saved(S, scores, a, prefix_states, encoded, gate_output, q), y
 
@@ -254,21 +253,21 @@ def _backward_heads(
     """
     (Dx, Dy, E), position, C, mask = segment
     B, T, D = vs.shape
-    passes = fused_or_plain()
+    ops = fused_or_plain()
     S, scores, a, prefix_states, encoded, gate_output, q = saved
     v = vs.astype(Dx.dtype).reshape(1, B * T, D)
     an = ln(a).astype(Dx.dtype)
     # what was not saved
     if q is None:
         h = v @ Dx if encoded is None else encoded  # relu(relu(h)) is relu(h)
-        encoded, q = passes.encode(h, position, B)
+        encoded, q = ops.encode(h, position, B)
     if gate_output is None:
-        _, gate_output = passes.gate(encoded, an @ Dy, mask)
+        _, gate_output = ops.gate(encoded, an @ Dy, mask)
 
     # through o = y E, y = x * relu(g) and g = ln(a) Dy
     do = do.astype(Dx.dtype).reshape(1, B * T, D)
     dy = do @ _transpose(E)
-    y, dg, residuals = passes.gate_gradients(encoded, gate_output, dy, mask)
+    y, dg, residuals = ops.gate_gradients(encoded, gate_output, dy, mask)
     dan = (dg @ _transpose(Dy)).astype(mx.float32)
     da = mx.vjp(ln, [a], [dan])[1][0].astype(Dx.dtype)
 
@@ -285,7 +284,7 @@ def _backward_heads(
     if suffix_states is not None:
         dq = mx.addmm(dq, vc, _transpose(suffix_states))
         dvc = dvc + k @ suffix_states
-    dh = passes.encode_gradient(residuals, dq.reshape(q.shape), position, B)
+    dh = ops.encode_gradient(residuals, dq.reshape(q.shape), position, B)
 
     # the weights, and v
     dW = (

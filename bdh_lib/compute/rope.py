@@ -36,7 +36,7 @@ def rotate(x: mx.array, position: int = 0, sign: int = 1) -> mx.array:
     if position:
         phases = phases * mx.array(rope_phases(position, N))
     phases = phases if sign > 0 else mx.conjugate(phases)
-    (phases,) = mx.depends([phases], [x])  # or mx.compile does not fuse them: see passes.relu
+    (phases,) = mx.depends([phases], [x])  # or mx.compile does not fuse them: see elementwise.relu
     rope = mx.custom_function(lambda x: _apply_rope(x, phases))
     rope.vjp(lambda _, cotangent, __: _apply_rope(cotangent, mx.conjugate(phases)))
     return rope(x)

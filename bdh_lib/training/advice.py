@@ -24,11 +24,11 @@ LATE_FRACTION = 0.25  # share of a run by which it should know more than which b
 MAX_BYTES = 10**6  # bytes that are counted, for the time it takes
 MAX_DROPOUT = 0.5  # that is advised
 RECIPE_BYTES = 4_200_000
-MEASURED_PASSES = {  # by the bytes of records that were trained on (docs/log.md, 2026-11-27, -28)
-    100_000: "the default settings were best after 12 passes",
-    500_000: "the default settings were best after 9 to 10 passes",
-    RECIPE_BYTES: "the default settings were best at the end of 13 passes",
-    46_000_000: "the default settings until 2026-11-28 still gained after 0.4 passes; "
+MEASURED_EPOCHS = {  # by the bytes of records that were trained on (docs/log.md, 2026-11-27, -28)
+    100_000: "the default settings were best after 12 epochs",
+    500_000: "the default settings were best after 9 to 10 epochs",
+    RECIPE_BYTES: "the default settings were best at the end of 13 epochs",
+    46_000_000: "the default settings until 2026-11-28 still gained after 0.4 epochs; "
     "--dropout 0.1 took 0.06 bits per byte off",
 }
 REFERENCE_RATE = 1e-3  # of the official training, and of the best of docs/log.md's runs
@@ -227,19 +227,19 @@ SIGNS = {  # by their names in metrics.jsonl, in the order in which they are loo
 }
 
 
-def passes_note(s: Settings, n_bytes: int) -> str | None:
-    """Say how many passes were best where the data are far smaller or larger than the recipe's.
+def epochs_note(s: Settings, n_bytes: int) -> str | None:
+    """Say how many epochs were best where the data are far smaller or larger than the recipe's.
 
     None for another size of the model, and for data of about the recipe's size.
     """
     if s.BDH_CONFIG.n_parameters != BDHConfig().n_parameters or 0.5 <= n_bytes / RECIPE_BYTES <= 2:
         return None
-    passes = total_steps(s, n_bytes) * s.BLOCK_SIZE * blocks_per_step(s) / n_bytes
-    near = min(MEASURED_PASSES, key=lambda size: abs(math.log(size / n_bytes)))
-    more = "; more bytes were not measured" if n_bytes > max(MEASURED_PASSES) else ""
+    epochs = total_steps(s, n_bytes) * s.BLOCK_SIZE * blocks_per_step(s) / n_bytes
+    near = min(MEASURED_EPOCHS, key=lambda size: abs(math.log(size / n_bytes)))
+    more = "; more bytes were not measured" if n_bytes > max(MEASURED_EPOCHS) else ""
     return (
-        f"{passes:,.1f} passes over {n_bytes / 1e6:,.2f} MB; "
-        f"on {near / 1e6:g} MB {MEASURED_PASSES[near]}{more}"
+        f"{epochs:,.1f} epochs over {n_bytes / 1e6:,.2f} MB; "
+        f"on {near / 1e6:g} MB {MEASURED_EPOCHS[near]}{more}"
     )
 
 

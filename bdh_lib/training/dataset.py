@@ -104,14 +104,14 @@ def check_loss_on(s: Settings, data: Data) -> None:
 def check_grad_accum(s: Settings, n_bytes: int) -> None:
     """Raise UserError if a step has more micro-batches than there are blocks in all epochs.
 
-    Without EPOCHS they are counted in one pass over the data.
+    Without EPOCHS the blocks of one are counted.
     """
-    passes = max(1, s.EPOCHS or 1)
-    blocks = math.ceil(passes * n_bytes / s.BLOCK_SIZE)
+    epochs = max(1, s.EPOCHS or 1)
+    blocks = math.ceil(epochs * n_bytes / s.BLOCK_SIZE)
     if blocks < s.GRAD_ACCUM:
         raise UserError(
             f"GRAD_ACCUM is {s.GRAD_ACCUM:,}, more micro-batches in one iteration than blocks to "
-            f"train on ({blocks:,} of {s.BLOCK_SIZE:,} bytes, passes: {passes:g}); lower it"
+            f"train on ({blocks:,} of {s.BLOCK_SIZE:,} bytes, epochs: {epochs:g}); lower it"
         )
 
 

@@ -23,7 +23,7 @@ from bdh_lib.script.interrupts import default_signals
 from bdh_lib.settings import Settings
 from bdh_lib.tables import format_table
 from bdh_lib.training import checkpoints, memory_plan, tuning
-from bdh_lib.training.advice import passes_note
+from bdh_lib.training.advice import epochs_note
 from bdh_lib.training.batches import get_batch
 from bdh_lib.training.dataset import open_run_data
 from bdh_lib.training.resume import changes_on_resume, check_chain, resolve_init_from
@@ -203,8 +203,8 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
     sizes[s.TRAINING_MODE] = len(train.bytes)
     print(f"\nrun: {schedule_summary(s, len(train.bytes))}")
     print_existing(s, data_report, len(train.bytes))
-    if note := passes_note(s, len(train.bytes)):
-        print(f"passes: {note}")
+    if note := epochs_note(s, len(train.bytes)):
+        print(f"epochs: {note}")
     print_needs(s, data_report, len(train.bytes))
     if not s.PHASES:
         print("\npresets on these data (estimated memory of a step by MEMORY_MODE):")

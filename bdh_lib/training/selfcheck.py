@@ -26,7 +26,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import bdh_mlx
-from bdh_lib.compute import memory, passes, passes_cuda
+from bdh_lib.compute import elementwise, elementwise_cuda, memory
 from bdh_lib.errors import escape_controls
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
@@ -180,7 +180,7 @@ def check_gpu(_) -> tuple[float, float]:
         raise Skipped("no GPU that MLX uses")
     before = mx.default_device()
     results = []
-    key = None if passes_cuda.is_available() else mx.random.key(SEED)
+    key = None if elementwise_cuda.is_available() else mx.random.key(SEED)
     try:
         for device in both:
             mx.set_default_device(device)
@@ -194,17 +194,21 @@ def check_gpu(_) -> tuple[float, float]:
     return error, GPU_TOLERANCE
 
 
-def plain_mask(mask: passes.Mask, shape: tuple[int, ...]) -> passes.Mask:
-    """Return a mask of passes_cuda in the form that passes.py takes."""
+def plain_mask(mask: elementwise.Mask, shape: tuple[int, ...]) -> elementwise.Mask:
+    """Return a mask of elementwise_cuda in the form that elementwise.py takes."""
     ones = mx.ones(shape)
-    y, _ = passes_cuda.gate(ones, ones, mask)
-    return y > 0, True, 1 / (1 - mask[1] / passes_cuda.STEPS)
+    y, _ = elementwise_cuda.gate(ones, ones, mask)
+    return y > 0, True, 1 / (1 - mask[1] / elementwise_cuda.STEPS)
 
 
-def run_passes(
-    module: ModuleType, mask: passes.Mask | None, position: int, B: int, arrays: Sequence[mx.array]
+def run_elementwise(
+    module: ModuleType,
+    mask: elementwise.Mask | None,
+    position: int,
+    B: int,
+    arrays: Sequence[mx.array],
 ) -> tuple[mx.array, ...]:
-    """Return q, y, dg and dh by passes or passes_cuda; `arrays` are h, g, dy and dq.
+    """Return q, y, dg and dh by elementwise or elementwise_cuda; `arrays` are h, g, dy and dq.
 
     All are (H, B*T, N).
     """
@@ -215,17 +219,17 @@ def run_passes(
     return q, y, dg, module.encode_gradient(residuals, dq, position, B)
 
 
-def check_fused_passes(dtype: str) -> tuple[float, float]:
+def check_fused_kernels(dtype: str) -> tuple[float, float]:
     """Compare relu, rotation, gate, dropout and their gradients in CUDA kernels with plain MLX."""
-    if not passes_cuda.is_available():
+    if not elementwise_cuda.is_available():
         raise Skipped("no CUDA GPU")
     dtype = memory.compute_for(LAYER, "fast", dtype).dtype
     shape = LAYER.n_head, B * T, LAYER.neurons_per_head
     arrays = [mx.random.normal(shape, dtype, key=mx.random.key(i)) for i in range(4)]
-    mask = passes_cuda.dropout_mask(mx.random.key(SEED), RATE, shape)
-    kernels = run_passes(passes_cuda, mask, T, B, arrays)
+    mask = elementwise_cuda.dropout_mask(mx.random.key(SEED), RATE, shape)
+    kernels = run_elementwise(elementwise_cuda, mask, T, B, arrays)
     exact = [array.astype(mx.float32) for array in arrays]
-    exact = run_passes(passes, plain_mask(mask, shape), T, B, exact)
+    exact = run_elementwise(elementwise, plain_mask(mask, shape), T, B, exact)
     return nan_max(map(relative_error, exact, kernels)), PRODUCT_ROUNDING[dtype]
 
 
@@ -289,7 +293,7 @@ CHECKS = {
     "saved and loaded: the same loss": check_save_and_load,
     "stopped and resumed = straight": check_resume,
     "GPU = CPU": check_gpu,
-    "fused passes = plain operations": check_fused_passes,
+    "fused kernels = plain operations": check_fused_kernels,
 } | AS_TRAINED
 
 

@@ -12,7 +12,7 @@ from bdh_lib.data.formats import REQUIRED_FIELDS, SAMPLE_NOTES, sample_prompts
 from bdh_lib.errors import escape_controls
 from bdh_lib.settings import Settings
 from bdh_lib.training import tuning
-from bdh_lib.training.advice import passes_note
+from bdh_lib.training.advice import epochs_note
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.meter import Meter
 from bdh_lib.training.runlog import RunLog
@@ -37,7 +37,7 @@ def print_start(s: Settings, run: Path, data: Data, n_steps: int, selection: Sel
     print(f"memory: {selection.label}, {dtype}, estimated peak {selection.peak / 1e9:,.2f} GB")
     if hint := tuning.hint(s, selection.source, n_steps):
         print(hint)
-    if note := passes_note(s, len(data.train.bytes)):
+    if note := epochs_note(s, len(data.train.bytes)):
         print(f"note: {note}")
     fields = data.val.field_names() & {*REQUIRED_FIELDS[s.TRAINING_MODE]}
     print(f"note: {SAMPLE_NOTES[s.TRAINING_MODE if fields else 'text']}")

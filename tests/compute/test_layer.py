@@ -171,7 +171,7 @@ def test_the_mask_of_the_residual_has_a_key_that_none_of_three_segments_has(monk
         drawn.append(key)
         return draw(key, rate, shape)
 
-    for module in (layer, layer.plain_passes):
+    for module in (layer, layer.elementwise):
         monkeypatch.setattr(module, "dropout_mask", dropout_mask)
     v, Dx, E = mx.ones((1, 48, 4)), mx.ones((3, 4, 8)), mx.ones((3, 8, 4))
     layer.layer(v, (Dx, Dx, E), Compute(chunk=16, segment_rows=16), mx.random.key(1), (0.5, 0.5))

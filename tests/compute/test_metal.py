@@ -2,8 +2,8 @@
 
 The graphs are traced on this machine as a GPU would get them; nothing is computed and no test here
 has run on a Mac. Some parts stand in, since they cannot be exported or are decomposed on a CPU:
-`depends` is the identity, the passes of `custom_function` are called one after the other, and RoPE,
-whose kernels `make mac-audit` looks for, is erf. LayerNorm appears in its parts.
+`depends` is the identity, the two functions of `custom_function` are called one after the other,
+and RoPE, whose kernels `make mac-audit` looks for, is erf. LayerNorm appears in its parts.
 """
 
 import math

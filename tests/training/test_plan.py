@@ -15,7 +15,7 @@ from bdh_lib.compute import memory
 from bdh_lib.data import problems
 from bdh_lib.errors import UserError
 from bdh_lib.training import memory_plan, plan
-from bdh_lib.training.advice import passes_note
+from bdh_lib.training.advice import epochs_note
 from bdh_lib.training.schedule import blocks_per_step, schedule_summary
 
 TICK = "✓".encode().decode("mac_roman")
@@ -250,7 +250,7 @@ def refusal(s):
         lambda s: plan.preset_table({"huge": s}, {"both": 10**6}),
         lambda s: schedule_summary(s, 10**6),
         lambda s: schedule_summary(s, 10**11),
-        lambda s: passes_note(
+        lambda s: epochs_note(
             train_mlx.settings(["--max-iters", "9999", "--epochs", "9999"]), 9999
         ),
         lambda s: plan.duration(1e9),

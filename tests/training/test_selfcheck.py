@@ -7,7 +7,7 @@ import pytest
 
 import bdh_mlx
 import train_mlx
-from bdh_lib.compute import layer, passes_cuda
+from bdh_lib.compute import elementwise_cuda, layer
 from bdh_lib.training import checkpoints, selfcheck
 
 
@@ -29,8 +29,8 @@ def test_it_passes_here(capsys):
     output = lines(capsys)
     results = {name: output[name].split()[0] for name in selfcheck.CHECKS}
     assert results.pop("GPU = CPU") == ("skipped" if selfcheck.devices() is None else "ok")
-    assert results.pop("fused passes = plain operations") == (
-        "ok" if passes_cuda.is_available() else "skipped"
+    assert results.pop("fused kernels = plain operations") == (
+        "ok" if elementwise_cuda.is_available() else "skipped"
     )
     assert set(results.values()) == {"ok"}
 

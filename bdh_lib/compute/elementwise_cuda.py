@@ -1,9 +1,9 @@
-"""The functions of passes.py on a CUDA GPU, each as one kernel of passes_cuda.cu.
+"""The functions of elementwise.py on a CUDA GPU, each as one kernel of elementwise_cuda.cu.
 
-Such a pass takes as long as the memory that it moves, so an array is read and written as seldom as
-possible. relu(h) is not written: its readers compute it. The backward pass takes y instead of g:
-relu(g) with dropout is y / x. So only the forward pass needs the dropout mask. Its kernel draws the
-mask from a key and the neuron's index, and the mask is never in memory.
+Such a kernel takes as long as the memory that it moves, so it reads and writes few arrays. relu(h)
+is not written: its readers compute it. The backward pass takes y instead of g: relu(g) with dropout
+is y / x. So only the forward pass needs the dropout mask. Its kernel draws the mask from a key and
+the neuron's index, and the mask is never in memory.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from bdh_lib.compute.cuda_kernel import Kernel, cuda_kernel
 from bdh_lib.compute.device import on_cuda
-from bdh_lib.compute.passes import Mask
+from bdh_lib.compute.elementwise import Mask
 from bdh_lib.compute.rope import phase_increments
 
 THREADS = 256  # per block
@@ -55,13 +55,13 @@ def dropout_mask(key: mx.array, rate: float, shape: tuple[int, ...]) -> Mask | N
 
 def encode(h: mx.array, position: int, B: int) -> tuple[mx.array, mx.array]:
     """Return h, and q: relu(h) rotated by the positions of its bytes, the first `position`."""
-    return h, _run_pass(ENCODE, [_unfold_batch(h, B), *_phases(position, h.shape[-1])], h)
+    return h, _run_kernel(ENCODE, [_unfold_batch(h, B), *_phases(position, h.shape[-1])], h)
 
 
 def gate(h: mx.array, g: mx.array, mask: Mask | None) -> tuple[mx.array, mx.array]:
     """Return y = relu(h) * relu(g) with dropout, twice: the backward pass takes y, not g."""
     key, limit = mask or (mx.zeros((2, 2), mx.uint32), 0)
-    y = _run_pass(GATE, [h, g, key], h, limit)
+    y = _run_kernel(GATE, [h, g, key], h, limit)
     return y, y
 
 
@@ -69,13 +69,13 @@ def gate_gradients(
     h: mx.array, y: mx.array, dy: mx.array, mask: Mask | None
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return y, dg, and dx: dy's part of dh, which encode_gradient takes."""
-    return y, *_run_pass(GATE_GRADIENTS, [h, y, dy], h, mask[1] if mask else 0)
+    return y, *_run_kernel(GATE_GRADIENTS, [h, y, dy], h, mask[1] if mask else 0)
 
 
 def encode_gradient(dx: mx.array, dq: mx.array, position: int, B: int) -> mx.array:
     """Return dh from dx and dq."""
     phases = _phases(position, dx.shape[-1])
-    return _run_pass(ENCODE_GRADIENT, [_unfold_batch(dx, B), _unfold_batch(dq, B), *phases], dx)
+    return _run_kernel(ENCODE_GRADIENT, [_unfold_batch(dx, B), _unfold_batch(dq, B), *phases], dx)
 
 
 def _unfold_batch(x: mx.array, B: int) -> mx.array:
@@ -89,7 +89,7 @@ def _phases(position: int, N: int) -> tuple[mx.array, mx.array]:
     return mx.array(phase_increments(position, N)), mx.array(phase_increments(1, N))
 
 
-def _run_pass(
+def _run_kernel(
     kernel: Kernel, inputs: list[mx.array], like: mx.array, limit: int | None = None
 ) -> mx.array | list[mx.array]:
     """Run a kernel whose outputs have the shape and type of `like`; return its only one, or all.
@@ -100,7 +100,7 @@ def _run_pass(
     N, rows = like.shape[-1], 1 if limit is not None else inputs[0].shape[0]
     V = 2 if N % 8 else 8
     count, template = len(kernel[2]), [("T", like.dtype), ("V", V)]
-    outputs = cuda_kernel("passes_cuda.cu", kernel)(
+    outputs = cuda_kernel("elementwise_cuda.cu", kernel)(
         inputs=inputs,
         output_shapes=[like.shape] * count,
         output_dtypes=[like.dtype] * count,

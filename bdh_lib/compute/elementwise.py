@@ -1,8 +1,8 @@
 """A layer's elementwise operations on activations (H, B*T, N) in plain MLX, and dropout.
 
-passes_cuda.py has the same four functions, each as one kernel: encode, gate, and their gradients.
-The two modules pass different arrays from one function to the next (`encoded` and `gate_output` of
-layer.py, and `residuals`), so take all four from the same module.
+elementwise_cuda.py has the same four functions, each as one kernel: encode, gate, and their
+gradients. The two modules pass different arrays from one function to the next (`encoded` and
+`gate_output` of layer.py, and `residuals`), so take all four from the same module.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""CUDA's fused passes against the plain ones, on a CPU, as test_step_cuda.py runs its kernels."""
+"""CUDA's fused kernels against plain operations, on a CPU, as test_step_cuda.py runs its own."""
 
 import ctypes
 import itertools
@@ -17,26 +17,26 @@ from helpers import (
     random_model,
 )
 
-from bdh_lib.compute import layer, passes, passes_cuda
+from bdh_lib.compute import elementwise, elementwise_cuda, layer
 from bdh_lib.compute.layer import Compute
 from bdh_lib.training import selfcheck
-from bdh_lib.training.selfcheck import RATE, plain_mask, run_passes
+from bdh_lib.training.selfcheck import RATE, plain_mask, run_elementwise
 
 pytestmark = needs_compiler
 KEY = mx.random.key(5)
-LIMITS = [0, passes_cuda.dropout_mask(KEY, RATE, ())[1]]
+LIMITS = [0, elementwise_cuda.dropout_mask(KEY, RATE, ())[1]]
 KERNELS = {
-    passes_cuda.ENCODE: [None],
-    passes_cuda.GATE: LIMITS,
-    passes_cuda.GATE_GRADIENTS: LIMITS,
-    passes_cuda.ENCODE_GRADIENT: [None],
+    elementwise_cuda.ENCODE: [None],
+    elementwise_cuda.GATE: LIMITS,
+    elementwise_cuda.GATE_GRADIENTS: LIMITS,
+    elementwise_cuda.ENCODE_GRADIENT: [None],
 }
 ROUNDING = {mx.float32: 1e-6, mx.bfloat16: 2**-8}
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    """All passes in both types, for pieces of two and of eight neurons."""
+    """All kernels in both types, for pieces of two and of eight neurons."""
     source = ""
     for T, V, (kernel, limits) in itertools.product(TYPES.values(), (2, 8), KERNELS.items()):
         source += "".join(entry(kernel, T, V, limit) for limit in limits)
@@ -44,7 +44,7 @@ def library(tmp_path_factory):
         'extern "C" void philox(uint32_t counter, const uint32_t* key, uint32_t* words) '
         "{ memcpy(words, bdh::Random(counter, key).words, 16); }\n"
     )
-    return compiled("passes_cuda.cu", source, tmp_path_factory.mktemp("passes"))
+    return compiled("elementwise_cuda.cu", source, tmp_path_factory.mktemp("kernels"))
 
 
 def entry(kernel, T, V, limit):
@@ -65,24 +65,26 @@ def entry(kernel, T, V, limit):
 @pytest.fixture
 def fused(library, monkeypatch):
     """The layer takes the kernels."""
-    monkeypatch.setattr(passes_cuda, "is_available", lambda: True)
-    monkeypatch.setattr(passes_cuda, "cuda_kernel", lambda _, kernel: Kernel(library, *kernel[:2]))
+    monkeypatch.setattr(elementwise_cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        elementwise_cuda, "cuda_kernel", lambda _, kernel: Kernel(library, *kernel[:2])
+    )
 
 
 @pytest.mark.parametrize(("H", "B", "T", "N"), [(2, 3, 5, 16), (1, 2, 7, 6), (3, 2, 40, 40)])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("position", [0, 10**6])
 @pytest.mark.parametrize("rate", [0, RATE])
-def test_each_pass_is_that_of_the_plain_operations(fused, H, B, T, N, dtype, position, rate):
+def test_each_kernel_is_that_of_the_plain_operations(fused, H, B, T, N, dtype, position, rate):
     shape = (H, B * T, N)
     h, g, dy, dq = (mx.random.normal(shape, dtype, key=mx.random.key(i)) for i in range(4))
     h[:, 0], g[:, -1] = 0, -0.0
-    mask = passes_cuda.dropout_mask(KEY, rate, shape)
+    mask = elementwise_cuda.dropout_mask(KEY, rate, shape)
     assert (mask is None) == (rate == 0)
 
-    found = run_passes(passes_cuda, mask, position, B, (h, g, dy, dq))
+    found = run_elementwise(elementwise_cuda, mask, position, B, (h, g, dy, dq))
     exact = (array.astype(mx.float32) for array in (h, g, dy, dq))
-    expected = run_passes(passes, mask and plain_mask(mask, shape), position, B, exact)
+    expected = run_elementwise(elementwise, mask and plain_mask(mask, shape), position, B, exact)
     for got, want in zip(found, expected, strict=True):
         assert got.dtype == dtype and got.shape == shape
         assert max_abs_error(got, want) < 1.5 * ROUNDING[dtype] * mx.max(mx.abs(want)).item()
@@ -97,11 +99,11 @@ def test_philox_is_that_of_its_authors(library):
 
 def test_the_check_of_the_trainer_compares_them(fused, monkeypatch):
     monkeypatch.setattr(selfcheck, "LAYER", CONFIG)
-    measured, allowed = selfcheck.check_fused_passes("float32")
+    measured, allowed = selfcheck.check_fused_kernels("float32")
     assert 0 < measured <= allowed
-    gradient = passes_cuda.encode_gradient
-    monkeypatch.setattr(passes_cuda, "encode_gradient", lambda *args: gradient(*args) * 1.001)
-    measured, allowed = selfcheck.check_fused_passes("float32")
+    gradient = elementwise_cuda.encode_gradient
+    monkeypatch.setattr(elementwise_cuda, "encode_gradient", lambda *args: gradient(*args) * 1.001)
+    measured, allowed = selfcheck.check_fused_kernels("float32")
     assert measured > allowed
 
 
@@ -110,19 +112,19 @@ def test_nan_goes_on_and_zero_is_no_sign(fused):
     h = mx.array([[[mx.nan, 1.0, -1.0, 0.0, 1.0, 1.0]]])
     g, dy, dq = (mx.full(h.shape, value) for value in (1.0, -1.0, 1.0))
     g[0, 0, 4:] = mx.array([-1.0, mx.nan])
-    x, q = passes_cuda.encode(h, 0, 1)
+    x, q = elementwise_cuda.encode(h, 0, 1)
     assert mx.isnan(q).tolist() == [[[True] * 2 + [False] * 4]]
-    y, saved = passes_cuda.gate(x, g, None)
+    y, saved = elementwise_cuda.gate(x, g, None)
     assert mx.isnan(y).tolist() == [[[True] + [False] * 4 + [True]]]
-    _, dg, residuals = passes_cuda.gate_gradients(x, saved, dy, None)
-    dh = passes_cuda.encode_gradient(residuals, dq, 0, 1)
+    _, dg, residuals = elementwise_cuda.gate_gradients(x, saved, dy, None)
+    dh = elementwise_cuda.encode_gradient(residuals, dq, 0, 1)
     assert dg[0, 0, 1:5].tolist() == [-1, 0, 0, 0] and mx.isnan(dg[0, 0, 0]).item()
     assert dh[0, 0, 1:5].tolist() == [0, 0, 0, 1] and mx.isnan(dh[0, 0, 0]).item()
 
 
 def test_dropout_is_drawn_at_its_rate_from_key_and_place(fused):
     shape = (4, 64, 128)
-    masks = [plain_mask(passes_cuda.dropout_mask(key, RATE, shape), shape)[0]
+    masks = [plain_mask(elementwise_cuda.dropout_mask(key, RATE, shape), shape)[0]
              for key in (*mx.random.split(KEY, 3), mx.random.split(KEY, 3)[0])]  # fmt: skip
     size, kept = masks[0].size, 1 - RATE
     deviation = (kept * RATE / size) ** 0.5
@@ -136,7 +138,7 @@ def test_dropout_is_drawn_at_its_rate_from_key_and_place(fused):
     for one, other in pairs:
         assert abs(mx.mean(one == other).item() - both) < 5 * deviation
     ones = mx.ones(shape)
-    y = passes_cuda.gate(ones, ones, passes_cuda.dropout_mask(KEY, RATE, shape))[0]
+    y = elementwise_cuda.gate(ones, ones, elementwise_cuda.dropout_mask(KEY, RATE, shape))[0]
     assert abs(mx.max(y).item() - 1 / kept) < 1e-5 and abs(mx.mean(y).item() - 1) < 0.02
 
 
@@ -159,7 +161,7 @@ def test_dropout_has_one_mask_in_forward_and_backward(fused, keep):
     parts, masks = layer.segments(B, T, compute), []
     for key, (begin, end) in zip(mx.random.split(KEY, len(parts)), parts, strict=True):
         shape = (H, B * (end - begin), N)
-        kept, _, scale = plain_mask(passes_cuda.dropout_mask(key, RATE, shape), shape)
+        kept, _, scale = plain_mask(elementwise_cuda.dropout_mask(key, RATE, shape), shape)
         masks.append((scale * kept).reshape(H, B, -1, N))
     mask = mx.concatenate(masks, 2)
 
@@ -174,7 +176,7 @@ def test_dropout_has_one_mask_in_forward_and_backward(fused, keep):
         assert max_abs_error(got, want) < 2e-5 * mx.max(mx.abs(want)).item()
 
 
-def test_bfloat16_is_no_further_from_float32_than_with_the_plain_passes(fused, monkeypatch):
+def test_bfloat16_is_no_further_from_float32_than_with_plain_operations(fused, monkeypatch):
     """Over three models, since a neuron near 0 that fires in one precision alone counts most."""
     config, errors = replace(CONFIG, n_embd=32, mlp_internal_dim_multiplier=32), []
     for seed in range(3):
@@ -185,7 +187,7 @@ def test_bfloat16_is_no_further_from_float32_than_with_the_plain_passes(fused, m
         exact = loss_and_gradients(model, lambda idx, model=model: model.quadratic(idx)[0], batch)
         model.compute = Compute(mx.bfloat16, chunk=16, segment_rows=48, saved_activations=seed)
         for fits in (True, False):
-            monkeypatch.setattr(passes_cuda, "is_available", lambda fits=fits: fits)
+            monkeypatch.setattr(elementwise_cuda, "is_available", lambda fits=fits: fits)
             got = loss_and_gradients(model, lambda idx, model=model: model(idx)[0], batch)
             norms = [mx.linalg.norm(got[k] - exact[k]) / mx.linalg.norm(exact[k]) for k in exact]
             errors.append(sum(norms).item())

@@ -1,6 +1,6 @@
-// A layer's passes over activations on a CUDA GPU, each array read or written once (passes_cuda.py
-// launches them). A thread takes V neurons, which it loads and stores at once: T of 16 bits, 8 of them,
-// are 16 bytes.
+// A layer's elementwise operations on activations on a CUDA GPU, each array read or written once.
+// elementwise_cuda.py launches them. A thread takes V neurons, which it loads and stores at once: T of
+// 16 bits, 8 of them, are 16 bytes.
 
 namespace bdh {
 
