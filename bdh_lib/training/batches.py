@@ -20,8 +20,8 @@ class Batch(NamedTuple):
 
     idx: mx.array  # bytes, (B, T)
     targets: mx.array  # the bytes that follow them, (B, T)
-    weights: mx.array  # of the losses of the targets, (B, T)
-    key: mx.array  # of dropout and noise
+    loss_weights: mx.array  # the weight of each target in the loss of the step, (B, T)
+    key: mx.array  # PRNG key of dropout and noise
 
 
 @lru_cache(maxsize=2)
@@ -88,7 +88,7 @@ def get_batch(split: Split, batch_index: int, s: Settings, n_targets: int) -> Ba
     return Batch(
         idx=mx.array(blocks[:, :-1]),
         targets=mx.array(blocks[:, 1:]),
-        weights=mx.array(mask / np.float32(max(1, n_targets))),
+        loss_weights=mx.array(mask / np.float32(max(1, n_targets))),
         key=mx.random.key(s.SEED * 2**32 + batch_index),
     )
 

@@ -189,7 +189,7 @@ def save(run: Path, step: int, state: TrainState, info: dict) -> None:
     final = checkpoint_folder(run, step)
     staging = run / f".{final.name}.tmp"
     check_space(run, state, 1)
-    if not _finite(tree_flatten(state.arrays())):
+    if not _finite(tree_flatten(state.trees())):
         raise UserError(f"{final} not saved: it holds numbers that are not finite")
     try:
         staging.mkdir()
@@ -358,7 +358,7 @@ def max_checkpoints(s: Settings, n_steps: int) -> int:
 
 def check_space(run: Path, state: TrainState, count: int) -> None:
     """Raise UserError unless `count` checkpoints of `state` fit on the disk of `run`."""
-    size = sum(array.nbytes for _, array in tree_flatten(state.arrays()))
+    size = sum(array.nbytes for _, array in tree_flatten(state.trees()))
     free = shutil.disk_usage(run).free
     if free < count * size * 1.05:
         raise UserError(

@@ -106,7 +106,7 @@ def time_iterations(s: Settings, train: Split, compute: Compute) -> Iterator[tup
             loss, gradients = micro_step(*batch)
         mx.eval(loss, gradients)
         computed = time.perf_counter()
-        mx.eval(apply_update(loss, gradients), state.arrays())
+        mx.eval(apply_update(loss, gradients), state.trees())
         updated = time.perf_counter()
         with default_signals():
             losses = losses_fn(batch.idx, batch.targets)

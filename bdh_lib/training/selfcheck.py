@@ -164,7 +164,7 @@ def train_and_save(run: Path, first: int, last: int) -> dict:
     for step in range(first, last):
         batch = random_batch(step)
         weights = mx.full((B, T), 1 / (B * T))
-        mx.eval(apply_update(*micro_step(*batch, weights, mx.random.key(step))), state.arrays())
+        mx.eval(apply_update(*micro_step(*batch, weights, mx.random.key(step))), state.trees())
     checkpoints.save(run, last, state, {})
     return state.model.parameters()
 

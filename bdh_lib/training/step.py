@@ -35,21 +35,22 @@ def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
 def compile_steps(state: TrainState, s: Settings) -> tuple[Callable, Callable]:
     """Return the two halves of a step on `state`, compiled.
 
-    micro_step(idx, targets, weights, key) -> loss, gradients, both weighted sums over the bytes;
-    apply_update(loss, gradients), each summed over the batches -> norm, the global norm of the
-    gradients before clipping. Of `s` they take BYTE_NOISE, GRAD_CLIP and EMA_DECAY.
+    micro_step(idx, targets, loss_weights, key) -> loss, gradients, both weighted sums over the
+    bytes; apply_update(loss, gradients), each summed over the batches -> norm, the global norm of
+    the gradients before clipping. Of `s` they take BYTE_NOISE, GRAD_CLIP and EMA_DECAY.
     """
-    (model, optimizer, ema), arrays = state, state.arrays()
-    compiled = partial(mx.compile, inputs=arrays, outputs=arrays)
+    model, optimizer, ema = state
+    trees = state.trees()
+    compiled = partial(mx.compile, inputs=trees, outputs=trees)
 
     @compiled
-    def micro_step(idx, targets, weights, key):
+    def micro_step(idx, targets, loss_weights, key):
         if s.BYTE_NOISE:
             noise_key, key = mx.random.split(key)
             idx = corrupt_bytes(idx, s.BYTE_NOISE, noise_key)
 
         def loss():
-            return mx.sum(byte_losses(model, idx, targets, key) * weights)
+            return mx.sum(byte_losses(model, idx, targets, key) * loss_weights)
 
         return nn.value_and_grad(model, loss)()
 
@@ -57,18 +58,18 @@ def compile_steps(state: TrainState, s: Settings) -> tuple[Callable, Callable]:
     def apply_update(loss, gradients):
         """Update the weights by AdamW; nothing changes where loss or gradient is not finite."""
         gradients, norm = optim.clip_grad_norm(gradients, s.GRAD_CLIP or math.inf)
-        before = copy_tree(arrays)
+        before = copy_tree(trees)
         optimizer.update(model, gradients)
         if ema:  # the decay rises to EMA_DECAY, as in TensorFlow: random weights are forgotten soon
             rate = 1 - mx.minimum(s.EMA_DECAY, optimizer.step / (optimizer.step + 9))
-            ema.update(tree_map(lambda m, w: m + rate * (w - m), ema, model.parameters()))
+            ema.update(tree_map(lambda a, w: a + rate * (w - a), ema, model.parameters()))
         finite = mx.isfinite(loss) & mx.isfinite(norm)
-        weights, optimizer_state, averages = tree_map(
-            lambda new, old: mx.where(finite, new, old), arrays, before
+        new_weights, new_optimizer_state, new_ema = tree_map(
+            lambda new, old: mx.where(finite, new, old), trees, before
         )
-        model.update(weights)
-        optimizer.state.update(optimizer_state)
-        ema.update(averages)
+        model.update(new_weights)
+        optimizer.state.update(new_optimizer_state)
+        ema.update(new_ema)
         return norm
 
     return micro_step, apply_update
@@ -102,4 +103,4 @@ def start_computing(state: TrainState, norm: mx.array, wait: bool) -> None:
 
     There the host prepares the next step while the GPU computes this one.
     """
-    (mx.async_eval if on_cuda() and not wait else mx.eval)(state.arrays(), norm)
+    (mx.async_eval if on_cuda() and not wait else mx.eval)(state.trees(), norm)

@@ -23,8 +23,8 @@ class TrainState(NamedTuple):
     optimizer: optim.Optimizer
     ema: dict  # the exponential moving average of the weights, a tree like them; {}: none
 
-    def arrays(self) -> list:
-        """Return the trees of arrays that a step changes."""
+    def trees(self) -> list[dict]:
+        """Return the trees of arrays that a step changes: weights, optimizer state, average."""
         return [self.model.state, self.optimizer.state, self.ema]
 
 

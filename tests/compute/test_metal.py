@@ -110,7 +110,7 @@ def test_what_is_around_the_layers_of_a_training_step_and_the_update(monkeypatch
 
     def update(idx, weights, key):
         norm = apply_update(*micro_step(idx, idx, weights, key))
-        return norm, *(array for _, array in tree_flatten(trained.arrays()))
+        return norm, *(array for _, array in tree_flatten(trained.trees()))
 
     idx, weights = mx.zeros((2, 4096), mx.int32), mx.zeros((2, 4096))
     assert check(update, idx, weights, mx.random.key(1)) > 400

@@ -152,7 +152,7 @@ def test_the_average_starts_fast_and_slows_down_to_its_decay():
     expected = np.array(ema["lm_head"], np.float64)
     idx, weights = mx.array([[1, 2, 3, 4]]), mx.full((1, 4), 0.25)
     for step in range(1, 14):
-        mx.eval(apply_update(*micro_step(idx, idx, weights, mx.random.key(step))), state.arrays())
+        mx.eval(apply_update(*micro_step(idx, idx, weights, mx.random.key(step))), state.trees())
         rate = 1 - min(0.5, step / (step + 9))
         expected += rate * (np.array(model.lm_head) - expected)
         assert np.allclose(np.array(ema["lm_head"]), expected, atol=1e-6), step

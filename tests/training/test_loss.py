@@ -32,7 +32,7 @@ def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update(
     for step in range(5):
         count = batches.n_targets_in_step(split, step, s)
         update = [batches.get_batch(split, 2 * step + i, s, count) for i in (0, 1)]
-        weights = np.array([batch.weights for batch in update])
+        weights = np.array([batch.loss_weights for batch in update])
         targets = np.array([batch.targets for batch in update])
         assert np.array_equal(weights > 0, targets == RESPONSE)
         assert weights.sum() == pytest.approx(1 if weights.any() else 0, rel=1e-5)
@@ -40,7 +40,7 @@ def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update(
     every = settings("--loss-on", "all")
     count = batches.n_targets_in_step(split, 0, every)
     update = [batches.get_batch(split, i, every, count) for i in (0, 1)]
-    assert np.all(np.array([batch.weights for batch in update]) == np.float32(1 / 32))
+    assert np.all(np.array([batch.loss_weights for batch in update]) == np.float32(1 / 32))
 
 
 def test_accumulated_batches_of_unequal_counts_equal_one_large_batch(tmp_path):
