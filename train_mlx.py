@@ -126,7 +126,7 @@ from bdh_lib.training.meter import Meter
 from bdh_lib.training.report import redraw_report
 from bdh_lib.training.resume import check_chain, resume_or_init, run_info
 from bdh_lib.training.runlog import RunLog, main_process_prints
-from bdh_lib.training.schedule import blocks_per_step, is_read, learning_rate, total_steps
+from bdh_lib.training.schedule import blocks_per_step, is_loss_needed, learning_rate, total_steps
 from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.step import Diverged, compile_steps, start_computing, sum_gradients
 from bdh_lib.training.train_settings import RULES, parse_settings, phase_settings, preset_settings
@@ -249,51 +249,56 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
     memory.set_limit(start.selection.peak, start.selection.compute)
     meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_step(s), log.skipped)
 
+    # The loop ends after the last step, by PATIENCE, or at a signal, which is looked for before a
+    # step, after an evaluation and before an update. Each of these ends leaves a checkpoint.
     for step in range(first_step, n_steps + 1):  # one more: the end is evaluated too
-        finished = step == n_steps
+        is_last = step == n_steps
+        out_of_patience = False
         stop.sync()
 
         # by SAVE_FREQ or SAVE_MINUTES: save first, so that a crash in the evaluation loses nothing
-        if finished or log.is_save_due(step, s.SAVE_FREQ, s.SAVE_MINUTES):
+        if is_last or log.is_save_due(step, s.SAVE_FREQ, s.SAVE_MINUTES):
             log.save(step, state)
         if stop.requested:
             break
 
         # every EVAL_FREQ steps: evaluate, keep the best, advise, write samples, draw the report; a
         # resumed run may have evaluated this step before
-        if (finished or step % s.EVAL_FREQ == 0) and log.last_eval_step < step:
+        if (is_last or step % s.EVAL_FREQ == 0) and log.last_eval_step < step:
             if not evaluate_and_log(s, step, state, evaluator, log):  # a signal came meanwhile
                 break
-            if log.patience_exceeded(s.PATIENCE):
-                finished = True
-                log.save(step, state)
+            out_of_patience = log.patience_exceeded(s.PATIENCE)
+        if out_of_patience:
+            log.save(step, state)
         if world.is_main and log.last_saved == step:
             checkpoints.prune(run, s.KEEP_CHECKPOINTS, log.best.get("step"))
-        if finished:
+        if is_last or out_of_patience:
             break
 
         # one step: micro-batches on each process, then an update by AdamW
-        meter.start()
+        meter.start_step()
         state.optimizer.learning_rate = lr = learning_rate(step, n_steps, s)
         with meter.heartbeat_until_logged():
             n_targets, batches = step_batches(data.train, step, s, world)
             loss, gradients = sum_gradients(s, micro_step, batches, stop, world)
-            if stop.requested:  # before the update: this step is not in what is saved
+            if stop.requested:  # this step is not in what is saved
                 break
             norm = apply_update(loss, gradients)
             start_computing(state, norm, wait=step == first_step)  # the first one compiles
         stop.has_work_to_save = True
         completed = step + 1
-        meter.stop(completed, loss, norm, n_targets > 0, is_read(completed, n_steps, s))
+        read_now = is_loss_needed(completed, n_steps, s)
+        meter.end_step(completed, loss, norm, has_targets=n_targets > 0, read_now=read_now)
         if meter.consecutive_skips >= s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(divergence_message(data.train, meter.last_read_step, s))
         if completed % s.LOG_FREQ == 0 and (averages := meter.pop_averages(completed)):
+            # the rate and the norm are those of the last step, the averages of all since a line
             log.write(step=completed, lr=lr, grad_norm=norm.item(), **averages)
 
     log.save(step, state)  # where a signal ended the loop; any other end is saved before
     meter.close()
-    is_complete = finished and log.last_eval_step == step  # then a signal changes nothing
-    if stop.requested and not is_complete:
+    is_complete = (is_last or out_of_patience) and log.last_eval_step == step
+    if stop.requested and not is_complete:  # a signal after the end changes nothing
         print(f"stopped after iteration {step:,}, saved in {run}; the same command continues it")
         return 128 + stop.requested
     summary.print_summary(s, log, data, meter)

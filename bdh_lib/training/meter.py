@@ -40,15 +40,15 @@ class Meter:
         self.seconds = 0.0
         self.timed_bytes = 0
 
-    def start(self) -> None:
+    def start_step(self) -> None:
         """Begin a step, of which the first one compiles."""
         if self.progress.done == self.first_step:
             note = f", a minute or more on a new machine ({SIGNAL_NOTE})" if on_cuda() else ""
             print(f"compiling the training step, once{note}")
         self.step_start = time.perf_counter()
 
-    def stop(
-        self, step: int, loss: mx.array, norm: mx.array, has_targets: bool, read_now: bool
+    def end_step(
+        self, step: int, loss: mx.array, norm: mx.array, *, has_targets: bool, read_now: bool
     ) -> None:
         """End step number `step`; its loss is averaged where it has any targets.
 

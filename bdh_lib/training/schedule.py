@@ -36,8 +36,8 @@ def schedule_summary(s: Settings, n_bytes: int) -> str:
     return f"{total:,} iterations of {bytes_per_step:,} bytes are {coverage}{cut}"
 
 
-def is_read(completed: int, total: int, s: Settings) -> bool:
-    """Tell whether a log line, an evaluation or the end needs the loss after `completed` steps."""
+def is_loss_needed(completed: int, total: int, s: Settings) -> bool:
+    """Tell whether a log line, an evaluation or the end comes after `completed` steps."""
     return not (completed % s.LOG_FREQ and completed % s.EVAL_FREQ and completed < total)
 
 
