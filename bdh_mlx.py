@@ -77,8 +77,9 @@ class BDH(nn.Module):
     """A model with random weights; its only parameters are the five arrays.
 
     model(idx, targets) returns logits (B, T, V) and the mean loss in nats, None without targets;
-    idx and targets are (B, T) integers. Dropout acts only if a PRNG `key` is passed: there is no
-    train or eval mode.
+    idx and targets are (B, T) integers. The trainer takes its loss from byte_losses in
+    bdh_lib/loss.py, not from here. Dropout acts only if a PRNG `key` is passed: there is no train
+    or eval mode.
     """
 
     def __init__(self, config: BDHConfig):
@@ -109,24 +110,19 @@ class BDH(nn.Module):
         Raises UserError for an idx that is not of shape (B, T).
         """
         check_shape(idx)
+        L, dropout_v = self.config.n_layer, self.config.dropout_v
+        keys = [None] * (L + 1) if key is None else mx.random.split(key, L + 1)
         v = ln(self.embed(idx))  # (B, T, D)
-        L = self.config.n_layer
-        rates = (self.config.dropout, self.config.dropout_v)
-        if key is not None and self.config.dropout_v:  # a key that no layer has
-            mask = dropout_mask(mx.random.split(key, L + 1)[L], rates[1], v.shape)
-            v = v * dropout_scale(mask, v.dtype)
-        keys = [None] * L if key is None else mx.random.split(key, L)
-        for key_l in keys:
-            v = layer(v, self.weights(), self.compute, key_l, rates)
+        if key is not None and dropout_v:
+            v = v * dropout_scale(dropout_mask(keys[L], dropout_v, v.shape), v.dtype)
+        for key_l in keys[:L]:
+            v = layer(v, self.weights(), self.compute, key_l, self.config.dropout, dropout_v)
         return self._logits_and_loss(v, targets)
 
     def _logits_and_loss(
         self, v: mx.array, targets: mx.array | None
     ) -> tuple[mx.array, mx.array | None]:
-        """Return logits (B, T, V) and mean loss in nats (or None) of the last v (B, T, D).
-
-        Training and evaluation take their loss from byte_losses in bdh_lib/loss.py.
-        """
+        """Return logits (B, T, V) and mean loss in nats (or None) of the last v (B, T, D)."""
         logits = v @ self.lm_head
         if targets is None:
             return logits, None
@@ -191,7 +187,7 @@ class BDH(nn.Module):
             else:
                 token = mx.argmax(logits, 1)
             idx = mx.concatenate([idx, token[:, None].astype(idx.dtype)], 1)
-            logits, state = read(self, token[:, None], state)  # not needed after the last byte
+            logits, state = read(self, token[:, None], state)  # one read more than is needed
             logits = logits[:, -1]
             mx.async_eval(idx, state)  # otherwise all bytes would be one graph
         return idx

@@ -338,36 +338,39 @@ def layer(
     weights: Weights,
     compute: Compute,
     key: mx.array | None = None,
-    rates: tuple[float, float] = (0.0, 0.0),
+    dropout: float = 0.0,
+    dropout_v: float = 0.0,
 ) -> mx.array:
     """Apply the layer to v (B, T, D); return v' (B, T, D) in float32.
 
-    With a `key`, dropout acts on y at the first of the `rates`, and on ln(o) at the second. The
-    same key and Compute give the same masks. Without one there is no dropout.
+    With a PRNG `key` the share `dropout` of y is dropped, and the share `dropout_v` of ln(o). The
+    same key and Compute give the same masks. Without a key there is no dropout.
     """
     n = compute.groups
     mask_v = None
-    rate, rate_v = (0.0, 0.0) if key is None else rates
-    key = mx.random.key(0) if key is None else key  # at rate 0 nothing is drawn from it
-    if rate_v:
+    if key is None:
+        key, dropout, dropout_v = mx.random.key(0), 0.0, 0.0  # nothing is drawn from this key
+    if dropout_v:
         key, key_v = mx.random.split(key)  # a key that no mask on y has
-        mask_v = dropout_mask(key_v, rate_v, v.shape)
+        mask_v = dropout_mask(key_v, dropout_v, v.shape)
     keys = key[None] if n == 1 else mx.random.split(key, n)
 
     def heads(key, *weights):
-        return _heads(v, weights, compute, key[0], rate)
+        return _heads(v, weights, compute, key[0], dropout)
 
     o = by_groups(n, heads, keys, *weights)
     return residual(v, sum(o[1:], o[0]), dropout_scale(mask_v, mx.float32))
 
 
-def _heads(v: mx.array, weights: Weights, compute: Compute, key: mx.array, rate: float) -> mx.array:
+def _heads(
+    v: mx.array, weights: Weights, compute: Compute, key: mx.array, dropout: float
+) -> mx.array:
     """Return o (B, T, D), the sum over these heads.
 
     Its gradient is computed in the same stream, on the same core, as o.
     """
     parts = segments(*v.shape[:2], compute)
-    heads = _SegmentedHeads(compute, parts, mx.random.split(key, len(parts)), rate)
+    heads = _SegmentedHeads(compute, parts, mx.random.split(key, len(parts)), dropout)
     stream = None if compute.groups == 1 else mx.default_stream(mx.cpu)
     forward = mx.custom_function(heads.forward)
 
@@ -385,7 +388,7 @@ class _SegmentedHeads(NamedTuple):
     compute: Compute
     parts: list[tuple[int, int]]  # (begin, end) of each segment
     keys: mx.array  # of each segment's dropout
-    rate: float  # of dropout on y
+    dropout: float  # the share of y that is dropped
 
     def forward(self, v: mx.array, *weights: mx.array) -> tuple[mx.array, ...]:
         """Return o (B, T, D), and what each segment saves: `n_saved` arrays, one after the other.
@@ -429,5 +432,5 @@ class _SegmentedHeads(NamedTuple):
     def segment(self, weights: Weights, vs: mx.array, begin: int, key: mx.array) -> Segment:
         """Return the Segment of vs (B, T, D), with its mask drawn."""
         (B, T, _), (H, _, N) = vs.shape, weights[0].shape
-        mask = fused_or_plain().dropout_mask(key, self.rate, (H, B * T, N))
+        mask = fused_or_plain().dropout_mask(key, self.dropout, (H, B * T, N))
         return Segment(weights, begin, self.compute.chunk, mask)

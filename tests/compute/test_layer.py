@@ -40,12 +40,10 @@ def test_values_and_gradients_equal_the_quadratic_form(T, chunk, rows, groups, k
 @pytest.mark.parametrize(("keep", "groups"), [(0, 1), (4, 1), (4, 2)])
 def test_dropout_has_one_mask_in_forward_and_recomputation(keep, groups, compiled):
     """Against a quadratic layer that is given the same mask."""
-    compute, key, rate, (B, T) = (
-        Compute(chunk=8, segment_rows=40, saved_activations=keep, groups=groups),
-        mx.random.key(3),
-        0.3,
-        (2, 45),
-    )
+    B, T = 2, 45
+    compute = Compute(chunk=8, segment_rows=40, saved_activations=keep, groups=groups)
+    key = mx.random.key(3)
+    rate = 0.3
     model = random_model()
     v = layer.ln(mx.random.normal((B, T, 16), key=key))
     weights = [model.encoder, model.encoder_v, model.decoder.reshape(H, N, -1)]
@@ -65,7 +63,7 @@ def test_dropout_has_one_mask_in_forward_and_recomputation(keep, groups, compile
     quadratic = masked_quadratic(mask)
 
     def fast(v, *weights):
-        return (layer.layer(v, weights, compute, key, (rate, 0)) ** 3).sum()
+        return (layer.layer(v, weights, compute, key, rate) ** 3).sum()
 
     gradient = mx.value_and_grad(fast, argnums=(0, 1, 2, 3))
     value, gradients = (mx.compile(gradient) if compiled else gradient)(v, *weights)
@@ -174,7 +172,7 @@ def test_the_mask_of_the_residual_has_a_key_that_none_of_three_segments_has(monk
     for module in (layer, layer.elementwise):
         monkeypatch.setattr(module, "dropout_mask", dropout_mask)
     v, Dx, E = mx.ones((1, 48, 4)), mx.ones((3, 4, 8)), mx.ones((3, 8, 4))
-    layer.layer(v, (Dx, Dx, E), Compute(chunk=16, segment_rows=16), mx.random.key(1), (0.5, 0.5))
+    layer.layer(v, (Dx, Dx, E), Compute(chunk=16, segment_rows=16), mx.random.key(1), 0.5, 0.5)
     mx.eval(drawn)
     assert len(drawn) == 4 and len({tuple(key.tolist()) for key in drawn}) == 4
 

@@ -89,7 +89,7 @@ def test_a_layer_forward_and_backward(mode, dtype, B, T):
 
     def both(v, Dx, Dy, E, key, cotangent):
         weights = Dx, Dy, E
-        layer.layer(v, weights, compute, key, (0.1, 0.1))
+        layer.layer(v, weights, compute, key, 0.1, 0.1)
         function = CustomFunction.last
         outputs = function.forward(v, *weights)
         return outputs[0], *function.backward((v, *weights), [cotangent], outputs)
