@@ -246,7 +246,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
     # ---- compiled functions
     micro_step, apply_update = compile_steps(state, s)
     evaluator = Evaluator(s, n_steps, state.model, data, world, stop)
-    memory.set_limit(start.selection.peak, start.selection.compute)
+    memory.set_mlx_memory_limit(start.selection.peak, start.selection.compute)
     meter = Meter(first_step, n_steps, s.BLOCK_SIZE * blocks_per_step(s), log.skipped)
 
     # The loop ends after the last step, by PATIENCE, or at a signal, which is looked for before a

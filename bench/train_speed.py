@@ -127,8 +127,8 @@ def build(
             model.compute = replace(
                 model.compute, chunk=chunk, segment_rows=rows, saved_activations=saved
             )
-        peak = memory.estimate(model.config, B, T, model.compute)
-        mx.set_memory_limit(10**6) if compute else memory.set_limit(peak, model.compute)
+        peak = memory.estimate_step_bytes(model.config, B, T, model.compute)
+        mx.set_memory_limit(10**6) if compute else memory.set_mlx_memory_limit(peak, model.compute)
     optimizer = optim.AdamW(rate, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     s = SimpleNamespace(BYTE_NOISE=0, GRAD_CLIP=1.0, EMA_DECAY=0)

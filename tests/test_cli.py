@@ -225,7 +225,7 @@ def test_a_limit_on_memory_is_told_before_a_library_ends_the_process(run, name, 
 
 def test_a_limit_on_memory_counts_in_what_a_run_may_use(monkeypatch):
     monkeypatch.setattr(limits, "memory_limits", lambda: [("ulimit -v", 3000, 1000)])
-    assert memory.available() == 0.9 * 2000
+    assert memory.available_bytes() == 0.9 * 2000
 
 
 @pytest.mark.parametrize(

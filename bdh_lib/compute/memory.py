@@ -12,6 +12,7 @@ import sys
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -20,8 +21,19 @@ from bdh_lib.compute.layer import CPU_ROWS, Compute, default_chunk, default_grou
 from bdh_lib.rules import CheckedConfig
 from bdh_lib.script import limits
 
-# segment_rows, saved_activations
-MODES = {"fast": (32768, 4), "balanced": (16384, 1), "small": (4096, 0)}
+
+class MemoryMode(NamedTuple):
+    """A MEMORY_MODE: the two fields of Compute that it sets."""
+
+    segment_rows: int
+    saved_activations: int
+
+
+MODES = {
+    "fast": MemoryMode(32768, 4),
+    "balanced": MemoryMode(16384, 1),
+    "small": MemoryMode(4096, 0),
+}
 MAX_ARRAY_BYTES = 2**31  # Macs limit a buffer to a few GB
 METAL_ROWS = 2048  # 34 GFLOP a product by default: macOS ends GPU work that delays its display
 CACHE_BYTES = 2 * 10**9  # of freed buffers that generation keeps on Metal
@@ -59,7 +71,7 @@ CGROUP_FILES = {  # by version: limit, usage, the reclaimable field of memory.st
 }
 
 
-def available() -> float:
+def available_bytes() -> float:
     """Return the bytes a run may use: a GPU's memory, else free RAM.
 
     Free RAM respects the limits of a container or a service manager. A Mac's GPU uses its RAM, up
@@ -130,13 +142,15 @@ def _group_headroom(group: Path, limit: str, used: str, cached: str) -> float:
         return math.inf
 
 
-# Copies of each that are alive at the peak, fitted to measured peaks (docs/log.md).
-PARAMETER_COPIES, SEGMENT_COPIES, STATE_COPIES = 13.4, 5.7, 3.55
+# Copies that are alive at the peak, fitted to measured peaks (docs/log.md).
+PARAMETER_COPIES = 13.4  # weights, gradients, moments, their new and old values in an update
+SEGMENT_COPIES = 5.7  # the activations of a segment and their gradients
+STATE_COPIES = 3.55  # the states of a segment's chunks and their gradients
 LOGIT_BYTES = 16  # of each logit: four copies in float32
 CPU_AHEAD = 1.2  # MLX allocates before it computes
 
 
-def estimate(config: CheckedConfig, B: int, T: int, compute: Compute) -> float:
+def estimate_step_bytes(config: CheckedConfig, B: int, T: int, compute: Compute) -> float:
     """Estimate the peak bytes of a step on blocks (B, T) of a model of this BDHConfig.
 
     A test checks that it is within 20 % of the peak that a CPU measures. docs/log.md has those of
@@ -163,7 +177,7 @@ def estimate(config: CheckedConfig, B: int, T: int, compute: Compute) -> float:
     return peak * (1 if on_gpu() else CPU_AHEAD)
 
 
-def set_limit(peak: float, compute: Compute) -> None:
+def set_mlx_memory_limit(peak: float, compute: Compute) -> None:
     """Limit MLX to about `peak` bytes where it runs ahead: on a GPU, and in one stream of a CPU.
 
     MLX exceeds the limit by about 5 % before it waits. Where a GPU has room, the limit is higher.
@@ -179,9 +193,9 @@ def set_limit(peak: float, compute: Compute) -> None:
         return
     room = 0
     if on_metal():
-        room = min(1.5 * peak, 0.7 * available())
-    elif compute.saved_activations == MODES["fast"][1]:
-        room = min(3 * peak, 0.5 * available())
+        room = min(1.5 * peak, 0.7 * available_bytes())
+    elif compute.saved_activations == MODES["fast"].saved_activations:
+        room = min(3 * peak, 0.5 * available_bytes())
     mx.set_memory_limit(int(max(0.95 * peak, room)))
 
 

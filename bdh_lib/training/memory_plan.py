@@ -14,7 +14,7 @@ from bdh_lib.settings import Settings
 def step_peak(s: Settings, compute: Compute) -> float:
     """Estimate the peak bytes of a training step with these settings and this Compute."""
     ema = 8 * s.BDH_CONFIG.n_parameters if s.EMA_DECAY else 0  # a step needs two copies
-    return memory.estimate(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + ema
+    return memory.estimate_step_bytes(s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE, compute) + ema
 
 
 def select_mode(s: Settings) -> tuple[str, Compute, float]:
@@ -27,12 +27,12 @@ def select_mode(s: Settings) -> tuple[str, Compute, float]:
     for name in names:
         compute = memory.compute_for(s.BDH_CONFIG, name, s.DTYPE)
         peak = step_peak(s, compute)
-        if peak <= memory.available() or (s.IGNORE_MEMORY_CHECK and name == names[-1]):
+        if peak <= memory.available_bytes() or (s.IGNORE_MEMORY_CHECK and name == names[-1]):
             return name, compute, peak
     need = f"about {peak / 1e9:,.1f} GB" if math.isfinite(peak) else "arrays of 2^31 elements"
     raise UserError(
         f"a step on {s.BATCH_SIZE:,} blocks of {s.BLOCK_SIZE:,} bytes needs {need}, "
-        f"{memory.available() / 1e9:,.1f} GB are available. {what_fits(s)}. "
+        f"{memory.available_bytes() / 1e9:,.1f} GB are available. {what_fits(s)}. "
         "--ignore-memory-check starts all the same"
     )
 
@@ -42,7 +42,7 @@ def is_small(s: Settings) -> bool:
     if s.MEMORY_MODE != "auto":
         return s.MEMORY_MODE == "small"
     balanced = memory.compute_for(s.BDH_CONFIG, "balanced", s.DTYPE)
-    return step_peak(s, balanced) > memory.available()
+    return step_peak(s, balanced) > memory.available_bytes()
 
 
 def slow_note(s: Settings) -> str:
@@ -65,7 +65,7 @@ def what_fits(s: Settings) -> str:
     for change, changed in smaller_settings(s):
         smaller = Settings(**vars(s) | changed)
         need = step_peak(smaller, memory.compute_for(smaller.BDH_CONFIG, "small", s.DTYPE))
-        if need <= memory.available():
+        if need <= memory.available_bytes():
             mode = "with MEMORY_MODE small: " if changed else ""
             fits.setdefault(change.split(" ")[0], f"{change} ({mode}{need / 1e9:,.1f} GB)")
     return f"What fits: {'; '.join(fits.values()) or 'nothing near'}"

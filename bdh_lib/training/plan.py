@@ -58,7 +58,7 @@ def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> 
         total = total_steps(s, n_bytes) if n_bytes else 0
         read = total * s.BLOCK_SIZE * blocks_per_step(s)
         peaks = peak_bytes(s)
-        fits = [mode for mode, peak in peaks.items() if peak <= memory.available()]
+        fits = [mode for mode, peak in peaks.items() if peak <= memory.available_bytes()]
         epochs = f"{read / n_bytes:,.2f}" if n_bytes else "no data"
         size = f"{s.BDH_CONFIG.n_parameters / 1e6:,.1f}M"
         memories = [f"{peak / 1e9:,.2f} GB" for peak in peaks.values()]
@@ -219,7 +219,7 @@ def print_needs(s: Settings, data_report: dict, n_bytes: int) -> None:
     each = 4 * n * (4 if s.EMA_DECAY else 3)  # weights and their averages
     all_bytes = checkpoints.max_checkpoints(s, total_steps(s, n_bytes)) * each
     print(f"model: {n:,} parameters, on {mx.default_device()}")
-    print(f"memory: {', '.join(estimates)}; {memory.available() / 1e9:,.1f} GB available")
+    print(f"memory: {', '.join(estimates)}; {memory.available_bytes() / 1e9:,.1f} GB available")
     prepared = 2 * (data_report["train"]["bytes"] + data_report["val"]["bytes"])  # and their fields
     print(f"disk: checkpoints {all_bytes / 1e6:,.0f} MB, prepared data {prepared / 1e6:,.1f} MB")
 

@@ -49,7 +49,7 @@ SIZES = {"chunk": "chunk", "rows": "segment_rows"}
 
 def choice_dict(compute: Compute) -> dict:
     """Return a Compute as JSON: its mode by name, its chunk and its segment, sizes in bytes."""
-    names = {saved: mode for mode, (_, saved) in memory.MODES.items()}
+    names = {mode.saved_activations: name for name, mode in memory.MODES.items()}
     mode = names[compute.saved_activations]
     sizes = {name: getattr(compute, field) for name, field in SIZES.items()}
     return {"mode": mode} | sizes
@@ -141,7 +141,7 @@ def select(s: Settings, source: str, choice: dict) -> Selection:
         sizes = f" (chunk {compute.chunk:,}, segment {compute.segment_rows:,})"
         label = f"{choice['mode']} {source}{sizes if compute != of_mode else ''}"
         peak = memory_plan.step_peak(s, compute)
-        if peak <= memory.available() or s.IGNORE_MEMORY_CHECK:
+        if peak <= memory.available_bytes() or s.IGNORE_MEMORY_CHECK:
             return Selection(label, source, compute, peak)
         print(f"memory: {label} needs {peak / 1e9:,.2f} GB, too much; taking what fits")
     mode, compute, peak = memory_plan.select_mode(s)
@@ -180,7 +180,7 @@ class TimedSteps:
     def seconds(self, compute: Compute, B: int, T: int) -> float:
         """Return the seconds of the faster of two steps on blocks (B, T); the first compiles."""
         start = time.monotonic()
-        memory.set_limit(memory_plan.step_peak(self.s, compute), compute)
+        memory.set_mlx_memory_limit(memory_plan.step_peak(self.s, compute), compute)
         mx.reset_peak_memory()
         best = min(self.step(compute, B, T) for _ in range(2))
         self.peaks[compute] = max(mx.get_peak_memory(), self.peaks.get(compute, 0))
@@ -223,7 +223,7 @@ def neighbours(s: Settings, compute: Compute) -> list[Compute]:
     near_rows = [n for n in adjacent_sizes(compute.segment_rows) if 0 < n <= rows]
     near += [replace(compute, segment_rows=n) for n in near_rows]
     near += [replace(mode, chunk=compute.chunk) for mode in modes]
-    return [c for c in near if memory_plan.step_peak(s, c) <= memory.available()]
+    return [c for c in near if memory_plan.step_peak(s, c) <= memory.available_bytes()]
 
 
 def equivalence_key(s: Settings, compute: Compute) -> tuple:

@@ -189,7 +189,7 @@ def test_no_segment_is_larger_than_an_array_may_be(gpu, monkeypatch):
             for begin, end in layer.segments(B, 1_000_000, compute):
                 assert B * (end - begin) <= max(memory.MAX_ARRAY_BYTES // row, one_chunk)
     B = 2**31 // (config.n_head * config.neurons_per_head * compute.chunk)
-    estimates = [memory.estimate(config, b, 10**4, compute) for b in (B - 1, B)]
+    estimates = [memory.estimate_step_bytes(config, b, 10**4, compute) for b in (B - 1, B)]
     assert estimates[0] < math.inf and (estimates[1] == math.inf) == gpu
 
 
@@ -205,5 +205,5 @@ def test_the_planner_estimates_the_peak(name):
     mx.eval(gradient(*batch))
     mx.reset_peak_memory()
     mx.eval(gradient(*batch))
-    estimate = memory.estimate(config, 1, 2048, compute)
+    estimate = memory.estimate_step_bytes(config, 1, 2048, compute)
     assert 0.8 < estimate / mx.get_peak_memory() < 1.2

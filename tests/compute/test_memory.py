@@ -65,12 +65,12 @@ def test_what_cannot_be_read_is_no_limit(groups, tmp_path, content):
 def test_available_is_what_the_limit_leaves(monkeypatch):
     monkeypatch.setattr(memory, "on_gpu", lambda: False)
     monkeypatch.setattr(memory, "cgroup_headroom", lambda: [math.inf])
-    free = memory.available()
+    free = memory.available_bytes()
     assert 0 < free < math.inf
     monkeypatch.setattr(memory, "cgroup_headroom", lambda: [math.inf, free / 2])
-    assert memory.available() == pytest.approx(0.9 * free / 2)
+    assert memory.available_bytes() == pytest.approx(0.9 * free / 2)
     monkeypatch.setattr(memory, "cgroup_headroom", lambda: [math.inf, -5.0])
-    assert memory.available() == 0
+    assert memory.available_bytes() == 0
 
 
 VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
@@ -103,7 +103,7 @@ def mac(monkeypatch):
         monkeypatch.setattr(memory.subprocess, "run", run)
         info = {"max_recommended_working_set_size": working_set} if working_set else {}
         monkeypatch.setattr(memory.mx, "device_info", lambda: info)
-        return memory.available()
+        return memory.available_bytes()
 
     yield available
     memory.mac_free_memory.cache_clear()
@@ -184,11 +184,15 @@ def test_the_limit_leaves_room_to_run_ahead(monkeypatch, on_gpu, metal, mode, av
     for module in (device, memory):
         monkeypatch.setattr(module, "on_gpu", lambda: on_gpu)
     monkeypatch.setattr(memory.mx.metal, "is_available", lambda: metal)
-    monkeypatch.setattr(memory, "available", lambda: available * GB)
+    monkeypatch.setattr(memory, "available_bytes", lambda: available * GB)
     monkeypatch.setattr(memory.mx, "set_memory_limit", limits.append)
-    memory.set_limit(10 * GB, memory.Compute(saved_activations=memory.MODES[mode][1]))
+    memory.set_mlx_memory_limit(
+        10 * GB, memory.Compute(saved_activations=memory.MODES[mode].saved_activations)
+    )
     assert limits == [int(limit * GB)]
-    memory.set_limit(10 * GB, memory.Compute(saved_activations=memory.MODES[mode][1], groups=2))
+    memory.set_mlx_memory_limit(
+        10 * GB, memory.Compute(saved_activations=memory.MODES[mode].saved_activations, groups=2)
+    )
     assert len(limits) == 1 + on_gpu
 
 

@@ -176,7 +176,7 @@ def test_a_refused_start_leaves_no_folder(tmp_path, monkeypatch):
     for args in (["--dataset", tmp_path / "none.jsonl"], ["--init-from", "nowhere"]):
         with pytest.raises(UserError):
             train(tmp_path, *args)
-    monkeypatch.setattr(train_mlx.memory, "available", lambda: 1000)
+    monkeypatch.setattr(train_mlx.memory, "available_bytes", lambda: 1000)
     with pytest.raises(UserError, match="needs"):
         train(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == [".data"]

@@ -19,7 +19,7 @@ def settings(monkeypatch):
 
     def make(mode, gb):
         monkeypatch.setattr(memory, "on_gpu", lambda: False)
-        monkeypatch.setattr(memory, "available", lambda: gb * 1e9)
+        monkeypatch.setattr(memory, "available_bytes", lambda: gb * 1e9)
         return train_mlx.settings(["--memory-mode", mode])
 
     return make
@@ -82,10 +82,10 @@ def test_running_out_of_memory_ends_in_what_fits(text, settings, tmp_path, monke
 def test_arrays_that_no_gpu_addresses_are_refused_with_what_fits(monkeypatch):
     for module in (memory, memory_plan):
         monkeypatch.setattr(module, "on_gpu", lambda: True)
-    monkeypatch.setattr(memory, "available", lambda: 1e12)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1e12)
     args = ["--batch-size", "128", "--block-size", "512"]
     with pytest.raises(UserError, match=r"needs arrays of 2\^31 elements.*BATCH_SIZE 64, GRAD_ACC"):
         memory_plan.select_mode(train_mlx.settings(args))
     ignored = train_mlx.settings([*args, "--ignore-memory-check"])
     _, compute, peak = memory_plan.select_mode(ignored)
-    memory.set_limit(peak, compute)  # sets none
+    memory.set_mlx_memory_limit(peak, compute)  # sets none

@@ -95,10 +95,10 @@ def test_nothing_larger_than_the_memory_or_than_macos_bears(monkeypatch):
     assert max(c.segment_rows for c in near) == 2048 and max(c.chunk for c in near) == 256
     peak = memory_plan.step_peak(s, start)
     assert max(memory_plan.step_peak(s, c) for c in near) > peak
-    monkeypatch.setattr(memory, "available", lambda: peak)
+    monkeypatch.setattr(memory, "available_bytes", lambda: peak)
     near = tuning.neighbours(s, start)
     assert near and max(memory_plan.step_peak(s, c) for c in near) <= peak
-    monkeypatch.setattr(memory, "available", lambda: 1e12)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1e12)
     monkeypatch.setattr(memory, "on_gpu", lambda: True)
     monkeypatch.setattr(memory, "on_metal", lambda: True)
     near = tuning.neighbours(s, memory.compute_for(s.BDH_CONFIG, "fast", "float32"))
@@ -189,7 +189,7 @@ def test_a_choice_that_does_not_fit_any_more_is_left_with_a_word(capsys, monkeyp
     large = {"mode": "fast", "chunk": 64, "rows": 128}
     assert tuning.select(s, "as before", large).label == "fast as before (chunk 64, segment 128)"
     room = memory_plan.step_peak(s, memory.compute_for(s.BDH_CONFIG, "small", "float32"))
-    monkeypatch.setattr(memory, "available", lambda: room)
+    monkeypatch.setattr(memory, "available_bytes", lambda: room)
     mode, compute, peak = memory_plan.select_mode(s)
     assert tuning.select(s, "as before", large) == (mode, "", compute, peak)
     assert "memory: fast as before (chunk 64, segment 128) needs" in capsys.readouterr().out
