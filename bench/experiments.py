@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import job_queue  # noqa: E402
 
-from bdh_lib.training.advice import order_n  # noqa: E402
+from bdh_lib.training.advice import ngram_cross_entropy  # noqa: E402
 from train_mlx import PRESET_BASE, PRESETS  # noqa: E402
 
 SEEDS = 3
@@ -574,7 +574,8 @@ def compression_baselines(train: bytes, val: bytes) -> dict[str, float]:
     bits = {"gzip": 8 * len(gzip.compress(val, 9)) / len(val), "xz": 8 * _xz(val) / len(val)}
     bits["xz after train"] = 8 * (_xz(train + val) - _xz(train)) / len(val)
     return bits | {
-        "order 3": order_n(*(np.frombuffer(side, np.uint8) for side in (train, val))) / math.log(2)
+        "order 3": ngram_cross_entropy(*(np.frombuffer(side, np.uint8) for side in (train, val)))
+        / math.log(2)
     }
 
 

@@ -55,10 +55,15 @@ def test_a_job_that_cannot_end_in_time_is_left_out_and_a_slow_one_stopped(tmp_pa
 def test_the_order_3_model_is_a_distribution_and_knows_its_text():
     train = np.frombuffer(b"abracadabra, said the magician, abracadabra" * 20, np.uint8)
     context = np.frombuffer(b"cad", np.uint8)
-    nats = [advice.order_n(train, np.append(context, b).astype(np.uint8)) for b in range(256)]
+    nats = [
+        advice.ngram_cross_entropy(train, np.append(context, b).astype(np.uint8))
+        for b in range(256)
+    ]
     assert sum(math.exp(-x) for x in nats) == pytest.approx(1)
     assert nats[ord("a")] == min(nats) < 0.35
-    assert math.log(256) < advice.order_n(train, np.full(9, 200, np.uint8)) < 14  # not impossible
+    assert (
+        math.log(256) < advice.ngram_cross_entropy(train, np.full(9, 200, np.uint8)) < 14
+    )  # not impossible
 
 
 def test_the_records_held_out_are_the_same_in_each_mode(tmp_path):
@@ -106,7 +111,7 @@ def test_less_data_are_judged_on_the_same_records(tmp_path):
 def test_a_flat_model_costs_eight_bits_a_byte():
     rng = np.random.default_rng(0)
     train, val = rng.integers(0, 256, (2, 20_000), dtype=np.uint8)
-    assert advice.order_n(train, val, 0) == pytest.approx(8 * math.log(2), abs=0.03)
+    assert advice.ngram_cross_entropy(train, val, 0) == pytest.approx(8 * math.log(2), abs=0.03)
     assert math.isclose(
         experiments.compression_baselines(bytes(val), bytes(val))["xz"], 8, rel_tol=0.02
     )

@@ -54,7 +54,7 @@ def byte_baselines(loss_on: str, train: Split, val: Split) -> tuple[float, float
     train_bytes, val_bytes = (
         first_counted(loss_on, side.bytes, side.fields) for side in (train, val)
     )
-    return unigram_entropy(val_bytes), order_n(train_bytes, val_bytes, order=1)
+    return unigram_entropy(val_bytes), ngram_cross_entropy(train_bytes, val_bytes, order=1)
 
 
 def first_counted(loss_on: str, stream: np.ndarray, fields: np.ndarray) -> np.ndarray:
@@ -93,21 +93,21 @@ class EvalHistory(NamedTuple):
 
 
 def advise(
-    history: list[dict], s: Settings, total: int, baselines: tuple[float, float]
+    entries: list[dict], s: Settings, total: int, baselines: tuple[float, float]
 ) -> dict[str, str]:
-    """Return advice by the name of its sign, for the evaluation that ends `history`; {}: none.
+    """Return advice by the name of its sign, for the evaluation that ends `entries`; {}: none.
 
-    history: lines of metrics.jsonl; total: steps of the whole run; baselines: those of
+    entries: lines of metrics.jsonl; total: steps of the whole run; baselines: those of
     `byte_baselines`.
     """
-    val = {m["step"]: m["monitored_loss"] for m in history if "monitored_loss" in m}
-    lines = {(a, b): [m for m in history if "loss" in m and a < m["step"] <= b]
+    val = {entry["step"]: entry["monitored_loss"] for entry in entries if "monitored_loss" in entry}
+    lines = {(a, b): [entry for entry in entries if "loss" in entry and a < entry["step"] <= b]
              for a, b in pairwise([0, *(step for step in val if step)])}  # fmt: skip
     if len(val) < 2 or not all(lines.values()):  # LOG_FREQ above EVAL_FREQ shows too little
         return {}
-    h = EvalHistory(
+    evals = EvalHistory(
         val_loss=val,
-        train_loss={b: float(np.mean([m["loss"] for m in lines[a, b]])) for a, b in lines},
+        train_loss={b: float(np.mean([entry["loss"] for entry in lines[a, b]])) for a, b in lines},
         lines=list(lines.values()),
         first_step=next(iter(val)),
         best_step=min(list(val)[1:], key=val.get),
@@ -118,7 +118,7 @@ def advise(
         bigram_cross_entropy=baselines[1],
     )
     for name, sign in SIGNS.items():
-        if advice := sign(h, s):
+        if advice := sign(evals, s):
             return {name: advice}
     return {}
 
@@ -128,40 +128,41 @@ def rate_change(s: Settings, factor: float) -> str:
     return f"LEARNING_RATE from {s.LEARNING_RATE:g} to {s.LEARNING_RATE * factor:.2g}"
 
 
-def describe_change(h: EvalHistory, then: int) -> str:
+def describe_change(evals: EvalHistory, then: int) -> str:
     """Say how both losses went from the evaluation at `then` to the last one."""
-    text = f"from iteration {then:,} to {h.step:,} validation went from {h.val_loss[then]:.4f} to "
-    text += f"{h.loss:.4f}"
+    text = f"from iteration {then:,} to {evals.step:,} validation went from "
+    text += f"{evals.val_loss[then]:.4f} to {evals.loss:.4f}"
     if then:
-        before, now = h.train_loss[then], h.train_loss[h.step]
+        before, now = evals.train_loss[then], evals.train_loss[evals.step]
         text += f" and the training loss from {before:.4f} to {now:.4f}"
     return text
 
 
-def has_risen(h: EvalHistory, then: int) -> bool:
+def has_risen(evals: EvalHistory, then: int) -> bool:
     """Tell whether validation is above that at `then` by more than MIN_RISE of it."""
-    return h.loss > (1 + MIN_RISE) * h.val_loss[then]
+    return evals.loss > (1 + MIN_RISE) * evals.val_loss[then]
 
 
-def overfitting(h: EvalHistory, s: Settings) -> str | None:
+def overfitting(evals: EvalHistory, s: Settings) -> str | None:
     """Advise if validation rose above its best while the training loss fell."""
-    if has_risen(h, h.best_step) and h.train_loss[h.step] < h.train_loss[h.best_step]:
+    training_fell = evals.train_loss[evals.step] < evals.train_loss[evals.best_step]
+    if has_risen(evals, evals.best_step) and training_fell:
         dropout = s.BDH_CONFIG.dropout
         higher = min(MAX_DROPOUT, dropout + 0.2)
         more = f"raise dropout from {dropout:g} to {higher:g}, " if dropout < higher else ""
         return (
-            f"overfitting: {describe_change(h, h.best_step)}. The best checkpoint is kept; for a "
-            f"better one {more}take more data, or lower {rate_change(s, 1 / 3)}"
+            f"overfitting: {describe_change(evals, evals.best_step)}. The best checkpoint is kept; "
+            f"for a better one {more}take more data, or lower {rate_change(s, 1 / 3)}"
         )
 
 
-def lr_too_high(h: EvalHistory, s: Settings) -> str | None:
+def lr_too_high(evals: EvalHistory, s: Settings) -> str | None:
     """Advise if updates were skipped, losses jumped or rose, or gradients are large."""
-    lines = h.lines[-1]
+    lines = evals.lines[-1]
     seen = []
-    norms = [math.inf if m["grad_norm"] is None else m["grad_norm"] for m in lines]
+    norms = [math.inf if entry["grad_norm"] is None else entry["grad_norm"] for entry in lines]
     norm = float(np.median(norms))
-    skipped = lines[-1]["skipped"] - (h.lines[-2][-1]["skipped"] if len(h.lines) > 1 else 0)
+    skipped = lines[-1]["skipped"] - (evals.lines[-2][-1]["skipped"] if len(evals.lines) > 1 else 0)
     jumps = [f"{a['loss']:.4f} to {b['loss']:.4f}" for a, b in pairwise(lines)
              if b["loss"] > (1 + LOSS_JUMP) * a["loss"]]  # fmt: skip
     if skipped > 0:
@@ -170,51 +171,53 @@ def lr_too_high(h: EvalHistory, s: Settings) -> str | None:
         seen.append(f"the training loss jumped from {', '.join(jumps)}")
     if s.GRAD_CLIP and norm > NORM_LIMIT * s.GRAD_CLIP:
         seen.append(f"the gradient's norm is {norm:.3g}, and GRAD_CLIP {s.GRAD_CLIP:g}")
-    if exceeded := [step for step in (h.best_step, h.first_step) if has_risen(h, step)]:
-        seen.append(describe_change(h, exceeded[0]))
+    if exceeded := [step for step in (evals.best_step, evals.first_step) if has_risen(evals, step)]:
+        seen.append(describe_change(evals, exceeded[0]))
     if seen:
         return f"learning rate too high: {'; '.join(seen)}. Lower {rate_change(s, 1 / 3)}"
 
 
-def plateau(h: EvalHistory, s: Settings) -> str | None:
+def plateau(evals: EvalHistory, s: Settings) -> str | None:
     """Advise if, at this pace, the run would end at noise, or would gain less than MIN_RISE."""
-    if h.previous_step < max(1, s.WARMUP_ITERS) or h.lines[-1][-1]["lr"] < s.LEARNING_RATE / 2:
+    is_warming_up = evals.previous_step < max(1, s.WARMUP_ITERS)
+    if is_warming_up or evals.lines[-1][-1]["lr"] < s.LEARNING_RATE / 2:
         return None  # slow for another reason
-    intervals = min(20, (h.total_steps - h.step) / (h.step - h.previous_step))
-    gain = (h.val_loss[h.previous_step] - h.loss) * intervals
-    gain_to_leave_noise = h.loss - NOISE_SHARE * h.unigram_entropy
-    training_is_flat = h.train_loss[h.step] > (1 - MIN_RISE) * h.train_loss[h.previous_step]
-    is_small = gain < MIN_RISE * h.loss and training_is_flat
+    intervals = min(20, (evals.total_steps - evals.step) / (evals.step - evals.previous_step))
+    gain = (evals.val_loss[evals.previous_step] - evals.loss) * intervals
+    gain_to_leave_noise = evals.loss - NOISE_SHARE * evals.unigram_entropy
+    before, now = evals.train_loss[evals.previous_step], evals.train_loss[evals.step]
+    training_is_flat = now > (1 - MIN_RISE) * before
+    is_small = gain < MIN_RISE * evals.loss and training_is_flat
     if intervals > 0 and (gain < gain_to_leave_noise or is_small):
         return (
-            f"stuck: {describe_change(h, h.previous_step)}; at this pace the run ends near "
-            f"{min(h.loss, h.loss - gain):.2f}. Raise {rate_change(s, 3)}; if that does not help, "
-            f"look at the data, or raise n_embd from {s.BDH_CONFIG.n_embd} to "
+            f"stuck: {describe_change(evals, evals.previous_step)}; at this pace the run ends "
+            f"near {min(evals.loss, evals.loss - gain):.2f}. Raise {rate_change(s, 3)}; if that "
+            f"does not help, look at the data, or raise n_embd from {s.BDH_CONFIG.n_embd} to "
             f"{2 * s.BDH_CONFIG.n_embd}"
         )
 
 
-def not_coherent(h: EvalHistory, s: Settings) -> str | None:
+def not_coherent(evals: EvalHistory, s: Settings) -> str | None:
     """Advise if the model knows little more than how often each byte occurs."""
-    if h.loss > NOISE_SHARE * h.unigram_entropy:
-        bits, unigram = (bits_per_byte(nats) for nats in (h.loss, h.unigram_entropy))
-        end = end_setting(s, h.total_steps)
+    if evals.loss > NOISE_SHARE * evals.unigram_entropy:
+        bits, unigram = (bits_per_byte(nats) for nats in (evals.loss, evals.unigram_entropy))
+        end = end_setting(s, evals.total_steps)
         return (
             f"not yet coherent: {bits:.2f} bits per byte, and to know only how often each byte "
             f"occurs gives {unigram:.2f}: samples are noise. "
-            + ("Go on" if h.step < h.total_steps else f"Double {end} ({vars(s)[end]:,g})")
+            + ("Go on" if evals.step < evals.total_steps else f"Double {end} ({vars(s)[end]:,g})")
         )
 
 
-def lr_too_low(h: EvalHistory, s: Settings) -> str | None:
+def lr_too_low(evals: EvalHistory, s: Settings) -> str | None:
     """Advise if late in a run with a low rate the model knows no more than pairs of bytes."""
-    late = h.step >= max(LATE_FRACTION * h.total_steps, 2 * s.WARMUP_ITERS)
-    if late and s.LEARNING_RATE < REFERENCE_RATE and h.loss > h.bigram_cross_entropy:
-        bits, bigram = (bits_per_byte(nats) for nats in (h.loss, h.bigram_cross_entropy))
+    late = evals.step >= max(LATE_FRACTION * evals.total_steps, 2 * s.WARMUP_ITERS)
+    if late and s.LEARNING_RATE < REFERENCE_RATE and evals.loss > evals.bigram_cross_entropy:
+        bits, bigram = (bits_per_byte(nats) for nats in (evals.loss, evals.bigram_cross_entropy))
         return (
-            f"slow: {bits:.2f} bits per byte after {h.step:,} of {h.total_steps:,} iterations; to "
-            f"know only which byte follows which gives {bigram:.2f}. Raise LEARNING_RATE from "
-            f"{s.LEARNING_RATE:g} to {REFERENCE_RATE:g}"
+            f"slow: {bits:.2f} bits per byte after {evals.step:,} of {evals.total_steps:,} "
+            f"iterations; to know only which byte follows which gives {bigram:.2f}. Raise "
+            f"LEARNING_RATE from {s.LEARNING_RATE:g} to {REFERENCE_RATE:g}"
         )
 
 
@@ -246,7 +249,7 @@ def epochs_note(s: Settings, n_bytes: int) -> str | None:
 # ------------------------------------------------------------------- what counting bytes would know
 
 
-def order_n(train: np.ndarray, val: np.ndarray, order: int = 3) -> float:
+def ngram_cross_entropy(train: np.ndarray, val: np.ndarray, order: int = 3) -> float:
     """Return the loss on val, in nats per byte, of a model that counts the bytes of train.
 
     It counts which byte follows each context of up to `order` bytes, and mixes the lengths as

@@ -26,27 +26,27 @@ def read_log(path: Path) -> list[dict]:
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError, RecursionError):  # no JSON, or brackets nested too deep
-            m = files.parse_json(line)
-            is_line = isinstance(m, dict) and isinstance(m.get("step"), int | float)
-            if is_line and m.pop("crc32", crc32(m)) == crc32(m) and m["step"] >= 0:
-                lines.append(m)
+            entry = files.parse_json(line)
+            is_line = isinstance(entry, dict) and isinstance(entry.get("step"), int | float)
+            if is_line and entry.pop("crc32", crc32(entry)) == crc32(entry) and entry["step"] >= 0:
+                lines.append(entry)
     return lines
 
 
-def crc32(m: dict) -> int:
+def crc32(entry: dict) -> int:
     """Return the checksum of a line without its own: a flipped bit may leave other JSON."""
-    m = {name: value for name, value in m.items() if name != "crc32"}
-    return zlib.crc32(json.dumps(m).encode())
+    entry = {name: value for name, value in entry.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(entry).encode())
 
 
-def with_checksum(m: dict) -> str:
+def with_checksum(entry: dict) -> str:
     """Return a line of metrics.jsonl."""
-    return json.dumps(m | {"crc32": crc32(m)}) + "\n"
+    return json.dumps(entry | {"crc32": crc32(entry)}) + "\n"
 
 
 def evaluated_steps(history: list[dict]) -> list[int]:
     """Return the steps that were evaluated, in order."""
-    return [m["step"] for m in history if "val_loss" in m]
+    return [entry["step"] for entry in history if "val_loss" in entry]
 
 
 class RunLog:
@@ -69,7 +69,7 @@ class RunLog:
         self.last_saved = first_step
         self.save_time = time.monotonic()
         lines = self.read_or_set_aside(first_step) if world.is_main else []
-        lines = [m for m in lines if first_step and m["step"] <= first_step]
+        lines = [entry for entry in lines if first_step and entry["step"] <= first_step]
         self.history = world.broadcast_object(lines)
         self.best = world.broadcast_object(checkpoints.valid_best(run) if world.is_main else None)
         if world.is_main:
@@ -91,7 +91,7 @@ class RunLog:
     @property
     def last_evaluation(self) -> dict:
         """Return the line of the last evaluation. Raises StopIteration before the first."""
-        return next(m for m in reversed(self.history) if "val_loss" in m)
+        return next(entry for entry in reversed(self.history) if "val_loss" in entry)
 
     @property
     def last_eval_step(self) -> int:
@@ -102,7 +102,7 @@ class RunLog:
     @property
     def skipped(self) -> int:
         """Return how many updates of the run were skipped, up to the last line of the log."""
-        return max((m.get("skipped", 0) for m in self.history), default=0)
+        return max((entry.get("skipped", 0) for entry in self.history), default=0)
 
     def patience_exceeded(self, patience: int | None) -> bool:
         """Tell whether `patience` evaluations came after the best one, over all resumes."""
@@ -155,43 +155,44 @@ class RunLog:
         if self.world.is_main:
             runs.write_best(self.run, **self.best)
 
-    def write(self, **m) -> None:
+    def write(self, **entry) -> None:
         """Log a line. Raises UserError if metrics.jsonl cannot be written."""
-        for name, value in m.items():
+        for name, value in entry.items():
             if isinstance(value, float) and not math.isfinite(value):
-                m[name] = None  # JSON knows no NaN
-        self.history.append(m)
+                entry[name] = None  # JSON knows no NaN
+        self.history.append(entry)
         if not self.world.is_main:
             return
         try:
             with self.path.open("a") as file:
-                file.write(with_checksum(m))
+                file.write(with_checksum(entry))
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {files.write_fault(error)}") from None
         if self.json_to:
-            print(with_checksum(m), end="", file=self.json_to, flush=True)
+            print(with_checksum(entry), end="", file=self.json_to, flush=True)
         else:
-            bold = "val_loss" in m and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-            tqdm.write(f"\x1b[1m{format_line(m)}\x1b[0m" if bold else format_line(m))
+            bold = "val_loss" in entry and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            tqdm.write(f"\x1b[1m{format_line(entry)}\x1b[0m" if bold else format_line(entry))
 
 
-def format_line(m: dict) -> str:
+def format_line(entry: dict) -> str:
     """Return a line of metrics.jsonl as the terminal shows it."""
-    if "samples" in m:
-        samples = [f"--- sample at iteration {m['step']}\n{text}" for text in m["samples"]]
-        return "\n".join(samples + [answer_lines(m["step"], a) for a in m.get("answers", [])])
-    if "val_loss" in m:
-        fields = ", ".join(f"{k} {v:.2f}" for k, v in m["val_bpb_fields"].items())
-        loss = f"validation {m['val_loss']:.4f} | bits/byte {m['val_bpb']:.4f} ({fields})"
+    if "samples" in entry:
+        samples = [f"--- sample at iteration {entry['step']}\n{text}" for text in entry["samples"]]
         return "\n".join(
-            [f"iter {m['step']:>6} | {loss}", *map("advice: {}".format, m["advice"].values())]
+            samples + [answer_lines(entry["step"], a) for a in entry.get("answers", [])]
         )
-    norm = math.nan if m["grad_norm"] is None else m["grad_norm"]
-    speed = f"{m['bytes_per_s']:,.0f} bytes/s | " if "bytes_per_s" in m else ""
+    if "val_loss" in entry:
+        fields = ", ".join(f"{k} {v:.2f}" for k, v in entry["val_bpb_fields"].items())
+        loss = f"validation {entry['val_loss']:.4f} | bits/byte {entry['val_bpb']:.4f} ({fields})"
+        advice = entry["advice"].values()
+        return "\n".join([f"iter {entry['step']:>6} | {loss}", *map("advice: {}".format, advice)])
+    norm = math.nan if entry["grad_norm"] is None else entry["grad_norm"]
+    speed = f"{entry['bytes_per_s']:,.0f} bytes/s | " if "bytes_per_s" in entry else ""
     return (
-        f"iter {m['step']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.1e} | norm {norm:.2f} | "
-        f"{speed}peak {m['peak_gb']:,.2f} GB | "
-        f"{duration(m['seconds_left'])} left"
+        f"iter {entry['step']:>6} | loss {entry['loss']:.4f} | lr {entry['lr']:.1e} | "
+        f"norm {norm:.2f} | {speed}peak {entry['peak_gb']:,.2f} GB | "
+        f"{duration(entry['seconds_left'])} left"
     )
 
 

@@ -14,7 +14,7 @@ from bdh_lib.training.advice import (
     byte_baselines,
     epochs_note,
     first_counted,
-    order_n,
+    ngram_cross_entropy,
     unigram_entropy,
 )
 
@@ -113,8 +113,11 @@ def test_what_counting_knows_is_that_of_the_bytes_that_count():
         byte_baselines(on, Split(train, fields), Split(train, fields)) for on in ("all", "response")
     )
     assert every[1] == pytest.approx(math.log(2) / 2, abs=0.01)
-    assert every == (unigram_entropy(train), order_n(train, train, 1))
-    assert answers == (unigram_entropy(train[1::2]), order_n(train[1::2], train[1::2], 1))
+    assert every == (unigram_entropy(train), ngram_cross_entropy(train, train, 1))
+    assert answers == (
+        unigram_entropy(train[1::2]),
+        ngram_cross_entropy(train[1::2], train[1::2], 1),
+    )
     never_seen = np.array([1, 9], np.uint8), fields[:2]
     assert byte_baselines("all", Split(train, fields), Split(*never_seen))[1] > 10
 
@@ -170,7 +173,7 @@ def test_counting_reads_the_first_million_of_the_bytes_that_count():
     stream = np.concatenate([book, answers])
     fields = np.repeat(np.array([4, 3], np.uint8), [len(book), len(answers)])
     side = (stream, fields)
-    expected = (unigram_entropy(answers), order_n(answers, answers, 1))
+    expected = (unigram_entropy(answers), ngram_cross_entropy(answers, answers, 1))
     assert byte_baselines("response", Split(*side), Split(*side)) == expected
     assert len(first_counted("response", np.tile(answers, 5000), np.full(1_500_000, 3))) == 10**6
 
@@ -180,7 +183,7 @@ def test_counting_reads_the_first_million_of_the_bytes_that_count():
 def test_streams_shorter_than_the_order_are_counted_too(n_train, n_val):
     train, val = (np.arange(n, dtype=np.uint8) for n in (n_train, n_val))
     for order in range(4):
-        nats = order_n(train, val, order)
+        nats = ngram_cross_entropy(train, val, order)
         assert math.isfinite(nats) and nats > 0
         if not n_train or n_val <= order:
             assert nats == pytest.approx(math.log(256)), "all bytes are as likely"
