@@ -135,14 +135,14 @@ from bdh_lib.training.train_state import TrainState, ema_applied
 # ---------------------------------------------------------------------------------------- training
 
 
-def settings(argv: list[str] | None = None) -> Settings:
+def read_settings(argv: list[str] | None = None) -> Settings:
     """Return the constants at the top, changed by a preset, changed by flags. Raises UserError."""
     return parse_settings(sys.modules[__name__], argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train one run or a chain of PHASES. Returns the exit code. Raises UserError."""
-    base = settings(argv)
+    base = read_settings(argv)
     memory.keep_float32_exact(base.DTYPE)
     compiler.check()
     for slip in flags.find_typos(sys.modules[__name__], RULES):

@@ -249,7 +249,7 @@ def seconds(flags: str) -> float:
     """What a training run takes on an H100, roughly: 0.1 s for 16,384 bytes of 25.3M parameters."""
     import train_mlx
 
-    s = train_mlx.settings(flags.split())
+    s = train_mlx.read_settings(flags.split())
     c, B, T = s.BDH_CONFIG, s.BATCH_SIZE, s.BLOCK_SIZE
     size = c.n_embd**2 * c.mlp_internal_dim_multiplier / 256 / 32768 * c.n_layer / 6
     iters = s.MAX_ITERS or math.inf
@@ -370,7 +370,7 @@ def train(job: dict, work: Path) -> dict:
     for i, flags in enumerate(job["phases"]):
         argv = [*flags.split(), "--checkpoint-dir", str(runs), "--run-name", f"phase{i}"]
         argv += ["--init-from", f"phase{i - 1}"] if i else []
-        s = train_mlx.settings(argv)
+        s = train_mlx.read_settings(argv)
         with contextlib.redirect_stdout(sys.stderr):
             code = train_mlx.main(argv)
         lines = (runs / f"phase{i}" / "metrics.jsonl").read_text().splitlines()
@@ -462,7 +462,7 @@ def train_official(job: dict, path: str) -> dict:
     official_code = importlib.util.module_from_spec(spec)
     sys.modules["official_bdh"] = official_code
     spec.loader.exec_module(official_code)
-    s = train_mlx.settings(job["phases"][0].split())
+    s = train_mlx.read_settings(job["phases"][0].split())
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     train, val = (

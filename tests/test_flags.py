@@ -21,7 +21,7 @@ from bdh_mlx import UserError
 
 def test_help_shows_every_setting_under_its_heading(capsys):
     with pytest.raises(SystemExit):
-        train_mlx.settings(["--help"])
+        train_mlx.read_settings(["--help"])
     text = capsys.readouterr().out
     groups = re.findall(r"^(\S.*):\n((?:  .*\n)+)", text, re.M)
     of = {name: re.findall(r"^  (--[a-z0-9-]+)", body, re.M) for name, body in groups}
@@ -29,7 +29,7 @@ def test_help_shows_every_setting_under_its_heading(capsys):
     assert list(of) == ["options", *headings] and "--dataset" in of["Data"]
     assert "--n-layer" in of["Model, and how it is computed"] and "--plan" in of["options"]
     shown = {flag for name, flags in of.items() if name != "options" for flag in flags}
-    given = vars(train_mlx.settings([]))
+    given = vars(train_mlx.read_settings([]))
     config = vars(given.pop("BDH_CONFIG"))
     wanted = {f"--{n.lower().replace('_', '-')}" for n in {**given, **config}}
     assert shown == wanted - {f"--{name.replace('_', '-')}" for name in train_mlx.ACTIONS}
@@ -46,7 +46,7 @@ def test_help_shows_every_setting_under_its_heading(capsys):
 )
 def test_a_mistyped_flag_suggests_the_nearest(args, near, capsys):
     with pytest.raises(SystemExit) as error:
-        train_mlx.settings(args.split())
+        train_mlx.read_settings(args.split())
     assert error.value.code == 2
     output = capsys.readouterr().err
     assert f"; did you mean {near}? (--help lists all)\n" in output and output.count("\n") == 1
@@ -62,7 +62,7 @@ def test_a_mistyped_flag_suggests_the_nearest(args, near, capsys):
 )
 def test_a_mistake_is_one_line_without_the_usage(args, output, capsys):
     with pytest.raises(SystemExit) as error:
-        train_mlx.settings(args)
+        train_mlx.read_settings(args)
     err = capsys.readouterr().err
     assert error.value.code == 2 and err.count("\n") == 1 and f": {output}" in err
 
@@ -83,9 +83,9 @@ def test_any_script_can_report_mistakes_so(capsys):
 
 def test_a_mistyped_choice_suggests_the_nearest():
     with pytest.raises(UserError, match=r"did you mean full\?"):
-        train_mlx.settings(["--training-mode", "ful"])
+        train_mlx.read_settings(["--training-mode", "ful"])
     with pytest.raises(UserError, match=r"be one of system, instruction, both, full$"):
-        train_mlx.settings(["--training-mode", "xyz"])
+        train_mlx.read_settings(["--training-mode", "xyz"])
 
 
 # ------------------------------------------------------------------------------ plain Python
@@ -177,8 +177,8 @@ MODEL = "--n-layer 1 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 4"
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_a_pasted_block_is_the_settings_and_trains(tmp_path, block, where):
     trainer = copied(tmp_path, where(block))
-    expected = vars(train_mlx.settings([])) | assigned(block)
-    assert vars(trainer.settings([])) == expected
+    expected = vars(train_mlx.read_settings([])) | assigned(block)
+    assert vars(trainer.read_settings([])) == expected
     args = [*SMALL.split(), "--checkpoint-dir", str(tmp_path)]
     args += ["--block-size", "64"] if "BDH_CONFIG" in block else MODEL.split()
     assert trainer.main(args) == 0
@@ -198,8 +198,8 @@ def test_a_preset_is_its_block(tmp_path, preset):
     if "EPOCHS" in BLOCKS[preset]:  # the flag would beat the line
         del official[(i := official.index("--epochs")) : i + 2]
     official += ["--eval-bytes", "50000"] if preset == "both-16gb" else []
-    by_lines = vars(copied(tmp_path, in_place(BLOCKS[preset])).settings(official))
-    by_preset = vars(train_mlx.settings(["--preset", preset]))
+    by_lines = vars(copied(tmp_path, in_place(BLOCKS[preset])).read_settings(official))
+    by_preset = vars(train_mlx.read_settings(["--preset", preset]))
     start = {"INIT_FROM": "system"} if preset == "phase2-64gb" else {}  # its weights
     assert by_preset == by_lines | start
 
@@ -207,8 +207,8 @@ def test_a_preset_is_its_block(tmp_path, preset):
 def test_presets_and_flags_act_on_pasted_lines(tmp_path):
     """A pasted line has no type: the flag still takes `none`, and a number with a point."""
     trainer = copied(tmp_path, behind("EPOCHS = 3\nLEARNING_RATE = 1\nMAX_ITERS = None"))
-    assert trainer.settings(["--preset", "tiny"]).EPOCHS is None
-    s = trainer.settings(["--epochs", "1.5", "--learning-rate", "2e-3", "--max-iters", "7"])
+    assert trainer.read_settings(["--preset", "tiny"]).EPOCHS is None
+    s = trainer.read_settings(["--epochs", "1.5", "--learning-rate", "2e-3", "--max-iters", "7"])
     assert (s.EPOCHS, s.LEARNING_RATE, s.MAX_ITERS) == (1.5, 2e-3, 7)
 
 
@@ -230,14 +230,14 @@ FAST = True
 
 def test_a_constant_of_ones_own_is_a_setting(tmp_path, capsys):
     trainer = copied(tmp_path, behind(OWN))
-    s = trainer.settings(["--cooldown-iters", "5", "--rate", "0.5", "--no-fast"])
+    s = trainer.read_settings(["--cooldown-iters", "5", "--rate", "0.5", "--no-fast"])
     assert (s.COOLDOWN_ITERS, s.NOTE, s.RATE, s.LISTED, s.FAST) == (5, "mine", 0.5, (1, 2), False)
     with pytest.raises(SystemExit, match="2"):
-        trainer.settings(["--listed=3"])
+        trainer.read_settings(["--listed=3"])
     refused = f"LISTED holds a tuple, which no flag can; change it in {trainer.__name__}.py (--help"
     assert refused in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        trainer.settings(["--help"])
+        trainer.read_settings(["--help"])
     shown = capsys.readouterr().out
     assert re.search(r"--cooldown-iters int\s+updates at the end \(now 0\)", shown)
     args = [*SMALL.split(), *MODEL.split(), "--block-size", "64", "--checkpoint-dir", str(tmp_path)]
@@ -313,7 +313,7 @@ def test_the_settings_as_they_stand_have_no_slip():
 def test_a_wrong_constant_is_named_with_its_value_and_what_fits(tmp_path, line, output):
     trainer = copied(tmp_path, behind(line))
     with pytest.raises(UserError, match=output):
-        trainer.settings([])
+        trainer.read_settings([])
 
 
 @pytest.mark.parametrize(
@@ -336,14 +336,14 @@ def test_a_wrong_constant_is_named_with_its_value_and_what_fits(tmp_path, line, 
 )
 def test_a_wrong_flag_is_named_with_its_value_and_what_fits(args, output):
     with pytest.raises(UserError, match=output):
-        train_mlx.settings(args.split())
+        train_mlx.read_settings(args.split())
 
 
 @pytest.mark.parametrize("name", train_mlx.RULES)
 def test_a_constant_that_is_gone_is_named(tmp_path, name):
     source = lambda text: re.sub(rf"^{name}\b.* = .*\n", "", text, flags=re.M)  # noqa: E731
     with pytest.raises(UserError, match=f"{name} is not set; put its line back"):
-        copied(tmp_path, source).settings([])
+        copied(tmp_path, source).read_settings([])
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_a_constant_that_is_gone_is_named(tmp_path, name):
 def test_what_stands_in_place_of_a_constant_is_named(tmp_path, name, slip):
     source = lambda text: re.sub(rf"^{name}\b", slip, text, flags=re.M)  # noqa: E731
     with pytest.raises(UserError, match=rf"{name} is not set; .* \(is {slip} meant to be it\?\)$"):
-        copied(tmp_path, source).settings([])
+        copied(tmp_path, source).read_settings([])
 
 
 @pytest.mark.parametrize(
@@ -369,14 +369,14 @@ def test_what_stands_in_place_of_a_constant_is_named(tmp_path, name, slip):
 )
 def test_flags_without_an_effect_together_are_refused(args, output):
     with pytest.raises(UserError, match=f"^{output}"):
-        train_mlx.settings(args.split())
-    train_mlx.settings(["--preset", "tiny", "--phases", "full:1"])  # a preset was not typed
+        train_mlx.read_settings(args.split())
+    train_mlx.read_settings(["--preset", "tiny", "--phases", "full:1"])  # a preset was not typed
 
 
 def test_the_last_of_a_flag_that_is_typed_twice_counts_and_is_told(monkeypatch, capsys):
     args = ["--seed=1", "--keep-awake", "--epochs=3", "--epochs=3", "--no-keep-awake", "--seed=2"]
     monkeypatch.setattr(sys, "argv", ["train_mlx.py", *args])
-    assert train_mlx.settings().SEED == train_mlx.settings(args).SEED == 2
+    assert train_mlx.read_settings().SEED == train_mlx.read_settings(args).SEED == 2
     assert capsys.readouterr().err.splitlines() == [
         "warning: --keep-awake is given twice, as True and as False; the last one counts",
         "warning: --seed is given twice, as '1' and as '2'; the last one counts",
@@ -385,7 +385,7 @@ def test_the_last_of_a_flag_that_is_typed_twice_counts_and_is_told(monkeypatch, 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     trainer = copied(tmp_path, lambda source: "\ufeff" + source)
-    assert vars(trainer.settings([])) == vars(train_mlx.settings([]))
+    assert vars(trainer.read_settings([])) == vars(train_mlx.read_settings([]))
     assert flags.find_typos(trainer, trainer.RULES) == []
 
 

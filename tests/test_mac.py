@@ -120,7 +120,7 @@ def test_each_size_of_mac_gets_the_fastest_mode_that_it_holds(
     monkeypatch.setattr(
         mx, "device_info", lambda: {"max_recommended_working_set_size": working_set}
     )
-    name, compute, peak = memory_plan.select_mode(train_mlx.settings(["--preset", preset]))
+    name, compute, peak = memory_plan.select_mode(train_mlx.read_settings(["--preset", preset]))
     assert (name, compute.dtype) == (mode, mx.bfloat16) and peak < working_set
     assert state._piece_rows(compute.dtype) == 4096
 

@@ -11,16 +11,16 @@ from bdh_mlx import UserError
 
 
 def test_flags_beat_presets_and_presets_beat_constants():
-    s = train_mlx.settings(["--preset", "tiny", "--block-size", "99", "--epochs", "none"])
+    s = train_mlx.read_settings(["--preset", "tiny", "--block-size", "99", "--epochs", "none"])
     assert (s.BLOCK_SIZE, s.LEARNING_RATE, s.SEED) == (99, 2e-3, train_mlx.SEED)
     assert (s.BDH_CONFIG.n_embd, s.BDH_CONFIG.n_head) == (64, 4) and s.EPOCHS is None
-    plain = train_mlx.settings([])
+    plain = train_mlx.read_settings([])
     assert plain.BDH_CONFIG == train_mlx.BDH_CONFIG and plain.EPOCHS == train_mlx.EPOCHS
 
 
 def test_the_presets_are_those_of_the_guide():
     names = ("TRAINING_MODE", "BLOCK_SIZE", "BATCH_SIZE", "MAX_ITERS", "LEARNING_RATE")
-    of = {p: train_mlx.settings(["--preset", p]) for p in train_mlx.PRESETS}
+    of = {p: train_mlx.read_settings(["--preset", p]) for p in train_mlx.PRESETS}
     got = {p: tuple(vars(s)[n] for n in names) for p, s in of.items() if "gb" in p}
     assert got == {
         "both-64gb": ("both", 4096, 2, 5000, 5e-5),
@@ -80,7 +80,7 @@ def test_wrong_values_are_named(tmp_path, args, complaint):
 @pytest.mark.parametrize("args", ["--blok-size 2", "--preset huge", "--training-mode"])
 def test_wrong_flags_exit_with_2(args):
     with pytest.raises(SystemExit) as error:
-        train_mlx.settings(args.split())
+        train_mlx.read_settings(args.split())
     assert error.value.code == 2
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import cycle, groupby
 
 from bdh_lib.data.formats import SEPARATOR
-from bdh_lib.data.values import as_text, find_problem, type_name
+from bdh_lib.data.values import scalar_to_text, find_problem, type_name
 
 ROLES_BY_FIELD = {  # the roles of a chat by field, in small letters
     "system": ("system", "developer"),
@@ -133,7 +133,7 @@ def _parse_turn(turn) -> tuple[str, str | None, list[str]]:
         return "", None, [UNKNOWN_ROLE]
     if FIELD_OF[role] == "response" and any(_is_off(turn.get(key)) for key in LOSS_MASK_KEYS):
         return "", None, [NOT_TO_TRAIN_ON]
-    text, reasons = _join_parts(as_text(content))
+    text, reasons = _join_parts(scalar_to_text(content))
     if problem := find_problem("turn", text):
         calls = any(turn.get(key) for key in CALL_KEYS)
         return "", None, [*reasons, TOOL_CALL if calls and not text else problem.reason]

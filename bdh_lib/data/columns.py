@@ -20,7 +20,7 @@ from bdh_lib.data.chats import (
     unused_keys,
 )
 from bdh_lib.data.formats import FIELDS, SEPARATOR
-from bdh_lib.data.values import Problem, as_text, find_problem, is_absent
+from bdh_lib.data.values import Problem, find_problem, is_absent, scalar_to_text
 from bdh_lib.errors import UserError
 
 ALIASES = {  # names of columns by what they hold, in small letters; the first one found counts
@@ -205,7 +205,7 @@ def _columns_of(record: dict, setting: str | None) -> dict[str, str]:
 
 
 def _parse_text(value, column: str) -> Parsed:
-    if problem := find_problem("text", text := as_text(value)):
+    if problem := find_problem("text", text := scalar_to_text(value)):
         return Parsed("text", "text", (column,), (), {"text": problem})
     return Parsed("text", "text", (column,), [("text", text)])
 
@@ -213,7 +213,9 @@ def _parse_text(value, column: str) -> Parsed:
 def _parse_fields(values: dict, names: dict[str, str]) -> Parsed:
     """Take each field from a column of its own; the context is appended to the instruction."""
     texts = {
-        field: as_text(values[field]) for field in (*ROLES_BY_FIELD, "context") if field in values
+        field: scalar_to_text(values[field])
+        for field in (*ROLES_BY_FIELD, "context")
+        if field in values
     }
     left_out = []
     if "response" in texts:
@@ -293,7 +295,7 @@ def _first_answer(value) -> tuple[object, bool]:
 def _parse_chat_columns(values: dict, names: dict[str, str], fields, turns: list) -> Parsed:
     """Return a chat in the columns of `fields`; a system text may stand in a column of its own."""
     read = [names[field] for field in names if field in fields]
-    system = as_text(values.get("system"))
+    system = scalar_to_text(values.get("system"))
     if find_problem("system", system) is None:
         turns = [{"role": "system", "content": system}, *turns]
         read = [names["system"], *read]

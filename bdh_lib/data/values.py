@@ -14,8 +14,8 @@ class Problem(NamedTuple):
     is_absent: bool = False  # nothing is there: no value, or an empty one
 
 
-def as_text(value):
-    """Return a number, a truth value or a date as text, and any other value as it is."""
+def scalar_to_text(value):
+    """Return a number, a truth value or a date as text; leave any other value as it is."""
     if isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (datetime.date, datetime.time)):

@@ -243,13 +243,13 @@ def test_prepared_bytes_are_reused_and_follow_the_file(tmp_path, monkeypatch):
 def test_the_flag_refreshes(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "d.jsonl", numbered(40))
     args = ["--dataset", str(source), "--checkpoint-dir", str(tmp_path), "--block-size", "16"]
-    s = train_mlx.settings([*args, "--refresh-data"])
-    dataset.open_run_data(train_mlx.settings(args))
+    s = train_mlx.read_settings([*args, "--refresh-data"])
+    dataset.open_run_data(train_mlx.read_settings(args))
     monkeypatch.setattr(preparing, "PROCESS_START", time.time() + 9)
     asked = []
     make = preparing._make
     monkeypatch.setattr(preparing, "_make", lambda *a: asked.append(a) or make(*a))
-    dataset.open_run_data(train_mlx.settings(args))
+    dataset.open_run_data(train_mlx.read_settings(args))
     assert not asked
     dataset.open_run_data(s)
     assert len(asked) == 1 and "refresh_data" not in settings_dict(s)

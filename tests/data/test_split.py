@@ -148,7 +148,7 @@ def test_a_training_side_without_what_loss_on_counts_is_refused(tmp_path):
         (split / f"{side}.bin").write_bytes(b"x" * 9000)
         (split / f"{side}.fields").write_bytes((fields * 9000)[:9000])
     args = ["--dataset", str(split), "--checkpoint-dir", str(tmp_path / "ck")]
-    s = train_mlx.settings([*args, "--training-mode", "full", "--loss-on", "response"])
+    s = train_mlx.read_settings([*args, "--training-mode", "full", "--loss-on", "response"])
     with pytest.raises(UserError, match="9,000 training bytes have none of it; take other data"):
         dataset.open_run_data(s)
     (split / "train.fields").write_bytes(b"\1" * 8999 + b"\3")

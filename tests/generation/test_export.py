@@ -45,7 +45,7 @@ def test_the_card_tells_where_a_run_comes_from(tmp_path):
     ):  # fmt: skip
         assert needed in card, needed
     command = next(line for line in card.splitlines() if line.startswith("python train_mlx"))
-    again = vars(train_mlx.settings(shlex.split(command)[2:]))
+    again = vars(train_mlx.read_settings(shlex.split(command)[2:]))
     ours = json.loads((tmp_path / "full" / "config.json").read_text())["settings"]
     config = vars(again.pop("BDH_CONFIG"))
     skipped = {"CHECKPOINT_DIR", "RUN_NAME", "PROCESSES"}

@@ -32,7 +32,7 @@ def series(val, loss, start=5.6, **of_lines):
 
 
 def advised(history, *args, total=1000):
-    s = train_mlx.settings(["--learning-rate", "1e-3", "--warmup-iters", "10", *args])
+    s = train_mlx.read_settings(["--learning-rate", "1e-3", "--warmup-iters", "10", *args])
     return advise(history, s, total, baselines=(3.25, 2.5))
 
 
@@ -205,5 +205,5 @@ def test_streams_shorter_than_the_order_are_counted_too(n_train, n_val):
     ],
 )
 def test_the_best_epochs_of_other_sizes_of_data_are_said(n_bytes, flags, note):
-    line = epochs_note(train_mlx.settings(flags.split()), n_bytes)
+    line = epochs_note(train_mlx.read_settings(flags.split()), n_bytes)
     assert re.match(note, line) if note else line is None

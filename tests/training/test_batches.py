@@ -87,7 +87,7 @@ def test_paragraphs_of_plain_text_among_records_keep_their_order(tmp_path):
     rows[20:20] = [{"text": f"Paragraph {i}."} for i in range(20)]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = f"--training-mode full --checkpoint-dir {tmp_path}/ck --dataset {tmp_path}/mixed.jsonl"
-    train_split = open_mode_data(train_mlx.settings(args.split()), "full").train
+    train_split = open_mode_data(train_mlx.read_settings(args.split()), "full").train
     text = train_split.bytes.tobytes()
     units = np.split(train_split.bytes, train_split.record_ends)[:-1]
     assert b"".join(unit.tobytes() for unit in units) == text
@@ -99,7 +99,7 @@ def test_every_record_is_followed_by_the_separator_over_two_epochs_of_shuffled_o
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"instruction": f"ask {i}"})
                                                 for i in range(40)))  # fmt: skip
     args = f"--training-mode instruction --shuffle-records --checkpoint-dir {tmp_path}/ck"
-    s = train_mlx.settings([*args.split(), "--dataset", str(tmp_path / "d.jsonl")])
+    s = train_mlx.read_settings([*args.split(), "--dataset", str(tmp_path / "d.jsonl")])
     split = open_mode_data(s, "instruction").train
     idx, targets = batches(split, 0, 2, B=len(split.bytes), T=1, shuffle=True)  # each byte twice
     pairs = Counter(zip(idx.ravel().tolist(), targets.ravel().tolist(), strict=True))
@@ -116,7 +116,7 @@ def test_plain_text_and_ready_splits_are_not_shuffled(tmp_path):
     args = "--block-size 8 --training-mode full --shuffle-records --checkpoint-dir"
     for dataset, is_shuffled in (("story.txt", False), ("ready", False), ("sample", True)):
         name = dataset if dataset == "sample" else str(tmp_path / dataset)
-        s = train_mlx.settings([*args.split(), str(tmp_path / "ck"), "--dataset", name])
+        s = train_mlx.read_settings([*args.split(), str(tmp_path / "ck"), "--dataset", name])
         train_split = open_mode_data(s, "full").train
         assert (train_split.record_ends is not None) == is_shuffled
         if is_shuffled:

@@ -170,7 +170,7 @@ def test_processes_with_different_data_are_told(tmp_path):
     ],
 )
 def test_processes_that_differ_in_a_setting_or_in_data_are_told(change, names):
-    s, world = train_mlx.settings([]), distributed.World()
+    s, world = train_mlx.read_settings([]), distributed.World()
     s.MINE = 1  # a constant that the user added
     report = {side: {"sha256": side} for side in ("train", "val")}
     world.all_gather_object = lambda value: [value, value]

@@ -22,7 +22,7 @@ RESPONSE = FIELDS.index("response")
 
 def settings(*args):
     small = "--block-size 8 --batch-size 2 --grad-accum 2 --training-mode full --loss-on response"
-    return train_mlx.settings([*small.split(), *args])
+    return train_mlx.read_settings([*small.split(), *args])
 
 
 def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update():

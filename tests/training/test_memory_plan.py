@@ -20,7 +20,7 @@ def settings(monkeypatch):
     def make(mode, gb):
         monkeypatch.setattr(memory, "on_gpu", lambda: False)
         monkeypatch.setattr(memory, "available_bytes", lambda: gb * 1e9)
-        return train_mlx.settings(["--memory-mode", mode])
+        return train_mlx.read_settings(["--memory-mode", mode])
 
     return make
 
@@ -85,7 +85,7 @@ def test_arrays_that_no_gpu_addresses_are_refused_with_what_fits(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 1e12)
     args = ["--batch-size", "128", "--block-size", "512"]
     with pytest.raises(UserError, match=r"needs arrays of 2\^31 elements.*BATCH_SIZE 64, GRAD_ACC"):
-        memory_plan.select_mode(train_mlx.settings(args))
-    ignored = train_mlx.settings([*args, "--ignore-memory-check"])
+        memory_plan.select_mode(train_mlx.read_settings(args))
+    ignored = train_mlx.read_settings([*args, "--ignore-memory-check"])
     _, compute, peak = memory_plan.select_mode(ignored)
     memory.set_mlx_memory_limit(peak, compute)  # sets none

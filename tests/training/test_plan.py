@@ -113,7 +113,7 @@ def test_sizes_agree_with_the_prepared_bytes_and_the_model(tmp_path, capsys):
     full = int(re.search(r"^  full +40 +([\d,]+)", out, re.M)[1].replace(",", ""))
     sides = [int(n.replace(",", "")) for n in re.findall(r"records, ([\d,]+) bytes", out)]
     assert sum(sides) == full + 2 * 40  # a blank line after each record
-    config = train_mlx.settings(ARGS).BDH_CONFIG
+    config = train_mlx.read_settings(ARGS).BDH_CONFIG
     assert f"{config.n_parameters:,} parameters" in out
     assert re.search(r"speed: [\d,]+ bytes/s .* measured over 3 iterations", out)
     assert re.findall(r"^  iteration (\d) of 4: [\d.]+ s$", out, re.M) == ["1", "2", "3", "4"]
@@ -169,7 +169,7 @@ def test_what_a_recipe_keeps_beside_the_weights_is_planned(tmp_path, capsys):
         tmp_path, capsys, [record(i, response="word " * 20) for i in range(40)], *recipe
     )
     plain = ["--ema-decay", "0", *recipe[-2:]]
-    kept, plain = (train_mlx.settings([*ARGS, *args]) for args in (recipe, plain))
+    kept, plain = (train_mlx.read_settings([*ARGS, *args]) for args in (recipe, plain))
     n = kept.BDH_CONFIG.n_parameters
     assert plan.peak_bytes(kept)["fast"] - plan.peak_bytes(plain)["fast"] == pytest.approx(
         8 * n
@@ -202,7 +202,7 @@ def test_the_share_of_evaluations_is_told(tmp_path, capsys, monkeypatch, eval_fr
     flags = f"--max-iters 10 --eval-freq {eval_freq}".split()
     out = plan_output(tmp_path, capsys, records, *flags)
     folders = ["--dataset", str(tmp_path / "data.jsonl"), "--checkpoint-dir", str(tmp_path / "ck")]
-    evaluated = len(plan.open_run_data(train_mlx.settings([*ARGS, *folders])).val.bytes)
+    evaluated = len(plan.open_run_data(train_mlx.read_settings([*ARGS, *folders])).val.bytes)
     seconds = times * 0.5 * evaluated / 128
     share = f"{seconds / (20 + seconds):.1%}"
     assert re.search(f"; {times} evaluations of {evaluated} bytes are .* \\({share}\\) of it;", out)
@@ -224,7 +224,7 @@ def test_a_slow_machine_measures_a_part_of_a_batch(tmp_path, capsys, monkeypatch
 
 @pytest.mark.parametrize("preset", [None, *train_mlx.PRESETS])
 def test_evaluations_take_at_most_a_twentieth_of_the_time(preset):
-    s = train_mlx.settings(["--preset", preset] if preset else [])
+    s = train_mlx.read_settings(["--preset", preset] if preset else [])
     forward = 0.37  # of an update's operations, for the same bytes
     between = s.EVAL_FREQ * blocks_per_step(s) * s.BLOCK_SIZE
     assert forward * s.EVAL_BYTES < 0.05 * between
@@ -251,7 +251,7 @@ def refusal(s):
         lambda s: schedule_summary(s, 10**6),
         lambda s: schedule_summary(s, 10**11),
         lambda s: epochs_note(
-            train_mlx.settings(["--max-iters", "9999", "--epochs", "9999"]), 9999
+            train_mlx.read_settings(["--max-iters", "9999", "--epochs", "9999"]), 9999
         ),
         lambda s: plan.duration(1e9),
         lambda s: str(
@@ -260,7 +260,7 @@ def refusal(s):
     ],
 )
 def test_large_numbers_have_their_digits_grouped(message, capsys):
-    text = message(train_mlx.settings(HUGE.split())) + capsys.readouterr().out
+    text = message(train_mlx.read_settings(HUGE.split())) + capsys.readouterr().out
     assert re.search(r"\d,\d{3}", text)
     assert not re.findall(r"\d{4,}[.\d]* ?(?:GB|MB|M|bytes|iterations|epochs|passes|days)\b", text)
 

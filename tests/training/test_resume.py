@@ -253,7 +253,7 @@ def test_a_run_may_lie_in_a_folder_whose_files_it_does_not_replace(tmp_path):
     ],
 )
 def test_disk_is_needed_for_the_checkpoints_that_a_run_can_save(flags, n_steps, expected):
-    s = train_mlx.settings(flags.split())
+    s = train_mlx.read_settings(flags.split())
     assert checkpoints.max_checkpoints(s, n_steps) == expected
 
 
@@ -330,7 +330,7 @@ def test_a_resumed_run_tells_a_rate_that_jumps(tmp_path, capsys):
     capsys.readouterr()
     train(tmp_path, "--max-iters", 20, *decay)
     out = capsys.readouterr().out
-    s = [train_mlx.settings([*ARGS, *map(str, decay), "--max-iters", n]) for n in ("10", "20")]
+    s = [train_mlx.read_settings([*ARGS, *map(str, decay), "--max-iters", n]) for n in ("10", "20")]
     last, new = schedule.learning_rate(9, 10, s[0]), schedule.learning_rate(10, 20, s[1])
     assert new > 4 * last
     assert f"learning rate: {last:.2e} at iteration 10, {new:.2e} from here on\n" in out
@@ -359,7 +359,7 @@ def test_a_run_resumes_across_epochs_with_the_whole_recipe(tmp_path):
     """Average, decay and shuffled records as the trainer has them by default, bit for bit."""
     rows = [{"instruction": f"q{i}?", "response": f"a{i}."} for i in range(30)]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    s = train_mlx.settings([])
+    s = train_mlx.read_settings([])
     recipe = ["--ema-decay", s.EMA_DECAY, "--weight-decay", s.WEIGHT_DECAY, "--beta2", s.BETA2]
     args = [*recipe, "--dataset", tmp_path / "few.jsonl", "--eval-bytes", "none"]
     train(tmp_path / "whole", "--max-iters", 24, *args)
@@ -529,7 +529,7 @@ def test_a_disk_that_fills_during_a_save_is_told_without_an_error_number(tmp_pat
 
     monkeypatch.setattr(checkpoints.files, "fsync", full)
     monkeypatch.setattr(checkpoints, "check_space", lambda *_: None)
-    s = train_mlx.settings(["--n-layer", "1", "--n-embd", "8"])
+    s = train_mlx.read_settings(["--n-layer", "1", "--n-embd", "8"])
     state = init_train_state(s, memory.compute_for(s.BDH_CONFIG, "fast", "auto"))
     with pytest.raises(UserError, match=r"step-000003 not saved: No space left on device; earlier"):
         checkpoints.save(tmp_path, 3, state, {})

@@ -18,7 +18,7 @@ from bdh_lib.training import memory_plan, tuning
 
 
 def shape(*args):
-    return train_mlx.settings([*ARGS, "--block-size", "1024", "--n-layer", "1", *args])
+    return train_mlx.read_settings([*ARGS, "--block-size", "1024", "--n-layer", "1", *args])
 
 
 class Stub:
@@ -121,7 +121,7 @@ PLANTED = {"mode": "balanced", "chunk": 16, "rows": 32}
 
 def plant(folder, **values):
     """Put a choice in place of the one that --tune keeps for the shape of ARGS."""
-    s = train_mlx.settings([*ARGS, "--checkpoint-dir", str(folder)])
+    s = train_mlx.read_settings([*ARGS, "--checkpoint-dir", str(folder)])
     file = tuning.choice_file(s)
     file.parent.mkdir(exist_ok=True, parents=True)
     file.write_text(json.dumps(PLANTED | {"conditions": tuning.conditions(s)} | values))
@@ -156,7 +156,7 @@ def test_a_run_goes_on_as_it_began_to_the_bit(tmp_path, capsys):
     plant(tmp_path / "third")
     assert train(tmp_path / "third", "--max-iters", 2) == 0
     tuning.choice_file(
-        train_mlx.settings([*ARGS, "--checkpoint-dir", str(tmp_path / "third")])
+        train_mlx.read_settings([*ARGS, "--checkpoint-dir", str(tmp_path / "third")])
     ).unlink()
     capsys.readouterr()
     assert train(tmp_path / "third", "--max-iters", 4) == 0
@@ -177,7 +177,7 @@ def test_a_run_goes_on_with_its_groups_of_heads_on_other_cores(mode, tmp_path, m
 
 @pytest.mark.parametrize("left_out", [0, 3, "2", True, None])
 def test_groups_that_do_not_divide_the_heads_are_left_out(left_out):
-    s = train_mlx.settings([*ARGS, "--n-head", "4"])
+    s = train_mlx.read_settings([*ARGS, "--n-head", "4"])
     choice = {"mode": "fast", "chunk": 64, "rows": 128, "groups": left_out}
     of_mode = memory.compute_for(s.BDH_CONFIG, "fast", s.DTYPE).groups
     groups = tuning.select(s, "as before", choice).compute.groups
@@ -185,7 +185,7 @@ def test_groups_that_do_not_divide_the_heads_are_left_out(left_out):
 
 
 def test_a_choice_that_does_not_fit_any_more_is_left_with_a_word(capsys, monkeypatch):
-    s = train_mlx.settings(ARGS)
+    s = train_mlx.read_settings(ARGS)
     large = {"mode": "fast", "chunk": 64, "rows": 128}
     assert tuning.select(s, "as before", large).label == "fast as before (chunk 64, segment 128)"
     room = memory_plan.step_peak(s, memory.compute_for(s.BDH_CONFIG, "small", "float32"))
@@ -204,7 +204,7 @@ def test_a_damaged_file_is_ignored_with_one_warning(damage, tmp_path, capsys):
     file = plant(tmp_path, **(damage if isinstance(damage, dict) else {}))
     if isinstance(damage, str):
         file.write_text(damage)
-    s = train_mlx.settings([*ARGS, "--checkpoint-dir", str(tmp_path)])
+    s = train_mlx.read_settings([*ARGS, "--checkpoint-dir", str(tmp_path)])
     assert tuning.select(s, *tuning.saved_choice(s)).label == "fast"
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("warning: ") and str(file) in err
@@ -214,7 +214,7 @@ def test_only_a_long_run_is_told_of_it(monkeypatch):
     monkeypatch.setattr(memory_plan, "on_gpu", lambda: True)  # where the default model is not slow
 
     def hint(preset, n_steps, by="", *args):
-        return tuning.hint(train_mlx.settings(["--preset", preset, *args]), by, n_steps)
+        return tuning.hint(train_mlx.read_settings(["--preset", preset, *args]), by, n_steps)
 
     assert "--tune" in hint("both-64gb", 1300)
     assert not hint("tiny", 4500)
