@@ -109,12 +109,12 @@ import sys
 from contextlib import nullcontext
 from typing import TextIO
 
-from bdh_lib import flags, plots, runs
+from bdh_lib import plots, runs
 from bdh_lib.compute import memory
 from bdh_lib.data.formats import format_example  # noqa: F401  for other scripts
 from bdh_lib.errors import UserError, warn
 from bdh_lib.generation.samples import write_samples
-from bdh_lib.script import cli, compiler
+from bdh_lib.script import cli, compiler, flags
 from bdh_lib.settings import Settings
 from bdh_lib.training import checkpoints, macos, phases, plan, selfcheck, summary, tuning
 from bdh_lib.training.batches import divergence_message, step_batches

@@ -14,8 +14,8 @@ from helpers import ROOT, metrics, train
 
 import bdh_mlx
 import train_mlx
-from bdh_lib import flags
 from bdh_lib.generation import export
+from bdh_lib.script import flags
 from bdh_mlx import UserError
 
 

@@ -1,4 +1,5 @@
-"""Imports point down: scripts, training and generation, the model and data, compute, the base."""
+"""Imports point down: the root's scripts, training and generation, the loss, the model and data,
+compute, how a script runs, the base."""
 
 import ast
 import shutil
@@ -10,11 +11,11 @@ from helpers import ROOT, random_model
 
 from bdh_mlx import save_model
 
-BASE = {"bdh_lib", "bdh_lib.script"}  # errors, rules, flags, files, runs; how a script runs
+BASE = {"bdh_lib", "bdh_lib.script"}  # errors, rules, files, runs; how a script runs, its flags
 LOWER = BASE | {"bdh_lib.compute", "bdh_lib.data", "bdh_mlx"}
 SHARED = LOWER | {"bdh_lib.loss"}  # what training and generation share
 MAY_IMPORT = {
-    "bdh_lib": BASE,
+    "bdh_lib": {"bdh_lib"},
     "bdh_lib.script": BASE,
     "bdh_lib.compute": BASE | {"bdh_lib.compute"},
     "bdh_lib.data": BASE | {"bdh_lib.data"},

@@ -382,7 +382,9 @@ def test_mlx_imported_before_the_model_is_a_warning():
 
 def test_data_and_flags_need_no_mlx():
     assert (
-        python("import sys, bdh_lib.data.split, bdh_lib.flags; print('mlx.core' in sys.modules)")
+        python(
+            "import sys, bdh_lib.data.split, bdh_lib.script.flags; print('mlx.core' in sys.modules)"
+        )
         == "False\n"
     )
 

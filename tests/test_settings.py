@@ -5,8 +5,8 @@ from helpers import train
 
 import bdh_mlx
 import train_mlx
-from bdh_lib import flags
 from bdh_lib.rules import check
+from bdh_lib.script import flags
 from bdh_mlx import UserError
 
 

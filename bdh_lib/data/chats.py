@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import cycle, groupby
 
 from bdh_lib.data.formats import SEPARATOR
-from bdh_lib.data.values import scalar_to_text, find_problem, type_name
+from bdh_lib.data.values import find_problem, scalar_to_text, type_name
 
 ROLES_BY_FIELD = {  # the roles of a chat by field, in small letters
     "system": ("system", "developer"),

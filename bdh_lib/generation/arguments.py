@@ -7,11 +7,11 @@ from bdh_lib.compute.state import WINDOW_RULE
 from bdh_lib.data import formats, hub
 from bdh_lib.errors import UserError
 from bdh_lib.files import expand_user
-from bdh_lib.flags import Parser, RecordTyped, flag_of, parse_value
 from bdh_lib.generation.jobs import MAX_TEXTS
 from bdh_lib.generation.sampling import LIMITS, PENALTY_WINDOW
 from bdh_lib.rules import integer
 from bdh_lib.script import cli
+from bdh_lib.script.flags import Parser, RecordTyped, flag_of, parse_value
 
 DTYPES = ("bfloat16", "float32")
 AUTO = "auto"  # --window where it is not typed

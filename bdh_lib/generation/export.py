@@ -17,7 +17,7 @@ from bdh_lib import files, runs
 from bdh_lib.data.describe import count_text
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.errors import UserError, escape_controls
-from bdh_lib.flags import flag_of
+from bdh_lib.script.flags import flag_of
 from bdh_lib.units import bits_per_byte
 from bdh_mlx import BDHConfig
 

@@ -17,11 +17,11 @@ import math
 from contextlib import ExitStack
 from pathlib import Path
 
-from bdh_lib import files, flags, runs
+from bdh_lib import files, runs
 from bdh_lib.data.describe import describe
 from bdh_lib.errors import UserError, escape_controls, warn
 from bdh_lib.plots import INK, LINES, canvas, label, legend, panel, render
-from bdh_lib.script import cli
+from bdh_lib.script import cli, flags
 from bdh_lib.tables import format_table
 from bdh_lib.training import evaluator, runlog
 from bdh_lib.units import bits_per_byte

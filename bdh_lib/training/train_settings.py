@@ -5,13 +5,14 @@ from contextlib import suppress
 from dataclasses import asdict
 from types import ModuleType
 
-from bdh_lib import files, flags
+from bdh_lib import files
 from bdh_lib.compute import memory
 from bdh_lib.data import hub
 from bdh_lib.data.columns import parse_columns_setting
 from bdh_lib.data.formats import REQUIRED_FIELDS
 from bdh_lib.errors import UserError
 from bdh_lib.rules import Rule, boolean, check, choice, integer, number, string
+from bdh_lib.script import flags
 from bdh_lib.settings import Settings
 from bdh_lib.training import checkpoints
 from bdh_mlx import BDHConfig
