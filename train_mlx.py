@@ -179,7 +179,8 @@ def train_chain(base: Settings, stop: StopSignal, world: World, json_to: TextIO 
     After each of PHASES a table shows the loss in every mode, and what was forgotten. Returns the
     exit code. Raises UserError.
     """
-    results, chain = {}, phase_settings(base)
+    results = {}
+    chain = phase_settings(base)
     check_chain(chain)
     for s in chain:
         run = checkpoints.run_folder(s)

@@ -160,7 +160,8 @@ def atomic_writer(path: Path, durable: bool = False) -> Iterator[Path]:
 
     `durable` flushes both to the disk. Raises NotWritten; after an error the new file is removed.
     """
-    requested, path = path, Path(os.path.realpath(path))
+    requested = path
+    path = Path(os.path.realpath(path))
     special = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113  a device
     temporary = path if special else path.with_name(temporary_name(path.name, os.getpid()))
     try:

@@ -185,7 +185,8 @@ def trained_on_chats(weights: Path) -> bool:
 
 def read_config(run: Path) -> dict:
     """Return config.json without values that the trainer would not write; warn of a damaged one."""
-    empty, file = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}, run / "config.json"
+    empty = {"settings": {}, "data": {}, "versions": {}, "parameters": 0}
+    file = run / "config.json"
     try:
         content = files.read_json_object(file) if file.exists() else empty
     except UserError as error:

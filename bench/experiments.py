@@ -366,7 +366,10 @@ def train(job: dict, work: Path) -> dict:
 
     runs = work / "runs" / job_queue.slug(job["name"])
     shutil.rmtree(runs, ignore_errors=True)
-    curve, speeds, offset, trained = [], [], 0, 0
+    curve = []
+    speeds = []
+    offset = 0
+    trained = 0
     for i, flags in enumerate(job["phases"]):
         argv = [*flags.split(), "--checkpoint-dir", str(runs), "--run-name", f"phase{i}"]
         argv += ["--init-from", f"phase{i - 1}"] if i else []
@@ -488,7 +491,9 @@ def train_official(job: dict, path: str) -> dict:
     @torch.no_grad()
     def evaluate() -> float:
         model.eval()
-        n, T, nats = len(val) - 1, s.BLOCK_SIZE, 0.0
+        n = len(val) - 1
+        T = s.BLOCK_SIZE
+        nats = 0.0
         starts = T * np.arange(n // T)
         groups = [(starts[i : i + s.BATCH_SIZE], T) for i in range(0, len(starts), s.BATCH_SIZE)]
         for where, length in [*groups, (np.array([n - n % T]), n % T)]:
@@ -545,7 +550,8 @@ def parity_table(rows: list[dict]) -> str:
     if not all(curves.values()):
         return "parity: one side is missing"
     steps = sorted(set.intersection(*(set(c) for side in curves.values() for c in side)))
-    lines, agrees = [f"{'step':>6}{'official':>18}{'ours':>18}{'difference':>12}"], {}
+    lines = [f"{'step':>6}{'official':>18}{'ours':>18}{'difference':>12}"]
+    agrees = {}
     for step in steps:
         values = {of: [c[step] for c in side] for of, side in curves.items()}
         mean = {of: statistics.mean(v) for of, v in values.items()}

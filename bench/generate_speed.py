@@ -87,7 +87,9 @@ def opened(model, prompt, context: int, B: int):
     from bdh_lib.generation.decoding import Decoding, read_prompt, stream
     from bdh_lib.generation.sampling import Sampling
 
-    L, (H, D, N), on_gpu = model.config.n_layer, model.encoder.shape, mx.default_device() == mx.gpu
+    L = model.config.n_layer
+    (H, D, N) = model.encoder.shape
+    on_gpu = mx.default_device() == mx.gpu
     if on_gpu:
         _, state = prefill(model, prompt(B, context))
     else:
@@ -113,7 +115,8 @@ def measure_stream(case: dict):
     model, prompt = build(case)
     import mlx.core as mx
 
-    B, streams = case.get("B", 1), {}
+    B = case.get("B", 1)
+    streams = {}
     mx.eval(model.read(prompt(1, 1)))  # lays out the weights
     weights = mx.get_active_memory()
     for context in case["contexts"]:
@@ -193,7 +196,8 @@ def measure_error(case: dict):
     model, prompt = build(case)
     import mlx.core as mx
 
-    B, out = case.get("B", 1), []
+    B = case.get("B", 1)
+    out = []
     idx = prompt(B, 512)
     exact = model.quadratic(idx)[0]
     state = None
@@ -227,7 +231,8 @@ def positions(run: str, file: str, window: int | None, B: int = 32) -> None:
     print(f"{run}: BLOCK_SIZE {block}; bits per byte of {B} texts of {length:,} bytes in {file}")
     print(f"{'window':>8}" + "".join(f"{f'{a}-{b}':>13}" for a, b in pairwise(edges)))
     for W in (None, window) if window else (None, block // 2, block, 2 * block):
-        state, losses = State(window=W), []
+        state = State(window=W)
+        losses = []
         for begin in range(0, length, block):
             piece = rows[:, begin : begin + block + 1]
             logits, state = model.read(piece[:, :-1], state)
@@ -244,7 +249,8 @@ def run(case: dict, timeout: int) -> list[dict]:
     command = [sys.executable, __file__, "--case", json.dumps(case)]
     from bdh_lib.progress import heartbeat
 
-    failed, output = None, ""
+    failed = None
+    output = ""
     try:
         with redirect_stdout(sys.stderr), heartbeat(case["kind"]):
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
@@ -252,7 +258,8 @@ def run(case: dict, timeout: int) -> list[dict]:
         if done.returncode:
             failed = (done.stderr.strip().splitlines() or ["killed"])[-1][:200]
     except subprocess.TimeoutExpired as error:
-        failed, output = f"over {timeout} s", (error.stdout or b"").decode()
+        failed = f"over {timeout} s"
+        output = (error.stdout or b"").decode()
     lines = [case | json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return lines + ([case | {"failed": failed}] if failed else [])
 

@@ -28,11 +28,14 @@ def spread(jobs: list[dict], command, gpus: int, per_gpu: int, minutes: float, o
     logs.mkdir(parents=True, exist_ok=True)
     done = {row["name"] for row in rows(out) if not row.get("cut") and "failed" not in row}
     pending = [job for job in jobs if job["name"] not in done]
-    free, working, left_out = [per_gpu] * max(1, gpus), [], []
+    free = [per_gpu] * max(1, gpus)
+    working = []
+    left_out = []
     while pending or working:
         time_left = end - time.monotonic()
         for job in list(pending):
-            gpu, needs = free.index(max(free)), per_gpu if job.get("large") else 1
+            gpu = free.index(max(free))
+            needs = per_gpu if job.get("large") else 1
             if job["seconds"] > time_left:
                 left_out.append(job["name"])
                 pending.remove(job)

@@ -151,7 +151,8 @@ def build(
 def flops(model: dict, B: int, T: int) -> float:
     """Return the operations of a step's products in chunks, if nothing is computed twice."""
     D, H = model["n_embd"], model["n_head"]
-    N, chunk = model["mlp_internal_dim_multiplier"] * D // H, min(T, max(128, 2 * D))
+    N = model["mlp_internal_dim_multiplier"] * D // H
+    chunk = min(T, max(128, 2 * D))
     wide = 15 if chunk < T else 9  # products of N by D; those of states only between chunks
     layer = 2 * H * (wide * N * D + 2 * N * chunk + 5 * chunk * D)
     return B * T * (model["n_layer"] * layer + 6 * D * 256)
@@ -184,12 +185,14 @@ def fused_and_plain(gpu: bool, steps: int) -> None:
     from bdh_lib.compute import elementwise, elementwise_cuda, memory
 
     shape, ((B, T), *_) = GPU if gpu else CPU
-    is_available, modules = elementwise_cuda.is_available, {"plain": elementwise}
+    is_available = elementwise_cuda.is_available
+    modules = {"plain": elementwise}
     if is_available():
         modules = {"fused": elementwise_cuda} | modules
     cases = list(itertools.product((0.0, 0.1), modules.items()))
     dtype = memory.compute_for(bdh_mlx.BDHConfig(**shape), "fast", "auto").dtype
-    H, neurons = shape["n_head"], shape["mlp_internal_dim_multiplier"] * shape["n_embd"]
+    H = shape["n_head"]
+    neurons = shape["mlp_internal_dim_multiplier"] * shape["n_embd"]
     print(f"{mx.default_device()}, B {B}, T {T}, {dtype}\n{'':<33}arrays       ms     GB/s")
 
     def row(name, call, steps, *arrays):
@@ -200,12 +203,14 @@ def fused_and_plain(gpu: bool, steps: int) -> None:
         print(f"{name:<33}{count or '':>6}{seconds * 1e3:>9.2f}{speed}", flush=True)
 
     def rows():
-        size, key = (H, B * T, neurons // H), mx.random.key(0)
+        size = (H, B * T, neurons // H)
+        key = mx.random.key(0)
         h, g, dy, dq = (mx.random.normal(size, dtype, key=k) for k in mx.random.split(key, 4))
         row("h + g", mx.add, 5 * steps, h, g)
         for rate, (kind, m) in cases:
             mask = m.dropout_mask(key, rate, size)
-            residuals, name = m.gate_gradients(h, g, dy, mask)[2], f"{kind}, dropout {rate:g}: "
+            residuals = m.gate_gradients(h, g, dy, mask)[2]
+            name = f"{kind}, dropout {rate:g}: "
             mx.eval(dq, mask, residuals)
             row(name + "mask", m.dropout_mask, 5 * steps, key, rate, size)
             row(name + "encode", m.encode, 5 * steps, h, 5, B)
@@ -256,7 +261,8 @@ def curve(file: str, rate: float, steps: int = 200, B: int = 2, T: int = 512) ->
     from bdh_lib.data.split import Split
     from bdh_lib.training.batches import get_batch
 
-    stream, apart = np.fromfile(file, np.uint8), {system: [] for system in systems}
+    stream = np.fromfile(file, np.uint8)
+    apart = {system: [] for system in systems}
     split = Split(stream, np.zeros_like(stream))
     s = SimpleNamespace(BATCH_SIZE=B, BLOCK_SIZE=T, SEED=0, SHUFFLE_RECORDS=False, LOSS_ON="all")
     for i in range(steps):

@@ -48,7 +48,8 @@ def make_handler(root: Path, requests: list[str]):
         def api(self, parts: list[str], content: bytes) -> None:
             if len(parts) < 3 or not (root / Path(*parts[:3])).is_dir():
                 return self.missing()
-            folder, what = root / Path(*parts[:3]), parts[3] if parts[3:] else ""
+            folder = root / Path(*parts[:3])
+            what = parts[3] if parts[3:] else ""
             files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
             if (folder / "GATED").exists():
                 return self.answer(403, b"{}", X_Error_Code="GatedRepo")

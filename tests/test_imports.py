@@ -1,5 +1,4 @@
-"""Imports point down: the root's scripts, training and generation, the loss, the model and data,
-compute, how a script runs, the base."""
+"""Imports point down: training and generation, the loss, the model and data, compute, the base."""
 
 import ast
 import shutil

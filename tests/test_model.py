@@ -118,7 +118,8 @@ def test_a_byte_changes_no_logits_before_it():
 
 
 def test_dropout_acts_only_with_a_key_and_depends_on_it():
-    model, batch = random_model(), (random_bytes(2, 32), random_bytes(2, 32, seed=2))
+    model = random_model()
+    batch = (random_bytes(2, 32), random_bytes(2, 32, seed=2))
     losses = [model(*batch, key=k)[1].item() for k in (None, None, *map(mx.random.key, (1, 1, 2)))]
     assert losses[0] == losses[1] and losses[2] == losses[3]
     assert len(set(losses)) == 3
@@ -291,7 +292,8 @@ def test_an_array_of_no_dimension_is_no_model(scalar, tmp_path):
     ],
 )
 def test_a_header_with_an_impossible_setting_names_the_file(header, fault, tmp_path):
-    file, arrays = tmp_path / "m.safetensors", dict(tree_flatten(random_model().parameters()))
+    file = tmp_path / "m.safetensors"
+    arrays = dict(tree_flatten(random_model().parameters()))
     mx.save_safetensors(str(file), arrays, metadata=header)
     with pytest.raises(UserError, match=rf"m.safetensors: .*{fault}"):
         bdh_mlx.load_model(file)
@@ -308,7 +310,9 @@ def test_generate_writes_the_bytes_of_the_fast_writer():
 
 
 def test_generate_draws_among_the_likeliest_by_their_probability():
-    model, idx, n = random_model(scale=1), random_bytes(1, 20), 4000
+    model = random_model(scale=1)
+    idx = random_bytes(1, 20)
+    n = 4000
     logits = model.read(idx)[0][0, -1] / 2
     p = np.array(mx.softmax(mx.where(logits < mx.topk(logits, 5).min(), -mx.inf, logits)))
     drawn = model.generate(mx.repeat(idx, n, 0), 1, 2.0, 5, mx.random.key(0))[:, -1]
@@ -381,12 +385,8 @@ def test_mlx_imported_before_the_model_is_a_warning():
 
 
 def test_data_and_flags_need_no_mlx():
-    assert (
-        python(
-            "import sys, bdh_lib.data.split, bdh_lib.script.flags; print('mlx.core' in sys.modules)"
-        )
-        == "False\n"
-    )
+    modules = "sys, bdh_lib.data.split, bdh_lib.script.flags"
+    assert python(f"import {modules}; print('mlx.core' in sys.modules)") == "False\n"
 
 
 def python(code):

@@ -99,7 +99,8 @@ def _run_kernel(
     """
     N, rows = like.shape[-1], 1 if limit is not None else inputs[0].shape[0]
     V = 2 if N % 8 else 8
-    count, template = len(kernel[2]), [("T", like.dtype), ("V", V)]
+    count = len(kernel[2])
+    template = [("T", like.dtype), ("V", V)]
     outputs = cuda_kernel("elementwise_cuda.cu", kernel)(
         inputs=inputs,
         output_shapes=[like.shape] * count,

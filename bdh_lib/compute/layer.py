@@ -414,7 +414,8 @@ class _SegmentedHeads(NamedTuple):
         v, *weights = primals
         weights = [w.astype(self.compute.dtype) for w in weights]
         n = self.n_saved
-        dv, sums = [], LaterSums()
+        dv = []
+        sums = LaterSums()
         for i, (begin, end) in reversed(list(enumerate(self.parts))):
             inputs = [v[:, begin:end], do[:, begin:end], self.keys[i], *saved[i * n : (i + 1) * n]]
             vs, do_i, key_i, *arrays = mx.depends(inputs, [dv[-1], *sums.dW] if dv else [do])

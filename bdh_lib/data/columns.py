@@ -212,11 +212,8 @@ def _parse_text(value, column: str) -> Parsed:
 
 def _parse_fields(values: dict, names: dict[str, str]) -> Parsed:
     """Take each field from a column of its own; the context is appended to the instruction."""
-    texts = {
-        field: scalar_to_text(values[field])
-        for field in (*ROLES_BY_FIELD, "context")
-        if field in values
-    }
+    fields = [field for field in (*ROLES_BY_FIELD, "context") if field in values]
+    texts = {field: scalar_to_text(values[field]) for field in fields}
     left_out = []
     if "response" in texts:
         texts["response"], has_more = _first_answer(texts["response"])

@@ -109,11 +109,15 @@ def _full_parts(turns: Turns) -> tuple[list[Turns], list[str]]:
 
 def _both_parts(turns: Turns) -> tuple[list[Turns], list[str]]:
     """Return each instruction after the last system text before it."""
-    parts, left_out, system, is_used = [], [], None, True
+    parts = []
+    left_out = []
+    system = None
+    is_used = True
     for turn in turns:
         if turn[0] == "system":
             left_out += [] if is_used else [NO_QUESTION_TO_SYSTEM]
-            system, is_used = turn, False
+            system = turn
+            is_used = False
         elif turn[0] == "instruction" and system:
             parts.append([system, turn])
             is_used = True

@@ -98,7 +98,9 @@ class Encoding:
     """
 
     def __init__(self):
-        self.n_invalid, self.sample, self.has_valid_non_ascii = 0, "", False
+        self.n_invalid = 0
+        self.sample = ""
+        self.has_valid_non_ascii = False
 
     def is_valid(self, text: str) -> bool:
         """Tell whether a text is valid UTF-8, and note what it says of the file."""
@@ -278,7 +280,9 @@ def _parse_document(text: str, encoding: Encoding) -> Iterator[dict | list | str
         if encoding.is_not_utf8:
             raise ValueError(f"it {encoding.advice(Path('FILE.json'))}")
         raise ValueError("it is not valid UTF-8; save it as UTF-8")
-    values, at, text = [], 0, text.removeprefix("\ufeff").strip()
+    values = []
+    at = 0
+    text = text.removeprefix("\ufeff").strip()
     while at < len(text):
         try:
             value, at = DECODER.raw_decode(text, at)
@@ -413,7 +417,8 @@ def _csv_rows(lines: Iterator[str], **dialect) -> Iterator[list[str] | str]:
     A quote that does not end would take the rows after it: they are read again, and no row takes
     more than LARGEST_ROW.
     """
-    row, again = [], deque()
+    row = []
+    again = deque()
 
     def feed():
         size = 0

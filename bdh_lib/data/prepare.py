@@ -306,7 +306,8 @@ def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dic
     report |= {"structures": {"ready split": None}, "shared": 0}
     for file in sides:
         _check_bytes(file)
-        side, labels = folder / file.name, file.with_suffix(".fields")
+        side = folder / file.name
+        labels = file.with_suffix(".fields")
         shutil.copyfile(file, side)
         size = file.stat().st_size
         if labels in files:

@@ -165,7 +165,8 @@ class StopMatcher:
 
     def end(self) -> bytes:
         """Return the pending bytes, at the end of the input."""
-        pending, self.pending = self.pending, b""
+        pending = self.pending
+        self.pending = b""
         return pending
 
 

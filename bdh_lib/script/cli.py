@@ -21,7 +21,8 @@ class Output(io.TextIOWrapper):
     Once it `ignores_errors`, it discards what nobody reads any more.
     """
 
-    ignores_errors, error = False, None
+    ignores_errors = False
+    error = None
 
     def write(self, text: str) -> int:
         self._try(super().write, text)

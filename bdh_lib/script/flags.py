@@ -169,7 +169,8 @@ def build_parser(script: ModuleType, constants: dict, rules: dict, presets, acti
     about = comments(script)
     groups = {}
     for name, value in constants.items():
-        flag, kind = flag_of(name), rules[name].kind
+        flag = flag_of(name)
+        kind = rules[name].kind
         if kind not in KINDS:
             held = f"{name} holds a {type(value).__name__}, which no flag can"
             parser.without_flag[flag] = f"{held}; change it in {Path(script.__file__).name}"

@@ -313,7 +313,8 @@ def load(run: Path, step: int, state: TrainState) -> None:
 
 def _arrays_like(tree, file: Path):
     """Return the file's arrays as such a tree. Raises UserError naming each one that differs."""
-    arrays, expected = read_arrays(file)[0], dict(tree_flatten(tree))
+    arrays = read_arrays(file)[0]
+    expected = dict(tree_flatten(tree))
     differ = []
     for name in sorted(expected.keys() | arrays.keys()):
         have, need = (

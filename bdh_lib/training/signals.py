@@ -21,7 +21,9 @@ class StopSignal:
     """
 
     def __init__(self, world: World):
-        self.requested, self.received, self.has_work_to_save = 0, 0, False
+        self.requested = 0
+        self.received = 0
+        self.has_work_to_save = False
         self.world = world
 
     def __enter__(self):

@@ -102,14 +102,16 @@ def initial_choice(s: Settings, run: Path, step: int, world: World) -> tuple[str
     A run that continues takes the choice of its checkpoint of `step`: ("as before", choice). A new
     run, of step 0, takes what --tune saved: ("by --tune", choice). Without a choice both are empty.
     """
-    source, choice = "", {}
+    source = ""
+    choice = {}
     if world.is_main and step:
         info = checkpoints.read_info(run, step)
         versions = info.get("versions")
         compute = info.get("compute")
         is_here = isinstance(versions, dict) and versions.get("device") == str(mx.default_device())
         if is_here and isinstance(compute, dict) and is_choice(compute):
-            source, choice = "as before", compute
+            source = "as before"
+            choice = compute
     elif world.is_main:
         source, choice = saved_choice(s)
     return world.broadcast_object([source, choice])
@@ -168,7 +170,8 @@ class TimedSteps:
     """Steps of one model on random bytes, computed in any way; `peaks`: bytes, by Compute."""
 
     def __init__(self, s: Settings, start: Compute):
-        self.s, self.state = s, init_train_state(s, start)
+        self.s = s
+        self.state = init_train_state(s, start)
         self.compiled, self.peaks = {}, {}
         self.longest = 0.0
         self.deadline = time.monotonic() + SECONDS
@@ -261,7 +264,9 @@ def time_candidates(
 
 def search(s: Settings, start: Compute, timed: TimedSteps) -> tuple[Compute, dict[Compute, list]]:
     """Return the Compute to keep, and the seconds of the steps of each one that was timed."""
-    best, seen, timings = start, {equivalence_key(s, start)}, {}
+    best = start
+    seen = {equivalence_key(s, start)}
+    timings = {}
     while candidates := new_neighbours(s, best, seen):
         seen |= candidates.keys()
         times = time_candidates(s, [best, *candidates.values()], timed, 2, timings)

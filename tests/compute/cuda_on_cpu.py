@@ -53,7 +53,8 @@ class Kernel:
         there = [on_16(view) for view in views]
         at = (ctypes.c_void_p * len(views))(*(array.ctypes.data for array, _ in there))
         shapes = (ctypes.c_int * 5 * len(inputs))(*(tuple(a.shape) for a in inputs))
-        threads, T = min(threadgroup[0], grid[0]), TYPES[constants.get("T", mx.float32)]
+        threads = min(threadgroup[0], grid[0])
+        T = TYPES[constants.get("T", mx.float32)]
         shape = [str(constants[k]) for k in ("D", "V", "LIMIT") if k in constants]
         assert constants.get("W", threads // 32) == threads // 32
         function = self.library["_".join([self.name, *shape, T])]

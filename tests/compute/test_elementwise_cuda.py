@@ -78,7 +78,8 @@ def fused(library, monkeypatch):
 def test_each_kernel_is_that_of_the_plain_operations(fused, H, B, T, N, dtype, position, rate):
     shape = (H, B * T, N)
     h, g, dy, dq = (mx.random.normal(shape, dtype, key=mx.random.key(i)) for i in range(4))
-    h[:, 0], g[:, -1] = 0, -0.0
+    h[:, 0] = 0
+    g[:, -1] = -0.0
     mask = elementwise_cuda.dropout_mask(KEY, rate, shape)
     assert (mask is None) == (rate == 0)
 
@@ -126,7 +127,8 @@ def test_dropout_is_drawn_at_its_rate_from_key_and_place(fused):
     shape = (4, 64, 128)
     masks = [plain_mask(elementwise_cuda.dropout_mask(key, RATE, shape), shape)[0]
              for key in (*mx.random.split(KEY, 3), mx.random.split(KEY, 3)[0])]  # fmt: skip
-    size, kept = masks[0].size, 1 - RATE
+    size = masks[0].size
+    kept = 1 - RATE
     deviation = (kept * RATE / size) ** 0.5
     for mask in masks:
         assert abs(mx.mean(mask).item() - kept) < 4 * deviation
@@ -144,7 +146,8 @@ def test_dropout_is_drawn_at_its_rate_from_key_and_place(fused):
 
 @pytest.mark.parametrize(("keep", "rows"), [(0, 30), (1, 1000), (2, 30), (4, 30)])
 def test_gradients_of_a_layer_equal_the_quadratic_form(fused, keep, rows):
-    model, batch = random_model(), (random_bytes(2, 40), random_bytes(2, 40, seed=2))
+    model = random_model()
+    batch = (random_bytes(2, 40), random_bytes(2, 40, seed=2))
     slow = loss_and_gradients(model, lambda idx: model.quadratic(idx)[0], batch)
     model.compute = Compute(chunk=8, segment_rows=rows, saved_activations=keep)
     fast = loss_and_gradients(model, lambda idx: model(idx)[0], batch)
@@ -153,12 +156,14 @@ def test_gradients_of_a_layer_equal_the_quadratic_form(fused, keep, rows):
 
 @pytest.mark.parametrize("keep", [0, 4])
 def test_dropout_has_one_mask_in_forward_and_backward(fused, keep):
-    compute, (B, T) = Compute(chunk=8, segment_rows=40, saved_activations=keep), (2, 30)
+    compute = Compute(chunk=8, segment_rows=40, saved_activations=keep)
+    (B, T) = (2, 30)
     model = random_model()
     H, D, N = model.encoder.shape
     v = layer.ln(mx.random.normal((B, T, D), key=KEY))
     weights = [model.encoder, model.encoder_v, model.decoder.reshape(H, N, D)]
-    parts, masks = layer.segments(B, T, compute), []
+    parts = layer.segments(B, T, compute)
+    masks = []
     for key, (begin, end) in zip(mx.random.split(KEY, len(parts)), parts, strict=True):
         shape = (H, B * (end - begin), N)
         kept, _, scale = plain_mask(elementwise_cuda.dropout_mask(key, RATE, shape), shape)
@@ -178,12 +183,11 @@ def test_dropout_has_one_mask_in_forward_and_backward(fused, keep):
 
 def test_bfloat16_is_no_further_from_float32_than_with_plain_operations(fused, monkeypatch):
     """Over three models, since a neuron near 0 that fires in one precision alone counts most."""
-    config, errors = replace(CONFIG, n_embd=32, mlp_internal_dim_multiplier=32), []
+    config = replace(CONFIG, n_embd=32, mlp_internal_dim_multiplier=32)
+    errors = []
     for seed in range(3):
-        model, batch = (
-            random_model(config, seed, 1),
-            [random_bytes(1, 96, seed + i) for i in (3, 6)],
-        )
+        model = random_model(config, seed, 1)
+        batch = [random_bytes(1, 96, seed + i) for i in (3, 6)]
         exact = loss_and_gradients(model, lambda idx, model=model: model.quadratic(idx)[0], batch)
         model.compute = Compute(mx.bfloat16, chunk=16, segment_rows=48, saved_activations=seed)
         for fits in (True, False):

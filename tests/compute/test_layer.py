@@ -29,7 +29,8 @@ H, N = CONFIG.n_head, CONFIG.neurons_per_head
 @pytest.mark.parametrize(("rows", "groups"), [(1, 1), (100, 2), (10_000, 1)])
 @pytest.mark.parametrize("keep", [0, 1, 4])
 def test_values_and_gradients_equal_the_quadratic_form(T, chunk, rows, groups, keep):
-    model, batch = random_model(), (random_bytes(2, T), random_bytes(2, T, seed=2))
+    model = random_model()
+    batch = (random_bytes(2, T), random_bytes(2, T, seed=2))
     slow = loss_and_gradients(model, lambda idx: model.quadratic(idx)[0], batch)
     model.compute = Compute(chunk=chunk, segment_rows=rows, saved_activations=keep, groups=groups)
     fast = loss_and_gradients(model, lambda idx: model(idx)[0], batch)
@@ -84,7 +85,8 @@ def test_dropout_silences_at_its_rate_and_keeps_the_mean(rate):
 
 
 def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16():
-    model, batch = random_model(scale=1), (random_bytes(1, 96), random_bytes(1, 96, seed=2))
+    model = random_model(scale=1)
+    batch = (random_bytes(1, 96), random_bytes(1, 96, seed=2))
     exact = loss_and_gradients(model, lambda idx: model.quadratic(idx)[0], batch)
 
     def rounded(idx):
@@ -163,7 +165,8 @@ def test_groups_are_as_many_as_cores_and_divide_the_heads(
 
 
 def test_the_mask_of_the_residual_has_a_key_that_none_of_three_segments_has(monkeypatch):
-    drawn, draw = [], layer.dropout_mask
+    drawn = []
+    draw = layer.dropout_mask
 
     def dropout_mask(key, rate, shape):
         drawn.append(key)
@@ -198,7 +201,8 @@ def test_the_planner_estimates_the_peak(name):
     """Within 20 % on a shape of some hundred MB; docs/log.md has the table for a GPU."""
     config = bdh_mlx.BDHConfig(2, 64, 0.0, 4, 32)
     compute = memory.compute_for(config, name, "float32")
-    model, batch = random_model(config, scale=1), (random_bytes(1, 2048), random_bytes(1, 2048))
+    model = random_model(config, scale=1)
+    batch = (random_bytes(1, 2048), random_bytes(1, 2048))
     model.compute = compute
     gradient = nn.value_and_grad(model, lambda *batch: model(*batch)[1])
     mx.eval(model.parameters(), batch)

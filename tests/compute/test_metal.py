@@ -103,9 +103,8 @@ def test_what_is_around_the_layers_of_a_training_step_and_the_update(monkeypatch
         return v * sum(w.sum() for w in weights)
 
     monkeypatch.setattr(bdh_mlx, "layer", a_layer)
-    s = train_mlx.read_settings(
-        ["--ema-decay", "0.99", "--dropout-v", "0.1", "--byte-noise", "0.1"]
-    )
+    flags = "--ema-decay 0.99 --dropout-v 0.1 --byte-noise 0.1"
+    s = train_mlx.read_settings(flags.split())
     compute = memory.compute_for(CONFIG, "fast", "auto")
     trained = init_train_state(s, compute)
     micro_step, apply_update = compile_steps(trained, s)

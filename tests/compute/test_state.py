@@ -32,7 +32,8 @@ def step(request, monkeypatch):
     monkeypatch.setattr(mx, "compile", lambda step: step)
     monkeypatch.setattr(state, "on_gpu", lambda: request.param != "numpy")
     if request.param == "in place":
-        late, evaluate = Late(), mx.eval
+        late = Late()
+        evaluate = mx.eval
         monkeypatch.setattr(step_cuda, "supports", lambda model: True)
         monkeypatch.setattr(step_cuda, "step", late.step)
         monkeypatch.setattr(mx, "eval", lambda *a: (evaluate(*a), [late.arrive(v) for v in a]))
@@ -142,7 +143,8 @@ def test_a_stream_is_gone_on_from_where_it_stopped(step, B, window, monkeypatch)
     begun = read_prompt(model, prompt, State(window=window))
     steps = stream(Decoding(model, Sampling(), mx.random.key(1)), *begun, prompt)
     written = [next(steps) for _ in range(60)]
-    drawn, more = mx.array([tokens for tokens, _ in written]).T, random_bytes(B, 5)
+    drawn = mx.array([tokens for tokens, _ in written]).T
+    more = random_bytes(B, 5)
     text = mx.concatenate([mx.array(prompt), drawn], 1)
     for end in range(-5, 0):
         again = prefill(model, text[:, : end + 1 or None], State(window=window))[1]
@@ -154,11 +156,9 @@ def test_a_stream_is_gone_on_from_where_it_stopped(step, B, window, monkeypatch)
 @pytest.mark.parametrize("rows", [1, 3])  # of the synapses, which a batch may share
 def test_synapses_are_read_in_parts_of_the_neurons(N, parts, rows, monkeypatch):
     q = mx.random.normal((2, 3, 1, N), key=mx.random.key(0))
-    S, shapes, product = (
-        mx.random.normal((2, rows, N, 5), key=mx.random.key(1)),
-        [],
-        mx.array.__matmul__,
-    )
+    S = mx.random.normal((2, rows, N, 5), key=mx.random.key(1))
+    shapes = []
+    product = mx.array.__matmul__
     monkeypatch.setattr(
         mx.array, "__matmul__", lambda a, b: (shapes.append(b.shape), product(a, b))[1]
     )
@@ -193,7 +193,8 @@ def test_rows_of_a_batch_are_singles_and_share_a_state(step):
 def test_a_window_reads_what_recomputation_over_the_window_reads(step, window, cuts, monkeypatch):
     model, idx = random_model(), random_bytes(2, 300)
     windowed, _ = read_by(model, idx, cuts, State(window=window))
-    t, ends = np.arange(300), np.arange(301) * window // WINDOW_PARTS
+    t = np.arange(300)
+    ends = np.arange(301) * window // WINDOW_PARTS
     newest = np.searchsorted(ends, t, "right") - 1  # the last part that is full
     begin = ends[np.maximum(0, newest - (WINDOW_PARTS - 1))]
     seen = mx.array((t < t[:, None]) & (t >= begin[:, None]))
@@ -214,7 +215,8 @@ def test_a_text_past_the_blocks_has_a_window_of_a_byte_for_each_part(length, tra
 @pytest.mark.parametrize("window", [4, 5, 9, 30])
 def test_a_prompt_with_a_window_is_read_from_where_its_end_reaches(step, window):
     model, idx = random_model(), random_bytes(2, 300)
-    L, read_bytes = model.config.n_layer, []
+    L = model.config.n_layer
+    read_bytes = []
     whole, after = read_by(model, idx, [7, 120], State(window=window))
     _, before = prefill(model, idx[:, :7], State(window=window))
     logits, state = prefill(model, idx[:, 7:], before, read_bytes.append)
@@ -226,7 +228,9 @@ def test_a_prompt_with_a_window_is_read_from_where_its_end_reaches(step, window)
 
 @pytest.mark.parametrize("window", [None, 64])
 def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
-    model, idx, file = random_model(), random_bytes(2, 150), tmp_path / "manual.safetensors"
+    model = random_model()
+    idx = random_bytes(2, 150)
+    file = tmp_path / "manual.safetensors"
     model.trained_length = 128
     _, state = read_by(model, idx[:, :100], [97, 98], State(window=window))
     state_files.save_state(file, model, state)
@@ -240,7 +244,8 @@ def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
 
 
 def test_state_files_that_are_not_the_model_s_are_refused(tmp_path):
-    model, file = random_model(), tmp_path / "s.safetensors"
+    model = random_model()
+    file = tmp_path / "s.safetensors"
     _, state = model.read(random_bytes(1, 20))
     state_files.save_state(file, model, state)
     with pytest.raises(UserError, match="another model"):
@@ -354,7 +359,8 @@ def test_position_a_million_is_as_exact_as_0(step):
 
 
 def test_a_prompt_of_a_megabyte_takes_the_memory_of_a_short_one():
-    peaks, model = [], random_model()
+    peaks = []
+    model = random_model()
     mx.eval(model.parameters())
     for n in (20_000, 1_000_000):
         idx = mx.array(np.random.default_rng(0).integers(0, 256, (1, n), np.uint8))
@@ -390,7 +396,8 @@ def test_only_a_large_card_reads_much_of_a_prompt_at_once(info, rows, monkeypatc
 def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(B, monkeypatch):
     """As on a GPU, whose reader gets each byte once the next is under way, or the next ones."""
     monkeypatch.setattr(mx, "compile", lambda step: step)
-    model, report = random_model(), []
+    model = random_model()
+    report = []
     for on_gpu in (False, True):
         monkeypatch.setattr(state, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
         monkeypatch.setattr(decoding, "on_cuda", lambda on_gpu=on_gpu: on_gpu)
@@ -404,19 +411,24 @@ def test_a_stream_ahead_of_its_reader_gives_the_same_bytes(B, monkeypatch):
 
 def test_a_state_goes_on_on_another_device_and_in_another_precision(monkeypatch):
     monkeypatch.setattr(mx, "compile", lambda step: step)
-    model, idx, state_, near = random_model(), random_bytes(1, 40), None, 2e-5
+    model = random_model()
+    idx = random_bytes(1, 40)
+    state_ = None
+    near = 2e-5
     exact = model.quadratic(idx)[0]
     for t in range(40):
         on_gpu = t // 7 % 2 == 1
         monkeypatch.setattr(state, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
         if t == 24:
-            model.compute, near = replace(model.compute, dtype=mx.bfloat16), 5e-2
+            model.compute = replace(model.compute, dtype=mx.bfloat16)
+            near = 5e-2
         logits, state_ = model.read(idx[:, t : t + 1], state_)
         assert max_abs_error(logits[:, 0], exact[:, t]) < near * mx.max(mx.abs(exact)).item()
 
 
 def test_a_decode_step_is_made_once_and_again_after_a_weight_was_replaced(monkeypatch):
-    made, init = [], step_cpu.DecodeStep.__init__
+    made = []
+    init = step_cpu.DecodeStep.__init__
     monkeypatch.setattr(
         step_cpu.DecodeStep, "__init__", lambda *args: (made.append(1), init(*args))[1]
     )
@@ -434,7 +446,8 @@ def test_a_decode_step_is_made_once_and_again_after_a_weight_was_replaced(monkey
 
 @pytest.mark.parametrize("nothing", [None, 3, "model"])
 def test_what_is_no_model_or_state_is_refused_in_one_line(nothing, tmp_path):
-    model, file = random_model(), tmp_path / "s.safetensors"
+    model = random_model()
+    file = tmp_path / "s.safetensors"
     _, state = prefill(model, random_bytes(1, 5))
     state_files.save_state(file, model, state)
     for call in (

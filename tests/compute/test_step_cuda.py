@@ -108,7 +108,8 @@ def same_as_the_plain_step(model, B, dtype, count, rows=None):
     Before the second byte another state goes on from the same buffer.
     """
     model.compute = replace(model.compute, dtype=dtype)
-    (H, D, N), at = model.encoder.shape, 10**6
+    (H, D, N) = model.encoder.shape
+    at = 10**6
     S = tuple(mx.random.normal((H, rows or B, N, D), key=mx.random.key(7)) for _ in range(2))
     ways = step_cuda.DecodeStep(model), step_mlx.DecodeStep(model)
     buffers = [way.new_buffer(at, S, B) for way in ways]

@@ -221,7 +221,8 @@ def test_a_commit_that_is_named_is_not_asked_for(hub, tmp_path, monkeypatch):
 def test_refreshed_data_are_prepared_anew_once(hub, tmp_path, monkeypatch, local):
     source = write_jsonl(tmp_path / "d.jsonl", numbered(20)) if local else "user/name"
     hub(OLD)
-    settings, cache = DataSettings(str(source), "full", 0.1, 1), tmp_path / "cache"
+    settings = DataSettings(str(source), "full", 0.1, 1)
+    cache = tmp_path / "cache"
     folder = preparing.prepare(settings, cache)
     made = folder.stat().st_ino
     again = partial(preparing.prepare, settings, cache, refresh=True)

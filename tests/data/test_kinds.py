@@ -306,7 +306,8 @@ OTHER_THAN_NAMED = {  # how a file starts, and what is said of it
 @pytest.mark.parametrize("content", OTHER_THAN_NAMED, ids=OTHER_THAN_NAMED.values())
 def test_a_file_of_another_kind_than_its_name_says_is_told(tmp_path, content):
     for kind in ("jsonl", "json", "csv", "txt", "parquet", "arrow", "jsonl.gz"):
-        file, what = tmp_path / f"d.{kind}", OTHER_THAN_NAMED[content]
+        file = tmp_path / f"d.{kind}"
+        what = OTHER_THAN_NAMED[content]
         file.write_bytes(gzip.compress(content) if kind == "jsonl.gz" else content)
         if (kind == "txt" and "web page" in what) or (kind == "parquet" and "Parquet" in what):
             continue

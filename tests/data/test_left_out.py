@@ -170,7 +170,8 @@ def test_a_column_that_is_empty_gives_way_to_one_that_is_filled(tmp_path):
 def test_the_trainer_and_the_generator_take_the_flag(tmp_path, output):
     records = [{"ask": f"ask {i}", "say": f"reply {i}"} for i in range(40)]
     (tmp_path / "d.jsonl").write_text(jsonl(*records))
-    columns, data = ["--columns", "instruction=ask,response=say"], tmp_path / "d.jsonl"
+    columns = ["--columns", "instruction=ask,response=say"]
+    data = tmp_path / "d.jsonl"
     assert train(tmp_path, "--max-iters", 1, "--dataset", data, *columns) == 0
     ask = [tmp_path / "full", *columns]
     assert b"instruction" in output(*ask, "--evaluate", data)

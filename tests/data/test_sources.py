@@ -165,7 +165,8 @@ def test_a_file_that_may_not_be_read_is_named(another_user, name):
 
 def test_a_folder_is_walked_no_more_than_needed(tmp_path, monkeypatch):
     """Before it is read, while it is, and after it, to see changes; a resume walks once."""
-    walks, walk = [], os.walk
+    walks = []
+    walk = os.walk
     monkeypatch.setattr(sources.os, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "d.jsonl", numbered(20))

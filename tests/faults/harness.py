@@ -119,7 +119,8 @@ def signalled(name, nth, number=signal.SIGTERM, owner=batches):
 
 def at_call(owner, name, nth, act):
     """Call `act` before the nth call of a function."""
-    original, calls = getattr(owner, name), []
+    original = getattr(owner, name)
+    calls = []
 
     @functools.wraps(original)
     def counted(*args, **kwargs):

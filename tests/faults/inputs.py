@@ -97,7 +97,8 @@ def unchecked(parsed, mode):
     believed=[(texts, "format_record", unchecked)],
 )
 def _(n):
-    box, file = fresh(), ROOM / "bad.jsonl"
+    box = fresh()
+    file = ROOM / "bad.jsonl"
     good = [{f: f"{v} {i} \0\x7f\u2028" for f, v in RECORD.items()} for i in range(1000)]
     bad = [line for k, (_, line) in enumerate(BAD, 1) for _ in range(k)]
     # beyond ASCII as it is, so that the file is UTF-8 and a line that is not costs itself alone
@@ -310,7 +311,9 @@ def unguarded_hub(name):
 )
 def _(n):
     for what, (answer, word) in list(HUBS.items())[:n]:
-        box, pid, began = fresh(), None, time.monotonic()
+        box = fresh()
+        pid = None
+        began = time.monotonic()
         if not isinstance(answer, str):
             answer, pid = hub(answer)
         variables = {"HF_ENDPOINT": answer, "HF_HOME": str(box / "hf")}
@@ -404,7 +407,8 @@ def write(box, *args, before=None):
 def _(n):
     raw = (stopped(8) / "full/step-000008/model.safetensors").read_bytes()
     size = int.from_bytes(raw[:8], "little")
-    header, payload = json.loads(raw[8 : 8 + size]), raw[8 + size :]
+    header = json.loads(raw[8 : 8 + size])
+    payload = raw[8 + size :]
     for i, make in enumerate(HOSTILE):
         box = fresh()
         (box / "x.safetensors").write_bytes(make(header, payload))
@@ -557,7 +561,8 @@ def _(n):
     box = fresh(8)
     (box / "broken").write_bytes(b"\xff\xfe\0\x80 text")
     (box / "million").write_bytes(b"word " * 200_000)
-    run, short = box / "full", ("--max-new-tokens", 3)
+    run = box / "full"
+    short = ("--max-new-tokens", 3)
     for args, word in (
         (("--prompt", "x", "--temperature", "-1"), "temperature"),
         (("--prompt", "x", "--temperature", "nan"), "temperature"),

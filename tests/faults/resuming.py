@@ -239,7 +239,8 @@ def _(n):
 
 def bad_numbers(kind, first, last=None):
     """For `before`: the loss of the batches first..last, or its gradient alone, is not finite."""
-    call, seed = bdh_mlx.BDH.__call__, train_mlx.SEED * 2**32
+    call = bdh_mlx.BDH.__call__
+    seed = train_mlx.SEED * 2**32
     keys = mx.stack([KEY(seed + k) for k in range(first, (last or first) + 1)])
 
     def wrong(self, *args, key=None, **more):
@@ -265,7 +266,8 @@ def _(n):
     for kind in (math.nan, math.inf, -math.inf, "gradient"):
         for k in random.sample(range(1, LAST - 2), n):
             hurt = functools.partial(bad_numbers, kind, k)
-            box, args = fresh(), ("--save-freq", 1, "--keep-checkpoints", 99)
+            box = fresh()
+            args = ("--save-freq", 1, "--keep-checkpoints", 99)
             code, _out = train(box, *args, before=hurt)
             lines = map(json.loads, (box / "full/metrics.jsonl").open())
             skips = [m["skipped"] for m in lines if "skipped" in m][-1:]
@@ -320,7 +322,8 @@ def _(n):
 def _(n):
     for value in (math.nan, math.inf)[:n]:
         for at in (1, 2, 4):
-            box, real = fresh(), evaluator.evaluate
+            box = fresh()
+            real = evaluator.evaluate
             count = iter(range(100))
             fake = lambda *a, **k: (value, {}) if next(count) == at else real(*a, **k)
             code, out = train(box, before=lambda: setattr(evaluator, "evaluate", fake))
@@ -386,7 +389,8 @@ def _(n):
         ("step-000001.bak", "folder"),
         (".mine.tmp", "file"),
     ):
-        box, outside = fresh(8), ROOM / "outside"
+        box = fresh(8)
+        outside = ROOM / "outside"
         outside.mkdir(exist_ok=True)
         (outside / "precious").write_text("x")
         at = box / "full" / name

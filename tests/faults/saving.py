@@ -76,18 +76,21 @@ def report_saves(pipe):
 
 
 def killed(n, in_save):
-    span, done = (0.02 if in_save else 0.4), 0  # seconds to wait at most; learned
+    span = 0.02 if in_save else 0.4  # seconds to wait at most; learned
+    done = 0
     while done < n:
         box, (read, write) = fresh(), os.pipe()
         report = functools.partial(report_saves, write)
         pid = begin(box, *ARGS, *LARGER, "--checkpoint-dir", box, before=report)
         os.close(write)
-        received, wait_for = b"", random.randrange(1, 8) * in_save
+        received = b""
+        wait_for = random.randrange(1, 8) * in_save
         while received.count(b"(") < wait_for:
             received += os.read(read, 1)
         time.sleep(random.uniform(0, span))
         os.kill(pid, signal.SIGKILL)
-        code, received = end(pid), received + os.read(read, 1000)
+        code = end(pid)
+        received = received + os.read(read, 1000)
         os.close(read)
         hit = received.endswith(b"(") if in_save else code != 0
         span *= 1.1 if hit else 0.8
@@ -151,7 +154,10 @@ class Drive:
     """
 
     def __init__(self, i, run):
-        self.left, self.run, self.flushed, self.renamed = i, run, {}, []
+        self.left = i
+        self.run = run
+        self.flushed = {}
+        self.renamed = []
 
     def __call__(self, name, args):
         self.left -= 1
@@ -434,7 +440,8 @@ def _(n):
 @fault("a second trainer in the same run", 1, 5, no_lock=[(fcntl, "flock", lambda *args: None)])
 def _(n):
     for _ in range(n):
-        box, second = fresh(), ROOM / "second"
+        box = fresh()
+        second = ROOM / "second"
         second.mkdir(exist_ok=True)
         read, go_on = os.pipe()
         wait = lambda: at_call(evaluator, "evaluate", 3, lambda: os.read(read, 1))

@@ -152,7 +152,8 @@ def test_there_are_no_answers_without_a_response_or_without_samples(flags, tmp_p
 
 
 def test_answers_are_to_what_the_run_held_out_and_go_on_where_they_stopped(run, tmp_path, capsys):
-    out, flags = tmp_path / "out.jsonl", "--answers 6 --max-new-tokens 9 --batch-size 4"
+    out = tmp_path / "out.jsonl"
+    flags = "--answers 6 --max-new-tokens 9 --batch-size 4"
     copy = tmp_path / "copy.jsonl"  # the same data by another name
     copy.write_bytes(sources.SAMPLE.read_bytes())
 

@@ -29,7 +29,8 @@ class Screen:
             os.environ |= {"HOME": str(home), "TERM": "xterm", "INPUTRC": "/dev/null"}
             command = [sys.executable, str(ROOT / "generate.py"), *map(str, args)]
             os.execv(sys.executable, command)
-        self.out, self.seen = b"", 0
+        self.out = b""
+        self.seen = 0
 
     def read(self, seconds):
         """Whether more came."""
@@ -47,7 +48,8 @@ class Screen:
         end = time.monotonic() + seconds
         while (at := self.out.find(text, self.seen)) < 0:
             assert time.monotonic() < end and self.read(1), self.out[-2000:]
-        before, self.seen = self.out[self.seen : at], at + len(text)
+        before = self.out[self.seen : at]
+        self.seen = at + len(text)
         return before
 
     def type(self, text):
@@ -229,7 +231,8 @@ PLAIN = b"### System:\nS\n\n### Instruction:\nq"
 )
 def test_a_turn_goes_on_as_the_model_was_trained(said, mode, chats, read, random_run):
     session = chat.Session(Decoding(bdh_mlx.load_model(random_run), GREEDY, KEY), mode, chats)
-    session.system, session.text = "S", bytearray(said)
+    session.system = "S"
+    session.text = bytearray(said)
     assert session.format_prompt("q") == read
     session.text = bytearray()
     assert read.endswith(session.format_prompt("q")[-9:])

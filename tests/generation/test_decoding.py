@@ -38,7 +38,8 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
 
 
 def test_bytes_of_a_longer_prompt_are_of_the_type_of_drawn_ones(monkeypatch):
-    step, types = decoding.read, []  # with another type a compiled step would be traced anew
+    step = decoding.read
+    types = []  # with another type a compiled step would be traced anew
     monkeypatch.setattr(decoding, "read", lambda *of: types.append(of[1].dtype) or step(*of))
     decoding_ = Decoding(random_model(), GREEDY, KEY, [], 4)
     assert len(list(generate_batch(decoding_, [b"a", b"hello"]))) == 2
@@ -46,7 +47,9 @@ def test_bytes_of_a_longer_prompt_are_of_the_type_of_drawn_ones(monkeypatch):
 
 
 def test_a_prompt_read_in_pieces_is_the_same_place_and_can_be_gone_on_from_twice():
-    model, idx, state = random_model(), pad_batch([bytes(range(200))]), None
+    model = random_model()
+    idx = pad_batch([bytes(range(200))])
+    state = None
     whole = read_prompt(model, idx)
     for piece in (idx[:, :1], idx[:, 1:90], idx[:, 90:]):
         place = logits, state = read_prompt(model, piece, state)
@@ -111,7 +114,9 @@ def test_a_stop_string_shows_no_part_of_itself_however_the_text_is_cut():
             bytes(rng.choices(b"ab-\n", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 3))
         ]
         new = rng.randint(0, min(5, len(text)))
-        stop, shown, at = StopMatcher(stops, text[:new]), b"", new
+        stop = StopMatcher(stops, text[:new])
+        shown = b""
+        at = new
         while at < len(text):
             step = rng.randint(1, 4)
             shown += stop.feed(text[at : at + step])

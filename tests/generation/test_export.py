@@ -77,7 +77,8 @@ def test_an_export_that_fails_leaves_nothing_and_can_be_made_again(
     fails, there, tmp_path, monkeypatch
 ):
     bdh_mlx.save_model(random_model(), tmp_path / "m.safetensors")
-    folder, replace = tmp_path / "new" / "ex", Path.replace
+    folder = tmp_path / "new" / "ex"
+    replace = Path.replace
     if there:
         folder.mkdir(parents=True)
 

@@ -271,7 +271,8 @@ def test_a_file_that_is_no_output_of_these_prompts_is_refused_and_kept(asked, tm
 
 
 def test_no_empty_file_is_left_and_a_full_disk_leaves_whole_lines(asked, tmp_path, monkeypatch):
-    out, write_of = tmp_path / "out.jsonl", jobs.write_line
+    out = tmp_path / "out.jsonl"
+    write_of = jobs.write_line
 
     def full(file, line):
         if not file.tell() or "four" not in line:

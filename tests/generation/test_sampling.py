@@ -145,8 +145,10 @@ def test_the_automaton_allows_the_beginnings_of_all_characters_and_no_others():
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_k": 3}, {"min_p": 0.5}])
 def test_random_logits_give_valid_text_with_utf8_and_rows_do_not_mix(settings):
-    s, B = Sampling(utf8=True, **settings), 16
-    past, rows = s.recent(np.full((B, 3), 65)), []
+    s = Sampling(utf8=True, **settings)
+    B = 16
+    past = s.recent(np.full((B, 3), 65))
+    rows = []
     for i, number in enumerate(islice(uniforms(mx.random.key(3), B), 60)):
         logits = 3 * mx.random.normal((B, 256), key=mx.random.key(i))
         token = s.draw(logits, past, number)

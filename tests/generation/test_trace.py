@@ -37,7 +37,8 @@ def test_synapses_are_what_the_last_byte_reads():
     gate = trace.ln(a) @ model.encoder_v  # (H, T, N)
     h, j = found[0]["head"], found[0]["to"]
     assert layer.y[h, -1, j].item() > 0
-    q, S = layer.q[h, -1], layer.q[h, :-1].T @ layer.v[:-1]
+    q = layer.q[h, -1]
+    S = layer.q[h, :-1].T @ layer.v[:-1]
     part = (q[:, None] * S) @ model.encoder_v[h][:, j] / mx.sqrt(mx.var(a[h, -1]) + 1e-5)
     assert part.sum().item() == pytest.approx(gate[h, -1, j].item(), rel=1e-4)
     i = found[0]["from"]

@@ -34,7 +34,10 @@ def test_activity_is_the_share_of_neurons_not_zero_in_each_layer(T):
 def test_neurons_that_no_byte_excites_in_any_layer_are_dead():
     mx.random.seed(0)  # with which some neurons are dead
     model = bdh_mlx.BDH(bdh_mlx.BDHConfig(3, 8, 0.5, 2, 4))
-    val, ever, last, fired = np.frombuffer(b"dead?", np.uint8), False, False, False
+    val = np.frombuffer(b"dead?", np.uint8)
+    ever = False
+    last = False
+    fired = False
     for begin in (0, 3):  # blocks of T
         for layer in trace.layers(model, val[begin : begin + 3].tobytes()):
             last = np.array(mx.any(layer.x > 0, 1))
@@ -45,7 +48,8 @@ def test_neurons_that_no_byte_excites_in_any_layer_are_dead():
 
 def test_activity_takes_no_more_memory_for_more_bytes():
     model = bdh_mlx.BDH(bdh_mlx.BDHConfig(2, 64, 0.5, 2, 32))
-    val, peaks = np.arange(4096, dtype=np.uint8), []
+    val = np.arange(4096, dtype=np.uint8)
+    peaks = []
     for n in (512, 4096):
         mx.reset_peak_memory()
         neuron_activity(model, val[:n], 256)

@@ -159,7 +159,8 @@ def test_the_average_starts_fast_and_slows_down_to_its_decay():
 
 
 def test_each_batch_of_a_seed_has_a_key_of_its_own(tmp_path, monkeypatch):
-    seeds, key = [], mx.random.key
+    seeds = []
+    key = mx.random.key
     monkeypatch.setattr(mx.random, "key", lambda seed: seeds.append(seed) or key(seed))
     for seed in (1, 2):
         train(tmp_path / str(seed), "--max-iters", 3, "--seed", seed)
@@ -194,7 +195,8 @@ def test_evaluation_reads_every_byte_once(n):
 
 
 def test_a_signal_ends_an_evaluation_after_the_batch_at_work():
-    stop, batches_read = SimpleNamespace(requested=0), []
+    stop = SimpleNamespace(requested=0)
+    batches_read = []
 
     def losses(idx, targets):
         batches_read.append(idx)

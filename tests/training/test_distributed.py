@@ -286,7 +286,8 @@ def test_an_environment_by_which_no_processes_meet_is_told(tmp_path, rank, hosts
 
 def test_sums_are_evaluated_before_anything_reads_them(monkeypatch):
     """Else a GPU would wait for the slowest process, which macOS allows for seconds only."""
-    done, world = [], distributed.World()
+    done = []
+    world = distributed.World()
     world.size = 2
     # The other process gives the same
     monkeypatch.setattr(

@@ -93,7 +93,8 @@ def test_the_speed_of_a_gpu_that_computes_ahead_is_that_of_the_gpu(every, monkey
 def test_updates_that_are_not_finite_at_the_end_of_a_run_end_it(
     ahead, tmp_path, monkeypatch, capsys
 ):
-    real, steps = train_mlx.sum_gradients, count()
+    real = train_mlx.sum_gradients
+    steps = count()
 
     def sum_gradients(*args):
         loss, gradients = real(*args)
@@ -110,7 +111,8 @@ def test_updates_that_are_not_finite_at_the_end_of_a_run_end_it(
 
 
 def test_skipped_updates_are_counted_over_resumes(tmp_path, monkeypatch):
-    real, steps = train_mlx.sum_gradients, count(1)
+    real = train_mlx.sum_gradients
+    steps = count(1)
 
     def sum_gradients(*args):
         loss, gradients = real(*args)
@@ -268,7 +270,9 @@ def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
 def test_a_checkpoint_is_written_when_minutes_have_passed(
     tmp_path, uninterrupted_run, monkeypatch, minutes
 ):
-    saved, save, now = [], checkpoints.save, [0.0]
+    saved = []
+    save = checkpoints.save
+    now = [0.0]
 
     def four_minutes(*args):
         now[0] += 240
@@ -368,7 +372,8 @@ def test_phase_two_starts_from_the_weights_of_phase_one(tmp_path, capsys):
 @pytest.mark.parametrize("has_work", [False, True])
 def test_a_failure_after_a_signal_is_told_once_there_is_work(has_work, tmp_path, monkeypatch):
     def fail(s, stop, world, json_to):
-        stop.received, stop.has_work_to_save = 15, has_work
+        stop.received = 15
+        stop.has_work_to_save = has_work
         raise RuntimeError("a failure")
 
     monkeypatch.setattr(train_mlx, "train", fail)

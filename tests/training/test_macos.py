@@ -108,7 +108,8 @@ def faulty(tmp_path, monkeypatch):
     def execv(*command):
         raise Restarted(*command)
 
-    seen, micro_batches = [], batches.micro_batch_indices
+    seen = []
+    micro_batches = batches.micro_batch_indices
     monkeypatch.setattr(batches, "micro_batch_indices", fails)
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setenv(macos.RESTARTS, "")

@@ -87,7 +87,8 @@ def test_weights_of_others_have_no_ancestors(tmp_path, text):
 
 
 def test_a_chain_stopped_within_a_phase_ends_in_the_same_bits(tmp_path, chained, monkeypatch):
-    real, calls = batches.get_batch, iter(range(99))
+    real = batches.get_batch
+    calls = iter(range(99))
 
     def interrupted(*args):
         if next(calls) == 12:  # within the second phase

@@ -214,7 +214,8 @@ def test_a_slow_machine_measures_a_part_of_a_batch(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(memory_plan, "forward_seconds", lambda s: s.BLOCK_SIZE / 2)
     clock = SimpleNamespace(perf_counter=count().__next__)  # each part takes a second
     monkeypatch.setattr(plan, "time", clock)
-    seen, real = [], plan.get_batch
+    seen = []
+    real = plan.get_batch
     monkeypatch.setattr(plan, "get_batch", lambda *a: seen.append(real(*a)) or seen[-1])
     out = plan_output(tmp_path, capsys, [record(i) for i in range(40)], "--grad-accum", "3")
     assert {batch.idx.shape for batch in seen} == {(1, 20)}  # of (2, 64)

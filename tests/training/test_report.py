@@ -55,7 +55,9 @@ def run(tmp_path):
 class Tags(HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.names, self.text, self.links = set(), [], []
+        self.names = set()
+        self.text = []
+        self.links = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):

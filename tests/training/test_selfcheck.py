@@ -49,7 +49,8 @@ def test_products_are_not_compared_with_the_library_that_computes_them():
 
 
 def test_the_cpu_is_the_arbiter_of_metal(monkeypatch):
-    devices, stream = [], mx.stream
+    devices = []
+    stream = mx.stream
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(layer, "on_gpu", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: "the GPU")
@@ -135,7 +136,8 @@ def loses_the_optimizer(monkeypatch):
 
 def computes_otherwise_the_second_time(monkeypatch):
     monkeypatch.setattr(selfcheck, "devices", lambda: (mx.cpu, mx.cpu))
-    call, factors = bdh_mlx.BDH.__call__, iter([1, 1.1])
+    call = bdh_mlx.BDH.__call__
+    factors = iter([1, 1.1])
 
     def other(self, *batch):
         logits, loss = call(self, *batch)

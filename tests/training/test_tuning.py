@@ -25,7 +25,9 @@ class Stub:
     """Steps that take what `cost` says, for as many calls as there is time for."""
 
     def __init__(self, cost, calls=10**6):
-        self.cost, self.calls, self.counts = cost, calls, Counter()
+        self.cost = cost
+        self.calls = calls
+        self.counts = Counter()
 
     def has_time(self):
         return self.counts.total() < self.calls
