@@ -191,7 +191,7 @@ def _broadcast(model, idx: mx.array, state: State | None) -> State:
     state = State() if state is None else state
     if state.batch not in (0, 1, idx.shape[0]):
         raise UserError(f"the state has {state.batch} rows and cannot read {idx.shape[0]}")
-    return state if state.batch in (0, idx.shape[0]) else flush_pending(state)
+    return state if state.batch in (0, idx.shape[0]) else flush_buffer(state)
 
 
 def _pieces(model, idx: mx.array, state: State) -> list[mx.array]:
@@ -249,17 +249,16 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
             v, state = _read_byte(model, byte, state)
             out.append(v)
         return mx.concatenate(out, 1), state
-    state = flush_pending(state)
+    state = flush_buffer(state)
     v = ln(model.embed(idx))
     compute = model.compute
     weights = [w.astype(compute.dtype) for w in model.weights()]
+    cuts = sorted({0, T - T % compute.chunk, T})  # whole chunks, then the rest
     updates = []
     for S in state.synapses or [None] * model.config.n_layer:
         local = None if S is None else rotate_state(S, -state.position)
         outs = []
-        for begin, end in pairwise(
-            sorted({0, T - T % compute.chunk, T})
-        ):  # whole chunks, then the rest
+        for begin, end in pairwise(cuts):
             out, local = read_segment(v[:, begin:end], local, weights, begin, compute)
             outs.append(out)
         v = mx.concatenate(outs, 1)
@@ -288,7 +287,7 @@ def _add_updates(state: State, updates: Sequence[mx.array]) -> State:
 # --------------------------------------------------------------------------------- one byte at once
 
 
-def flush_pending(state: State) -> State:
+def flush_buffer(state: State) -> State:
     """Add the buffer's bytes to the state's synapses, by one product per layer."""
     buffer = state.buffer
     if not buffer or not buffer.count:
@@ -303,18 +302,18 @@ def _read_byte(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
     """Read one byte idx (B, 1); return v (B, 1, D) after the last layer and the new State."""
     decode_step = _decode_step_of(model)
     if state.buffer and state.buffer.decode_step is not decode_step:  # of another device or dtype
-        state = flush_pending(state)
+        state = flush_buffer(state)
     buffer = state.buffer or decode_step.new_buffer(state.position, state.synapses, idx.shape[0])
     v, buffer = decode_step.step(idx, buffer)
     state = state._replace(position=state.position + 1, buffer=buffer)
     full = buffer.count == buffer.values[0].shape[1]
-    return v, _flush(state) if full or _ends_part(state) else state
+    return v, _flush_full_buffer(state) if full or _ends_part(state) else state
 
 
-def _flush(state: State) -> State:
-    """Flush the buffer as flush_pending does; where a step reads int8 synapses, make them too."""
+def _flush_full_buffer(state: State) -> State:
+    """Do as flush_buffer does; where a step reads int8 synapses, make them too."""
     if state.window or not state.synapses or not state.buffer.is_int8:
-        return flush_pending(state)
+        return flush_buffer(state)
     synapses, buffer = state.buffer.flush(state.synapses, state.position)
     return state._replace(synapses=synapses, buffer=buffer)
 

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 
 from bdh_lib import files
 from bdh_lib.compute.arrays import read_arrays, sha256_arrays
-from bdh_lib.compute.state import WINDOW_PARTS, State, check_model, check_state, flush_pending
+from bdh_lib.compute.state import WINDOW_PARTS, State, check_model, check_state, flush_buffer
 from bdh_lib.errors import UserError
 from bdh_mlx import BDH
 
@@ -45,7 +45,7 @@ def save_state(path: str | Path, model: BDH, state: State) -> None:
     check_state(model, state)
     if not state or not state.position:
         raise UserError(f"{path} not saved: the state is of no byte; read a text first")
-    state = flush_pending(state)
+    state = flush_buffer(state)
     arrays = {f"synapses.{i}": S for i, S in enumerate(state.synapses)}
     for p, part in enumerate(state.parts):
         arrays |= {f"part.{p}.{i}": S for i, S in enumerate(part)}

@@ -13,7 +13,7 @@ from bdh_lib.compute.state import (
     WINDOW_PARTS,
     State,
     fitting_window,
-    flush_pending,
+    flush_buffer,
     prefill,
     rotate_state,
 )
@@ -129,7 +129,7 @@ def test_a_kept_state_is_not_changed_by_going_on_from_it(step, cut):
 def test_a_folded_state_is_not_changed_by_going_on_from_what_it_was(step, cut):
     model, idx, other = random_model(), random_bytes(1, 20), random_bytes(1, 20, seed=7)
     _, state = read_by(model, idx[:, :cut], list(range(1, cut)))
-    folded = flush_pending(state)
+    folded = flush_buffer(state)
     mx.eval(read_by(model, other, [1, 2], state)[0])
     assert close(model.read(idx[:, cut:], folded)[0], model.quadratic(idx)[0][:, cut:])
 
@@ -237,7 +237,7 @@ def test_a_state_file_goes_on_where_it_was_saved(step, window, tmp_path):
     loaded = state_files.load_state(file, model)
     assert (loaded.position, loaded.window) == (100, window)
     there, here = (
-        read_by(model, idx[:, 100:], [1, 2], s)[0] for s in (loaded, flush_pending(state))
+        read_by(model, idx[:, 100:], [1, 2], s)[0] for s in (loaded, flush_buffer(state))
     )
     assert max_abs_error(there, here) == 0
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
