@@ -199,22 +199,35 @@ def test_a_run_whose_name_differs_in_case_alone_is_refused(tmp_path):
         assert train(tmp_path, "--max-iters", 1) == 0
 
 
-def test_samples_and_the_command_at_the_end_fit_the_data(tmp_path, capsys, monkeypatch):
-    """Without system texts none is asked for, and the window of a text is left to generate.py."""
+@pytest.fixture
+def questions(tmp_path):
+    """A file of records without system texts."""
     asked = [{"question": f"q {i}" * 9, "answer": f"a {i}" * 9} for i in range(30)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    train(tmp_path, "--dataset", tmp_path / "d.jsonl", "--max-iters", 1, "--sample-bytes", 1)
+    return tmp_path / "d.jsonl"
+
+
+def test_samples_of_data_without_system_texts_ask_for_none(questions, tmp_path):
+    train(tmp_path, "--dataset", questions, "--max-iters", 1, "--sample-bytes", 1)
     (output,) = [m["samples"] for m in metrics(tmp_path) if "samples" in m]
     assert output and not any("### System" in text for text in output)
+
+
+def test_the_command_at_the_end_samples_the_run(questions, tmp_path, capsys):
+    """It has a prompt that fits the data, and leaves the window of a text to generate.py."""
+    train(tmp_path, "--dataset", questions, "--max-iters", 1, "--sample-bytes", 0)
     command = shlex.split(re.search("sample_it: (.*)", capsys.readouterr().out)[1])
     assert command[1] == "generate.py"
     args = generate.parse_args(command[2:])
-    assert args.prompt == "### Instruction:\nAnalyze the ethical implications".replace("\n", "\\n")
+    assert args.prompt == r"### Instruction:\nAnalyze the ethical implications"
     assert args.window == arguments.AUTO and args.model == tmp_path / "full"
-    s = SimpleNamespace(TRAINING_MODE="full")
+
+
+def test_the_command_at_the_end_names_the_script_where_it_is_not_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    elsewhere = shlex.split(summary.sample_command(s, tmp_path, {"text"}))
-    assert elsewhere[:2] == [sys.executable, str(ROOT / "generate.py")]
+    s = SimpleNamespace(TRAINING_MODE="full")
+    command = shlex.split(summary.sample_command(s, tmp_path, {"text"}))
+    assert command[:2] == [sys.executable, str(ROOT / "generate.py")]
 
 
 def test_what_a_run_leaves(uninterrupted_run):

@@ -25,22 +25,27 @@ def settings(*args):
     return train_mlx.read_settings([*small.split(), *args])
 
 
-def test_the_weights_count_response_targets_alone_and_sum_to_one_over_an_update():
+def test_the_weights_count_response_targets_alone_and_sum_to_one_over_a_step():
     fields = np.random.default_rng(0).permutation(np.repeat([0, RESPONSE], [90, 10])).astype("u1")
     s, split = settings(), Split(fields, fields, np.arange(5, 105, 5))  # bytes as their own fields
     assert s.SHUFFLE_RECORDS
     for step in range(5):
         count = batches.n_targets_in_step(split, step, s)
-        update = [batches.get_batch(split, 2 * step + i, s, count) for i in (0, 1)]
-        weights = np.array([batch.loss_weights for batch in update])
-        targets = np.array([batch.targets for batch in update])
+        micro_batches = [batches.get_batch(split, 2 * step + i, s, count) for i in (0, 1)]
+        weights = np.array([batch.loss_weights for batch in micro_batches])
+        targets = np.array([batch.targets for batch in micro_batches])
         assert np.array_equal(weights > 0, targets == RESPONSE)
         assert weights.sum() == pytest.approx(1 if weights.any() else 0, rel=1e-5)
         assert len(np.unique(weights[weights > 0])) <= 1  # unequal batches, equal bytes
+
+
+def test_without_a_field_to_count_all_targets_have_one_weight():
     every = settings("--loss-on", "all")
+    labels = np.zeros(100, np.uint8)
+    split = Split(labels, labels, np.arange(5, 105, 5))
     count = batches.n_targets_in_step(split, 0, every)
-    update = [batches.get_batch(split, i, every, count) for i in (0, 1)]
-    assert np.all(np.array([batch.loss_weights for batch in update]) == np.float32(1 / 32))
+    micro_batches = [batches.get_batch(split, i, every, count) for i in (0, 1)]
+    assert np.all(np.array([batch.loss_weights for batch in micro_batches]) == np.float32(1 / 32))
 
 
 def test_accumulated_batches_of_unequal_counts_equal_one_large_batch(tmp_path):
@@ -52,7 +57,7 @@ def test_accumulated_batches_of_unequal_counts_equal_one_large_batch(tmp_path):
         np.testing.assert_allclose(one[name], four[name], rtol=0, atol=1e-5)
 
 
-def test_an_update_without_a_counted_byte_is_no_nan(tmp_path, monkeypatch):
+def test_a_step_without_a_counted_byte_is_no_nan(tmp_path, monkeypatch):
     real = batches.target_mask
 
     def none_in_the_second(split, positions, s):
@@ -67,30 +72,40 @@ def test_an_update_without_a_counted_byte_is_no_nan(tmp_path, monkeypatch):
     assert not any(m.get("skipped") for m in metrics(tmp_path))
 
 
-def test_training_on_responses_learns_responses_alone(tmp_path):
-    """Its gradient ignores the other bytes: the model stays bad at them, and good at its own."""
-    of = {}
+@pytest.fixture(scope="module")
+def loss_on_runs(tmp_path_factory):
+    """The folders of two runs, by LOSS_ON, that differ in nothing else."""
+    folder = tmp_path_factory.mktemp("loss_on")
+    args = ["--max-iters", 60, "--eval-freq", 60, "--save-freq", 60, "--log-freq", 60]
     for on in ("all", "response"):
-        args = ["--max-iters", 60, "--eval-freq", 60, "--save-freq", 60, "--log-freq", 60]
-        args.append("--no-shuffle-records")
-        train(tmp_path / on, "--loss-on", on, "--learning-rate", 1e-2, *args)
-        of[on] = metrics(tmp_path / on)[-1]["val_loss_fields"]
-    untrained = metrics(tmp_path / "response")[0]["val_loss_fields"]
+        train(folder / on, "--loss-on", on, "--learning-rate", 1e-2, "--no-shuffle-records", *args)
+    return {on: folder / on for on in ("all", "response")}
+
+
+def test_training_on_responses_learns_responses_alone(loss_on_runs):
+    """Its gradient ignores the other bytes: the model stays bad at them, and good at its own."""
+    of = {on: metrics(run)[-1]["val_loss_fields"] for on, run in loss_on_runs.items()}
+    untrained = metrics(loss_on_runs["response"])[0]["val_loss_fields"]
     assert of["response"]["response"] < untrained["response"] - 1
     gap = {field: of["response"][field] - of["all"][field] for field in untrained}
     assert gap["headers"] > 10 * abs(gap["response"])  # it never trained on headers
-    best = runs.read_best(tmp_path / "response" / "full")
-    last = metrics(tmp_path / "response")[-1]
-    assert (
-        best["monitored_loss"]
-        == last["monitored_loss"]
-        == of["response"]["response"]
-        != last["val_loss"]
-    )
-    shown = best["monitored_loss"] / math.log(2)  # in the report and on the card as well
-    assert report.best_evaluation(metrics(tmp_path / "response"))["monitored_bpb"] == shown
-    result, _ = export.facts(tmp_path / "response" / "full" / best["checkpoint"])
-    assert result["validation"] == f"{shown:.4f} bits per byte, of response bytes"
+
+
+def test_the_monitored_loss_is_that_of_the_counted_bytes(loss_on_runs):
+    last = metrics(loss_on_runs["response"])[-1]
+    assert last["monitored_loss"] == last["val_loss_fields"]["response"] != last["val_loss"]
+    best = runs.read_best(loss_on_runs["response"] / "full")
+    assert best["monitored_loss"] == last["monitored_loss"]
+
+
+def test_report_and_model_card_show_the_monitored_loss(loss_on_runs):
+    run = loss_on_runs["response"] / "full"
+    best = runs.read_best(run)
+    bits = best["monitored_loss"] / math.log(2)
+    lines = metrics(loss_on_runs["response"])
+    assert report.best_evaluation(lines)["monitored_bpb"] == bits
+    result, _ = export.facts(run / best["checkpoint"])
+    assert result["validation"] == f"{bits:.4f} bits per byte, of response bytes"
 
 
 @pytest.mark.parametrize("mode", ["system", "instruction", "both"])
