@@ -111,7 +111,7 @@ from typing import TextIO
 
 from bdh_lib import plots, runs
 from bdh_lib.compute import memory
-from bdh_lib.data.formats import format_example  # noqa: F401  for other scripts
+from bdh_lib.data.formats import format_example  # noqa: F401  as train_mlx.format_example, too
 from bdh_lib.errors import UserError, warn
 from bdh_lib.generation.samples import write_samples
 from bdh_lib.script import cli, compiler, flags

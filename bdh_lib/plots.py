@@ -1,4 +1,8 @@
-"""Pictures that matplotlib draws. It is imported late and without pyplot: a run needs neither."""
+"""Pictures that matplotlib draws.
+
+It is imported where the first one is drawn, which takes a second, and without pyplot, which would
+look for a display.
+"""
 
 import io
 import logging
@@ -26,7 +30,7 @@ def find_fonts() -> None:
 def canvas(width: float, height: float):
     """Make an empty figure; sizes in inches."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # not that a HOME is lacking
-    from matplotlib.figure import Figure  # imported late, and without pyplot: a run needs neither
+    from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -32,9 +32,10 @@ class World:
         self.is_main = self.rank == 0  # it alone writes
 
     def all_reduce_sum(self, tree):
-        """Return the sum of float32 arrays over the processes, evaluated; not to be differentiated.
+        """Return the sum of float32 arrays over the processes, which has no gradient.
 
-        The arrays must have the same order in each process.
+        Of several processes each evaluates it here, so the arrays must have the same order in all.
+        A single process gets its own arrays back, lazy as they were.
         """
         return tree if self.size == 1 else tree_map(self._sum, tree)
 

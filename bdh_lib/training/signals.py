@@ -53,9 +53,9 @@ class StopSignal:
         while number := os.read(read, 1):
             n_signals += 1
             if n_signals > 1 or not self.has_work_to_save:
-                why = (
-                    "at the second signal" if n_signals > 1 else "before there was new work to save"
-                )
+                why = "before there was new work to save"
+                if n_signals > 1:
+                    why = "at the second signal"
                 with suppress(OSError):  # nobody reads
                     os.write(2, f"stopped {why}\n".encode())
                 os._exit(128 + number[0])  # nothing saved can be lost by this
