@@ -42,6 +42,8 @@ def test_help_shows_every_setting_under_its_heading(capsys):
         ("--preset tinny", "tiny"),
         ("--epoch 3", "--epochs"),
         ("--memory small", "--memory-mode"),
+        ("--lr 3", "--learning-rate"),  # not --lr-decay-iters
+        ("--context_length 3", "--block-size"),
     ],
 )
 def test_a_mistyped_flag_suggests_the_nearest(args, near, capsys):

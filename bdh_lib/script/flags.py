@@ -24,6 +24,19 @@ from bdh_lib.script import cli
 from bdh_lib.settings import Settings, as_text
 
 SIMILARITY = 0.8  # of two names, by difflib, from which one counts as a typo of the other
+ELSEWHERE = {  # flags of other trainers, and what has their meaning here
+    "--lr": "--learning-rate",
+    "--wd": "--weight-decay",
+    "--iters": "--max-iters",
+    "--steps": "--max-iters",
+    "--data": "--dataset",
+    "--context-length": "--block-size",
+    "--max-seq-length": "--block-size",
+    "--gradient-accumulation-steps": "--grad-accum",
+    "--out-dir": "--checkpoint-dir",
+    "--output-dir": "--checkpoint-dir",
+    "--max-tokens": "--max-new-tokens",
+}
 
 
 def parse(
@@ -143,13 +156,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         flags = [flag for action in self._actions for flag in action.option_strings]
         if unknown := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
-            longer = [flag for flag in flags if flag.startswith(unknown[1])]
-            only = len(longer) == 1  # as --temp of --temperature
-            near = f"; did you mean {longer[0]}?" if only else did_you_mean(unknown[1], flags)
-            message = f"unknown flag {unknown[1]}{near}"
+            message = f"unknown flag {unknown[1]}{_nearest(unknown[1], flags)}"
             message = self.without_flag.get(unknown[1], message)
         message = escape_controls(" ".join(message.split()))  # it repeats what was typed
         self.exit(2, f"{self.prog}: {message} (--help lists all)\n")
+
+
+def _nearest(unknown: str, flags: list[str]) -> str:
+    """Return `; did you mean --x?` for what an unknown flag may stand for, or nothing."""
+    meant = ELSEWHERE.get(unknown.replace("_", "-"))
+    longer = [flag for flag in flags if flag.startswith(unknown)]  # as --temp of --temperature
+    if meant in flags:
+        longer = [meant]
+    return f"; did you mean {longer[0]}?" if len(longer) == 1 else did_you_mean(unknown, flags)
 
 
 def build_parser(script: ModuleType, constants: dict, rules: dict, presets, actions) -> Parser:
