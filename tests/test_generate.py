@@ -366,6 +366,22 @@ def test_other_vocabularies_are_refused(tmp_path):
         generate.main([str(run), "--prompt", "a"])
 
 
+def test_evaluate_takes_the_columns_of_the_training_where_the_data_have_them(tmp_path, output):
+    records = [{"ask": f"What is {i}?", "say": f"It is {i}."} for i in range(40)]
+    renamed = [{"instruction": r["ask"], "response": r["say"]} for r in records]
+    for name, rows in (("own", records), ("renamed", renamed)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    args = "--preset tiny --n-layer 1 --n-embd 16 --max-iters 1 --sample-bytes 0"
+    columns = ["--columns", "instruction=ask,response=say"]
+    where = ["--dataset", str(tmp_path / "own.jsonl"), "--checkpoint-dir", str(tmp_path)]
+    assert train_mlx.main([*args.split(), *columns, *where]) == 0
+    tables = [output(tmp_path / "full", "--evaluate", tmp_path / f"{name}.jsonl").decode()
+              for name in ("own", "renamed")]  # fmt: skip
+    assert "40 records" in tables[0] and "40 records" in tables[1]
+    assert tables[0].splitlines()[-1] == tables[1].splitlines()[-1]  # the same text
+
+
 def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, output):
     some = tmp_path / "some.jsonl"
     some.write_text("".join(sources.SAMPLE.read_text().splitlines(keepends=True)[:20]))

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
@@ -293,6 +293,22 @@ def load_unsplit(
             write_sides(folder, texts.lengths, train=np.array([], int), val=every)
     stream, fields = (np.fromfile(folder / f"val.{kind}", np.uint8) for kind in ("bin", "fields"))
     return report, stream, fields
+
+
+def load_as_trained(
+    dataset: str, mode: str, folder: Path, columns: str | None, data: dict
+) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Do as load_unsplit does; without `columns` take those of a run if the data set has them.
+
+    `data` is the report of the run's data.
+    """
+    trained = recorded_settings(data)
+    if columns is None and trained and trained.columns:
+        with suppress(UserError):  # the data set has other columns
+            loaded = load_unsplit(dataset, mode, folder, trained.columns)
+            print(f"columns as in the training: {trained.columns}")
+            return loaded
+    return load_unsplit(dataset, mode, folder, columns)
 
 
 def _copy_split(files: list[Path], dataset: str, mode: str, folder: Path) -> dict:

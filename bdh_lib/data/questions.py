@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bdh_lib.data.formats import FIELDS, SEPARATOR, STOP
-from bdh_lib.data.prepare import DataSettings, load_unsplit, prepare, recorded_settings
+from bdh_lib.data.prepare import DataSettings, load_as_trained, prepare, recorded_settings
 from bdh_lib.data.split import Split, last_fields, record_ends
 from bdh_lib.errors import UserError
 
@@ -79,7 +79,7 @@ def load_questions(
     They are those that a run held out, where `data`, the report of its data, is of the same data
     set; else all. `folder` is for files on the way. Raises UserError without questions.
     """
-    about, stream, fields = load_unsplit(dataset, "full", folder, columns)
+    about, stream, fields = load_as_trained(dataset, "full", folder, columns, data)
     line = f"{about['dataset']}: all its records, also any that the model was trained on"
     cache = folder / "prepared"
     if settings := settings_of_run(dataset, about, data, cache):

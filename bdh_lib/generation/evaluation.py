@@ -8,7 +8,7 @@ import numpy as np
 
 from bdh_lib.data.describe import count_text, skip_lines
 from bdh_lib.data.formats import FIELDS, LABEL_OF
-from bdh_lib.data.prepare import load_unsplit
+from bdh_lib.data.prepare import load_as_trained
 from bdh_lib.data.questions import settings_of_run
 from bdh_lib.data.split import Split
 from bdh_lib.errors import UserError
@@ -27,7 +27,7 @@ class EvaluationData(NamedTuple):
 def read_data(dataset: str, mode: str, columns: str | None, trained_on: dict) -> EvaluationData:
     """Read a data set in a mode; `trained_on` is the report of the run's data. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
-        report, stream, fields = load_unsplit(dataset, mode, Path(folder), columns)
+        report, stream, fields = load_as_trained(dataset, mode, Path(folder), columns, trained_on)
         is_ready = report["records"] is None  # then its validation alone was read
         settings = not is_ready and settings_of_run(dataset, report, trained_on, Path(folder))
     if len(stream) < 2:
