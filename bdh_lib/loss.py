@@ -10,6 +10,7 @@ import numpy as np
 
 from bdh_lib.data.formats import FIELDS, LABEL_OF
 from bdh_lib.data.split import Split
+from bdh_lib.errors import UserError
 from bdh_lib.progress import Progress, heartbeat
 from bdh_lib.script.interrupts import default_signals
 from bdh_mlx import BDH
@@ -18,7 +19,8 @@ from bdh_mlx import BDH
 def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
     """Return the loss of each target in nats, (B, T), in training and in evaluation.
 
-    Without a key, their mean is that of model(idx, targets).
+    A `key` is passed in training alone. If what is evaluated is not the cross-entropy any more,
+    bits per byte and the advice, which compares them with entropies of the data, mean nothing.
     """
     return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
 
@@ -74,6 +76,7 @@ def compile_evaluation(model: BDH, n_bytes: int, shape: tuple[int, int]) -> Call
     """Return compile_losses of the model, traced with each shape that `evaluate` reads.
 
     `n_bytes` is the length of val in bytes, `shape` the (B, T) of `evaluate`. Nothing is computed.
+    Raises UserError for a byte_losses that averages.
     """
     losses_fn = compile_losses(model)
     T = shape[1]
@@ -81,5 +84,8 @@ def compile_evaluation(model: BDH, n_bytes: int, shape: tuple[int, int]) -> Call
     with default_signals():
         for size in sizes:
             zeros = mx.zeros(size, mx.int32).reshape(max(1, size // T), -1)
-            losses_fn(zeros, zeros)
+            losses = losses_fn(zeros, zeros)
+            if losses.shape != zeros.shape:
+                raise UserError(f"byte_losses in bdh_lib/loss.py returns shape {losses.shape}; it "
+                                f"must be {zeros.shape}, that of targets")  # fmt: skip
     return losses_fn

@@ -9,7 +9,7 @@ from helpers import arrays, metrics, train
 
 import bdh_mlx
 import train_mlx
-from bdh_lib import runs
+from bdh_lib import loss, runs
 from bdh_lib.data.formats import FIELDS
 from bdh_lib.data.split import Split
 from bdh_lib.generation import export
@@ -142,6 +142,14 @@ def test_a_field_is_the_mean_over_its_own_targets():
     losses = lambda *batch: byte_losses(model, *batch)  # noqa: E731
     _, of = evaluate(losses, Split(val, fields), (1, 8))
     assert of == pytest.approx({"system": each[:3].mean(), "response": each[3:].mean()}, rel=1e-6)
+
+
+def test_a_loss_that_averages_is_refused(monkeypatch):
+    model = bdh_mlx.BDH(bdh_mlx.BDHConfig(1, 8, 0.0, 1, 4))
+    mean = lambda *batch: byte_losses(*batch).mean()  # noqa: E731
+    monkeypatch.setattr(loss, "byte_losses", mean)
+    with pytest.raises(UserError, match=r"returns shape \(\); it must be \(2, 8\)"):
+        loss.compile_evaluation(model, 17, (2, 8))
 
 
 def test_what_validation_means_cannot_change_within_a_run(tmp_path):
