@@ -31,6 +31,9 @@ MEASURED_EPOCHS = {  # by the bytes of records that were trained on (docs/log.md
     46_000_000: "the default settings until 2026-11-28 still gained after 0.4 epochs; "
     "--dropout 0.1 took 0.06 bits per byte off",
 }
+SMALL_DATA = 500_000  # bytes; over a megabyte 49 epochs were not too many (docs/log.md)
+MANY_EPOCHS = 20
+FEW_EPOCHS = "on 23 to 100 KB every measured run was best after 6 to 16 (--epochs 10)"
 REFERENCE_RATE = 1e-3  # of the official training, and of the best of docs/log.md's runs
 
 
@@ -233,15 +236,19 @@ SIGNS = {  # by their names in metrics.jsonl, in the order in which they are loo
 def epochs_note(s: Settings, n_bytes: int) -> str | None:
     """Say how many epochs were best where the data are far smaller or larger than the recipe's.
 
-    None for another size of the model, and for data of about the recipe's size.
+    For another size of the model, say only that there are very many. None where nothing is to say.
     """
-    if s.BDH_CONFIG.n_parameters != BDHConfig().n_parameters or 0.5 <= n_bytes / RECIPE_BYTES <= 2:
-        return None
     epochs = total_steps(s, n_bytes) * s.BLOCK_SIZE * blocks_per_step(s) / n_bytes
+    if s.BDH_CONFIG.n_parameters != BDHConfig().n_parameters:
+        overfits = n_bytes < SMALL_DATA and epochs > MANY_EPOCHS
+        many = f"{epochs:,.0f} epochs over {n_bytes:,} bytes will overfit"
+        return f"{many}; {FEW_EPOCHS}" if overfits else None
+    if 0.5 <= n_bytes / RECIPE_BYTES <= 2:
+        return None
     near = min(MEASURED_EPOCHS, key=lambda size: abs(math.log(size / n_bytes)))
     more = "; more bytes were not measured" if n_bytes > max(MEASURED_EPOCHS) else ""
     return (
-        f"{epochs:,.1f} epochs over {n_bytes / 1e6:,.2f} MB; "
+        f"{epochs:,.1f} epochs over {n_bytes:,} bytes; "
         f"on {near / 1e6:g} MB {MEASURED_EPOCHS[near]}{more}"
     )
 

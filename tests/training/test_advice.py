@@ -196,12 +196,22 @@ def test_streams_shorter_than_the_order_are_counted_too(n_train, n_val):
 @pytest.mark.parametrize(
     "n_bytes, flags, note",
     [
-        (120_000, "", "13.1 epochs over 0.12 MB; on 0.1 MB .* best after 12 epochs$"),
-        (480_000, "--epochs 3", "3.0 epochs over 0.48 MB; on 0.5 MB .* best after 9 to 10 epochs$"),
-        (40_960_000, "", "1.3 epochs over 40.96 MB; on 46 MB .* --dropout 0.1 took [^;]*$"),
-        (51_200_000, "", "1.1 epochs over 51.20 MB; on 46 MB .*; more bytes were not measured"),
+        (120_000, "", "13.1 epochs over 120,000 bytes; on 0.1 MB .* best after 12 epochs$"),
+        (
+            480_000,
+            "--epochs 3",
+            "3.0 epochs over 480,000 bytes; on 0.5 MB .* best after 9 to 10 epochs$",
+        ),
+        (40_960_000, "", "1.3 epochs over 40,960,000 bytes; on 46 MB .* --dropout 0.1 took [^;]*$"),
+        (
+            51_200_000,
+            "",
+            "1.1 epochs over 51,200,000 bytes; on 46 MB .*; more bytes were not measured",
+        ),
         (4_200_000, "", None),
         (120_000, "--n-embd 64", None),
+        (2_820, "--preset tiny", "409 epochs over 2,820 bytes will overfit; .*--epochs 10"),
+        (2_820, "--preset tiny --epochs 10", None),
     ],
 )
 def test_the_best_epochs_of_other_sizes_of_data_are_said(n_bytes, flags, note):
