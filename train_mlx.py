@@ -96,7 +96,7 @@ PRESETS = {
     "tiny": PRESET_BASE + "--n-layer 2 --n-embd 64 --mlp-internal-dim-multiplier 32 --dropout 0 "
     "--beta2 0.95 --ema-decay 0.99 --shuffle-records --training-mode full --block-size 128 "
     "--batch-size 2 --max-iters 4500 --epochs none --learning-rate 2e-3 --warmup-iters 40 "
-    "--log-freq 50 --eval-freq 2250 --save-freq 2250 --eval-bytes 45000",
+    "--eval-freq 2250 --save-freq 2250 --eval-bytes 45000",
     "small-data": PRESET_BASE + "--mlp-internal-dim-multiplier 32 --dropout 0.5 --dropout-v 0.1 "
     "--byte-noise 0.05 --weight-decay 1 --beta2 0.95 --ema-decay 0.998 --min-lr-ratio 0.02 "
     "--block-size 1024 --batch-size 4 --max-iters 12000 --epochs none --learning-rate 1e-3 "

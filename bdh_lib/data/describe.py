@@ -55,6 +55,8 @@ def cannot_serve(report: dict) -> str:
     )
     if unused:
         pairs = ",".join(f"{field}=COLUMN" for field in lacking or needed_fields(mode))
+        if mode == "full" and "system" not in fields:
+            pairs += ", with system=COLUMN if there is one"
         line += f"Where one of the columns {', '.join(unused)} holds it: --columns {pairs}"
         line += ". " if fields else ", or messages=COLUMN for turns, text=COLUMN for plain text. "
         if not fields and any(kind in report["dataset"].lower() for kind in (".csv", ".tsv")):

@@ -33,6 +33,10 @@ PIECE = 256  # bytes of a prompt that are read at once
 END_OF_RECORD = f"{formats.STOP}\n".encode()
 MAX_OVERLAP = 64  # bytes: longer than all that ends a record or begins a turn
 HISTORY = Path(os.path.expanduser("~/.bdh_history"))  # noqa: PTH111  which raises without a home
+NOTES = formats.SAMPLE_NOTES | {  # by mode
+    "full": "a line is an instruction, which the model answers",
+    None: "no training mode is known: text is read as it is",
+}
 HELP = '''/system TEXT  system text of the turns to come; without TEXT they have none
 /temp 0.7     temperature; 0: the likeliest byte
 /reset        forget all that was said, back to the state of --load-state if one was given
@@ -105,10 +109,7 @@ class Session:
         signal.set_wakeup_fd(-1)  # nothing ends the process: Ctrl-C ends an answer, not the session
         # by an exception, at which input() resets the terminal: else it would still mark pastes
         on_sigterm = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        note = formats.SAMPLE_NOTES.get(
-            self.mode, "no training mode is known: text is read as it is"
-        )
-        print(f"note: {note}\n/help lists the commands")
+        print(f"note: {NOTES.get(self.mode, NOTES[None])}\n/help lists the commands")
         if not pastes_lines:
             print('several lines, also pasted ones, go between two lines of """')
         try:

@@ -32,6 +32,8 @@ def schedule_summary(s: Settings, n_bytes: int) -> str:
         cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:,g})"
     elif total < (s.MAX_ITERS or 0):
         cut = f"; EPOCHS ({s.EPOCHS:,g}) ends it before MAX_ITERS ({s.MAX_ITERS:,})"
+    if s.EPOCHS and epochs > 1.05 * s.EPOCHS:
+        cut += "; an epoch takes whole blocks, and the last iteration a whole batch"
     coverage = f"{total * bytes_per_step:,} bytes or {epochs:,.2f} epochs"
     return f"{total:,} iterations of {bytes_per_step:,} bytes are {coverage}{cut}"
 

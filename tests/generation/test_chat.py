@@ -89,7 +89,7 @@ PROMPT = b"> "
 
 def test_a_session_keeps_its_state_and_formats_what_is_typed(counting_run, tmp_path):
     with Screen(tmp_path, counting_run, "--max-new-tokens", 300, "--no-stop") as screen:
-        assert b"a response after its header" in screen.until(PROMPT)
+        assert b"a line is an instruction" in screen.until(PROMPT)
 
         def line(text):
             screen.type(text + b"\r")
