@@ -65,6 +65,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
         systems = official if args.official and most_official >= T else []
         ours = ["fast"] if most_official >= T else ["balanced" if args.gpu else "fast"]
         ours += ["fast, dropout 0.1", "balanced", "small"] if T == 4096 else []
+        ours += ["not compiled"] if T == 4096 and not args.gpu else []
         systems = systems + [f"ours, {name}" for name in ours]
         systems += ["quadratic"] if most_quadratic >= T and T in (1024, 4096) else []
         for system in systems:
@@ -114,6 +115,8 @@ def build(
             return self.quadratic(idx, targets)
 
     mx.random.seed(0)
+    if system == "ours, not compiled":
+        return build_by_hand(bdh_mlx.BDH(bdh_mlx.BDHConfig(**shape)), rate), None
     is_quadratic = system.startswith("quadratic")
     model = (Quadratic if is_quadratic else bdh_mlx.BDH)(bdh_mlx.BDHConfig(**shape))
     if "nudged" in system:
@@ -146,6 +149,24 @@ def build(
         return loss
 
     return step, peak
+
+
+def build_by_hand(model, rate: float) -> Callable:
+    """Return the step that a user of the model alone writes: nn.value_and_grad and AdamW."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+
+    optimizer = optim.AdamW(rate, weight_decay=0.1)
+    value_and_grad = nn.value_and_grad(model, lambda idx, targets: model(idx, targets)[1])
+
+    def step(idx, targets):
+        loss, gradients = value_and_grad(idx, targets)
+        optimizer.update(model, gradients)
+        mx.eval(loss, model.state, optimizer.state)
+        return loss
+
+    return step
 
 
 def flops(model: dict, B: int, T: int) -> float:

@@ -161,12 +161,12 @@ def test_a_job_on_records_answers_what_it_held_out(tmp_path, monkeypatch):
     assert result["answers"]["n"] == 1 and result["best_bits"].keys() >= {"whole", "response"}
 
 
-@pytest.mark.parametrize("system", ["ours, fast", "quadratic"])
+@pytest.mark.parametrize("system", ["ours, fast", "ours, not compiled", "quadratic"])
 def test_a_training_step_is_timed_and_stands_in_the_table(system):
     model = {"n_layer": 1, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 4}
     case = {"system": system, "B": 1, "T": 64, "model": model | {"dropout": 0.0}}
     row = case | train_speed.run_ours(case, steps=1)
-    assert row["seconds"] > 0 and (row["estimate_gb"] is None) == (system == "quadratic")
+    assert row["seconds"] > 0 and (row["estimate_gb"] is None) == (system != "ours, fast")
     product = train_speed.run_product({"n": 64}, 1)
     assert train_speed.table([row], product).splitlines()[1].startswith(system)
 

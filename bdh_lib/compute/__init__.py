@@ -10,4 +10,9 @@ import os
 os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "4000")
 os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
 
-from bdh_lib.compute import blas  # noqa: F401
+from bdh_lib.compute import blas
+
+# MLX orders the operations of a graph breadth-first up to this width (20 by default), else depth-
+# first: all of one group of heads before another, so that one core waits (layer.by_groups).
+if blas.is_limited:
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "200")
