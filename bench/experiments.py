@@ -637,6 +637,8 @@ def plot(rows: list[dict], file: str, experiment: str | None = None) -> None:
     """Validation curves as a picture: a line for each job, a colour for each kind."""
     import matplotlib
 
+    import train_mlx
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -644,11 +646,18 @@ def plot(rows: list[dict], file: str, experiment: str | None = None) -> None:
     kinds = list(dict.fromkeys(r["of"] for r in rows))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for row in rows:
+        s = train_mlx.read_settings(row["phases"][-1].split())
+        step_mb = s.BATCH_SIZE * s.BLOCK_SIZE * s.GRAD_ACCUM / 1e6
         steps, values = zip(*[p for p in row["curve"] if p[0]], strict=True)
         kind = kinds.index(row["of"])
         first = next(r for r in rows if r["of"] == row["of"]) is row
-        axes.plot(steps, values, color=f"C{kind % 10}", label=row["of"] if first else None)
-    axes.set(xlabel="iteration", ylabel="validation loss, nats per byte")
+        axes.plot(
+            step_mb * np.array(steps),
+            values,
+            color=f"C{kind % 10}",
+            label=row["of"] if first else None,
+        )
+    axes.set(xlabel="bytes trained on, MB", ylabel="validation loss, nats per byte")
     low = min(v for r in rows for _, v in r["curve"])
     axes.set_ylim(low - 0.03, low + 0.6)
     axes.grid(alpha=0.3)
