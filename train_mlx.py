@@ -73,7 +73,7 @@ ACTIONS = {
     "json": "log lines are JSON objects, alone on stdout; all else goes to stderr",
     "refresh_data": "ignore the cache and prepare the data again",
     "tune": "find the fastest way to compute on this machine, in at most 2 minutes, and keep it",
-    "selfcheck": "check that model and trainer work here, in a minute or two: exit code 0 or 1",
+    "selfcheck": "check that model and trainer work here, in at most 2 minutes: exit code 0 or 1",
 }
 
 # The settings above are the recipe that docs/log.md measures on 4 MB of records, there in mode full

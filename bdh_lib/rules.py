@@ -61,7 +61,8 @@ def check(name: str, value, rule: Rule) -> None:
     right_type = isinstance(value, kinds) and (rule.kind is bool or not isinstance(value, bool))
     if right_type and rule.is_valid(value):
         return
-    or_none = " or None" if rule.allow_none else ""
+    none = "none" if name.startswith("-") else "None"  # a flag, or a setting and an argument
+    or_none = f" or {none}" if rule.allow_none else ""
     near = did_you_mean(value, rule.choices) if isinstance(value, str) else ""
     shown = as_text(value, repr)
     raise UserError(f"{name} is {shown}; it must be {rule.description}{or_none}{near}")

@@ -109,7 +109,7 @@ def test_the_same_seed_writes_the_same_bytes(random_run, output):
         ),
         *(([flag, "nan"], f"{flag} is nan") for flag in ("--temperature", "--top-p", "--min-p")),
         (["--top-k", "9" * 25], "--top-k is 9999"),
-        (["--window", "3"], "--window is 3; it must be a whole number from 4"),
+        (["--window", "3"], "--window is 3; it must be .* from 4 to 1,099,511,627,776 or none"),
         (["--repetition-penalty", "inf"], "--repetition-penalty is inf"),
         (["--raw", "--samples", "2"], "--raw writes one text"),
         (["--batch-size", "2"], "--batch-size: no effect on one text"),
