@@ -311,14 +311,14 @@ def test_a_run_past_a_lowered_end_is_finished(tmp_path, capsys):
 
 def test_a_run_goes_on_with_a_setting_that_was_added_since(tmp_path, monkeypatch):
     train(tmp_path, "--max-iters", 2)
-    settings = train_mlx.settings
+    read_settings = train_mlx.read_settings
 
     def with_another(argv):
-        s = settings(argv)
+        s = read_settings(argv)
         s.COOLDOWN = 0.5
         return s
 
-    monkeypatch.setattr(train_mlx, "settings", with_another)
+    monkeypatch.setattr(train_mlx, "read_settings", with_another)
     for module in (train_mlx, resume):
         monkeypatch.setattr(module, "learning_rate", lambda step, total, s: 1e-3 * s.COOLDOWN)
     assert train(tmp_path, "--max-iters", 4) == 0
