@@ -27,7 +27,7 @@ SAMPLE_NOTES = {  # what to make of a mode's samples, said where they are printe
     "system": "this mode trains on plain system texts: headers in the prompts are new to it",
     "instruction": "this mode trains on plain instructions: headers in the prompts are new to it",
     "both": "this mode never trains on a response: expect more instructions, not answers",
-    "full": "this mode trains on whole records: it answers after the header ### Response:",
+    "full": "this mode trains on whole records: expect a response after ### Response:",
     "text": "the data are plain text: expect more of it; headers in the prompts are new to it",
 }
 MAX_NEW_TOKENS = 500  # bytes that a model writes, where nothing else is said
