@@ -40,12 +40,11 @@ def resume_or_init(s: Settings, run: Path, data_report: dict, world: World) -> S
 
     `data_report` is data.json of the prepared data. Raises UserError.
     """
-    step = world.broadcast_object(world.is_main and checkpoints.newest_valid(run))
+    step = world.broadcast_object(checkpoints.newest_valid(run) if world.is_main else None)
     selection = tuning.select(s, *tuning.initial_choice(s, run, step, world))
     state = init_train_state(s, selection.compute)
-    ancestry = world.broadcast_object(
-        world.is_main and load_state(s, run, step, data_report, state)
-    )
+    ancestry = load_state(s, run, step, data_report, state) if world.is_main else None
+    ancestry = world.broadcast_object(ancestry)
     broadcast_state(state, world)
     return Start(step, selection, state, ancestry)
 
