@@ -126,7 +126,7 @@ from bdh_lib.training.meter import Meter
 from bdh_lib.training.report import redraw_report
 from bdh_lib.training.resume import check_chain, resume_or_init, run_info
 from bdh_lib.training.runlog import RunLog, main_process_prints
-from bdh_lib.training.schedule import blocks_per_step, is_loss_needed, learning_rate, total_steps
+from bdh_lib.training.schedule import blocks_per_step, learning_rate, must_wait, total_steps
 from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.step import Diverged, compile_steps, start_computing, sum_gradients
 from bdh_lib.training.train_settings import RULES, parse_settings, phase_settings, preset_settings
@@ -288,8 +288,8 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
             start_computing(state, norm, wait=step == first_step)  # the first one compiles
         stop.has_work_to_save = True
         completed = step + 1
-        read_now = is_loss_needed(completed, n_steps, s)
-        meter.end_step(completed, loss, norm, has_targets=n_targets > 0, read_now=read_now)
+        wait = must_wait(completed, n_steps, s)
+        meter.end_step(completed, loss, norm, has_targets=n_targets > 0, wait=wait)
         if meter.consecutive_skips >= s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(divergence_message(data.train, meter.last_read_step, s))
         if completed % s.LOG_FREQ == 0 and (averages := meter.pop_averages(completed)):

@@ -48,16 +48,16 @@ class Meter:
         self.step_start = time.perf_counter()
 
     def end_step(
-        self, step: int, loss: mx.array, norm: mx.array, *, has_targets: bool, read_now: bool
+        self, step: int, loss: mx.array, norm: mx.array, *, has_targets: bool, wait: bool
     ) -> None:
         """End step number `step`; its loss is averaged where it has any targets.
 
-        With `read_now` the host waits for its numbers. Without, CUDA's are read once the next step
+        With `wait` the host waits for its numbers. Without, CUDA's are read once the next step
         has been submitted: the GPU computes while the host prepares. The first step is not timed,
         because it compiles.
         """
         self.pending_steps.append((step, loss, norm, has_targets))
-        self.collect(0 if read_now or not on_cuda() else 1)
+        self.collect(0 if wait or not on_cuda() else 1)
         self.progress.update()
         if step > self.first_step + 1:
             self.seconds += time.perf_counter() - self.step_start

@@ -38,9 +38,9 @@ def schedule_summary(s: Settings, n_bytes: int) -> str:
     return f"{total:,} iterations of {bytes_per_step:,} bytes are {coverage}{cut}"
 
 
-def is_loss_needed(completed: int, total: int, s: Settings) -> bool:
-    """Tell whether a log line, an evaluation or the end comes after `completed` steps."""
-    return not (completed % s.LOG_FREQ and completed % s.EVAL_FREQ and completed < total)
+def must_wait(completed: int, total: int, s: Settings) -> bool:
+    """Tell whether a log line, an evaluation or the end needs the loss after `completed` steps."""
+    return completed == total or completed % s.LOG_FREQ == 0 or completed % s.EVAL_FREQ == 0
 
 
 def learning_rate(step: int, total: int, s: Settings) -> float:
