@@ -24,7 +24,8 @@ def dropout_mask(key: mx.array, rate: float, shape: tuple[int, ...]) -> Mask | N
     """
     if not rate:
         return None
-    size, (bits_key, limit_key) = math.prod(shape), mx.random.split(key)
+    size = math.prod(shape)
+    bits_key, limit_key = mx.random.split(key)
     bits = mx.random.split(bits_key, -(-size // 8)).view(mx.uint8).reshape(-1)[:size]
     limit = mx.minimum(256 * rate + mx.random.uniform(key=limit_key), 255).astype(mx.uint8)
     return bits.reshape(shape), limit, 1 / (1 - rate)

@@ -157,16 +157,18 @@ def estimate_step_bytes(config: CheckedConfig, B: int, T: int, compute: Compute)
     an H100: without a memory limit fast took 26.7 GB where 15.6 were estimated (2026-11-27).
     """
     D, H, N = config.n_embd, config.n_head, config.neurons_per_head
-    V, L, e, C, rows = config.vocab_size, config.n_layer, compute.dtype.size, compute.chunk, B * T
+    V, L, C = config.vocab_size, config.n_layer, compute.chunk
+    itemsize = compute.dtype.size
+    rows = B * T
     if on_gpu() and B * min(C, T) * H * N >= 2**31:  # elements of an array: kernels fail
         return math.inf
-    activation = H * N * e  # of one row
+    activation = H * N * itemsize  # of one row
     state = activation * D if T > C else 0  # of one sequence; the last chunk needs none
     parts = segments(B, T, compute)
     segment = max(end - begin for begin, end in parts) * B
-    saved = rows * (4 * D * (H + 2) + H * min(C, T) * e)
+    saved = rows * (4 * D * (H + 2) + H * min(C, T) * itemsize)
     # of each chunk, in dtype; or before each segment but the first, in float32
-    n_states = rows // C if compute.saved_activations else B * (len(parts) - 1) * 4 // e
+    n_states = rows // C if compute.saved_activations else B * (len(parts) - 1) * 4 // itemsize
     saved += n_states * state
     # `working` includes the activations of the last layer
     activations = (L - 1) * max(0, compute.saved_activations - 1) * rows * activation
