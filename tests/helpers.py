@@ -153,7 +153,7 @@ def masked_quadratic(mask):
         x = nn.relu(v[None] @ Dx[:, None])
         a = attention_quadratic(rotate(x), v)
         y = nn.relu(layer.ln(a) @ Dy[:, None]) * x * mask
-        return (layer.residual(v, (y @ E[:, None]).sum(0)) ** 3).sum()
+        return (layer.add_and_norm(v, (y @ E[:, None]).sum(0)) ** 3).sum()
 
     return quadratic
 

@@ -84,7 +84,7 @@ def fused_or_plain() -> ModuleType:
     return elementwise_cuda if elementwise_cuda.is_available() else elementwise
 
 
-def residual(v: mx.array, o: mx.array, scale_v: mx.array | int = 1) -> mx.array:
+def add_and_norm(v: mx.array, o: mx.array, scale_v: mx.array | int = 1) -> mx.array:
     """Return v' = ln(v + ln(o)) of v and o (B, T, D); scale_v is the dropout factor of ln(o)."""
     return ln(v + ln(o) * scale_v)
 
@@ -198,7 +198,7 @@ def forward_segment(
     """
     o, S, saved, y = _forward_heads(vs, S, Segment(weights, position, C))
     x = elementwise.relu(saved.encoded)  # on CUDA it is h
-    return residual(vs, o), S, Neurons(x, saved.q, y)
+    return add_and_norm(vs, o), S, Neurons(x, saved.q, y)
 
 
 def read_segment(
@@ -206,12 +206,12 @@ def read_segment(
 ) -> tuple[mx.array, mx.array]:
     """Return v' and the state as forward_segment does, computed by groups of heads."""
 
-    def heads(Dx, Dy, E, S=None):
+    def read_group(Dx, Dy, E, S=None):
         return _forward_heads(vs, S, Segment((Dx, Dy, E), position, compute.chunk))[:2]
 
     arrays = [*weights] if S is None else [*weights, S]
-    o, states = zip(*by_groups(compute.groups, heads, *arrays), strict=True)
-    return residual(vs, sum(o[1:], o[0])), mx.concatenate(states)
+    o, states = zip(*by_groups(compute.groups, read_group, *arrays), strict=True)
+    return add_and_norm(vs, sum(o[1:], o[0])), mx.concatenate(states)
 
 
 def _forward_heads(
@@ -355,14 +355,14 @@ def layer(
         mask_v = dropout_mask(key_v, dropout_v, v.shape)
     keys = key[None] if n == 1 else mx.random.split(key, n)
 
-    def heads(key, *weights):
-        return _heads(v, weights, compute, key[0], dropout)
+    def group_output(group_key, *weights):
+        return _group_output(v, weights, compute, group_key[0], dropout)
 
-    o = by_groups(n, heads, keys, *weights)
-    return residual(v, sum(o[1:], o[0]), dropout_scale(mask_v, mx.float32))
+    o = by_groups(n, group_output, keys, *weights)
+    return add_and_norm(v, sum(o[1:], o[0]), dropout_scale(mask_v, mx.float32))
 
 
-def _heads(
+def _group_output(
     v: mx.array, weights: Weights, compute: Compute, key: mx.array, dropout: float
 ) -> mx.array:
     """Return o (B, T, D), the sum over these heads.
@@ -370,14 +370,14 @@ def _heads(
     Its gradient is computed in the same stream, on the same core, as o.
     """
     parts = segments(*v.shape[:2], compute)
-    heads = _SegmentedHeads(compute, parts, mx.random.split(key, len(parts)), dropout)
+    segmented = _SegmentedHeads(compute, parts, mx.random.split(key, len(parts)), dropout)
     stream = None if compute.groups == 1 else mx.default_stream(mx.cpu)
-    forward = mx.custom_function(heads.forward)
+    forward = mx.custom_function(segmented.forward)
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
         with mx.stream(stream) if stream else nullcontext():
-            return heads.gradients(primals, cotangents[0], outputs[1:])
+            return segmented.gradients(primals, cotangents[0], outputs[1:])
 
     return forward(v, *weights)[0]
 

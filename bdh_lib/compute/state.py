@@ -36,7 +36,7 @@ WINDOW_RULE = integer(WINDOW_PARTS, 2**40, allow_none=True)  # valid windows, by
 CPU_PREFILL_ROWS = 1024  # bytes * batch read at once, for a batch of up to 8 (_pieces)
 GPU_ROWS = {48e9: 32768, 0: 4096}  # by a card's own memory in bytes: more are faster (docs/log.md)
 MAX_BYTEWISE = 16  # bytes that a CPU reads one by one: its GEMM of few rows is slow
-Buffer = step_cpu.PendingBuffer | step_mlx.PendingBuffer | step_cuda.PendingBuffer
+Buffer = step_cpu.ByteBuffer | step_mlx.ByteBuffer | step_cuda.ByteBuffer
 DecodeStep = step_cpu.DecodeStep | step_mlx.DecodeStep | step_cuda.DecodeStep
 
 
@@ -262,8 +262,8 @@ def _read_piece(model, idx: mx.array, state: State) -> tuple[mx.array, State]:
             out, local = read_segment(v[:, begin:end], local, weights, begin, compute)
             outs.append(out)
         v = mx.concatenate(outs, 1)
-        new_state = rotate_state(local, state.position)
-        updates.append(new_state if S is None else new_state - S)
+        new_S = rotate_state(local, state.position)
+        updates.append(new_S if S is None else new_S - S)
     return v, _add_updates(state._replace(position=state.position + T), updates)
 
 
@@ -293,8 +293,10 @@ def flush_buffer(state: State) -> State:
     if not buffer or not buffer.count:
         return state._replace(buffer=None)
     if state.window or not state.synapses:
-        return _add_updates(state, [keys @ values for keys, values in buffer.pending()])
-    synapses = (mx.addmm(S, *kv) for S, kv in zip(state.synapses, buffer.pending(), strict=True))
+        return _add_updates(state, [keys @ values for keys, values in buffer.keys_and_values()])
+    synapses = (
+        mx.addmm(S, *kv) for S, kv in zip(state.synapses, buffer.keys_and_values(), strict=True)
+    )
     return state._replace(synapses=tuple(synapses), buffer=None)
 
 

@@ -16,7 +16,7 @@ BUFFER_BYTES = 64  # at the default shape, reading these costs as much as adding
 GATHER, GATHER_DY = 0.3, 0.15  # largest active fractions at which rows are gathered (docs/log.md)
 
 
-class PendingBuffer(NamedTuple):
+class ByteBuffer(NamedTuple):
     """The last `count` bytes, which are not in the synapses yet.
 
     States share the arrays. A state that holds all their bytes (`shared_length`) writes the next
@@ -28,12 +28,12 @@ class PendingBuffer(NamedTuple):
     values: tuple[np.ndarray, ...]  # (B, BUFFER_BYTES, D)
     shared_length: list[int]  # how many bytes the arrays hold, over all that share them
     begin: int  # position of the buffer's first byte
-    base_state: list[np.ndarray]  # per layer, the synapses; [] if they are empty
+    base_synapses: list[np.ndarray]  # per layer, the synapses; [] if they are empty
     decode_step: "DecodeStep"  # the step that reads and writes it
 
     is_int8 = False  # class attribute: the step reads the float32 synapses
 
-    def pending(self) -> list[tuple[mx.array, mx.array]]:
+    def keys_and_values(self) -> list[tuple[mx.array, mx.array]]:
         """Return the keys (H, B, N, count) and values (B, count, D) per layer."""
         layers = zip(self.keys, self.values, strict=True)
         cut = [(k[..., : self.count, :], v[:, : self.count]) for k, v in layers]
@@ -52,15 +52,15 @@ class DecodeStep:
         self.weights = [np.array(array, copy=False) for array in arrays]
         self.gathered = np.empty((H * N, D), np.float32)  # a buffer for rows
 
-    def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
+    def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> ByteBuffer:
         """Make an empty buffer for B rows."""
         H, D, N, L = self.shape
         shapes = [(H, B, BUFFER_BYTES, N), (B, BUFFER_BYTES, D)]
         keys, values = (tuple(np.empty(s, np.float32) for _ in range(L)) for s in shapes)
-        base_state = [np.array(S, copy=False) for S in synapses]
-        return PendingBuffer(0, keys, values, [0], position, base_state, self)
+        base_synapses = [np.array(S, copy=False) for S in synapses]
+        return ByteBuffer(0, keys, values, [0], position, base_synapses, self)
 
-    def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
+    def step(self, idx: mx.array, buffer: ByteBuffer) -> tuple[mx.array, ByteBuffer]:
         """Read one byte idx (B, 1); return v (B, 1, D) and the new buffer.
 
         Rows are separate: each has its own active neurons.
@@ -73,7 +73,7 @@ class DecodeStep:
         buffer.shared_length[0] = buffer.count + 1
         return mx.array(np.stack(rows)[:, None]), buffer._replace(count=buffer.count + 1)
 
-    def _row(self, byte: int, b: int, phase: np.ndarray, buffer: PendingBuffer) -> np.ndarray:
+    def _row(self, byte: int, b: int, phase: np.ndarray, buffer: ByteBuffer) -> np.ndarray:
         """Read one byte of row b; return v (D,) and write its key and value into the buffer.
 
         phase (N/2,) is exp(i t w) of the byte's position t.
@@ -87,8 +87,8 @@ class DecodeStep:
             q = (x.view(np.complex64) * phase).view(np.float32)
             a = np.zeros((H, D), np.float32)
             for h in range(H):
-                if buffer.base_state:
-                    S = buffer.base_state[layer]
+                if buffer.base_synapses:
+                    S = buffer.base_synapses[layer]
                     S = S[h, b if S.shape[1] > 1 else 0]
                     a[h] = self._rows_by(q[h], S.reshape(N // 2, 2 * D), pairs=True)
                 a[h] += (keys[h, b, :count] @ q[h]) @ values[b, :count]

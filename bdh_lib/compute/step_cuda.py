@@ -78,7 +78,7 @@ QUANTIZE = (
 )
 
 
-class PendingBuffer(NamedTuple):
+class ByteBuffer(NamedTuple):
     """The last `count` bytes, which are not in the synapses yet.
 
     States share the arrays. A state that holds all their bytes (`shared_length`) writes the next
@@ -91,12 +91,12 @@ class PendingBuffer(NamedTuple):
     values: tuple[mx.array, ...]  # (B, BUFFER_BYTES, D)
     shared_length: list[int]  # how many bytes the arrays hold, over all that share them
     begin: mx.array  # phases of the buffer's first byte
-    base_state: tuple[tuple[mx.array, mx.array], ...]  # per layer, the synapses and row scales
+    base_synapses: tuple[tuple[mx.array, mx.array], ...]  # per layer, the synapses and row scales
     done: mx.array  # zeros, in which the kernels count finished blocks
     previous_v: mx.array  # v of the previous byte
     decode_step: "DecodeStep"  # the step that reads and writes it
 
-    def pending(self) -> list[tuple[mx.array, mx.array]]:
+    def keys_and_values(self) -> list[tuple[mx.array, mx.array]]:
         """Return the keys (H, B, N, count) and values (B, count, D) per layer, float32."""
         mx.eval(self.previous_v)
         H, B, pairs, *_ = self.keys[0].shape
@@ -113,12 +113,12 @@ class PendingBuffer(NamedTuple):
 
     def flush(
         self, synapses: Sequence[mx.array], position: int
-    ) -> tuple[tuple[mx.array, ...], "PendingBuffer"]:
+    ) -> tuple[tuple[mx.array, ...], "ByteBuffer"]:
         """Add the bytes of a full int8 buffer to the synapses; return them and an empty buffer."""
         layers = zip(synapses, self.keys, self.values, strict=True)
         S, *quantized = zip(*(fold(*layer, self.previous_v) for layer in layers), strict=True)
-        base_state = list(zip(*quantized, strict=True))
-        return S, self.decode_step.empty_buffer(position, base_state, len(self.values[0]))
+        base_synapses = list(zip(*quantized, strict=True))
+        return S, self.decode_step.empty_buffer(position, base_synapses, len(self.values[0]))
 
 
 @lru_cache
@@ -155,7 +155,7 @@ class DecodeStep:
         self.compiled = mx.compile(step)
         mx.eval(self.weights)
 
-    def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
+    def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> ByteBuffer:
         """Make an empty buffer for B rows."""
         H, D, N, L = self.shape
         synapses = synapses or [mx.zeros((H, 1, N, D))] * L
@@ -163,32 +163,32 @@ class DecodeStep:
         return self.empty_buffer(position, [(S, S) if exact else quantize(S) for S in synapses], B)
 
     def empty_buffer(
-        self, position: int, base_state: Sequence[tuple[mx.array, mx.array]], B: int
-    ) -> PendingBuffer:
-        """Make an empty buffer for B rows over `base_state`."""
+        self, position: int, base_synapses: Sequence[tuple[mx.array, mx.array]], B: int
+    ) -> ByteBuffer:
+        """Make an empty buffer for B rows over `base_synapses`."""
         H, D, N, L = self.shape
         keys = tuple(mx.zeros((H, B, N // 2, BUFFER_BYTES, 2), self.dtype) for _ in range(L))
         values = tuple(mx.zeros((B, BUFFER_BYTES, D), self.dtype) for _ in range(L))
         # + 2: an array of up to 8 bytes is in the host's memory, where counting is very slow
         done = mx.zeros(H * B + 2, mx.uint32)
         begin = mx.array(phase_increments(position, N))
-        buffer = PendingBuffer(
-            0, keys, values, [0], begin, tuple(base_state), done, mx.zeros((B, 1, D)), self
+        buffer = ByteBuffer(
+            0, keys, values, [0], begin, tuple(base_synapses), done, mx.zeros((B, 1, D)), self
         )
         mx.async_eval(buffer)
         return buffer
 
-    def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
+    def step(self, idx: mx.array, buffer: ByteBuffer) -> tuple[mx.array, ByteBuffer]:
         """Read one byte idx (B, 1); return v (B, 1, D) and the new buffer."""
         if buffer.shared_length[0] > buffer.count:
             buffer = self._copy(buffer)
-        arrays = buffer.keys, buffer.values, buffer.begin, buffer.base_state
+        arrays = buffer.keys, buffer.values, buffer.begin, buffer.base_synapses
         arrays = *arrays, buffer.done, buffer.previous_v
         v = self.compiled(idx, self.weights, _count(buffer.count), arrays)
         buffer.shared_length[0] += 1
         return v, buffer._replace(count=buffer.count + 1, previous_v=v)
 
-    def _copy(self, buffer: PendingBuffer) -> PendingBuffer:
+    def _copy(self, buffer: ByteBuffer) -> ByteBuffer:
         """Copy the buffer's arrays, without the bytes that other states wrote after `count`."""
         mx.eval(buffer.previous_v)
         valid = mx.arange(BUFFER_BYTES)[:, None] < buffer.count
@@ -205,11 +205,11 @@ class DecodeStep:
 def step(idx: mx.array, weights: Sequence[mx.array], count: mx.array, arrays: tuple) -> mx.array:
     """Read one byte idx (B, 1), write its key and value in place, and return v (B, 1, D).
 
-    `weights` is that of DecodeStep, `arrays` are all arrays of PendingBuffer, in order. No other
+    `weights` is that of DecodeStep, `arrays` are all arrays of ByteBuffer, in order. No other
     state may share keys and values. MLX's graph does not show the write: this byte waits for
     previous_v, v of the previous byte, and any other reader must wait for v.
     """
-    keys, values, begin, base_state, done, previous_v = arrays
+    keys, values, begin, base_synapses, done, previous_v = arrays
     embed, encoder, encoder_v, decoder, increments = weights
     (H, N, D), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     W = THREADS // D * D // 32
@@ -230,7 +230,7 @@ def step(idx: mx.array, weights: Sequence[mx.array], count: mx.array, arrays: tu
     P, P_fire = blocks(N // 2, G, 2 * BLOCKS), blocks(N, G_fire, BLOCKS // 2)
     v = embed[idx].reshape(B, D)
     v_cast = v.astype(dtype)
-    for (S, scales), key, value in zip(base_state, keys, values, strict=True):
+    for (S, scales), key, value in zip(base_synapses, keys, values, strict=True):
         read = [v, S, scales, key, value, begin, increments, count, done, previous_v]
         recalled = ((P, H * B, D + BUFFER_BYTES), mx.float32), ((H, B, D), dtype)
         fired = ((P_fire * H, B, D), mx.float32), ((B, D), mx.float32), ((B, D), dtype)

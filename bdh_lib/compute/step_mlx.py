@@ -9,26 +9,26 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from bdh_lib.compute.layer import ln, residual
+from bdh_lib.compute.layer import add_and_norm, ln
 from bdh_lib.compute.rope import phase_increments
 
 BUFFER_BYTES = 24  # each byte rewrites their keys; S is rewritten once in so many bytes
 PARTS = 32  # of the neurons in `recall`, at most; a power of two
 
 
-class PendingBuffer(NamedTuple):
+class ByteBuffer(NamedTuple):
     """The last `count` bytes, which are not in the synapses yet."""
 
     count: int
     keys: tuple[mx.array, ...]  # per layer, rotated x: (H, B, BUFFER_BYTES, N)
     values: tuple[mx.array, ...]  # (B, BUFFER_BYTES, D)
     begin: mx.array  # phases of the buffer's first byte
-    base_state: tuple[mx.array, ...]  # per layer, the synapses
+    base_synapses: tuple[mx.array, ...]  # per layer, the synapses
     decode_step: "DecodeStep"  # the step that reads and writes it
 
     is_int8 = False  # class attribute: the step reads the float32 synapses
 
-    def pending(self) -> list[tuple[mx.array, mx.array]]:
+    def keys_and_values(self) -> list[tuple[mx.array, mx.array]]:
         """Return the keys (H, B, N, count) and values (B, count, D) per layer, float32."""
         layers = zip(self.keys, self.values, strict=True)
         cut = [(k[..., : self.count, :], v[:, : self.count]) for k, v in layers]
@@ -50,19 +50,19 @@ class DecodeStep:
         self.compiled = mx.compile(step)
         mx.eval(self.weights)
 
-    def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> PendingBuffer:
+    def new_buffer(self, position: int, synapses: tuple[mx.array, ...], B: int) -> ByteBuffer:
         """Make an empty buffer for B rows."""
         H, D, N, L = self.shape
         keys = tuple(mx.zeros((H, B, BUFFER_BYTES, N), self.dtype) for _ in range(L))
         values = tuple(mx.zeros((B, BUFFER_BYTES, D)) for _ in range(L))
-        base_state = tuple(synapses) or (mx.zeros((H, 1, N, D)),) * L
-        return PendingBuffer(
-            0, keys, values, mx.array(phase_increments(position, N)), base_state, self
+        base_synapses = tuple(synapses) or (mx.zeros((H, 1, N, D)),) * L
+        return ByteBuffer(
+            0, keys, values, mx.array(phase_increments(position, N)), base_synapses, self
         )
 
-    def step(self, idx: mx.array, buffer: PendingBuffer) -> tuple[mx.array, PendingBuffer]:
+    def step(self, idx: mx.array, buffer: ByteBuffer) -> tuple[mx.array, ByteBuffer]:
         """Read one byte idx (B, 1); return v (B, 1, D) and the new buffer."""
-        arrays = buffer.keys, buffer.values, buffer.begin, buffer.base_state
+        arrays = buffer.keys, buffer.values, buffer.begin, buffer.base_synapses
         v, keys, values = self.compiled(idx, self.weights, mx.array(buffer.count), arrays)
         return v, buffer._replace(count=buffer.count + 1, keys=keys, values=values)
 
@@ -83,11 +83,11 @@ def step(
 ) -> tuple[mx.array, tuple[mx.array, ...], tuple[mx.array, ...]]:
     """Read one byte idx (B, 1); return v (B, 1, D) and the new keys and values.
 
-    `weights` is that of DecodeStep, `arrays` are keys, values, begin and base_state of
-    PendingBuffer. `decoder` is (H, D, N): Metal multiplies by a transposed matrix in more
+    `weights` is that of DecodeStep, `arrays` are keys, values, begin and base_synapses of
+    ByteBuffer. `decoder` is (H, D, N): Metal multiplies by a transposed matrix in more
     threadgroups.
     """
-    keys, values, begin, base_state = arrays
+    keys, values, begin, base_synapses = arrays
     embed, encoder, encoder_v, decoder, increments = weights
     (H, D, N), B, dtype = encoder.shape, idx.shape[0], encoder.dtype
     angles = (begin + count.astype(mx.uint32) * increments).view(mx.int32) * (math.pi / 2**31)
@@ -96,7 +96,7 @@ def step(
     is_new = (slot == count)[:, None]
     v = embed[idx]
     updated = []
-    for S, K, V in zip(base_state, keys, values, strict=True):
+    for S, K, V in zip(base_synapses, keys, values, strict=True):
         x = mx.maximum(v.astype(dtype).reshape(1, B, D) @ encoder, 0)  # (H, B, N)
         x0, x1 = mx.split(x.astype(mx.float32).reshape(H, B, N // 2, 2), 2, -1)
         x0, x1 = x0[..., 0], x1[..., 0]
@@ -106,5 +106,5 @@ def step(
         y = x * mx.maximum(ln(a).astype(dtype) @ encoder_v, 0)
         o = (y @ decoder.swapaxes(-1, -2)).astype(mx.float32).sum(0)
         updated.append((mx.where(is_new, q.astype(dtype), K), mx.where(is_new, v, V)))
-        v = residual(v, o.reshape(B, 1, D))
+        v = add_and_norm(v, o.reshape(B, 1, D))
     return v, *zip(*updated, strict=True)

@@ -101,7 +101,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_quadratic_form_in_bfloat16
             x = nn.relu(vb[None] @ Dx[:, None])
             a = bdh_mlx.attention_quadratic(rotate(x), vb).astype(mx.float32)
             y = nn.relu(layer.ln(a).astype(mx.bfloat16) @ Dy[:, None]) * x
-            v = layer.residual(v, (y @ E[:, None]).astype(mx.float32).sum(0))
+            v = layer.add_and_norm(v, (y @ E[:, None]).astype(mx.float32).sum(0))
         return v @ model.lm_head
 
     def error(got):

@@ -46,12 +46,12 @@ class Late:
         self.pending = {}
 
     def step(self, idx, weights, count, arrays):
-        keys, values, begin, base_state, _, before = arrays
+        keys, values, begin, base_synapses, _, before = arrays
         self.arrive(before)
         embed, encoder, encoder_v, decoder, turns = weights
         transposed = (w.swapaxes(-1, -2) for w in (encoder, encoder_v, decoder))
         weights = embed, *transposed, turns
-        (H, B, pairs, K, _), S = keys[0].shape, [S for S, _ in base_state]
+        (H, B, pairs, K, _), S = keys[0].shape, [S for S, _ in base_synapses]
         rows = [k.swapaxes(2, 3).reshape(H, B, K, 2 * pairs) for k in keys]
         v, *after = step_mlx.step(idx, weights, count, (rows, values, begin, S))
         mx.eval(v, after)

@@ -125,14 +125,14 @@ def same_as_the_plain_step(model, B, dtype, count, rows=None):
             way.step(idx, t) for way, t in zip(ways, buffers, strict=True)
         )
         assert mx.max(mx.abs(v - expected)) < near and mx.mean(mx.abs(v - expected)) < near / 4
-        for pairs in zip(own.pending(), plain.pending(), strict=True):
+        for pairs in zip(own.keys_and_values(), plain.keys_and_values(), strict=True):
             for found, wanted in zip(*pairs, strict=True):
                 assert mx.max(mx.abs(found - wanted)) < near * mx.max(mx.abs(wanted))
         return own, plain
 
     for i in range(3):
         buffers = step(buffers, i)
-    given = [[np.array(a, np.float64) for a in pair] for pair in buffers[0].pending()]
+    given = [[np.array(a, np.float64) for a in pair] for pair in buffers[0].keys_and_values()]
     exact = [np.array(s, np.float64) + keys @ v for s, (keys, v) in zip(S, given, strict=True)]
     at += count + 3
     if dtype == mx.float32:
@@ -140,7 +140,7 @@ def same_as_the_plain_step(model, B, dtype, count, rows=None):
         buffer = ways[0].new_buffer(at, after, B)
     else:
         after, buffer = buffers[0].flush(S, at)
-        for found, wanted, (low, scales) in zip(after, exact, buffer.base_state, strict=True):
+        for found, wanted, (low, scales) in zip(after, exact, buffer.base_synapses, strict=True):
             assert np.abs(np.array(found) - wanted).max() < 1e-5 * np.abs(wanted).max()
             off = mx.abs(low.view(mx.int8).astype(mx.float32) * scales[..., None] - found)
             assert mx.all(off <= 0.5001 * scales[..., None]).item()
@@ -183,7 +183,7 @@ def test_a_nan_writes_nowhere_but_where_it_is(kernels, neuron):
     way = step_cuda.DecodeStep(model)
     v, buffer = way.step(mx.array([[65]]), way.new_buffer(3, (), 1))
     assert mx.all(mx.isnan(v)).item()
-    keys = np.array(buffer.pending()[0][0])
+    keys = np.array(buffer.keys_and_values()[0][0])
     assert np.isnan(keys[0, 0, -2:]).all() and np.isfinite(keys[0, 0, :-2]).all()
     assert np.isfinite(keys[1]).all()
 
