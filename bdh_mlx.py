@@ -129,9 +129,10 @@ class BDH(nn.Module):
         return logits, nn.losses.cross_entropy(logits, targets, reduction="mean")
 
     def read(self, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
-        """Read idx (B, T) after `state`; return logits (B, T, V) and the new State. No dropout.
+        """Read idx (B, T) after `state`; return logits (B, T, V) and the new State.
 
-        Raises UserError for an idx or a state that does not fit the model.
+        It is the forward pass without dropout, continued from what was read before. Raises
+        UserError for an idx or a state that does not fit the model.
         """
         check_state(self, state)
         return read(self, check_prompt(self, idx), state)

@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     for slip in flags.find_typos(sys.modules[__name__], RULES):
         warn(slip)
     if own := flags.own_settings(sys.modules[__name__], RULES):
-        note = "kept in config.json; only code of your own reads them"
+        note = "kept in config.json; code of your own reads them from `s`"
         print(f"own settings: {', '.join(own)} ({note})", file=sys.stderr)
     if base.selfcheck or base.plan or base.tune:
         refuse_launcher()
@@ -252,6 +252,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
 
     # The loop ends after the last step, by PATIENCE, or at a signal, which is looked for before a
     # step, after an evaluation and before an update. Each of these ends leaves a checkpoint.
+    is_complete = False
     for step in range(first_step, n_steps + 1):  # one more: the end is evaluated too
         is_last = step == n_steps
         out_of_patience = False
@@ -274,6 +275,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
         if world.is_main and log.last_saved == step:
             checkpoints.prune(run, s.KEEP_CHECKPOINTS, log.best.get("step"))
         if is_last or out_of_patience:
+            is_complete = True
             break
 
         # one step: micro-batches on each process, then an update by AdamW
@@ -298,8 +300,7 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
 
     log.save(step, state)  # where a signal ended the loop; any other end is saved before
     meter.close()
-    is_complete = (is_last or out_of_patience) and log.last_eval_step == step
-    if stop.requested and not is_complete:  # a signal after the end changes nothing
+    if not is_complete:
         print(f"stopped after iteration {step:,}, saved in {run}; the same command continues it")
         return 128 + stop.requested
     summary.print_summary(s, log, data, meter)

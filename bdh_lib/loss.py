@@ -16,7 +16,9 @@ from bdh_lib.script.interrupts import default_signals
 from bdh_mlx import BDH
 
 
-def byte_losses(model: BDH, idx: mx.array, targets: mx.array, key=None) -> mx.array:
+def byte_losses(
+    model: BDH, idx: mx.array, targets: mx.array, key: mx.array | None = None
+) -> mx.array:
     """Return the loss of each target in nats, (B, T), in training and in evaluation.
 
     A `key` is passed in training alone. If what is evaluated is not the cross-entropy any more,

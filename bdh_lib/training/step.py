@@ -40,7 +40,9 @@ def compile_steps(state: TrainState, s: Settings) -> tuple[Callable, Callable]:
     the gradients before clipping. Of `s` they take BYTE_NOISE, GRAD_CLIP and EMA_DECAY.
     """
     model, optimizer, ema = state
-    trees = state.trees()
+    trees = (
+        state.trees()
+    )  # the compiled functions hold these dicts: update them, never replace them
     compiled = partial(mx.compile, inputs=trees, outputs=trees)
 
     @compiled
@@ -58,7 +60,7 @@ def compile_steps(state: TrainState, s: Settings) -> tuple[Callable, Callable]:
     def apply_update(loss, gradients):
         """Update the weights by AdamW; nothing changes where loss or gradient is not finite."""
         gradients, norm = optim.clip_grad_norm(gradients, s.GRAD_CLIP or math.inf)
-        before = copy_tree(trees)
+        before = copy_tree(trees)  # their arrays, which the update below replaces in the dicts
         optimizer.update(model, gradients)
         if ema:  # the decay rises to EMA_DECAY, as in TensorFlow: random weights are forgotten soon
             rate = 1 - mx.minimum(s.EMA_DECAY, optimizer.step / (optimizer.step + 9))
