@@ -59,6 +59,7 @@ def test_a_mistyped_flag_suggests_the_nearest(args, near, capsys):
     [
         (["--zzz=3"], "unknown flag --zzz (--help lists all)"),
         (["--training-mod\x1b"], r"unknown flag --training-mod\x1b; did you mean --training-mode?"),
+        (["--device", "cpu"], "BDH_DEVICE=cpu in the environment"),
         (["stray"], "unrecognized arguments: stray (--help lists all)"),
     ],
 )

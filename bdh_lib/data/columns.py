@@ -83,8 +83,9 @@ def parse_columns_setting(setting: str | None) -> dict[str, str]:
         field, equals, column = map(str.strip, pair.partition("="))
         if not equals or field not in ALIASES or field in result:
             raise UserError(
-                f"COLUMNS is {setting!r}; it must be like instruction=query,response=answer, with "
-                f"fields among {', '.join(ALIASES)}, each once"
+                f"COLUMNS is {setting!r}, with {pair!r} in it; it must be like "
+                f"instruction=query,response=answer: fields among {', '.join(ALIASES)}, each once, "
+                "and the columns of the data"
             )
         result[field] = column
     return result

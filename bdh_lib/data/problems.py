@@ -97,7 +97,7 @@ def _note(findings: Findings, structure: str, pieces: Turns, s: Settings) -> Non
     findings.examples.setdefault(structure, text)
     findings.digests.append(digest(text))
     if len(text.encode()) > s.BLOCK_SIZE:
-        findings.issues["longer than BLOCK_SIZE"] += 1
+        findings.issues["longer than BLOCK_SIZE, so read in pieces"] += 1
     for name, value in field_values(pieces).items():
         findings.fields.setdefault(name, []).append(digest(" ".join(value.split()).lower()))
         findings.issues.update(problems_of(name, value))

@@ -151,7 +151,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form, allow_abbrev=False)
-        self.without_flag = {}  # by the flag that a setting would have: why it has none
+        # by the flag that a setting would have, or another trainer has: why there is none
+        self.without_flag = {"--device": "BDH_DEVICE=cpu in the environment keeps it from a GPU"}
 
     def error(self, message: str):
         flags = [flag for action in self._actions for flag in action.option_strings]

@@ -34,6 +34,7 @@ from bdh_lib.training.train_settings import phase_settings
 from bdh_lib.training.train_state import init_train_state
 
 SHOWN = 600  # bytes of a record that are printed
+MEASURING_SECONDS = 60
 MAX_EXAMPLES = 10  # of structures, a record each
 
 
@@ -49,7 +50,7 @@ def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> 
     `presets` are settings, None for a preset that does not go with the constants; `sizes` the bytes
     of the training data, by TRAINING_MODE.
     """
-    rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.MODES, "fits")]
+    rows = [("preset", "mode", "parameters", "iterations", "epochs", *memory.MODES, "memory mode")]
     for name, s in presets.items():
         if s is None:
             rows.append((name, "does not go with the constants", *[""] * (len(rows[0]) - 2)))
@@ -94,10 +95,14 @@ def measure(s: Settings, train: Split, compute: Compute) -> tuple[float, float]:
 
 
 def time_iterations(s: Settings, train: Split, compute: Compute) -> Iterator[tuple]:
-    """Yield the seconds of a batch, of an update, and of an evaluation's batch, four times."""
+    """Yield the seconds of a batch, of an update, and of an evaluation's batch, four times.
+
+    It stops after MEASURING_SECONDS, but not before the second time: the first one compiles.
+    """
     state = init_train_state(s, compute)
     micro_step, apply_update = compile_steps(state, s)
     losses_fn = compile_losses(state.model)
+    begin = time.perf_counter()
     for i in range(4):
         batch = get_batch(train, i, s, s.BATCH_SIZE * s.BLOCK_SIZE)
         start = time.perf_counter()
@@ -113,6 +118,9 @@ def time_iterations(s: Settings, train: Split, compute: Compute) -> Iterator[tup
         ended = time.perf_counter()
         print(f"  iteration {i + 1} of 4: {updated - start:,.1f} s", flush=True)
         yield computed - start, updated - computed, ended - updated
+        if i and time.perf_counter() - begin > MEASURING_SECONDS:
+            print("  enough: this machine is slow or busy")
+            return
 
 
 def print_plan(base: Settings, presets: dict[str, Settings | None]) -> int:
@@ -206,7 +214,7 @@ def print_run(s: Settings, presets: dict[str, Settings | None]) -> None:
         print(f"epochs: {note}")
     print_needs(s, data_report, len(train.bytes))
     if not s.PHASES:
-        print("\npresets on these data (estimated memory of a step by MEMORY_MODE):")
+        print("\npresets on these data: estimated memory of a step, and the mode that fits here")
         print(preset_table(presets, sizes))
     print_speed(s, train, val)
 

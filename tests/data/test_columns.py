@@ -325,7 +325,7 @@ def test_columns_may_be_named(chosen, turns):
 
 @pytest.mark.parametrize("chosen", ["instruction", "answer=x", "response=a,response=b", "=", ","])
 def test_names_of_columns_that_mean_nothing_are_refused(chosen):
-    with pytest.raises(UserError, match="it must be like instruction=query,response=answer"):
+    with pytest.raises(UserError, match="must be like instruction=query,response=answer"):
         columns.parse_columns_setting(chosen)
 
 
