@@ -366,7 +366,7 @@ def test_other_vocabularies_are_refused(tmp_path):
         generate.main([str(run), "--prompt", "a"])
 
 
-def test_evaluate_takes_the_columns_of_the_training_where_the_data_have_them(tmp_path, output):
+def test_evaluate_takes_the_columns_of_the_training_where_the_data_have_them(tmp_path, capfdbinary):
     records = [{"ask": f"What is {i}?", "say": f"It is {i}."} for i in range(40)]
     renamed = [{"instruction": r["ask"], "response": r["say"]} for r in records]
     for name, rows in (("own", records), ("renamed", renamed)):
@@ -376,10 +376,17 @@ def test_evaluate_takes_the_columns_of_the_training_where_the_data_have_them(tmp
     columns = ["--columns", "instruction=ask,response=say"]
     where = ["--dataset", str(tmp_path / "own.jsonl"), "--checkpoint-dir", str(tmp_path)]
     assert train_mlx.main([*args.split(), *columns, *where]) == 0
-    tables = [output(tmp_path / "full", "--evaluate", tmp_path / f"{name}.jsonl").decode()
-              for name in ("own", "renamed")]  # fmt: skip
-    assert "40 records" in tables[0] and "40 records" in tables[1]
-    assert tables[0].splitlines()[-1] == tables[1].splitlines()[-1]  # the same text
+    printed = []
+    for name in ("own", "renamed"):
+        capfdbinary.readouterr()
+        run = str(tmp_path / "full")
+        assert generate.main([run, "--evaluate", str(tmp_path / f"{name}.jsonl")]) == 0
+        printed.append(capfdbinary.readouterr())
+    assert all(b"40 records" in outputs.out for outputs in printed)
+    line = b"columns as in the training: instruction=ask,response=say"
+    assert [line in outputs.err for outputs in printed] == [True, False]
+    tables = [outputs.out.splitlines() for outputs in printed]
+    assert tables[0][-1] == tables[1][-1]  # the same text
 
 
 def test_evaluate_gives_the_trainers_validation_and_its_parts(tmp_path, output):

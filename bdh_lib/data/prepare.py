@@ -304,9 +304,10 @@ def load_as_trained(
     """
     trained = recorded_settings(data)
     if columns is None and trained and trained.columns:
-        with suppress(UserError):  # the data set has other columns
+        with suppress(NoDataError):  # the data set has other columns
             loaded = load_unsplit(dataset, mode, folder, trained.columns)
-            print(f"columns as in the training: {trained.columns}")
+            if loaded[0]["records"] is not None:  # a ready split has no columns
+                print(f"columns as in the training: {trained.columns}")
             return loaded
     return load_unsplit(dataset, mode, folder, columns)
 

@@ -15,7 +15,7 @@ import numpy as np
 from bdh_lib.data import columns, sources
 from bdh_lib.data.describe import cannot_serve
 from bdh_lib.data.formats import FIELDS, SEPARATOR, Turns, needed_fields, training_texts
-from bdh_lib.errors import NoDataError, UserError
+from bdh_lib.errors import NoDataError
 
 PIECE = 10**6  # characters of a record that are hashed at once
 MAX_NAMES = 20  # of structures and of columns in a report, where each record has its own
@@ -167,12 +167,12 @@ def write_texts(
 
 
 def _check_columns(columns_setting: str | None, names: set[str]) -> None:
-    """Raise UserError if COLUMNS names a column that no record has."""
+    """Raise NoDataError if COLUMNS names a column that no record has."""
     lower = {name.strip().lower() for name in names}
     for column in columns.parse_columns_setting(columns_setting).values():
         if column and column.lower() not in lower:
             shown = ", ".join(sorted(names)[:MAX_NAMES]) or "none"
-            raise UserError(f"COLUMNS names {column!r}, which no record has; they have: {shown}")
+            raise NoDataError(f"COLUMNS names {column!r}, which no record has; they have: {shown}")
 
 
 def _write_text(text: Turns, out: BinaryIO, labels: BinaryIO) -> tuple[int, int]:
