@@ -12,9 +12,13 @@ def blocks_per_step(s: Settings) -> int:
 
 def total_steps(s: Settings, n_bytes: int) -> int:
     """Return the number of steps of the run: up to MAX_ITERS or the end of EPOCHS; one is set."""
+    return min(s.MAX_ITERS or math.inf, steps_of_epochs(s, n_bytes))
+
+
+def steps_of_epochs(s: Settings, n_bytes: int) -> int | float:
+    """Return the number of steps that EPOCHS take, infinity without EPOCHS."""
     blocks = math.ceil(n_bytes / s.BLOCK_SIZE)
-    by_epochs = math.ceil(s.EPOCHS * blocks / blocks_per_step(s)) if s.EPOCHS else math.inf
-    return min(s.MAX_ITERS or math.inf, by_epochs)
+    return math.ceil(s.EPOCHS * blocks / blocks_per_step(s)) if s.EPOCHS else math.inf
 
 
 def end_setting(s: Settings, n_steps: int) -> str:
@@ -28,12 +32,12 @@ def schedule_summary(s: Settings, n_bytes: int) -> str:
     bytes_per_step = s.BLOCK_SIZE * blocks_per_step(s)
     epochs = total * bytes_per_step / n_bytes
     cut = ""
-    if epochs < (s.EPOCHS or 0):
+    if s.EPOCHS and total < steps_of_epochs(s, n_bytes):
         cut = f"; MAX_ITERS ends it before EPOCHS ({s.EPOCHS:,g})"
     elif total < (s.MAX_ITERS or 0):
         cut = f"; EPOCHS ({s.EPOCHS:,g}) ends it before MAX_ITERS ({s.MAX_ITERS:,})"
     if s.EPOCHS and epochs > 1.05 * s.EPOCHS:
-        cut += "; an epoch takes whole blocks, and the last iteration a whole batch"
+        cut += "; each epoch is rounded up to whole blocks, and the run to whole iterations"
     coverage = f"{total * bytes_per_step:,} bytes or {epochs:,.2f} epochs"
     return f"{total:,} iterations of {bytes_per_step:,} bytes are {coverage}{cut}"
 
