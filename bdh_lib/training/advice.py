@@ -31,8 +31,8 @@ MEASURED_EPOCHS = {  # by the bytes of records that were trained on (docs/log.md
     46_000_000: "the default settings until 2026-11-28 still gained after 0.4 epochs; "
     "--dropout 0.1 took 0.06 bits per byte off",
 }
-SMALL_DATA = 500_000  # bytes; over a megabyte 49 epochs were not too many (docs/log.md)
-MANY_EPOCHS = 20
+SMALL_DATA = 100_000  # bytes; over a megabyte 49 epochs were not too many (docs/log.md)
+MANY_EPOCHS = 12
 FEW_EPOCHS = "on 23 to 100 KB every measured run was best after 6 to 16 (--epochs 10)"
 REFERENCE_RATE = 1e-3  # of the official training, and of the best of docs/log.md's runs
 
@@ -241,7 +241,7 @@ def epochs_note(s: Settings, n_bytes: int) -> str | None:
     epochs = total_steps(s, n_bytes) * s.BLOCK_SIZE * blocks_per_step(s) / n_bytes
     if s.BDH_CONFIG.n_parameters != BDHConfig().n_parameters:
         overfits = n_bytes < SMALL_DATA and epochs > MANY_EPOCHS
-        many = f"{epochs:,.0f} epochs over {n_bytes:,} bytes will overfit"
+        many = f"{epochs:,.0f} epochs over {n_bytes:,} bytes may overfit"
         return f"{many}; {FEW_EPOCHS}" if overfits else None
     if 0.5 <= n_bytes / RECIPE_BYTES <= 2:
         return None

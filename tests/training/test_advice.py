@@ -210,7 +210,10 @@ def test_streams_shorter_than_the_order_are_counted_too(n_train, n_val):
         ),
         (4_200_000, "", None),
         (120_000, "--n-embd 64", None),
-        (2_820, "--preset tiny", "409 epochs over 2,820 bytes will overfit; .*--epochs 10"),
+        (2_820, "--preset tiny", "409 epochs over 2,820 bytes may overfit; .*--epochs 10"),
+        (77_946, "--preset tiny", "15 epochs over 77,946 bytes may overfit"),
+        (96_000, "--preset tiny", None),  # 12 epochs
+        (100_000, "--preset tiny --max-iters 9000", None),
         (2_820, "--preset tiny --epochs 10", None),
     ],
 )
