@@ -634,7 +634,7 @@ def modes_table(rows: list[dict], folder: Path) -> str:
 
 
 def plot(rows: list[dict], file: str, experiment: str | None = None) -> None:
-    """Validation curves as a picture: a line for each job, a colour for each kind."""
+    """Validation curves of jobs of one phase: a line for each job, a colour for each kind."""
     import matplotlib
 
     import train_mlx
@@ -643,10 +643,11 @@ def plot(rows: list[dict], file: str, experiment: str | None = None) -> None:
     import matplotlib.pyplot as plt
 
     rows = [r for r in rows if "curve" in r and (not experiment or r["in"] == experiment)]
+    rows = [r for r in rows if len(r["phases"]) == 1]
     kinds = list(dict.fromkeys(r["of"] for r in rows))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for row in rows:
-        s = train_mlx.read_settings(row["phases"][-1].split())
+        s = train_mlx.read_settings(row["phases"][0].split())
         step_mb = s.BATCH_SIZE * s.BLOCK_SIZE * s.GRAD_ACCUM / 1e6
         steps, values = zip(*[p for p in row["curve"] if p[0]], strict=True)
         kind = kinds.index(row["of"])

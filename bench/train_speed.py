@@ -157,12 +157,12 @@ def build_by_hand(model, rate: float) -> Callable:
     import mlx.nn as nn
     import mlx.optimizers as optim
 
-    optimizer = optim.AdamW(rate, weight_decay=0.1)
+    optimizer = optim.AdamW(rate, weight_decay=0.1, bias_correction=True)
     value_and_grad = nn.value_and_grad(model, lambda idx, targets: model(idx, targets)[1])
 
     def step(idx, targets):
         loss, gradients = value_and_grad(idx, targets)
-        optimizer.update(model, gradients)
+        optimizer.update(model, optim.clip_grad_norm(gradients, 1.0)[0])
         mx.eval(loss, model.state, optimizer.state)
         return loss
 

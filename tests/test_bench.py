@@ -5,6 +5,7 @@ import math
 import sys
 from functools import partial
 
+import matplotlib.axes
 import numpy as np
 import pytest
 from helpers import CONFIG, ROOT
@@ -159,6 +160,18 @@ def test_a_job_on_records_answers_what_it_held_out(tmp_path, monkeypatch):
     job = {"in": "records", "name": "one", "phases": [f"{flags} --max-iters 1"]}
     result = experiments.train(job, tmp_path)
     assert result["answers"]["n"] == 1 and result["best_bits"].keys() >= {"whole", "response"}
+
+
+def test_curves_of_jobs_of_one_phase_are_drawn_over_bytes(tmp_path, monkeypatch):
+    row = {"in": "parity", "of": "ours", "curve": [(0, 5.0), (10, 3.0), (20, 2.0)]}
+    rows = [row | {"phases": ["--block-size 500 --batch-size 100"]}, row | {"phases": ["", ""]}]
+    drawn = []
+    plot_line = matplotlib.axes.Axes.plot
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda axes, x, y, **kwargs: (
+        drawn.append((list(x), list(y))) or plot_line(axes, x, y, **kwargs)))  # fmt: skip
+    experiments.plot(rows, str(tmp_path / "curves.png"))
+    assert drawn == [([0.5, 1.0], [3.0, 2.0])]  # MB
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("system", ["ours, fast", "ours, not compiled", "quadratic"])
