@@ -41,8 +41,8 @@ def test_the_weights_count_response_targets_alone_and_sum_to_one_over_a_step():
 
 def test_without_a_field_to_count_all_targets_have_one_weight():
     every = settings("--loss-on", "all")
-    labels = np.zeros(100, np.uint8)
-    split = Split(labels, labels, np.arange(5, 105, 5))
+    fields = np.random.default_rng(0).permutation(np.repeat([0, RESPONSE], [90, 10])).astype("u1")
+    split = Split(fields, fields, np.arange(5, 105, 5))
     count = batches.n_targets_in_step(split, 0, every)
     micro_batches = [batches.get_batch(split, i, every, count) for i in (0, 1)]
     assert np.all(np.array([batch.loss_weights for batch in micro_batches]) == np.float32(1 / 32))
