@@ -21,8 +21,8 @@ def byte_losses(
 ) -> mx.array:
     """Return the loss of each target in nats, (B, T), in training and in evaluation.
 
-    A `key` is passed in training alone. If what is evaluated is not the cross-entropy any more,
-    bits per byte and the advice, which compares them with entropies of the data, mean nothing.
+    A `key` is passed in training alone. With another loss than the cross-entropy in evaluation,
+    bits per byte mean nothing, nor does the advice, which compares them with entropies of the data.
     """
     return nn.losses.cross_entropy(model(idx, key=key)[0], targets)
 

@@ -34,8 +34,8 @@ class World:
     def all_reduce_sum(self, tree):
         """Return the sum of float32 arrays over the processes, which has no gradient.
 
-        Of several processes each evaluates it here, so the arrays must have the same order in all.
-        A single process gets its own arrays back, lazy as they were.
+        With several processes the sum is evaluated in this call, so all must pass the arrays in the
+        same order. A single process gets its own arrays back, not evaluated.
         """
         return tree if self.size == 1 else tree_map(self._sum, tree)
 
