@@ -112,7 +112,7 @@ from typing import TextIO
 from bdh_lib import plots, runs
 from bdh_lib.compute import memory
 from bdh_lib.data.formats import format_example  # noqa: F401  as train_mlx.format_example, too
-from bdh_lib.errors import UserError, warn
+from bdh_lib.errors import Diverged, UserError, warn
 from bdh_lib.generation.samples import write_samples
 from bdh_lib.script import cli, compiler, flags
 from bdh_lib.settings import Settings
@@ -126,9 +126,9 @@ from bdh_lib.training.meter import Meter
 from bdh_lib.training.report import redraw_report
 from bdh_lib.training.resume import check_chain, resume_or_init, run_info
 from bdh_lib.training.runlog import RunLog, main_process_prints
-from bdh_lib.training.schedule import blocks_per_step, learning_rate, must_wait, total_steps
+from bdh_lib.training.schedule import blocks_per_step, learning_rate, must_read_loss, total_steps
 from bdh_lib.training.signals import StopSignal
-from bdh_lib.training.step import Diverged, compile_steps, start_computing, sum_gradients
+from bdh_lib.training.step import compile_steps, start_computing, sum_gradients
 from bdh_lib.training.train_settings import RULES, parse_settings, phase_settings, preset_settings
 from bdh_lib.training.train_state import TrainState, ema_applied
 
@@ -287,11 +287,11 @@ def train(s: Settings, stop: StopSignal, world: World, json_to: TextIO | None = 
             if stop.requested:  # this step is not in what is saved
                 break
             norm = apply_update(loss, gradients)
-            start_computing(state, norm, wait=step == first_step)  # the first one compiles
+            start_computing(state, norm, finish=step == first_step)  # the first one compiles
         stop.has_work_to_save = True
         completed = step + 1
-        wait = must_wait(completed, n_steps, s)
-        meter.end_step(completed, loss, norm, has_targets=n_targets > 0, wait=wait)
+        read_now = must_read_loss(completed, n_steps, s)
+        meter.end_step(completed, loss, norm, has_targets=n_targets > 0, read_now=read_now)
         if meter.consecutive_skips >= s.MAX_CONSECUTIVE_SKIPS:
             raise Diverged(divergence_message(data.train, meter.last_read_step, s))
         if completed % s.LOG_FREQ == 0 and (averages := meter.pop_averages(completed)):

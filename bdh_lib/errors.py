@@ -12,6 +12,12 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class Diverged(UserError):
+    """Too many updates in a row, or a validation loss, were not finite."""
+
+    exit_code = 1
+
+
 class NoDataError(UserError):
     """A data set that has nothing to train on, or nothing to validate on, in a mode."""
 

@@ -142,7 +142,7 @@ def build(
     def step(idx, targets):
         weights = mx.full(idx.shape, 1 / idx.size)
         loss, gradients = micro_step(idx, targets, weights, mx.random.key(1))
-        start_computing(state, apply_update(loss, gradients), wait=False)
+        start_computing(state, apply_update(loss, gradients), finish=False)
         submitted.append(loss)
         if len(submitted) > 1:  # as Meter does: read once the next step is submitted
             submitted.pop(0).item()

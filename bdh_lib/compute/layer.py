@@ -355,10 +355,10 @@ def layer(
         mask_v = dropout_mask(key_v, dropout_v, v.shape)
     keys = key[None] if n == 1 else mx.random.split(key, n)
 
-    def group_output(group_key, *weights):
-        return _group_output(v, weights, compute, group_key[0], dropout)
+    def run_group(group_key, *group_weights):
+        return _group_output(v, group_weights, compute, group_key[0], dropout)
 
-    o = by_groups(n, group_output, keys, *weights)
+    o = by_groups(n, run_group, keys, *weights)
     return add_and_norm(v, sum(o[1:], o[0]), dropout_scale(mask_v, mx.float32))
 
 

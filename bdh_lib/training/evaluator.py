@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from bdh_lib.compute.layer import forward_segment, ln
+from bdh_lib.errors import Diverged
 from bdh_lib.loss import compile_evaluation, evaluate
 from bdh_lib.progress import heartbeat
 from bdh_lib.settings import Settings
@@ -13,7 +14,6 @@ from bdh_lib.training.advice import advise, byte_baselines
 from bdh_lib.training.dataset import Data
 from bdh_lib.training.distributed import World
 from bdh_lib.training.signals import SIGNAL_NOTE, StopSignal
-from bdh_lib.training.step import Diverged
 from bdh_lib.units import bits_per_byte
 from bdh_mlx import BDH
 

@@ -48,18 +48,18 @@ class Meter:
         self.step_start = time.perf_counter()
 
     def end_step(
-        self, step: int, loss: mx.array, norm: mx.array, *, has_targets: bool, wait: bool
+        self, completed: int, loss: mx.array, norm: mx.array, *, has_targets: bool, read_now: bool
     ) -> None:
-        """End step number `step`; its loss is averaged where it has any targets.
+        """End a step, with which `completed` steps are done; average its loss if it has targets.
 
-        With `wait` the host waits for its numbers. Without, CUDA's are read once the next step
+        With `read_now` the host waits for its numbers. Without, CUDA's are read once the next step
         has been submitted: the GPU computes while the host prepares. The first step is not timed,
         because it compiles.
         """
-        self.pending_steps.append((step, loss, norm, has_targets))
-        self.collect(0 if wait or not on_cuda() else 1)
+        self.pending_steps.append((completed, loss, norm, has_targets))
+        self.collect(0 if read_now or not on_cuda() else 1)
         self.progress.update()
-        if step > self.first_step + 1:
+        if completed > self.first_step + 1:
             self.seconds += time.perf_counter() - self.step_start
             self.timed_bytes += self.bytes_per_step
 
@@ -94,20 +94,20 @@ class Meter:
         """Return the last step whose loss was read, as the loop counts steps: from 0."""
         return self.progress.done - len(self.pending_steps) - 1
 
-    def pop_averages(self, step: int) -> dict:
-        """Return the mean loss, speed and time left after `step`, and begin new averages.
+    def pop_averages(self, completed: int) -> dict:
+        """Return the mean loss, speed and time left after `completed` steps; begin new averages.
 
         {} where no step since the last line has a loss; no speed where none was timed.
         """
         if not self.losses:
             return {}
         elapsed = time.perf_counter() - self.start_time
-        done = step - self.first_step
+        done = completed - self.first_step
         values = {
             "loss": sum(self.losses) / len(self.losses),
             "skipped": self.skipped,
             "peak_gb": mx.get_peak_memory() / 1e9,
-            "seconds_left": elapsed / done * (self.n_steps - step),
+            "seconds_left": elapsed / done * (self.n_steps - completed),
         }
         if self.seconds:
             values["bytes_per_s"] = self.timed_bytes / self.seconds

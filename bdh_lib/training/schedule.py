@@ -42,7 +42,7 @@ def schedule_summary(s: Settings, n_bytes: int) -> str:
     return f"{total:,} iterations of {bytes_per_step:,} bytes are {coverage}{cut}"
 
 
-def must_wait(completed: int, total: int, s: Settings) -> bool:
+def must_read_loss(completed: int, total: int, s: Settings) -> bool:
     """Tell whether a log line, an evaluation or the end needs the loss after `completed` steps."""
     return completed == total or completed % s.LOG_FREQ == 0 or completed % s.EVAL_FREQ == 0
 

@@ -10,19 +10,12 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from bdh_lib.compute.device import on_cuda
-from bdh_lib.errors import UserError
 from bdh_lib.loss import byte_losses
 from bdh_lib.settings import Settings
 from bdh_lib.training.batches import Batch
 from bdh_lib.training.distributed import World
 from bdh_lib.training.signals import StopSignal
 from bdh_lib.training.train_state import TrainState, copy_tree
-
-
-class Diverged(UserError):
-    """Too many updates in a row, or a validation loss, were not finite."""
-
-    exit_code = 1
 
 
 def corrupt_bytes(idx: mx.array, share: float, key: mx.array) -> mx.array:
@@ -40,13 +33,13 @@ def compile_steps(state: TrainState, s: Settings) -> tuple[Callable, Callable]:
     the gradients before clipping. Of `s` they take BYTE_NOISE, GRAD_CLIP and EMA_DECAY.
     """
     model, optimizer, ema = state
-    trees = (
-        state.trees()
-    )  # the compiled functions hold these dicts: update them, never replace them
+    # the compiled functions hold these very dicts: update them, never replace them
+    trees = state.trees()
     compiled = partial(mx.compile, inputs=trees, outputs=trees)
 
     @compiled
     def micro_step(idx, targets, loss_weights, key):
+        """Return the weighted sum of the losses of a batch, and its gradients."""
         if s.BYTE_NOISE:
             noise_key, key = mx.random.split(key)
             idx = corrupt_bytes(idx, s.BYTE_NOISE, noise_key)
@@ -100,9 +93,9 @@ def sum_gradients(
     return world.all_reduce_sum((loss, gradients))
 
 
-def start_computing(state: TrainState, norm: mx.array, wait: bool) -> None:
-    """Compute a step, or on CUDA, without `wait`, only start to.
+def start_computing(state: TrainState, norm: mx.array, finish: bool) -> None:
+    """Compute a step, or on CUDA, without `finish`, only start to.
 
-    There the host prepares the next step while the GPU computes this one.
+    On CUDA the host then prepares the next step while the GPU computes this one.
     """
-    (mx.async_eval if on_cuda() and not wait else mx.eval)(state.trees(), norm)
+    (mx.async_eval if on_cuda() and not finish else mx.eval)(state.trees(), norm)

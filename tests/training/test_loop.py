@@ -17,13 +17,13 @@ from helpers import ROOT, arrays, equal_arrays, metrics, train
 import generate
 import train_mlx
 from bdh_lib import files, runs
+from bdh_lib.errors import Diverged, UserError
 from bdh_lib.generation import arguments, export
 from bdh_lib.settings import Settings
 from bdh_lib.training import batches, checkpoints, evaluator, runlog, summary
 from bdh_lib.training import meter as meters
 from bdh_lib.training import step as training_step
 from bdh_lib.training.batches import get_batch
-from bdh_mlx import UserError
 
 
 def test_a_gpu_that_computes_ahead_trains_and_logs_the_same(
@@ -43,7 +43,7 @@ def test_an_update_that_is_read_late_counts_as_its_own(monkeypatch, capsys):
     meter = meters.Meter(0, 3, 1000)
     for step, loss in enumerate((1.0, math.nan, 3.0), 1):
         meter.start_step()
-        meter.end_step(step, mx.array(loss), mx.array(1.0), has_targets=True, wait=False)
+        meter.end_step(step, mx.array(loss), mx.array(1.0), has_targets=True, read_now=False)
     assert meter.consecutive_skips == 1 and meter.losses == [1.0]
     assert "iter      2 | update skipped" in capsys.readouterr().out
     meter.close()
@@ -56,7 +56,7 @@ def test_a_line_without_a_timed_step_has_no_speed():
     speeds = []
     for step in (1, 2):
         meter.start_step()
-        meter.end_step(step, mx.array(1.0), mx.array(1.0), has_targets=True, wait=True)
+        meter.end_step(step, mx.array(1.0), mx.array(1.0), has_targets=True, read_now=True)
         line = {"step": step, "lr": 1e-3, "grad_norm": 1.0} | meter.pop_averages(step)
         speeds.append("bytes/s" in runlog.format_line(line))
     assert speeds == [False, True]  # the first step compiles
@@ -82,7 +82,7 @@ def test_the_speed_of_a_gpu_that_computes_ahead_is_that_of_the_gpu(every, monkey
     for step in range(1, 22):
         meter.start_step()
         clock[0] += 1
-        meter.end_step(step, Loss(), 1.0, has_targets=True, wait=step == 1 or step % every == 0)
+        meter.end_step(step, Loss(), 1.0, has_targets=True, read_now=step == 1 or step % every == 0)
         if step > 1 and step % every == 0:
             speeds.append(meter.pop_averages(step)["bytes_per_s"])
     host = 1 / every  # seconds an update for which the GPU has nothing to do
@@ -104,7 +104,7 @@ def test_updates_that_are_not_finite_at_the_end_of_a_run_end_it(
     for module in (training_step, meters):
         monkeypatch.setattr(module, "on_cuda", lambda: ahead)
     flags = ["--max-iters", 6, "--log-freq", 100, "--eval-freq", 100, "--max-consecutive-skips", 3]
-    with pytest.raises(training_step.Diverged, match="no finite update in 3 iterations") as raised:
+    with pytest.raises(Diverged, match="no finite update in 3 iterations") as raised:
         train(tmp_path, *flags)
     out, err = capsys.readouterr()
     assert (out + err).count("update skipped") == 3 and raised.value.exit_code == 1
@@ -147,7 +147,7 @@ def test_the_first_update_is_not_timed(monkeypatch):
     monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
     for step in (1, 2):
         meter.start_step()
-        meter.end_step(step, 1.0, 1.0, has_targets=True, wait=True)
+        meter.end_step(step, 1.0, 1.0, has_targets=True, read_now=True)
     assert meter.timed_bytes / meter.seconds == 500
 
 

@@ -10,7 +10,7 @@ from helpers import arrays, metrics, train
 import bdh_mlx
 import train_mlx
 from bdh_lib import loss, runs
-from bdh_lib.data.formats import FIELDS
+from bdh_lib.data.formats import FIELDS, LABEL_OF
 from bdh_lib.data.split import Split
 from bdh_lib.generation import export
 from bdh_lib.loss import byte_losses, evaluate
@@ -126,7 +126,7 @@ def test_an_evaluation_tells_each_field_and_they_add_up(tmp_path):
     of = last["val_loss_fields"]
     assert of.keys() == {"headers", "system", "instruction", "response"}
     labels = np.fromfile(next((tmp_path / ".data").glob("*/val.fields")), np.uint8)[1:]
-    share = {f: np.mean(labels == FIELDS.index(f.replace("headers", ""))) for f in of}
+    share = {LABEL_OF[name]: np.mean(labels == i) for i, name in enumerate(FIELDS)}
     whole = sum(of[f] * share[f] for f in of)
     assert whole == pytest.approx(last["val_loss"], rel=1e-9)
     for field, bpb in last["val_bpb_fields"].items():
