@@ -35,7 +35,14 @@ from bdh_lib import files, runs
 from bdh_lib.compute.arrays import read_arrays
 from bdh_lib.compute.layer import default_compute, dropout_mask, dropout_scale, layer, ln
 from bdh_lib.compute.rope import rotate
-from bdh_lib.compute.state import State, check_prompt, check_shape, check_state, prefill, read
+from bdh_lib.compute.state import (
+    State,
+    check_prompt,
+    check_shape,
+    check_state,
+    prefill,
+    read_unchecked,
+)
 from bdh_lib.errors import UserError, warn
 from bdh_lib.rules import TEMPERATURE, TOP_K, CheckedConfig, check, integer
 
@@ -135,7 +142,7 @@ class BDH(nn.Module):
         UserError for an idx or a state that does not fit the model.
         """
         check_state(self, state)
-        return read(self, check_prompt(self, idx), state)
+        return read_unchecked(self, check_prompt(self, idx), state)
 
     def quadratic(
         self, idx: mx.array, targets: mx.array | None = None
@@ -188,7 +195,9 @@ class BDH(nn.Module):
             else:
                 token = mx.argmax(logits, 1)
             idx = mx.concatenate([idx, token[:, None].astype(idx.dtype)], 1)
-            logits, state = read(self, token[:, None], state)  # one read more than is needed
+            logits, state = read_unchecked(
+                self, token[:, None], state
+            )  # one read more than is needed
             logits = logits[:, -1]
             mx.async_eval(idx, state)  # otherwise all bytes would be one graph
         return idx

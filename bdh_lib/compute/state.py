@@ -77,7 +77,7 @@ def fitting_window(length: int | float, trained: int) -> int | None:
 # ------------------------------------------------------------------------------ many bytes at once
 
 
-def read(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
+def read_unchecked(model, idx: mx.array, state: State | None = None) -> tuple[mx.array, State]:
     """Read idx (B, T) after `state`; return logits (B, T, V) and the new State.
 
     It checks no argument: it runs at each byte, and a check would wait for the GPU.

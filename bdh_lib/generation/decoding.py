@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from bdh_lib.compute.device import on_cuda, on_gpu
-from bdh_lib.compute.state import State, prefill, read
+from bdh_lib.compute.state import State, prefill, read_unchecked
 from bdh_lib.data.formats import MAX_NEW_TOKENS
 from bdh_lib.errors import UserError, escape_controls
 from bdh_lib.generation.sampling import PAD, Sampling, append_token, uniforms
@@ -85,7 +85,7 @@ def stream(
                 # of one type, or a compiled step would be traced anew
                 token = mx.where(forced_i == PAD, token, forced_i.astype(token.dtype))
             recent = append_token(recent, token)
-            logits, state = read(model, token[:, None], state)
+            logits, state = read_unchecked(model, token[:, None], state)
             logits = logits[:, -1]
             yield _host_arrays(token), state, (logits, recent)
 

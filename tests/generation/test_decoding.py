@@ -38,9 +38,11 @@ def test_a_batch_of_any_lengths_equals_each_prompt_alone(alike):
 
 
 def test_bytes_of_a_longer_prompt_are_of_the_type_of_drawn_ones(monkeypatch):
-    step = decoding.read
+    step = decoding.read_unchecked
     types = []  # with another type a compiled step would be traced anew
-    monkeypatch.setattr(decoding, "read", lambda *of: types.append(of[1].dtype) or step(*of))
+    monkeypatch.setattr(
+        decoding, "read_unchecked", lambda *of: types.append(of[1].dtype) or step(*of)
+    )
     decoding_ = Decoding(random_model(), GREEDY, KEY, [], 4)
     assert len(list(generate_batch(decoding_, [b"a", b"hello"]))) == 2
     assert len(types) >= 8 and set(types) == {mx.uint32}  # 4 bytes given, 4 drawn
