@@ -1,6 +1,5 @@
 """What a run does, prints and leaves."""
 
-import errno
 import json
 import math
 import re
@@ -16,7 +15,7 @@ from helpers import ROOT, arrays, equal_arrays, metrics, train
 
 import generate
 import train_mlx
-from bdh_lib import files, runs
+from bdh_lib import runs
 from bdh_lib.errors import Diverged, UserError
 from bdh_lib.generation import arguments, export
 from bdh_lib.settings import Settings
@@ -36,57 +35,6 @@ def test_a_gpu_that_computes_ahead_trains_and_logs_the_same(
     losses = [[(m["step"], m["loss"], m["skipped"]) for m in metrics(run) if "loss" in m]
               for run in (uninterrupted_run, tmp_path)]  # fmt: skip
     assert losses[0] == losses[1] and losses[0]
-
-
-def test_an_update_that_is_read_late_counts_as_its_own(monkeypatch, capsys):
-    monkeypatch.setattr(meters, "on_cuda", lambda: True)
-    meter = meters.Meter(0, 3, 1000)
-    for step, loss in enumerate((1.0, math.nan, 3.0), 1):
-        meter.start_step()
-        meter.end_step(step, mx.array(loss), mx.array(1.0), has_targets=True, read_now=False)
-    assert meter.consecutive_skips == 1 and meter.losses == [1.0]
-    assert "iter      2 | update skipped" in capsys.readouterr().out
-    meter.close()
-    assert meter.consecutive_skips == 0 and meter.pop_averages(3)["loss"] == 2.0
-    assert meter.pop_averages(3) == {}
-
-
-def test_a_line_without_a_timed_step_has_no_speed():
-    meter = meters.Meter(0, 2, 1000)
-    speeds = []
-    for step in (1, 2):
-        meter.start_step()
-        meter.end_step(step, mx.array(1.0), mx.array(1.0), has_targets=True, read_now=True)
-        line = {"step": step, "lr": 1e-3, "grad_norm": 1.0} | meter.pop_averages(step)
-        speeds.append("bytes/s" in runlog.format_line(line))
-    assert speeds == [False, True]  # the first step compiles
-
-
-@pytest.mark.parametrize("every", [1, 2, 5])
-def test_the_speed_of_a_gpu_that_computes_ahead_is_that_of_the_gpu(every, monkeypatch):
-    """A GPU takes 10 s for an update, which the host submits in 1 s."""
-    clock, done = [0.0], [0.0]
-
-    class Loss:
-        def __init__(self):
-            self.at = done[0] = max(clock[0], done[0]) + 10
-
-        def __float__(self):
-            clock[0] = max(clock[0], self.at)
-            return 1.0
-
-    monkeypatch.setattr(meters, "on_cuda", lambda: True)
-    monkeypatch.setattr(meters.time, "perf_counter", lambda: clock[0])
-    meter = meters.Meter(0, 21, 100)
-    speeds = []
-    for step in range(1, 22):
-        meter.start_step()
-        clock[0] += 1
-        meter.end_step(step, Loss(), 1.0, has_targets=True, read_now=step == 1 or step % every == 0)
-        if step > 1 and step % every == 0:
-            speeds.append(meter.pop_averages(step)["bytes_per_s"])
-    host = 1 / every  # seconds an update for which the GPU has nothing to do
-    assert speeds[1:] == pytest.approx([100 / (10 + host)] * len(speeds[1:]))
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -139,16 +87,6 @@ def test_samples_that_a_signal_cuts_are_not_logged(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert train(tmp_path, *flags) == 0
     assert [m["step"] for m in metrics(tmp_path) if "samples" in m] == [4]
-
-
-def test_the_first_update_is_not_timed(monkeypatch):
-    meter = meters.Meter(0, 5, 1000)
-    clock = iter([0.0, 100.0, 102.0])  # a start, a start and its end; the first end reads no clock
-    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
-    for step in (1, 2):
-        meter.start_step()
-        meter.end_step(step, 1.0, 1.0, has_targets=True, read_now=True)
-    assert meter.timed_bytes / meter.seconds == 500
 
 
 def test_beta2_weighs_the_squared_gradients(tmp_path):
@@ -252,23 +190,6 @@ def test_a_checkpoint_is_written_before_the_evaluation_of_its_step(tmp_path, mon
     with pytest.raises(MemoryError):
         train(tmp_path, "--max-iters", 9, "--eval-freq", 4)
     assert runs.steps(tmp_path / "full")[-1] == 4
-
-
-@pytest.mark.parametrize("supported", [True, False])
-def test_where_a_full_flush_is_refused_fsync_flushes(tmp_path, monkeypatch, supported):
-    calls = []
-
-    def fcntl(descriptor, command):  # as on a Mac, with a drive of its own or of the network
-        calls.append(command)
-        if not supported:
-            raise OSError(errno.ENOTSUP, "Operation not supported")
-
-    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", "full", raising=False)
-    monkeypatch.setattr(files.fcntl, "fcntl", fcntl)
-    monkeypatch.setattr(files.os, "fsync", lambda descriptor: calls.append("fsync"))
-    files.atomic_write_text(tmp_path / "file", "text")
-    assert calls == 2 * (["full"] if supported else ["full", "fsync"])  # the file, its folder
-    assert (tmp_path / "file").read_text() == "text"
 
 
 def test_only_the_last_and_the_best_checkpoints_stay(tmp_path, monkeypatch):
