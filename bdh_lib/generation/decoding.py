@@ -24,7 +24,7 @@ from bdh_lib.generation.sampling import PAD, Sampling, append_token, uniforms
 from bdh_lib.progress import Progress
 from bdh_mlx import BDH
 
-STEPS_PER_SUBMISSION = 8  # of one row, to a CUDA GPU (docs/log.md)
+STEPS_PER_SUBMISSION = 16  # of one row, to a CUDA GPU (docs/log.md)
 
 
 class Decoding(NamedTuple):
