@@ -48,11 +48,12 @@ def test_without_a_field_to_count_all_targets_have_one_weight():
     assert np.all(np.array([batch.loss_weights for batch in micro_batches]) == np.float32(1 / 32))
 
 
-def test_accumulated_batches_of_unequal_counts_equal_one_large_batch(tmp_path):
+@pytest.mark.parametrize("loss_on", ["all", "response"])  # equal and unequal counts
+def test_accumulated_batches_equal_one_large_batch(loss_on, tmp_path):
     for accum in (1, 4):
-        train(tmp_path / str(accum), "--loss-on", "response", "--dropout", 0, "--max-iters", 2,
+        train(tmp_path / str(accum), "--loss-on", loss_on, "--dropout", 0, "--max-iters", 3,
               "--batch-size", 4 // accum, "--grad-accum", accum)  # fmt: skip
-    one, four = (arrays(tmp_path / str(n), 2) for n in (1, 4))
+    one, four = (arrays(tmp_path / str(n), 3) for n in (1, 4))
     for name in one:
         np.testing.assert_allclose(one[name], four[name], rtol=0, atol=1e-5)
 
