@@ -53,15 +53,17 @@ def choice(*choices: str) -> Rule:
     return Rule(str, False, f"one of {', '.join(choices)}", choices.__contains__, choices)
 
 
-def check(name: str, value, rule: Rule) -> None:
-    """Raise UserError with the name, the value and the rule's limits if the value breaks it."""
+def check(name: str, value, rule: Rule, none: str = "None") -> None:
+    """Raise UserError with the name, the value and the rule's limits if the value breaks it.
+
+    `none` is how None is written there: `none` as a flag.
+    """
     if rule.kind is None or (rule.allow_none and value is None):
         return
     kinds = (int, float) if rule.kind is float else (rule.kind,)
     right_type = isinstance(value, kinds) and (rule.kind is bool or not isinstance(value, bool))
     if right_type and rule.is_valid(value):
         return
-    none = "none" if name.startswith("-") else "None"  # a flag, or a setting and an argument
     or_none = f" or {none}" if rule.allow_none else ""
     near = did_you_mean(value, rule.choices) if isinstance(value, str) else ""
     shown = as_text(value, repr)

@@ -124,7 +124,7 @@ def parse_value(name: str, value: str | bool, rule: Rule | None):
         raise UserError(
             f"{name} is {value!r}; it must be {rule.description or KINDS[rule.kind]}{or_none}"
         ) from None
-    check(name, converted, rule)
+    check(name, converted, rule, none="none")
     return converted
 
 

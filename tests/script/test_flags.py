@@ -322,7 +322,7 @@ def test_a_wrong_constant_is_named_with_its_value_and_what_fits(tmp_path, line, 
 @pytest.mark.parametrize(
     ("args", "output"),
     [
-        ("--init-from=", "INIT_FROM is ''; it must be text that is not empty or None"),
+        ("--init-from=", "INIT_FROM is ''; it must be text that is not empty or none$"),
         ("--checkpoint-dir=", "CHECKPOINT_DIR is ''"),
         ("--dataset=", "DATASET is ''"),
         ("--dataset none", "DATASET is 'none'; it must be text that is neither empty nor none$"),
