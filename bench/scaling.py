@@ -51,9 +51,7 @@ def speed(process: subprocess.Popen, run: Path) -> float:
         output = process.communicate()[0]
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()
-        speeds = [
-            entry["bytes_per_s"] for entry in map(json.loads, lines) if "bytes_per_s" in entry
-        ]
+        speeds = [m["bytes_per_s"] for m in map(json.loads, lines) if "bytes_per_s" in m]
         return statistics.median(speeds[2:])
     except (OSError, statistics.StatisticsError):
         sys.exit(f"{run.name} logged fewer than three speeds:\n{output[-4000:]}")

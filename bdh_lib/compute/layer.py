@@ -349,7 +349,8 @@ def layer(
     n = compute.groups
     mask_v = None
     if key is None:
-        key, dropout, dropout_v = mx.random.key(0), 0.0, 0.0  # nothing is drawn from this key
+        key = mx.random.key(0)  # nothing is drawn from it
+        dropout = dropout_v = 0.0
     if dropout_v:
         key, key_v = mx.random.split(key)  # a key that no mask on y has
         mask_v = dropout_mask(key_v, dropout_v, v.shape)

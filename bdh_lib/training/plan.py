@@ -59,12 +59,12 @@ def preset_table(presets: dict[str, Settings | None], sizes: dict[str, int]) -> 
         total = total_steps(s, n_bytes) if n_bytes else 0
         read = total * s.BLOCK_SIZE * blocks_per_step(s)
         peaks = peak_bytes(s)
-        fits = [mode for mode, peak in peaks.items() if peak <= memory.available_bytes()]
+        fits = [mode for mode, peak in peaks.items() if peak <= memory.available_bytes()] or ["no"]
         epochs = f"{read / n_bytes:,.2f}" if n_bytes else "no data"
-        fits = [*fits, "no"][0] if n_bytes else ""
         size = f"{s.BDH_CONFIG.n_parameters / 1e6:,.1f}M"
         memories = [f"{peak / 1e9:,.2f} GB" for peak in peaks.values()]
-        rows.append((name, s.TRAINING_MODE, size, f"{total:,}", epochs, *memories, fits))
+        fit = fits[0] if n_bytes else ""
+        rows.append((name, s.TRAINING_MODE, size, f"{total:,}", epochs, *memories, fit))
     return format_table(rows, "  ")
 
 
